@@ -1,0 +1,168 @@
+"""Every error of the operator: what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+AXES = ("d", "h", "w")
+
+
+def triple(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
+    """Return `value` as one integer per spatial axis (d, h, w); one integer counts for all three."""
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
+    try:
+        integers = tuple(operator.index(v) for v in values)
+    except TypeError:
+        integers = ()
+    if len(integers) != 3:
+        raise ValueError(f"{name}: got {value!r}, expected one integer or three integers (d, h, w).")
+    return integers[0], integers[1], integers[2]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The checked sizes of one call; `out` and `kernel` are per axis (d, h, w)."""
+
+    batch: int
+    in_channels: int
+    out_channels: int
+    size: tuple[int, int, int]
+    out: tuple[int, int, int]
+    kernel: tuple[int, int, int]
+    stride: tuple[int, int, int]
+    padding: tuple[int, int, int]
+    dilation: tuple[int, int, int]
+    groups: int
+    offset_groups: int
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1] * self.kernel[2]
+
+    @property
+    def sampled_together(self) -> int:
+        """Channels that share their sampling positions: those of one offset group."""
+        return self.in_channels // self.offset_groups
+
+    @property
+    def voxels(self) -> int:
+        """Input voxels per sample."""
+        return self.size[0] * self.size[1] * self.size[2]
+
+    @property
+    def out_voxels(self) -> int:
+        """Output voxels per sample."""
+        return self.out[0] * self.out[1] * self.out[2]
+
+    @property
+    def depthwise(self) -> bool:
+        """One weight per channel and tap, and all channels sampled at the same places: the fast path."""
+        return self.groups == self.in_channels == self.out_channels and self.offset_groups == 1
+
+
+def check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Geometry:
+    """Check one call and return its sizes; raises ValueError (shapes, devices) or TypeError (dtypes)."""
+    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."
+            )
+        if not input.dtype.is_floating_point or tensor.dtype != input.dtype:
+            expected = "a floating-point dtype" if tensor is input else f"{input.dtype} as input"
+            if not input.dtype.is_floating_point and tensor is not input:
+                continue
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}; convert it or use autocast.")
+        dims = 1 if tensor is bias else 5
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {dims}{_LAYOUT[name]}.")
+
+    batch, in_channels, *size = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    if in_channels < 1 or min(size) < 1:
+        raise ValueError(f"input: got shape {_shape(input)}, expected at least one channel and one voxel per axis.")
+    if min(weight.shape) < 1:
+        raise ValueError(f"weight: got shape {_shape(weight)}, expected no size of zero.")
+    if in_channels % group_channels:
+        raise ValueError(
+            f"weight: got {group_channels} input channels per group, expected a divisor of the input's {in_channels}."
+        )
+    groups = in_channels // group_channels
+    if out_channels % groups:
+        raise ValueError(
+            f"weight: got {out_channels} output channels, expected a multiple of the {groups} groups "
+            f"({in_channels} input channels / {group_channels} per group)."
+        )
+    if bias is not None and bias.shape[0] != out_channels:
+        raise ValueError(f"bias: got shape {_shape(bias)}, expected ({out_channels},), one per output channel.")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 3 or min(values) < least:
+            raise ValueError(f"{name}: got {tuple(values)}, expected three integers of at least {least}.")
+
+    out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(3)]
+    for i, axis in enumerate(AXES):
+        if out[i] < 1:
+            raise ValueError(
+                f"input: got size {size[i]} with padding {padding[i]} along {axis}, expected at least the kernel's "
+                f"reach of {dilation[i] * (kernel[i] - 1) + 1}; enlarge the padding or the input."
+            )
+
+    taps = kernel[0] * kernel[1] * kernel[2]
+    offset_channels = offset.shape[1]
+    offset_groups = offset_channels // (3 * taps)
+    if offset_groups < 1 or offset_channels % (3 * taps) or in_channels % offset_groups:
+        raise ValueError(
+            f"offset: got {offset_channels} channels, expected 3 * offset_groups * {taps} (three axes, "
+            f"{taps} kernel taps) with offset_groups dividing the input's {in_channels} channels, such as {3 * taps}."
+        )
+    if offset.shape[0] != batch or offset.shape[2:] != (*out,):
+        raise ValueError(
+            f"offset: got shape {_shape(offset)}, expected {(batch, offset_channels, *out)}: the input's batch size "
+            f"and the output's spatial size."
+        )
+    if mask is not None and mask.shape != (batch, offset_groups * taps, *out):
+        raise ValueError(
+            f"mask: got shape {_shape(mask)}, expected {(batch, offset_groups * taps, *out)}: one value per "
+            f"offset group, tap and output voxel."
+        )
+    return Geometry(
+        batch=batch,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        size=(size[0], size[1], size[2]),
+        out=(out[0], out[1], out[2]),
+        kernel=(kernel[0], kernel[1], kernel[2]),
+        stride=(stride[0], stride[1], stride[2]),
+        padding=(padding[0], padding[1], padding[2]),
+        dilation=(dilation[0], dilation[1], dilation[2]),
+        groups=groups,
+        offset_groups=offset_groups,
+    )
+
+
+_LAYOUT = {
+    "input": " (N, C_in, D, H, W)",
+    "offset": " (N, 3 * offset_groups * taps, D_out, H_out, W_out)",
+    "weight": " (C_out, C_in / groups, kD, kH, kW)",
+    "bias": " (C_out,)",
+    "mask": " (N, offset_groups * taps, D_out, H_out, W_out)",
+}
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)

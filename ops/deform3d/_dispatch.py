@@ -1,0 +1,82 @@
+"""Which backend runs a call, and why: predicates, the choice, and the DEFORM3D_BACKEND override."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import warnings
+
+import torch
+
+from .cuda import can_run_cuda
+
+BACKENDS = ("cpu", "cuda", "reference")
+ENVIRONMENT = "DEFORM3D_BACKEND"
+CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+log = logging.getLogger("deform3d")
+
+
+def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Return whether the Numba backend can run tensors of this device and dtype, and why (not)."""
+    if device.type != "cpu":
+        return False, f"the Numba backend needs CPU tensors, got {device}"
+    if dtype not in CPU_DTYPES:
+        return False, f"the Numba backend has no kernel for {dtype}"
+    problem = _numba_problem()
+    return not problem, problem or "CPU tensors, and Numba works"
+
+
+def check_backend(name: str | None, source: str) -> None:
+    """Raise ValueError unless `name` is a backend's name or None (choose one)."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}.")
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+    """Return the name of the backend for tensors of this device and dtype.
+
+    An explicit `backend` comes first, then the environment variable DEFORM3D_BACKEND, then the fastest that can
+    run. Raises ValueError for an unknown name and RuntimeError where the backend asked for cannot run.
+    """
+    source = "backend"
+    if backend is None and ENVIRONMENT in os.environ:
+        backend, source = os.environ[ENVIRONMENT], ENVIRONMENT
+    check_backend(backend, source)
+    return _choose(device.type, dtype, backend, source)
+
+
+@functools.cache
+def _choose(device_type: str, dtype: torch.dtype, wanted: str | None, source: str) -> str:
+    """Choose once per kind of call, so that the reason is logged once."""
+    device = torch.device(device_type)
+    if wanted == "reference":
+        chosen, reason = wanted, f"asked for by {source}"
+    else:
+        chosen = wanted or ("cpu" if device_type == "cpu" else "cuda")
+        able, reason = can_run_cpu(device, dtype) if chosen == "cpu" else can_run_cuda(device, dtype)
+        if not able and wanted:
+            raise RuntimeError(f"{source}: got {wanted!r}, which cannot run here: {reason}; or use 'reference'.")
+        if not able:
+            chosen = "reference"
+            _warn_of_fallback(device_type, reason)
+    log.info("deform_conv3d on %s, %s: backend %r: %s", device_type, dtype, chosen, reason)
+    return chosen
+
+
+@functools.cache
+def _warn_of_fallback(device_type: str, reason: str) -> None:
+    """Warn once per cause, whatever the warning filters say about repetition."""
+    warnings.warn(f"deform_conv3d uses its slow PyTorch reference on {device_type}: {reason}.", stacklevel=2)
+
+
+@functools.cache
+def _numba_problem() -> str:
+    """Say why the Numba backend cannot be loaded; Numba may be installed and still be broken."""
+    try:
+        importlib.import_module("deform3d.cpu")
+    except Exception as error:  # a broken Numba fails in many ways: wrong NumPy, no LLVM library, no cache folder
+        return f"Numba cannot be loaded ({type(error).__name__}: {error}); install it with `pip install numba`"
+    return ""

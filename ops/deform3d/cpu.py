@@ -1,0 +1,233 @@
+"""The CPU backend: lays the tensors out for the Numba kernels and shares the work between threads.
+
+Threads are Python threads in kernels that release the GIL, not Numba's own: its `workqueue` layer aborts the process
+when two Python threads enter it at once, its OpenMP layer aborts after a fork, and TBB is not in its wheels. A server
+calls this from several threads and trains in another process. The number of threads is `torch.get_num_threads()`.
+
+The kernels are depthwise with one offset group. Everything else goes through the reference: there the time is in one
+matrix product per tap, which PyTorch already does well, and the samples are shared by all output channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _cpu_kernels as kernels
+from . import reference
+from ._checks import Geometry
+from .reference import Gradients
+
+
+def forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, g: Geometry
+) -> Tensor:
+    """Return the output (N, C_out, D_out, H_out, W_out) in the input's dtype, channels-last."""
+    if not g.depthwise:
+        return reference.forward(input, offset, weight, bias, mask, g)
+    dtype = reference.compute_dtype(input.dtype)
+    x = _channels_last(input, dtype)
+    offset = offset.to(dtype)
+    mask = None if mask is None else mask.to(dtype)
+    bias = torch.zeros(g.out_channels, dtype=dtype) if bias is None else bias.to(dtype).contiguous()
+    shape = (g.batch, g.out_channels, *g.out)
+    output = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last_3d)
+    if output.numel():
+        inputs = (
+            _flat(x, dtype),
+            _flat(offset, dtype),
+            _flat(mask, dtype),
+            _taps_first(weight, dtype),
+            _flat(bias, dtype),
+        )
+        arguments = (*inputs, _flat(output, dtype), _sizes(x, offset, mask, g))
+        _share(lambda first, last: kernels.forward(*arguments, first, last), _split(_rows(g), 4 * _threads()))
+    return output.to(input.dtype)
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    g: Geometry,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Return the gradients that `needs` (input, offset, weight, bias, mask) asks for."""
+    if not g.depthwise:
+        return reference.backward(grad, input, offset, weight, mask, g, needs)
+    need_input, need_offset, need_weight, need_bias, need_mask = needs
+    dtype = reference.compute_dtype(input.dtype)
+    grad = grad.to(dtype).contiguous(memory_format=torch.channels_last_3d)
+    offset = _dense(offset.to(dtype))
+    mask = None if mask is None else _dense(mask.to(dtype))
+    taps_first = _taps_first(weight, dtype)
+
+    grad_offset = torch.empty_like(offset) if need_offset else None
+    grad_mask = torch.empty_like(mask) if need_mask and mask is not None else None
+    grad_taps = torch.zeros(g.taps, g.in_channels, dtype=dtype) if need_weight else None
+    if need_offset or need_weight or need_mask:
+        _sample_gradients(grad, input, offset, taps_first, mask, g, grad_offset, grad_taps, grad_mask)
+    return Gradients(
+        _input_gradient(grad, input, offset, taps_first, mask, g) if need_input else None,
+        None if grad_offset is None else grad_offset.to(input.dtype),
+        None if grad_taps is None else grad_taps.t().reshape(weight.shape).to(input.dtype),
+        grad.sum((0, 2, 3, 4)).to(input.dtype) if need_bias else None,
+        None if grad_mask is None else grad_mask.to(input.dtype),
+    )
+
+
+def _sample_gradients(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    taps_first: Any,
+    mask: Tensor | None,
+    g: Geometry,
+    grad_offset: Tensor | None,
+    grad_taps: Tensor | None,
+    grad_mask: Tensor | None,
+) -> None:
+    """Fill grad_offset, grad_mask and grad_taps, the gradient of the weight as (taps, C), where given."""
+    dtype = grad.dtype
+    x = _channels_last(input, dtype)
+    chunks = _split(_rows(g), min(64, max(2, g.batch * g.out_voxels // (4 * g.taps))))
+    parts = torch.zeros(len(chunks), 0 if grad_taps is None else grad_taps.numel(), dtype=dtype)
+    inputs = _flat(x, dtype), _flat(offset, dtype), _flat(mask, dtype), taps_first, _flat(grad, dtype)
+    outputs = _flat(grad_offset, dtype), _flat(grad_mask, dtype)
+    sizes = _sizes(x, offset, mask, g)
+
+    def work(part: int, first: int, last: int) -> None:
+        kernels.grad_samples(*inputs, *outputs, parts[part].numpy(), sizes, first, last)
+
+    _share(work, [(part, *chunk) for part, chunk in enumerate(chunks)])
+    if grad_taps is not None:
+        # In the order of the chunks, whose number depends on the shapes alone: equal bits for any thread count.
+        torch.sum(parts, 0, out=grad_taps.view(-1))
+
+
+def _input_gradient(
+    grad: Tensor, input: Tensor, offset: Tensor, taps_first: Any, mask: Tensor | None, g: Geometry
+) -> Tensor:
+    dtype = grad.dtype
+    total = torch.empty(input.shape, dtype=dtype, memory_format=torch.channels_last_3d).zero_()
+    sizes = _sizes(total, offset, mask, g)
+    low, high = np.empty(_rows(g), np.int64), np.empty(_rows(g), np.int64)
+    flat = (_flat(offset, dtype), _flat(mask, dtype), taps_first, _flat(grad, dtype), low, high, _flat(total, dtype))
+    _share(lambda first, last: kernels.reach(flat[0], sizes, first, last, low, high), _split(_rows(g), _threads()))
+    # Whole samples first, then channels in whole cache lines, then slices, which near their borders repeat work.
+    wanted = -(-_threads() // max(g.batch, 1))
+    by_channel = min(wanted, max(1, g.in_channels // 64))
+    by_slice = min(-(-wanted // by_channel), g.size[0])
+    units = [
+        (n, *slices, 16 * c_first, min(16 * c_last, g.in_channels))
+        for n in range(g.batch)
+        for slices in _split(g.size[0], by_slice)
+        for c_first, c_last in _split(-(-g.in_channels // 16), by_channel)
+    ]
+    _share(lambda *unit: kernels.grad_volume(*flat, sizes, *unit), units)
+    return total.to(input.dtype)
+
+
+def _channels_last(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `tensor` so that a voxel's channels follow each other; without a copy where they do."""
+    tensor = tensor.to(dtype)
+    if tensor.stride(1) == 1:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last_3d)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return `tensor` in one of the two layouts a gradient can have."""
+    if tensor.is_contiguous(memory_format=torch.channels_last_3d):
+        return tensor
+    return tensor.contiguous()
+
+
+def _taps_first(weight: Tensor, dtype: torch.dtype) -> Any:
+    """Depthwise weight (C, 1, kD, kH, kW) -> flat (taps, C)."""
+    return weight.to(dtype).reshape(weight.shape[0], -1).t().contiguous().view(-1).numpy()
+
+
+def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Any:
+    """Return the tensor's memory from its first element to its last as a flat array; none is an empty one."""
+    if tensor is None or not tensor.numel():
+        return torch.empty(0, dtype=dtype).numpy()
+    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.as_strided((span,), (1,)).numpy()
+
+
+def _rows(g: Geometry) -> int:
+    return g.batch * g.out[0] * g.out[1]
+
+
+def _sizes(x: Tensor, offset: Tensor, mask: Tensor | None, g: Geometry) -> kernels.Sizes:
+    x_n, _, x_d, x_h, x_w = x.stride()
+    mask_strides = (0, 0, 0, 0, 0) if mask is None else mask.stride()
+    return kernels.Sizes(
+        g.in_channels,
+        *g.size,
+        *g.out,
+        *g.kernel,
+        *g.stride,
+        *g.padding,
+        *g.dilation,
+        *(x_n, x_d, x_h, x_w),
+        *offset.stride(),
+        *mask_strides,
+    )
+
+
+def _split(count: int, parts: int) -> list[tuple[int, int]]:
+    """Cut range(count) into at most `parts` ranges of nearly equal length."""
+    parts = max(1, min(parts, count))
+    return list(itertools.pairwise(count * i // parts for i in range(parts + 1)))
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _forget_pool() -> None:
+    """A forked process has none of its parent's threads: it starts its own on first use."""
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]]) -> None:
+    """Call `work` once per unit, on as many threads as torch may use; this thread is one of them."""
+    global _pool
+    left = list(reversed(units))
+
+    def take() -> None:
+        while True:
+            try:
+                unit = left.pop()  # atomic
+            except IndexError:
+                return
+            work(*unit)
+
+    helpers = min(_threads(), len(units)) - 1
+    if helpers > 0 and _pool is None:
+        _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="deform3d")
+    waiting = [_pool.submit(take) for _ in range(helpers)] if _pool else []
+    take()
+    for helper in waiting:
+        # One that has not started, because torch's own threads still spin on its core, has nothing left to do.
+        if not helper.cancel():
+            helper.result()

@@ -1,0 +1,242 @@
+"""The operator inside PyTorch: registration, compilation, autocast, threads, processes, the choice of backend."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deform3d import DeformConv3d, _dispatch, deform_conv3d
+from tolerances import assert_near
+
+LAYERS = [{"channels": 6}, {"channels": 4, "out_channels": 6, "groups": 2, "offset_groups": 2}]
+
+
+def arguments(p, backend):
+    convolution = [list(p.options[name]) for name in ("stride", "padding", "dilation")]
+    return p.input, p.offset, p.weight, p.bias, p.mask, *convolution, backend
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_forward(make_problem, backend, layer, optional, channels_last):
+    p = make_problem(**layer, batch=2, bias=optional, mask=optional)
+    if channels_last:
+        p = p.map(lambda t: t.contiguous(memory_format=torch.channels_last_3d) if t.dim() == 5 else t)
+    p = p.map(lambda t: t.detach().requires_grad_())
+    torch.library.opcheck(torch.ops.deform3d.deform_conv3d.default, arguments(p, backend))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("needs", [[True] * 5, [True, False, False, False, False], [False, True, True, True, False]])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_backward(make_problem, backend, layer, needs, channels_last):
+    p = make_problem(**layer, batch=2)
+    if channels_last:
+        p = p.map(lambda t: t.contiguous(memory_format=torch.channels_last_3d) if t.dim() == 5 else t)
+    grad = torch.randn_like(p.run(backend=backend))
+    input, offset, weight, _, mask, *rest = arguments(p, backend)
+    torch.library.opcheck(
+        torch.ops.deform3d.deform_conv3d_backward.default, (grad, input, offset, weight, mask, *rest, needs)
+    )
+
+
+class Block(torch.nn.Module):
+    """Offsets from a convolution, then the deformable convolution, as in a network."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.offset = torch.nn.Conv3d(6, 81, 1)
+        self.sample = DeformConv3d(6, 6, 3, padding=1, groups=6, backend=backend)
+
+    def forward(self, x):
+        return F.gelu(self.sample(x, self.offset(x))) + x
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+def test_compile(backend, device, dynamic, memory_format):
+    torch._dynamo.reset()
+    block = Block(backend).to(device)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for size in ((4, 5, 6), (5, 4, 7)):
+        x = torch.randn(2, 6, *size, device=device).contiguous(memory_format=memory_format).requires_grad_()
+        results = [(run(x), *torch.autograd.grad(run(x).sum(), [x, *block.parameters()])) for run in (block, compiled)]
+        for actual, expected in zip(*reversed(results), strict=True):
+            torch.testing.assert_close(actual, expected)
+            assert actual.stride() == expected.stride()
+
+
+def test_compiled_shape_error_is_readable(backend):
+    def run(x, offset, weight):
+        return deform_conv3d(x, offset, weight, padding=1, backend=backend)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"offset: got shape .*expected \(1, 81, 4, 4, 4\)"):
+        compiled(torch.zeros(1, 2, 4, 4, 4), torch.zeros(1, 81, 4, 4, 5), torch.zeros(2, 1, 3, 3, 3))
+
+
+def test_fake_tensors_compute_nothing(backend, make_problem):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    p = make_problem()
+    expected = p.run(backend=backend)
+    with FakeTensorMode() as mode:
+        fake = p.map(mode.from_tensor).run(backend=backend)
+    assert fake.shape == expected.shape
+    assert fake.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_float32(make_problem, backend, device, dtype):
+    """A half input and offsets, as convolutions make them under autocast, with float32 parameters."""
+    p = make_problem(dtype=torch.float32)
+    mixed = replace(p, input=p.input.to(dtype), offset=p.offset.to(dtype), mask=p.mask.to(dtype))
+    rounded = replace(p, input=mixed.input.float(), offset=mixed.offset.float(), mask=mixed.mask.float())
+    with torch.autocast(torch.device(device).type, dtype=dtype):
+        output = mixed.run(backend=backend)
+        gradients = mixed.run_with_gradients(backend=backend)
+        whole = p.run(backend=backend)
+    assert output.dtype == dtype
+    assert whole.dtype == torch.float32
+    assert torch.equal(output, rounded.run(backend=backend).to(dtype))
+    assert torch.equal(whole, p.run(backend=backend))
+    for name, tensor in mixed.tensors().items():
+        assert gradients[name].dtype == tensor.dtype
+    expected = p.map(torch.Tensor.double)
+    expected = replace(
+        expected, input=mixed.input.double(), offset=mixed.offset.double(), mask=mixed.mask.double()
+    ).run_with_gradients(backend="reference")
+    for name in expected:
+        assert_near(gradients[name], expected[name], name)
+
+
+def test_autocast_network_trains(backend, device):
+    block = Block(backend).to(device)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        block(torch.randn(1, 6, 4, 5, 6, device=device)).square().mean().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
+
+
+def test_several_python_threads_at_once(make_problem, backend):
+    """The server infers from several threads, each call itself using several."""
+    torch.set_num_threads(2)
+    problems = [make_problem(channels=channels, size=(7, 9, 8), stride=(1, 1, 1)) for channels in (17, 33, 48, 6)]
+    expected = [p.run_with_gradients(backend=backend) for p in problems]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for results, wanted in zip(
+                pool.map(lambda p: p.run_with_gradients(backend=backend), problems), expected, strict=True
+            ):
+                for name, value in wanted.items():
+                    torch.testing.assert_close(results[name], value, rtol=1e-12, atol=1e-12)
+
+
+FORKED = """
+import os, sys, torch
+from deform3d import deform_conv3d
+torch.set_num_threads(2)
+arguments = torch.randn(1, 16, 6, 6, 6), torch.randn(1, 81, 6, 6, 6), torch.randn(16, 1, 3, 3, 3)
+def run():
+    return deform_conv3d(*arguments, padding=1, backend="cpu")
+expected = run()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(run(), expected) else 3)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status) or not torch.equal(run(), expected))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_a_fork():
+    """A child forked after the parent has computed, and so has threads, computes too."""
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+
+
+def test_import_loads_no_backend():
+    code = "import sys, deform3d; print(*{'numba', 'cupy', 'monai', 'llvmlite'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert loaded.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", ""])
+def test_without_a_place_for_the_compilers_cache(folder):
+    """Numba refuses to cache where it cannot write; the backend then compiles for this process alone."""
+    code = (
+        "import torch\nfrom deform3d import deform_conv3d\n"
+        "print(deform_conv3d(torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 3, 1, 1, 1), torch.ones(1, 1, 1, 1, 1),"
+        " backend='cpu').item())"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": folder, "NUMBA_CACHE_LOCATOR_CLASSES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.stdout.strip() == "1.0"
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """Forget earlier choices, and any override of whoever runs the tests."""
+    monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
+    for cached in (_dispatch._choose, _dispatch._warn_of_fallback):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (_dispatch._choose, _dispatch._warn_of_fallback):
+        cached.cache_clear()
+
+
+def test_choice_is_logged_with_its_reason(fresh_choice, caplog):
+    with caplog.at_level(logging.INFO, logger="deform3d"):
+        assert _dispatch.choose_backend(torch.device("cpu"), torch.float32) == "cpu"
+        assert _dispatch.choose_backend(torch.device("cpu"), torch.float32) == "cpu"
+    (record,) = caplog.records
+    assert "backend 'cpu': CPU tensors, and Numba works" in record.getMessage()
+
+
+def test_environment_overrides(fresh_choice, make_problem, caplog):
+    fresh_choice.setenv("DEFORM3D_BACKEND", "reference")
+    with caplog.at_level(logging.INFO, logger="deform3d"):
+        make_problem().run()
+    assert "backend 'reference': asked for by DEFORM3D_BACKEND" in caplog.text
+    fresh_choice.setenv("DEFORM3D_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="DEFORM3D_BACKEND: got 'fastest', expected one of 'cpu', 'cuda', 'reference'"):
+        make_problem().run()
+    assert _dispatch.choose_backend(torch.device("cpu"), torch.float32, "cpu") == "cpu"
+
+
+def test_backend_that_cannot_run(fresh_choice, make_problem):
+    with pytest.raises(RuntimeError, match=r"backend: got 'cuda', which cannot run.*needs CUDA tensors, got cpu"):
+        make_problem().run(backend="cuda")
+    with pytest.raises(RuntimeError, match=r"backend: got 'cpu', which cannot run.*needs CPU tensors, got cuda"):
+        _dispatch.choose_backend(torch.device("cuda"), torch.float32, "cpu")
+
+
+def test_cuda_falls_back_with_one_warning(fresh_choice):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for dtype in (torch.float32, torch.float16, torch.float32):
+            assert _dispatch.choose_backend(torch.device("cuda:1"), dtype) == "reference"
+    (warning,) = caught
+    assert "slow PyTorch reference on cuda" in str(warning.message)
+    assert "pip install cupy-cuda13x" in str(warning.message)
+
+
+def test_broken_numba_falls_back(fresh_choice):
+    """Numba may be installed and still fail to import; the reason is told."""
+    code = (
+        "import sys, warnings, torch\nsys.modules['numba'] = None\nfrom deform3d import deform_conv3d\n"
+        "warnings.simplefilter('always')\n"
+        "print(deform_conv3d(torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 3, 1, 1, 1), torch.ones(1, 1, 1, 1, 1)).item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1.0"
+    assert "Numba cannot be loaded" in done.stderr
+    assert "pip install numba" in done.stderr
