@@ -1,0 +1,162 @@
+"""DeformUXNet against published numbers, hand counts and an ordinary convolutional twin."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deformux import network as network_module
+from deformux.network import PRESETS, DeformUXNet
+
+CHANNELS = (48, 96, 192, 384)
+
+
+def parameters(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_base_has_the_papers_parameter_count() -> None:
+    assert parameters(DeformUXNet(1, 14)) == 55_792_118
+
+
+def test_ablations_change_the_count_as_counted_by_hand() -> None:
+    base = 55_792_118
+    blocks = 2
+    dense_mlp = sum(8 * c * c + 5 * c for c in CHANNELS) * blocks
+    scaling = sum(13 * c for c in CHANNELS) * blocks
+    norm = sum(2 * c for c in CHANNELS) * blocks
+    assert parameters(DeformUXNet(1, 14, mlp="depthwise")) == base - dense_mlp + scaling
+    assert parameters(DeformUXNet(1, 14, mlp="none")) == base - dense_mlp - norm
+    dense = sum(27 * c * c - 27 * c for c in CHANNELS) * blocks
+    assert parameters(DeformUXNet(1, 14, convolution="dense")) == base + dense
+    assert parameters(DeformUXNet(1, 14, offset_kernel=3)) == base + sum(26 * 81 * c for c in CHANNELS) * blocks
+    for planes in ("xy", "xz", "yz"):
+        one_plane = sum(27 * (c + 1) for c in CHANNELS) * blocks
+        assert parameters(DeformUXNet(1, 14, offset_planes=planes)) == base - one_plane
+    assert parameters(DeformUXNet(1, 15)) == base + 49
+
+
+def test_tiny_is_about_six_million_and_presets_grow() -> None:
+    sizes = [parameters(DeformUXNet(1, 3, name)) for name in ("tiny", "small", "base")]
+    assert 5.5e6 < sizes[0] < 6.5e6
+    assert all(small < large for small, large in pairwise(sizes))
+    assert set(PRESETS) == {"tiny", "small", "base"}
+
+
+@pytest.mark.parametrize("convolution", ["depthwise", "dense"])
+def test_at_initialisation_it_is_an_ordinary_convolutional_network(
+    convolution: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 3, "tiny", convolution=convolution).eval()
+    x = torch.randn(1, 1, 32, 32, 32)
+    with torch.no_grad():
+        deformable = net(x)
+
+        def plain(x, offset, weight, bias, padding):
+            return F.conv3d(x, weight, bias, padding=padding, groups=x.shape[1] // weight.shape[1])
+
+        monkeypatch.setattr(network_module, "deform_conv3d", plain)
+        ordinary = net(x)
+    torch.testing.assert_close(deformable, ordinary, rtol=1e-4, atol=1e-4)
+
+
+def test_one_plane_moves_taps_along_its_two_axes_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def record(x, offset, weight, bias, padding):
+        seen.append(offset.unflatten(1, (27, 3)))
+        return x
+
+    monkeypatch.setattr(network_module, "deform_conv3d", record)
+    mixer = network_module.DeformableMixer(4, offset_planes="xz")
+    torch.nn.init.normal_(mixer.offset.weight)
+    mixer(torch.randn(1, 4, 5, 6, 7))
+    moved = seen[0].abs().amax(dim=(0, 1, 3, 4, 5))
+    assert moved[0] > 0
+    assert moved[1] == 0
+    assert moved[2] > 0
+
+
+@pytest.mark.parametrize("size", [(17, 30, 41), (1, 33, 20), (16, 16, 16), (5, 5, 5), (48, 32, 16)])
+@pytest.mark.parametrize("training", [True, False])
+def test_any_size_comes_back_at_its_own_size(size: tuple[int, int, int], training: bool) -> None:
+    net = DeformUXNet(2, 4, "tiny").train(training)
+    logits = net(torch.randn(1, 2, *size))
+    assert logits.shape == (1, 4, *size)
+    assert torch.isfinite(logits).all()
+
+
+def test_padding_repeats_the_border() -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 2, "tiny").eval()
+    x = torch.randn(1, 1, 20, 32, 30)
+    padded = torch.nn.ReplicationPad3d((0, 2, 0, 0, 0, 12))(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net(padded)[:, :, :20, :, :30])
+
+
+def test_gradients_reach_every_parameter_once_offsets_are_not_zero() -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 2, "tiny")
+    for name, value in net.named_parameters():
+        if ".offset." in name:
+            torch.nn.init.normal_(value, std=0.1)
+    net(torch.randn(1, 1, 32, 32, 32)).square().mean().backward()
+    without = [name for name, p in net.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert without == []
+    # A convolution's bias in front of an instance normalisation has no effect, so its gradient is rounding.
+    assert all(p.grad.abs().max() > 0 for name, p in net.named_parameters() if p.ndim > 1)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    x = torch.randn(1, 1, 32, 32, 16)
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = DeformUXNet(1, 2, "tiny", activation_checkpointing=checkpointing)
+        net(x).square().mean().backward()
+        gradients.append([p.grad for p in net.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep() -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 2, "tiny")
+    x = torch.randn(2, 1, 32, 32, 32)
+    gradients = []
+    for enabled in (False, True):
+        net.zero_grad()
+        # What a later allocation may find in memory that was freed.
+        del [torch.full((256 * 256 * 27,), float("nan")) for _ in range(4)][:]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            logits = net(x)
+        logits.float().square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in net.skips[-1].named_parameters()})
+    for name, exact in gradients[0].items():
+        # Rounding on the way turns a gradient by some degrees; memory that was never written, by any angle.
+        assert F.cosine_similarity(gradients[1][name].flatten(), exact.flatten(), dim=0) > 0.9, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"preset": "huge"}, ["preset", "base, small, tiny", "huge"]),
+        ({"mlp": "big"}, ["mlp", "dense, depthwise, none", "big"]),
+        ({"convolution": "grouped"}, ["convolution", "depthwise, dense"]),
+        ({"offset_planes": "zz"}, ["offset_planes", "xyz, xy, xz, yz"]),
+        ({"offset_kernel": 5}, ["offset_kernel", "1, 3", "5"]),
+        ({"out_channels": 0}, ["out_channels", "0"]),
+    ],
+)
+def test_a_bad_argument_names_the_valid_ones(arguments: dict, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".+") as error:
+        DeformUXNet(**{"in_channels": 1, "out_channels": 2, **arguments})
+    assert all(word in str(error.value) for word in words)
+
+
+def test_a_wrong_input_says_what_was_expected() -> None:
+    with pytest.raises(ValueError, match=r"expected input \(N, 1, D, H, W\), got shape \(1, 2, 16, 16, 16\)"):
+        DeformUXNet(1, 2, "tiny")(torch.zeros(1, 2, 16, 16, 16))

@@ -1,0 +1,134 @@
+"""Model files and versions: what is written can be read, and nothing half-written is ever seen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from deformux.files import replacing
+from deformux.network import DeformUXNet
+from deformux.transforms import Preprocessing
+from deformux.versions import ModelVersions
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start
+
+
+def card(**changes) -> ModelCard:
+    values = {"labels": ("liver", "spleen"), "preprocessing": Preprocessing("ct", spacing_mm=(1.5, 1.5, 2.0))}
+    return ModelCard(**{**values, "preset": "tiny", **changes})
+
+
+def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
+    net = DeformUXNet(1, 3, "tiny", offset_planes="xy")
+    written = card(network_options={"offset_planes": "xy"}, training_cases=("a", "b"), parent="v0001")
+    save_model(tmp_path / "m.safetensors", net, written)
+    loaded, read = load_model(tmp_path / "m.safetensors")
+    assert read == written
+    assert not loaded.training
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_weights_are_plain_safetensors(tmp_path: Path) -> None:
+    net = DeformUXNet(1, 3, "tiny")
+    save_model(tmp_path / "m.safetensors", net, card())
+    with safe_open(tmp_path / "m.safetensors", "pt") as file:
+        assert set(file.keys()) == set(net.state_dict())
+
+
+def test_a_dice_of_nan_is_null_in_the_card(tmp_path: Path) -> None:
+    save_model(
+        tmp_path / "m.safetensors", DeformUXNet(1, 3, "tiny"), card(validation={"per_case": {"a": [0.5, float("nan")]}})
+    )
+    assert json.loads((tmp_path / "m.json").read_text())["validation"] == {"per_case": {"a": [0.5, None]}}
+
+
+def test_a_damaged_model_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(InvalidModel, match=r"m\.safetensors needs its card"):
+        load_model(path)
+    save_model(path, DeformUXNet(1, 3, "tiny"), card())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidModel, match=r"m\.safetensors"):
+        load_model(path)
+    path.write_bytes(whole)
+    path.with_suffix(".json").write_text(card(preset="small").to_json())
+    with pytest.raises(InvalidModel, match="does not fit its card"):
+        load_model(path)
+    path.with_suffix(".json").write_text("{}")
+    with pytest.raises(InvalidModel, match="not a model card"):
+        load_model(path)
+
+
+def test_warm_start_leaves_only_the_output_layer_fresh(tmp_path: Path) -> None:
+    source = DeformUXNet(1, 3, "tiny")
+    save_model(tmp_path / "m.safetensors", source, card())
+    other = DeformUXNet(1, 6, "tiny")
+    fresh = warm_start(other, tmp_path / "m.safetensors")
+    assert fresh
+    assert all(name.startswith("head.") for name in fresh)
+    torch.testing.assert_close(other.fuse.state_dict(), source.fuse.state_dict())
+    with pytest.raises(InvalidModel, match="another architecture"):
+        warm_start(DeformUXNet(1, 3, "small"), tmp_path / "m.safetensors")
+
+
+def test_an_unknown_pretrained_name_lists_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="hippocampus"):
+        pretrained_path("brain")
+
+
+def test_versions_are_numbered_and_one_is_published(tmp_path: Path) -> None:
+    versions = ModelVersions(tmp_path / "models")
+    assert versions.names() == []
+    assert versions.published() is None
+    names = [versions.write(DeformUXNet(1, 3, "tiny"), card()) for _ in range(2)]
+    assert names == versions.names() == ["v0001", "v0002"]
+    assert versions.published() is None
+    versions.publish("v0002")
+    versions.publish("v0001")
+    assert ModelVersions(tmp_path / "models").published() == "v0001"
+    with pytest.raises(ValueError, match="v0001, v0002"):
+        versions.publish("v0009")
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    script = (
+        "import os, signal\nfrom pathlib import Path\nfrom deformux.files import replacing\n"
+        f"with replacing(Path({str(path)!r})) as temporary:\n"
+        "    temporary.write_text('half of the n')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_a_written_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    modes = {os.stat(tmp_path / name).st_mode for name in ("a.txt", "b.txt")}
+    assert len(modes) == 1

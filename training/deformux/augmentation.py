@@ -1,0 +1,71 @@
+"""The random part of training: patches and how they are varied."""
+
+from __future__ import annotations
+
+import numpy as np
+from monai.transforms import (
+    EnsureTyped,
+    RandAdjustContrastd,
+    RandAffined,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandGaussianNoised,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
+    RandSimulateLowResolutiond,
+    SelectItemsd,
+    SpatialPadd,
+    Transform,
+)
+
+from deformux.recipe import Recipe
+from deformux.transforms import Preprocessing
+
+__all__ = ["training_augmentation"]
+
+_KEYS = ("image", "label")
+
+
+def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
+    """Random dictionary transforms from whole volumes ``(1, x, y, z)`` to ``patches_per_volume`` training patches."""
+    transforms: list[Transform] = [
+        # Only what collates: paths and reader headers stay behind.
+        SelectItemsd(_KEYS),
+        SpatialPadd("image", prep.patch_size, mode="edge"),
+        SpatialPadd("label", prep.patch_size, mode="constant"),
+        RandCropByPosNegLabeld(
+            _KEYS,
+            label_key="label",
+            spatial_size=prep.patch_size,
+            pos=recipe.foreground_ratio,
+            neg=1 - recipe.foreground_ratio,
+            num_samples=recipe.patches_per_volume,
+        ),
+    ]
+    for axis in recipe.flip_axes:
+        transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
+    if recipe.affine_probability > 0 and (recipe.rotation_degrees > 0 or recipe.scaling > 0):
+        transforms.append(
+            RandAffined(
+                _KEYS,
+                prob=recipe.affine_probability,
+                rotate_range=[np.deg2rad(recipe.rotation_degrees)] * 3,
+                scale_range=[recipe.scaling] * 3,
+                mode=("bilinear", "nearest"),
+                padding_mode=("border", "zeros"),
+            )
+        )
+    p = recipe.intensity_probability
+    if recipe.low_resolution < 1:
+        transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))
+    if recipe.noise_std > 0:
+        transforms.append(RandGaussianNoised("image", prob=p, std=recipe.noise_std))
+    if recipe.gamma != (1.0, 1.0):
+        transforms.append(RandAdjustContrastd("image", prob=p, gamma=recipe.gamma))
+    if recipe.intensity_scale > 0:
+        transforms.append(RandScaleIntensityd("image", prob=p, factors=recipe.intensity_scale))
+    if recipe.intensity_shift > 0:
+        transforms.append(RandShiftIntensityd("image", prob=p, offsets=recipe.intensity_shift))
+    # Geometry has served its purpose; a plain tensor spares every operation of the network MONAI's bookkeeping.
+    transforms.append(EnsureTyped(_KEYS, track_meta=False))
+    return transforms

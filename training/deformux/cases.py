@@ -1,0 +1,99 @@
+"""Labelled volumes in plain folders: which image belongs to which label."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "volume_id"]
+
+_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
+_FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
+
+
+class InvalidFolder(ValueError):
+    """A folder does not hold what it should; the message says what was looked for."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled volume: its id, its image file and its label file."""
+
+    id: str
+    image: Path
+    label: Path
+
+
+def volume_id(path: Path) -> str:
+    """File name without its volume suffix: ``liver_1.nii.gz`` is ``liver_1``."""
+    for suffix in _SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def find_images(folder: Path) -> list[Path]:
+    """Volumes directly in a folder, by name.
+
+    Raises:
+        InvalidFolder: the folder does not exist or holds no volume.
+    """
+    if not folder.is_dir():
+        raise InvalidFolder(f"{folder} is not a folder")
+    # Archives made on a Mac carry hidden companions with the same suffix.
+    found = sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES) and not p.name.startswith("."))
+    if not found:
+        raise InvalidFolder(f"{folder} holds no volume ({', '.join(_SUFFIXES)})")
+    return found
+
+
+def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
+    """Cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``), paired by file name.
+
+    Args:
+        folder: the data set.
+        subset: a key of ``split.json`` in that folder, such as ``train`` or ``val``; all cases without it.
+
+    Raises:
+        InvalidFolder: no such layout, no image with a label, or no such subset.
+    """
+    for images, labels in _FOLDERS:
+        if (folder / images).is_dir() and (folder / labels).is_dir():
+            break
+    else:
+        raise InvalidFolder(f"{folder} must hold the folders images/ and labels/ (or imagesTr/ and labelsTr/)")
+    label_of = {volume_id(path): path for path in find_images(folder / labels)}
+    image_of = {volume_id(path): path for path in find_images(folder / images)}
+    cases = [Case(name, image, label_of[name]) for name, image in image_of.items() if name in label_of]
+    if subset is not None:
+        chosen = set(_subset(folder, subset))
+        cases = [case for case in cases if case.id in chosen]
+    if not cases:
+        raise InvalidFolder(
+            f"no image in {folder / images} has a label of the same file name in {folder / labels}"
+            + (f" in the subset {subset!r}" if subset else "")
+        )
+    return cases
+
+
+def _subset(folder: Path, subset: str) -> list[str]:
+    path = folder / "split.json"
+    if not path.is_file():
+        raise InvalidFolder(f"{folder} has no split.json to take the subset {subset!r} from")
+    split = json.loads(path.read_text())
+    if subset not in split:
+        raise InvalidFolder(f"{path} has no subset {subset!r}; it has {', '.join(sorted(split))}")
+    return [str(name) for name in split[subset]]
+
+
+def label_names(folder: Path) -> list[str] | None:
+    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none."""
+    path = folder / "dataset.json"
+    if not path.is_file():
+        return None
+    names = json.loads(path.read_text()).get("labels", {})
+    values = sorted(int(value) for value in names)
+    if values[1:] != list(range(1, len(values))):
+        raise InvalidFolder(f"{path}: label values must be 0..N without gaps, got {values}")
+    return [str(names[str(value)]) for value in values[1:]]

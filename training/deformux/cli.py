@@ -1,0 +1,308 @@
+"""The ``deformux`` command: train, apply and score on plain NIfTI folders."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import nibabel as nib
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deformux.cases import InvalidFolder, find_cases, find_images, label_names, volume_id
+from deformux.engine import Progress as FitProgress
+from deformux.engine import TrainingError, fit
+from deformux.files import replacing, write_text
+from deformux.inference import evaluate as evaluate_cases
+from deformux.inference import segment
+from deformux.metrics import mean_dice
+from deformux.network import PRESETS, DeformUXNet
+from deformux.recipe import RECIPES
+from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DeformUX-Net on folders of NIfTI volumes: train, predict, evaluate.",
+)
+console = Console()
+
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
+ModelFile = Annotated[
+    str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
+]
+
+
+@app.callback()
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is being done.")] = False) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False)],
+    )
+
+
+@app.command(name="fit")
+def fit_command(
+    data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
+    output: Annotated[Path, typer.Argument(help="Model file to write (.safetensors; its .json card goes beside it).")],
+    labels: Annotated[
+        str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")
+    ] = "",
+    modality: Annotated[str, typer.Option(help=" or ".join(MODALITIES))] = "ct",
+    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "tiny",
+    spacing: Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")] = "native",
+    patch_size: Annotated[str, typer.Option(help="Patch R,A,S in voxels.")] = "96,96,96",
+    recipe: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "finetune",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set steps=2000.")] = None,
+    start_from: Annotated[str, typer.Option(help="Model file or shipped name to fine-tune from.")] = "",
+    subset: Annotated[str, typer.Option(help="Subset of split.json to train on, e.g. train.")] = "",
+    validate: Annotated[int, typer.Option(help="Hold out this many cases to choose the best weights.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train a network on a labelled folder."""
+    with _clear_errors():
+        _use_threads(threads)
+        where = _device(device)
+        names = [name.strip() for name in labels.split(",") if name.strip()] or label_names(data)
+        if not names:
+            raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
+        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        cases = find_cases(data, subset=subset or None)
+        if len(cases) <= validate:
+            raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
+        # Evenly through the list: neighbours in a folder often come from one site.
+        held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
+        plan = RECIPES[_one_of("recipe", recipe, tuple(RECIPES))].replace(**_assignments(set_ or []))
+        torch.manual_seed(seed)
+        network = DeformUXNet(1, len(names) + 1, preset)
+        if start_from:
+            warm_start(network, _model_path(start_from))
+        train_cases = [case for i, case in enumerate(cases) if i not in held_out]
+        with _bar("training") as bar:
+            task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
+
+            def show(p: FitProgress) -> None:
+                dice = "" if p.best_dice is None else f", best Dice {p.best_dice:.3f}"
+                bar.update(task, total=p.total_steps, completed=p.step, description=f"loss {p.loss:.3f}{dice}")
+
+            result = fit(
+                network,
+                train_cases,
+                recipe=plan,
+                prep=prep,
+                labels=names,
+                val_cases=[cases[i] for i in sorted(held_out)],
+                device=where,
+                on_progress=show,
+                seed=seed,
+            )
+        card = ModelCard(
+            labels=tuple(names),
+            preprocessing=prep,
+            preset=preset,
+            parent=start_from or None,
+            training_cases=tuple(case.id for case in train_cases),
+            recipe={**plan.to_json(), "seed": seed},
+            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
+            seconds=round(result.seconds, 1),
+            device=_device_name(where),
+        )
+        save_model(output, network, card)
+        console.print(
+            f"{output}: {len(train_cases)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}"
+        )
+
+
+@app.command()
+def predict(
+    model: ModelFile,
+    images: Annotated[Path, typer.Argument(help="A volume, or a folder of volumes.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the label volumes (.nii.gz).")],
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment volumes; each result lies on its scan's own grid."""
+    with _clear_errors():
+        _use_threads(threads)
+        where = _device(device)
+        network, card = load_model(_model_path(model))
+        paths = [images] if images.is_file() else find_images(images)
+        failed = []
+        with _bar("segmenting") as bar:
+            task = bar.add_task("segmenting", total=len(paths))
+            for path in paths:
+                try:
+                    labels, _ = segment(network, path, card.preprocessing, device=where)
+                except InvalidVolume as error:
+                    # One bad file must not cost the results of a folder.
+                    failed.append(str(error))
+                else:
+                    _write_labels(output / f"{volume_id(path)}.nii.gz", labels[0].numpy(), labels.affine.numpy())
+                bar.advance(task)
+        for message in failed:
+            console.print(f"[red]skipped:[/red] {message}")
+        console.print(f"{len(paths) - len(failed)} of {len(paths)} volumes written to {output}; labels {_legend(card)}")
+        if failed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: ModelFile,
+    data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/.")],
+    subset: Annotated[str, typer.Option(help="Subset of split.json, e.g. val.")] = "",
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one row per case.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Score a model on a labelled folder: Dice per label and case."""
+    with _clear_errors():
+        _use_threads(threads)
+        where = _device(device)
+        network, card = load_model(_model_path(model))
+        cases = find_cases(data, subset=subset or None)
+        with _bar("scoring") as bar:
+            task = bar.add_task("scoring", total=len(cases))
+            scores = evaluate_cases(
+                network,
+                cases,
+                card.preprocessing,
+                n_labels=len(card.labels),
+                device=where,
+                on_case=lambda case, dice: bar.advance(task),
+            )
+        per_case = np.array(list(scores.values()))
+        table = Table("label", "mean Dice", "median", "worst", title=f"{model} on {len(cases)} volumes")
+        for index, name in enumerate(card.labels):
+            values = per_case[:, index][~np.isnan(per_case[:, index])]
+            if len(values):
+                table.add_row(name, f"{values.mean():.4f}", f"{np.median(values):.4f}", f"{values.min():.4f}")
+            else:
+                table.add_row(name, "in no case", "", "")
+        console.print(table)
+        console.print(f"mean Dice {mean_dice(per_case):.4f}")
+        if csv_file is not None:
+            text = io.StringIO()
+            writer = csv.writer(text)
+            writer.writerow(["case", *card.labels])
+            writer.writerows([name, *(f"{value:.6f}" for value in row)] for name, row in scores.items())
+            write_text(csv_file, text.getvalue())
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can cause ends in one sentence."""
+    try:
+        yield
+    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError) as error:
+        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        console.print("stopped")
+        raise typer.Exit(130) from error
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Progress]:
+    columns = (
+        TextColumn(f"{what}: {{task.description}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield bar
+
+
+def _use_threads(threads: int) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this machine has no usable CUDA device; use --device cpu")
+    return name
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def _model_path(name: str) -> Path:
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise InvalidModel(f"there is no model file {path}")
+        return path
+    return pretrained_path(name)
+
+
+def _assignments(pairs: list[str]) -> dict[str, object]:
+    changes: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value; got {pair!r}")
+        changes[name] = _value(text)
+    return changes
+
+
+def _value(text: str) -> object:
+    """A recipe's value from the command line: number, none, comma-separated tuple, or word."""
+    if "," in text:
+        return tuple(_value(part) for part in text.split(",") if part)
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
+    return value
+
+
+def _write_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:
+    with replacing(path) as temporary:
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), temporary)
+
+
+def _legend(card: ModelCard) -> str:
+    return ", ".join(f"{value} {name}" for value, name in enumerate(card.labels, start=1))
+
+
+if __name__ == "__main__":
+    app()

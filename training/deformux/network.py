@@ -1,0 +1,302 @@
+"""DeformUX-Net: a 3D U-Net whose encoder mixes space with depthwise deformable convolution (arXiv 2310.00199)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import torch
+from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deform3d import deform_conv3d
+
+__all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset"]
+
+Convolution = Literal["depthwise", "dense"]
+OffsetPlanes = Literal["xyz", "xy", "xz", "yz"]
+Mlp = Literal["dense", "depthwise", "none"]
+
+# The deepest stage sees 1/16 of the resolution.
+_STRIDE = 16
+_TAPS = 27
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Widths of a DeformUX-Net: channels of the four stages, channels of the bottleneck, blocks per stage."""
+
+    channels: tuple[int, int, int, int]
+    hidden: int
+    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "base": Preset((48, 96, 192, 384), 768),  # the published model
+        "small": Preset((24, 48, 96, 192), 384),
+        "tiny": Preset((16, 32, 64, 128), 256),  # trains on a CPU
+    }
+)
+
+
+class _ChannelNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of ``(N, C, D, H, W)``; the result is in channels-last memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
+
+
+class DeformableMixer(nn.Module):
+    """3×3×3 deformable convolution with offsets from a parallel, zero-initialised convolution (paper, section 3.2).
+
+    ``(N, C, D, H, W)`` to the same shape. At initialisation it is an ordinary 3×3×3 convolution.
+
+    Args:
+        channels: C.
+        convolution: ``depthwise`` (published) or ``dense``, the standard deformable convolution.
+        offset_kernel: kernel size of the offset branch, 1 (published) or 3.
+        offset_planes: axes along which taps may move; ``xyz`` is the published tri-planar form. x, y and z are the
+            tensor's three spatial axes in order.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        convolution: Convolution = "depthwise",
+        offset_kernel: int = 1,
+        offset_planes: OffsetPlanes = "xyz",
+    ) -> None:
+        super().__init__()
+        self.groups = channels if convolution == "depthwise" else 1
+        self.axes = tuple("xyz".index(axis) for axis in offset_planes)
+        self.weight = nn.Parameter(torch.empty(channels, channels // self.groups, 3, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        # Padding keeps the grid: the published code pads a 1×1×1 kernel too, which shifts every offset.
+        self.offset = nn.Conv3d(channels, len(self.axes) * _TAPS, offset_kernel, padding=offset_kernel // 2)
+        # The variance of torch's own convolution initialisation.
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset = self.offset(x)
+        if len(self.axes) < 3:
+            full = offset.new_zeros(offset.shape[0], _TAPS, 3, *offset.shape[2:])
+            full[:, :, self.axes] = offset.unflatten(1, (_TAPS, len(self.axes)))
+            offset = full.flatten(1, 2)
+        return deform_conv3d(x, offset, self.weight, self.bias, padding=1)
+
+
+class _DenseMlp(nn.Module):
+    """Two 1×1×1 convolutions around a GELU, as matrix products over channels-last voxels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.reduce = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        voxels = x.permute(0, 2, 3, 4, 1)
+        return self.reduce(F.gelu(self.expand(voxels))).permute(0, 4, 1, 2, 3)
+
+
+class _DepthwiseScaling(nn.Sequential):
+    """The channel-wise expansion of 3D UX-Net (arXiv 2209.15076): no channel mixing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            nn.Conv3d(channels, 4 * channels, 1, groups=channels),
+            nn.GELU(),
+            nn.Conv3d(4 * channels, channels, 1, groups=channels),
+        )
+
+
+class DeformUXNetBlock(nn.Module):
+    """``z = DDC(LN(z)) + z; z = MLP(LN(z)) + z`` (paper, equation 3) on ``(N, C, D, H, W)``."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        convolution: Convolution = "depthwise",
+        offset_kernel: int = 1,
+        offset_planes: OffsetPlanes = "xyz",
+        mlp: Mlp = "dense",
+    ) -> None:
+        super().__init__()
+        self.norm1 = _ChannelNorm(channels)
+        self.mixer = DeformableMixer(
+            channels, convolution=convolution, offset_kernel=offset_kernel, offset_planes=offset_planes
+        )
+        # "none" drops the second line whole, its normalisation included.
+        self.norm2 = _ChannelNorm(channels) if mlp != "none" else None
+        self.mlp: nn.Module | None = None
+        if mlp == "dense":
+            self.mlp = _DenseMlp(channels)
+        elif mlp == "depthwise":
+            self.mlp = _DepthwiseScaling(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mixer(self.norm1(x)) + x
+        if self.norm2 is not None and self.mlp is not None:
+            x = self.mlp(self.norm2(x)) + x
+        return x
+
+
+class DeformUXNet(nn.Module):
+    """DeformUX-Net for volumetric segmentation (Lee et al., arXiv 2310.00199, figure 2 and equation 3).
+
+    Four encoder stages at 1/2 … 1/16 of the resolution, and the convolutional decoder of UNETR. Each row of the
+    paper's ablation (table 3) is one of the keyword arguments.
+
+    Args:
+        in_channels: channels of the scan.
+        out_channels: classes, background included.
+        preset: ``base`` (published, 55.8 M parameters), ``small`` or ``tiny`` (for CPUs).
+        convolution: ``depthwise`` (published) or ``dense`` deformable convolution.
+        offset_kernel: kernel size of the offset branch, 1 (published) or 3.
+        offset_planes: ``xyz`` (published, tri-planar), or ``xy``, ``xz``, ``yz`` for one plane only.
+        mlp: ``dense`` (published), ``depthwise`` scaling, or ``none``.
+        activation_checkpointing: recompute encoder blocks and decoder stages in the backward pass instead of keeping
+            their activations.
+
+    Raises:
+        ValueError: an argument is not one of those named above.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        preset: str = "base",
+        *,
+        convolution: Convolution = "depthwise",
+        offset_kernel: int = 1,
+        offset_planes: OffsetPlanes = "xyz",
+        mlp: Mlp = "dense",
+        activation_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_one_of("preset", preset, tuple(PRESETS))
+        _check_one_of("convolution", convolution, get_args(Convolution))
+        _check_one_of("offset_kernel", offset_kernel, (1, 3))
+        _check_one_of("offset_planes", offset_planes, get_args(OffsetPlanes))
+        _check_one_of("mlp", mlp, get_args(Mlp))
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.in_channels, self.out_channels, self.preset = in_channels, out_channels, preset
+        self.activation_checkpointing = activation_checkpointing
+        widths = PRESETS[preset].channels
+        hidden = PRESETS[preset].hidden
+
+        self.downsample = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        self.stage_norms = nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level == 0:
+                reduce = nn.Sequential(nn.Conv3d(in_channels, width, 7, stride=2, padding=3), _ChannelNorm(width))
+            else:
+                reduce = nn.Sequential(
+                    _ChannelNorm(widths[level - 1]), nn.Conv3d(widths[level - 1], width, 2, stride=2)
+                )
+            self.downsample.append(reduce)
+            self.stages.append(
+                nn.ModuleList(
+                    DeformUXNetBlock(
+                        width,
+                        convolution=convolution,
+                        offset_kernel=offset_kernel,
+                        offset_planes=offset_planes,
+                        mlp=mlp,
+                    )
+                    for _ in range(PRESETS[preset].depths[level])
+                )
+            )
+            self.stage_norms.append(_ChannelNorm(width))
+
+        # Skip connection k has resolution 1/2^k; the raw image is the first.
+        sources = (in_channels, *widths)
+        targets = (*widths, hidden)
+        self.skips = nn.ModuleList(
+            UnetrBasicBlock(3, source, target, kernel_size=3, stride=1, norm_name="instance", res_block=True)
+            for source, target in zip(sources, targets, strict=True)
+        )
+        self.ups = nn.ModuleList(
+            UnetrUpBlock(
+                3,
+                targets[k + 1],
+                targets[k],
+                kernel_size=3,
+                upsample_kernel_size=2,
+                norm_name="instance",
+                res_block=True,
+            )
+            for k in reversed(range(4))
+        )
+        self.fuse = UnetrBasicBlock(
+            3, widths[0], widths[0], kernel_size=3, stride=1, norm_name="instance", res_block=True
+        )
+        self.head = UnetOutBlock(3, widths[0], out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
+
+        Raises:
+            ValueError: the input is not 5-dimensional or has another number of channels.
+        """
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected input (N, {self.in_channels}, D, H, W), got shape {tuple(x.shape)}")
+        size = x.shape[2:]
+        x = _pad(x)
+        features = [x]
+        z = x
+        for downsample, stage, norm in zip(self.downsample, self.stages, self.stage_norms, strict=True):
+            z = downsample(z)
+            for block in stage:  # type: ignore[attr-defined]
+                z = self._run(block, z)
+            features.append(norm(z))
+        skips = [self._run(skip, feature) for skip, feature in zip(self.skips, features, strict=True)]
+        z = skips.pop()
+        for up in self.ups:
+            z = self._run(up, z, skips.pop())
+        logits = self.head(self._run(self.fuse, z))
+        return logits[:, :, : size[0], : size[1], : size[2]]
+
+    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        grid = inputs[-1]
+        if grid.device.type == "cpu" and grid.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
+            # oneDNN's bfloat16 weight gradient of a 3×3×3 convolution reads memory it never wrote where the grid is
+            # two voxels deep (seen with torch 2.15): wrong at best, NaN at worst. Such grids are small.
+            with torch.autocast("cpu", enabled=False):
+                return self._call(module, *(x.float() for x in inputs))
+        return self._call(module, *inputs)
+
+    def _call(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *inputs, use_reentrant=False)
+        return module(*inputs)
+
+
+def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
+
+
+def _pad(x: Tensor) -> Tensor:
+    """Repeat the far border until each axis divides by 16, and the coarsest grid has more than one voxel."""
+    padded = [-(-length // _STRIDE) * _STRIDE for length in x.shape[2:]]
+    if max(padded) == _STRIDE:
+        # Instance normalisation has no variance over a single voxel.
+        padded[-1] = 2 * _STRIDE
+    missing = [target - length for target, length in zip(padded, x.shape[2:], strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")

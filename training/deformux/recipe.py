@@ -1,0 +1,124 @@
+"""How a network is trained: every number of a training run in one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+__all__ = ["RECIPES", "Recipe"]
+
+SCHEDULES = ("plateau", "one_cycle", "constant")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training recipe; the defaults are the paper's (arXiv 2310.00199, appendix A.1, table 4).
+
+    Args:
+        steps: optimizer steps.
+        batch_size: patches per step.
+        patches_per_volume: patches cut from a volume each time it is drawn.
+        epochs: parts into which the steps are divided for validation, schedule and progress.
+        learning_rate: of AdamW; the peak with ``one_cycle``.
+        weight_decay, betas, eps: of AdamW.
+        schedule: ``plateau`` (factor 0.9, patience 10 epochs), ``one_cycle`` or ``constant``.
+        gradient_clip: largest norm of the gradient; None for no limit.
+        ema_decay: decay per step of the moving average of the weights that is kept as the result; None keeps the last.
+        foreground_ratio: patches centred on a labelled voxel, of all patches.
+        rotation_degrees, scaling: largest rotation about each axis and relative change of size.
+        affine_probability: of rotating and scaling a patch.
+        flip_axes: axes (0 right, 1 anterior, 2 superior) that are mirrored half of the time; anatomy forbids most.
+        intensity_shift, intensity_scale: largest offset and relative factor, in units of the preprocessed image.
+        noise_std: largest standard deviation of Gaussian noise.
+        gamma: contrast exponents drawn from this range.
+        low_resolution: smallest zoom of a simulated coarse scan; 1 for none.
+        intensity_probability: of each of the intensity changes.
+        mixed_precision: bfloat16 where the device has it.
+        cache_gb: memory that preprocessed volumes may take; the rest is read again each time.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    steps: int = 40_000
+    batch_size: int = 2
+    patches_per_volume: int = 2
+    epochs: int = 100
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.08
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    schedule: str = "plateau"
+    gradient_clip: float | None = None
+    ema_decay: float | None = None
+    foreground_ratio: float = 0.5
+    rotation_degrees: float = 30.0
+    scaling: float = 0.1
+    affine_probability: float = 0.5
+    flip_axes: tuple[int, ...] = ()
+    intensity_shift: float = 0.1
+    intensity_scale: float = 0.0
+    noise_std: float = 0.0
+    gamma: tuple[float, float] = (1.0, 1.0)
+    low_resolution: float = 1.0
+    intensity_probability: float = 0.5
+    mixed_precision: bool = True
+    cache_gb: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        for name in ("steps", "batch_size", "patches_per_volume", "epochs", "learning_rate"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"{name} must be a positive number; got {value!r}")
+        for name in ("steps", "batch_size", "patches_per_volume", "epochs"):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
+        if self.batch_size % self.patches_per_volume:
+            raise ValueError(
+                "batch_size must be a multiple of patches_per_volume; "
+                f"got {self.batch_size} and {self.patches_per_volume}"
+            )
+        if not 0 <= self.foreground_ratio <= 1:
+            raise ValueError(f"foreground_ratio must be between 0 and 1; got {self.foreground_ratio}")
+
+    def replace(self, **changes: Any) -> Recipe:
+        """A recipe with some values changed; raises ValueError naming the valid ones where a name is unknown."""
+        names = [field.name for field in dataclasses.fields(self)]
+        unknown = sorted(set(changes) - set(names))
+        if unknown:
+            raise ValueError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
+        return dataclasses.replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the card."""
+        return dataclasses.asdict(self)
+
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "paper": Recipe(),
+        # Few volumes and minutes instead of days: a high, short cycle and stronger augmentation.
+        "finetune": Recipe(
+            steps=400,
+            patches_per_volume=1,
+            epochs=20,
+            learning_rate=1e-3,
+            weight_decay=0.01,
+            schedule="one_cycle",
+            gradient_clip=1.0,
+            ema_decay=0.98,
+            foreground_ratio=0.75,
+            rotation_degrees=15.0,
+            scaling=0.15,
+            intensity_scale=0.1,
+            noise_std=0.1,
+            gamma=(0.7, 1.5),
+            intensity_probability=0.3,
+        ),
+    }
+)

@@ -1,0 +1,292 @@
+"""From a scan on disk to network input and back to its grid: one definition for training, inference and the app."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    ClipIntensityPercentilesd,
+    LoadImage,
+    MapTransform,
+    NormalizeIntensityd,
+    Orientationd,
+    ScaleIntensityRanged,
+    Spacingd,
+    Transform,
+)
+from torch.nn import functional as F
+
+__all__ = [
+    "MODALITIES",
+    "InvalidVolume",
+    "LoadLabeld",
+    "LoadVolumed",
+    "Preprocessing",
+    "RestoreGridd",
+    "apply",
+    "geometry_difference",
+    "inference_transforms",
+    "labelled_transforms",
+    "restore_transforms",
+]
+
+MODALITIES = ("ct", "mr")
+# Positions that differ by less than this are the same position.
+GEOMETRY_TOLERANCE_MM = 1e-3
+
+
+class InvalidVolume(ValueError):
+    """A volume cannot be used; the message is one sentence that names the file, what is wrong and what is expected."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that turns a scan into network input; stored in the model's card.
+
+    Args:
+        modality: ``ct`` clips to ``window_hu`` and scales to 0..1; ``mr`` clips to ``percentiles`` of the volume and
+            standardises, since MR intensities have no unit.
+        spacing_mm: voxel size along the axes right, anterior, superior; None keeps the scan's own.
+        patch_size: voxels of a training patch and of an inference window along the same axes.
+        window_hu: Hounsfield units.
+        percentiles: percent.
+
+    Raises:
+        ValueError: a value is out of range; the message lists the valid ones.
+    """
+
+    modality: str = "ct"
+    spacing_mm: tuple[float, float, float] | None = None
+    patch_size: tuple[int, int, int] = (96, 96, 96)
+    window_hu: tuple[float, float] = (-175.0, 250.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality must be one of {', '.join(MODALITIES)}; got {self.modality!r}")
+        spacing = self.spacing_mm
+        if spacing is not None and (len(spacing) != 3 or not all(0.05 <= s <= 50 for s in spacing)):
+            raise ValueError(f"spacing must be 'native' or three sizes between 0.05 and 50 mm; got {spacing}")
+        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 16 <= p <= 512 for p in self.patch_size):
+            raise ValueError(f"patch size must be three whole numbers between 16 and 512 voxels; got {self.patch_size}")
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
+
+    @classmethod
+    def from_options(cls, modality: str, spacing: str, patch_size: str) -> Preprocessing:
+        """From what a user types: ``ct``, ``1.5,1.5,2`` (or ``native``), ``96,96,96``; raises ValueError on others."""
+        try:
+            spacing_mm = None if spacing == "native" else tuple(float(part) for part in spacing.split(","))
+        except ValueError as error:
+            raise ValueError(
+                f"spacing must be 'native' or three sizes in mm such as 1.5,1.5,2; got {spacing!r}"
+            ) from error
+        try:
+            patch = tuple(int(part) for part in patch_size.split(","))
+        except ValueError as error:
+            raise ValueError(f"patch size must be three whole numbers such as 96,96,96; got {patch_size!r}") from error
+        return cls.from_json({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the card."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of ``to_json``; raises ValueError on a bad value."""
+        tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**tuples)
+
+
+class LoadVolumed(MapTransform):
+    """Read a single-channel volume as float32 ``(1, X, Y, Z)``.
+
+    Raises:
+        InvalidVolume: unreadable, not 3-dimensional, not finite, or without any contrast.
+    """
+
+    def __init__(self, keys: str | tuple[str, ...] = "image") -> None:
+        super().__init__(keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        for key in self.key_iterator(d):
+            volume = _load(Path(d[key]))
+            if not torch.isfinite(volume).all():
+                raise InvalidVolume(f"{Path(d[key]).name} holds NaN or infinite voxels; expected finite intensities")
+            if volume.min() == volume.max():
+                raise InvalidVolume(f"{Path(d[key]).name} has the same intensity everywhere; expected a scan")
+            d[key] = volume
+        return d
+
+
+class LoadLabeld(MapTransform):
+    """Read a label volume ``(1, X, Y, Z)`` that must lie on the image's grid and hold whole numbers 0..n_labels.
+
+    Raises:
+        InvalidVolume: another grid, other values, or unreadable.
+    """
+
+    def __init__(self, keys: str | tuple[str, ...] = "label", *, n_labels: int, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.n_labels = n_labels
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image = d[self.image_key]
+        for key in self.key_iterator(d):
+            path = Path(d[key])
+            label = _load(path)
+            difference = geometry_difference(image.shape[1:], image.affine, label.shape[1:], label.affine)
+            if difference:
+                raise InvalidVolume(f"label {path.name} is not on its image's grid: {difference}")
+            values = torch.unique(label)
+            if bool((values != values.round()).any()) or values.min() < 0 or values.max() > self.n_labels:
+                raise InvalidVolume(
+                    f"label {path.name} holds the values {_shorten(values.tolist())}; "
+                    f"expected whole numbers from 0 to {self.n_labels}"
+                )
+            # The same file geometry, up to rounding in the header, so that both are resampled alike.
+            label.affine = image.affine
+            d[key] = label
+        return d
+
+
+def geometry_difference(
+    image_shape: Any,
+    image_affine: Any,
+    label_shape: Any,
+    label_affine: Any,
+    tolerance_mm: float = GEOMETRY_TOLERANCE_MM,
+) -> str | None:
+    """What sets two grids apart, in words, or None: shapes in voxels, else the largest corner distance in mm."""
+    if tuple(image_shape) != tuple(label_shape):
+        return f"the image has {tuple(image_shape)} voxels, the label {tuple(label_shape)}"
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image_shape], indexing="ij")).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(8)])
+    offset = (np.asarray(image_affine, dtype=float) - np.asarray(label_affine, dtype=float)) @ homogeneous
+    distance = float(np.linalg.norm(offset[:3], axis=0).max())
+    if distance > tolerance_mm:
+        return f"their corners lie up to {distance:.3g} mm apart"
+    return None
+
+
+class RestoreGridd(MapTransform):
+    """Logits ``(C, x, y, z)`` of the preprocessed image to labels ``(1, X, Y, Z)``, uint8, on the scan's own grid.
+
+    The logits are interpolated linearly and compared afterwards, so that edges stay smooth where the scan is finer
+    than the network's spacing.
+    """
+
+    # Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
+    _SLAB_VOXELS = 1_000_000
+
+    def __init__(self, keys: str | tuple[str, ...] = "pred", *, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image = d[self.image_key]
+        original = np.asarray(image.meta["original_affine"], dtype=float)
+        size = tuple(int(n) for n in image.meta["spatial_shape"])
+        to_logits = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ original
+        for key in self.key_iterator(d):
+            labels = self._restore(torch.as_tensor(d[key]).float(), to_logits, size)
+            meta = {name: value for name, value in image.meta.items() if name != "affine"}
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(original), meta=meta)
+        return d
+
+    def _restore(self, logits: torch.Tensor, to_logits: np.ndarray, size: tuple[int, ...]) -> torch.Tensor:
+        # From a voxel index of the scan to grid_sample's -1..1 over the logits; its last coordinate comes first.
+        extent = np.array([max(n - 1, 1) for n in logits.shape[1:]], dtype=float)
+        matrix = torch.tensor(2 * to_logits[:3, :3] / extent[:, None], dtype=torch.float32, device=logits.device)
+        shift = torch.tensor(2 * to_logits[:3, 3] / extent - 1, dtype=torch.float32, device=logits.device)
+        rows, columns = (torch.arange(n, dtype=torch.float32, device=logits.device) for n in size[1:])
+        plane = (rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]) + shift
+        labels = torch.empty(size, dtype=torch.uint8)
+        step = max(1, self._SLAB_VOXELS // (size[1] * size[2]))
+        for start in range(0, size[0], step):
+            index = torch.arange(start, min(start + step, size[0]), dtype=torch.float32, device=logits.device)
+            grid = (index[:, None, None, None] * matrix[:, 0] + plane).flip(-1)
+            sampled = F.grid_sample(
+                logits[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
+            )
+            labels[start : start + step] = sampled[0].argmax(0).to("cpu", torch.uint8)
+        return labels
+
+
+def inference_transforms(prep: Preprocessing) -> list[Transform]:
+    """Dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32."""
+    return [LoadVolumed("image"), *_to_network_grid(prep, ("image",)), *_intensity(prep)]
+
+
+def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
+    """As ``inference_transforms``, with the path under ``label`` on the same grid: the fixed part of training."""
+    return [
+        LoadVolumed("image"),
+        LoadLabeld("label", n_labels=n_labels),
+        *_to_network_grid(prep, ("image", "label")),
+        *_intensity(prep),
+    ]
+
+
+def apply(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """Run transforms one after another; what they raise stays what it is, unlike under MONAI's Compose."""
+    d = dict(data)
+    for transform in transforms:
+        d = transform(d)
+    return d
+
+
+def restore_transforms() -> list[Transform]:
+    """Dictionary transforms that turn the logits under ``pred`` into labels on the original grid of ``image``."""
+    return [RestoreGridd("pred")]
+
+
+def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
+    axes = (("L", "R"), ("P", "A"), ("I", "S"))
+    transforms: list[Transform] = [Orientationd(keys, axcodes="RAS", labels=axes)]
+    if prep.spacing_mm is not None:
+        mode = tuple("bilinear" if key == "image" else "nearest" for key in keys)
+        transforms.append(Spacingd(keys, pixdim=prep.spacing_mm, mode=mode, padding_mode="border", dtype=np.float32))
+    return transforms
+
+
+def _intensity(prep: Preprocessing) -> list[Transform]:
+    if prep.modality == "ct":
+        low, high = prep.window_hu
+        return [ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)]
+    lower, upper = prep.percentiles
+    return [ClipIntensityPercentilesd("image", lower=lower, upper=upper), NormalizeIntensityd("image")]
+
+
+def _load(path: Path) -> MetaTensor:
+    """A single-channel volume ``(1, X, Y, Z)``, float32, its affine in RAS millimetres."""
+    try:
+        volume = LoadImage(image_only=True, dtype=np.float32)(path)
+    except Exception as error:  # every reader fails in its own way, and all of them mean the same to a user
+        raise InvalidVolume(f"{path.name} cannot be read as a volume; the file is damaged or not an image") from error
+    if volume.ndim == 4 and volume.shape[-1] == 1:
+        volume = volume[..., 0]
+    if volume.ndim != 3:
+        raise InvalidVolume(f"{path.name} has {volume.ndim} dimensions {tuple(volume.shape)}; expected one 3D volume")
+    volume = volume.unsqueeze(0)
+    volume.meta["spatial_shape"] = np.array(volume.shape[1:])
+    return volume
+
+
+def _shorten(values: list[float], most: int = 6) -> str:
+    text = ", ".join(f"{value:g}" for value in values[:most])
+    return text + (", …" if len(values) > most else "")

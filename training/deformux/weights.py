@@ -1,0 +1,156 @@
+"""Model files: weights as safetensors, and beside them a JSON card that says what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from deformux.files import replacing, write_text
+from deformux.network import DeformUXNet
+from deformux.transforms import Preprocessing
+
+__all__ = ["PRETRAINED", "InvalidModel", "ModelCard", "load_model", "pretrained_path", "save_model", "warm_start"]
+
+_PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
+PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
+
+
+class InvalidModel(ValueError):
+    """A model file or its card cannot be used; the message says why."""
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What a model is and where it comes from.
+
+    Args:
+        labels: names of labels 1..N.
+        preprocessing: how its input is made.
+        preset, in_channels, network_options: arguments of DeformUXNet.
+        parent: the model it was fine-tuned from.
+        training_cases: ids of the volumes it was trained on.
+        recipe: the training recipe.
+        validation: ``mean_dice`` and ``per_case`` Dice by label; NaN is written as null.
+        seconds: training time.
+        created: UTC, ISO 8601.
+        device: what it was trained on.
+        notes: anything a reader should know, e.g. the data's licence.
+    """
+
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    preset: str
+    in_channels: int = 1
+    network_options: Mapping[str, Any] = field(default_factory=dict)
+    parent: str | None = None
+    training_cases: tuple[str, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    created: str = field(default_factory=_now)
+    device: str = "cpu"
+    notes: str = ""
+
+    def to_json(self) -> str:
+        """The card as text."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["preprocessing"] = self.preprocessing.to_json()
+        return json.dumps(_without_nan(values), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelCard:
+        """The inverse of ``to_json``; raises ValueError or TypeError where the text is not a card."""
+        values = json.loads(text)
+        values["preprocessing"] = Preprocessing.from_json(values["preprocessing"])
+        for name in ("labels", "training_cases"):
+            values[name] = tuple(values.get(name, ()))
+        return cls(**values)
+
+
+def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``path`` (.safetensors) and its card, each by rename; the card first, so that weights never lack theirs."""
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
+    write_text(path.with_suffix(".json"), card.to_json())
+    with replacing(path) as temporary:
+        save_file(state, temporary)
+
+
+def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[DeformUXNet, ModelCard]:
+    """The network of a model file, float32 and in evaluation mode, and its card.
+
+    Raises:
+        InvalidModel: a file is missing or damaged, or weights and card do not belong together.
+    """
+    card = _read_card(path)
+    try:
+        network = DeformUXNet(card.in_channels, len(card.labels) + 1, card.preset, **card.network_options)
+        network.load_state_dict(_read_weights(path))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InvalidModel(f"{path} does not fit its card {path.with_suffix('.json').name}") from error
+    return network.to(device).eval(), card
+
+
+def warm_start(network: DeformUXNet, path: Path) -> list[str]:
+    """Copy every weight of a model file that has the same name and shape; returns the names that stayed fresh.
+
+    A model of other labels thus gives everything but its output layer.
+
+    Raises:
+        InvalidModel: the file cannot be read, or nothing but the output layer could fit.
+    """
+    own = network.state_dict()
+    given = _read_weights(path)
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if len(fitting) < len(own) // 2:
+        raise InvalidModel(f"{path} has another architecture than preset {network.preset!r}")
+    network.load_state_dict(fitting, strict=False)
+    return sorted(set(own) - set(fitting))
+
+
+def pretrained_path(name: str) -> Path:
+    """The model file that comes with this package under a name; raises ValueError listing the valid ones."""
+    if name not in PRETRAINED:
+        raise ValueError(f"pretrained must be one of {', '.join(PRETRAINED)}; got {name!r}")
+    return _PRETRAINED_FOLDER / f"{name}.safetensors"
+
+
+def _read_card(path: Path) -> ModelCard:
+    card_path = path.with_suffix(".json")
+    try:
+        return ModelCard.from_json(card_path.read_text())
+    except FileNotFoundError as error:
+        raise InvalidModel(f"{path} needs its card {card_path.name} beside it") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidModel(f"{card_path} is not a model card") from error
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return {name: value.float() for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise InvalidModel(f"{path} cannot be read as safetensors weights") from error
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a label that is absent from a case is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_without_nan(item) for item in value]
+    return value
