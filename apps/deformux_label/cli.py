@@ -1,0 +1,103 @@
+"""``deformux-label serve``: check the arguments, then start MONAI Label's own server with them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from deformux_label.lib.configs.project import InvalidOption, Project
+
+__all__ = ["app", "app_folder"]
+
+app = typer.Typer(
+    help="One-click segmentation with DeformUX-Net for 3D Slicer.", no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps ``serve`` a command of its own while it is the only one."""
+
+
+@app.command()
+def serve(
+    studies: Annotated[str, typer.Option(help="Folder with the volumes; it is made if it does not exist.")],
+    labels: Annotated[str, typer.Option(help="Comma-separated names of label values 1, 2, …")] = "",
+    modality: Annotated[str, typer.Option(help="ct or mr.")] = "",
+    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "",
+    spacing: Annotated[str, typer.Option(help="Voxel size in mm, such as 1.5,1.5,2; or native.")] = "",
+    patch_size: Annotated[str, typer.Option(help="Voxels of a patch, such as 96,96,96.")] = "",
+    pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "",
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network, without login.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a folder of volumes to 3D Slicer and other MONAI Label clients."""
+    conf = {
+        "labels": labels,
+        "modality": modality,
+        "preset": preset,
+        "spacing": spacing,
+        "patch_size": patch_size,
+        "pretrained": pretrained,
+    }
+    try:
+        project = Project.from_conf(conf)
+    except InvalidOption as error:
+        _refuse(str(error))
+    if not studies or (not studies.startswith(("http://", "https://")) and Path(studies).is_file()):
+        _refuse(f"studies must be a folder with volumes; got {studies!r}")
+    _check_free(host, port)
+    _start(studies, project, host, port)
+
+
+def _start(studies: str, project: Project, host: str, port: int) -> NoReturn:
+    """Become MONAI Label's own server."""
+    arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
+    for key, value in project.to_conf().items():
+        arguments += ["--conf", key, value]
+    typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address http://{host}:{port}")
+    sys.stdout.flush()
+    # What OpenMP reads when it is loaded, which has happened here: threads that wait must not spin while a training
+    # needs the processors. And MLflow, where it is not switched off, refuses what MONAI Label sets up.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "MONAI_LABEL_TRACKING_ENABLED": "false", **os.environ}
+    os.execve(sys.executable, [sys.executable, "-m", "monailabel.main", *arguments], environment)
+
+
+def app_folder() -> Path:
+    """The installed app; where that cannot be written to, a folder of the user's that links to it.
+
+    MONAI Label keeps models and logs inside the app's folder.
+    """
+    installed = Path(__file__).resolve().parent
+    if os.access(installed, os.W_OK):
+        return installed
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "deformux-label"
+    data.mkdir(parents=True, exist_ok=True)
+    for part in ("main.py", "lib"):
+        link = data / part
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(installed / part)
+    return data
+
+
+def _check_free(host: str, port: int) -> None:
+    if not 1 <= port <= 65535:
+        _refuse(f"port must be between 1 and 65535; got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        _refuse(f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port or --host")
+
+
+def _refuse(reason: str) -> None:
+    typer.echo(f"deformux-label: {reason}.", err=True)
+    raise typer.Exit(2)

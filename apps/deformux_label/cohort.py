@@ -1,0 +1,216 @@
+"""Labelled volumes for the demo: the synthetic cohort, or a folder of real ones with a train and val split."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.filebasedimages import ImageFileError
+
+from deformux.annotator import dense_labels
+from deformux.cases import Case, InvalidFolder, find_cases, label_names
+from deformux.synthetic import LABELS, write_cohort
+
+__all__ = ["Cohort", "Volume", "open_cohort", "synthetic_cohort"]
+
+Labels = npt.NDArray[np.uint8]
+
+# What a training step on two CPU cores can afford, in voxels; a patch grows and shrinks in steps of 16.
+_PATCH_VOXELS = 165_000
+_VOLUME_VOXELS = 600_000
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One labelled volume: the image is shown to the server, the label is not."""
+
+    case: Case
+    values: tuple[int, ...]
+
+    @property
+    def id(self) -> str:
+        return self.case.id
+
+    @property
+    def image(self) -> Path:
+        return self.case.image
+
+    @property
+    def file_name(self) -> str:
+        return self.case.image.name
+
+    def shape(self) -> tuple[int, ...]:
+        return tuple(nib.load(self.image).shape)
+
+    def affine(self) -> npt.NDArray[np.float64]:
+        return np.asarray(nib.load(self.image).affine)
+
+    def truth(self) -> Labels:
+        """Return the true label with values 1..N, on the image's grid and in its axis order."""
+        return dense_labels(np.rint(np.asarray(nib.load(self.case.label).dataobj)), self.values)
+
+    def canonical_truth(self) -> Labels:
+        """Return the true label in RAS axes."""
+        label = nib.Nifti1Image(self.truth(), self.affine())
+        return np.asarray(nib.as_closest_canonical(label).dataobj)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Volumes to annotate, volumes that are only scored, and what the server must be told about them."""
+
+    volumes: list[Volume]
+    labels: tuple[str, ...]
+    modality: str
+    description: str
+    spacing: str = "native"
+    patch_size: str = "80,64,32"
+    held_out: list[Volume] = field(default_factory=list)
+
+    def volume(self, name: str) -> Volume:
+        """Return the volume with an id; raises KeyError."""
+        return next(v for v in self.volumes if v.id == name)
+
+
+def synthetic_cohort(folder: Path, *, volumes: int, seed: int, voxel_scale: float = 1.0) -> Cohort:
+    """Draw a cohort of synthetic abdominal CT volumes into `folder`."""
+    write_cohort(folder, volumes=volumes, seed=seed, voxel_scale=voxel_scale)
+    cases = find_cases(folder)
+    values = tuple(range(1, len(LABELS) + 1))
+    patch = "80,64,32" if voxel_scale == 1 else _patch_size([80 / voxel_scale, 64 / voxel_scale, 36 / voxel_scale])
+    return Cohort(
+        [Volume(case, values) for case in cases], LABELS, "ct", f"{volumes} synthetic abdominal CT volumes",
+        patch_size=patch,
+    )  # fmt: skip
+
+
+def open_cohort(
+    folder: Path,
+    *,
+    volumes: int,
+    held_out: int = 0,
+    labels: Sequence[str] = (),
+    modality: str = "",
+    seed: int = 0,
+) -> Cohort:
+    """Choose at most `volumes` labelled NIfTI volumes of a folder with images/ and labels/.
+
+    With a split.json only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
+    are scored. Raises InvalidFolder with one sentence when the folder, its layout, its grids or the names do not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidFolder(f"{folder} is not a folder")
+    if volumes < 1 or held_out < 0:
+        raise InvalidFolder(f"volumes: got {volumes} and {held_out} held out, expected at least 1 and 0")
+    split = _split(folder)
+    chosen = _sample(_nifti(find_cases(folder, subset="train" if "train" in split else None)), volumes, seed)
+    scored = _sample(_nifti(find_cases(folder, subset="val")), held_out, seed) if split >= {"train", "val"} else []
+    values = sorted(set().union(*(_values(case) for case in (*chosen, *scored))) - {0})
+    if not values:
+        raise InvalidFolder(f"the labels in {folder} are all background")
+    names = _names(folder, values, labels)
+    shapes, spacings = zip(*(_grid(case) for case in chosen), strict=True)
+    spacing, shape = _spacing(np.median(spacings, axis=0), np.median(shapes, axis=0))
+    description = f"{len(chosen)} volumes of {folder.resolve().name}" + (" (split: train)" if "train" in split else "")
+    return Cohort(
+        volumes=[Volume(case, tuple(values)) for case in chosen],
+        labels=names,
+        modality=modality or _modality(folder, chosen),
+        description=description,
+        spacing=spacing,
+        patch_size=_patch_size(shape),
+        held_out=[Volume(case, tuple(values)) for case in scored],
+    )
+
+
+def _split(folder: Path) -> set[str]:
+    path = folder / "split.json"
+    try:
+        return set(json.loads(path.read_text())) if path.is_file() else set()
+    except ValueError as error:
+        raise InvalidFolder(f"{path} is not valid JSON: {error}") from error
+
+
+def _nifti(cases: list[Case]) -> list[Case]:
+    for case in cases:
+        for path in (case.image, case.label):
+            if not path.name.endswith((".nii", ".nii.gz")):
+                raise InvalidFolder(f"{path} is not a NIfTI file, which is all that the demo reads")
+    return cases
+
+
+def _sample(cases: list[Case], count: int, seed: int) -> list[Case]:
+    chosen = random.Random(seed).sample(cases, min(count, len(cases)))
+    return sorted(chosen, key=lambda case: case.id)
+
+
+def _values(case: Case) -> set[int]:
+    """Return the label values of a case; its label must be readable and lie on the image's grid."""
+    try:
+        image, label = nib.load(case.image), nib.load(case.label)
+        values = np.unique(np.asarray(label.dataobj))
+    except (OSError, EOFError, ValueError, ImageFileError) as error:
+        raise InvalidFolder(f"case {case.id} cannot be read: {error}") from error
+    if image.ndim != 3 or image.shape != label.shape or not np.allclose(image.affine, label.affine, atol=1e-2):
+        raise InvalidFolder(
+            f"image and label of {case.id} must be 3D on one grid, got shapes {image.shape} and {label.shape}"
+        )
+    return {int(v) for v in np.rint(values)}
+
+
+def _names(folder: Path, values: list[int], given: Sequence[str]) -> tuple[str, ...]:
+    if given:
+        if len(given) != len(values):
+            raise InvalidFolder(f"--labels: got {len(given)} names, expected {len(values)} for the values {values}")
+        return tuple(given)
+    known = label_names(folder)
+    if known is not None and values[-1] <= len(known):
+        return tuple(_plain(known[value - 1]) for value in values)
+    return tuple(f"label_{value}" for value in values)
+
+
+def _plain(name: str) -> str:
+    return "_".join(name.lower().replace(",", " ").split())
+
+
+def _modality(folder: Path, cases: Sequence[Case]) -> str:
+    """Return the decathlon description's modality, else what the values tell: only CT knows air far below zero."""
+    path = folder / "dataset.json"
+    if path.is_file():
+        said = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()
+        if said:
+            return "ct" if "ct" in said else "mr"
+    lowest = np.median([np.min(np.asarray(nib.load(case.image).dataobj)) for case in cases[:3]])
+    return "ct" if lowest < -500 else "mr"
+
+
+def _grid(case: Case) -> tuple[list[float], list[float]]:
+    """Return shape and spacing along the axes right, anterior, superior."""
+    image = nib.as_closest_canonical(nib.load(case.image))
+    return list(image.shape), [float(s) for s in image.header.get_zooms()[:3]]
+
+
+def _spacing(spacing: npt.NDArray[np.float64], shape: npt.NDArray[np.float64]) -> tuple[str, list[float]]:
+    """Return the scans' own spacing, or a coarser one at which a volume fits a CPU's budget, and the volume's shape."""
+    if np.prod(shape) <= _VOLUME_VOXELS:
+        return "native", list(shape)
+    coarse = spacing.copy()
+    while np.prod(shape * spacing / coarse) > _VOLUME_VOXELS:
+        coarse[coarse <= coarse.min() * 1.05] *= 1.05  # the finest axes first: towards equal voxels
+    coarse = coarse.round(2)
+    return ",".join(f"{s:g}" for s in coarse), list(shape * spacing / coarse)
+
+
+def _patch_size(shape: Sequence[float]) -> str:
+    """Return the patch that holds a volume of `shape`, or as much as fits a CPU's budget, in multiples of 16."""
+    patch = [max(16, 16 * int(np.ceil(n / 16 - 0.1))) for n in shape]
+    while np.prod(patch) > _PATCH_VOXELS:
+        patch[int(np.argmax(patch))] -= 16
+    return ",".join(map(str, patch))

@@ -1,0 +1,138 @@
+"""The options of ``--conf`` (and of ``deformux-label serve``), checked, and where a project keeps its state."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deformux.network import PRESETS
+from deformux.transforms import Preprocessing
+from deformux.weights import PRETRAINED, ModelCard, pretrained_path
+
+__all__ = ["OPTIONS", "InvalidOption", "Project"]
+
+OPTIONS = ("labels", "modality", "patch_size", "preset", "pretrained", "spacing")
+# Names with a meaning of their own: to the Slicer extension, in requests, and as options of a task, which requests
+# carry beside the labels.
+_RESERVED = frozenset(
+    {
+        *("background", "background_scribbles", "foreground", "foreground_scribbles", "image", "label", "model"),
+        *("batch_size", "device", "learning_rate", "start_from", "steps"),
+    }
+)
+# Results are uint8, and Slicer asks for uint8.
+_MOST_LABELS = 255
+
+
+class InvalidOption(ValueError):
+    """An option of the app is wrong; the message is one sentence with the valid values."""
+
+
+@dataclass(frozen=True)
+class Project:
+    """What the server was started for.
+
+    Args:
+        labels: names of the label values 1..N, in order.
+        preset: size of the network that is trained.
+        preprocessing: how scans become network input.
+        pretrained: name of the weights to start from, or None.
+    """
+
+    labels: tuple[str, ...]
+    preset: str = "tiny"
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    pretrained: str | None = None
+
+    @classmethod
+    def from_conf(cls, conf: Mapping[str, str]) -> Project:
+        """Parse ``--conf`` pairs; what is not given comes from the pretrained model, else from the defaults.
+
+        Raises:
+            InvalidOption: an unknown option or a bad value.
+        """
+        unknown = sorted(set(conf) - set(OPTIONS))
+        if unknown:
+            raise InvalidOption(f"unknown option {unknown[0]!r}; valid options are {', '.join(OPTIONS)}")
+        given = {key: str(value).strip() for key, value in conf.items() if str(value).strip()}
+        pretrained, card = _pretrained(given.get("pretrained", "none"))
+        start = card.preprocessing if card else Preprocessing()
+        preset = given.get("preset", card.preset if card else cls.preset)
+        if preset not in PRESETS:
+            raise InvalidOption(f"preset must be one of {', '.join(sorted(PRESETS))}; got {preset!r}")
+        if card and preset != card.preset:
+            raise InvalidOption(f"pretrained {pretrained!r} has preset {card.preset!r}; got preset {preset!r}")
+        try:
+            typed = Preprocessing.from_options(
+                given.get("modality", start.modality),
+                given.get("spacing", _spacing_text(start)),
+                given.get("patch_size", ",".join(map(str, start.patch_size))),
+            )
+        except ValueError as error:
+            raise InvalidOption(str(error)) from error
+        preprocessing = dataclasses.replace(
+            start, modality=typed.modality, spacing_mm=typed.spacing_mm, patch_size=typed.patch_size
+        )
+        labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
+        if not labels:
+            raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
+        return cls(labels, preset, preprocessing, pretrained)
+
+    def to_conf(self) -> dict[str, str]:
+        """The options that ``from_conf`` makes this project of."""
+        return {
+            "labels": ",".join(self.labels),
+            "modality": self.preprocessing.modality,
+            "patch_size": ",".join(map(str, self.preprocessing.patch_size)),
+            "preset": self.preset,
+            "pretrained": self.pretrained or "none",
+            "spacing": _spacing_text(self.preprocessing),
+        }
+
+    @property
+    def label_values(self) -> dict[str, int]:
+        """Name to value, dense 1..N in order: the form in which the Slicer extension reads ``label_names``."""
+        return {name: value for value, name in enumerate(self.labels, start=1)}
+
+    def state_folder(self, app_dir: str | Path, studies: str) -> Path:
+        """Where versions, scores and training state of this project live.
+
+        Other studies, other labels or another modality are another project, so that weights never mix.
+        """
+        place = studies if re.match(r"https?://", studies) else os.path.realpath(studies)
+        identity = json.dumps([place, self.labels, self.preprocessing.modality])
+        name = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(place.rstrip("/")))[:40] or "studies"
+        return Path(app_dir) / "model" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+
+def _pretrained(name: str) -> tuple[str | None, ModelCard | None]:
+    if name == "none":
+        return None, None
+    if name not in PRETRAINED:
+        raise InvalidOption(f"pretrained must be one of {', '.join((*PRETRAINED, 'none'))}; got {name!r}")
+    return name, ModelCard.from_json(pretrained_path(name).with_suffix(".json").read_text())
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise InvalidOption(f"labels must be a comma-separated list of names without gaps; got {text!r}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InvalidOption(f"each label must have its own name; got {twice[0]!r} twice")
+    reserved = sorted(set(map(str.lower, names)) & _RESERVED)
+    if reserved:
+        raise InvalidOption(f"a label must not be named {', '.join(sorted(_RESERVED))}; got {reserved[0]!r}")
+    if len(names) > _MOST_LABELS:
+        raise InvalidOption(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")
+    return names
+
+
+def _spacing_text(prep: Preprocessing) -> str:
+    return ",".join(map(str, prep.spacing_mm)) if prep.spacing_mm else "native"

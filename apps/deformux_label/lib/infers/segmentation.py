@@ -1,0 +1,114 @@
+"""One-click segmentation with the published model."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import HTTPException
+from monai.inferers import Inferer
+from monailabel.interfaces.tasks.infer_v2 import InferType
+from monailabel.tasks.infer.basic_infer import BasicInferTask
+
+from deformux.inference import sliding_window
+from deformux.transforms import InvalidVolume, Preprocessing, inference_transforms, restore_transforms
+from deformux.weights import InvalidModel
+
+from ..configs.project import Project
+from ..models import ServedModels
+from .writer import FORMATS, write_labels
+
+__all__ = ["UNTRAINED", "Segmentation"]
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "There is no trained model yet: submit at least two labels and train, or start from a pretrained model."
+
+
+class Segmentation(BasicInferTask):
+    """Automatic segmentation of a whole volume, on its own grid, with label values 1..N.
+
+    A project without any model answers with an empty mask and a warning in ``params``. The Slicer extension runs this
+    task by itself on every Next Sample: an error would put a dialog between the radiologist and each new case, and an
+    untrained network would draw noise that must be erased first. An empty mask leaves the empty segments to draw in.
+    """
+
+    def __init__(self, project: Project, models: ServedModels) -> None:
+        super().__init__(
+            path=None,
+            network=None,
+            type=InferType.SEGMENTATION,
+            labels=project.label_values,
+            dimension=3,
+            description="DeformUX-Net, fine-tuned on this project's submitted labels",
+        )
+        self.project = project
+        self.models = models
+
+    def is_valid(self) -> bool:
+        return True
+
+    def __call__(self, request: dict[str, Any], callbacks: dict[Any, Any] | None = None) -> tuple[str | None, dict]:
+        # One version for the whole request, whatever is published meanwhile.
+        try:
+            return super().__call__({**request, "model_version": self.models.current()}, callbacks)
+        except InvalidVolume as error:
+            raise HTTPException(422, str(error)) from error
+        except InvalidModel as error:
+            raise HTTPException(500, f"the published model cannot be served: {error}") from error
+
+    def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
+        return inference_transforms(self._preprocessing(data or {}))
+
+    def inferer(self, data: dict[str, Any] | None = None) -> Inferer:
+        return sliding_window(self._preprocessing(data or {}))
+
+    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+        if data["model_version"] is None:
+            logger.warning(UNTRAINED)
+            logits = torch.zeros(2, *data[self.input_key].shape[1:])
+            logits[0] = 1
+            data[self.output_label_key] = logits
+            return data
+        with torch.inference_mode():
+            return super().run_inferer(data, convert_to_batch, device)
+
+    def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
+        return restore_transforms()
+
+    def writer(
+        self, data: dict[str, Any], extension: str | None = None, dtype: Any = None
+    ) -> tuple[str, dict[str, Any]]:
+        pred = data[self.output_label_key]
+        suffix = extension or data.get("result_extension") or _suffix(data["image_path"])
+        labels = pred[0].cpu().numpy().astype(np.dtype(dtype or data.get("result_dtype") or "uint8"))
+        handle, path = tempfile.mkstemp(suffix=suffix)
+        os.close(handle)
+        write_labels(Path(path), labels, np.asarray(pred.affine, dtype=float), self.project.label_values)
+        result = {"model_version": data["model_version"]}
+        if data["model_version"] is None:
+            result["warning"] = UNTRAINED
+        return path, result
+
+    def _get_network(self, device: str, data: dict[str, Any] | None) -> torch.nn.Module:
+        network, _ = self.models.load((data or {})["model_version"], device)
+        return network
+
+    def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:
+        """The model's own, which may differ from what the server was started with until the next training."""
+        name = data.get("model_version")
+        if name is None:
+            return self.project.preprocessing
+        _, card = self.models.load(name, data["device"])
+        return card.preprocessing
+
+
+def _suffix(image_path: str) -> str:
+    """The image's own format where it can hold labels."""
+    return next((suffix for suffix in FORMATS if image_path.endswith(suffix)), FORMATS[0])

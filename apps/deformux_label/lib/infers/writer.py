@@ -1,0 +1,60 @@
+"""Writing a label volume in the format that a client asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import nrrd
+import numpy as np
+
+__all__ = ["FORMATS", "write_labels"]
+
+FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
+_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+
+
+def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapping[str, int]) -> None:
+    """Write labels ``(X, Y, Z)`` in the format of the suffix of ``path``; ``affine`` maps voxels to RAS millimetres.
+
+    MONAI Label's own writer transposes the directions of oblique ``.seg.nrrd`` files and writes NIfTI through ITK,
+    which refuses directions that are orthonormal only up to rounding.
+    """
+    if path.name.endswith((".nii", ".nii.gz")):
+        image = nib.Nifti1Image(labels, affine)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+        nib.save(image, path)
+        return
+    header: dict[str, Any] = {
+        "space": "left-posterior-superior",
+        "space directions": (_RAS_TO_LPS @ affine[:3, :3]).T,  # one row per voxel axis
+        "space origin": _RAS_TO_LPS @ affine[:3, 3],
+        "kinds": ["domain"] * 3,
+        "encoding": "gzip",
+    }
+    if path.name.endswith(".seg.nrrd"):
+        header |= _segments(labels.shape, names)
+    nrrd.write(str(path), labels, header, compression_level=1)
+
+
+def _segments(shape: tuple[int, ...], names: Mapping[str, int]) -> dict[str, str]:
+    """The header fields by which Slicer names the segments of a label volume."""
+    extent = " ".join(f"0 {n - 1}" for n in shape)
+    fields = {
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
+    for index, (name, value) in enumerate(names.items()):
+        fields |= {
+            f"Segment{index}_ID": name,
+            f"Segment{index}_Name": name,
+            f"Segment{index}_LabelValue": str(value),
+            f"Segment{index}_Layer": "0",
+            f"Segment{index}_Extent": extent,
+        }
+    return fields

@@ -1,0 +1,100 @@
+"""Is a submitted label one that this project can learn from?"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from fastapi import HTTPException
+from monai.data import MetaTensor
+from monai.transforms import LoadImage
+from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
+
+from deformux.transforms import InvalidVolume, LoadLabeld, LoadVolumed, geometry_difference
+
+from .infers.writer import write_labels
+
+__all__ = ["checked_labels"]
+
+# Segments that the Slicer extension never saves, and therefore never numbers.
+_NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
+
+
+@contextmanager
+def checked_labels(
+    label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]
+) -> Iterator[Path]:
+    """Path of a file with the label in this project's values 1..N: the given one, or a rewritten one.
+
+    The Slicer extension numbers the segments it saves by their position and lists their names in ``label_info``. A
+    radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name.
+
+    Raises:
+        HTTPException: 422 where the label is unreadable, on another grid than its image, or has foreign values.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield _checked(label, image, image_id, names, _segment_names(info), Path(folder))
+
+
+def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent: Sequence[str], folder: Path) -> Path:
+    n_values = len(sent) if sent else len(names)
+    ordered = None
+    try:
+        scan = LoadVolumed("image")({"image": image})
+        ordered = _in_voxel_order_of(scan["image"], label, folder)
+        volumes = LoadLabeld("label", n_labels=n_values)({**scan, "label": ordered or label})
+    except InvalidVolume as error:
+        file = (ordered or label).name
+        message = str(error).replace(f"label {file}", file)
+        message = message.replace(file, f"the label for {image_id}").replace(image.name, f"image {image_id}")
+        valid = ", ".join(f"{value} {name}" for value, name in enumerate(sent or names, start=1))
+        raise HTTPException(422, f"{message} ({valid})" if "whole numbers" in message else message) from error
+    values = volumes["label"][0].numpy().astype(np.uint8)
+    to_project = np.zeros(n_values + 1, dtype=np.uint8)
+    for value, name in enumerate(sent or names, start=1):
+        if name in names:
+            to_project[value] = names.index(name) + 1
+        elif (values == value).any():
+            raise HTTPException(422, f"segment {name!r} is not a label of this project, which has {', '.join(names)}")
+    if ordered is None and (to_project == np.arange(n_values + 1)).all():
+        return label
+    rewritten = folder / "label.nii.gz"
+    affine = np.asarray(volumes["label"].affine, dtype=float)
+    write_labels(rewritten, to_project[values], affine, {name: v for v, name in enumerate(names, start=1)})
+    return rewritten
+
+
+def _in_voxel_order_of(scan: MetaTensor, label: Path, folder: Path) -> Path | None:
+    """A copy of a label whose voxels lie where the scan's do but in another order; None where the order is the same.
+
+    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order.
+    """
+    try:
+        volume = LoadImage(image_only=True, dtype=np.float32)(label)
+    except Exception:  # the check that follows says so in a sentence
+        return None
+    if volume.ndim != 3:
+        return None
+    affine = np.asarray(volume.affine, dtype=float)
+    reorder = ornt_transform(io_orientation(affine), io_orientation(np.asarray(scan.affine, dtype=float)))
+    values = apply_orientation(volume.numpy(), reorder)
+    affine = affine @ inv_ornt_aff(reorder, volume.shape)
+    same_order = (reorder == [[0, 1], [1, 1], [2, 1]]).all()
+    if same_order or geometry_difference(scan.shape[1:], scan.affine, values.shape, affine):
+        return None
+    path = folder / f"{label.name.split('.')[0]}.reordered.nii.gz"
+    nib.save(nib.Nifti1Image(values, affine), path)
+    return path
+
+
+def _segment_names(info: dict[str, Any]) -> list[str]:
+    """Names by position of the saved segments, or nothing where the client did not list any."""
+    listed = info.get("label_info")
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and item.get("name") for item in listed):
+        return []
+    return [str(item["name"]) for item in listed if item["name"] not in _NOT_SAVED]

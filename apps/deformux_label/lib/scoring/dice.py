@@ -1,0 +1,62 @@
+"""How far submitted labels are from what the model had proposed."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from monai.transforms import Compose
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+
+from deformux.metrics import dice_per_label, mean_dice
+from deformux.transforms import InvalidVolume, LoadLabeld, LoadVolumed
+
+from ..configs.project import Project
+
+__all__ = ["DiceScoring"]
+
+logger = logging.getLogger(__name__)
+
+
+class DiceScoring(ScoringMethod):
+    """Dice per label and its mean between two tags of a volume, kept in the volume's info.
+
+    ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``).
+    """
+
+    def __init__(self, project: Project) -> None:
+        super().__init__("Dice of each submitted label and the stored proposal of the model")
+        self.project = project
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        truth = str(request.get("y", DefaultLabelTag.FINAL.value))
+        pred = str(request.get("y_pred", DefaultLabelTag.ORIGINAL.value))
+        scores = {image: self.score(datastore, image, truth, pred) for image in datastore.list_images()}
+        return {image: score for image, score in scores.items() if score is not None}
+
+    def score(self, datastore: Datastore, image_id: str, truth: str = "final", pred: str = "original") -> dict | None:
+        """Dice of one volume, stored as ``dice`` (mean) and ``dice_per_label``; None where a label is missing."""
+        tags = datastore.get_labels_by_image_id(image_id)
+        if truth not in tags or pred not in tags:
+            return None
+        n_labels = len(self.project.labels)
+        load = Compose([LoadVolumed("image"), LoadLabeld(("truth", "pred"), n_labels=n_labels)])
+        paths = {tag: Path(datastore.get_label_uri(image_id, tag)) for tag in (truth, pred)}
+        try:
+            volumes = load({"image": datastore.get_image_uri(image_id), "truth": paths[truth], "pred": paths[pred]})
+        except InvalidVolume as error:
+            logger.warning("No Dice for %s: %s", image_id, error)
+            return None
+        dice = dice_per_label(volumes["pred"][0], volumes["truth"][0], n_labels)
+        # A label that is in neither has no Dice, and JSON has no NaN.
+        per_label = {name: _number(value) for name, value in zip(self.project.labels, dice, strict=True)}
+        score = {"dice": _number(mean_dice(dice)), "dice_per_label": per_label}
+        datastore.update_image_info(image_id, score)
+        return score
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None

@@ -1,0 +1,214 @@
+"""A radiologist's side of the protocol: start a real server as a process and talk to it over HTTP as clients do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from monailabel.client import MONAILabelClient
+from monailabel.client.client import MONAILabelClientException
+
+__all__ = ["AnnotationClient", "PlayerError", "Server", "free_port"]
+
+_TRAINING_DONE = {"DONE", "ERROR"}
+
+
+class PlayerError(RuntimeError):
+    """The server or a request failed; the message is one sentence for the user."""
+
+
+def free_port() -> int:
+    """Return a TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A `deformux-label serve` process in its own process group; a context manager that always stops it.
+
+    `options` are the command's options without their dashes, e.g. `{"studies": "…", "labels": "liver,spleen"}`.
+    Entering waits until the server answers, at most `patience_s`; raises PlayerError when it does not.
+    """
+
+    def __init__(self, options: Mapping[str, str], *, log: Path, patience_s: float = 180.0) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._patience_s = patience_s
+        arguments = {**options, "host": "127.0.0.1", "port": str(self.port)}
+        # not the installed script: it need not be on the PATH
+        self._command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve"]
+        for name, value in arguments.items():
+            self._command += [f"--{name.replace('_', '-')}", value]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id while the server runs; also its process group."""
+        return None if self._process is None else self._process.pid
+
+    def __enter__(self) -> Server:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _wait_until_it_answers(self) -> None:
+        client = MONAILabelClient(self.url)
+        end = time.monotonic() + self._patience_s
+        while time.monotonic() < end:
+            self.check()
+            try:
+                client.info()
+            except (OSError, MONAILabelClientException, ValueError):
+                time.sleep(0.3)
+            else:
+                return
+        raise PlayerError(f"the server did not answer on {self.url} within {self._patience_s:.0f} s")
+
+    def check(self) -> None:
+        """Raise PlayerError when the server has ended by itself."""
+        if self._process is not None and self._process.poll() is not None:
+            raise PlayerError(f"the server ended by itself with exit status {self._process.returncode}")
+
+    def tail(self, lines: int = 25) -> str:
+        """Return the last lines of the server's log."""
+        if not self.log.is_file():
+            return ""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def stop(self, grace_s: float = 10.0) -> None:
+        """End the server and everything it started: politely first, then by force."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+            try:
+                os.killpg(process.pid, number)
+            except ProcessLookupError:
+                break
+            end = time.monotonic() + wait_s
+            while time.monotonic() < end and _group_alive(process):
+                time.sleep(0.05)
+        process.wait()
+
+
+def _group_alive(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()  # reaps the leader, which would stay in the group as a zombie
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+class AnnotationClient:
+    """MONAI Label's own client with what an annotating program needs around it; errors become PlayerError sentences."""
+
+    def __init__(self, server: Server, folder: Path, *, name: str = "simulated-radiologist") -> None:
+        self._server = server
+        self._folder = folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._name = name
+        self._client = MONAILabelClient(server.url, tmpdir=str(folder), client_id=name)
+
+    def _ask(self, what: str, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except MONAILabelClientException as error:
+            raise PlayerError(f"{what} failed: {_reason(error)}") from error
+        except (OSError, ValueError) as error:
+            self._server.check()
+            raise PlayerError(f"{what} failed: {error}") from error
+
+    def info(self) -> dict[str, Any]:
+        """Return what the server says about itself: models, labels, trainers, strategies."""
+        return dict(self._ask("asking for the server's information", self._client.info))
+
+    def next_sample(self, strategy: str) -> str:
+        """Return the id of the volume that `strategy` offers next; raises PlayerError when none is left."""
+        sample = self._ask(f"asking for the next sample ({strategy})", self._client.next_sample, strategy, {})
+        if not sample.get("id"):
+            raise PlayerError("the server offered no next sample: every volume is labelled")
+        return str(sample["id"])
+
+    def infer(self, model: str, image_id: str, *, image: Path | None = None) -> Path:
+        """Return the file with the model's segmentation of a volume of the studies, or of `image`, uploaded."""
+        session = None
+        if image is not None:
+            created = self._ask(f"sending {image.name}", self._client.create_session, str(image))
+            session = str(created["session_id"])
+        parameters = {"result_extension": ".nii.gz", "result_dtype": "uint8"}
+        target = self._folder / f"{image_id}.nii.gz"
+        try:
+            result, _ = self._ask(
+                f"segmenting {image_id}", self._client.infer, model, "" if session else image_id, parameters,
+                session_id=session,
+            )  # fmt: skip
+        finally:
+            if session:
+                self._client.remove_session(session)
+        if not result:
+            raise PlayerError(f"segmenting {image_id} failed: the server returned no label file")
+        shutil.move(result, target)
+        return target
+
+    def submit(self, image_id: str, label: Path, labels: Sequence[str], *, model: str) -> None:
+        """Hand in a corrected label, as the Slicer extension does."""
+        label_info = [{"name": name, "idx": value} for value, name in enumerate(labels, start=1)]
+        self._ask(
+            f"submitting the label of {image_id}", self._client.save_label, image_id, str(label),
+            params={"label_info": label_info, "model": model, "client_id": self._name},
+        )  # fmt: skip
+
+    def train(self, model: str, parameters: Mapping[str, Any], on_progress: Callable[[float], None]) -> None:
+        """Train `model` on all submitted labels and wait; `on_progress` gets the share done, 0..1."""
+        self._ask("starting the training", self._client.train_start, model, dict(parameters))
+        while True:
+            self._server.check()
+            task = self._ask("asking for the training's state", self._client.train_status)
+            stats = self.info().get("train_stats", {}).get(model, {})
+            on_progress(min(1.0, float(stats.get("step") or 0) / float(stats.get("total_steps") or 1)))
+            if task.get("status") in _TRAINING_DONE:
+                break
+            time.sleep(0.5)
+        if task["status"] == "ERROR":
+            reason = str(stats.get("error") or "the training failed; the server's log says why")
+            raise PlayerError(reason if reason.startswith("the training") else f"the training failed: {reason}")
+        on_progress(1.0)
+
+
+def _reason(error: MONAILabelClientException) -> str:
+    """Return the server's own sentence out of the client's message."""
+    text = str(error.msg)
+    found = re.search(r"Response: (.*)", text, re.DOTALL)
+    body = found.group(1) if found else text
+    try:
+        detail = json.loads(body)["detail"]
+    except (ValueError, KeyError, TypeError):
+        return text.strip() or "the server gave no reason"
+    return str(detail)

@@ -1,0 +1,223 @@
+"""A real server process for the tests, and small volumes whose anatomy is known in millimetres."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import nrrd
+import numpy as np
+import requests
+
+APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
+LABELS = ("liver", "spleen")
+# Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.
+ORGANS = {"liver": ((14.0, 2.0, 5.0), 13.0), "spleen": ((-13.0, 8.0, -7.0), 10.0)}
+
+
+def stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
+    """MONAI Label's own command line."""
+    command = [str(Path(sys.executable).parent / "monailabel"), "start_server", "--app", str(APP)]
+    command += ["--studies", str(studies)]
+    for key, value in conf.items():
+        command += ["--conf", key, value]
+    return command
+
+
+def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
+    """This project's command line, which ``make serve`` calls."""
+    command = [str(Path(sys.executable).parent / "deformux-label"), "serve", "--studies", str(studies)]
+    for key, value in conf.items():
+        command += [f"--{key.replace('_', '-')}", value]
+    return command
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The monailabel command is a shell script that runs whatever ``python`` it finds on the PATH."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+    }
+
+
+class LiveServer:
+    """A server in its own process group; ``stop`` ends it with everything that it started."""
+
+    def __init__(self, command: Sequence[str], folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = folder / f"server-{port}.log"
+        command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment(folder),
+                cwd=folder,
+            )
+        try:
+            self._wait()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _wait(self, patience_s: float = 120) -> None:
+        end = time.monotonic() + patience_s
+        while time.monotonic() < end:
+            assert self.process.poll() is None, f"the server ended by itself:\n{self.log.read_text()[-3000:]}"
+            try:
+                if requests.get(f"{self.url}/info/", timeout=10).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.2)
+        raise AssertionError(f"the server did not answer:\n{self.log.read_text()[-3000:]}")
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self.process.pid, number)
+                self.process.wait(10)
+            except ProcessLookupError:
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        # A training that the server started may outlive it by a moment.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def infer(
+        self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any
+    ) -> Any:
+        """A raw request to infer, without any client in between."""
+        return requests.post(
+            f"{self.url}/infer/{model}",
+            params={"image": image, **(query or {})},
+            files={"params": (None, json.dumps(params))},
+            timeout=120,
+        )
+
+    def submit(self, image: str, label: Path, tag: str = "", **params: Any) -> Any:
+        """A raw request to save a label."""
+        with label.open("rb") as file:
+            return requests.put(
+                f"{self.url}/datastore/label",
+                params={"image": image, **({"tag": tag} if tag else {})},
+                data={"params": json.dumps(params)},
+                files={"label": (label.name, file)},
+                timeout=120,
+            )
+
+    def objects(self) -> dict[str, Any]:
+        """The datastore's index."""
+        return requests.get(f"{self.url}/datastore/", params={"output": "all"}, timeout=60).json()["objects"]
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A scan on disk with its true labels on the same grid."""
+
+    image: Path
+    label: Path
+    affine: np.ndarray
+    truth: np.ndarray
+
+    @property
+    def id(self) -> str:
+        return self.image.name.split(".")[0]
+
+
+def write_volume(
+    image: Path,
+    label: Path,
+    *,
+    axes: np.ndarray | None = None,
+    spacing: Sequence[float] = (2.0, 2.0, 2.0),
+    seed: int = 0,
+) -> Volume:
+    """Write a scan of about 64 mm along each axis and its labels, in the formats of their suffixes.
+
+    ``axes`` holds the RAS directions of the voxel axes in its columns.
+    """
+    rng = np.random.default_rng(seed)
+    axes = np.eye(3) if axes is None else axes
+    shape = tuple(round(64 / s) for s in spacing)
+    affine = np.eye(4)
+    affine[:3, :3] = axes * spacing
+    centre = rng.uniform(-40, 40, 3)
+    affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    position = (
+        nib.affines.apply_affine(affine, np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)) - centre
+    )
+    truth = np.zeros(shape, dtype=np.uint8)
+    for value, (middle, radius) in enumerate(ORGANS.values(), start=1):
+        truth[np.linalg.norm(position - middle - rng.uniform(-2, 2, 3), axis=-1) < radius] = value
+    scan = np.choose(truth, [-60.0, 70.0, 190.0]) + rng.normal(0, 15, shape)
+    write(image, scan.astype(np.int16), affine)
+    write(label, truth, affine)
+    return Volume(image, label, affine, truth)
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
+    """Write NIfTI or NRRD without the app's own code."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".nrrd":
+        to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+        header = {
+            "space": "left-posterior-superior",
+            "space directions": to_lps[:3, :3].T,
+            "space origin": to_lps[:3, 3],
+        }
+        nrrd.write(str(path), array, {**header, "kinds": ["domain"] * 3})
+    else:
+        nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def rotation(*degrees: float) -> np.ndarray:
+    """Turned about x, then y, then z."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(np.deg2rad(degrees)):
+        turn = np.eye(3)
+        i, j = [k for k in range(3) if k != axis]
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
+def slicer(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run ``slicer_session.py``: real Slicer, away from the test process, which its teardown may not survive."""
+    script = Path(__file__).with_name("slicer_session.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True, timeout=180, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    failure = f"Slicer failed ({done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert lines, failure
+    assert lines[-1].startswith("["), failure
+    return json.loads(lines[-1])
+
+
+def remove_state(studies: Path, conf: Mapping[str, str]) -> None:
+    """Delete what a server kept for a project in the app's folder."""
+    from deformux_label.lib.configs.project import Project
+
+    shutil.rmtree(Project.from_conf(conf).state_folder(APP, str(studies)), ignore_errors=True)

@@ -1,0 +1,113 @@
+"""Real 3D Slicer in a process of its own: what the extension does with a reply, and with a label to save.
+
+Reads a JSON list of jobs from standard input and writes a JSON list of answers as the last line of standard output.
+A job has ``image``; and ``result`` with ``labels`` to import as the extension's ``updateSegmentationMask`` does; or
+``export`` to save the imported segments as ``onSaveLabel`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import slicer
+import slicer.util
+import vtk
+from trame_slicer.core import SlicerApp
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def matrix_of(node: Any) -> list[list[float]]:
+    m = vtk.vtkMatrix4x4()
+    node.GetIJKToRASMatrix(m)
+    return [[m.GetElement(i, j) for j in range(4)] for i in range(4)]
+
+
+def push_label_map(app: SlicerApp, path: str) -> Any:
+    """The extension's ``sitkUtils.PushVolumeToSlicer(sitk.ReadImage(path))``, which only the desktop has."""
+    image = sitk.ReadImage(path)
+    node = app.scene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode")
+    slicer.util.updateVolumeFromArray(node, sitk.GetArrayFromImage(image))
+    to_lps = np.eye(4)
+    to_lps[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()
+    to_lps[:3, 3] = image.GetOrigin()
+    m = vtk.vtkMatrix4x4()
+    for (i, j), value in np.ndenumerate(LPS_TO_RAS @ to_lps):
+        m.SetElement(i, j, value)
+    node.SetIJKToRASMatrix(m)
+    return node
+
+
+def segments_of(node: Any) -> dict[str, dict[str, Any]]:
+    """Voxels and centre in RAS millimetres of each segment, by name."""
+    found = {}
+    segmentation = node.GetSegmentation()
+    for index in range(segmentation.GetNumberOfSegments()):
+        segment_id = segmentation.GetNthSegmentID(index)
+        mask = slicer.vtkOrientedImageData()
+        node.GetBinaryLabelmapRepresentation(segment_id, mask)
+        answer: dict[str, Any] = {"voxels": 0, "centre": None}
+        if mask.GetPointData().GetScalars() is not None and mask.GetNumberOfPoints():
+            array = vtk.util.numpy_support.vtk_to_numpy(mask.GetPointData().GetScalars())
+            filled = np.argwhere(array.reshape(mask.GetDimensions()[::-1]) > 0)[:, ::-1]
+            if len(filled):
+                m = vtk.vtkMatrix4x4()
+                mask.GetImageToWorldMatrix(m)
+                centre = filled.mean(0) + np.array(mask.GetExtent()[::2])
+                point = m.MultiplyPoint((*centre, 1.0))
+                answer = {"voxels": len(filled), "centre": list(point[:3])}
+        found[segmentation.GetSegment(segment_id).GetName()] = answer
+    return found
+
+
+def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
+    volume = app.io_manager.load_volumes(job["image"])[0]
+    answer: dict[str, Any] = {"dimensions": volume.GetImageData().GetDimensions(), "matrix": matrix_of(volume)}
+    node = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    if job["result"].endswith(".seg.nrrd"):
+        node = app.segmentations_logic.LoadSegmentationFromFile(job["result"], False)
+    else:
+        # Empty segments first, as on every new sample.
+        for label in job["labels"]:
+            node.GetSegmentation().AddEmptySegment(label, label)
+        label_map = push_label_map(app, job["result"])
+        answer["result_dimensions"] = label_map.GetImageData().GetDimensions()
+        answer["result_matrix"] = matrix_of(label_map)
+        ids = vtk.vtkStringArray()
+        for label in job["labels"]:
+            ids.InsertNextValue(label)
+        app.segmentations_logic.ImportLabelmapToSegmentationNode(label_map, node, ids)
+    answer["segments"] = segments_of(node)
+    if "export" in job:
+        segmentation = node.GetSegmentation()
+        for label in job.get("delete", []):
+            segmentation.RemoveSegment(segmentation.GetSegmentIdBySegmentName(label))
+        ids = vtk.vtkStringArray()
+        for index in range(segmentation.GetNumberOfSegments()):
+            ids.InsertNextValue(segmentation.GetNthSegmentID(index))
+        label_map = app.scene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode")
+        app.segmentations_logic.ExportSegmentsToLabelmapNode(node, ids, label_map, volume)
+        app.io_manager.write_volume(label_map, job["export"])
+        answer["label_info"] = [
+            {"name": segmentation.GetSegment(ids.GetValue(i)).GetName(), "idx": i + 1}
+            for i in range(ids.GetNumberOfValues())
+        ]
+    app.scene.Clear(0)
+    return answer
+
+
+def main() -> None:
+    jobs = json.load(sys.stdin)
+    app = SlicerApp()
+    slicer.mrmlScene = app.scene
+    answers = [run(app, job) for job in jobs]
+    print("\n" + json.dumps(answers), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Opening folders of real labelled data for the demo: layout, split, label names, modality, grids."""
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from deformux.cases import InvalidFolder
+from deformux_label.cohort import open_cohort, synthetic_cohort
+
+
+def write_folder(folder: Path, *, names=("images", "labels"), values=(5, 9), shape=(12, 10, 8), low=-1000) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        label = np.zeros(shape, np.int16)
+        for position, value in enumerate(values):
+            label[position * 2 + 1] = value
+        image = rng.integers(low, 200, shape).astype(np.int16)
+        for kind, data in zip(names, (image, label), strict=True):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(data, np.diag([2.0, 2, 3, 1])), folder / kind / f"case_{number}.nii.gz")
+    return folder
+
+
+def test_hippocampus_uses_train_for_the_cohort_and_val_for_scoring_only(shared_data: Path) -> None:
+    folder = shared_data / "hippocampus"
+    cohort = open_cohort(folder, volumes=6, held_out=3, labels=("anterior", "posterior"))
+    split = json.loads((folder / "split.json").read_text())
+    assert {v.id for v in cohort.volumes} <= set(split["train"])
+    assert {v.id for v in cohort.held_out} <= set(split["val"])
+    assert (len(cohort.volumes), len(cohort.held_out)) == (6, 3)
+    assert cohort.labels == ("anterior", "posterior")
+    assert cohort.modality == "mr"
+    assert cohort.spacing == "native"
+    assert all(int(n) in (32, 48, 64) for n in cohort.patch_size.split(","))  # 31-43 × 40-59 × 24-47 voxels
+    truth = cohort.volumes[0].truth()
+    np.testing.assert_array_equal(truth, np.asarray(nib.load(cohort.volumes[0].case.label).dataobj))
+
+
+def test_choice_among_many_volumes_depends_on_the_seed_alone(shared_data: Path) -> None:
+    first, again, other = (
+        [v.id for v in open_cohort(shared_data / "hippocampus", volumes=6, seed=seed).volumes] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_sparse_values_become_dense_and_get_names(tmp_path: Path) -> None:
+    cohort = open_cohort(write_folder(tmp_path), volumes=3)
+    assert cohort.labels == ("label_5", "label_9")
+    assert len(cohort.volumes) == 3
+    assert set(np.unique(cohort.volumes[0].truth())) == {0, 1, 2}
+    assert cohort.modality == "ct"
+
+
+def test_decathlon_layout_names_and_modality(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, names=("imagesTr", "labelsTr"), values=(1, 2), low=0)
+    description = {"labels": {"0": "background", "1": "Left Kidney", "2": "spleen"}, "modality": {"0": "CT"}}
+    (folder / "dataset.json").write_text(json.dumps(description))
+    cohort = open_cohort(folder, volumes=16)
+    assert cohort.labels == ("left_kidney", "spleen")
+    assert cohort.modality == "ct"
+    assert len(cohort.volumes) == 4
+
+
+def test_a_modality_that_is_given_wins(tmp_path: Path) -> None:
+    assert open_cohort(write_folder(tmp_path), volumes=3, modality="mr").modality == "mr"
+
+
+def test_large_scans_are_seen_at_a_coarser_spacing(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, shape=(160, 160, 40))
+    cohort = open_cohort(folder, volumes=2)
+    x, y, z = (float(s) for s in cohort.spacing.split(","))
+    assert x == y > 2
+    assert z == pytest.approx(3, rel=0.1)
+    assert np.prod([160 * 2 / x, 160 * 2 / y, 40 * 3 / z]) < 620_000
+    assert np.prod([int(n) for n in cohort.patch_size.split(",")]) <= 165_000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": ("a", "b", "c")}, "got 3 names, expected 2"),
+        ({"volumes": 0}, "volumes: got 0"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(InvalidFolder, match=message):
+        open_cohort(write_folder(tmp_path), **{"volumes": 4, **change})
+
+
+def test_label_on_another_grid_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), folder / "labels" / "case_1.nii.gz")
+    with pytest.raises(InvalidFolder, match=r"image and label of case_1 must be 3D on one grid"):
+        open_cohort(folder, volumes=4)
+
+
+def test_synthetic_cohort_is_described_for_the_server(tmp_path: Path) -> None:
+    cohort = synthetic_cohort(tmp_path / "cohort", volumes=2, seed=1, voxel_scale=2.5)
+    assert cohort.labels == ("liver", "spleen", "kidneys", "vessels")
+    assert cohort.modality == "ct"
+    volume = cohort.volume("phantom_001")
+    assert volume.truth().shape == volume.shape()
+    assert volume.canonical_truth().sum() == volume.truth().sum()

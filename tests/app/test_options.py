@@ -1,0 +1,146 @@
+"""The options of a project: what is accepted, and how a start ends that cannot work."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from live import environment, serve_command, stock_command
+from typer.testing import CliRunner
+
+from deformux.network import PRESETS
+from deformux.weights import PRETRAINED
+from deformux_label.cli import app
+from deformux_label.lib.configs.project import OPTIONS, InvalidOption, Project
+
+GOOD = {"labels": "anterior,posterior"}
+# option, bad value, what the sentence must name
+BAD = [
+    ("preset", "huge", tuple(PRESETS)),
+    ("modality", "pet", ("ct", "mr")),
+    ("spacing", "1,2", ("native", "three")),
+    ("spacing", "1,2,x", ("native", "three", "1.5,1.5,2")),
+    ("spacing", "0,1,1", ("native", "0.05")),
+    ("spacing", "nan,1,1", ("native", "0.05")),
+    ("patch_size", "96", ("three whole numbers", "16", "512")),
+    ("patch_size", "8,96,96", ("16", "512")),
+    ("patch_size", "9.5,96,96", ("three whole numbers", "96,96,96")),
+    ("pretrained", "brain", (*PRETRAINED, "none")),
+    ("labels", "a,,b", ("comma-separated",)),
+    ("labels", "a,b,a", ("'a' twice",)),
+    ("labels", "liver,background", ("background",)),
+    ("labels", ",".join(f"l{i}" for i in range(256)), ("255",)),
+    ("presets", "tiny", OPTIONS),
+]
+
+
+def test_defaults() -> None:
+    project = Project.from_conf(GOOD)
+    assert project.label_values == {"anterior": 1, "posterior": 2}
+    assert (project.preset, project.preprocessing.modality, project.pretrained) == ("tiny", "ct", None)
+    assert project.preprocessing.spacing_mm is None
+    assert project.preprocessing.patch_size == (96, 96, 96)
+
+
+def test_every_option() -> None:
+    conf = {
+        "labels": " left kidney , tumour (3) ",
+        "modality": "mr",
+        "preset": "small",
+        "spacing": "1.5,1.5,2",
+        "patch_size": "64,48,32",
+        "pretrained": "none",
+    }
+    project = Project.from_conf(conf)
+    assert project.labels == ("left kidney", "tumour (3)")
+    assert project.preprocessing.spacing_mm == (1.5, 1.5, 2.0)
+    assert project.preprocessing.patch_size == (64, 48, 32)
+    assert Project.from_conf(project.to_conf()) == project
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_a_pretrained_model_brings_its_own_options(name: str) -> None:
+    project = Project.from_conf({"pretrained": name})
+    assert project.labels
+    assert Project.from_conf(project.to_conf()) == project
+    other = next(preset for preset in PRESETS if preset != project.preset)
+    with pytest.raises(InvalidOption, match=project.preset):
+        Project.from_conf({"pretrained": name, "preset": other})
+
+
+def test_labels_are_required() -> None:
+    with pytest.raises(InvalidOption, match="anterior,posterior"):
+        Project.from_conf({})
+
+
+@pytest.mark.parametrize(("option", "value", "named"), BAD)
+def test_a_bad_value_names_the_valid_ones(option: str, value: str, named: tuple[str, ...]) -> None:
+    with pytest.raises(InvalidOption) as error:
+        Project.from_conf({**GOOD, option: value})
+    for word in named:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("option", "value", "named"), [bad for bad in BAD if bad[0] in OPTIONS])
+def test_serve_ends_with_one_sentence(option: str, value: str, named: tuple[str, ...], tmp_path: Path) -> None:
+    command = serve_command(tmp_path, {**GOOD, option: value})[1:]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("deformux-label: ")
+    assert result.stderr.count("\n") == 1
+    for word in named:
+        assert word in result.stderr
+
+
+def test_serve_checks_port_and_folder(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for extra, word in (
+            (["--port", port], port),
+            (["--port", "99999"], "65535"),
+            (["--host", "no.such.host"], "no.such"),
+        ):
+            result = CliRunner().invoke(app, [*serve_command(tmp_path, GOOD)[1:], *extra])
+            assert result.exit_code == 2
+            assert word in result.stderr
+            assert result.stderr.count("\n") == 1
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, serve_command(tmp_path / "file", GOOD)[1:])
+    assert result.exit_code == 2
+    assert "folder" in result.stderr
+
+
+@pytest.mark.parametrize(("conf", "words"), [({"preset": "huge"}, tuple(PRESETS)), ({"network": "unet"}, OPTIONS)])
+def test_monai_labels_own_command_ends_with_one_sentence(conf: dict, words: tuple[str, ...], tmp_path: Path) -> None:
+    command = stock_command(tmp_path / "studies", {**GOOD, **conf})
+    done = subprocess.run(
+        [*command, "--host", "127.0.0.1", "--port", "1"],
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("deformux-label: ")
+    for word in words:
+        assert word in last
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_projects_keep_their_state_apart(tmp_path: Path) -> None:
+    def folder(studies: str = "a", **conf: str) -> Path:
+        return Project.from_conf({**GOOD, **conf}).state_folder(tmp_path, str(tmp_path / studies))
+
+    same = {folder(), folder(preset="small"), folder(spacing="1,1,1"), folder("./b/../a")}
+    assert len(same) == 1, "other sizes and spacings are the same project: its versions carry their own"
+    others = [folder("b"), folder(labels="posterior,anterior"), folder(labels="anterior"), folder(modality="mr")]
+    assert len({*same, *others}) == 5
+    assert all(path.parent == tmp_path / "model" for path in others)
