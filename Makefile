@@ -1,0 +1,55 @@
+# Thin: each target sets up .venv if it must, then runs one command.
+PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3,10),(3,11)))' >/dev/null 2>&1 && echo $$p && break; done)
+BIN := .venv/bin
+READY := .venv/.ready
+# CUDA libraries come with torch from the package index; nothing here needs a GPU or a compiler.
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MPLBACKEND := Agg
+# sam2, which monailabel asks for and this project never calls, would otherwise try to compile a CUDA extension.
+export SAM2_BUILD_CUDA := 0
+# Two processes that compute at once (server and training) stall each other tenfold if waiting threads spin.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: help demo serve test test-all lint bench clean
+help:
+	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
+	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (more: README, options table)"
+	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
+
+$(READY): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "DeformUX Label needs Python 3.10 or 3.11 (found: $$(python3 --version 2>&1))." \
+		"Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
+	@echo "Setting up .venv with $(PYTHON) (about 8 GB, a few minutes, once) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m deformux_label.demo $(if $(STUDIES),--studies "$(STUDIES)") $(if $(LABELS),--labels "$(LABELS)") \
+		$(if $(MODALITY),--modality "$(MODALITY)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") \
+		$(if $(ROUNDS),--rounds "$(ROUNDS)") $(DEMO_OPTIONS)
+
+serve: $(READY)
+	$(BIN)/deformux-label serve --studies "$(STUDIES)" --labels "$(LABELS)" \
+		$(if $(MODALITY),--modality "$(MODALITY)") $(if $(PRESET),--preset "$(PRESET)") \
+		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
+		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest --runslow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/deform_conv3d_cpu.py
+	$(BIN)/python benchmarks/inference.py
+
+clean:
+	rm -rf .venv demo runs

@@ -1,0 +1,58 @@
+"""The shipped hippocampus weights on the ``val`` cases, which took no part in training or choosing them.
+
+    python benchmarks/hippocampus.py --data ../shared/data/hippocampus [--threads 2]
+
+The weights were trained with
+    deformux fit ../shared/data/hippocampus hippocampus.safetensors --labels anterior,posterior --modality mr \\
+        --preset tiny --patch-size 48,64,48 --subset train --threads 2 --set steps=1000 --set ema_decay=0.99 \\
+        --set flip_axes=0, --set foreground_ratio=1.0 --set affine_probability=0.8
+Writes benchmarks/results/hippocampus.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from _machine import machine_lines
+
+from deformux.cases import find_cases
+from deformux.files import write_text
+from deformux.inference import evaluate
+from deformux.metrics import mean_dice
+from deformux.weights import load_model, pretrained_path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    network, card = load_model(pretrained_path("hippocampus"))
+    cases = find_cases(arguments.data, subset="val")
+    scores = evaluate(network, cases, card.preprocessing, n_labels=len(card.labels))
+    per_case = np.array(list(scores.values()))
+    lines = [
+        f"# Shipped `hippocampus` weights ({card.preset}) on {len(cases)} `val` cases",
+        "",
+        *(f"- {line}" for line in machine_lines()),
+        f"- trained on {len(card.training_cases)} `train` cases, {card.recipe['steps']} steps, {card.seconds:.0f} s "
+        f"on {card.device}",
+        "",
+        "| label | mean Dice | median | worst |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {np.nanmean(column):.4f} | {np.nanmedian(column):.4f} | {np.nanmin(column):.4f} |"
+            for name, column in zip(card.labels, per_case.T, strict=True)
+        ),
+        f"| **mean** | **{mean_dice(per_case):.4f}** | | |",
+    ]
+    write_text(Path(__file__).parent / "results" / "hippocampus.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
