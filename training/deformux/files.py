@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["replacing", "write_text"]
@@ -26,6 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes files for the owner alone; a label must be readable as any other file is.
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -34,6 +35,19 @@ def write_text(path: Path, text: str) -> None:
     """Replace a text file at once."""
     with replacing(path) as temporary:
         temporary.write_text(text)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself is lost with the power until its folder is on the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Some network file systems refuse to sync a folder; the file itself is safe.
+        with suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
