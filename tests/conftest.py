@@ -1,8 +1,10 @@
 """Fixtures and options that every test folder shares."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -10,6 +12,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="also run the sweeps that CI leaves out")
     parser.addoption("--device", default="cpu", help="device for the operator and network tests, e.g. cuda:0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End at once where the device asked for is not there: a run that skips everything looks like a success."""
+    name = config.getoption("--device")
+    if name == "cpu":
+        return
+    # PyTorch's matrix products repeat bit for bit only with this, and read it once.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise pytest.UsageError(f"--device: got {name}, which PyTorch cannot use here ({reason})") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

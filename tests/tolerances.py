@@ -17,10 +17,10 @@ TOLERANCES: dict[torch.dtype, dict[str, float]] = {
 
 
 def assert_near(actual: Tensor, expected: Tensor, what: str = "output") -> None:
-    """Compare `actual`, in its own dtype, with a float64 oracle."""
+    """Compare `actual`, in its own dtype, with a float64 oracle, on whichever device that was computed."""
     assert actual.shape == expected.shape
     if not expected.numel():
         return
-    error = (actual.to(expected.dtype) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
+    error = (actual.to(expected) - expected).abs().max() / expected.abs().max().clamp(min=1e-30)
     allowed = TOLERANCES[actual.dtype][what]
     assert error <= allowed, f"{what}: relative error {error:.1e}, allowed {allowed:.1e} for {actual.dtype}"

@@ -66,4 +66,4 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `backend` on every backend of the device under test."""
     if "backend" in metafunc.fixturenames:
         on_cpu = metafunc.config.getoption("--device") == "cpu"
-        metafunc.parametrize("backend", ["reference", "cpu"] if on_cpu else ["reference"])
+        metafunc.parametrize("backend", ["reference", "cpu" if on_cpu else "cuda"])

@@ -41,7 +41,9 @@ def check_gradients(p, backend, *, fast_mode):
         return deform_conv3d(input, offset, weight, bias, mask=mask, **p.options, backend=backend)
 
     leaves = p.map(lambda t: t.requires_grad_()).tensors()
-    assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=fast_mode)
+    # Atomic additions on a GPU come in any order.
+    apart = 0.0 if p.input.device.type == "cpu" else 1e-12
+    assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=fast_mode, nondet_tol=apart)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -64,15 +66,14 @@ def test_explicit_backward_is_autograd_of_the_oracle(make_problem, backend, laye
 def test_dtypes_and_channel_counts(make_problem, backend, dtype, channels):
     p = make_problem(channels=channels, dtype=dtype)
     actual = p.run_with_gradients(backend=backend)
-    for name, expected in p.map(torch.Tensor.double).run_with_gradients(backend="reference").items():
+    for name, expected in p.oracle().run_with_gradients(backend="reference").items():
         assert actual[name].dtype == dtype
         assert_near(actual[name], expected, name)
 
 
 def test_borders_as_torchvision(make_problem, backend):
     """Gradients of samples on and past the border, whole positions included, where conventions differ."""
-    import torchvision
-
+    torchvision = pytest.importorskip("torchvision")
     p = make_problem(
         size=(1, 6, 5), kernel=(1, 3, 3), stride=(1, 1, 1), padding=(0, 1, 1), dilation=(1, 1, 1), spread=3
     )
@@ -112,7 +113,7 @@ def test_one_gradient_alone(make_problem, backend, name):
     leaf = getattr(p, name).requires_grad_()
     output = p.run(backend=backend)
     output.backward(direction_like(output))
-    assert torch.equal(leaf.grad, expected)
+    assert_near(leaf.grad, expected, name)
     assert all(t.grad is None for other, t in p.tensors().items() if other != name)
 
 
@@ -156,12 +157,11 @@ def test_gradient_that_arrives_in_parts_of_a_larger_tensor(make_problem, backend
 
 def test_tensor_subclass(make_problem, backend):
     """MONAI's tensors carry metadata and rules of their own through every operation."""
-    from monai.data import MetaTensor
-
+    data = pytest.importorskip("monai.data")
     p = make_problem(dtype=torch.float32)
     expected = p.run_with_gradients(backend=backend)
-    leaf = MetaTensor(p.input).requires_grad_()
+    leaf = data.MetaTensor(p.input).requires_grad_()
     output = replace(p, input=leaf).run(backend=backend)
     output.backward(direction_like(expected["output"]))
     assert torch.equal(output.as_tensor(), expected["output"])
-    assert torch.equal(leaf.grad.as_subclass(torch.Tensor), expected["input"])
+    assert_near(leaf.grad.as_subclass(torch.Tensor), expected["input"].double(), "input")

@@ -59,7 +59,7 @@ def test_whole_numbers(make_problem):
 @pytest.mark.parametrize("name", ["offset", "weight", "bias", "mask"])
 def test_devices_differ(make_problem, name):
     p = make_problem()
-    with pytest.raises(ValueError, match=f"{name}: got device meta, expected cpu as input"):
+    with pytest.raises(ValueError, match=f"{name}: got device meta, expected {p.input.device} as input"):
         replace(p, **{name: getattr(p, name).to("meta")}).run()
 
 
