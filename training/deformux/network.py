@@ -252,9 +252,17 @@ class DeformUXNet(nn.Module):
         Raises:
             ValueError: the input is not 5-dimensional or has another number of channels.
         """
+        size = x.shape[2:]
+        return self.decode(self.encode(x))[:, :, : size[0], : size[1], : size[2]]
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """The scan, padded to a size that divides by 16, and the normalised output of each of the four stages.
+
+        Raises:
+            ValueError: the input is not 5-dimensional or has another number of channels.
+        """
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected input (N, {self.in_channels}, D, H, W), got shape {tuple(x.shape)}")
-        size = x.shape[2:]
         x = _pad(x)
         features = [x]
         z = x
@@ -263,12 +271,15 @@ class DeformUXNet(nn.Module):
             for block in stage:  # type: ignore[attr-defined]
                 z = self._run(block, z)
             features.append(norm(z))
+        return features
+
+    def decode(self, features: list[Tensor]) -> Tensor:
+        """Logits, at the padded size, of what ``encode`` gave."""
         skips = [self._run(skip, feature) for skip, feature in zip(self.skips, features, strict=True)]
         z = skips.pop()
         for up in self.ups:
             z = self._run(up, z, skips.pop())
-        logits = self.head(self._run(self.fuse, z))
-        return logits[:, :, : size[0], : size[1], : size[2]]
+        return self.head(self._run(self.fuse, z))
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         grid = inputs[-1]

@@ -1,0 +1,114 @@
+"""What a network shows of an unlabelled volume: its scores, and the pooled features of its encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deformux.inference import sliding_window
+from deformux.network import DeformUXNet
+from deformux.selection.scores import VolumeScores, score_samples
+from deformux.transforms import Preprocessing, apply, inference_transforms
+
+__all__ = ["Observation", "encode", "mirrorings", "observe"]
+
+Features = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Scores of a volume, and the means ``(d,)`` of each channel of the four encoder stages."""
+
+    scores: VolumeScores
+    features: Features
+
+
+class _Watched:
+    """A network that remembers the means of what its encoder gave for each window."""
+
+    def __init__(self, network: DeformUXNet) -> None:
+        self.network = network
+        self.means: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        features = self.network.encode(x)
+        self._remember(features)
+        return self.network.decode(features)[:, :, : x.shape[2], : x.shape[3], : x.shape[4]]
+
+    def encode_only(self, x: Tensor) -> Tensor:
+        self._remember(self.network.encode(x))
+        return x
+
+    def features(self) -> Features:
+        return torch.stack(self.means).mean(0).cpu().numpy()
+
+    def _remember(self, features: Sequence[Tensor]) -> None:
+        # The first is the scan itself.
+        self.means.append(torch.cat([stage.float().mean((0, 2, 3, 4)) for stage in features[1:]]))
+
+
+def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every combination of the axes, none first: the ways to mirror a volume."""
+    return [chosen for count in range(len(axes) + 1) for chosen in combinations(sorted(axes), count)]
+
+
+@torch.inference_mode()
+def encode(network: DeformUXNet, image: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> Features:
+    """Encoder features ``(d,)`` of a volume, each channel's mean over voxels and windows, for an untrained network too.
+
+    Raises:
+        InvalidVolume: the file is not a usable scan.
+    """
+    volume = _load(image, prep, device)
+    watched = _Watched(network.to(device).eval())
+    sliding_window(prep)(volume, watched.encode_only)
+    return watched.features()
+
+
+@torch.inference_mode()
+def observe(
+    networks: Sequence[DeformUXNet],
+    image: Path,
+    prep: Preprocessing,
+    *,
+    flip_axes: Sequence[int] = (),
+    device: str | torch.device = "cpu",
+) -> Observation:
+    """Scores of a volume from every network and every mirroring, and the features of the first network.
+
+    Args:
+        networks: the model in use first, then earlier ones of the same labels.
+        image: a scan.
+        prep: how it becomes network input.
+        flip_axes: axes (0 right, 1 anterior, 2 superior) along which anatomy may be mirrored: those that training
+            mirrors.
+        device: where to compute.
+
+    Raises:
+        InvalidVolume: the file is not a usable scan.
+    """
+    volume = _load(image, prep, device)
+    watched = _Watched(networks[0].to(device).eval())
+
+    def samples() -> Iterator[Tensor]:
+        yield sliding_window(prep)(volume, watched)[0].softmax(0)
+        for index, network in enumerate(networks):
+            network.to(device).eval()
+            for axes in mirrorings(flip_axes)[index == 0 :]:
+                spatial = [axis + 2 for axis in axes]
+                yield sliding_window(prep)(volume.flip(spatial), network).flip(spatial)[0].softmax(0)
+
+    scores = score_samples(samples())
+    return Observation(scores, watched.features())
+
+
+def _load(image: Path, prep: Preprocessing, device: str | torch.device) -> Tensor:
+    volume = apply(inference_transforms(prep), {"image": image})["image"]
+    return volume.as_tensor()[None].to(device)

@@ -1,0 +1,151 @@
+"""How unsure a model is of a whole volume, from the probabilities of one or several of its predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty"]
+
+# A label that is expected to fill less is not in the volume, and has no uncertainty.
+_FEWEST_VOXELS = 1.0
+
+
+@dataclass(frozen=True)
+class VolumeScores:
+    """What a volume's predictions say about it; every value is divided by log C, so that it lies between 0 and 1.
+
+    Args:
+        uncertainty: mean over the labels in ``per_label``.
+        per_label: entropy weighted by the label's own probability; None for a label that is not in the volume.
+        entropy: mean over all voxels, background included.
+        mutual_information: mean over all voxels of what the samples disagree on; 0 for a single sample.
+    """
+
+    uncertainty: float
+    per_label: tuple[float | None, ...]
+    entropy: float
+    mutual_information: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "uncertainty": self.uncertainty,
+            "per_label": list(self.per_label),
+            "entropy": self.entropy,
+            "mutual_information": self.mutual_information,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> VolumeScores:
+        """The inverse of ``to_json``."""
+        return cls(**{**values, "per_label": tuple(values["per_label"])})
+
+
+def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
+    """Entropy of each label 1..C-1 where the label may be, 0 (sure) to 1 (every class equally likely).
+
+    Each voxel's entropy, divided by its maximum log C, counts with the voxel's probability of that label: a small
+    organ counts as much as a large one, and background around them changes nothing.
+
+    Args:
+        probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
+
+    Returns:
+        one value per label; None where its probabilities sum to less than one voxel.
+
+    Raises:
+        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+    """
+    p = _checked(probabilities)
+    return _per_label(p, torch.special.entr(p).sum(0) / math.log(p.shape[0]))
+
+
+def volume_uncertainty(probabilities: Tensor) -> float:
+    """Mean of ``label_uncertainty`` over the labels in a volume; 0 where there is none.
+
+    Args:
+        probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
+
+    Raises:
+        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+    """
+    return _mean(label_uncertainty(probabilities))
+
+
+def score_samples(samples: Iterable[Tensor]) -> VolumeScores:
+    """Scores of a volume from several predictions of it, such as mirrored ones or those of several models.
+
+    Entropies are those of the mean prediction. The mutual information between prediction and model, the entropy of
+    the mean less the mean of the entropies, is BALD's score (Houlsby et al., arXiv 1112.5745). Samples are
+    taken one at a time, so that an iterator keeps only one in memory.
+
+    Args:
+        samples: each ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
+
+    Raises:
+        ValueError: no sample, samples of different shapes, or values that are not probabilities.
+    """
+    mean: Tensor | None = None
+    entropies = 0.0
+    count = 0
+    for sample in samples:
+        p = _checked(sample)
+        if mean is None:
+            mean = torch.zeros_like(p)
+        elif mean.shape != p.shape:
+            raise ValueError(f"samples must have one shape, got {tuple(mean.shape)} and {tuple(p.shape)}")
+        mean += p
+        entropies += _mean_entropy(p)
+        count += 1
+    if mean is None:
+        raise ValueError("expected at least one sample of probabilities, got none")
+    mean /= count
+    scale = math.log(mean.shape[0])
+    entropy = _mean_entropy(mean)
+    per_label = _per_label(mean, torch.special.entr(mean).sum(0) / scale)
+    return VolumeScores(
+        uncertainty=_mean(per_label),
+        per_label=per_label,
+        entropy=_clamped(entropy / scale),
+        mutual_information=_clamped((entropy - entropies / count) / scale),
+    )
+
+
+def _checked(probabilities: Tensor) -> Tensor:
+    if probabilities.ndim != 4 or probabilities.shape[0] < 2:
+        raise ValueError(f"expected probabilities (C >= 2, D, H, W), got shape {tuple(probabilities.shape)}")
+    p = probabilities.float()
+    # Also false for NaN.
+    if not bool(((p >= 0) & (p <= 1 + 1e-4)).all()):
+        raise ValueError("expected probabilities between 0 and 1, got values outside; apply softmax to logits first")
+    return p
+
+
+def _per_label(p: Tensor, entropy: Tensor) -> tuple[float | None, ...]:
+    values: list[float | None] = []
+    for weight in p[1:]:
+        total = float(weight.sum(dtype=torch.float64))
+        if total < _FEWEST_VOXELS:
+            values.append(None)
+        else:
+            values.append(_clamped(float((weight * entropy).sum(dtype=torch.float64)) / total))
+    return tuple(values)
+
+
+def _mean_entropy(p: Tensor) -> float:
+    return float(torch.special.entr(p).sum(0).mean(dtype=torch.float64))
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else 0.0
+
+
+def _clamped(value: float) -> float:
+    return min(1.0, max(0.0, value))
