@@ -58,6 +58,7 @@ def serve(
 def _start(studies: str, project: Project, host: str, port: int) -> NoReturn:
     """Become MONAI Label's own server."""
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
+    arguments += ["--uvicorn_app", "deformux_label.server:app"]
     for key, value in project.to_conf().items():
         arguments += ["--conf", key, value]
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address http://{host}:{port}")

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 from fastapi import HTTPException
-from monai.inferers import Inferer
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
-from deformux.inference import sliding_window
+from deformux.inference import WindowInferer, mixed_precision
 from deformux.transforms import InvalidVolume, Preprocessing, inference_transforms, restore_transforms
 from deformux.weights import InvalidModel
+from deformux_label.offloop import raise_if_client_gone
 
 from ..configs.project import Project
 from ..models import ServedModels
+from .memory import Attempt, within_memory
 from .writer import FORMATS, write_labels
 
 __all__ = ["UNTRAINED", "Segmentation"]
@@ -62,12 +63,11 @@ class Segmentation(BasicInferTask):
             raise HTTPException(422, str(error)) from error
         except InvalidModel as error:
             raise HTTPException(500, f"the published model cannot be served: {error}") from error
+        except MemoryError as error:
+            raise HTTPException(507, str(error)) from error
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         return inference_transforms(self._preprocessing(data or {}))
-
-    def inferer(self, data: dict[str, Any] | None = None) -> Inferer:
-        return sliding_window(self._preprocessing(data or {}))
 
     def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
         if data["model_version"] is None:
@@ -76,8 +76,28 @@ class Segmentation(BasicInferTask):
             logits[0] = 1
             data[self.output_label_key] = logits
             return data
-        with torch.inference_mode():
-            return super().run_inferer(data, convert_to_batch, device)
+        window = self._preprocessing(data).patch_size
+        logits, warning = within_memory(lambda attempt: self._logits(data, attempt), window, device)
+        data[self.output_label_key] = logits
+        data["warning"] = warning
+        return data
+
+    @torch.inference_mode()
+    def _logits(self, data: dict[str, Any], attempt: Attempt) -> torch.Tensor:
+        network, _ = self.models.load(data["model_version"], attempt.device)
+
+        def on_device(patch: torch.Tensor) -> torch.Tensor:
+            raise_if_client_gone()
+            with mixed_precision(attempt.device):
+                return network(patch.to(attempt.device)).float().to(attempt.volume_device)
+
+        try:
+            image = data[self.input_key][None].to(attempt.volume_device)
+            return WindowInferer(attempt.window)(image, on_device)[0]
+        finally:
+            if attempt.device.startswith("cuda"):
+                # A training in its own process cannot use what this one keeps for the next request.
+                torch.cuda.empty_cache()
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         return restore_transforms()
@@ -92,13 +112,9 @@ class Segmentation(BasicInferTask):
         os.close(handle)
         write_labels(Path(path), labels, np.asarray(pred.affine, dtype=float), self.project.label_values)
         result = {"model_version": data["model_version"]}
-        if data["model_version"] is None:
-            result["warning"] = UNTRAINED
+        if warning := UNTRAINED if data["model_version"] is None else data["warning"]:
+            result["warning"] = warning
         return path, result
-
-    def _get_network(self, device: str, data: dict[str, Any] | None) -> torch.nn.Module:
-        network, _ = self.models.load((data or {})["model_version"], device)
-        return network
 
     def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:
         """The model's own, which may differ from what the server was started with until the next training."""

@@ -1,0 +1,84 @@
+"""Inference on a GPU whose memory a training, or another program, is using."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Attempt", "attempts", "within_memory"]
+
+logger = logging.getLogger(__name__)
+
+_SMALLEST_WINDOW = 32
+# Halves of a window are rounded to what the network's four halvings divide evenly.
+_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way to compute: the window in voxels, where the network is, and where image and logits are."""
+
+    window: tuple[int, ...]
+    device: str
+    volume_device: str
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.window))
+        return f"with windows of {size} voxels on the {'GPU' if self.device.startswith('cuda') else 'CPU'}"
+
+
+def attempts(window: Sequence[int], device: str) -> Iterator[Attempt]:
+    """From the fastest to the most frugal: all on the GPU, the volume beside it, smaller windows, no GPU at all."""
+    window = tuple(window)
+    yield Attempt(window, device, device)
+    if not device.startswith("cuda"):
+        return
+    yield Attempt(window, device, "cpu")
+    smaller = window
+    while (halved := _half(smaller)) != smaller:
+        smaller = halved
+        yield Attempt(smaller, device, "cpu")
+    yield Attempt(window, "cpu", "cpu")
+
+
+def within_memory(run: Callable[[Attempt], Tensor], window: Sequence[int], device: str) -> tuple[Tensor, str | None]:
+    """What ``run`` returns at the first attempt that fits into memory, and a sentence if that was not the first.
+
+    Raises:
+        MemoryError: not even the most frugal one fits.
+    """
+    for number, attempt in enumerate(attempts(window, device)):
+        try:
+            result = run(attempt)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_about_memory(error):
+                raise
+            logger.warning("Not enough memory %s: %s", attempt, str(error).splitlines()[0] if str(error) else error)
+        else:
+            if number == 0:
+                return result, None
+            return result, f"The GPU's memory is full, so this was computed {attempt}, which is slower."
+        # Outside the handler: the error holds the frames, and with them the tensors that did not fit.
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
+    raise MemoryError(
+        "there is not enough memory to segment this volume; serve it with a larger spacing"
+    )
+
+
+def _half(window: tuple[int, ...]) -> tuple[int, ...]:
+    halves = (max(_SMALLEST_WINDOW, -(-size // 2 // _MULTIPLE) * _MULTIPLE) for size in window)
+    return tuple(min(size, half) for size, half in zip(window, halves, strict=True))
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Torch's own, CuPy's, cuDNN's and cuBLAS's errors, and those of the CPU's allocator, share no class."""
+    text = str(error).lower()
+    known = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in known)

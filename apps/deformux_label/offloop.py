@@ -1,0 +1,114 @@
+"""Running endpoints that block in threads, so that the event loop answers everybody else meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from fastapi import Request, Response
+from fastapi.encoders import jsonable_encoder
+from fastapi.responses import JSONResponse
+
+__all__ = ["ClientGone", "client_left", "in_thread", "raise_if_client_gone", "watched"]
+
+# nginx's number for a client that closed its connection; nobody is there to read it.
+_CLIENT_CLOSED_REQUEST = 499
+_gone: ContextVar[Callable[[], bool]] = ContextVar("gone", default=lambda: False)
+
+
+class ClientGone(Exception):
+    """Whoever asked has closed the connection, so the work is for nobody."""
+
+
+def raise_if_client_gone() -> None:
+    """To be called now and then in long work: raises ClientGone once the client has closed its connection."""
+    if _gone.get()():
+        raise ClientGone
+
+
+def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Coroutine[Any, Any, Response]]:
+    """An endpoint with the same parameters that runs in one of its own ``threads``; its answer becomes JSON there too.
+
+    ``endpoint`` is a function, or a coroutine function that never awaits, as MONAI Label's are.
+    """
+    limiter = CapacityLimiter(threads)
+
+    async def run(**arguments: Any) -> Response:
+        return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
+
+    return _with_signature(run, endpoint)
+
+
+def watched(
+    endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Callable[[], None]]]
+) -> Callable[..., Coroutine[Any, Any, Response]]:
+    """An endpoint that waits for its ``turn``, then runs in a thread of its own, and ends early when its client leaves.
+
+    Args:
+        endpoint: as of ``in_thread``.
+        turn: waits, given the endpoint's arguments and the request, and returns what ends the turn.
+    """
+    # The turns decide how many run; a second limit would put the order of the turns out.
+    limiter = CapacityLimiter(1_000_000)
+
+    async def run(http_request: Request, **arguments: Any) -> Response:
+        leaving = asyncio.create_task(client_left(http_request))
+        waiting = asyncio.ensure_future(turn(arguments, http_request))
+        try:
+            await asyncio.wait({leaving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                return Response(status_code=_CLIENT_CLOSED_REQUEST)
+            waiting.result()
+            _gone.set(leaving.done)
+            return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
+        except ClientGone:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        finally:
+            leaving.cancel()
+            if waiting.done() and not waiting.cancelled() and waiting.exception() is None:
+                waiting.result()()
+            else:
+                waiting.cancel()
+
+    return _with_signature(run, endpoint, http_request=Request)
+
+
+async def client_left(request: Request) -> None:
+    """Wait until the client closes its connection; the request's body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _answer(endpoint: Callable[..., Any], arguments: Mapping[str, Any]) -> Response:
+    result = endpoint(**arguments)
+    if inspect.iscoroutine(result):
+        result = _finish(result)
+    return result if isinstance(result, Response) else JSONResponse(jsonable_encoder(result))
+
+
+def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine that never awaits to its end."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    coroutine.close()
+    raise RuntimeError(f"{coroutine} awaits something and must stay on the event loop")
+
+
+def _with_signature(run: Callable[..., Any], endpoint: Callable[..., Any], **more: type) -> Callable[..., Any]:
+    """Give ``run`` the name and the parameters of ``endpoint``, which is where FastAPI reads them."""
+    signature = inspect.signature(endpoint, eval_str=True)
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    parameters = [parameter.replace(kind=by_name) for parameter in signature.parameters.values()]
+    parameters += [inspect.Parameter(name, by_name, annotation=kind) for name, kind in more.items()]
+    run.__name__, run.__doc__ = endpoint.__name__, endpoint.__doc__
+    run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=inspect.Signature.empty
+    )
+    return run

@@ -1,0 +1,108 @@
+"""MONAI Label's web server, made to answer while it works: ``--uvicorn_app deformux_label.server:app``.
+
+Its endpoints are coroutines over blocking code, so that during an inference nobody else is answered, not even
+``GET /info/``. Here each of them runs in a thread; inference waits for its turn on its device, and a client that gives
+up loses its place. Nothing else changes: under MONAI Label's own ``start_server`` the app answers the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.routing import APIRoute
+from monailabel.config import settings
+from monailabel.endpoints import (
+    activelearning,
+    batch_infer,
+    datastore,
+    infer,
+    info,
+    logs,
+    model,
+    ohif,
+    scoring,
+    session,
+    train,
+    wsi_infer,
+)
+from monailabel.utils.others.generic import name_to_device
+
+from deformux_label.offloop import in_thread, watched
+from deformux_label.turns import Turns
+
+__all__ = ["app"]
+
+# Threads for each group of endpoints, so that none waits for another: uploads and archives may take seconds, and a
+# training that is stopped may take longer.
+_THREADS = {
+    info: 8,
+    activelearning: 8,
+    datastore: 16,
+    session: 8,
+    train: 4,
+    scoring: 4,
+    batch_infer: 4,
+    model: 4,
+    logs: 4,
+    ohif: 8,
+    wsi_infer: 4,
+}
+
+
+def _off_the_loop() -> FastAPI:
+    """MONAI Label's app, built of endpoints that do not block it."""
+    turns = Turns()
+
+    async def turn(arguments: Mapping[str, Any], request: Request) -> Callable[[], None]:
+        return await turns.take(*_device_and_client(arguments, request))
+
+    for module, threads in _THREADS.items():
+        _replace(module.router, partial(in_thread, threads=threads))
+    _replace(infer.router, partial(watched, turn=turn))
+    # Its import includes the routers.
+    from monailabel.app import app as server
+
+    async def inferences() -> dict[str, dict[str, Any]]:
+        """Per device, whose inference runs and whose wait, in the order in which they will run."""
+        return turns.state()
+
+    server.add_api_route(f"{settings.MONAI_LABEL_API_STR}/deformux/inferences", inferences, methods=["GET"])
+    return server
+
+
+def _replace(router: APIRouter, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    for number, route in enumerate(router.routes):
+        if isinstance(route, APIRoute):
+            router.routes[number] = APIRoute(
+                route.path,
+                make(route.endpoint),
+                methods=route.methods,
+                name=route.name,
+                summary=route.summary,
+                description=route.description,
+                tags=route.tags,
+                responses=route.responses,
+                deprecated=route.deprecated,
+                include_in_schema=route.include_in_schema,
+            )
+
+
+def _device_and_client(arguments: Mapping[str, Any], request: Request) -> tuple[str, str]:
+    """Whose turn it is to be, and where; what cannot be read is refused by the endpoint itself."""
+    try:
+        params = json.loads(arguments.get("params") or "{}")
+    except ValueError:
+        params = None
+    if not isinstance(params, dict):
+        params = {}
+    device = params.get("device")
+    device = device[0] if isinstance(device, list) and device else device
+    client = params.get("client_id") or (request.client.host if request.client else "")
+    return name_to_device(device if isinstance(device, str) else None), str(client)
+
+
+app = _off_the_loop()

@@ -1,0 +1,78 @@
+"""Who runs next on a device."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+__all__ = ["Turns"]
+
+
+class Turns:
+    """One at a time on each device: first come, first served between clients, who take turns if they ask for more.
+
+    Lives on one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._running: dict[str, str] = {}
+        # Per device, clients in the order in which they are served, each with its own requests in order.
+        self._waiting: dict[str, OrderedDict[str, deque[asyncio.Future[None]]]] = {}
+
+    async def take(self, device: str, client: str) -> Callable[[], None]:
+        """Wait for a turn and return what ends it; a wait that is cancelled gives its place up."""
+        if device in self._running:
+            await self._wait(device, client)
+        else:
+            self._running[device] = client
+
+        def end() -> None:
+            self._next(device)
+
+        return end
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """Per busy device, the client whose turn it is and those waiting, in the order in which they will be served."""
+        return {
+            device: {"running": client, "waiting": _in_turn(self._waiting.get(device, {}))}
+            for device, client in self._running.items()
+        }
+
+    async def _wait(self, device: str, client: str) -> None:
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        clients = self._waiting.setdefault(device, OrderedDict())
+        clients.setdefault(client, deque()).append(place)
+        try:
+            await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled():  # the turn came in the same moment
+                self._next(device)
+            elif client in clients and place in clients[client]:
+                clients[client].remove(place)
+                if not clients[client]:
+                    del clients[client]
+            raise
+
+    def _next(self, device: str) -> None:
+        clients = self._waiting.get(device)
+        while clients:
+            client, places = clients.popitem(last=False)
+            place = places.popleft()
+            if places:
+                clients[client] = places  # behind everybody else
+            if not place.done():
+                self._running[device] = client
+                place.set_result(None)
+                return
+        del self._running[device]
+
+
+def _in_turn(waiting: Mapping[str, Collection[Any]]) -> list[str]:
+    left = {client: len(places) for client, places in waiting.items()}
+    order: list[str] = []
+    while left:
+        order += left
+        left = {client: number - 1 for client, number in left.items() if number > 1}
+    return order

@@ -1,0 +1,222 @@
+"""The server answers while it works: order of events with real clients, never how long they took."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from live import APP, LABELS, LiveServer, serve_command, write, write_volume
+
+from deformux.network import DeformUXNet
+from deformux.versions import ModelVersions
+from deformux.weights import ModelCard
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.memory import Attempt, within_memory
+from deformux_label.turns import Turns
+
+# The smallest windows: a scan can then be as slow as a test needs, and ends as soon as its client leaves.
+CONF = {"labels": ",".join(LABELS), "modality": "ct", "patch_size": "16,16,16"}
+PATIENCE_S = 120
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"it did not happen: {what}")
+
+
+@pytest.fixture(scope="module")
+def busy(start: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
+    """A server with a model, a few small scans, and one whose inference takes many minutes."""
+    folder = tmp_path_factory.mktemp("busy") / "studies"
+    for number in range(4):
+        write_volume(folder / f"small_{number}.nii.gz", folder.parent / "label.nii.gz", spacing=(4, 4, 4), seed=number)
+    slow = np.random.default_rng(0).integers(-100, 100, (256, 256, 256), dtype=np.int16)
+    write(folder / "slow.nii", slow, np.eye(4))
+    project = Project.from_conf(CONF)
+    versions = ModelVersions(project.state_folder(APP, str(folder)) / "versions")
+    network = DeformUXNet(1, len(LABELS) + 1, "tiny")
+    card = ModelCard(labels=LABELS, preprocessing=project.preprocessing, preset="tiny")
+    versions.publish(versions.write(network, card))
+    return start(folder, CONF, serve_command)
+
+
+class SlowInference:
+    """A client that asks for the slow scan over a bare connection, which it can close."""
+
+    def __init__(self, server: LiveServer, client_id: str) -> None:
+        host, port = server.url.removeprefix("http://").split(":")
+        form = (
+            f'--x\r\nContent-Disposition: form-data; name="params"\r\n\r\n{{"client_id": "{client_id}"}}\r\n--x--\r\n'
+        )
+        request = (
+            f"POST /infer/segmentation?image=slow HTTP/1.1\r\nHost: {host}\r\n"
+            f"Content-Type: multipart/form-data; boundary=x\r\nContent-Length: {len(form)}\r\n\r\n{form}"
+        )
+        self.connection = socket.create_connection((host, int(port)))
+        self.connection.sendall(request.encode())
+        self.connection.setblocking(False)
+
+    def answered(self) -> bool:
+        try:
+            return bool(self.connection.recv(1, socket.MSG_PEEK))
+        except BlockingIOError:
+            return False
+
+    def leave(self) -> None:
+        self.connection.close()
+
+
+def inferences(server: LiveServer) -> dict[str, Any]:
+    return requests.get(f"{server.url}/deformux/inferences", timeout=60).json().get("cpu", {})
+
+
+@pytest.fixture
+def slow(busy: LiveServer) -> Iterator[SlowInference]:
+    """Somebody's inference, well under way."""
+    logged = busy.log.read_text().count("Infer Request (final)")
+    client = SlowInference(busy, "somebody slow")
+    wait_for(lambda: busy.log.read_text().count("Infer Request (final)") > logged, "the slow inference starts")
+    yield client
+    client.leave()
+    wait_for(lambda: not inferences(busy), "every inference ends")
+
+
+def small(server: LiveServer, number: int, client_id: str) -> requests.Response:
+    return server.infer(f"small_{number}", client_id=client_id)
+
+
+def test_everything_else_is_answered_during_an_inference(busy: LiveServer, slow: SlowInference, tmp_path: Path) -> None:
+    truth = write_volume(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4), seed=0)
+    for _ in range(3):
+        assert requests.get(f"{busy.url}/info/", timeout=60).json()["labels"] == list(LABELS)
+        assert "small_1" in busy.objects()
+        assert requests.post(f"{busy.url}/activelearning/first", json={}, timeout=60).json()["id"]
+        image = requests.get(f"{busy.url}/datastore/image", params={"image": "slow"}, timeout=60)
+        assert len(image.content) > 256**3
+        assert busy.submit("small_0", truth.label).status_code == 200
+    assert not slow.answered()
+    assert inferences(busy) == {"running": "somebody slow", "waiting": []}
+
+
+def test_a_client_that_leaves_frees_its_place(busy: LiveServer, slow: SlowInference) -> None:
+    """The one that runs, and one that waits."""
+    second = SlowInference(busy, "impatient")
+    wait_for(lambda: inferences(busy)["waiting"] == ["impatient"], "the second one waits")
+    with ThreadPoolExecutor() as pool:
+        third = pool.submit(small, busy, 1, "patient")
+        wait_for(lambda: inferences(busy)["waiting"] == ["impatient", "patient"], "the third one waits")
+        second.leave()
+        wait_for(lambda: inferences(busy)["waiting"] == ["patient"], "the second one's place is free")
+        assert not third.done()
+        slow.leave()
+        assert third.result(PATIENCE_S).status_code == 200
+
+
+def test_clients_take_turns(busy: LiveServer, slow: SlowInference) -> None:
+    logged = len(order_of_inferences(busy))
+    arriving = ["a", "a", "a", "b", "c", "b"]
+    answers: list[Future[requests.Response]] = []
+    with ThreadPoolExecutor() as pool:
+        for number, client in enumerate(arriving, start=1):
+            answers.append(pool.submit(small, busy, number % 4, client))
+            wait_for(lambda number=number: len(inferences(busy)["waiting"]) == number, "it waits")
+        assert inferences(busy)["waiting"] == ["a", "b", "c", "a", "b", "a"]
+        slow.leave()
+        assert [answer.result(PATIENCE_S).status_code for answer in answers] == [200] * 6
+    assert order_of_inferences(busy)[logged:] == ["a", "b", "c", "a", "b", "a"]
+
+
+def order_of_inferences(server: LiveServer) -> list[str]:
+    return re.findall(r"Infer Request: .*?'client_id': '(\w+)'", server.log.read_text())
+
+
+def test_many_clients_at_once(busy: LiveServer) -> None:
+    """More waiting inferences than the server has threads for anything else."""
+    ready = threading.Barrier(48)
+
+    def one(number: int) -> int:
+        ready.wait()
+        return small(busy, number % 4, f"client {number % 6}").status_code
+
+    with ThreadPoolExecutor(48) as pool:
+        answers = [pool.submit(one, number) for number in range(48)]
+        assert requests.get(f"{busy.url}/info/", timeout=60).status_code == 200
+        assert [answer.result(PATIENCE_S) for answer in answers] == [200] * 48
+
+
+def test_nothing_of_this_was_a_server_error(busy: LiveServer) -> None:
+    assert "Exception in ASGI application" not in busy.log.read_text()
+
+
+def test_a_turn_that_is_given_up_in_the_moment_it_comes_goes_to_the_next() -> None:
+    async def scene() -> list[str]:
+        turns, served = Turns(), []
+
+        async def ask(client: str) -> None:
+            end = await turns.take("gpu", client)
+            served.append(client)
+            end()
+
+        end_first = await turns.take("gpu", "first")
+        others = [asyncio.create_task(ask(client)) for client in ("leaves", "stays")]
+        await asyncio.sleep(0)
+        end_first()
+        others[0].cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        assert turns.state() == {}
+        return served
+
+    assert asyncio.run(scene()) == ["stays"]
+
+
+@pytest.mark.parametrize(
+    ("fits", "expected"),
+    [
+        (lambda a: True, Attempt((96, 96, 64), "cuda", "cuda")),
+        (lambda a: a.volume_device == "cpu", Attempt((96, 96, 64), "cuda", "cpu")),
+        (lambda a: np.prod(a.window) <= 48 * 48 * 32, Attempt((48, 48, 32), "cuda", "cpu")),
+        (lambda a: a.device == "cpu", Attempt((96, 96, 64), "cpu", "cpu")),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
+)
+def test_a_full_gpu_is_a_slower_answer(fits: Callable[[Attempt], bool], expected: Attempt, error: Exception) -> None:
+    tried: list[Attempt] = []
+
+    def run(attempt: Attempt) -> torch.Tensor:
+        tried.append(attempt)
+        if not fits(attempt):
+            raise error
+        return torch.ones(())
+
+    result, warning = within_memory(run, (96, 96, 64), "cuda")
+    assert result == 1
+    assert tried[-1] == expected
+    assert (warning is None) == (len(tried) == 1)
+    if warning:
+        assert "x".join(map(str, expected.window)) in warning
+        assert ("CPU" in warning) == (expected.device == "cpu")
+
+
+def test_other_errors_are_not_taken_for_a_full_gpu() -> None:
+    def run(attempt: Attempt) -> torch.Tensor:
+        raise RuntimeError("the shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        within_memory(run, (96, 96, 96), "cuda")
