@@ -29,6 +29,7 @@ from deformux.metrics import mean_dice
 from deformux.network import PRESETS, DeformUXNet
 from deformux.recipe import RECIPES
 from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing
+from deformux.versions_cli import app as versions_app
 from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start
 
 __all__ = ["app"]
@@ -39,6 +40,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="DeformUX-Net on folders of NIfTI volumes: train, predict, evaluate.",
 )
+app.add_typer(versions_app, name="versions")
 console = Console()
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]

@@ -19,7 +19,16 @@ from deformux.files import replacing, write_text
 from deformux.network import DeformUXNet
 from deformux.transforms import Preprocessing
 
-__all__ = ["PRETRAINED", "InvalidModel", "ModelCard", "load_model", "pretrained_path", "save_model", "warm_start"]
+__all__ = [
+    "PRETRAINED",
+    "InvalidModel",
+    "ModelCard",
+    "load_model",
+    "pretrained_path",
+    "read_card",
+    "save_model",
+    "warm_start",
+]
 
 _PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
@@ -43,8 +52,14 @@ class ModelCard:
         preset, in_channels, network_options: arguments of DeformUXNet.
         parent: the model it was fine-tuned from.
         training_cases: ids of the volumes it was trained on.
+        training_labels: case id to SHA-256 of the label file it was trained on.
         recipe: the training recipe.
+        seed: of every random choice of the training.
         validation: ``mean_dice`` and ``per_case`` Dice by label; NaN is written as null.
+        gate: the decision about publishing it, with its numbers.
+        provisional: whether it was published, or would be, without having been measured.
+        scratch_cases: training volumes when this line of models was last trained from scratch.
+        run: id of the training, which stays the same when it is resumed.
         seconds: training time.
         created: UTC, ISO 8601.
         device: what it was trained on.
@@ -58,8 +73,14 @@ class ModelCard:
     network_options: Mapping[str, Any] = field(default_factory=dict)
     parent: str | None = None
     training_cases: tuple[str, ...] = ()
+    training_labels: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
     validation: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] = field(default_factory=dict)
+    provisional: bool = False
+    scratch_cases: int = 0
+    run: str = ""
     seconds: float = 0.0
     created: str = field(default_factory=_now)
     device: str = "cpu"
@@ -89,13 +110,24 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
         save_file(state, temporary)
 
 
+def read_card(path: Path) -> ModelCard:
+    """The card beside a model file; raises InvalidModel where it is missing or is none."""
+    card_path = path.with_suffix(".json")
+    try:
+        return ModelCard.from_json(card_path.read_text())
+    except FileNotFoundError as error:
+        raise InvalidModel(f"{path} needs its card {card_path.name} beside it") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InvalidModel(f"{card_path} is not a model card") from error
+
+
 def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[DeformUXNet, ModelCard]:
     """The network of a model file, float32 and in evaluation mode, and its card.
 
     Raises:
         InvalidModel: a file is missing or damaged, or weights and card do not belong together.
     """
-    card = _read_card(path)
+    card = read_card(path)
     try:
         network = DeformUXNet(card.in_channels, len(card.labels) + 1, card.preset, **card.network_options)
         network.load_state_dict(_read_weights(path))
@@ -126,16 +158,6 @@ def pretrained_path(name: str) -> Path:
     if name not in PRETRAINED:
         raise ValueError(f"pretrained must be one of {', '.join(PRETRAINED)}; got {name!r}")
     return _PRETRAINED_FOLDER / f"{name}.safetensors"
-
-
-def _read_card(path: Path) -> ModelCard:
-    card_path = path.with_suffix(".json")
-    try:
-        return ModelCard.from_json(card_path.read_text())
-    except FileNotFoundError as error:
-        raise InvalidModel(f"{path} needs its card {card_path.name} beside it") from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise InvalidModel(f"{card_path} is not a model card") from error
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,224 @@
+"""Versions: what is published, what it replaced, and that no crash at any moment leaves anything in between."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from deformux.cli import app
+from deformux.transforms import Preprocessing
+from deformux.versions import ModelVersions
+from deformux.weights import ModelCard, read_card
+
+CARD = ModelCard(labels=("a", "b"), preprocessing=Preprocessing(), preset="tiny")
+
+
+def model(value: float = 0.0) -> nn.Module:
+    network = nn.Linear(2, 2)
+    nn.init.constant_(network.weight, value)
+    return network
+
+
+def versions_of(root: Path, count: int) -> ModelVersions:
+    versions = ModelVersions(root)
+    for number in range(count):
+        versions.write(model(float(number + 1)), CARD)
+    return versions
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """Run in a forked process; returns its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def killed_at(step: int, work: Callable[[], None]) -> int:
+    """Run in a process that is killed (SIGKILL) at its `step`-th change of the disk, before the change happens."""
+    seen = 0
+
+    def count(change: Callable[..., object]) -> Callable[..., object]:
+        def counted(*arguments: object, **options: object) -> object:
+            nonlocal seen
+            seen += 1
+            if seen == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **options)
+
+        return counted
+
+    def instrumented() -> None:
+        for name in ("replace", "unlink", "fsync", "open", "chmod"):
+            setattr(os, name, count(getattr(os, name)))
+        work()
+
+    return in_a_process(instrumented)
+
+
+def test_rollback_goes_to_what_was_published_before(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 4)
+    for name in ("v0001", "v0003", "v0002"):
+        versions.publish(name, f"because of {name}", by="ada")
+    assert versions.rollback("too many false positives", by="ben") == "v0003"
+    assert versions.rollback() == "v0001", "not back to what was just rolled back"
+    with pytest.raises(ValueError, match="nothing was published before v0001"):
+        versions.rollback()
+    assert versions.publish_trained("v0004", "better")
+    assert versions.rollback() == "v0001"
+    told = [(entry.version, entry.kind, entry.by) for entry in ModelVersions(tmp_path).history()]
+    assert told[2:5] == [("v0002", "publish", "ada"), ("v0003", "rollback", "ben"), ("v0001", "rollback", "user")]
+    assert versions.history()[3].reason == "too many false positives"
+
+
+def test_a_pinned_version_stays_until_it_is_unpinned(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 3)
+    with pytest.raises(ValueError, match="nothing is published yet"):
+        versions.pin()
+    versions.publish("v0001")
+    assert versions.pin("v0002") == versions.published() == versions.pinned() == "v0002"
+    assert not versions.publish_trained("v0003", "better")
+    for change in (lambda: versions.publish("v0003"), versions.rollback):
+        with pytest.raises(ValueError, match="v0002 is pinned; unpin it"):
+            change()
+    assert versions.published() == "v0002"
+    versions.unpin()
+    assert versions.publish_trained("v0003", "better")
+    assert [info.name for info in versions.infos() if info.published] == ["v0003"]
+
+
+def test_pruning_keeps_the_newest_and_all_that_was_published(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 6)
+    versions.publish("v0002")
+    versions.publish("v0004")
+    assert versions.prune(keep=1) == ["v0001", "v0003", "v0005"]
+    assert versions.names() == ["v0002", "v0004", "v0006"]
+    assert versions.prune(keep=1) == []
+    # The newest is deleted by hand; its name is not given to another model.
+    for path in tmp_path.glob("v0006.*"):
+        path.unlink()
+    assert versions.write(model(), CARD) == "v0007"
+
+
+def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 3)
+    versions.publish("v0002")
+    used = {"v0001", "v0002", "v0003"}
+    outcomes, step = set(), 0
+
+    def train_and_publish() -> None:
+        mine = ModelVersions(tmp_path)
+        mine.publish_trained(mine.write(model(7.0), CARD), "better")
+        mine.prune(keep=1)
+
+    while True:
+        step += 1
+        before = set(versions.names())
+        outcome = killed_at(step, train_and_publish)
+        # Whatever happened: everything listed can be read, what is published exists, and nothing published is gone.
+        for name in versions.names():
+            assert load_file(versions.path(name))["weight"].shape == (2, 2)
+            assert read_card(versions.path(name)) == CARD
+        published = versions.published()
+        assert published is not None
+        assert {entry.version for entry in versions.history()} <= set(versions.names())
+        new = set(versions.names()) - before
+        assert len(new) <= 1
+        assert not new & used, "a name was used for two models"
+        used |= new
+        outcomes.add((bool(new), published in new))
+        if outcome == 0:
+            break
+        assert outcome == -signal.SIGKILL
+    assert step > 10
+    assert outcomes == {(False, False), (True, False), (True, True)}, "every stage was hit"
+    # The next write finds no lock held, and removes what the killed ones left.
+    assert versions.write(model(), CARD) not in used
+    kept = {f"{name}{suffix}" for name in versions.names() for suffix in (".json", ".safetensors")}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"publications.json", ".lock"}
+
+
+def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 1)
+    versions.publish("v0001")
+    before = (tmp_path / "publications.json").read_text()
+
+    def write_too_much() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        ModelVersions(tmp_path).write(nn.Linear(300, 300), CARD)
+
+    assert in_a_process(write_too_much) == 1
+    assert versions.names() == ["v0001"]
+    assert versions.published() == "v0001"
+    assert json.loads(before)["history"] == json.loads((tmp_path / "publications.json").read_text())["history"]
+    assert versions.write(nn.Linear(300, 300), CARD) == "v0003"
+    assert not list(tmp_path.glob("v0002*"))
+
+
+def test_many_processes_publish_at_once(tmp_path: Path) -> None:
+    versions_of(tmp_path, 1)
+
+    def publish_often() -> None:
+        mine = ModelVersions(tmp_path)
+        for _ in range(5):
+            mine.publish(mine.write(model(), CARD))
+
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            publish_often()
+            os._exit(0)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    versions = ModelVersions(tmp_path)
+    assert versions.names() == [f"v{number:04d}" for number in range(1, 22)]
+    assert len(versions.history()) == 20
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "versions"
+    versions = versions_of(root, 3)
+    versions.publish("v0001")
+
+    def deformux(*arguments: object) -> Result:
+        return CliRunner().invoke(app, ["versions", *map(str, arguments)], env={"COLUMNS": "200"})
+
+    assert deformux("publish", tmp_path / "state", "v0003", "--reason", "looks better").exit_code == 0
+    assert (versions.published(), versions.history()[-1].reason) == ("v0003", "looks better")
+    listed = deformux("list", root).output
+    assert all(word in listed for word in ("v0001", "v0002", "v0003", "looks better", "published before"))
+    assert deformux("rollback", root).exit_code == 0
+    assert versions.published() == "v0001"
+    failed = deformux("publish", root, "v0009")
+    assert failed.exit_code == 2
+    assert "no version 'v0009'; there are v0001, v0002, v0003" in failed.output
+    assert deformux("pin", root, "v0002").exit_code == 0
+    assert "v0002 is pinned; unpin it" in deformux("publish", root, "v0003").output
+    assert deformux("unpin", root).exit_code == 0
+    assert json.loads(deformux("show", root, "v0002").output)["labels"] == ["a", "b"]
+    missing = deformux("list", tmp_path / "nowhere")
+    assert missing.exit_code == 2
+    assert not (tmp_path / "nowhere").exists(), "looking at a folder does not make it"
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    versions = versions_of(tmp_path, 1)
+    (tmp_path / "publications.json").write_text("{")
+    with pytest.raises(ValueError, match=r"publications\.json is damaged"):
+        versions.published()
+    torch.testing.assert_close(load_file(versions.path("v0001"))["weight"], torch.ones(2, 2))

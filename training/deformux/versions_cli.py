@@ -1,0 +1,118 @@
+"""``deformux versions``: what a project's trainings gave, and which of it is served."""
+
+from __future__ import annotations
+
+import getpass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deformux.versions import ModelVersions, VersionInfo
+from deformux.weights import ModelCard
+
+__all__ = ["app"]
+
+app = typer.Typer(no_args_is_help=True, help="List, inspect, publish and roll back the versions of a project's model.")
+console = Console()
+
+Folder = Annotated[
+    Path, typer.Argument(help="Folder that holds the versions: versions/ in the project's state, or that state folder.")
+]
+Name = Annotated[str, typer.Argument(help="Name of a version, such as v0003.")]
+Reason = Annotated[str, typer.Option(help="Kept in the history.")]
+
+
+@app.command(name="list")
+def list_command(folder: Folder) -> None:
+    """List all versions, and what was published when."""
+    with _clear_errors():
+        versions = _open(folder)
+        table = Table("version", "created", "parent", "cases", "validation Dice", "", title=str(versions.root))
+        for info in versions.infos():
+            card = info.card
+            cells = (card.created, card.parent or "scratch", str(len(card.training_cases)), _dice(card), _state(info))
+            table.add_row(info.name, *cells, style="bold" if info.published else None)
+        console.print(table)
+        for entry in versions.history():
+            console.print(f"{entry.time}  {entry.kind:9}{entry.version}  {entry.by}: {entry.reason}", highlight=False)
+
+
+@app.command()
+def show(folder: Folder, name: Name) -> None:
+    """Print the card of a version: where it comes from, and why it was published or not."""
+    with _clear_errors():
+        console.print_json(_open(folder).card(name).to_json())
+
+
+@app.command()
+def publish(folder: Folder, name: Name, reason: Reason = "published by hand") -> None:
+    """Serve this version from now on."""
+    with _clear_errors():
+        _open(folder).publish(name, reason, by=getpass.getuser())
+        console.print(f"{name} is published")
+
+
+@app.command()
+def rollback(folder: Folder, reason: Reason = "rolled back") -> None:
+    """Serve what was published before; again goes further back."""
+    with _clear_errors():
+        name = _open(folder).rollback(reason, by=getpass.getuser())
+        console.print(f"{name} is published again")
+
+
+@app.command()
+def pin(
+    folder: Folder,
+    name: Annotated[str, typer.Argument(help="Name of a version; default: the published one.")] = "",
+    reason: Reason = "pinned",
+) -> None:
+    """Serve this version until unpin, whatever trainings give."""
+    with _clear_errors():
+        pinned = _open(folder).pin(name or None, reason, by=getpass.getuser())
+        console.print(f"{pinned} is published and pinned")
+
+
+@app.command()
+def unpin(folder: Folder) -> None:
+    """Let trainings publish again."""
+    with _clear_errors():
+        _open(folder).unpin()
+        console.print("no version is pinned")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user can cause ends in one sentence."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+
+
+def _open(folder: Path) -> ModelVersions:
+    """The versions in a folder; opening a wrong one must not make it a folder of versions."""
+    for root in (folder, folder / "versions"):
+        versions = ModelVersions(root)
+        if versions.names():
+            return versions
+    raise ValueError(f"{folder} holds no versions (v0001.safetensors and v0001.json, ...)")
+
+
+def _dice(card: ModelCard) -> str:
+    value = card.validation.get("mean_dice")
+    return "none" if value is None else f"{value:.4f}"
+
+
+def _state(info: VersionInfo) -> str:
+    words = [
+        "published" if info.published else "published before" if info.ever_published else "",
+        "pinned" if info.pinned else "",
+        "provisional" if info.card.provisional else "",
+    ]
+    return ", ".join(word for word in words if word)
