@@ -1,12 +1,180 @@
-"""The seam for the CUDA kernels: the one module that will import cupy, and says today why it cannot run."""
+"""The CUDA backend: compiles the kernels with CuPy and starts them on PyTorch's current stream.
+
+CuPy may be missing, broken (another CUDA version, no driver) or installed twice: nothing here imports it before a CUDA
+tensor arrives, and `can_run_cuda` says in one sentence what is wrong and what to install.
+"""
 
 from __future__ import annotations
 
+import functools
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from ._checks import Geometry
+from ._launch import Kernel, Tuning, can_fuse_offset, source
+from ._launch import backward as _backward
+from ._launch import forward as _forward
+from ._launch import forward_fused_offset as _forward_fused_offset
+from ._launch.plan import DTYPES
+from .reference import Gradients
+
+__all__ = [
+    "CupyRuntime",
+    "backward",
+    "can_fuse_offset",
+    "can_run_cuda",
+    "forward",
+    "forward_fused_offset",
+    "runtime",
+]
+
+log = logging.getLogger("deform3d")
+
+_OLDEST_CAPABILITY = (7, 5)
+
+
+class CupyRuntime:
+    """Compiles each kernel once per device and keeps it.
+
+    Args:
+        tuning: sizes of blocks and chunks.
+    """
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        self._functions: dict[tuple[int, Kernel], Any] = {}
+        self._lock = threading.Lock()
+
+    def launch(
+        self,
+        device: torch.device,
+        kernel: Kernel,
+        grid: int,
+        block: tuple[int, int],
+        shared_bytes: int,
+        args: Sequence[int],
+    ) -> None:
+        """Start `grid` blocks on the device's current stream; each argument is a 64-bit integer or an address."""
+        import cupy
+
+        index = torch.cuda.current_device() if device.index is None else device.index
+        # CuPy and PyTorch share the driver's current device, but CuPy compiles for the one that it set itself.
+        with torch.cuda.device(index), cupy.cuda.Device(index):
+            function = self._functions.get((index, kernel)) or self._compile(index, kernel)
+            # Looked up at every launch: on another stream than PyTorch's, a CUDA graph would stay empty without error.
+            with _external_stream(torch.cuda.current_stream(index).cuda_stream):
+                function((grid,), block, tuple(args), shared_mem=shared_bytes)
+
+    def multiprocessors(self, device: torch.device) -> int:
+        """Return the number of multiprocessors of the device."""
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return torch.cuda.get_device_properties(index).multi_processor_count
+
+    def _compile(self, index: int, kernel: Kernel) -> Any:
+        import cupy
+
+        with self._lock:
+            if (index, kernel) not in self._functions:
+                module = cupy.RawModule(code=source(kernel.unit), options=("-std=c++17", *kernel.options))
+                self._functions[index, kernel] = module.get_function(kernel.name)
+                log.debug("compiled %s %s for cuda:%d", kernel.name, " ".join(kernel.options), index)
+            return self._functions[index, kernel]
+
+
+def _external_stream(pointer: int) -> Any:
+    """Return PyTorch's stream as CuPy's context manager; CuPy 14 renamed the way to it."""
+    import cupy
+
+    if hasattr(cupy.cuda.Stream, "from_external"):
+        return cupy.cuda.Stream.from_external(_ForeignStream(pointer))
+    return cupy.cuda.ExternalStream(pointer)
+
+
+class _ForeignStream:
+    """A stream as the CUDA stream protocol hands it over."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+@functools.cache
+def runtime() -> CupyRuntime:
+    """Return the runtime of this process."""
+    return CupyRuntime()
 
 
 def can_run_cuda(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether the CUDA kernels can run tensors of this device and dtype, and why (not)."""
     if device.type != "cuda":
         return False, f"the CUDA backend needs CUDA tensors, got {device}"
-    return False, "this deform3d has no CUDA kernels; install a version with them, and `pip install cupy-cuda13x`"
+    if dtype not in DTYPES:
+        return False, f"the CUDA backend has no kernel for {dtype}"
+    problem = _cupy_problem()
+    return not problem, problem or "CUDA tensors, and CuPy works"
+
+
+@functools.cache
+def _cupy_problem() -> str:
+    """Say why the kernels cannot run, and what to install; CuPy may be there and still be broken."""
+    install = f"install it with `pip install {_cupy_package()}`"
+    try:
+        import cupy
+    except Exception as error:  # a broken CuPy fails in many ways: no CUDA library, wrong NumPy, two versions at once
+        return f"CuPy cannot be loaded ({type(error).__name__}: {error}); {install}"
+    try:
+        if not cupy.cuda.runtime.getDeviceCount():
+            return f"CuPy finds no GPU; {install}, for the same CUDA version as PyTorch's"
+        capability = torch.cuda.get_device_capability()
+        if capability < _OLDEST_CAPABILITY:
+            return f"the GPU has compute capability {capability}, the kernels need {_OLDEST_CAPABILITY} or later"
+        probe = cupy.RawModule(code='extern "C" __global__ void probe() {}').get_function("probe")
+        probe((1,), (1,), ())
+    except Exception as error:  # no driver, a driver older than CuPy's CUDA, no NVRTC, no folder for its cache
+        return f"CuPy cannot run a kernel ({type(error).__name__}: {error}); {install}"
+    return ""
+
+
+def _cupy_package() -> str:
+    """Return the name of the CuPy wheel for the CUDA version that PyTorch was built with."""
+    version = torch.version.cuda
+    return f"cupy-cuda{version.partition('.')[0]}x" if version else "cupy-cuda13x"
+
+
+def forward(
+    input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, g: Geometry
+) -> Tensor:
+    """Return the output (N, C_out, D_out, H_out, W_out) in the input's dtype, channels-last."""
+    return _forward(runtime(), input, offset, weight, bias, mask, g)
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    g: Geometry,
+    needs: Sequence[bool],
+) -> Gradients:
+    """Return the gradients that `needs` (input, offset, weight, bias, mask) asks for."""
+    return _backward(runtime(), grad, input, offset, weight, mask, g, needs)
+
+
+def forward_fused_offset(
+    input: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+) -> Tensor:
+    """Return the output with offsets that the kernel computes from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
+    return _forward_fused_offset(runtime(), input, offset_weight, offset_bias, weight, bias, g)

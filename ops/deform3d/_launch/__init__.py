@@ -1,0 +1,22 @@
+"""What the CUDA kernels are launched with: instances, grids, shared memory and arguments. Knows neither CuPy nor CUDA.
+
+A `Runtime` compiles and starts kernels: CuPy's on a GPU, or one that runs the same source on the CPU in the tests.
+Depthwise convolution with one offset group is one fused kernel forward and a few backward. Everything else writes its
+samples out as the rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
+"""
+
+from .backward import backward
+from .forward import can_fuse_offset, forward, forward_fused_offset
+from .plan import Kernel, Runtime, Tuning, instances, source
+
+__all__ = [
+    "Kernel",
+    "Runtime",
+    "Tuning",
+    "backward",
+    "can_fuse_offset",
+    "forward",
+    "forward_fused_offset",
+    "instances",
+    "source",
+]

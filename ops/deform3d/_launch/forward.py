@@ -1,0 +1,178 @@
+"""Launches of the forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._checks import Geometry
+from . import columns as matrices
+from .plan import (
+    DTYPES,
+    INT32_MAX,
+    LAST,
+    SHARED_BYTES,
+    Chunk,
+    Field,
+    Runtime,
+    Tile,
+    check_sizes,
+    chunks,
+    is_cube,
+    kernel,
+    pointers,
+    real_bytes,
+    samples_bytes,
+    sizes,
+    taps_at_once,
+    taps_first,
+    vector_of,
+)
+
+_COLUMN_THREADS = 256
+
+
+def forward(
+    runtime: Runtime,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    g: Geometry,
+) -> Tensor:
+    """Return the output (N, C_out, D_out, H_out, W_out) in the input's dtype, channels-last."""
+    output = _empty_output(input, g)
+    if not output.numel():
+        return output
+    input = input.contiguous(memory_format=LAST)
+    if g.depthwise:
+        _depthwise(runtime, input, offset, mask, None, None, weight, bias, output, g)
+    else:
+        _by_columns(runtime, input, Field.of(offset), Field.of(mask), weight, bias, output, g)
+    return output
+
+
+def forward_fused_offset(
+    runtime: Runtime,
+    input: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: Geometry,
+) -> Tensor:
+    """Return the output with offsets that the kernel computes from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
+    output = _empty_output(input, g)
+    if output.numel():
+        input = input.contiguous(memory_format=LAST)
+        channels_first = offset_weight.reshape(3 * g.taps, g.in_channels).t().contiguous()
+        _depthwise(runtime, input, None, None, channels_first, offset_bias, weight, bias, output, g)
+    return output
+
+
+def can_fuse_offset(dtype: torch.dtype, g: Geometry) -> bool:
+    """Return whether `forward_fused_offset` can run: depthwise 3x3x3 on its own grid, within a block's memory."""
+    return g.depthwise and is_cube(g) and dtype in DTYPES and _fused_bytes(dtype, 1, g) <= SHARED_BYTES
+
+
+def _empty_output(input: Tensor, g: Geometry) -> Tensor:
+    check_sizes(g)
+    shape = (g.batch, g.out_channels, *g.out)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=LAST)
+
+
+def _fused_bytes(dtype: torch.dtype, voxels: int, g: Geometry) -> int:
+    """Shared memory of a tile's samples, offsets and input; the input has room for four voxels at least."""
+    computed = voxels * 3 * g.taps + max(voxels, 4) * g.in_channels
+    return samples_bytes(dtype, voxels * g.taps, False) + computed * real_bytes(dtype)
+
+
+def _depthwise(
+    runtime: Runtime,
+    input: Tensor,
+    offset: Tensor | None,
+    mask: Tensor | None,
+    offset_weight: Tensor | None,
+    offset_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    g: Geometry,
+) -> None:
+    tuning, dtype = runtime.tuning, input.dtype
+    shifts, factors, taps = Field.of(offset), Field.of(mask), taps_first(weight)
+    bias = None if bias is None else bias.contiguous()
+    offset_bias = None if offset_bias is None else offset_bias.contiguous()
+    vector = vector_of(g.in_channels, input, taps, bias, output)
+    lanes = min(g.in_channels // vector, tuning.forward_threads)
+    at_once = taps_at_once(g, tuning)
+
+    def shared(voxels: int) -> int:
+        if offset_weight is not None:
+            return _fused_bytes(dtype, voxels, g)
+        return samples_bytes(dtype, voxels * at_once, mask is not None)
+
+    most = min(tuning.forward_voxels, tuning.forward_threads // lanes)
+    busy = runtime.multiprocessors(input.device)
+    tile = Tile.of(g.out, g.batch, most, busy, lambda voxels: shared(voxels) <= SHARED_BYTES)
+    fused = int(offset_weight is not None)
+    runtime.launch(
+        input.device,
+        kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=fused),
+        min(tile.count, INT32_MAX),
+        (lanes, tile.voxels),
+        shared(tile.voxels),
+        (
+            *pointers(input, shifts.tensor, taps, bias, factors.tensor, output, offset_weight, offset_bias),
+            *sizes(g),
+            *(g.in_channels, *shifts.strides, *factors.strides, *tile.arguments, at_once),
+        ),
+    )
+
+
+def _by_columns(
+    runtime: Runtime,
+    input: Tensor,
+    shifts: Field,
+    factors: Field,
+    weight: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    g: Geometry,
+) -> None:
+    matrix = matrices.weight_matrix(weight, g)
+    rows = output.permute(0, 2, 3, 4, 1).view(-1, g.out_channels)
+    for chunk in chunks(g, g.in_channels * g.taps * input.element_size(), runtime.tuning):
+        columns = write_columns(runtime, input, shifts, factors, chunk, g)
+        product = matrices.ungroup_rows(torch.bmm(matrices.group_columns(columns, g), matrix))
+        part = rows[chunk.first_voxel : chunk.first_voxel + chunk.voxels]
+        if bias is None:
+            part.copy_(product)
+        else:
+            torch.add(product, bias, out=part)
+
+
+def write_columns(runtime: Runtime, input: Tensor, shifts: Field, factors: Field, chunk: Chunk, g: Geometry) -> Tensor:
+    """Return the modulated samples of a chunk, (R, offset_groups, taps, C / offset_groups)."""
+    columns = matrices.empty_columns(input, chunk.voxels, g)
+    vector = vector_of(g.sampled_together, input, columns)
+    items = columns.numel() // vector
+    runtime.launch(
+        input.device,
+        kernel("columns", "deform_columns", input.dtype, vector, False),
+        min(-(-items // _COLUMN_THREADS), INT32_MAX),
+        (_COLUMN_THREADS, 1),
+        0,
+        (*column_arguments(input, shifts, factors, chunk, g), columns.data_ptr()),
+    )
+    return columns
+
+
+def column_arguments(input: Tensor, shifts: Field, factors: Field, chunk: Chunk, g: Geometry) -> tuple[int, ...]:
+    """Return the kernels' COLUMN_ARGUMENTS."""
+    return (
+        *pointers(input, shifts.tensor, factors.tensor),
+        *sizes(g),
+        *(g.in_channels, *shifts.strides, *factors.strides, chunk.first_voxel, chunk.voxels, g.offset_groups),
+    )

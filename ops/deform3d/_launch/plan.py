@@ -1,0 +1,267 @@
+"""Kernels, their sources and sizes: what forward and backward launches are put together from."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .._checks import Geometry
+from ..reference import compute_dtype
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+LAST = torch.channels_last_3d
+INT32_MAX = 2**31 - 1
+# What a block may use without a permission that differs between cards.
+SHARED_BYTES = 48 * 1024
+CUBE_TAPS = 27
+_VECTOR_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Sizes of blocks and chunks. The kernels are compiled for at most these numbers of threads."""
+
+    forward_threads: int = 384
+    forward_voxels: int = 64
+    samples_warps: int = 9  # divides the 27 taps evenly
+    samples_voxels: int = 32
+    samples_blocks: int = 2  # per multiprocessor, each with a row of partial weight gradients
+    gather_threads: int = 256
+    gather_voxels: int = 64
+    taps_at_once: int = 64  # whose samples are in shared memory together, where the kernel is not 3x3x3
+    chunk_bytes: int = 2**29  # of sorted samples, or of columns
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An entry point of a unit compiled with these macros: with the device, what a compiled kernel is kept by."""
+
+    unit: str
+    name: str
+    defines: tuple[tuple[str, int], ...]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The macros as compiler options."""
+        return tuple(f"-D{name}={value}" for name, value in self.defines)
+
+
+class Runtime(Protocol):
+    """Compiles kernels, keeps them, and starts them on the device's current stream."""
+
+    tuning: Tuning
+
+    def launch(
+        self,
+        device: torch.device,
+        kernel: Kernel,
+        grid: int,
+        block: tuple[int, int],
+        shared_bytes: int,
+        args: Sequence[int],
+    ) -> None:
+        """Start `grid` blocks; each argument is a 64-bit integer or the address of a tensor's first element."""
+
+    def multiprocessors(self, device: torch.device) -> int:
+        """Return the number of multiprocessors of the device."""
+
+
+def source(unit: str) -> str:
+    """Return the CUDA source of a unit: what all units share, then its own."""
+    folder = importlib.resources.files("deform3d") / "kernels"
+    return "\n".join((folder / f"{name}.cu").read_text(encoding="utf-8") for name in ("common", unit))
+
+
+def instances() -> Iterator[Kernel]:
+    """Yield every kernel that can be asked for."""
+    for dtype in DTYPES:
+        for vector in _vectors(dtype):
+            for cube in (True, False):
+                yield kernel("forward", "deform_forward", dtype, vector, cube, FUSED=0)
+                yield kernel("backward_samples", "deform_backward_samples", dtype, vector, cube)
+                for wide in (0, 1):
+                    yield kernel("backward_input", "deform_gather", dtype, vector, cube, COLUMNS=0, WIDE=wide)
+            yield kernel("forward", "deform_forward", dtype, vector, True, FUSED=1)
+            for wide in (0, 1):
+                yield kernel("backward_input", "deform_gather", dtype, vector, False, COLUMNS=1, WIDE=wide)
+            for name in ("deform_columns", "deform_columns_backward"):
+                yield kernel("columns", name, dtype, vector, False)
+        for name in ("deform_count", "deform_place"):
+            for cube in (True, False):
+                yield sort_kernel(name, dtype, cube)
+
+
+def kernel(unit: str, name: str, dtype: torch.dtype, vector: int, cube: bool, **more: int) -> Kernel:
+    """Return the instance of a kernel for a dtype, a number of channels per load, and the 3x3x3 case or any."""
+    return Kernel(unit, name, (("DTYPE", DTYPES[dtype]), ("VECTOR", vector), ("CUBE", int(cube)), *more.items()))
+
+
+def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
+    """Return an instance of a kernel that reads no channels."""
+    return kernel("backward_input", name, dtype, 1, cube, COLUMNS=0, WIDE=0)
+
+
+def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
+    return tuple(n for n in (8, 4, 2, 1) if n * dtype.itemsize <= _VECTOR_BYTES)
+
+
+def vector_of(channels: int, *tensors: Tensor | None) -> int:
+    """Return how many channels can be loaded at once: a divisor of them to which every tensor is aligned."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    dtype = given[0].dtype
+    for n in _vectors(dtype):
+        if channels % n == 0 and all(tensor.data_ptr() % (n * dtype.itemsize) == 0 for tensor in given):
+            return n
+    raise AssertionError("one channel can always be loaded")
+
+
+def check_sizes(g: Geometry) -> None:
+    """Raise ValueError where a number that the kernels hold in 32 bits would not fit: voxels of one sample, an axis."""
+    for name, voxels in (("input", g.voxels), ("output", g.out_voxels)):
+        if voxels > INT32_MAX:
+            raise ValueError(f"{name}: got {voxels} voxels in a sample, expected at most {INT32_MAX} on a GPU.")
+    reach = max(
+        p + d * k + s * o for p, d, k, s, o in zip(g.padding, g.dilation, g.kernel, g.stride, g.out, strict=True)
+    )
+    if max(reach, g.in_channels, g.out_channels) > 2**30:
+        raise ValueError("padding, dilation, stride or channels: expected sizes of at most 2**30 on a GPU.")
+
+
+def is_cube(g: Geometry) -> bool:
+    """Return whether the sizes are those of the 3x3x3 instances."""
+    ones = (1, 1, 1)
+    return g.kernel == (3, 3, 3) and (g.stride, g.padding, g.dilation) == (ones, ones, ones)
+
+
+def taps_at_once(g: Geometry, tuning: Tuning) -> int:
+    """Return for how many taps a block holds its voxels' samples at once."""
+    return CUBE_TAPS if is_cube(g) else min(g.taps, tuning.taps_at_once)
+
+
+def real_bytes(dtype: torch.dtype) -> int:
+    """Return the size of what sums are held in."""
+    return compute_dtype(dtype).itemsize
+
+
+def record_bytes(dtype: torch.dtype) -> int:
+    """Return the size of three distances and an index, aligned to 16 bytes: `Sample` and `Record`."""
+    return 16 if real_bytes(dtype) == 4 else 32
+
+
+def samples_bytes(dtype: torch.dtype, count: int, with_factor: bool) -> int:
+    """Return the shared memory of `count` samples, as `samples_in` divides it."""
+    return count * (record_bytes(dtype) + with_factor * real_bytes(dtype)) + -(-count // 16) * 16
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """Depthwise weight (C, 1, kD, kH, kW) -> (taps, C)."""
+    return weight.reshape(weight.shape[0], -1).t().contiguous()
+
+
+def sizes(g: Geometry) -> tuple[int, ...]:
+    """Return the kernels' CONVOLUTION_ARGUMENTS."""
+    return *g.size, *g.out, *g.kernel, *g.stride, *g.padding, *g.dilation
+
+
+def pointers(*tensors: Tensor | None) -> tuple[int, ...]:
+    """Return the address of each tensor's first element; 0 for none."""
+    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+
+
+class Field(NamedTuple):
+    """A tensor with values per output voxel, as offset and mask, and its strides (sample, channel, voxel)."""
+
+    tensor: Tensor | None
+    strides: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> Field:
+        """Take a contiguous or channels-last tensor as it is, any other as a contiguous copy."""
+        if tensor is None:
+            return cls(None, (0, 0, 0))
+        channels, voxels = tensor.shape[1], tensor.shape[2:].numel()
+        if tensor.is_contiguous(memory_format=LAST) and not tensor.is_contiguous():
+            return cls(tensor, (channels * voxels, 1, channels))
+        return cls(tensor.contiguous(), (channels * voxels, voxels, 1))
+
+    def like(self) -> Tensor | None:
+        """Return an unwritten tensor with these strides."""
+        if self.tensor is None:
+            return None
+        layout = LAST if self.strides[1] == 1 and self.strides[2] != 1 else torch.contiguous_format
+        return torch.empty_like(self.tensor, memory_format=layout)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A box of voxels, its sides powers of two, and how many of them cover the volumes."""
+
+    logs: tuple[int, int, int]
+    count: int
+
+    @property
+    def voxels(self) -> int:
+        return 1 << sum(self.logs)
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """Return the kernels' arguments tiles, log_d, log_h, log_w."""
+        return self.count, *self.logs
+
+    @classmethod
+    def of(cls, size: Sequence[int], batch: int, most: int, multiprocessors: int, fits: Callable[[int], bool]) -> Tile:
+        """Return the largest nearly cubic box of at most `most` voxels that fits and leaves no multiprocessor idle.
+
+        The last axis grows first: its voxels are neighbours in memory.
+        """
+        logs, best = [0, 0, 0], cls((0, 0, 0), cls._cover(size, batch, (0, 0, 0)))
+        growing = True
+        while growing:
+            growing = False
+            for axis in (2, 1, 0):
+                larger = tuple(log + (i == axis) for i, log in enumerate(logs))
+                count = cls._cover(size, batch, larger)
+                idle = count < 2 * multiprocessors
+                if 1 << logs[axis] < size[axis] and 1 << sum(larger) <= most and not idle and fits(1 << sum(larger)):
+                    logs, best, growing = list(larger), cls((larger[0], larger[1], larger[2]), count), True
+        return best
+
+    @staticmethod
+    def _cover(size: Sequence[int], batch: int, logs: Sequence[int]) -> int:
+        count = batch
+        for length, log in zip(size, logs, strict=True):
+            count *= -(-length // (1 << log))
+        return count
+
+
+class Chunk(NamedTuple):
+    """Output voxels that are worked on together: whole samples, or a part of one."""
+
+    first_sample: int
+    samples: int
+    first_voxel: int  # of all samples' output voxels
+    voxels: int
+    whole: bool  # whole samples: no other chunk adds to the same gradient of the input
+
+
+def chunks(g: Geometry, bytes_per_voxel: int, tuning: Tuning) -> Iterator[Chunk]:
+    """Divide all output voxels so that no chunk takes more than `tuning.chunk_bytes` or 32-bit indices."""
+    cells = g.offset_groups * (g.size[0] + 1) * (g.size[1] + 1) * (g.size[2] + 1)
+    most = min(tuning.chunk_bytes // bytes_per_voxel, INT32_MAX // (g.offset_groups * g.taps))
+    most = max(1, most)
+    if cells > INT32_MAX:
+        raise ValueError(f"input: got {cells} cells in a sample, expected at most {INT32_MAX} on a GPU.")
+    if most >= g.out_voxels:
+        at_once = min(most // g.out_voxels, INT32_MAX // cells)
+        for n in range(0, g.batch, at_once):
+            samples = min(at_once, g.batch - n)
+            yield Chunk(n, samples, n * g.out_voxels, samples * g.out_voxels, True)
+        return
+    for n in range(g.batch):
+        for first in range(0, g.out_voxels, most):
+            yield Chunk(n, 1, n * g.out_voxels + first, min(most, g.out_voxels - first), False)
