@@ -1,0 +1,236 @@
+"""Which cases validate, once and for ever, and whether a new model may replace the published one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from deformux.files import write_text
+from deformux.metrics import mean_dice
+
+__all__ = ["FEWEST_TO_VALIDATE", "Assignment", "Decision", "decide"]
+
+FEWEST_TO_VALIDATE = 5
+"""With fewer labelled cases every one of them trains."""
+
+# A fifth of the cases, by their hash.
+_VALIDATION_SHARE = 5
+# Fall of the mean Dice, of a label's mean Dice, and of the Dice of the typical case that a publication may cost.
+_MEAN_TOLERANCE = 0.002
+_LABEL_TOLERANCE = 0.05
+_TYPICAL_TOLERANCE = 0.005
+# The median says something from this many cases on.
+_FEWEST_FOR_MEDIAN = 3
+
+Scores = Mapping[str, Sequence[float]]
+
+
+class Assignment:
+    """Which cases validate and which train, in a file that only grows.
+
+    A case is assigned when it is first seen, and keeps its side whatever happens later: models that trained on it are
+    published, and scoring them on it would flatter them. The first four labelled cases train. From the fifth on a case
+    validates when the hash of its id says so (one in five), or when fewer than a fifth of the labelled cases would
+    validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
+
+    Args:
+        path: JSON file; written by rename.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self._lock = FileLock(self.path.with_suffix(".lock"))
+
+    def assign(self, case_ids: Iterable[str]) -> None:
+        """Give every new case among all labelled ones its side.
+
+        Raises:
+            ValueError: the file is damaged; nothing is assigned then, since another assignment would mix the sides.
+        """
+        # The smaller the hash, the later: the first four train, and of cases that come together the hash decides.
+        labelled = sorted(set(case_ids), key=_hash, reverse=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            sides = self._read()
+            seen = [case for case in labelled if case in sides]
+            validating = sum(sides[case] == "validation" for case in seen)
+            new = [case for case in labelled if case not in sides]
+            for count, case in enumerate(new, start=len(seen) + 1):
+                needed = validating < count // _VALIDATION_SHARE
+                validates = count >= FEWEST_TO_VALIDATE and (_hash(case) % _VALIDATION_SHARE == 0 or needed)
+                sides[case] = "validation" if validates else "training"
+                validating += validates
+            if new:
+                write_text(self.path, json.dumps({"cases": sides}, indent=1) + "\n")
+
+    def validates(self, case_id: str) -> bool:
+        """Whether a case is kept for validation; raises KeyError for one that was never assigned."""
+        return self._read()[case_id] == "validation"
+
+    def _read(self) -> dict[str, str]:
+        try:
+            cases = json.loads(self.path.read_text())["cases"]
+        except FileNotFoundError:
+            return {}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{self.path} is damaged; restore it from a backup, or begin a new project") from error
+        return dict(cases)
+
+
+def _hash(case_id: str) -> int:
+    return int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a candidate is published, and the numbers behind it.
+
+    Args:
+        publish: the answer.
+        reason: one sentence.
+        provisional: nothing could be measured; the next model that can be measured replaces it.
+        candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
+            the other model does find it there; None where nothing was scored.
+        labels: label to mean Dice of incumbent and candidate on the counted cases.
+        counted: the validation cases that decided.
+        doubtful: validation cases that did not count, and why.
+    """
+
+    publish: bool
+    reason: str
+    provisional: bool = False
+    candidate: float | None = None
+    incumbent: float | None = None
+    labels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    counted: tuple[str, ...] = ()
+    doubtful: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for the card."""
+        return dataclasses.asdict(self)
+
+
+def decide(
+    candidate: Scores,
+    incumbent: Scores | None,
+    *,
+    labels: Sequence[str],
+    shares: Scores,
+    incumbent_is_provisional: bool = False,
+) -> Decision:
+    """Compare two models on the same validation cases.
+
+    The candidate is published when, over the cases that count, its mean Dice is at least the incumbent's minus 0.002,
+    no label's mean falls by more than 0.05, and, from three cases on, the median case does not fall by more than 0.005:
+    a few wrong labels, which a model may learn to match, must not outvote the rest.
+
+    A case does not count where neither model is better than chance, or where both are less than half as good as on
+    the median case: its label is more likely wrong than both models, and the report names it. Chance is the Dice of
+    calling every voxel the label, 2p / (1 + p) for a label that fills the share p of the volume; on labels of random
+    noise no model can do better.
+
+    Args:
+        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; none for no incumbent.
+        labels: names, in the order of the scores.
+        shares: case id to the share of the volume that each label fills, 0 to 1.
+        incumbent_is_provisional: the incumbent was published without having been measured.
+
+    Raises:
+        ValueError: the models were scored on different cases.
+    """
+    if incumbent is not None and set(incumbent) != set(candidate):
+        raise ValueError(
+            f"both models must be scored on the same cases; got {sorted(candidate)} and {sorted(incumbent)}"
+        )
+    if not candidate:
+        return Decision(True, "published without a measurement: too few labelled cases to validate on", True)
+    doubtful = _doubtful(candidate, incumbent or candidate, shares)
+    counted = tuple(sorted(set(candidate) - set(doubtful)))
+    if not counted:
+        return _nothing_counts(incumbent is None or incumbent_is_provisional, doubtful)
+    new = np.array([candidate[case] for case in counted], dtype=float)
+    if incumbent is None:
+        mean = mean_dice(new)
+        reason = f"the first measured model, mean Dice {mean:.4f} on {_cases(counted)}"
+        return Decision(True, reason, candidate=mean, counted=counted, doubtful=doubtful)
+    old = np.array([incumbent[case] for case in counted], dtype=float)
+    # A label that is not there is NaN for a model that does not find it, and 0 for one that does.
+    old, new = (np.where(np.isnan(a) & ~np.isnan(b), 1.0, a) for a, b in ((old, new), (new, old)))
+    means = mean_dice(old), mean_dice(new)
+    by_label = {
+        name: (_mean(old[:, index]), _mean(new[:, index]))
+        for index, name in enumerate(labels)
+        if not np.isnan(old[:, index]).all()
+    }
+    publish, reason = _verdict(means, by_label, [_mean(b) - _mean(a) for a, b in zip(old, new, strict=True)])
+    return Decision(
+        publish,
+        f"{reason} on {_cases(counted)}",
+        candidate=means[1],
+        incumbent=means[0],
+        labels=by_label,
+        counted=counted,
+        doubtful=doubtful,
+    )
+
+
+def _verdict(
+    means: tuple[float, float], by_label: Mapping[str, tuple[float, float]], differences: Sequence[float]
+) -> tuple[bool, str]:
+    old, new = means
+    if not new >= old - _MEAN_TOLERANCE:
+        return False, f"worse than the published model: mean Dice {new:.4f} instead of {old:.4f}"
+    fallen = {name: pair for name, pair in by_label.items() if pair[1] < pair[0] - _LABEL_TOLERANCE}
+    if fallen:
+        name, (before, after) = min(fallen.items(), key=lambda item: item[1][1] - item[1][0])
+        return False, f"label {name} collapses: Dice {after:.4f} instead of {before:.4f}"
+    typical = statistics.median(differences)
+    if len(differences) >= _FEWEST_FOR_MEDIAN and typical < -_TYPICAL_TOLERANCE:
+        return False, f"worse on most cases than the published model: the median Dice changes by {typical:+.4f}"
+    return True, f"mean Dice {new:.4f}, published model {old:.4f}"
+
+
+def _nothing_counts(incumbent_is_unproven: bool, doubtful: Mapping[str, str]) -> Decision:
+    cases = ", ".join(sorted(doubtful))
+    if incumbent_is_unproven:
+        reason = f"published without a measurement: no validation case can be trusted ({cases})"
+    else:
+        reason = f"neither model does better than chance on any validation case; check the labels of {cases}"
+    return Decision(incumbent_is_unproven, reason, provisional=incumbent_is_unproven, doubtful=doubtful)
+
+
+def _doubtful(candidate: Scores, incumbent: Scores, shares: Scores) -> dict[str, str]:
+    best = {case: np.fmax(_mean(candidate[case]), _mean(incumbent[case])) for case in candidate}
+    doubtful: dict[str, str] = {}
+    for case, dice in best.items():
+        chance = _mean([2 * share / (1 + share) for share in shares[case]])
+        if math.isnan(dice):
+            doubtful[case] = "the label is empty, and so are both segmentations"
+        elif dice < chance + min(chance / 2, 0.1) or dice == 0:
+            doubtful[case] = f"both models are near chance: Dice {dice:.3f}, chance {chance:.3f}"
+    rest = [dice for case, dice in best.items() if case not in doubtful]
+    if len(rest) >= _FEWEST_FOR_MEDIAN:
+        median = statistics.median(rest)
+        for case, dice in best.items():
+            if case not in doubtful and dice < median / 2:
+                doubtful[case] = f"both models are far below the median case: Dice {dice:.3f}, median {median:.3f}"
+    return doubtful
+
+
+def _mean(values: Iterable[float]) -> float:
+    finite = [float(value) for value in values if not math.isnan(value)]
+    return math.fsum(finite) / len(finite) if finite else math.nan
+
+
+def _cases(counted: Sequence[str]) -> str:
+    return f"{len(counted)} validation case{'s' if len(counted) > 1 else ''}"
