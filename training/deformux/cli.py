@@ -20,17 +20,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deformux.cases import InvalidFolder, find_cases, find_images, label_names, volume_id
+from deformux.cli_support import (
+    assignments,
+    clear_errors,
+    console,
+    device_name,
+    model_path,
+    one_of,
+    torch_device,
+    use_threads,
+)
 from deformux.engine import Progress as FitProgress
-from deformux.engine import TrainingError, fit
+from deformux.engine import fit
 from deformux.files import replacing, write_text
 from deformux.inference import evaluate as evaluate_cases
 from deformux.inference import segment
 from deformux.metrics import mean_dice
 from deformux.network import PRESETS, DeformUXNet
 from deformux.recipe import RECIPES
+from deformux.simulate_cli import simulate_command
 from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing
 from deformux.versions_cli import app as versions_app
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start
+from deformux.weights import ModelCard, load_model, save_model, warm_start
 
 __all__ = ["app"]
 
@@ -41,7 +52,7 @@ app = typer.Typer(
     help="DeformUX-Net on folders of NIfTI volumes: train, predict, evaluate.",
 )
 app.add_typer(versions_app, name="versions")
-console = Console()
+app.command(name="simulate")(simulate_command)
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
@@ -80,9 +91,9 @@ def fit_command(
     threads: Threads = 0,
 ) -> None:
     """Train a network on a labelled folder."""
-    with _clear_errors():
-        _use_threads(threads)
-        where = _device(device)
+    with clear_errors():
+        use_threads(threads)
+        where = torch_device(device)
         names = [name.strip() for name in labels.split(",") if name.strip()] or label_names(data)
         if not names:
             raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
@@ -92,11 +103,11 @@ def fit_command(
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
         # Evenly through the list: neighbours in a folder often come from one site.
         held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
-        plan = RECIPES[_one_of("recipe", recipe, tuple(RECIPES))].replace(**_assignments(set_ or []))
+        plan = RECIPES[one_of("recipe", recipe, tuple(RECIPES))].replace(**assignments(set_ or []))
         torch.manual_seed(seed)
         network = DeformUXNet(1, len(names) + 1, preset)
         if start_from:
-            warm_start(network, _model_path(start_from))
+            warm_start(network, model_path(start_from))
         train_cases = [case for i, case in enumerate(cases) if i not in held_out]
         with _bar("training") as bar:
             task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
@@ -125,7 +136,7 @@ def fit_command(
             recipe={**plan.to_json(), "seed": seed},
             validation={"mean_dice": result.best_dice, "per_case": result.per_case},
             seconds=round(result.seconds, 1),
-            device=_device_name(where),
+            device=device_name(where),
         )
         save_model(output, network, card)
         console.print(
@@ -142,10 +153,10 @@ def predict(
     threads: Threads = 0,
 ) -> None:
     """Segment volumes; each result lies on its scan's own grid."""
-    with _clear_errors():
-        _use_threads(threads)
-        where = _device(device)
-        network, card = load_model(_model_path(model))
+    with clear_errors():
+        use_threads(threads)
+        where = torch_device(device)
+        network, card = load_model(model_path(model))
         paths = [images] if images.is_file() else find_images(images)
         failed = []
         with _bar("segmenting") as bar:
@@ -176,10 +187,10 @@ def evaluate(
     threads: Threads = 0,
 ) -> None:
     """Score a model on a labelled folder: Dice per label and case."""
-    with _clear_errors():
-        _use_threads(threads)
-        where = _device(device)
-        network, card = load_model(_model_path(model))
+    with clear_errors():
+        use_threads(threads)
+        where = torch_device(device)
+        network, card = load_model(model_path(model))
         cases = find_cases(data, subset=subset or None)
         with _bar("scoring") as bar:
             task = bar.add_task("scoring", total=len(cases))
@@ -210,19 +221,6 @@ def evaluate(
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What a user can cause ends in one sentence."""
-    try:
-        yield
-    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError) as error:
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        console.print("stopped")
-        raise typer.Exit(130) from error
-
-
-@contextmanager
 def _bar(what: str) -> Iterator[Progress]:
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
@@ -235,66 +233,6 @@ def _bar(what: str) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console) as bar:
         yield bar
-
-
-def _use_threads(threads: int) -> None:
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("this machine has no usable CUDA device; use --device cpu")
-    return name
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-
-
-def _model_path(name: str) -> Path:
-    path = Path(name)
-    if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise InvalidModel(f"there is no model file {path}")
-        return path
-    return pretrained_path(name)
-
-
-def _assignments(pairs: list[str]) -> dict[str, object]:
-    changes: dict[str, object] = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set takes name=value; got {pair!r}")
-        changes[name] = _value(text)
-    return changes
-
-
-def _value(text: str) -> object:
-    """A recipe's value from the command line: number, none, comma-separated tuple, or word."""
-    if "," in text:
-        return tuple(_value(part) for part in text.split(",") if part)
-    if text.lower() in ("none", "true", "false"):
-        return {"none": None, "true": True, "false": False}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
-    return value
 
 
 def _write_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:

@@ -1,0 +1,108 @@
+"""What the commands of ``deformux`` share: reading options, and errors in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+
+from deformux.cases import InvalidFolder
+from deformux.engine import TrainingError
+from deformux.transforms import InvalidVolume
+from deformux.weights import InvalidModel, pretrained_path
+
+__all__ = [
+    "assignments",
+    "clear_errors",
+    "console",
+    "device_name",
+    "model_path",
+    "one_of",
+    "torch_device",
+    "use_threads",
+]
+
+console = Console()
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """What a user can cause ends in one sentence."""
+    try:
+        yield
+    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError) as error:
+        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        console.print("stopped")
+        raise typer.Exit(130) from error
+
+
+def use_threads(threads: int) -> None:
+    """Let PyTorch compute on a number of CPU threads; 0 leaves the choice to it."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
+def torch_device(name: str) -> str:
+    """The device of an option, ``auto`` resolved; raises ValueError where this machine has no such device."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("this machine has no usable CUDA device; use --device cpu")
+    return name
+
+
+def device_name(device: str) -> str:
+    """What to call a device in a card."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
+
+
+def model_path(name: str) -> Path:
+    """The model file of an option: a path, or the name of a shipped model."""
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise InvalidModel(f"there is no model file {path}")
+        return path
+    return pretrained_path(name)
+
+
+def assignments(pairs: list[str]) -> dict[str, object]:
+    """Changes to a recipe from ``name=value`` options."""
+    changes: dict[str, object] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes name=value; got {pair!r}")
+        changes[name] = _value(text)
+    return changes
+
+
+def _value(text: str) -> object:
+    """A recipe's value from the command line: number, none, comma-separated tuple, or word."""
+    if "," in text:
+        return tuple(_value(part) for part in text.split(",") if part)
+    if text.lower() in ("none", "true", "false"):
+        return {"none": None, "true": True, "false": False}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
+    """An option's value, which must be one of the valid ones."""
+    if value not in valid:
+        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
+    return value

@@ -1,0 +1,35 @@
+"""Features of volumes in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from deformux.files import replacing
+
+__all__ = ["read_features", "write_features"]
+
+Features = npt.NDArray[np.float32]
+
+
+def write_features(path: Path, features: Mapping[str, Features]) -> None:
+    """Replace a safetensors file of features ``(d,)`` by volume id."""
+    rows = np.stack(list(features.values())) if features else np.empty((0, 0))
+    with replacing(path) as temporary:
+        save_file({"features": rows.astype(np.float32)}, temporary, metadata={"volumes": json.dumps(list(features))})
+
+
+def read_features(path: Path) -> dict[str, Features]:
+    """The inverse of ``write_features``; nothing where there is no such file, or none that can be read."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            rows, names = file.get_tensor("features"), json.loads(file.metadata()["volumes"])
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+        return {}
+    return dict(zip(names, rows, strict=True))

@@ -1,0 +1,360 @@
+"""The whole learning loop on a labelled folder, without a server: train, test, choose, label, again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from deformux.budget_curve import Round
+from deformux.cases import Case
+from deformux.engine import Progress, fit
+from deformux.files import replacing, write_text
+from deformux.inference import evaluate
+from deformux.metrics import mean_dice
+from deformux.network import DeformUXNet
+from deformux.recipe import Recipe
+from deformux.selection import NEEDS_SCORES, STRATEGIES, VolumeScores, choose, encode, observe
+from deformux.selection.records import read_features, write_features
+from deformux.transforms import Preprocessing
+from deformux.weights import warm_start
+
+__all__ = ["Plan", "held_out", "simulate"]
+
+_COLD_STARTS = ("adaptive", "typicality")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is simulated; the same plan on the same volumes gives the same curves, but for rounding in bfloat16.
+
+    Args:
+        strategies: of ``deformux.selection.STRATEGIES``.
+        rounds: trainings per strategy and seed.
+        batch: volumes labelled between two of them.
+        start: volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random ones
+            (those of the seed) for the others.
+        seeds: each starts other networks from other volumes.
+        recipe: of every training, from scratch each time, so that a curve shows what labels give and not what
+            longer training gives; its ``flip_axes`` also give the samples that scores compare.
+        prep, labels, preset: as in ``fit``.
+        snapshots: models whose predictions a score compares: the current one, and those of the rounds before.
+        start_from: model file that every training and the cold start begin with.
+        device: where to compute.
+
+    Raises:
+        ValueError: an unknown strategy, or a count below 1.
+    """
+
+    strategies: tuple[str, ...]
+    rounds: int
+    batch: int
+    start: int
+    seeds: tuple[int, ...]
+    recipe: Recipe
+    prep: Preprocessing
+    labels: tuple[str, ...]
+    preset: str = "tiny"
+    snapshots: int = 1
+    start_from: Path | None = None
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.strategies if name not in STRATEGIES]
+        if unknown or not self.strategies:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}; got {', '.join(unknown) or 'none'}")
+        for name in ("rounds", "batch", "start", "snapshots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if "bald" in self.strategies and self.snapshots == 1 and not self.recipe.flip_axes:
+            raise ValueError(
+                "bald compares several predictions of a volume: give axes that may be mirrored (--set flip_axes=0,) "
+                "or more than one snapshot (--snapshots 2)"
+            )
+
+
+def held_out(cases: Sequence[Case], fraction: float) -> tuple[list[Case], list[Case]]:
+    """Pool and test set of a labelled folder: by a hash of the case ids, so that the same cases always test.
+
+    Raises:
+        ValueError: the fraction leaves one of the two empty.
+    """
+    ranked = sorted(cases, key=lambda case: hashlib.sha256(case.id.encode()).digest())
+    count = round(fraction * len(cases))
+    if not 0 < count < len(cases):
+        raise ValueError(
+            f"a test fraction of {fraction:g} of {len(cases)} volumes leaves nothing to test or to train on"
+        )
+    test = {case.id for case in ranked[:count]}
+    return [case for case in cases if case.id not in test], [case for case in cases if case.id in test]
+
+
+def simulate(
+    plan: Plan,
+    pool: Sequence[Case],
+    test: Sequence[Case],
+    folder: Path,
+    *,
+    on_round: Callable[[Round, bool], None] | None = None,
+    on_progress: Callable[[str, Progress], None] | None = None,
+) -> list[Round]:
+    """Play every strategy with every seed.
+
+    What a training gave is kept in ``folder``, written by rename. A run that was stopped, or a plan with further
+    seeds or strategies, goes on where nothing is kept yet; processes with other seeds may share a folder.
+
+    Args:
+        plan: what is simulated.
+        pool: volumes to choose from.
+        test: volumes that every training is tested on, and none is trained on.
+        folder: for the results.
+        on_round: called after each round, with whether it was computed now.
+        on_progress: called about once a second in trainings, with what is being trained.
+
+    Raises:
+        ValueError: the pool is smaller than the last round needs.
+        TrainingError, InvalidVolume: as ``fit`` and ``evaluate``.
+    """
+    needed = plan.start + (plan.rounds - 1) * plan.batch
+    if needed > len(pool):
+        raise ValueError(
+            f"{plan.rounds} rounds need {needed} volumes to label, the pool has {len(pool)}: "
+            "choose fewer rounds, a smaller batch or a smaller test fraction"
+        )
+    lab = _Laboratory(plan, pool, test, folder, on_progress)
+    result: list[Round] = []
+    for row, computed in _rounds(plan, lab):
+        result.append(row)
+        if on_round is not None:
+            on_round(row, computed)
+    return result
+
+
+def _rounds(plan: Plan, lab: _Laboratory) -> Iterator[tuple[Round, bool]]:
+    """Seed by seed and round by round, so that strategies can be compared before the end."""
+    names = sorted(lab.cases)
+    for seed in plan.seeds:
+        history = {strategy: [lab.start(strategy, seed)] for strategy in plan.strategies}
+        for index in range(plan.rounds):
+            last = index + 1 == plan.rounds
+            for strategy in plan.strategies:
+                sets = history[strategy]
+                # The first round may be shared with a strategy that is asked for later.
+                needs = "nothing" if last else "scores" if not index else _needs(strategy)
+                measured, computed = lab.measure(seed, sets, needs, f"{strategy}, seed {seed}, round {index + 1}")
+                labelled = sets[-1]
+                yield (
+                    Round(strategy, seed, index, labelled, measured.mean_dice, measured.dice, measured.seconds),
+                    computed,
+                )
+                if not last:
+                    chosen = choose(
+                        strategy,
+                        unlabelled=[name for name in names if name not in labelled],
+                        labelled=labelled,
+                        batch=plan.batch,
+                        round_=index,
+                        rng=np.random.default_rng([seed, index + 1]),
+                        scores=measured.scores,
+                        features=measured.features,
+                    )
+                    sets.append((*labelled, *chosen))
+        lab.forget_weights(seed)
+
+
+def _needs(strategy: str) -> str:
+    return "scores" if strategy in NEEDS_SCORES else "features" if strategy == "typicality" else "nothing"
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    mean_dice: float
+    dice: tuple[float, ...]
+    seconds: float
+    scores: Mapping[str, VolumeScores]
+    features: Mapping[str, np.ndarray]
+
+
+class _Laboratory:
+    """Trains and tests on sets of volumes, and remembers in files what came out."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pool: Sequence[Case],
+        test: Sequence[Case],
+        folder: Path,
+        on_progress: Callable[[str, Progress], None] | None,
+    ) -> None:
+        self.plan, self.test, self.folder, self.on_progress = plan, test, folder, on_progress
+        self.cases = {case.id: case for case in pool}
+        start_from = plan.start_from
+        self.settings: dict[str, Any] = {
+            "recipe": plan.recipe.to_json(),
+            "prep": plan.prep.to_json(),
+            "labels": plan.labels,
+            "preset": plan.preset,
+            "start_from": hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else None,
+            "pool": sorted(self.cases),
+            "test": sorted(case.id for case in test),
+        }
+
+    def start(self, strategy: str, seed: int) -> tuple[str, ...]:
+        """The volumes that are labelled before the first training."""
+        cold = strategy in _COLD_STARTS
+        chosen = choose(
+            strategy if cold else "random",
+            unlabelled=sorted(self.cases),
+            batch=self.plan.start,
+            round_=0,
+            rng=np.random.default_rng([seed, 0]),
+            features=self._cold_features(seed) if cold else None,
+        )
+        return tuple(chosen)
+
+    def measure(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, what: str) -> tuple[_Measurement, bool]:
+        """Test Dice of a training on the last set, what the next choice needs, and whether it was computed now."""
+        recent = sets[-self.plan.snapshots :]
+        path = self.folder / "measurements" / f"{self._key(seed, recent, needs)}.json"
+        features = path.with_suffix(".safetensors")
+        try:
+            values = json.loads(path.read_text())
+        except FileNotFoundError:
+            values = None
+        computed = values is None
+        if values is None:
+            values = self._measure(seed, recent, needs, features, what)
+            write_text(path, json.dumps(values))
+        return (
+            _Measurement(
+                mean_dice=_from_json(values["mean_dice"]),
+                dice=tuple(_from_json(value) for value in values["dice"]),
+                seconds=values["seconds"],
+                scores={name: VolumeScores.from_json(score) for name, score in values["scores"].items()},
+                features=read_features(features),
+            ),
+            computed,
+        )
+
+    def forget_weights(self, seed: int) -> None:
+        """Delete the snapshots of a seed that is finished."""
+        for path in self._weights_folder.glob(f"{seed}-*.safetensors"):
+            path.unlink()
+
+    @property
+    def _weights_folder(self) -> Path:
+        return self.folder / "weights"
+
+    def _measure(
+        self, seed: int, recent: Sequence[tuple[str, ...]], needs: str, features_path: Path, what: str
+    ) -> dict[str, Any]:
+        plan = self.plan
+        started = time.monotonic()
+        network = self._train(seed, recent[-1], what)
+        dice = evaluate(network, self.test, plan.prep, n_labels=len(plan.labels), device=plan.device)
+        seconds = time.monotonic() - started
+        scores: dict[str, Any] = {}
+        features: dict[str, np.ndarray] = {}
+        labelled = set(recent[-1])
+        if needs == "scores":
+            earlier = [self._snapshot(seed, previous, what) for previous in recent[-2::-1]]
+            for name, case in self.cases.items():
+                if name not in labelled:
+                    seen = observe(
+                        [network, *earlier],
+                        case.image,
+                        plan.prep,
+                        flip_axes=plan.recipe.flip_axes,
+                        device=plan.device,
+                    )
+                    scores[name], features[name] = seen.scores.to_json(), seen.features
+        if needs != "nothing":
+            for name, case in self.cases.items():
+                if name not in features:
+                    features[name] = encode(network, case.image, plan.prep, device=plan.device)
+            write_features(features_path, features)
+        per_label = np.array(list(dice.values()), dtype=float)
+        present = ~np.isnan(per_label)
+        with np.errstate(invalid="ignore"):
+            means = np.where(present, per_label, 0).sum(0) / present.sum(0)
+        return {
+            "seed": seed,
+            "labelled": sorted(labelled),
+            "mean_dice": _to_json(mean_dice(per_label)),
+            "dice": [_to_json(value) for value in means],
+            "seconds": round(seconds, 1),
+            "scores": scores,
+        }
+
+    def _train(self, seed: int, labelled: tuple[str, ...], what: str) -> DeformUXNet:
+        plan = self.plan
+        network = self._fresh(seed)
+        report = self.on_progress
+        fit(
+            network,
+            # Their order must not matter: two strategies may reach the same set on different ways.
+            [self.cases[name] for name in sorted(labelled)],
+            recipe=plan.recipe,
+            prep=plan.prep,
+            labels=plan.labels,
+            device=plan.device,
+            on_progress=None if report is None else lambda progress: report(what, progress),
+            seed=seed,
+        )
+        if plan.snapshots > 1:
+            state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+            with replacing(self._weights_path(seed, labelled)) as temporary:
+                save_file(state, temporary)
+        return network
+
+    def _snapshot(self, seed: int, labelled: tuple[str, ...], what: str) -> DeformUXNet:
+        path = self._weights_path(seed, labelled)
+        if not path.is_file():
+            return self._train(seed, labelled, what)
+        network = self._fresh(seed)
+        network.load_state_dict(load_file(path))
+        return network
+
+    def _fresh(self, seed: int) -> DeformUXNet:
+        torch.manual_seed(seed)
+        network = DeformUXNet(1, len(self.plan.labels) + 1, self.plan.preset)
+        if self.plan.start_from is not None:
+            warm_start(network, self.plan.start_from)
+        return network
+
+    def _cold_features(self, seed: int) -> dict[str, np.ndarray]:
+        path = self.folder / "measurements" / f"{self._key(seed, (), 'features')}.safetensors"
+        known = read_features(path)
+        if known:
+            return dict(known)
+        network = self._fresh(seed)
+        plan = self.plan
+        features = {
+            name: encode(network, case.image, plan.prep, device=plan.device) for name, case in self.cases.items()
+        }
+        write_features(path, features)
+        return dict(features)
+
+    def _weights_path(self, seed: int, labelled: tuple[str, ...]) -> Path:
+        return self._weights_folder / f"{seed}-{self._key(seed, [labelled], 'weights')}.safetensors"
+
+    def _key(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str) -> str:
+        identity = json.dumps([self.settings, seed, [sorted(names) for names in sets], needs], sort_keys=True)
+        return hashlib.sha256(identity.encode()).hexdigest()[:20]
+
+
+def _to_json(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _from_json(value: float | None) -> float:
+    return math.nan if value is None else value
