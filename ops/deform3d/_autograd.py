@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it: forward and backward ops with fakes, autograd and autocast."""
+"""The operator as PyTorch sees it: forward, backward and fused ops with fakes, autograd and autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._checks import Geometry, check
+from ._checks import Geometry, check, check_fused_offset
 from ._dispatch import choose_backend
 
 # `Library.define` and `impl` rather than `custom_op`: the wrapper of the latter costs more than the smallest kernels.
@@ -22,6 +22,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "deform_conv3d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
     f"{_COMMON}, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "deform_conv3d_fused_offset(Tensor input, Tensor offset_weight, Tensor? offset_bias, Tensor weight, Tensor? bias) "
+    "-> Tensor"
 )
 
 _Triple = Sequence[int]
@@ -111,6 +115,22 @@ def _backward_fake(
     )
 
 
+def _fused(
+    input: Tensor, offset_weight: Tensor, offset_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    geometry = check_fused_offset(input, offset_weight, offset_bias, weight, bias)
+    cuda = importlib.import_module("deform3d.cuda")
+    output = cuda.forward_fused_offset(input, offset_weight, offset_bias, weight, bias, geometry)
+    return output.contiguous(memory_format=_format_of(input))
+
+
+def _fused_fake(
+    input: Tensor, offset_weight: Tensor, offset_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    check_fused_offset(input, offset_weight, offset_bias, weight, bias)
+    return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_format_of(input))
+
+
 def _check_grad(
     grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *convolution: _Triple
 ) -> Geometry:
@@ -135,9 +155,9 @@ def _gradient_formats(input: Tensor, offset: Tensor, mask: Tensor | None) -> tup
 
 
 def _module(input: Tensor, backend: str | None) -> Any:
-    if choose_backend(input.device, input.dtype, backend) == "cpu":
-        return importlib.import_module("deform3d.cpu")
-    return reference
+    chosen = choose_backend(input.device, input.dtype, backend)
+    # The backends' libraries are large, or missing: a module is imported when it is first used.
+    return reference if chosen == "reference" else importlib.import_module(f"deform3d.{chosen}")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -163,14 +183,14 @@ def _refuse_second_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     )
 
 
-def _autocast(device_type: str) -> Callable[..., Tensor]:
+def _autocast(device_type: str, name: str) -> Callable[..., Tensor]:
     """Compute in float32 and answer in the input's dtype, as torchvision's deform_conv2d does under autocast."""
 
     def run(input: Tensor, *others: Any) -> Tensor:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         arguments = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in (input, *others)]
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.deform3d.deform_conv3d(*arguments).to(input.dtype)
+            return getattr(torch.ops.deform3d, name)(*arguments).to(input.dtype)
 
     return run
 
@@ -188,8 +208,11 @@ def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
 for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("deform_conv3d", _forward, _key)
     _LIBRARY.impl("deform_conv3d_backward", _backward, _key)
-    _LIBRARY.impl("deform_conv3d", _autocast(_key.lower()), f"Autocast{_key}")
+    _LIBRARY.impl("deform_conv3d", _autocast(_key.lower(), "deform_conv3d"), f"Autocast{_key}")
     _LIBRARY.impl("deform_conv3d_backward", _autocast_backward(_key.lower()), f"Autocast{_key}")
+_LIBRARY.impl("deform_conv3d_fused_offset", _fused, "CUDA")
+_LIBRARY.impl("deform_conv3d_fused_offset", _autocast("cuda", "deform_conv3d_fused_offset"), "AutocastCUDA")
+torch.library.register_fake("deform3d::deform_conv3d_fused_offset", _fused_fake, lib=_LIBRARY)
 torch.library.register_fake("deform3d::deform_conv3d", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("deform3d::deform_conv3d_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd("deform3d::deform_conv3d", _differentiate, setup_context=_save, lib=_LIBRARY)

@@ -75,22 +75,7 @@ def check(
     dilation: Sequence[int],
 ) -> Geometry:
     """Check one call and return its sizes; raises ValueError (shapes, devices) or TypeError (dtypes)."""
-    tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."
-            )
-        if not input.dtype.is_floating_point or tensor.dtype != input.dtype:
-            expected = "a floating-point dtype" if tensor is input else f"{input.dtype} as input"
-            if not input.dtype.is_floating_point and tensor is not input:
-                continue
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}; convert it or use autocast.")
-        dims = 1 if tensor is bias else 5
-        if tensor.dim() != dims:
-            raise ValueError(f"{name}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {dims}{_LAYOUT[name]}.")
+    _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
 
     batch, in_channels, *size = input.shape
     out_channels, group_channels, *kernel = weight.shape
@@ -155,11 +140,53 @@ def check(
     )
 
 
+def check_fused_offset(
+    input: Tensor, offset_weight: Tensor, offset_bias: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> Geometry:
+    """Check one call whose offsets come from a 1x1x1 convolution of the input; raises as `check`."""
+    _check_tensors(input=input, offset_weight=offset_weight, offset_bias=offset_bias, weight=weight, bias=bias)
+    kernel = weight.shape[2:]
+    if any(length % 2 == 0 for length in kernel):
+        raise ValueError(f"weight: got kernel size {tuple(kernel)}, expected odd sizes, which keep the volume's size.")
+    channels = 3 * kernel.numel()
+    expected = (channels, input.shape[1], 1, 1, 1)
+    if offset_weight.shape != expected:
+        raise ValueError(
+            f"offset_weight: got shape {_shape(offset_weight)}, expected {expected}: a 1x1x1 convolution with one "
+            f"output channel per axis and tap."
+        )
+    if offset_bias is not None and offset_bias.shape[0] != channels:
+        raise ValueError(f"offset_bias: got shape {_shape(offset_bias)}, expected ({channels},).")
+    stand_in = input.new_empty(1).expand(input.shape[0], channels, *input.shape[2:])
+    return check(input, stand_in, weight, bias, None, (1, 1, 1), tuple(length // 2 for length in kernel), (1, 1, 1))
+
+
+def _check_tensors(*, input: Tensor, **others: Tensor | None) -> None:
+    """Raise where a tensor's device, dtype or number of dimensions does not fit."""
+    for name, tensor in {"input": input, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."
+            )
+        if not input.dtype.is_floating_point or tensor.dtype != input.dtype:
+            expected = "a floating-point dtype" if tensor is input else f"{input.dtype} as input"
+            if not input.dtype.is_floating_point and tensor is not input:
+                continue
+            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}; convert it or use autocast.")
+        dims = 1 if name in ("bias", "offset_bias") else 5
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {dims}{_LAYOUT[name]}.")
+
+
 _LAYOUT = {
     "input": " (N, C_in, D, H, W)",
     "offset": " (N, 3 * offset_groups * taps, D_out, H_out, W_out)",
     "weight": " (C_out, C_in / groups, kD, kH, kW)",
     "bias": " (C_out,)",
+    "offset_weight": " (3 * taps, C_in, 1, 1, 1)",
+    "offset_bias": " (3 * taps,)",
     "mask": " (N, offset_groups * taps, D_out, H_out, W_out)",
 }
 

@@ -9,8 +9,9 @@ import os
 import warnings
 
 import torch
+from torch import Tensor
 
-from .cuda import can_run_cuda
+from .cuda import can_fuse_offset, can_run_cuda
 
 BACKENDS = ("cpu", "cuda", "reference")
 ENVIRONMENT = "DEFORM3D_BACKEND"
@@ -46,6 +47,24 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
         backend, source = os.environ[ENVIRONMENT], ENVIRONMENT
     check_backend(backend, source)
     return _choose(device.type, dtype, backend, source)
+
+
+def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
+    """Return whether a kernel computes the offsets of this call itself; logs the first time that one does."""
+    if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5:
+        return False
+    dtype = input.dtype
+    if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
+        dtype = torch.float32  # what the operator computes in then
+    if choose_backend(input.device, dtype, backend) != "cuda" or not can_fuse_offset(dtype, input.shape, weight.shape):
+        return False
+    _log_fusion(str(dtype))
+    return True
+
+
+@functools.cache
+def _log_fusion(dtype: str) -> None:
+    log.info("deform_conv3d on cuda, %s: offsets are computed inside the kernel and never stored", dtype)
 
 
 @functools.cache

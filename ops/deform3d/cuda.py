@@ -131,14 +131,14 @@ def _cupy_problem() -> str:
         return f"CuPy cannot be loaded ({type(error).__name__}: {error}); {install}"
     try:
         if not cupy.cuda.runtime.getDeviceCount():
-            return f"CuPy finds no GPU; {install}, for the same CUDA version as PyTorch's"
+            return "CuPy finds no GPU; check the NVIDIA driver and CUDA_VISIBLE_DEVICES"
         capability = torch.cuda.get_device_capability()
         if capability < _OLDEST_CAPABILITY:
             return f"the GPU has compute capability {capability}, the kernels need {_OLDEST_CAPABILITY} or later"
         probe = cupy.RawModule(code='extern "C" __global__ void probe() {}').get_function("probe")
         probe((1,), (1,), ())
     except Exception as error:  # no driver, a driver older than CuPy's CUDA, no NVRTC, no folder for its cache
-        return f"CuPy cannot run a kernel ({type(error).__name__}: {error}); {install}"
+        return f"CuPy cannot run a kernel ({type(error).__name__}: {error}); update the NVIDIA driver, or {install}"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""`deform_conv3d`: the contract, argument normalisation and nothing else."""
+"""The public functions: the contract, argument normalisation and nothing else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import _autograd  # noqa: F401  (registers the operators)
 from ._checks import triple
-from ._dispatch import check_backend
+from ._dispatch import can_fuse, check_backend
 
 _Size = int | Sequence[int]
 
@@ -68,4 +69,46 @@ def deform_conv3d(
         triple(padding, "padding"),
         triple(dilation, "dilation"),
         backend,
+    )
+
+
+def deform_conv3d_fused_offset(
+    input: Tensor,
+    offset_weight: Tensor,
+    offset_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Convolve a volume with offsets from a 1x1x1 convolution of itself, where possible without ever storing them.
+
+    Equals ``deform_conv3d(input, conv3d(input, offset_weight, offset_bias), weight, bias, padding=kernel // 2)``. On a
+    GPU, outside of training and for a depthwise 3x3x3 weight, the kernel computes the offsets of a few voxels at a
+    time: that spares 81 channels of memory. Everywhere else the two convolutions run one after the other.
+
+    Args:
+        input: (N, C, D, H, W), any floating dtype.
+        offset_weight: (3 * kD*kH*kW, C, 1, 1, 1), in the order of `deform_conv3d`'s offsets.
+        offset_bias: (3 * kD*kH*kW,), or None.
+        weight: (C_out, C / groups, kD, kH, kW) with odd sizes.
+        bias: (C_out,), or None.
+        backend: as in `deform_conv3d`.
+
+    Returns:
+        (N, C_out, D, H, W) in the input's dtype.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `deform_conv3d`.
+
+    Source: the offset branch of Lee et al., DeformUX-Net, arXiv 2310.00199, section 3.2.
+    """
+    check_backend(backend, "backend")
+    tensors = (input, offset_weight, offset_bias, weight, bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if not needs_grad and can_fuse(input, weight, backend):
+        return torch.ops.deform3d.deform_conv3d_fused_offset(*tensors)
+    padding = tuple(length // 2 for length in weight.shape[2:])
+    return deform_conv3d(
+        input, F.conv3d(input, offset_weight, offset_bias), weight, bias, padding=padding, backend=backend
     )

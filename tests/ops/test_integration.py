@@ -232,6 +232,38 @@ def test_cuda_falls_back_with_one_warning():
     assert "pip install cupy-cuda13x" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("raise ImportError('libnvrtc.so.13: cannot open shared object file')", "ImportError: libnvrtc.so.13"),
+        ("raise RuntimeError('two CuPy packages are installed')", "RuntimeError: two CuPy packages"),
+        ("", "CuPy cannot run a kernel"),
+    ],
+)
+def test_broken_cupy_falls_back(tmp_path, module, reason):
+    """A CuPy that cannot be imported, or is only a shell: the operator imports, the CPU works, CUDA says what to do."""
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text(module)
+    code = (
+        "import warnings, torch\nfrom deform3d import deform_conv3d, _dispatch\nwarnings.simplefilter('always')\n"
+        "one = torch.ones(1, 1, 1, 1, 1)\nprint(deform_conv3d(one, torch.zeros(1, 3, 1, 1, 1), one).item())\n"
+        "for dtype in (torch.float32, torch.float16):\n"
+        "    print(_dispatch.choose_backend(torch.device('cuda'), dtype))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.split() == ["1.0", "reference", "reference"]
+    assert done.stderr.count("slow PyTorch reference on cuda") == 1
+    assert reason in done.stderr
+    assert "pip install cupy-cuda1" in done.stderr
+
+
 def test_broken_numba_falls_back(fresh_choice):
     """Numba may be installed and still fail to import; the reason is told."""
     code = (

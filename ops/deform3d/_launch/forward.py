@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .._checks import Geometry
 from . import columns as matrices
 from .plan import (
+    CUBE_TAPS,
     DTYPES,
     INT32_MAX,
     LAST,
@@ -71,9 +74,12 @@ def forward_fused_offset(
     return output
 
 
-def can_fuse_offset(dtype: torch.dtype, g: Geometry) -> bool:
-    """Return whether `forward_fused_offset` can run: depthwise 3x3x3 on its own grid, within a block's memory."""
-    return g.depthwise and is_cube(g) and dtype in DTYPES and _fused_bytes(dtype, 1, g) <= SHARED_BYTES
+def can_fuse_offset(dtype: torch.dtype, input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
+    """Return whether `forward_fused_offset` can run: depthwise 3x3x3, one voxel's channels in a block's memory."""
+    channels = input_shape[1]
+    if tuple(weight_shape) != (channels, 1, 3, 3, 3) or dtype not in DTYPES:
+        return False
+    return _fused_bytes(dtype, 1, CUBE_TAPS, channels) <= SHARED_BYTES
 
 
 def _empty_output(input: Tensor, g: Geometry) -> Tensor:
@@ -82,10 +88,10 @@ def _empty_output(input: Tensor, g: Geometry) -> Tensor:
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=LAST)
 
 
-def _fused_bytes(dtype: torch.dtype, voxels: int, g: Geometry) -> int:
+def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> int:
     """Shared memory of a tile's samples, offsets and input; the input has room for four voxels at least."""
-    computed = voxels * 3 * g.taps + max(voxels, 4) * g.in_channels
-    return samples_bytes(dtype, voxels * g.taps, False) + computed * real_bytes(dtype)
+    computed = voxels * 3 * taps + max(voxels, 4) * channels
+    return samples_bytes(dtype, voxels * taps, False) + computed * real_bytes(dtype)
 
 
 def _depthwise(
@@ -110,7 +116,7 @@ def _depthwise(
 
     def shared(voxels: int) -> int:
         if offset_weight is not None:
-            return _fused_bytes(dtype, voxels, g)
+            return _fused_bytes(dtype, voxels, g.taps, g.in_channels)
         return samples_bytes(dtype, voxels * at_once, mask is not None)
 
     most = min(tuning.forward_voxels, tuning.forward_threads // lanes)
