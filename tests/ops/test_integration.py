@@ -256,7 +256,7 @@ def test_broken_cupy_falls_back(tmp_path, module, reason):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert done.stdout.split() == ["1.0", "reference", "reference"]
     assert done.stderr.count("slow PyTorch reference on cuda") == 1

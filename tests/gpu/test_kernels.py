@@ -1,0 +1,116 @@
+"""The kernels' arithmetic on a GPU: instances, tiles, borders, determinism, very large tensors."""
+
+import pytest
+import torch
+from gpu_layers import assert_all_near, leaves_on, make_grad, make_layer, oracle, run
+from torch.nn import functional as F
+
+from deform3d import deform_conv3d, deform_conv3d_fused_offset
+from tolerances import assert_near
+
+LAST = torch.channels_last_3d
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 2, 12, 40, 48, 192])
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+def test_agrees_with_the_oracle(device, dtype, channels, layout):
+    """Every vector width of the 3×3×3 instance, on a volume that no tile divides."""
+    layer = make_layer(channels, (7, 9, 13), dtype=dtype, layout=layout)
+    grad = make_grad(layer)
+    assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 40, 3), (33, 2, 5), (20, 21, 22)])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 8.0])
+def test_shapes_and_spreads(device, size, spread):
+    layer = make_layer(24, size, spread=spread, dtype=torch.float64)
+    grad = make_grad(layer)
+    assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
+
+
+def test_all_samples_in_one_cell(device):
+    """Thousands of gradients meet in eight voxels."""
+    layer = make_layer(16, (12, 12, 12), dtype=torch.float64)
+    tap = torch.cartesian_prod(*[torch.arange(-1.0, 2)] * 3)
+    voxel = torch.stack(torch.meshgrid(*[torch.arange(12.0)] * 3, indexing="ij"))
+    offset = 5.3 - voxel - tap[:, :, None, None, None]
+    layer["offset"] = offset.reshape(1, 81, 12, 12, 12).repeat(2, 1, 1, 1, 1).double()
+    grad = make_grad(layer)
+    assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
+
+
+def test_finite_differences_of_the_network_layer(device):
+    layer = make_layer(8, (3, 4, 3), dtype=torch.float64, batch=1)
+    leaves = leaves_on(device, layer)
+
+    def call(*arguments):
+        return deform_conv3d(*arguments, padding=1, backend="cuda")
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True, nondet_tol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_same_bits_five_times(device, deterministic, dtype, dense):
+    layer = make_layer(16, (15, 17, 19), dtype=dtype, dense=dense)
+    grad = make_grad(layer)
+    leaves, first = leaves_on(device, layer), None
+    for _ in range(5):
+        results = run(leaves, grad.to(device))
+        first = first or results
+        for name, result in results.items():
+            assert torch.equal(result, first[name]), name
+    assert_all_near(first, oracle(layer, grad))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [7, 20, 48, 384])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fused_offset_is_convolution_then_operator(device, dtype, channels, biased):
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = random(2, channels, 7, 6, 9).contiguous(memory_format=LAST)
+    offset_weight = random(81, channels, 1, 1, 1) / channels**0.5
+    offset_bias = random(81) if biased else None
+    weight, bias = random(channels, 1, 3, 3, 3), random(channels) if biased else None
+    exact = [None if t is None else t.double() for t in (x, offset_weight, offset_bias, weight, bias)]
+    offset = F.conv3d(*exact[:3])
+    expected = deform_conv3d(exact[0], offset, *exact[3:], padding=1, backend="reference")
+
+    arguments = [None if t is None else t.to(device) for t in (x, offset_weight, offset_bias, weight, bias)]
+    with torch.inference_mode():
+        actual = deform_conv3d_fused_offset(*arguments, backend="cuda")
+    assert actual.is_contiguous(memory_format=LAST)
+    assert_near(actual, expected)
+    torch.library.opcheck(torch.ops.deform3d.deform_conv3d_fused_offset.default, tuple(arguments))
+
+
+def test_fused_offset_needs_no_memory_for_offsets(device):
+    layer = make_layer(48, (32, 32, 32), dtype=torch.bfloat16)
+    x, weight, bias = (layer[name].to(device) for name in ("input", "weight", "bias"))
+    offset_weight = torch.randn(81, 48, 1, 1, 1).to(x) / 48**0.5
+    offset_bias = torch.zeros(81).to(x)
+
+    def both():
+        offset = F.conv3d(x, offset_weight, offset_bias)
+        return deform_conv3d(x, offset, weight, bias, padding=1, backend="cuda")
+
+    def fused():
+        return deform_conv3d_fused_offset(x, offset_weight, offset_bias, weight, bias, backend="cuda")
+
+    peaks = []
+    for call in (both, fused):
+        with torch.inference_mode():
+            call()
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call()
+            peaks.append(torch.cuda.max_memory_allocated(device) - before)
+    offsets = 2 * 81 * 32**3 * x.element_size()
+    assert peaks[1] < peaks[0] - 0.9 * offsets
