@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
+from typing import Any
+
 import numpy as np
+import torch
+from monai.data import MetaTensor
 from monai.transforms import (
     EnsureTyped,
+    Rand3DElasticd,
     RandAdjustContrastd,
     RandAffined,
     RandCropByPosNegLabeld,
@@ -19,28 +25,50 @@ from monai.transforms import (
 )
 
 from deformux.recipe import Recipe
-from deformux.transforms import Preprocessing
+from deformux.transforms import UNLABELLED, Preprocessing
 
-__all__ = ["training_augmentation"]
+__all__ = ["SamplingMapsd", "training_augmentation"]
 
 _KEYS = ("image", "label")
 
 
+class SamplingMapsd(Transform):
+    """From ``label`` (1, x, y, z) with 255 for unlabelled: where patches may be centred.
+
+    Adds ``foreground`` and ``known`` (uint8), which cost two bytes per voxel beside the label's one.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        label = torch.as_tensor(data["label"]).to(torch.uint8)
+        known = label != UNLABELLED
+        maps = {"label": label, "foreground": (label > 0) & known, "known": known}
+        return {**data, **{key: MetaTensor(value.to(torch.uint8)) for key, value in maps.items()}}
+
+
 def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
-    """Random dictionary transforms from whole volumes ``(1, x, y, z)`` to ``patches_per_volume`` training patches."""
+    """Random dictionary transforms from whole volumes ``(1, x, y, z)`` to ``patches_per_volume`` training patches.
+
+    What precedes the first random one is done once for each volume in memory. Anything else in the dictionary under
+    ``annotated`` is passed on.
+    """
     transforms: list[Transform] = [
         # Only what collates: paths and reader headers stay behind.
-        SelectItemsd(_KEYS),
+        SelectItemsd((*_KEYS, "annotated")),
         SpatialPadd("image", prep.patch_size, mode="edge"),
         SpatialPadd("label", prep.patch_size, mode="constant"),
+        SamplingMapsd(),
         RandCropByPosNegLabeld(
             _KEYS,
-            label_key="label",
+            label_key="foreground",
             spatial_size=prep.patch_size,
             pos=recipe.foreground_ratio,
             neg=1 - recipe.foreground_ratio,
             num_samples=recipe.patches_per_volume,
+            # Background, but never where nobody has labelled.
+            image_key="known",
+            image_threshold=0,
         ),
+        SelectItemsd((*_KEYS, "annotated")),
     ]
     for axis in recipe.flip_axes:
         transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
@@ -51,6 +79,17 @@ def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform
                 prob=recipe.affine_probability,
                 rotate_range=[np.deg2rad(recipe.rotation_degrees)] * 3,
                 scale_range=[recipe.scaling] * 3,
+                mode=("bilinear", "nearest"),
+                padding_mode=("border", "zeros"),
+            )
+        )
+    if recipe.elastic_probability > 0:
+        transforms.append(
+            Rand3DElasticd(
+                _KEYS,
+                prob=recipe.elastic_probability,
+                sigma_range=recipe.elastic_sigma,
+                magnitude_range=recipe.elastic_magnitude,
                 mode=("bilinear", "nearest"),
                 padding_mode=("border", "zeros"),
             )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 __all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "volume_id"]
 
@@ -18,11 +22,31 @@ class InvalidFolder(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled volume: its id, its image file and its label file."""
+    """One labelled volume: its id, its image file and its label file.
+
+    Voxels of value 255 in the label are unlabelled. ``annotated`` names the labels that were looked for, where these
+    are not all: the others may be present anywhere in the volume.
+    """
 
     id: str
     image: Path
     label: Path
+    annotated: tuple[str, ...] | None = None
+
+    def annotates(self, labels: Sequence[str], n_labels: int) -> npt.NDArray[np.bool_]:
+        """Which of labels 1..n_labels, named by ``labels``, were looked for in this volume, ``(n_labels,)``.
+
+        Raises:
+            ValueError: ``annotated`` names something that is not a label.
+        """
+        if self.annotated is None:
+            return np.ones(n_labels, dtype=bool)
+        foreign = sorted(set(self.annotated) - set(labels))
+        if foreign:
+            raise ValueError(
+                f"case {self.id} was annotated for {foreign[0]!r}, which is no label; there are {', '.join(labels)}"
+            )
+        return np.array([name in self.annotated for name in labels])
 
 
 def volume_id(path: Path) -> str:

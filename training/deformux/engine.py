@@ -5,38 +5,44 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import EMAHandler, TerminateOnNan
-from monai.data import CacheDataset, DataLoader
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import LrScheduleHandler
-from monai.losses import DiceCELoss
+from monai.optimizers import WarmupCosineSchedule
 from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
-from torch.utils.data import RandomSampler
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
-from deformux.augmentation import training_augmentation
 from deformux.cases import Case
+from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.inference import evaluate, mixed_precision
+from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
 from deformux.recipe import Recipe
-from deformux.transforms import InvalidVolume, Preprocessing, labelled_transforms
+from deformux.sampling import Patches
+from deformux.transforms import InvalidVolume, Preprocessing
 
-__all__ = ["Case", "FitResult", "Progress", "TrainingError", "fit"]
+__all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingError(RuntimeError):
     """Training cannot start or go on; the message is one sentence for the user."""
+
+
+class TrainingStopped(TrainingError):
+    """Training was asked to stop; with a checkpoint it can be continued."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,17 @@ class Progress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run gave: validation Dice (``per_case``, ``mean_dice``), training seconds, and the mean loss per epoch."""
+    """What a run gave: training seconds, the best validation Dice, and the mean loss per epoch.
+
+    ``per_case`` holds the validation Dice by label of the weights that were kept, ``resumed_from`` the step at which
+    this call took over from a checkpoint.
+    """
 
     seconds: float
     best_dice: float | None
     losses: list[float]
     per_case: dict[str, list[float]] = field(default_factory=dict)
+    resumed_from: int = 0
 
 
 class _MixedPrecision(nn.Module):
@@ -88,24 +99,34 @@ def fit(
     prep: Preprocessing,
     labels: Sequence[str],
     val_cases: Sequence[Case] = (),
+    new: Collection[str] = (),
     device: str | torch.device = "cpu",
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    stop: Callable[[], bool] | None = None,
 ) -> FitResult:
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
     Args:
         network: its output channels are background and ``labels``.
-        cases: volumes to learn from.
+        cases: volumes to learn from; unlabelled voxels and labels that were not annotated teach nothing.
         recipe: every number of the run.
         prep: how volumes become network input.
         labels: names of labels 1..N.
         val_cases: volumes to validate on after each epoch; none keeps the weights of the last step.
+        new: ids of the cases that are drawn ``recipe.oversampling`` times as often.
         device: where to compute.
         on_progress: called about once a second and after each epoch.
         seed: of every random choice; a run in float32 repeats bit for bit, bfloat16 gradients differ by rounding.
+        checkpoint: file from which an interrupted run goes on, and ends as if it had never been interrupted; one of
+            other cases, labels, weights or another recipe is ignored. It stays when the run is over.
+        checkpoint_seconds: least time between two checkpoints.
+        stop: asked after each step whether to stop; the checkpoint then holds that step.
 
     Raises:
+        TrainingStopped: ``stop`` said so.
         TrainingError: no cases, an unusable scan or label, or a loss that is no longer finite.
     """
     if not cases:
@@ -114,7 +135,12 @@ def fit(
         raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
     set_determinism(seed)
     try:
-        return _Run(network, cases, recipe, prep, len(labels), val_cases, device, on_progress).run()
+        saved = None
+        if checkpoint is not None:
+            run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
+            saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
+        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels)
+        return _Run(network, patches, recipe, prep, labels, val_cases, device, seed, on_progress, saved, stop).run()
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)
         if reason is None:
@@ -137,21 +163,27 @@ class _Run:
     def __init__(
         self,
         network: DeformUXNet,
-        cases: Sequence[Case],
+        patches: Patches,
         recipe: Recipe,
         prep: Preprocessing,
-        n_labels: int,
+        labels: Sequence[str],
         val_cases: Sequence[Case],
         device: str | torch.device,
+        seed: int,
         on_progress: Callable[[Progress], None] | None,
+        saved: CheckpointFile | None,
+        stop: Callable[[], bool] | None,
     ) -> None:
         self.network = network.to(device)
-        self.recipe, self.prep, self.n_labels, self.val_cases = recipe, prep, n_labels, val_cases
+        self.patches, self.recipe, self.prep, self.labels, self.val_cases = patches, recipe, prep, labels, val_cases
         self.device = torch.device(device)
-        self.on_progress = on_progress
+        self.seed, self.on_progress, self.saved, self.stop = seed, on_progress, saved, stop
         self.epoch_length = math.ceil(recipe.steps / recipe.epochs)
         self.epochs = math.ceil(recipe.steps / self.epoch_length)
+        self.steps = self.epochs * self.epoch_length
         self.started = self.last_report = time.monotonic()
+        self.seconds_before = 0.0
+        self.first_step = 0
         self.epoch_loss = 0.0
         self.losses: list[float] = []
         self.loss = math.nan
@@ -159,6 +191,8 @@ class _Run:
         self.best_dice: float | None = None
         self.best_scores: dict[str, list[float]] = {}
         self.best_state: dict[str, Tensor] | None = None
+        self.stale_epochs = 0
+        self.done = self.stopped = False
         self.optimizer = AdamW(
             network.parameters(),
             lr=recipe.learning_rate,
@@ -167,65 +201,76 @@ class _Run:
             weight_decay=recipe.weight_decay,
             fused=True,
         )
+        self.schedule = self._schedule()
         self.ema = EMAHandler(network, momentum=1 - recipe.ema_decay) if recipe.ema_decay is not None else None
-        self.loader = self._loader(cases)
 
     def run(self) -> FitResult:
-        trainer = self._trainer()
-        trainer.run()
-        if not self.losses or not all(math.isfinite(loss) for loss in self.losses):
+        checkpoint = self.saved.load() if self.saved is not None else None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if not self.done:
+            self._trainer(checkpoint).run()
+        if self.stopped:
+            raise TrainingStopped("the training was stopped" + (", and can be continued" if self.saved else ""))
+        if not all(math.isfinite(loss) for loss in (self.loss, *self.losses)):
+            if self.saved is not None:
+                # It would only lead here again.
+                self.saved.remove()
             raise TrainingError("the loss is no longer finite; train again with a lower learning rate")
         self.network.load_state_dict(self.best_state or self._candidate().state_dict())
         self.network.eval()
-        seconds = time.monotonic() - self.started
-        return FitResult(seconds, self.best_dice, self.losses, self.best_scores)
+        return FitResult(self._seconds(), self.best_dice, self.losses, self.best_scores, self.first_step)
 
     def _candidate(self) -> nn.Module:
         """The network that validation and the result see: the moving average where there is one."""
         return self.ema.ema_model if self.ema is not None else self.network
 
-    def _loader(self, cases: Sequence[Case]) -> DataLoader:
-        files = [{"image": case.image, "label": case.label} for case in cases]
-        fixed = labelled_transforms(self.prep, n_labels=self.n_labels)
-        augmentation = training_augmentation(self.prep, self.recipe)
-        # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
-        first = CacheDataset(files[:1], fixed, cache_rate=1.0, progress=False)[0]
-        each = sum(volume.numel() * volume.element_size() for volume in first.values())
-        keep = int(self.recipe.cache_gb * 1e9 / each)
-        logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
-        dataset = CacheDataset(files, [*fixed, *augmentation], cache_num=keep, num_workers=1, progress=False)
-        volumes = self.recipe.batch_size // self.recipe.patches_per_volume
-        # Epochs of equal length whatever the number of volumes: with few of them, each comes several times.
-        sampler = RandomSampler(dataset, num_samples=self.epoch_length * volumes)
-        return DataLoader(dataset, batch_size=volumes, sampler=sampler, num_workers=0)
+    def _schedule(self) -> LRScheduler | ReduceLROnPlateau | None:
+        if self.recipe.schedule == "one_cycle":
+            return OneCycleLR(self.optimizer, self.recipe.learning_rate, total_steps=self.steps)
+        if self.recipe.schedule == "cosine":
+            return WarmupCosineSchedule(self.optimizer, warmup_steps=max(1, self.steps // 20), t_total=self.steps)
+        if self.recipe.schedule == "plateau":
+            return ReduceLROnPlateau(self.optimizer, factor=0.9, patience=10)
+        return None
 
-    def _trainer(self) -> SupervisedTrainer:
+    def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
+        loss = PartialDiceCELoss()
         trainer = SupervisedTrainer(
             device=self.device,
             max_epochs=self.epochs,
-            train_data_loader=self.loader,
+            train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
+            epoch_length=self.epoch_length,
             network=_MixedPrecision(self.network, recipe.mixed_precision),
             optimizer=self.optimizer,
-            loss_function=DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True),
+            loss_function=lambda logits, targets: loss(logits, *targets),
+            prepare_batch=_prepare_batch,
             decollate=False,
             optim_set_to_none=True,
         )
+        if checkpoint is not None:
+            trainer.load_state_dict(checkpoint.values["engine"])
+        trainer.add_event_handler(
+            Events.GET_BATCH_STARTED, lambda engine: self.patches.seed(self.seed, engine.state.iteration)
+        )
         if recipe.gradient_clip is not None:
             trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip_gradient, recipe.gradient_clip)
-        if recipe.schedule == "one_cycle":
-            schedule = OneCycleLR(self.optimizer, recipe.learning_rate, total_steps=self.epochs * self.epoch_length)
-            LrScheduleHandler(schedule, print_lr=False, epoch_level=False).attach(trainer)
+        if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
+            LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False).attach(trainer)
         if self.ema is not None:
             self.ema.attach(trainer)
         stop_on_nan = TerminateOnNan(output_transform=lambda output: output["loss"])
         trainer.add_event_handler(Events.ITERATION_COMPLETED, stop_on_nan)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
-        if recipe.schedule == "plateau":
+        if isinstance(self.schedule, ReduceLROnPlateau):
             # Behind _after_epoch, which provides the loss to judge.
-            plateau = ReduceLROnPlateau(self.optimizer, factor=0.9, patience=10)
-            LrScheduleHandler(plateau, print_lr=False, step_transform=lambda _: self.losses[-1]).attach(trainer)
+            handler = LrScheduleHandler(self.schedule, print_lr=False, step_transform=lambda _: self.losses[-1])
+            handler.attach(trainer)
+        # Last, when the step is over for everybody else.
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._keep_step)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
@@ -241,33 +286,116 @@ class _Run:
         self.losses.append(self.epoch_loss)
         self.epoch_loss = 0.0
         if self.val_cases:
-            network = self._candidate()
-            scores = evaluate(network, self.val_cases, self.prep, n_labels=self.n_labels, device=self.device)
-            self.dice = mean_dice(list(scores.values()))
-            # The first counts even where it is NaN, because validation volumes hold none of the labels.
-            if self.best_state is None or self.best_dice is None or self.dice > self.best_dice:
-                self.best_dice = self.dice if math.isfinite(self.dice) else None
-                self.best_scores = scores
-                self.best_state = {name: value.clone() for name, value in network.state_dict().items()}
+            self._validate()
         logger.info("epoch %d of %d: loss %.4f, Dice %s", engine.state.epoch, self.epochs, self.losses[-1], self.dice)
+        self.done = engine.state.iteration >= self.steps
+        if self.recipe.patience is not None and self.stale_epochs >= self.recipe.patience and not self.done:
+            logger.info("stopping early: no better validation Dice in %d epochs", self.stale_epochs)
+            self.done = True
+            engine.terminate()
         self._report(engine)
+
+    def _validate(self) -> None:
+        network = self._candidate()
+        scores = evaluate(
+            network, self.val_cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device
+        )
+        self.dice = mean_dice(list(scores.values()))
+        self.stale_epochs += 1
+        # The first counts even where it is NaN, because validation volumes hold none of the labels.
+        if self.best_state is None or self.best_dice is None or self.dice > self.best_dice:
+            self.best_dice = self.dice if math.isfinite(self.dice) else None
+            self.best_scores = scores
+            self.best_state = {name: value.clone() for name, value in network.state_dict().items()}
+            self.stale_epochs = 0
+
+    def _keep_step(self, engine: Engine) -> None:
+        if self.stop is not None and self.stop():
+            self.stopped = True
+        within_epoch = engine.state.iteration % self.epoch_length != 0
+        if within_epoch:
+            # At the end of an epoch validation comes first.
+            self._keep(engine)
+
+    def _keep_epoch(self, engine: Engine) -> None:
+        self._keep(engine)
+
+    def _keep(self, engine: Engine) -> None:
+        if self.saved is not None and math.isfinite(self.loss) and (self.done or self.stopped or self.saved.due):
+            self.saved.save(self._checkpoint(engine))
+        if self.stopped:
+            # Stopped in the last step, it is over all the same.
+            self.stopped = not self.done
+            engine.terminate()
+
+    def _checkpoint(self, engine: Engine) -> Checkpoint:
+        optimizer = self.optimizer.state_dict()
+        tensors: dict[str, Mapping[str, Tensor]] = {
+            "network": self.network.state_dict(),
+            "optimizer": {
+                f"{index}/{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()
+            },
+            "average": self.ema.ema_model.state_dict() if self.ema is not None else {},
+            "best": self.best_state or {},
+        }
+        values: dict[str, Any] = {
+            "engine": dict(engine.state_dict()),
+            "optimizer": optimizer["param_groups"],
+            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
+            "seconds": self._seconds(),
+        }
+        return Checkpoint(tensors, values | {name: getattr(self, name) for name in _PLAIN})
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        tensors, values = checkpoint.tensors, checkpoint.values
+        self.network.load_state_dict(tensors["network"])
+        if self.ema is not None:
+            self.ema.ema_model.load_state_dict(tensors["average"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.get("optimizer", {}).items():
+            index, _, name = key.partition("/")
+            state.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]})
+        if self.schedule is not None:
+            self.schedule.load_state_dict(values["schedule"])
+        if "best" in tensors:
+            self.best_state = {name: value.to(self.device) for name, value in tensors["best"].items()}
+        for name in _PLAIN:
+            setattr(self, name, values[name])
+        self.seconds_before = values["seconds"]
+        self.first_step = values["engine"]["iteration"]
+        logger.info("resuming after %d of %d steps", self.first_step, self.steps)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self.started
 
     def _report(self, engine: Engine) -> None:
         self.last_report = time.monotonic()
         if self.on_progress is None:
             return
-        step, total = engine.state.iteration, self.epochs * self.epoch_length
-        seconds = self.last_report - self.started
+        step = engine.state.iteration
+        here = max(1, step - self.first_step)
         self.on_progress(
             Progress(
                 step=step,
-                total_steps=total,
+                total_steps=self.steps,
                 epoch=engine.state.epoch,
                 total_epochs=self.epochs,
                 loss=self.loss,
                 mean_dice=self.dice,
                 best_dice=self.best_dice,
-                seconds=seconds,
-                eta_s=seconds / step * (total - step),
+                seconds=self._seconds(),
+                eta_s=0.0 if self.done else (self.last_report - self.started) / here * (self.steps - step),
             )
         )
+
+
+# What a checkpoint holds of a run beside tensors and the states of engine, optimizer and schedule.
+_PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
+
+
+def _prepare_batch(batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool, **_: Any) -> Any:
+    image, label, annotated = (
+        batch[key].to(device, non_blocking=non_blocking) for key in ("image", "label", "annotated")
+    )
+    return image, (label, annotated)

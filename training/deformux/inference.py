@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deformux.cases import Case
 from deformux.metrics import dice_per_label
 from deformux.transforms import (
+    UNLABELLED,
     LoadLabeld,
     LoadVolumed,
     Preprocessing,
@@ -102,20 +103,26 @@ def evaluate(
     prep: Preprocessing,
     *,
     n_labels: int,
+    labels: Sequence[str] = (),
     device: str | torch.device = "cpu",
     on_case: Callable[[Case, np.ndarray], None] | None = None,
 ) -> dict[str, list[float]]:
     """Dice of each label of each case, on the scans' own grids: case id to ``n_labels`` values, NaN where absent.
 
+    Voxels that nobody labelled (255) do not count, and a label for which a case was not annotated is NaN; for the
+    latter, the names of the ``labels`` 1..N must be given.
+
     Raises:
         InvalidVolume: a scan or a label is not usable.
     """
-    load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels))
+    load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
     scores: dict[str, list[float]] = {}
     for case in cases:
-        labels, _ = segment(network, case.image, prep, device=device)
+        found, _ = segment(network, case.image, prep, device=device)
         truth = apply(load_truth, {"image": case.image, "label": case.label})["label"]
-        dice = dice_per_label(labels[0], truth[0], n_labels)
+        known = truth != UNLABELLED
+        dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
+        dice[~case.annotates(labels, n_labels)] = np.nan
         scores[case.id] = [float(value) for value in dice]
         if on_case is not None:
             on_case(case, dice)

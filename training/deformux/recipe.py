@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["RECIPES", "Recipe"]
 
-SCHEDULES = ("plateau", "one_cycle", "constant")
+SCHEDULES = ("plateau", "one_cycle", "cosine", "constant")
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,20 @@ class Recipe:
         batch_size: patches per step.
         patches_per_volume: patches cut from a volume each time it is drawn.
         epochs: parts into which the steps are divided for validation, schedule and progress.
-        learning_rate: of AdamW; the peak with ``one_cycle``.
+        learning_rate: of AdamW; the peak with ``one_cycle`` and ``cosine``.
         weight_decay, betas, eps: of AdamW.
-        schedule: ``plateau`` (factor 0.9, patience 10 epochs), ``one_cycle`` or ``constant``.
+        schedule: ``plateau`` (factor 0.9, patience 10 epochs), ``one_cycle``, ``cosine`` (a twentieth of the steps to
+            warm up, then down to 0) or ``constant``.
         gradient_clip: largest norm of the gradient; None for no limit.
         ema_decay: decay per step of the moving average of the weights that is kept as the result; None keeps the last.
+        patience: epochs without a better validation Dice after which a run ends early; None for never.
+        oversampling: how often a new case is drawn for each time that an old one is.
         foreground_ratio: patches centred on a labelled voxel, of all patches.
         rotation_degrees, scaling: largest rotation about each axis and relative change of size.
         affine_probability: of rotating and scaling a patch.
+        elastic_probability: of deforming a patch.
+        elastic_sigma, elastic_magnitude: smoothness in voxels, and size, of the random displacements (MONAI's
+            ``Rand3DElastic``), each drawn from its range.
         flip_axes: axes (0 right, 1 anterior, 2 superior) that are mirrored half of the time; anatomy forbids most.
         intensity_shift, intensity_scale: largest offset and relative factor, in units of the preprocessed image.
         noise_std: largest standard deviation of Gaussian noise.
@@ -54,10 +60,15 @@ class Recipe:
     schedule: str = "plateau"
     gradient_clip: float | None = None
     ema_decay: float | None = None
+    patience: int | None = None
+    oversampling: int = 1
     foreground_ratio: float = 0.5
     rotation_degrees: float = 30.0
     scaling: float = 0.1
     affine_probability: float = 0.5
+    elastic_probability: float = 0.0
+    elastic_sigma: tuple[float, float] = (5.0, 7.0)
+    elastic_magnitude: tuple[float, float] = (50.0, 150.0)
     flip_axes: tuple[int, ...] = ()
     intensity_shift: float = 0.1
     intensity_scale: float = 0.0
@@ -71,11 +82,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        for name in ("steps", "batch_size", "patches_per_volume", "epochs", "learning_rate"):
+        for name in ("steps", "batch_size", "patches_per_volume", "epochs", "learning_rate", "oversampling"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:
                 raise ValueError(f"{name} must be a positive number; got {value!r}")
-        for name in ("steps", "batch_size", "patches_per_volume", "epochs"):
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, or none; got {self.patience!r}")
+        for name in ("steps", "batch_size", "patches_per_volume", "epochs", "oversampling"):
             if not isinstance(getattr(self, name), int):
                 raise ValueError(f"{name} must be a whole number; got {getattr(self, name)!r}")
         if self.batch_size % self.patches_per_volume:
@@ -99,26 +112,34 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+_FEW = Recipe(
+    steps=400,
+    patches_per_volume=1,
+    epochs=20,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    schedule="one_cycle",
+    gradient_clip=1.0,
+    ema_decay=0.98,
+    patience=8,
+    oversampling=2,
+    foreground_ratio=0.75,
+    rotation_degrees=15.0,
+    scaling=0.15,
+    elastic_probability=0.2,
+    intensity_scale=0.1,
+    noise_std=0.1,
+    gamma=(0.7, 1.5),
+    low_resolution=0.5,
+    intensity_probability=0.3,
+)
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "paper": Recipe(),
-        # Few volumes and minutes instead of days: a high, short cycle and stronger augmentation.
-        "finetune": Recipe(
-            steps=400,
-            patches_per_volume=1,
-            epochs=20,
-            learning_rate=1e-3,
-            weight_decay=0.01,
-            schedule="one_cycle",
-            gradient_clip=1.0,
-            ema_decay=0.98,
-            foreground_ratio=0.75,
-            rotation_degrees=15.0,
-            scaling=0.15,
-            intensity_scale=0.1,
-            noise_std=0.1,
-            gamma=(0.7, 1.5),
-            intensity_probability=0.3,
-        ),
+        # From scratch on few volumes, in minutes instead of days: a high, short cycle and stronger augmentation.
+        "finetune": _FEW,
+        # From a model that already works: a gentler, shorter cosine.
+        "continue": _FEW.replace(steps=200, epochs=10, learning_rate=5e-4, schedule="cosine"),
     }
 )

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 __all__ = [
     "MODALITIES",
+    "UNLABELLED",
     "InvalidVolume",
     "LoadLabeld",
     "LoadVolumed",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 MODALITIES = ("ct", "mr")
+# The value of voxels that nobody has labelled: neither background nor any structure.
+UNLABELLED = 255
 # Positions that differ by less than this are the same position.
 GEOMETRY_TOLERANCE_MM = 1e-3
 
@@ -133,13 +136,23 @@ class LoadVolumed(MapTransform):
 class LoadLabeld(MapTransform):
     """Read a label volume ``(1, X, Y, Z)`` that must lie on the image's grid and hold whole numbers 0..n_labels.
 
+    With ``unlabelled`` a label may also hold 255, for voxels that nobody has labelled.
+
     Raises:
         InvalidVolume: another grid, other values, or unreadable.
     """
 
-    def __init__(self, keys: str | tuple[str, ...] = "label", *, n_labels: int, image_key: str = "image") -> None:
+    def __init__(
+        self,
+        keys: str | tuple[str, ...] = "label",
+        *,
+        n_labels: int,
+        image_key: str = "image",
+        unlabelled: bool = False,
+    ) -> None:
         super().__init__(keys)
         self.n_labels = n_labels
+        self.unlabelled = unlabelled
         self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -152,6 +165,10 @@ class LoadLabeld(MapTransform):
             if difference:
                 raise InvalidVolume(f"label {path.name} is not on its image's grid: {difference}")
             values = torch.unique(label)
+            if self.unlabelled:
+                values = values[values != UNLABELLED]
+            if len(values) == 0:
+                raise InvalidVolume(f"label {path.name} has no labelled voxel; expected at least one that is not 255")
             if bool((values != values.round()).any()) or values.min() < 0 or values.max() > self.n_labels:
                 raise InvalidVolume(
                     f"label {path.name} holds the values {_shorten(values.tolist())}; "
@@ -236,7 +253,7 @@ def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform
     """As ``inference_transforms``, with the path under ``label`` on the same grid: the fixed part of training."""
     return [
         LoadVolumed("image"),
-        LoadLabeld("label", n_labels=n_labels),
+        LoadLabeld("label", n_labels=n_labels, unlabelled=True),
         *_to_network_grid(prep, ("image", "label")),
         *_intensity(prep),
     ]

@@ -1,0 +1,61 @@
+"""The training loss, for labels that may be incomplete."""
+
+from __future__ import annotations
+
+import torch
+from monai.losses import DiceLoss
+from monai.networks.utils import one_hot
+from torch import Tensor, nn
+
+from deformux.transforms import UNLABELLED
+
+__all__ = ["PartialDiceCELoss"]
+
+
+class PartialDiceCELoss(nn.Module):
+    """Dice plus cross entropy over what was annotated; with complete labels it equals MONAI's ``DiceCELoss``.
+
+    Voxels of value ``UNLABELLED`` count nowhere. In a volume that was annotated for some of the labels only, background
+    means "none of these": the probabilities of the other labels are added to the background's before both terms (the
+    marginal loss of Shi et al., Medical Image Analysis 70, 2021, arXiv 2007.03868, section 3.1; also the target
+    adaptive loss of Fang and Yan, IEEE TMI 39, 2020). Moving probability between background and a label that was not
+    annotated therefore changes nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dice = DiceLoss(include_background=False, batch=True)
+
+    def forward(self, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+        """The loss, a scalar; 0 where nothing is labelled.
+
+        Args:
+            logits: ``(N, C, D, H, W)``, class 0 is background.
+            label: ``(N, 1, D, H, W)`` with values 0..C-1 and ``UNLABELLED``.
+            annotated: ``(N, C)``, whether a class was annotated in a volume; class 0 always counts as annotated.
+        """
+        target = label.long()
+        known = target != UNLABELLED
+        classes = annotated.to(logits.device, torch.bool).clone()
+        classes[:, 0] = True
+        log_probabilities = _marginal(logits.log_softmax(1), classes)
+        chosen = torch.where(known, target, 0)
+        nll = -log_probabilities.gather(1, chosen)
+        cross_entropy = torch.where(known, nll, 0.0).sum() / known.sum().clamp(min=1)
+        mask = known & classes[:, :, None, None, None]
+        truth = one_hot(chosen, logits.shape[1]) * mask
+        return self.dice(torch.where(mask, log_probabilities.exp(), 0.0), truth) + cross_entropy
+
+
+def _marginal(log_probabilities: Tensor, classes: Tensor) -> Tensor:
+    """Log probabilities with the classes that are not in ``classes`` (N, C) merged into class 0."""
+    if bool(classes.all()):
+        return log_probabilities
+    here = classes[:, :, None, None, None]
+    merged = here.clone()
+    merged[:, 0] = False
+    # Class 0 is what is neither annotated nor any other class; summed as logarithms, where nothing underflows.
+    background = torch.logsumexp(log_probabilities.masked_fill(merged, -torch.inf), 1, keepdim=True)
+    # The merged classes keep a finite value, whose gradient nobody asks for.
+    rest = log_probabilities[:, 1:].masked_fill(~here[:, 1:], -100.0)
+    return torch.cat([background, rest], 1)
