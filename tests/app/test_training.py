@@ -97,12 +97,22 @@ def test_dice_of_a_corrected_proposal(server: LiveServer, volumes: dict[str, Vol
 def test_uncertainty_scores_are_kept_with_the_version(
     server: LiveServer, studies: Path, trainings: list[Training]
 ) -> None:
-    sample = requests.post(f"{server.url}/activelearning/uncertainty", json={}, timeout=120).json()
-    scores = json.loads((state_of(studies) / "uncertainty" / "v0002.json").read_text())
+    state = state_of(studies)
     unlabelled = {name for name, entry in server.objects().items() if "final" not in entry["labels"]}
-    best = max((score, name) for name, score in scores.items() if name in unlabelled and score is not None)
+    path = state / "selection" / "v0002.json"
+    leases = state / "leases.json"
+    end = time.monotonic() + 240
+    scores: dict[str, dict] = {}
+    while not unlabelled <= set(scores):
+        assert time.monotonic() < end, f"not scored in the background: {server.log.read_text()[-3000:]}"
+        time.sleep(0.1)
+        scores = json.loads(path.read_text())["scores"] if path.exists() else {}
+    taken = {lease["image"] for lease in json.loads(leases.read_text())["leases"]} if leases.exists() else set()
+    best = max((scores[name]["uncertainty"], name) for name in unlabelled - taken if scores[name] is not None)
+    sample = requests.post(f"{server.url}/activelearning/uncertainty", json={"client_id": "x"}, timeout=120).json()
     assert sample["id"] == best[1]
     assert 0 < sample["uncertainty"] == best[0] < 1
+    assert sample["scored_with"] == "v0002"
 
 
 def test_other_projects_do_not_see_these_weights(

@@ -1,0 +1,281 @@
+"""What the served model shows of each volume, and in which order each strategy would hand the volumes out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.utils.others.generic import name_to_device
+
+from deformux.files import write_text
+from deformux.network import DeformUXNet
+from deformux.selection import NEEDS_SCORES, VolumeScores, choose, encode, observe
+from deformux.selection.records import read_features, write_features
+from deformux.transforms import InvalidVolume, Preprocessing
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, warm_start
+
+from ..configs.project import Project
+from ..models import ServedModels
+
+__all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring"]
+
+logger = logging.getLogger(__name__)
+
+UNTRAINED = "untrained"
+"""Stands for the model before there is one: an encoder that still tells volumes apart."""
+
+# So many volumes are chosen with regard to each other; more are rarely handed out between two versions.
+_AHEAD = 64
+# Predictions of so many published versions are compared where training mirrors no axis.
+_SNAPSHOTS = 3
+_SECONDS_BETWEEN_WRITES = 5.0
+# Writing takes at most this part of the time.
+_SHARE_OF_WRITING = 0.1
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What is known with one model: the order of each strategy, best first, and each volume's uncertainty.
+
+    Unreadable volumes have the uncertainty None and are in no order.
+    """
+
+    model: str
+    by_strategy: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    uncertainty: Mapping[str, float | None] = field(default_factory=dict)
+
+
+class SelectionScores:
+    """Scores and features of all volumes, two files per model, so that a new model never meets an old score.
+
+    A process in the background writes them (``update``); the server reads orders that are ready to use (``orders``).
+    """
+
+    def __init__(self, project: Project, models: ServedModels, folder: Path) -> None:
+        self.project = project
+        self.models = models
+        self.folder = folder
+        self._held: dict[str, tuple[int, Orders]] = {}
+
+    def current(self) -> str:
+        """The model whose scores are wanted now."""
+        return self.models.current() or UNTRAINED
+
+    def orders(self, model: str) -> Orders:
+        """What is known with a model; the file is read again only after it has been replaced."""
+        path = self._path(model)
+        try:
+            written = path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return Orders(model)
+        # Requests come in threads: each replaces the whole.
+        all_held = self._held
+        held = all_held.get(model)
+        if held is None or held[0] != written:
+            values = _read(path)
+            uncertainty = {name: score and score["uncertainty"] for name, score in values["scores"].items()}
+            held = (written, Orders(model, values["orders"], uncertainty))
+            # Earlier models are asked for only until the new one has scores.
+            self._held = {model: held} | {name: all_held[name] for name in list(all_held)[:2] if name != model}
+        return held[1]
+
+    def latest_orders(self) -> Orders:
+        """The orders of the served model, or those of the newest before it that has some; empty where none has."""
+        for model in (self.current(), *self._earlier(), UNTRAINED):
+            orders = self.orders(model)
+            if orders.by_strategy:
+                return orders
+        return Orders(self.current())
+
+    def update(self, datastore: Datastore) -> Orders:
+        """Score what the served model has not scored, and go on with the next model when one is published meanwhile.
+
+        Does nothing while another process is at it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                while True:
+                    model = self.current()
+                    _Update(self, model, datastore).run()
+                    if self.current() == model:
+                        break
+                self._prune()
+        except Timeout:
+            logger.info("Another process is scoring the volumes")
+        return self.orders(self.current())
+
+    def networks(self, model: str) -> tuple[list[DeformUXNet], Preprocessing, tuple[int, ...]]:
+        """The networks whose predictions are compared, newest first, their preprocessing, and the mirrored axes."""
+        if model == UNTRAINED:
+            torch.manual_seed(0)
+            network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
+            if self.project.pretrained:
+                warm_start(network, pretrained_path(self.project.pretrained))
+            return [network], self.project.preprocessing, ()
+        network, card = load_model(self.models.path(model))
+        networks, axes = [network], tuple(card.recipe.get("flip_axes") or ())
+        if not axes:
+            networks += islice(self._comparable(card), _SNAPSHOTS - 1)
+        return networks, card.preprocessing, axes
+
+    def round(self) -> int:
+        """How many models were published before the served one."""
+        return len(self._earlier())
+
+    def _comparable(self, card: ModelCard) -> Iterator[DeformUXNet]:
+        for name in self._earlier():
+            try:
+                network, earlier = load_model(self.models.path(name))
+            except (InvalidModel, ValueError):
+                continue  # pruned or damaged: one sample less
+            if earlier.labels == card.labels and earlier.preprocessing == card.preprocessing:
+                yield network
+
+    def _earlier(self) -> list[str]:
+        """Models that were served before, the latest first."""
+        names = [publication.version for publication in reversed(self.models.versions.history())]
+        current = self.models.current()
+        return [name for name in dict.fromkeys(names) if name != current]
+
+    def _prune(self) -> None:
+        wanted = {self.current(), UNTRAINED, *self._earlier()[:_SNAPSHOTS]}
+        for path in self.folder.iterdir():
+            if path.suffix in (".json", ".safetensors") and path.stem not in wanted:
+                path.unlink(missing_ok=True)
+
+    def _path(self, model: str) -> Path:
+        return self.folder / f"{model}.json"
+
+
+class _Update:
+    """Scoring of all volumes with one model, written from time to time."""
+
+    def __init__(self, scores: SelectionScores, model: str, datastore: Datastore) -> None:
+        self.owner, self.model, self.datastore = scores, model, datastore
+        self.path = scores.folder / f"{model}.json"
+        values = _read(self.path)
+        self.features = read_features(self.path.with_suffix(".safetensors"))
+        # A file of one kind may be newer than that of the other.
+        self.scores: dict[str, dict[str, Any] | None] = {
+            name: score for name, score in values["scores"].items() if score is None or name in self.features
+        }
+        self.device = name_to_device(None)
+        self.rng = np.random.default_rng(zlib.crc32(model.encode()))
+
+    def run(self) -> None:
+        unlabelled = sorted(self.datastore.get_unlabeled_images())
+        labelled = sorted(self.datastore.get_labeled_images())
+        # In random order, so that what is known early is a fair sample of all.
+        todo = [str(name) for name in self.rng.permutation([n for n in unlabelled if n not in self.scores])]
+        todo += [name for name in labelled if name not in self.features and self.scores.get(name, {}) is not None]
+        if not todo and self.path.is_file():
+            return
+        networks, prep, axes = self.owner.networks(self.model)
+        wait, written = 0.0, -math.inf
+        for name in todo:
+            if self.owner.current() != self.model:
+                return
+            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED)
+            if time.monotonic() - written > wait:
+                began = time.monotonic()
+                self._write()
+                written = time.monotonic()
+                wait = max(_SECONDS_BETWEEN_WRITES, (written - began) / _SHARE_OF_WRITING)
+        self._write()
+        logger.info("Scored %d of %d volumes with model %s", len(todo), len(unlabelled), self.model)
+
+    def _look(
+        self, name: str, networks: list[DeformUXNet], prep: Preprocessing, axes: tuple[int, ...], *, score: bool
+    ) -> None:
+        image = Path(self.datastore.get_image_uri(name))
+        try:
+            if score:
+                seen = self._on_device(lambda device: observe(networks, image, prep, flip_axes=axes, device=device))
+                self.scores[name], self.features[name] = seen.scores.to_json(), seen.features
+            else:
+                self.features[name] = self._on_device(lambda device: encode(networks[0], image, prep, device=device))
+                if self.model == UNTRAINED:
+                    self.scores[name] = {"uncertainty": None}
+        except (InvalidVolume, OSError) as error:
+            # Deleted meanwhile, or no scan: never looked at again with this model.
+            logger.warning("Not scored: %s", error)
+            self.scores[name] = None
+
+    def _on_device(self, look: Callable[[str], Any]) -> Any:
+        try:
+            return look(self.device)
+        except torch.cuda.OutOfMemoryError:
+            logger.warning("The GPU has no memory left for scoring; going on with the CPU")
+            self.device = "cpu"
+            torch.cuda.empty_cache()
+            return look(self.device)
+
+    def _write(self) -> None:
+        unlabelled = [name for name in self.datastore.get_unlabeled_images() if self.scores.get(name) is not None]
+        orders = self._orders(unlabelled, self.datastore.get_labeled_images())
+        write_features(self.path.with_suffix(".safetensors"), self.features)
+        write_text(self.path, json.dumps({"model": self.model, "scores": self.scores, "orders": orders}))
+
+    def _orders(self, unlabelled: Sequence[str], labelled: Sequence[str]) -> dict[str, list[str]]:
+        if self.model == UNTRAINED:
+            scores: dict[str, VolumeScores] = {}
+            strategies: tuple[str, ...] = ("adaptive", "typicality")
+        else:
+            scores = {name: VolumeScores.from_json(self.scores[name] or {}) for name in unlabelled}
+            strategies = ("typicality", *NEEDS_SCORES)
+        orders = {}
+        for strategy in strategies:
+            first = choose(
+                strategy,
+                unlabelled=unlabelled,
+                labelled=labelled,
+                batch=_AHEAD,
+                round_=self.owner.round(),
+                rng=self.rng,
+                scores=scores,
+                features=self.features,
+            )
+            chosen = set(first)
+            rest = [name for name in unlabelled if name not in chosen]
+            if strategy in NEEDS_SCORES and scores:
+                greedy = "uncertainty" if strategy in ("adaptive", "stochastic_batch") else strategy
+                rest = choose(greedy, unlabelled=rest, batch=len(rest), round_=0, rng=self.rng, scores=scores)
+            orders[strategy] = [*first, *rest]
+        return orders
+
+
+class SelectionScoring(ScoringMethod):
+    """Scores all volumes with the served model; run in the background after each publication."""
+
+    def __init__(self, scores: SelectionScores) -> None:
+        super().__init__("What the model shows of each volume, for active learning")
+        self.scores = scores
+
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        return dict(self.scores.update(datastore).uncertainty)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+        return {"scores": dict(values["scores"]), "orders": dict(values["orders"])}
+    except FileNotFoundError:
+        return {"scores": {}, "orders": {}}
+    except (ValueError, TypeError, KeyError):
+        # It can be computed again.
+        logger.warning("%s is damaged and is written anew", path)
+        return {"scores": {}, "orders": {}}

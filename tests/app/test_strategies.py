@@ -1,0 +1,232 @@
+"""Next Sample: orders that lie ready, what is said while they do not, and nobody's case given to anybody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from live import APP, LiveServer, Volume
+
+from conftest import CONF
+from deformux.inference import segment
+from deformux.network import DeformUXNet
+from deformux.selection import NEEDS_SCORES, volume_uncertainty
+from deformux.weights import ModelCard
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.leases import Leases
+from deformux_label.lib.models import ServedModels
+from deformux_label.lib.scoring.selection import UNTRAINED, SelectionScores
+from deformux_label.lib.strategies.choose import all_strategies
+
+PROJECT = Project.from_conf(CONF)
+CASES = tuple(f"case_{number}" for number in range(6))
+
+
+class Desk:
+    """The parts of the app that hand out volumes, on real files, without the web server around them."""
+
+    def __init__(self, folder: Path, volumes: dict[str, Volume], cases: tuple[str, ...] = CASES) -> None:
+        self.folder = folder
+        self.studies = folder / "studies"
+        self.studies.mkdir(parents=True)
+        for name in cases:
+            shutil.copy(volumes[name].image, self.studies)
+        self.datastore = CheckedDatastore(str(self.studies), labels=PROJECT.labels)
+        self.models = ServedModels(PROJECT, folder / "state")
+        self.scores = SelectionScores(PROJECT, self.models, folder / "state" / "selection")
+        self.requested = 0
+        leases = Leases(folder / "state" / "leases.json")
+        self.strategies = all_strategies(self.scores, leases, self._request)
+
+    def _request(self) -> None:
+        self.requested += 1
+
+    def next(self, strategy: str, annotator: str = "a") -> dict:
+        return self.strategies[strategy]({"strategy": strategy, "client_id": annotator}, self.datastore) or {}
+
+    def publish(self, seed: int) -> str:
+        torch.manual_seed(seed)
+        network = DeformUXNet(1, len(PROJECT.labels) + 1, PROJECT.preset)
+        card = ModelCard(labels=PROJECT.labels, preprocessing=PROJECT.preprocessing, preset=PROJECT.preset)
+        name = self.models.versions.write(network, card)
+        self.models.versions.publish(name)
+        return name
+
+    def kept(self, model: str) -> dict:
+        return json.loads((self.folder / "state" / "selection" / f"{model}.json").read_text())
+
+
+@pytest.fixture
+def desk(tmp_path: Path, volumes: dict[str, Volume]) -> Desk:
+    return Desk(tmp_path, volumes)
+
+
+def test_without_scores_a_random_volume_comes_at_once_and_scoring_is_asked_for_once(desk: Desk) -> None:
+    samples = [desk.next(strategy, f"{strategy}-{turn}") for turn in range(3) for strategy in ("bald", "adaptive")]
+    assert sorted(sample["id"] for sample in samples) == sorted(CASES)
+    assert all("random volume" in sample["note"] for sample in samples)
+    assert desk.requested == 2, "one for each strategy"
+    # Everything is in other hands.
+    assert desk.next("adaptive", "late") == desk.next("random", "late") == desk.next("first", "late") == {}
+    assert desk.next("first", "bald-1")["id"] == samples[2]["id"]
+    assert not (desk.folder / "state" / "selection").exists(), "nothing is computed in a request"
+
+
+def test_the_first_strategy_is_adaptive_and_the_old_names_still_work(desk: Desk) -> None:
+    assert next(iter(desk.strategies)) == "adaptive"
+    assert {"random", "first", "uncertainty", "typicality", *NEEDS_SCORES} <= set(desk.strategies)
+    assert desk.next("first")["id"] == "case_0"
+    assert desk.next("random")["id"] in CASES[1:]
+
+
+def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) -> None:
+    desk.scores.update(desk.datastore)
+    cold = desk.next("adaptive", "a")
+    assert cold["id"] == desk.kept(UNTRAINED)["orders"]["adaptive"][0]
+    assert cold["scored_with"] == UNTRAINED
+    assert "note" not in cold
+    assert "typical volumes" in desk.next("entropy", "b")["note"]
+    assert desk.requested == 0
+
+    first = desk.publish(seed=1)
+    # The new model has no scores yet: the old order serves, and says so.
+    waiting = desk.next("uncertainty", "c")
+    assert waiting["scored_with"] == UNTRAINED
+    assert first in waiting["note"]
+    assert desk.requested == 1
+
+    desk.scores.update(desk.datastore)
+    network, card = desk.models.load(first, "cpu")
+    expected = {}
+    for name in CASES:
+        _, probabilities = segment(network, volumes[name].image, card.preprocessing)
+        expected[name] = volume_uncertainty(probabilities)
+    ranked = sorted(CASES, key=lambda name: -expected[name])
+    taken = held(desk)
+    sample = desk.next("uncertainty", "d")
+    assert sample["id"] == next(name for name in ranked if name not in taken)
+    assert sample["scored_with"] == first
+    assert sample["uncertainty"] == pytest.approx(expected[sample["id"]], abs=1e-3)
+    assert "note" not in sample
+    # One model has nothing to disagree with; the next one has.
+    assert {score["mutual_information"] for score in desk.kept(first)["scores"].values()} == {0}
+    second = desk.publish(seed=2)
+    desk.scores.update(desk.datastore)
+    assert all(score["mutual_information"] > 0 for score in desk.kept(second)["scores"].values())
+
+
+def held(desk: Desk) -> set[str]:
+    return {lease["image"] for lease in json.loads((desk.folder / "state" / "leases.json").read_text())["leases"]}
+
+
+def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str, Volume]) -> None:
+    model = desk.publish(seed=1)
+    path = desk.folder / "state" / "selection" / f"{model}.json"
+    desk.scores.update(desk.datastore)
+    values = json.loads(path.read_text())
+    values["scores"]["case_3"]["entropy"] = 0.999
+    path.write_text(json.dumps(values))
+    shutil.copy(volumes["axial"].image, desk.studies / "new.nii.gz")
+    (desk.studies / "broken.nii.gz").write_bytes(b"not a scan")
+    again = CheckedDatastore(str(desk.studies), labels=PROJECT.labels)
+    assert {"new", "broken"} <= set(again.list_images())
+    desk.datastore = again
+    desk.scores.update(again)
+    kept = desk.kept(model)
+    assert kept["scores"]["case_3"]["entropy"] == 0.999
+    assert kept["orders"]["entropy"][0] == "case_3"
+    assert set(kept["orders"]["adaptive"]) == {*CASES, "new"}
+    assert kept["scores"]["broken"] is None
+    # A volume that cannot be read is not tried again, and comes after all others.
+    assert "broken" not in {desk.next("adaptive", str(turn))["id"] for turn in range(7)}
+    assert desk.requested == 0
+    written = path.stat().st_mtime_ns
+    desk.scores.update(again)
+    assert path.stat().st_mtime_ns == written
+    # A damaged file is written anew.
+    path.write_text(path.read_text()[:100])
+    desk.scores.update(again)
+    assert desk.kept(model)["scores"]["case_3"]["entropy"] != 0.999
+
+
+SCORING = """
+import sys
+from pathlib import Path
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.models import ServedModels
+from deformux_label.lib.scoring import selection
+import json
+
+selection._SECONDS_BETWEEN_WRITES = 0.0
+selection._SHARE_OF_WRITING = 1.0
+folder, project = Path(sys.argv[1]), Project.from_conf(json.loads(sys.argv[2]))
+scores = selection.SelectionScores(project, ServedModels(project, folder / "state"), folder / "state" / "selection")
+scores.update(CheckedDatastore(str(folder / "studies"), labels=project.labels))
+"""
+
+
+def test_scoring_that_is_killed_goes_on_where_it_was(desk: Desk) -> None:
+    model = desk.publish(seed=1)
+    path = desk.folder / "state" / "selection" / f"{model}.json"
+    command = [sys.executable, "-c", SCORING, str(desk.folder), json.dumps(CONF)]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    end = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    early = desk.kept(model)
+    assert early["scores"], "what was written is whole"
+    for name in early["scores"]:
+        early["scores"][name]["entropy"] = 0.5
+    path.write_text(json.dumps(early))
+    desk.scores.update(desk.datastore)
+    kept = desk.kept(model)
+    assert set(kept["scores"]) == set(CASES)
+    assert {name: kept["scores"][name] for name in early["scores"]} == early["scores"]
+
+
+def scored(folder: Path) -> set[str]:
+    """Volumes that have a score of some model."""
+    names: set[str] = set()
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # an older model's, pruned meanwhile
+            names |= set(json.loads(path.read_text())["scores"])
+    return names
+
+
+def test_a_server_scores_in_the_background_and_never_gives_a_case_to_two(
+    server: LiveServer, studies: Path, volumes: dict[str, Volume]
+) -> None:
+    def ask(strategy: str, annotator: str) -> dict:
+        answer = requests.post(f"{server.url}/activelearning/{strategy}", json={"client_id": annotator}, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    try:
+        samples = [ask(strategy, f"reader-{turn}") for turn, strategy in enumerate(("adaptive", "random", "first"))]
+        ids = [sample["id"] for sample in samples if sample]
+        assert len(ids) == len(set(ids)) > 0
+        unlabelled = {name for name, entry in server.objects().items() if "final" not in entry["labels"]}
+        assert set(ids) <= unlabelled
+        folder = PROJECT.state_folder(APP, str(studies)) / "selection"
+        end = time.monotonic() + 240
+        while not unlabelled <= scored(folder):
+            assert time.monotonic() < end, f"no scores were written: {server.log.read_text()[-3000:]}"
+            time.sleep(0.2)
+    finally:
+        leases = PROJECT.state_folder(APP, str(studies)) / "leases.json"
+        # Other tests share this server, and want volumes too.
+        leases.unlink(missing_ok=True)
