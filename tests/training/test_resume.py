@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from monai.networks.nets import UNet
 
 from deformux.cases import Case
 from deformux.engine import FitResult, TrainingStopped, fit
-from deformux.network import DeformUXNet
 from deformux.recipe import RECIPES, Recipe
 from deformux.sampling import draw_order
 from deformux.transforms import Preprocessing
@@ -58,9 +58,9 @@ def test_killed_at_any_moment_a_training_ends_with_the_same_weights(write_case, 
         assert told["here"]["resumed_from"] + told["here"]["steps"] == reference["here"]["steps"] == 6
 
 
-def network() -> DeformUXNet:
+def network() -> UNet:
     torch.manual_seed(0)
-    return DeformUXNet(1, 3, "tiny")
+    return UNet(3, 1, 3, channels=(8, 16), strides=(2,))
 
 
 def run(cases: list[Case], path: Path, recipe: Recipe = QUICK, **options: Any) -> FitResult:
