@@ -13,6 +13,7 @@ from ..reference import Gradients, compute_dtype
 from . import columns as matrices
 from .forward import column_arguments, write_columns
 from .plan import (
+    GATHER_VECTOR,
     INT32_MAX,
     LAST,
     SHARED_BYTES,
@@ -202,35 +203,71 @@ class _Call:
         self, chunk: Chunk, grad_input: Tensor | None, *, taps: Tensor | None = None, columns: Tensor | None = None
     ) -> Tensor:
         """Add the gradients from one chunk; `grad_input` is None before the first."""
-        g, tuning, dtype = self.g, self.runtime.tuning, self.input.dtype
+        g, tuning, real = self.g, self.runtime.tuning, compute_dtype(self.input.dtype)
         if grad_input is None:
             # A chunk of whole samples writes theirs; parts of a sample add to it, in the type of the sums.
-            kind = dtype if chunk.whole else compute_dtype(dtype)
+            kind = self.input.dtype if chunk.whole else real
             grad_input = torch.empty(self.input.shape, dtype=kind, device=self.input.device, memory_format=LAST)
             if not chunk.whole:
                 grad_input.zero_()
         starts, records = self._sorted(chunk)
-        own = grad_input[chunk.first_sample : chunk.first_sample + chunk.samples]
-        vector = vector_of(g.sampled_together, *((self.grad, taps) if columns is None else (columns,)))
+        own = grad_input[chunk.first_sample : chunk.first_sample + chunk.samples].permute(0, 2, 3, 4, 1)
+        slice_bytes = 4 * chunk.samples * g.size[1] * g.size[2] * g.in_channels * real.itemsize
+        most = max(1, tuning.chunk_bytes // slice_bytes)
+        for first in range(0, g.size[0], most):
+            part = own[:, first : first + most]
+            edges = torch.empty((4, *part.shape), dtype=real, device=part.device)
+            self._gather_slab(chunk, edges, first, starts, records, taps, columns)
+            if chunk.whole:
+                part.copy_(edges.sum(0))
+            else:
+                part += edges.sum(0)
+        return grad_input
+
+    def _gather_slab(
+        self,
+        chunk: Chunk,
+        edges: Tensor,
+        first_d: int,
+        starts: Tensor,
+        records: Tensor,
+        taps: Tensor | None,
+        columns: Tensor | None,
+    ) -> None:
+        """Write the parts of the input's gradient, (4, samples, slices, H, W, C), of the slices from first_d on."""
+        g, tuning, dtype = self.g, self.runtime.tuning, self.input.dtype
+        read = (columns,) if taps is None else (self.grad, taps)
+        vector = vector_of(g.sampled_together, *read, most=GATHER_VECTOR)
         lanes = min(g.in_channels // vector, tuning.gather_threads)
-        most = min(tuning.gather_voxels, tuning.gather_threads // lanes)
-        busy = self.runtime.multiprocessors(self.input.device)
-        tile = Tile.of(g.size, chunk.samples, most, busy, lambda voxels: True)
-        cube = columns is None and is_cube(g)
-        more = {"COLUMNS": int(columns is not None), "WIDE": int(not chunk.whole)}
+        at_once = tuning.gather_threads // lanes
+        depth = edges.shape[2]
+        rows = chunk.samples * (depth + 1) * (g.size[1] + 1)
+        segment = tuning.gather_segment
+        # Shorter segments repeat more cells, but leave no multiprocessor idle where there are few rows.
+        wanted = tuning.gather_blocks * self.runtime.multiprocessors(self.input.device) * at_once
+        while segment > 1 and rows * -(-g.size[2] // segment) < wanted:
+            segment //= 2
+        rows *= -(-g.size[2] // segment)
         self.runtime.launch(
             self.input.device,
-            kernel("backward_input", "deform_gather", dtype, vector, cube, **more),
-            min(tile.count, INT32_MAX),
-            (lanes, tile.voxels),
+            kernel(
+                "backward_input",
+                "deform_gather",
+                dtype,
+                vector,
+                columns is None and is_cube(g),
+                COLUMNS=int(columns is not None),
+            ),
+            min(-(-rows // at_once), INT32_MAX),
+            (lanes, at_once),
             0,
             (
-                *pointers(records, starts, taps, self.grad, columns, self.factors.tensor, own),
+                *pointers(records, starts, taps, self.grad, columns, self.factors.tensor, edges),
                 *sizes(g),
-                *(g.in_channels, chunk.first_voxel, g.offset_groups, *self.factors.strides, *tile.arguments),
+                *(g.in_channels, chunk.first_voxel, g.offset_groups, *self.factors.strides),
+                *(chunk.samples, first_d, depth, segment),
             ),
         )
-        return grad_input
 
     def _sorted(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """Return where each cell's samples start, and the samples' records in that order."""

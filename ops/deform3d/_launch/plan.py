@@ -20,6 +20,8 @@ INT32_MAX = 2**31 - 1
 SHARED_BYTES = 48 * 1024
 CUBE_TAPS = 27
 _VECTOR_BYTES = 16
+# The sums of eight corners for more channels would not fit a thread's registers.
+GATHER_VECTOR = 4
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Tuning:
     samples_warps: int = 9  # divides the 27 taps evenly
     samples_voxels: int = 32
     samples_blocks: int = 2  # per multiprocessor, each with a row of partial weight gradients
-    gather_threads: int = 256
-    gather_voxels: int = 64
+    gather_threads: int = 128
+    gather_blocks: int = 4  # per multiprocessor, at least, where there are rows enough
+    gather_segment: int = 8  # voxels of a row that a thread walks along
     taps_at_once: int = 64  # whose samples are in shared memory together, where the kernel is not 3x3x3
-    chunk_bytes: int = 2**29  # of sorted samples, or of columns
+    chunk_bytes: int = 2**29  # of sorted samples, of columns, and of the parts of the input's gradient
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,11 @@ def instances() -> Iterator[Kernel]:
             for cube in (True, False):
                 yield kernel("forward", "deform_forward", dtype, vector, cube, FUSED=0)
                 yield kernel("backward_samples", "deform_backward_samples", dtype, vector, cube)
-                for wide in (0, 1):
-                    yield kernel("backward_input", "deform_gather", dtype, vector, cube, COLUMNS=0, WIDE=wide)
+                if vector <= GATHER_VECTOR:
+                    yield kernel("backward_input", "deform_gather", dtype, vector, cube, COLUMNS=0)
             yield kernel("forward", "deform_forward", dtype, vector, True, FUSED=1)
-            for wide in (0, 1):
-                yield kernel("backward_input", "deform_gather", dtype, vector, False, COLUMNS=1, WIDE=wide)
+            if vector <= GATHER_VECTOR:
+                yield kernel("backward_input", "deform_gather", dtype, vector, False, COLUMNS=1)
             for name in ("deform_columns", "deform_columns_backward"):
                 yield kernel("columns", name, dtype, vector, False)
         for name in ("deform_count", "deform_place"):
@@ -103,19 +106,19 @@ def kernel(unit: str, name: str, dtype: torch.dtype, vector: int, cube: bool, **
 
 def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
     """Return an instance of a kernel that reads no channels."""
-    return kernel("backward_input", name, dtype, 1, cube, COLUMNS=0, WIDE=0)
+    return kernel("backward_input", name, dtype, 1, cube, COLUMNS=0)
 
 
 def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(n for n in (8, 4, 2, 1) if n * dtype.itemsize <= _VECTOR_BYTES)
 
 
-def vector_of(channels: int, *tensors: Tensor | None) -> int:
+def vector_of(channels: int, *tensors: Tensor | None, most: int = _VECTOR_BYTES) -> int:
     """Return how many channels can be loaded at once: a divisor of them to which every tensor is aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
     dtype = given[0].dtype
     for n in _vectors(dtype):
-        if channels % n == 0 and all(tensor.data_ptr() % (n * dtype.itemsize) == 0 for tensor in given):
+        if n <= most and channels % n == 0 and all(tensor.data_ptr() % (n * dtype.itemsize) == 0 for tensor in given):
             return n
     raise AssertionError("one channel can always be loaded")
 
@@ -128,8 +131,8 @@ def check_sizes(g: Geometry) -> None:
     reach = max(
         p + d * k + s * o for p, d, k, s, o in zip(g.padding, g.dilation, g.kernel, g.stride, g.out, strict=True)
     )
-    if max(reach, g.in_channels, g.out_channels) > 2**30:
-        raise ValueError("padding, dilation, stride or channels: expected sizes of at most 2**30 on a GPU.")
+    if max(reach, g.in_channels, g.out_channels) > 2**27:
+        raise ValueError("padding, dilation, stride or channels: expected sizes of at most 2**27 on a GPU.")
 
 
 def is_cube(g: Geometry) -> bool:

@@ -1,14 +1,14 @@
 // The gradient of the input, without atomics on it: samples are sorted by the cell of the volume that they fall into,
-// and each input voxel then gathers from the eight cells around it.
+// and what a cell's samples give to its eight corners is summed in registers.
 //
-// Scattering instead needs 8 x taps x C atomic additions per output voxel, which the L2 cache serves several times
-// slower than the L1 cache serves the same number of loads; and its sums have no fixed order. The sort moves 16 bytes
-// per voxel and tap, whatever the number of channels.
+// Scattering instead takes 8 x taps x C atomic additions per output voxel, which the L2 cache serves several times
+// slower than a multiprocessor adds in registers; and its sums have no fixed order. The sort moves 16 bytes per voxel
+// and tap, whatever the number of channels, and each sample's gradient is then read once, not once per corner.
 //
 //   deform_count   counts the samples of each cell and gives each sample its rank there (integer atomics: the order
 //                  within a cell differs from run to run); or, with `keys`, only names the cells, for a stable sort
 //   deform_place   writes each sample's record at its place in the sorted order
-//   deform_gather  sums, for each input voxel and VECTOR channels, over the records of the cells around it
+//   deform_gather  walks along rows of cells and writes what they give to the voxels at their four edges
 //
 // A cell is the box between eight voxels, numbered by its lowest corner plus one along each axis, which may be outside:
 // (D + 1) x (H + 1) x (W + 1) cells per sample and offset group. A sample's id is
@@ -16,7 +16,6 @@
 //
 // COLUMNS 1: the gradients to distribute are rows of `columns`, one per id, as dense and grouped convolutions have
 // them; 0: they are weight times the output's gradient, as depthwise convolution has it.
-// WIDE 1: the result is stored, and added to, in the type of the sums (Real), because several launches share it.
 
 struct __align__(16) Record {
     Real d, h, w;
@@ -107,69 +106,92 @@ extern "C" __global__ void __launch_bounds__(256) deform_place(
     }
 }
 
-#if WIDE
-typedef Real Out;
-#else
-typedef Scalar Out;
-#endif
-
-extern "C" __global__ void __launch_bounds__(256, 2) deform_gather(
+// Along a row of cells each voxel lies between two cells, so that its sum stays in registers until both are done. Across
+// rows four cells meet at a voxel: each writes to an `edges` plane of its own, [edge][n][d][h][w][c], and the four are
+// added afterwards. A row is cut into segments of `segment` voxels; the cell where two segments meet is walked twice.
+// The launch covers the planes' `depth` slices from `first_d` on.
+extern "C" __global__ void __launch_bounds__(128, 4) deform_gather(
     const Record* __restrict__ records, const int* __restrict__ starts, const Scalar* __restrict__ weight,
     const Scalar* __restrict__ grad, const Scalar* __restrict__ columns, const Scalar* __restrict__ mask,
-    Out* __restrict__ grad_input, CONVOLUTION_ARGUMENTS, int64 channels, int64 first_voxel, int64 groups, int64 mask_n,
-    int64 mask_c, int64 mask_v, int64 tiles, int64 log_d, int64 log_h, int64 log_w
+    Real* __restrict__ edges, CONVOLUTION_ARGUMENTS, int64 channels, int64 first_voxel, int64 groups, int64 mask_n,
+    int64 mask_c, int64 mask_v, int64 samples, int64 first_d, int64 depth, int64 segment
 ) {
     const Convolution v = CONVOLUTION;
     const int C = (int)channels, per_group = C / (int)groups;
     const int64 out_voxels = (int64)v.out_D * v.out_H * v.out_W;
-    for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
-        const Tile tile = tile_at(number, v.D, v.H, v.W, (int)log_d, (int)log_h, (int)log_w);
-        int d, h, w;
-        voxel_of(tile, threadIdx.y, d, h, w);
-        if (d >= v.D || h >= v.H || w >= v.W) continue;
+    const int64 plane = samples * depth * v.H * v.W * C;
+    const int segments = (v.W + (int)segment - 1) / (int)segment;
+    const int64 rows = samples * (depth + 1) * (v.H + 1) * segments;
+    for (int64 row = blockIdx.x * (int64)blockDim.y + threadIdx.y; row < rows; row += gridDim.x * (int64)blockDim.y) {
+        int64 rest = row / segments;
+        const int first_w = (int)(row % segments) * (int)segment;
+        const int end_w = first_w + (int)segment < v.W ? first_w + (int)segment : v.W;
+        const int cell_h = (int)(rest % (v.H + 1));
+        rest /= v.H + 1;
+        const int cell_d = (int)first_d + (int)(rest % (depth + 1)), n = (int)(rest / (depth + 1));
         for (int c = threadIdx.x * VECTOR; c < C; c += blockDim.x * VECTOR) {
             const int group = c / per_group;
-            Real sum[VECTOR] = {};
-            // Two rows of cells along w at each of two heights: in a row the cell below the voxel, then that above it.
-            for (int row = 0; row < 4; ++row) {
-                const int cell_d = d + (row >> 1), cell_h = h + (row & 1);
-                const int64 cell =
-                    ((((int64)tile.n * groups + group) * (v.D + 1) + cell_d) * (v.H + 1) + cell_h) * (v.W + 1) + w;
-                const int middle = starts[cell + 1], end = starts[cell + 2];
-#pragma unroll 4
-                for (int i = starts[cell]; i < end; ++i) {
+            const int* row_starts =
+                starts + (((n * groups + group) * (v.D + 1) + cell_d) * (v.H + 1) + cell_h) * (v.W + 1);
+#if !COLUMNS
+            const int step = C * (int)sizeof(Scalar);  // between the channels of two voxels, in bytes
+            const Scalar* grad_c = moved(grad, first_voxel * step) + c;
+            const Scalar* weight_c = weight + c;
+#endif
+            Real low[4][VECTOR] = {};  // of the voxels below the cell along w, at its four edges (2 * d + h)
+            for (int cell_w = first_w; cell_w <= end_w; ++cell_w) {
+                Real high[4][VECTOR] = {};
+                const int end = row_starts[cell_w + 1];
+#pragma unroll 2
+                for (int i = row_starts[cell_w]; i < end; ++i) {
                     const Record r = records[i];
-                    // In the cell below, the voxel is the upper corner.
-                    Real trilinear = (row >> 1 ? 1 - r.d : r.d) * (row & 1 ? 1 - r.h : r.h) * (i < middle ? r.w : 1 - r.w);
-                    const int tap = r.id % v.taps;
-                    const int64 voxel = r.id / v.taps / (int)groups;
+                    const unsigned sampled = (unsigned)r.id / (unsigned)v.taps;
+                    const int tap = (int)((unsigned)r.id - sampled * (unsigned)v.taps);
+                    Real towards[VECTOR];
+#if COLUMNS
+                    const int64 voxel = sampled / (unsigned)groups;
+                    const Pack column = load(columns + (int64)r.id * per_group + (c - group * per_group));
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) towards[e] = part(column, e);
+#else
+                    const int64 voxel = sampled;
+                    const Pack direction = load(moved(grad_c, voxel * step));
+                    const Pack tap_weight = load(moved(weight_c, (int64)tap * step));
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) towards[e] = part(direction, e) * part(tap_weight, e);
+#endif
+                    Real above = r.w, below = 1 - r.w;
                     if (mask) {
                         const int64 all = first_voxel + voxel;
-                        trilinear *= to_real(
+                        const Real factor = to_real(
                             mask[all / out_voxels * mask_n + all % out_voxels * mask_v + (group * v.taps + tap) * mask_c]
                         );
+                        above *= factor;
+                        below *= factor;
                     }
-#if COLUMNS
-                    const Pack towards = load(columns + (int64)r.id * per_group + (c - group * per_group));
+                    const Real edge[4] = {(1 - r.d) * (1 - r.h), (1 - r.d) * r.h, r.d * (1 - r.h), r.d * r.h};
 #pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) sum[e] = fma_(trilinear, part(towards, e), sum[e]);
-#else
-                    const Pack towards = load(grad + (first_voxel + voxel) * C + c);
-                    const Pack tap_weight = load(weight + (int64)tap * C + c);
+                    for (int k = 0; k < 4; ++k) {
+                        const Real to_low = edge[k] * below, to_high = edge[k] * above;
 #pragma unroll
-                    for (int e = 0; e < VECTOR; ++e) {
-                        sum[e] = fma_(trilinear * part(tap_weight, e), part(towards, e), sum[e]);
+                        for (int e = 0; e < VECTOR; ++e) {
+                            low[k][e] = fma_(to_low, towards[e], low[k][e]);
+                            high[k][e] = fma_(to_high, towards[e], high[k][e]);
+                        }
                     }
-#endif
+                }
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const int d = cell_d - 1 + (k >> 1) - (int)first_d, h = cell_h - 1 + (k & 1), w = cell_w - 1;
+                    if (w >= first_w && d >= 0 && d < depth && h >= 0 && h < v.H) {
+                        Real* to = edges + k * plane + (((n * depth + d) * v.H + h) * v.W + w) * C + c;
+#pragma unroll
+                        for (int e = 0; e < VECTOR; ++e) to[e] = low[k][e];
+                    }
+#pragma unroll
+                    for (int e = 0; e < VECTOR; ++e) low[k][e] = high[k][e];
                 }
             }
-            const int64 at = ((((int64)tile.n * v.D + d) * v.H + h) * v.W + w) * C + c;
-#if WIDE
-#pragma unroll
-            for (int e = 0; e < VECTOR; ++e) grad_input[at + e] += sum[e];
-#else
-            store(grad_input + at, sum);
-#endif
         }
     }
 }

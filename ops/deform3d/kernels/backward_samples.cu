@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(288, 2) deform_backward_samples(
     const int C = (int)channels;
     const int voxels = 1 << (int)(log_d + log_h + log_w);
     const int chunk = CUBE ? 27 : (int)taps_at_once;
-    const int64 step_w = C, step_h = step_w * v.W, step_d = step_h * v.H;
+    const Steps step(C, v.H, v.W);
     const int lanes = (int)lanes_per_voxel, slots = 32 / lanes;
     const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int slot_voxel = threadIdx.x % 32 / lanes, lane = threadIdx.x % lanes;
@@ -39,8 +39,8 @@ extern "C" __global__ void __launch_bounds__(288, 2) deform_backward_samples(
 
     for (int64 number = blockIdx.x; number < tiles; number += gridDim.x) {
         const Tile tile = tile_at(number, v.out_D, v.out_H, v.out_W, (int)log_d, (int)log_h, (int)log_w);
-        const Scalar* sample_n = input + (int64)tile.n * v.D * step_d;
-        const int64 first_voxel = (int64)tile.n * v.out_D * v.out_H * v.out_W;
+        const Scalar* sample_n = moved(input, (int64)tile.n * v.D * step.d);
+        const Scalar* grad_n = moved(grad, (int64)tile.n * v.out_D * v.out_H * v.out_W * step.w);
         for (int first = 0; first < v.taps; first += chunk) {
             const int count = CUBE ? 27 : (v.taps - first < chunk ? v.taps - first : chunk);
             __syncthreads();
@@ -59,11 +59,11 @@ extern "C" __global__ void __launch_bounds__(288, 2) deform_backward_samples(
                         if (inside) {
                             int d, h, w;
                             voxel_of(tile, voxel, d, h, w);
-                            const int64 at = first_voxel + ((int64)d * v.out_H + h) * v.out_W + w;
+                            const int at = (d * v.out_H + h) * v.out_W + w;
                             const Sample s = samples.at[slot];
                             Pack corner[8];
-                            load_corners(sample_n + s.base * step_w + c, inside, step_d, step_h, step_w, corner);
-                            const Pack direction = load(grad + at * C + c);
+                            load_corners(sample_n + c, s.base, inside, step, corner);
+                            const Pack direction = load(moved(grad_n + c, (int64)at * step.w));
                             const Real factor = samples.factor ? samples.factor[slot] : Real(1);
                             Real trilinear[8], dot[8] = {};
                             corner_weights(s, trilinear);

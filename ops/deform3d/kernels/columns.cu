@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(256)
     deform_columns(COLUMN_ARGUMENTS, Scalar* __restrict__ columns) {
     const Convolution v = CONVOLUTION;
     const StoredShifts shifts = {offset, mask, offset_n, offset_c, offset_v, mask_n, mask_c, mask_v, v.out_H, v.out_W};
-    const int64 step_w = channels, step_h = step_w * v.W, step_d = step_h * v.H;
+    const Steps step(channels, v.H, v.W);
     const int per_group = (int)(channels / groups), chunks = per_group / VECTOR;
     const int64 items = voxels * groups * v.taps * chunks;
     for (int64 item = blockIdx.x * (int64)blockDim.x + threadIdx.x; item < items; item += gridDim.x * (int64)blockDim.x) {
@@ -49,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(256)
         Real value[VECTOR] = {};
         if (row.inside) {
             Pack corner[8];
-            const Scalar* base = input + row.n * v.D * step_d + row.s.base * step_w + row.group * per_group + c;
-            load_corners(base, row.inside, step_d, step_h, step_w, corner);
+            const Scalar* origin = moved(input, row.n * v.D * step.d) + row.group * per_group + c;
+            load_corners(origin, row.s.base, row.inside, step, corner);
             Real trilinear[8];
             corner_weights(row.s, trilinear);
 #pragma unroll
@@ -71,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(256) deform_columns_backward(
 ) {
     const Convolution v = CONVOLUTION;
     const StoredShifts shifts = {offset, mask, offset_n, offset_c, offset_v, mask_n, mask_c, mask_v, v.out_H, v.out_W};
-    const int64 step_w = channels, step_h = step_w * v.W, step_d = step_h * v.H;
+    const Steps step(channels, v.H, v.W);
     const int per_group = (int)(channels / groups), lane = threadIdx.x % 32;
     const int64 ids = voxels * groups * v.taps, warps = gridDim.x * (int64)(blockDim.x / 32);
     for (int64 id = blockIdx.x * (int64)(blockDim.x / 32) + threadIdx.x / 32; id < ids; id += warps) {
@@ -79,8 +79,8 @@ extern "C" __global__ void __launch_bounds__(256) deform_columns_backward(
         Real dot[8] = {};
         for (int c = lane * VECTOR; row.inside && c < per_group; c += 32 * VECTOR) {
             Pack corner[8];
-            const Scalar* base = input + row.n * v.D * step_d + row.s.base * step_w + row.group * per_group + c;
-            load_corners(base, row.inside, step_d, step_h, step_w, corner);
+            const Scalar* origin = moved(input, row.n * v.D * step.d) + row.group * per_group + c;
+            load_corners(origin, row.s.base, row.inside, step, corner);
             const Pack towards = load(columns + id * per_group + c);
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {

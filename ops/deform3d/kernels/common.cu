@@ -196,21 +196,41 @@ __device__ __forceinline__ void slopes_of(const Real (&value)[8], const Sample& 
                s.d * (h0 * (value[5] - value[4]) + s.h * (value[7] - value[6]));
 }
 
+// How far apart the voxels of a volume are in memory, in bytes. One voxel's channels fit 32 bits, which makes the address
+// of a voxel one multiplication.
+struct Steps {
+    int64 d, h;
+    int w;
+
+    __device__ __forceinline__ Steps(int64 C, int H, int W) {
+        w = (int)(C * (int64)sizeof(Scalar));
+        h = (int64)w * W;
+        d = h * H;
+    }
+};
+
+__device__ __forceinline__ const Scalar* moved(const Scalar* from, int64 bytes) {
+    return reinterpret_cast<const Scalar*>(reinterpret_cast<const char*>(from) + bytes);
+}
+
 // The eight corners' channels. Corners outside are not read: zero times what lies there could be not a number.
 __device__ __forceinline__ void load_corners(
-    const Scalar* base, unsigned inside, int64 step_d, int64 step_h, int64 step_w, Pack (&corner)[8]
+    const Scalar* origin, int base, unsigned inside, const Steps& step, Pack (&corner)[8]
 ) {
+    const Scalar* lowest = moved(origin, (int64)base * step.w);
     if (inside == 0xffu) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            corner[k] = load(base + (k & 4 ? step_d : 0) + (k & 2 ? step_h : 0) + (k & 1 ? step_w : 0));
+            const Scalar* plane = k & 4 ? moved(lowest, step.d) : lowest;
+            const Scalar* row = k & 2 ? moved(plane, step.h) : plane;
+            corner[k] = load(k & 1 ? moved(row, step.w) : row);
         }
     } else {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             corner[k] = nothing();
             if (inside >> k & 1u) {
-                corner[k] = load(base + (k & 4 ? step_d : 0) + (k & 2 ? step_h : 0) + (k & 1 ? step_w : 0));
+                corner[k] = load(moved(lowest, (k & 4 ? step.d : 0) + (k & 2 ? step.h : 0) + (k & 1 ? step.w : 0)));
             }
         }
     }

@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
     const int C = (int)channels;
     const int voxels = 1 << (int)(log_d + log_h + log_w);
     const int chunk = CUBE ? 27 : (int)taps_at_once;
-    const int64 step_w = C, step_h = step_w * v.W, step_d = step_h * v.H;
+    const Steps step(C, v.H, v.W);
     const int voxel = threadIdx.y;
     const int rounds = (C + VECTOR * blockDim.x - 1) / (VECTOR * blockDim.x);
 
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
         int d, h, w;
         voxel_of(tile, voxel, d, h, w);
         const bool exists = d < v.out_D && h < v.out_H && w < v.out_W;
-        const Scalar* sample_n = input + (int64)tile.n * v.D * step_d;
+        const Scalar* sample_n = moved(input, (int64)tile.n * v.D * step.d);
 #if FUSED
         __syncthreads();  // the previous tile's samples have been read
         Real* volume = computed + voxels * 3 * v.taps;
@@ -102,27 +102,29 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
                     __syncthreads();
                 }
                 if (!works) continue;
-#pragma unroll 1
+                const Scalar* origin = sample_n + c;
+                const Scalar* tap_weights = weight + (int64)first * C + c;
+                const int slot = voxel * chunk;
+#pragma unroll 3
                 for (int tap = 0; tap < count; ++tap) {
-                    const int slot = voxel * chunk + tap;
-                    const unsigned inside = samples.inside[slot];
+                    const unsigned inside = samples.inside[slot + tap];
                     if (!inside) continue;
-                    const Sample s = samples.at[slot];
+                    const Sample s = samples.at[slot + tap];
                     Pack corner[8];
-                    load_corners(sample_n + s.base * step_w + c, inside, step_d, step_h, step_w, corner);
-                    const Pack taps_weight = load(weight + (int64)(first + tap) * C + c);
+                    load_corners(origin, s.base, inside, step, corner);
+                    const Pack tap_weight = load(moved(tap_weights, (int64)tap * step.w));
                     Real trilinear[8];
                     corner_weights(s, trilinear);
                     if (samples.factor) {
 #pragma unroll
-                        for (int k = 0; k < 8; ++k) trilinear[k] *= samples.factor[slot];
+                        for (int k = 0; k < 8; ++k) trilinear[k] *= samples.factor[slot + tap];
                     }
 #pragma unroll
                     for (int i = 0; i < VECTOR; ++i) {
                         Real value = trilinear[0] * part(corner[0], i);
 #pragma unroll
                         for (int k = 1; k < 8; ++k) value = fma_(trilinear[k], part(corner[k], i), value);
-                        sum[i] = fma_(part(taps_weight, i), value, sum[i]);
+                        sum[i] = fma_(part(tap_weight, i), value, sum[i]);
                     }
                 }
             }
