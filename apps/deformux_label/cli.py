@@ -33,6 +33,8 @@ def serve(
     spacing: Annotated[str, typer.Option(help="Voxel size in mm, such as 1.5,1.5,2; or native.")] = "",
     patch_size: Annotated[str, typer.Option(help="Voxels of a patch, such as 96,96,96.")] = "",
     pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "",
+    auto_train: Annotated[str, typer.Option(help="Train after so many submitted labels; 0 for never.")] = "",
+    lease_minutes: Annotated[str, typer.Option(help="How long a handed-out volume is kept for its annotator.")] = "",
     host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network, without login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
@@ -44,6 +46,8 @@ def serve(
         "spacing": spacing,
         "patch_size": patch_size,
         "pretrained": pretrained,
+        "auto_train": auto_train,
+        "lease_minutes": lease_minutes,
     }
     try:
         project = Project.from_conf(conf)

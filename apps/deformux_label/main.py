@@ -2,31 +2,40 @@
 
 import logging
 import os
+import threading
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-import requests
 from fastapi import HTTPException
+from filelock import FileLock
 from lib.api import install, private_uploads
-from lib.checks import find_image, inference_options, known
+from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.datastore import CheckedDatastore
 from lib.infers.segmentation import UNTRAINED, Segmentation
+from lib.leases import Leases, annotator_of
 from lib.models import ServedModels
 from lib.scoring.dice import DiceScoring
-from lib.scoring.uncertainty import UncertaintyScores, UncertaintyScoring
+from lib.scoring.selection import SelectionScores, SelectionScoring
 from lib.start import refuse_to_start
-from lib.strategies.choose import Random, Uncertainty
+from lib.strategies.choose import all_strategies
 from lib.trainers.finetune import FineTune
+from lib.training_process import end_with_the_server, leave_room_on_the_gpu
+from lib.training_queue import TrainingQueue, with_queue
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
-from monailabel.tasks.activelearning.first import First
+from monailabel.utils.async_tasks.utils import processes
+
+from deformux.versions import ModelVersions
 
 logger = logging.getLogger(__name__)
+
+_REMEMBERED_PROPOSALS = 10_000
 
 
 class DeformUXLabel(MONAILabelApp):
@@ -39,7 +48,11 @@ class DeformUXLabel(MONAILabelApp):
             refuse_to_start(str(error))
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
-        self.scores = UncertaintyScores(self.models, self.state_folder / "uncertainty")
+        self.scores = SelectionScores(self.project, self.models, self.state_folder / "selection")
+        self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
+        self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
+        # Which model proposed what to whom, of late: (annotator, image) to version.
+        self._proposals: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self.dice = DiceScoring(self.project)
         self.uploads: Path | None = None
         super().__init__(
@@ -58,10 +71,7 @@ class DeformUXLabel(MONAILabelApp):
     def init_datastore(self) -> Datastore:
         if self.studies.startswith(("http://", "https://")):
             return super().init_datastore()
-        try:
-            return CheckedDatastore(self.studies, labels=self.project.labels)
-        except ValueError as error:
-            refuse_to_start(f"{self.studies}/datastore_v2.json is damaged; move it away and start again ({error})")
+        return CheckedDatastore(self.studies, labels=self.project.labels)
 
     def init_infers(self) -> dict[str, InferTask]:
         return {"segmentation": Segmentation(self.project, self.models)}
@@ -70,10 +80,10 @@ class DeformUXLabel(MONAILabelApp):
         return {"segmentation": FineTune(self.project, self.models, self.state_folder)}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return {"random": Random(), "first": First(), "uncertainty": Uncertainty(self.scores)}
+        return all_strategies(self.scores, self.leases, self.request_scoring)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
-        return {"dice": self.dice, "uncertainty": UncertaintyScoring(self.scores)}
+        return {"dice": self.dice, "uncertainty": SelectionScoring(self.scores)}
 
     def on_init_complete(self) -> None:
         # Called in the server alone, when it is ready to answer.
@@ -82,8 +92,19 @@ class DeformUXLabel(MONAILabelApp):
         # Waiting threads of a training would otherwise spin on the processors that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
-        install(server, self.check_training)
+        install(server, self)
+        self.queue.start()
         super().on_init_complete()
+
+    def info(self) -> dict[str, Any]:
+        info = super().info()
+        for name, stats in info["train_stats"].items():
+            info["train_stats"][name] = with_queue(stats, self.queue)
+        return info
+
+    def versions(self) -> ModelVersions:
+        """The project's models."""
+        return self.models.versions
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         datastore = datastore or self.datastore()
@@ -95,6 +116,10 @@ class DeformUXLabel(MONAILabelApp):
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         file, params = task({"model": model, "description": task.description, "image": path, **options})
+        if image_id is not None:
+            self._proposals[annotator_of(request), image_id] = params.get("model_version")
+            while len(self._proposals) > _REMEMBERED_PROPOSALS:
+                self._proposals.popitem(last=False)
         label = file
         if options["save_label"] and image_id is not None:
             label = datastore.save_label(image_id, file, options["label_tag"], {"model": model, "params": params})
@@ -116,20 +141,40 @@ class DeformUXLabel(MONAILabelApp):
                 trainer.check(options if model else options.get(name) or {}, self.datastore())
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
+        # In a process of its own, which the queue started.
         trainer = known("model to train", request.get("model"), self._trainers)
-        if self._server_mode:
-            return trainer(request, self.datastore())
-        os.nice(5)  # whoever waits for the server comes first
+        end_with_the_server()
+        os.nice(10)  # whoever waits for the server comes first
+        leave_room_on_the_gpu()
         try:
-            result = trainer(request, self.datastore())
+            # A training of a server that was killed may take a moment to notice.
+            with FileLock(self.state_folder / "training.lock"):
+                return trainer(request, self.datastore())
         except HTTPException as error:
             raise SystemExit(f"The training failed: {error.detail}") from None
+
+    def training_ended(self, task: dict[str, Any]) -> None:
+        """What follows a training, in the server."""
+        self.model_changed()
+
+    def model_changed(self) -> None:
+        """Load the published model before somebody waits for it, and score the volumes with it."""
+        self.request_scoring()
+        threading.Thread(target=self._preload, name="preload", daemon=True).start()
+
+    def _preload(self) -> None:
+        name = self.models.current()
+        if name is None:
+            return
         try:
+            self.models.load(name, checked_device(None))
+        except (ValueError, RuntimeError) as error:
+            logger.warning("Model %s could not be loaded beforehand: %s", name, error)
+
+    def request_scoring(self) -> None:
+        """Score the volumes in the background, unless that is being done."""
+        if self._server_mode and not processes("scoring"):
             self.async_scoring("uncertainty")
-        except requests.RequestException as error:
-            # A server that is bound to another address; volumes are then scored when they are asked for.
-            logger.warning("The server could not be asked to score the unlabelled volumes: %s", error)
-        return result
 
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         known("scoring method", request.get("method"), self._scoring_methods)
@@ -140,6 +185,26 @@ class DeformUXLabel(MONAILabelApp):
     def on_save_label(self, image_id: str, label_id: str) -> None:
         super().on_save_label(image_id, label_id)
         self.dice.score(self.datastore(), image_id)
+
+    def submitted(self, image_id: str, tag: str) -> None:
+        """A label was saved: its volume is in nobody's hands, and a training may be due."""
+        if tag != DefaultLabelTag.FINAL.value:
+            return
+        self.leases.release(image_id)
+        if self.queue.submitted(self.project.auto_train):
+            try:
+                self.check_training("segmentation", {})
+            except HTTPException as error:
+                logger.info("No training yet: %s", error.detail)
+            else:
+                self.queue.add({"model": "segmentation"}, automatic=True)
+
+    def started_from(self, annotator: str, image_id: str) -> str | None:
+        """The model whose proposal an annotator was shown, as far as that is remembered."""
+        if (annotator, image_id) in self._proposals:
+            return self._proposals[annotator, image_id]
+        lease = self.leases.active().get(image_id)
+        return lease.model_version if lease is not None and lease.annotator == annotator else None
 
     def bundle_path(self, model: str | None) -> None:
         # MONAI Label asks for it before every background task, which makes it the place to refuse an unknown model.

@@ -28,6 +28,10 @@ BAD = [
     ("patch_size", "8,96,96", ("16", "512")),
     ("patch_size", "9.5,96,96", ("three whole numbers", "96,96,96")),
     ("pretrained", "brain", (*PRETRAINED, "none")),
+    ("auto_train", "-1", ("whole number", "0")),
+    ("auto_train", "2.5", ("whole number", "0")),
+    ("lease_minutes", "nan", ("number", "0")),
+    ("lease_minutes", "soon", ("number", "0")),
     ("labels", "a,,b", ("comma-separated",)),
     ("labels", "a,b,a", ("'a' twice",)),
     ("labels", "liver,background", ("background",)),
@@ -52,9 +56,12 @@ def test_every_option() -> None:
         "spacing": "1.5,1.5,2",
         "patch_size": "64,48,32",
         "pretrained": "none",
+        "auto_train": "3",
+        "lease_minutes": "7.5",
     }
     project = Project.from_conf(conf)
     assert project.labels == ("left kidney", "tumour (3)")
+    assert (project.auto_train, project.lease_minutes) == (3, 7.5)
     assert project.preprocessing.spacing_mm == (1.5, 1.5, 2.0)
     assert project.preprocessing.patch_size == (64, 48, 32)
     assert Project.from_conf(project.to_conf()) == project

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import json
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from monailabel.config import settings
-from monailabel.endpoints import train
-from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from .routes import App, routers
 
 __all__ = ["install", "private_uploads"]
 
@@ -29,20 +27,16 @@ _CLIENT_FAULTS = {
 }
 
 
-def install(server: FastAPI, check_training: Callable[[str | None, dict[str, Any]], None]) -> None:
-    """Add the app's answers to a running MONAI Label server.
-
-    Args:
-        server: MONAI Label's.
-        check_training: called with model (None for all) and options before each training; raises HTTPException.
-    """
+def install(server: FastAPI, app: App) -> None:
+    """Add the app's answers to a running MONAI Label server."""
     server.add_exception_handler(StarletteHTTPException, _http_exception)
     server.add_exception_handler(RequestValidationError, _validation_error)
     server.add_exception_handler(MONAILabelException, _monailabel_exception)
     for kind in (json.JSONDecodeError, TypeError, ValueError, AttributeError):
         server.add_exception_handler(kind, _endpoint_error)
-    # In front of MONAI Label's routes of the same path: they start the process without asking the app.
-    server.router.routes[:0] = _training_routes(check_training).routes
+    server.add_exception_handler(OSError, _os_error)
+    # In front of MONAI Label's routes of the same path.
+    server.router.routes[:0] = [route for router in routers(app) for route in router.routes]
     # The handlers were collected when the server began to start; collect them again at the next request.
     server.middleware_stack = None
 
@@ -58,25 +52,6 @@ def private_uploads() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tempfile.tempdir = folder
     return Path(folder)
-
-
-def _training_routes(check: Callable[[str | None, dict[str, Any]], None]) -> APIRouter:
-    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/train", tags=["Train"])
-    admin = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
-
-    @router.post("/", include_in_schema=False)
-    async def run_all(params: dict | None = None, run_sync: bool = False, user: User = admin) -> Any:
-        check(None, params or {})
-        return train.run(params, run_sync)
-
-    @router.post("/{model}", include_in_schema=False)
-    async def run_model(
-        model: str, params: dict | None = None, run_sync: bool = False, enqueue: bool = False, user: User = admin
-    ) -> Any:
-        check(model, params or {})
-        return train.run_model(model, params, run_sync, enqueue)
-
-    return router
 
 
 def _answer(status: int, detail: str) -> JSONResponse:
@@ -101,6 +76,13 @@ async def _monailabel_exception(request: Request, error: Exception) -> JSONRespo
     assert isinstance(error, MONAILabelException)
     missing = isinstance(error, ImageNotFoundException | LabelNotFoundException)
     return _answer(404 if missing else 400, error.msg)
+
+
+async def _os_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OSError)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _answer(507, "the server's disk is full, so nothing was changed; make room and send it again")
+    raise error
 
 
 async def _endpoint_error(request: Request, error: Exception) -> JSONResponse:

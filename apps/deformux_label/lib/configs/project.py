@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from deformux.weights import PRETRAINED, ModelCard, pretrained_path
 
 __all__ = ["OPTIONS", "InvalidOption", "Project"]
 
-OPTIONS = ("labels", "modality", "patch_size", "preset", "pretrained", "spacing")
+OPTIONS = ("auto_train", "labels", "lease_minutes", "modality", "patch_size", "preset", "pretrained", "spacing")
 # Names with a meaning of their own: to the Slicer extension, in requests, and as options of a task, which requests
 # carry beside the labels.
 _RESERVED = frozenset(
@@ -43,12 +44,16 @@ class Project:
         preset: size of the network that is trained.
         preprocessing: how scans become network input.
         pretrained: name of the weights to start from, or None.
+        auto_train: submitted labels after which a training is queued; 0 for never.
+        lease_minutes: how long a volume that was handed out is offered to nobody else; 0 for not at all.
     """
 
     labels: tuple[str, ...]
     preset: str = "tiny"
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     pretrained: str | None = None
+    auto_train: int = 0
+    lease_minutes: float = 60.0
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
@@ -82,12 +87,16 @@ class Project:
         labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
         if not labels:
             raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
-        return cls(labels, preset, preprocessing, pretrained)
+        auto_train = int(_number("auto_train", given.get("auto_train", "0"), 10_000, whole=True))
+        lease_minutes = _number("lease_minutes", given.get("lease_minutes", "60"), 100_000)
+        return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes)
 
     def to_conf(self) -> dict[str, str]:
         """The options that ``from_conf`` makes this project of."""
         return {
+            "auto_train": str(self.auto_train),
             "labels": ",".join(self.labels),
+            "lease_minutes": f"{self.lease_minutes:g}",
             "modality": self.preprocessing.modality,
             "patch_size": ",".join(map(str, self.preprocessing.patch_size)),
             "preset": self.preset,
@@ -132,6 +141,17 @@ def _labels(text: str) -> tuple[str, ...]:
     if len(names) > _MOST_LABELS:
         raise InvalidOption(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")
     return names
+
+
+def _number(option: str, text: str, most: int, *, whole: bool = False) -> float:
+    kind = "a whole number" if whole else "a number"
+    try:
+        value = float(int(text) if whole else float(text))
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= most:
+        raise InvalidOption(f"{option} must be {kind} from 0 to {most}; got {text!r}")
+    return value
 
 
 def _spacing_text(prep: Preprocessing) -> str:

@@ -1,0 +1,254 @@
+"""The web server's routes that are this app's own, or that answer in place of MONAI Label's of the same path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from fastapi import APIRouter, BackgroundTasks, Depends, File, Form, HTTPException, UploadFile
+from fastapi.responses import FileResponse
+from monailabel.config import settings
+from monailabel.endpoints import datastore as stock_datastore
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+
+from deformux.versions import ModelVersions
+from deformux_label.offloop import in_thread
+
+from .datastore import CheckedDatastore
+from .leases import Leases, annotator_of
+from .training_queue import AlreadyTraining, TrainingQueue
+
+__all__ = ["App", "routers"]
+
+_ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
+_ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
+_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+_LABEL_FILE = File(...)
+_FINAL = DefaultLabelTag.FINAL.value
+
+
+class App(Protocol):
+    """What the routes need of the app."""
+
+    queue: TrainingQueue
+    leases: Leases
+
+    def datastore(self) -> Datastore:
+        """The studies."""
+
+    def versions(self) -> ModelVersions:
+        """The project's models."""
+
+    def check_training(self, model: str | None, options: dict[str, Any]) -> None:
+        """Raise HTTPException for a training that cannot work."""
+
+    def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What an active-learning strategy chose."""
+
+    def started_from(self, annotator: str, image_id: str) -> str | None:
+        """The model whose proposal an annotator was shown."""
+
+    def submitted(self, image_id: str, tag: str) -> None:
+        """A label was saved."""
+
+    def model_changed(self) -> None:
+        """Another version is published."""
+
+
+def routers(app: App) -> list[APIRouter]:
+    """Routers to put in front of MONAI Label's."""
+    return [_training(app), _samples(app), _labels(app), _leases(app), _versions(app)]
+
+
+def _training(app: App) -> APIRouter:
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/train", tags=["Train"])
+
+    def ask(model: str, options: dict[str, Any], run_sync: bool, enqueue: bool) -> dict[str, Any]:
+        app.check_training(model, options)
+        try:
+            task = app.queue.add({**options, "model": model}, enqueue=enqueue)
+        except AlreadyTraining as error:
+            raise HTTPException(429, str(error)) from error
+        return app.queue.wait(task["id"]) if run_sync else task
+
+    def run_all(params: dict | None = None, run_sync: bool = False, user: User = _ADMIN) -> Any:
+        app.check_training(None, params or {})
+        options = (params or {}).get("segmentation") or {}
+        return {"segmentation": {"result": ask("segmentation", options, run_sync, enqueue=True), "detail": None}}
+
+    def run_model(
+        model: str, params: dict | None = None, run_sync: bool = False, enqueue: bool = False, user: User = _ADMIN
+    ) -> Any:
+        return ask(model, params or {}, run_sync, enqueue)
+
+    def status(all: bool = False, check_if_running: bool = False, user: User = _USER) -> Any:
+        if all and not check_if_running:
+            found: Any = app.queue.tasks()
+        else:
+            found = app.queue.unfinished() if check_if_running else app.queue.latest()
+        if not found:
+            raise HTTPException(404, "no training is running" if check_if_running else "there was no training yet")
+        return found
+
+    def stop(user: User = _ADMIN) -> Any:
+        return app.queue.stop()
+
+    router.add_api_route("/", in_thread(run_all, threads=4), methods=["POST"], include_in_schema=False)
+    router.add_api_route("/{model}", in_thread(run_model, threads=4), methods=["POST"], include_in_schema=False)
+    router.add_api_route("/", in_thread(status, threads=4), methods=["GET"], include_in_schema=False)
+    router.add_api_route("/", in_thread(stop, threads=4), methods=["DELETE"], include_in_schema=False)
+    return router
+
+
+def _samples(app: App) -> APIRouter:
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/activelearning", tags=["ActiveLearning"])
+
+    def sample(strategy: str, params: dict | None = None, user: User = _USER) -> Any:
+        # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
+        request = {**_with_user(params or {}, user), "strategy": strategy}
+        chosen = app.next_sample(request)
+        return {**chosen, **app.datastore().get_image_info(chosen["id"])} if chosen else {}
+
+    router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"], include_in_schema=False)
+    return router
+
+
+def _labels(app: App) -> APIRouter:
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR, tags=["Datastore"])
+
+    def save(
+        background_tasks: BackgroundTasks,
+        image: str,
+        params: str = Form("{}"),
+        tag: str = _FINAL,
+        label: UploadFile = _LABEL_FILE,
+        user: User = _ANNOTATOR,
+    ) -> Any:
+        info = json.loads(params or "{}") if _is_object(params) else None
+        if info is not None:
+            info = _with_user(info, user)
+            info.setdefault("model_version", app.started_from(annotator_of(info), image))
+            params = json.dumps(info)
+        answer = stock_datastore.save_label(background_tasks, image, params, tag, label, user.username)
+        app.submitted(image, tag or _FINAL)
+        return answer
+
+    def revisions(image: str, tag: str = _FINAL, user: User = _USER) -> Any:
+        history = _checked(app.datastore()).revisions.history(image, tag)
+        if not history:
+            raise HTTPException(404, f"image {image!r} has no revisions of a label {tag!r}")
+        return {"image": image, "tag": tag, "revisions": [revision.summary() for revision in history]}
+
+    def revision_file(image: str, revision: int, tag: str = _FINAL, user: User = _USER) -> Any:
+        kept = _checked(app.datastore()).revisions
+        found = kept.get(image, tag, revision)
+        if found is None or found.deleted:
+            raise HTTPException(404, f"image {image!r} has no file for revision {revision} of its label {tag!r}")
+        return FileResponse(kept.file(found), filename=f"{image}{found.suffix}")
+
+    def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
+        annotator = annotator_of(_with_user({"client_id": client_id}, user))
+        restored = _checked(app.datastore()).restore_label(image, revision, annotator, tag)
+        app.submitted(image, tag)
+        return restored.summary()
+
+    router.add_api_route("/datastore/label", in_thread(save, threads=8), methods=["PUT"], include_in_schema=False)
+    router.add_api_route("/deformux/labels/revisions", in_thread(revisions, threads=8), methods=["GET"])
+    router.add_api_route("/deformux/labels/revision", in_thread(revision_file, threads=8), methods=["GET"])
+    router.add_api_route("/deformux/labels/restore", in_thread(restore, threads=8), methods=["POST"])
+    return router
+
+
+def _leases(app: App) -> APIRouter:
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/deformux/leases", tags=["ActiveLearning"])
+
+    def active(user: User = _USER) -> Any:
+        return {"leases": [asdict(lease) for lease in app.leases.active().values()]}
+
+    def release(image: str, user: User = _ANNOTATOR) -> Any:
+        lease = app.leases.release(image)
+        if lease is None:
+            raise HTTPException(404, f"nobody has image {image!r}")
+        return asdict(lease)
+
+    router.add_api_route("", in_thread(active, threads=2), methods=["GET"])
+    router.add_api_route("", in_thread(release, threads=2), methods=["DELETE"])
+    return router
+
+
+def _versions(app: App) -> APIRouter:
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/deformux/versions", tags=["Model"])
+
+    def listed(user: User = _USER) -> Any:
+        versions = app.versions()
+        try:
+            return {
+                "published": versions.published(),
+                "pinned": versions.pinned(),
+                "versions": [info.to_json() for info in versions.infos()],
+                "history": [publication.to_json() for publication in versions.history()],
+            }
+        except ValueError as error:
+            raise HTTPException(500, f"the versions cannot be listed: {error}") from error
+
+    def show(name: str, user: User = _USER) -> Any:
+        return next(info.to_json() for info in app.versions().infos() if info.name == known(name))
+
+    def known(name: str) -> str:
+        try:
+            app.versions().path(name)
+        except ValueError as error:
+            raise HTTPException(404, str(error)) from error
+        return name
+
+    def change(do: Callable[[], Any]) -> Any:
+        try:
+            do()
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from error
+        app.model_changed()
+        return {"published": app.versions().published(), "pinned": app.versions().pinned()}
+
+    def publish(name: str, user: User = _ADMIN) -> Any:
+        known(name)
+        return change(lambda: app.versions().publish(name, by=user.username))
+
+    def pin(name: str, user: User = _ADMIN) -> Any:
+        known(name)
+        return change(lambda: app.versions().pin(name, by=user.username))
+
+    def rollback(user: User = _ADMIN) -> Any:
+        return change(lambda: app.versions().rollback(by=user.username))
+
+    def unpin(user: User = _ADMIN) -> Any:
+        return change(lambda: app.versions().unpin())
+
+    router.add_api_route("", in_thread(listed, threads=2), methods=["GET"])
+    router.add_api_route("/rollback", in_thread(rollback, threads=2), methods=["POST"])
+    router.add_api_route("/unpin", in_thread(unpin, threads=2), methods=["POST"])
+    router.add_api_route("/{name}", in_thread(show, threads=2), methods=["GET"])
+    router.add_api_route("/{name}/publish", in_thread(publish, threads=2), methods=["POST"])
+    router.add_api_route("/{name}/pin", in_thread(pin, threads=2), methods=["POST"])
+    return router
+
+
+def _with_user(params: Mapping[str, Any], user: User) -> dict[str, Any]:
+    """With the login; without authentication everybody has the same one, which says nothing."""
+    return {**params, "user": user.username} if settings.MONAI_LABEL_AUTH_ENABLE else dict(params)
+
+
+def _is_object(text: str) -> bool:
+    """MONAI Label's own code refuses the rest."""
+    try:
+        return isinstance(json.loads(text or "{}"), dict)
+    except ValueError:
+        return False
+
+
+def _checked(datastore: Datastore) -> CheckedDatastore:
+    if not isinstance(datastore, CheckedDatastore):
+        raise HTTPException(404, "revisions of labels are kept for a folder of studies only, not for a remote server's")
+    return datastore
