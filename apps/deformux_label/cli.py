@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import socket
 import sys
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from deformux_label.lib.configs.project import InvalidOption, Project
+
+if TYPE_CHECKING:
+    from deformux_label.lib.datastore import CheckedDatastore
 
 __all__ = ["app", "app_folder"]
 
@@ -19,9 +26,60 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps ``serve`` a command of its own while it is the only one."""
+labels_app = typer.Typer(help="Every label that was ever submitted.", no_args_is_help=True)
+app.add_typer(labels_app, name="labels")
+
+_Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
+_Tag = Annotated[str, typer.Option(help="Which label of a volume.")]
+
+
+@labels_app.command("list")
+def list_labels(
+    studies: _Studies,
+    image: Annotated[str, typer.Argument(help="Id of one volume; all of them without it.")] = "",
+    tag: _Tag = "final",
+) -> None:
+    """List the revisions of labels, with who submitted them, when, and over which model's proposal."""
+    table = Table("image", "revision", "time", "annotator", "model", "what", box=None)
+    revisions = _open(studies).revisions
+    for name in [image] if image else revisions.known():
+        history = revisions.history(name, tag)
+        if image and not history:
+            _refuse(f"image {image!r} has no revisions of a label {tag!r}")
+        for revision in history:
+            what = "deleted" if revision.deleted else revision.sha256[:12]
+            what += f", restored from {revision.restored_from}" if revision.restored_from else ""
+            when = datetime.fromtimestamp(revision.time).isoformat(" ", "seconds")
+            table.add_row(name, str(revision.number), when, revision.annotator, revision.model_version or "", what)
+    Console().print(table)
+
+
+@labels_app.command("restore")
+def restore_label(
+    studies: _Studies,
+    image: Annotated[str, typer.Argument(help="Id of the volume.")],
+    revision: Annotated[int, typer.Argument(help="Number of the revision that becomes the current one again.")],
+    tag: _Tag = "final",
+) -> None:
+    """Make an earlier revision of a label the current one; the present one stays as a revision."""
+    from fastapi import HTTPException
+
+    try:
+        restored = _open(studies).restore_label(image, revision, getpass.getuser(), tag)
+    except HTTPException as error:
+        _refuse(error.detail)
+    typer.echo(f"Revision {revision} of image {image} is the current label again, as revision {restored.number}.")
+
+
+def _open(studies: Path) -> CheckedDatastore:
+    if not studies.is_dir():
+        _refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
+    # Read when MONAI Label is imported, which takes seconds: not for the other commands.
+    os.environ["MONAI_LABEL_DATASTORE_AUTO_RELOAD"] = "false"
+    from deformux_label.lib.datastore import CheckedDatastore
+
+    # Kept labels were checked when they came; here any value is a label.
+    return CheckedDatastore(str(studies), labels=tuple(map(str, range(1, 256))))
 
 
 @app.command()

@@ -57,6 +57,10 @@ class CheckedDatastore(LocalDatastore):
         self._lock = FileLock(os.path.join(folder, ".lock"))
         self._index = IndexFile(Path(folder) / "datastore_v2.json")
         self.revisions = Revisions(Path(folder) / ".deformux" / "revisions")
+        with self._lock:
+            # Whoever writes holds the lock, so these are what a crash left.
+            for leftover in (*Path(folder).glob(".writing-*"), *Path(folder).glob("labels/*/.writing-*")):
+                leftover.unlink(missing_ok=True)
         self._refreshing: threading.Timer | None = None
         self._refreshing_lock = threading.Lock()
         super().__init__(
@@ -261,7 +265,8 @@ class CheckedDatastore(LocalDatastore):
                 model = self._index.changed()
             except ValueError as error:
                 aside = self._index.put_aside()
-                logger.error("The index was damaged and is rebuilt from the files; it is kept as %s (%s)", aside, error)
+                reason = str(error).splitlines()[0]
+                logger.error("The index was damaged, is kept as %s, and is made anew of the files: %s", aside, reason)
                 return
             if model is not None:
                 model.base_path = self._datastore_path
