@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+import cuda_emulator
 import pytest
 import torch
 from deform_problems import Problem
@@ -62,8 +63,17 @@ def make_problem(device: str) -> MakeProblem:
     return make
 
 
+@pytest.fixture(scope="session")
+def kernel_compiler(tmp_path_factory: pytest.TempPathFactory) -> cuda_emulator.Compiler:
+    """Compiles CUDA kernels as C++, each once in a run of the tests."""
+    if reason := cuda_emulator.missing_compiler():
+        pytest.skip(reason)
+    return cuda_emulator.Compiler(tmp_path_factory.mktemp("kernels"))
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that takes `backend` on every backend of the device under test."""
     if "backend" in metafunc.fixturenames:
         on_cpu = metafunc.config.getoption("--device") == "cpu"
-        metafunc.parametrize("backend", ["reference", "cpu" if on_cpu else "cuda"])
+        backends = getattr(metafunc.module, "BACKENDS", ["reference", "cpu" if on_cpu else "cuda"])
+        metafunc.parametrize("backend", backends)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -23,7 +24,8 @@ FLAGS = (
     *("-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-fno-gnu-unique", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"),
 )
-SANITIZERS = ("-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+SANITIZERS = ("-O0", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
+SANITIZE = "DEFORM3D_SANITIZE_KERNELS"
 # The limits of a launch that every GPU since Turing has, without opting in to more.
 MOST_THREADS, MOST_SHARED_BYTES, MOST_BLOCKS = 1024, 48 * 1024, 2**31 - 1
 FORWARD, REVERSE, SHUFFLED = 0, 1, 7
@@ -60,7 +62,7 @@ class Compiler:
     """Compiles kernel sources to shared libraries, each once, in `folder`."""
 
     folder: Path
-    sanitize: bool = False
+    sanitize: bool = field(default_factory=lambda: SANITIZE in os.environ)
     libraries: dict[Path, ctypes.PyDLL] = field(default_factory=dict)
 
     def load(self, source: str, options: Sequence[str], name: str) -> ctypes.PyDLL:
@@ -82,7 +84,10 @@ class Compiler:
         code = library.with_suffix(".cpp")
         code.write_text(text)
         unfinished = library.with_suffix(".tmp")
-        done = subprocess.run(["g++", *flags, "-o", unfinished, code], capture_output=True, text=True, timeout=600)
+        # The compiler itself must not run under a sanitizer that this process was started with.
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        command = ["g++", *flags, "-o", str(unfinished), str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
         if done.returncode:
             raise KernelError(done.stderr)
         unfinished.rename(library)
@@ -94,7 +99,9 @@ class EmulatedRuntime:
 
     compiler: Compiler
     source: Callable[[str], str]
+    tuning: Any = None
     order: int = FORWARD
+    most_blocks: int = MOST_BLOCKS  # fewer than the launcher asks for make the kernels' loops over work go round
     launches: list[Launch] = field(default_factory=list)
 
     def multiprocessors(self, device: torch.device) -> int:
@@ -111,17 +118,26 @@ class EmulatedRuntime:
         args: Sequence[int],
     ) -> None:
         self.launches.append(Launch(kernel, grid, block, shared_bytes, tuple(args)))
-        threads = block[0] * block[1]
-        if not (0 < threads <= MOST_THREADS and 0 < grid <= MOST_BLOCKS and 0 <= shared_bytes <= MOST_SHARED_BYTES):
-            raise KernelError(f"{kernel.name}: no GPU launches grid {grid}, block {block}, {shared_bytes} shared bytes")
-        library = self.compiler.load(self.source(kernel.unit), kernel.options, kernel.name)
+        source = self.source(kernel.unit)
+        bounds = re.search(rf"__launch_bounds__\((\d+)[^)]*\)\s+{kernel.name}\(", source)
+        threads, most = block[0] * block[1], int(bounds[1]) if bounds else MOST_THREADS
+        if not (0 < threads <= most and 0 < grid <= MOST_BLOCKS and 0 <= shared_bytes <= MOST_SHARED_BYTES):
+            raise KernelError(
+                f"{kernel.name}: got grid {grid}, block {block}, {shared_bytes} shared bytes, which no GPU launches; "
+                f"expected at most {most} threads and {MOST_SHARED_BYTES} bytes"
+            )
+        library = self.compiler.load(source, kernel.options, kernel.name)
         expected = library.deform3d_arguments()
         if len(args) != expected:
             raise KernelError(f"{kernel.name}: got {len(args)} arguments, its signature has {expected}")
         if not all(type(a) is int and -(2**63) <= a < 2**63 for a in args):
             raise KernelError(f"{kernel.name}: got {args}, expected integers of 64 bits")
         problem = library.deform3d_launch(
-            (ctypes.c_int64 * len(args))(*args), grid, *block, ctypes.c_size_t(shared_bytes), self.order
+            (ctypes.c_int64 * len(args))(*args),
+            min(grid, self.most_blocks),
+            *block,
+            ctypes.c_size_t(shared_bytes),
+            self.order,
         )
         if problem:
             raise KernelError(f"{kernel.name}: {problem.decode()}")
@@ -137,10 +153,15 @@ def sanitizer_environment() -> dict[str, str] | None:
 
     New memory, tensors' too, is filled with bits that no floating dtype takes for a number.
     """
-    done = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, timeout=60)
-    library = Path(done.stdout.strip())
-    # Where there is none g++ prints the bare name; some distributions have a linker script of that name.
-    if not library.is_absolute() or library.read_bytes()[:4] != b"\x7fELF":
-        return None
+    # The C++ library too, because Python itself does not bring it: the sanitizer looks for its `throw` at the start.
+    libraries = [_library(name) for name in ("libasan.so", "libstdc++.so.6")]
     options = "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
-    return {**os.environ, "LD_PRELOAD": str(library), "ASAN_OPTIONS": options}
+    more = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options, SANITIZE: "1"}
+    return {**os.environ, **more} if all(libraries) else None
+
+
+def _library(name: str) -> str:
+    """Where g++ has a library; empty where it has none, or a linker script of that name."""
+    done = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, timeout=60)
+    path = Path(done.stdout.strip())
+    return str(path) if path.is_absolute() and path.read_bytes()[:4] == b"\x7fELF" else ""

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import cuda_emulator
 import pytest
 import torch
-from cuda_emulator import FORWARD, REVERSE, SHUFFLED, Compiler, EmulatedRuntime, KernelError
-
-pytestmark = pytest.mark.skipif(bool(cuda_emulator.missing_compiler()), reason=cuda_emulator.missing_compiler() or "-")
+from cuda_emulator import FORWARD, REVERSE, SHUFFLED, EmulatedRuntime, KernelError
 
 TOYS = """
 typedef long long int64;
@@ -40,7 +38,9 @@ extern "C" __global__ void __launch_bounds__(1024) sum_rows(const float* values,
 }
 
 // Two shuffles in a row without a barrier between them, among as many neighbours as `width`; y counts into the warp.
-extern "C" __global__ void sum_neighbours(const double* values, double* sums, int* lanes, int64 width) {
+extern "C" __global__ void __launch_bounds__(128) sum_neighbours(
+    const double* values, double* sums, int* lanes, int64 width
+) {
     double value = values[linear()];
     int ones = 1;
     for (int lane = 1; lane < width; lane *= 2) {
@@ -92,14 +92,9 @@ class Toy:
     options: tuple[str, ...] = ("-DBARRIER=1",)
 
 
-@pytest.fixture(scope="module")
-def compiler(tmp_path_factory):
-    return Compiler(tmp_path_factory.mktemp("toys"))
-
-
 @pytest.fixture(params=[FORWARD, REVERSE, SHUFFLED], ids=["forward", "reverse", "shuffled"])
-def runtime(compiler, request):
-    return EmulatedRuntime(compiler, lambda unit: TOYS, request.param)
+def runtime(kernel_compiler, request):
+    return EmulatedRuntime(kernel_compiler, lambda unit: TOYS, order=request.param)
 
 
 def launch(runtime, toy, grid, block, shared_bytes, *args):
@@ -126,12 +121,12 @@ def test_barriers(runtime, block):
     torch.testing.assert_close(sums, values.sum(1))
 
 
-def test_a_missing_barrier_shows(compiler):
+def test_a_missing_barrier_shows(kernel_compiler):
     """In one order or the other: which one depends on who has to wait for whom."""
     values, sums = torch.randn(1, 64), torch.empty(1)
     wrong = 0
     for order in (FORWARD, REVERSE):
-        runtime = EmulatedRuntime(compiler, lambda unit: TOYS, order)
+        runtime = EmulatedRuntime(kernel_compiler, lambda unit: TOYS, order=order)
         launch(runtime, Toy("sum_rows", options=("-DBARRIER=0",)), 1, (64, 1), 256, values, sums, 64)
         wrong += not torch.allclose(sums, values.sum(1))
     assert wrong
@@ -182,8 +177,10 @@ def test_barriers_of_two_places_are_an_error(runtime):
 
 def test_wrong_launches(runtime):
     for grid, block, shared_bytes in ((0, (32, 1), 0), (1, (32, 33), 0), (1, (32, 1), 48 * 1024 + 1)):
-        with pytest.raises(KernelError, match="no GPU launches"):
+        with pytest.raises(KernelError, match="which no GPU launches"):
             launch(runtime, "write_shared", grid, block, shared_bytes, 0)
+    with pytest.raises(KernelError, match="expected at most 128 threads"):
+        launch(runtime, "sum_neighbours", 1, (160, 1), 0, 0, 0, 0, 1)
     with pytest.raises(KernelError, match="got 2 arguments, its signature has 1"):
         launch(runtime, "write_shared", 1, (1, 1), 1, 0, 0)
     with pytest.raises(KernelError, match="expected integers of 64 bits"):
@@ -218,7 +215,7 @@ sys.path.insert(0, {tests!r})
 from test_cuda_emulator import FAULTS, TOYS, launch
 from cuda_emulator import Compiler, EmulatedRuntime
 folder = pathlib.Path({folder!r})
-runtime = EmulatedRuntime(Compiler(folder, sanitize=True), lambda unit: TOYS, 1)
+runtime = EmulatedRuntime(Compiler(folder), lambda unit: TOYS, order=1)
 values, sums = torch.randn(5, 64), torch.empty(5)
 assert sums.isnan().all()
 launch(runtime, "sum_rows", 5, (8, 8), 256, values, sums, 64)
@@ -234,10 +231,10 @@ for fault, (statement, report) in FAULTS.items():
 """
 
 
-def test_sanitizer_stops_faults_and_nothing_else(compiler):
+def test_sanitizer_stops_faults_and_nothing_else(kernel_compiler):
     environment = cuda_emulator.sanitizer_environment()
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")
-    code = SANITIZED.format(tests=os.path.dirname(__file__), folder=str(compiler.folder))
+    code = SANITIZED.format(tests=os.path.dirname(__file__), folder=str(kernel_compiler.folder))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
     assert not done.returncode, done.stderr

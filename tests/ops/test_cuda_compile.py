@@ -1,0 +1,106 @@
+"""Every CUDA kernel compiled to machine code for every architecture, without a GPU or a driver."""
+
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from nvrtc import Nvrtc, Program
+
+from deform3d import _launch
+from deform3d._launch import Kernel
+
+Unit = tuple[str, tuple[str, ...]]  # what is compiled at once: a unit's name and macros
+ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
+
+
+def units(kernels: Iterable[Kernel]) -> list[Unit]:
+    return list(dict.fromkeys((kernel.unit, kernel.options) for kernel in kernels))
+
+
+def is_fast_path(kernel: Kernel) -> bool:
+    """Whether it is an instance that a network runs: 3x3x3, the widest loads, not float64."""
+    defines = dict(kernel.defines)
+    widest = {0: 8, 1: 8, 2: 4}
+    instances = [k for k in _launch.instances() if k.name == kernel.name]
+    vector = max(dict(k.defines)["VECTOR"] for k in instances if dict(k.defines)["DTYPE"] == defines["DTYPE"])
+    return defines["CUBE"] == 1 and defines["DTYPE"] in widest and defines["VECTOR"] == vector
+
+
+FAST_PATH = [kernel for kernel in _launch.instances() if is_fast_path(kernel)]
+
+
+class Compiled:
+    """Programs by unit and architecture, each compiled once."""
+
+    def __init__(self, nvrtc: Nvrtc) -> None:
+        self.nvrtc = nvrtc
+        self.programs: dict[tuple[Unit, str], Program] = {}
+
+    def get(self, wanted: list[Unit], architecture: str) -> dict[Unit, Program]:
+        """Return the programs, or skip where this compiler does not know the architecture."""
+        if architecture not in self.nvrtc.architectures():
+            pytest.skip(f"this NVRTC does not compile for {architecture}")
+        missing = [unit for unit in wanted if (unit, architecture) not in self.programs]
+        sources = {name: _launch.source(name) for name, _ in missing}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = pool.map(lambda unit: self.nvrtc.compile(sources[unit[0]], unit[1], architecture), missing)
+            self.programs.update({(unit, architecture): program for unit, program in zip(missing, made, strict=True)})
+        return {unit: self.programs[unit, architecture] for unit in wanted}
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    try:
+        return Compiled(Nvrtc())
+    except OSError as error:
+        pytest.skip(f"NVRTC is not installed: {error}")
+
+
+def check_programs(programs: dict[Unit, Program], kernels: Iterable[Kernel]) -> None:
+    for unit, program in programs.items():
+        assert program.machine_code[:4] == b"\x7fELF", f"{unit}: {program.log}"
+        assert "warning" not in program.log, f"{unit}: {program.log}"
+    for kernel in kernels:
+        program = programs[kernel.unit, kernel.options]
+        entry = re.search(rf"\.entry {kernel.name}\((.*?)\)", program.ptx, re.DOTALL)
+        assert entry, f"{kernel}: not in {program.ptx[:2000]}"
+        # The launcher passes every argument as 64 bits.
+        sizes = set(re.findall(r"\.param \.(\w+)", entry[1]))
+        assert sizes <= {"u64", "b64", "s64"}, f"{kernel}: parameters of {sizes}"
+        assert kernel.name in program.usage
+
+
+ON_ALL = [arch if arch in ("sm_75", "sm_90") else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", ON_ALL)
+def test_every_instance(compiled, architecture):
+    kernels = list(_launch.instances())
+    check_programs(compiled.get(units(kernels), architecture), kernels)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fast_path(compiled, architecture):
+    """Machine code everywhere, with arrays in registers: what the assembler has no register for is a few bytes."""
+    programs = compiled.get(units(FAST_PATH), architecture)
+    check_programs(programs, FAST_PATH)
+    for kernel in FAST_PATH:
+        program = programs[kernel.unit, kernel.options]
+        usage = program.usage[kernel.name]
+        print(f"{architecture} {kernel.name} {' '.join(kernel.options)}: {usage}")
+        assert not re.search(r"\.local\b", program.ptx), f"{kernel}: an array is not in registers"
+        # What is measured, an H200 without fusion, spills nothing.
+        measured = architecture == "sm_90" and not dict(kernel.defines).get("FUSED")
+        assert usage.spill_bytes <= (0 if measured else 128), f"{kernel}: {usage}"
+
+
+GATHERING = [kernel for kernel in FAST_PATH if kernel.name in ("deform_forward", "deform_backward_samples")]
+
+
+@pytest.mark.parametrize("kernel", GATHERING, ids=lambda kernel: " ".join((kernel.name, *kernel.options)))
+def test_vector_loads(compiled, kernel):
+    (program,) = compiled.get(units([kernel]), "sm_90").values()
+    loads = re.findall(r"ld\.global(?:\.\w+)*\.v4\.\w?32", program.ptx)
+    assert len(loads) >= 9, f"{kernel}: {len(loads)} loads of 128 bits, expected those of eight corners and the weight"

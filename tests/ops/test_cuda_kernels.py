@@ -1,0 +1,159 @@
+"""The CUDA kernels, run over every block and thread on the CPU through their launcher: what every backend faces.
+
+The tests imported from `test_forward` and `test_backward` run here on this backend. Those below add what only kernels
+have: instances, tiles, chunks, loops over a grid that is too small, and threads in any order.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import cuda_emulator
+import pytest
+import torch
+from cuda_emulator import FORWARD, REVERSE, SHUFFLED, EmulatedRuntime
+from test_backward import (  # noqa: F401
+    test_borders_as_torchvision,
+    test_every_finite_difference,
+    test_finite_differences,
+    test_gradient_that_arrives_in_parts_of_a_larger_tensor,
+    test_layout_of_gradients,
+    test_one_gradient_alone,
+    test_same_bits_again_and_for_any_number_of_threads,
+    test_tensor_subclass,
+)
+from test_backward import test_dtypes_and_channel_counts as test_gradients_of_dtypes_and_channel_counts  # noqa: F401
+from test_backward import test_explicit_backward_is_autograd_of_the_oracle as test_gradients_are_autograds  # noqa: F401
+from test_forward import (  # noqa: F401
+    test_agrees_with_the_oracle,
+    test_channels_last_patch_of_a_volume,
+    test_dtypes_and_channel_counts,
+    test_empty_batch,
+    test_expanded_offsets,
+    test_impossible_positions_sample_nothing,
+    test_memory_formats,
+    test_more_than_two_to_the_31_elements,
+    test_nothing_is_read_between_or_beyond_the_voxels,
+    test_one_slice_is_torchvision,
+    test_whole_offsets_are_a_shift,
+    test_zero_offset_is_a_convolution,
+)
+from torch.nn import functional as F
+
+from deform3d import _autograd, _launch
+from deform3d._checks import check
+from tolerances import assert_near
+
+BACKENDS = ["cuda"]
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """What the dispatcher takes for a backend's module."""
+
+    runtime: EmulatedRuntime
+
+    def forward(self, *arguments: Any) -> Any:
+        return _launch.forward(self.runtime, *arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        return _launch.backward(self.runtime, *arguments)
+
+
+@pytest.fixture(autouse=True)
+def runtime(monkeypatch, kernel_compiler):
+    """CPU tensors for the backend "cuda" go to its launcher, and the emulator runs what that launches."""
+    runtime = EmulatedRuntime(kernel_compiler, _launch.source, _launch.Tuning())
+    module = _autograd._module
+
+    def choose(input, backend):
+        return Emulated(runtime) if backend == "cuda" else module(input, backend)
+
+    monkeypatch.setattr(_autograd, "_module", choose)
+    return runtime
+
+
+CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "spread": 3}
+MANY_TAPS = {"kernel": (4, 5, 4), "stride": (2, 1, 1), "padding": (1, 2, 2), "dilation": (1, 1, 2)}
+# Sizes larger than a tile; every width of vector loads; `tuning` makes chunks and rounds of small problems.
+CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
+    "3x3x3, 48 channels, float16": ({**CUBE, "channels": 48, "dtype": torch.float16}, {}),
+    "3x3x3, 36 channels, bfloat16": ({**CUBE, "channels": 36, "dtype": torch.bfloat16, "mask": False}, {}),
+    "3x3x3, 20 channels, float32": ({**CUBE, "channels": 20, "dtype": torch.float32, "bias": False}, {}),
+    "3x3x3, 6 channels, float64": ({**CUBE, "channels": 6, "size": (9, 4, 17)}, {}),
+    "3x3x3, odd channels, few threads": (
+        {**CUBE, "channels": 35, "dtype": torch.float32},
+        {"forward_threads": 16, "gather_threads": 16, "samples_warps": 2, "samples_voxels": 8},
+    ),
+    "3x3x3, parts of a sample": ({**CUBE, "channels": 16, "dtype": torch.float32}, {"chunk_bytes": 20_000}),
+    "3x3x3, whole samples": ({**CUBE, "channels": 8, "dtype": torch.bfloat16}, {"chunk_bytes": 400_000}),
+    "many taps": ({**MANY_TAPS, "channels": 6}, {}),
+    "many taps, few at once": ({**MANY_TAPS, "channels": 4, "dtype": torch.float32}, {"taps_at_once": 7}),
+    "dense, offset groups": ({"channels": 12, "out_channels": 5, "groups": 1, "offset_groups": 3}, {}),
+    "dense, parts of a sample": (
+        {"channels": 8, "out_channels": 6, "groups": 1, "offset_groups": 2, "dtype": torch.float32},
+        {"chunk_bytes": 4000},
+    ),
+    "grouped, float16": ({"channels": 16, "out_channels": 6, "groups": 2, "dtype": torch.float16}, {}),
+    "grouped, whole samples": ({"channels": 6, "out_channels": 4, "groups": 2}, {"chunk_bytes": 60_000}),
+    "multiplier, bfloat16": ({"channels": 16, "out_channels": 32, "dtype": torch.bfloat16}, {"chunk_bytes": 9000}),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_any_order_of_threads(make_problem, runtime, case, deterministic):
+    """Near the oracle in any order of blocks and threads, and for a grid that is too small for the work."""
+    problem, tuning = CASES[case]
+    p = make_problem(**problem)
+    runtime.tuning = replace(_launch.Tuning(), **tuning)
+    expected = p.oracle().run_with_gradients(backend="reference")
+    first = None
+    torch.use_deterministic_algorithms(deterministic)  # also fills new tensors with what is not a number
+    try:
+        for runtime.order in (FORWARD, REVERSE, SHUFFLED):
+            actual = p.run_with_gradients(backend="cuda")
+            first = first or actual
+            for name, value in actual.items():
+                assert_near(value, expected[name], name)
+                assert not deterministic or torch.equal(value, first[name]), name
+        runtime.most_blocks = 3
+        for name, value in p.run_with_gradients(backend="cuda").items():
+            assert_near(value, expected[name], name)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [(48, torch.float16), (20, torch.bfloat16), (16, torch.float32), (115, torch.float32), (3, torch.float64)],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_offsets_computed_in_the_kernel(make_problem, runtime, channels, dtype, bias):
+    """As the 1x1x1 convolution and then the deformable one, in float64."""
+    p = make_problem(**CUBE, channels=channels, dtype=dtype, mask=False, bias=bias, size=(4, 7, 6), batch=2)
+    generator = torch.Generator().manual_seed(3)
+    weight = (torch.randn(81, channels, 1, 1, 1, generator=generator) / channels**0.5).to(dtype)
+    offset_bias = torch.randn(81, generator=generator).to(dtype) if bias else None
+    q = p.oracle()
+    offset = F.conv3d(q.input, weight.double(), offset_bias.double() if bias else None)
+    expected = replace(q, offset=offset).run(backend="reference")
+    geometry = check(
+        p.input, p.offset, p.weight, p.bias, None, *(p.options[n] for n in ("stride", "padding", "dilation"))
+    )
+    assert _launch.can_fuse_offset(dtype, p.input.shape, p.weight.shape)
+    for runtime.order in (FORWARD, REVERSE, SHUFFLED):
+        actual = _launch.forward_fused_offset(runtime, p.input, weight, offset_bias, p.weight, p.bias, geometry)
+        assert_near(actual, expected)
+
+
+def test_under_sanitizers():
+    """No read or write outside a tensor or shared memory, no misaligned vector, no undefined arithmetic."""
+    environment = cuda_emulator.sanitizer_environment()
+    if environment is None:
+        pytest.skip("g++ has no address sanitizer to preload")
+    tests = [f"{__file__}::{name}" for name in ("test_any_order_of_threads", "test_offsets_computed_in_the_kernel")]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", *tests]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert not done.returncode, done.stdout[-4000:] + done.stderr[-8000:]

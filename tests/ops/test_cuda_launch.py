@@ -1,0 +1,191 @@
+"""What the CUDA launcher asks for: instances, grids, copies and limits, told to a runtime that only writes it down.
+
+That arguments arrive in the right order shows in `test_cuda_kernels`, which runs the launches.
+"""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from cuda_emulator import MOST_SHARED_BYTES, Launch
+
+from deform3d import _launch
+from deform3d._checks import check
+
+ALL = (True,) * 5
+LAST = torch.channels_last_3d
+
+
+@dataclass
+class Recorder:
+    """A runtime of a large GPU that starts nothing."""
+
+    tuning: _launch.Tuning = field(default_factory=_launch.Tuning)
+    launches: list[Launch] = field(default_factory=list)
+
+    def launch(self, device, kernel, grid, block, shared_bytes, args):
+        self.launches.append(Launch(kernel, grid, block, shared_bytes, tuple(args)))
+
+    def multiprocessors(self, device):
+        return 132
+
+
+CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1)}
+
+
+def geometry_of(p):
+    options = (p.options[name] for name in ("stride", "padding", "dilation"))
+    return check(p.input, p.offset, p.weight, p.bias, p.mask, *options)
+
+
+def launches(p, needs=ALL):
+    """What forward and backward launch."""
+    runtime, g = Recorder(), geometry_of(p)
+    output = _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, g)
+    _launch.backward(runtime, torch.zeros_like(output), p.input, p.offset, p.weight, p.mask, g, needs)
+    return runtime.launches
+
+
+def named(recorded, name):
+    return [launch for launch in recorded if launch.kernel.name == name]
+
+
+LAYERS = [
+    {"channels": 48, **CUBE},
+    {"channels": 6},
+    {"channels": 8, "out_channels": 6, "groups": 2},
+    {"channels": 6, "out_channels": 5, "groups": 1, "offset_groups": 3},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_do_not_depend_on_shapes(make_problem, dtype, layer, deterministic):
+    """Kept by what is compiled: other sizes, batches, bias or mask need nothing new, and all is in the list."""
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        one = {x.kernel for x in launches(make_problem(**layer, dtype=dtype))}
+        other = {x.kernel for x in launches(make_problem(**layer, dtype=dtype, size=(9, 6, 13), batch=2, mask=False))}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert one == other
+    assert one <= set(_launch.instances())
+    assert len({hash(kernel) for kernel in one}) == len(one)
+
+
+def test_instances_are_distinct():
+    kernels = list(_launch.instances())
+    assert len(set(kernels)) == len(kernels)
+    assert {kernel.unit for kernel in kernels} == {"forward", "backward_samples", "backward_input", "columns"}
+    for kernel in kernels:
+        assert f" {kernel.name}(" in _launch.source(kernel.unit)
+        assert kernel.options == tuple(f"-D{name}={value}" for name, value in kernel.defines)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "vector"),
+    [
+        (torch.float16, 48, 8),
+        (torch.bfloat16, 36, 4),
+        (torch.bfloat16, 6, 2),
+        (torch.float32, 48, 4),
+        (torch.float32, 6, 2),
+        (torch.float32, 35, 1),
+        (torch.float64, 48, 2),
+        (torch.float64, 1, 1),
+    ],
+)
+def test_loads_are_as_wide_as_channels_allow(make_problem, dtype, channels, vector):
+    (launch,) = named(launches(make_problem(channels=channels, dtype=dtype, **CUBE)), "deform_forward")
+    assert dict(launch.kernel.defines)["VECTOR"] == vector
+    assert dict(launch.kernel.defines)["CUBE"] == 1
+
+
+@pytest.mark.parametrize(("shift", "vector"), [(0, 8), (8, 8), (4, 4), (2, 2), (1, 1)])
+def test_loads_are_as_wide_as_memory_is_aligned(make_problem, shift, vector):
+    """A view into a larger tensor may start anywhere: a load that is not aligned would be an error on a GPU."""
+    p = make_problem(channels=16, dtype=torch.float16, **CUBE)
+    memory = p.input.new_zeros(p.input.numel() + shift)[shift:]
+    n, c, d, h, w = p.input.shape
+    view = memory.view(n, d, h, w, c).permute(0, 4, 1, 2, 3)
+    assert view.is_contiguous(memory_format=LAST)
+    runtime, g = Recorder(), geometry_of(p)
+    _launch.forward(runtime, view, p.offset, p.weight, p.bias, p.mask, g)
+    assert dict(runtime.launches[0].kernel.defines)["VECTOR"] == vector
+    assert runtime.launches[0].args[0] == view.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "change", [("kernel", (3, 3, 1)), ("stride", (1, 2, 1)), ("padding", (1, 1, 0)), ("dilation", (2, 1, 1))]
+)
+def test_general_instance_for_other_convolutions(make_problem, change):
+    p = make_problem(channels=4, **{**CUBE, change[0]: change[1]})
+    assert all(dict(launch.kernel.defines)["CUBE"] == 0 for launch in launches(p))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_offsets_are_read_where_they_are(make_problem, last):
+    """Neither contiguous nor channels-last offsets and masks are copied; null stands for what is not there."""
+    p = make_problem(channels=8, **CUBE)
+    if last:
+        p = p.map(lambda t: t.contiguous(memory_format=LAST) if t.dim() == 5 and t.shape[1] > 1 else t)
+    (launch,) = named(launches(p), "deform_forward")
+    assert p.offset.data_ptr() in launch.args
+    assert p.mask.data_ptr() in launch.args
+    (launch,) = named(launches(make_problem(channels=8, mask=False, bias=False, **CUBE)), "deform_forward")
+    assert launch.args[:6].count(0) == 2
+
+
+@pytest.mark.parametrize(
+    ("needs", "names"),
+    [
+        ((False, False, False, True, False), set()),
+        ((True, False, False, False, False), {"deform_count", "deform_place", "deform_gather"}),
+        ((False, True, False, False, False), {"deform_backward_samples"}),
+        ((False, False, True, True, True), {"deform_backward_samples"}),
+    ],
+)
+def test_nothing_is_launched_for_what_is_not_needed(make_problem, needs, names):
+    recorded = launches(make_problem(channels=8, **CUBE), needs)
+    assert {launch.kernel.name for launch in recorded} == {"deform_forward", *names}
+
+
+def test_nothing_is_launched_for_an_empty_batch(make_problem):
+    for layer in LAYERS:
+        assert not launches(make_problem(**layer, batch=0))
+
+
+@pytest.mark.parametrize("channels", [1, 16, 48, 384, 1500])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_sizes_of_launches(make_problem, channels, dtype):
+    """Blocks fit every GPU; the tiles of the forward cover the output, and are not mostly beside it."""
+    p = make_problem(channels=channels, size=(12, 12, 12), batch=1, dtype=dtype, **CUBE)
+    recorded = launches(p)
+    for launch in recorded:
+        threads = launch.block[0] * launch.block[1]
+        assert 0 < threads <= 512
+        assert 0 < launch.grid < 2**31
+        assert launch.shared_bytes <= MOST_SHARED_BYTES
+    (forward,) = named(recorded, "deform_forward")
+    assert 12**3 <= forward.grid * forward.block[1] < 3 * 12**3
+    assert forward.grid >= 2 * 132  # enough for every multiprocessor
+
+
+def test_more_voxels_than_32_bits_number():
+    """An error, not a number that wraps; none of this takes memory."""
+    one = torch.zeros(1, 1, 1, 1, 1)
+    size = (2048, 1024, 1025)
+    input, offset = one.expand(1, 1, *size), one.expand(1, 3, *size)
+    g = check(input, offset, one, None, None, (1, 1, 1), (0, 0, 0), (1, 1, 1))
+    with pytest.raises(ValueError, match=r"input: got 2149580800 voxels in a sample, expected at most 2147483647"):
+        _launch.forward(Recorder(), input, offset, one, None, None, g)
+
+
+def test_chunks_are_bounded(make_problem):
+    """Columns of dense convolutions take no more memory than they may."""
+    p = make_problem(channels=8, groups=1, size=(8, 9, 10))
+    runtime = Recorder(_launch.Tuning(chunk_bytes=50_000))
+    _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, geometry_of(p))
+    assert len(runtime.launches) > 1
+    assert len({launch.kernel for launch in runtime.launches}) == 1
