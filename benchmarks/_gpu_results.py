@@ -1,0 +1,234 @@
+"""The results of `deform_conv3d_gpu.py`: kept after every part, and as a page with the targets beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deformux.files import write_text
+
+OURS, IM2COL, GRID = "deform3d", "im2col + GEMM per group", "27 grid_sample"
+COMPILED = ", compiled"
+PEERS = (IM2COL, IM2COL + COMPILED, GRID, GRID + COMPILED)
+# The size that the targets are for: the network's first stage.
+TARGET_SHAPE = (2, 48, 48)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One implementation on one stage; times are medians in milliseconds, `training` is forward and backward."""
+
+    implementation: str
+    batch: int
+    channels: int
+    size: int
+    dtype: str
+    layout: str
+    sigma: float
+    forward_ms: float
+    training_ms: float
+    floor_ms: float
+
+    @property
+    def case(self) -> tuple[int, int, int, str, str, float]:
+        return self.batch, self.channels, self.size, self.dtype, self.layout, self.sigma
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch}×{self.channels}×{self.size}³"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number of the plan; `measured` is None until its part has run."""
+
+    name: str
+    limit: float
+    unit: str
+    measured: float | None
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.measured is None:
+            return "not measured"
+        met = self.measured >= self.limit if self.at_least else self.measured <= self.limit
+        return "met" if met else "missed"
+
+
+@dataclass
+class Results:
+    """Everything measured so far on one machine."""
+
+    folder: Path
+    machine: list[str]
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def resume(cls, folder: Path, machine: list[str]) -> Results:
+        """What an earlier run on the same machine, with the same versions, has left."""
+        stored = folder / "deform_conv3d_gpu.json"
+        if stored.is_file():
+            content = json.loads(stored.read_text(encoding="utf-8"))
+            if _undated(content["machine"]) == _undated(machine):
+                return cls(folder, machine, content["parts"])
+        return cls(folder, machine)
+
+    def keep(self, part: str, content: Any) -> None:
+        """Add a part and write both files."""
+        self.parts[part] = content
+        kept = {"machine": self.machine, "targets": [asdict(t) for t in targets(self.parts)], "parts": self.parts}
+        write_text(self.folder / "deform_conv3d_gpu.json", json.dumps(kept, indent=1) + "\n")
+        write_text(self.folder / "deform_conv3d_gpu.md", page(self.machine, self.parts))
+
+
+def _undated(machine: Sequence[str]) -> list[str]:
+    return [line for line in machine if not line.startswith(("date:", "threads:"))]
+
+
+def rows_of(parts: Mapping[str, Any], *names: str) -> list[Row]:
+    return [Row(**row) for name in names for row in parts.get(name, [])]
+
+
+def _find(rows: Sequence[Row], implementation: str, dtype: str, sigma: float = 1.0) -> Row | None:
+    for row in rows:
+        here = (row.batch, row.channels, row.size) == TARGET_SHAPE and row.layout in ("channels-last", "")
+        if here and (row.implementation, row.dtype, row.sigma) == (implementation, dtype, sigma):
+            return row
+    return None
+
+
+def _speedup(ours: Row | None, peers: Sequence[Row | None], attribute: str) -> float | None:
+    """Against the fastest peer that has been measured."""
+    times = [getattr(peer, attribute) for peer in peers if peer is not None]
+    return min(times) / getattr(ours, attribute) if ours is not None and times else None
+
+
+def targets(parts: Mapping[str, Any]) -> list[Target]:
+    """The issue's targets, at N=2, C=48, 48³, channels-last, offsets of deviation 1 where nothing else is said."""
+    operator, peers = rows_of(parts, "operator"), rows_of(parts, "peers", "compiled-peers")
+    slow = rows_of(parts, "deterministic")
+    found = []
+    for dtype, limit in (("float32", 0.45), ("bfloat16", 0.27)):
+        ours = _find(operator, OURS, dtype)
+        found.append(Target(f"forward, {dtype}", limit, "ms", ours and ours.forward_ms))
+    for dtype in ("float32", "bfloat16"):
+        ours, careful = _find(operator, OURS, dtype), _find(slow, OURS, dtype)
+        columns = [_find(peers, IM2COL + end, dtype) for end in ("", COMPILED)]
+        samples = [_find(peers, GRID + end, dtype) for end in ("", COMPILED)]
+        times = f"{dtype}, times faster than the best of"
+        found += [
+            Target(f"forward, {times} {IM2COL}", 10, "×", _speedup(ours, columns, "forward_ms"), True),
+            Target(f"forward, {times} {GRID}", 8, "×", _speedup(ours, samples, "forward_ms"), True),
+            Target(f"forward + backward, {times} {IM2COL}", 6, "×", _speedup(ours, columns, "training_ms"), True),
+        ]
+        for sigma in (1.0, 0.3):
+            row = _find(operator, OURS, dtype, sigma)
+            ratio = row and row.training_ms / row.forward_ms
+            found.append(Target(f"forward + backward over forward, {dtype}, offsets of {sigma:g}", 8, "×", ratio))
+        ratio = careful.training_ms / ours.training_ms if ours and careful else None
+        found.append(Target(f"deterministic forward + backward over the default, {dtype}", 3, "×", ratio))
+    network = [row for row in parts.get("network", {}).get("rows", []) if not row["checkpointing"]]
+    found += [
+        Target("training step of the base network: operator", 15, "%", network[0]["share"] * 100 if network else None),
+        Target("training step of the base network: peak memory", 20, "GB", network[0]["peak_gb"] if network else None),
+    ]
+    return found
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def page(machine: Sequence[str], parts: Mapping[str, Any]) -> str:
+    """All parts measured so far, as Markdown."""
+    text = ["# CUDA operator", "", *(f"- {line}" for line in machine), "", "## Targets", ""]
+    text += _table(
+        ("at 2×48×48³", "target", "measured", ""),
+        [
+            (
+                target.name,
+                f"{'≥' if target.at_least else '≤'} {target.limit:g} {target.unit}",
+                "" if target.measured is None else f"{target.measured:.3g} {target.unit}",
+                target.verdict,
+            )
+            for target in targets(parts)
+        ],
+    )
+    text += _operator(rows_of(parts, "operator"), "Operator")
+    text += _operator(rows_of(parts, "deterministic"), "With `torch.use_deterministic_algorithms(True)`")
+    text += _against(rows_of(parts, "operator"), rows_of(parts, "peers", "compiled-peers"))
+    if "fused" in parts:
+        text += ["## Offsets computed inside the kernel, against convolution then operator", ""]
+        text += _table(
+            ("input", "dtype", "two steps ms", "fused ms", "ratio", "two steps peak MB", "fused peak MB"),
+            [
+                (
+                    *(row["shape"], row["dtype"], f"{row['both_ms']:.3f}", f"{row['fused_ms']:.3f}"),
+                    *(f"{row['both_ms'] / row['fused_ms']:.2f}", f"{row['both_mb']:.1f}", f"{row['fused_mb']:.1f}"),
+                )
+                for row in parts["fused"]
+            ],
+        )
+    if "network" in parts:
+        text += _network(parts["network"])
+    for title, kernels in parts.get("kernels", {}).items():
+        text += [f"## What runs on the GPU: {title}", ""]
+        lines = [(f"`{k['kernel'][:100]}`", f"{k['calls']:g}", f"{k['us']:.1f}") for k in kernels]
+        text += _table(("kernel", "calls", "µs"), lines)
+    for title, tuned in parts.get("tuning", {}).items():
+        text += [f"## Launch shapes: {title}", ""]
+        text += _table(("launch shape", "time over the default's"), [(t["tuning"], f"{t['ratio']:.3f}") for t in tuned])
+    return "\n".join(text)
+
+
+def _operator(rows: Sequence[Row], title: str) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        (
+            *(row.shape, row.dtype, row.layout, f"{row.sigma:g}", f"{row.forward_ms:.3f}", f"{row.floor_ms:.3f}"),
+            *(f"{row.forward_ms / row.floor_ms:.2f}", f"{row.training_ms:.3f}"),
+            f"{row.training_ms / row.forward_ms:.1f}",
+        )
+        for row in rows
+    ]
+    head = ("input", "dtype", "layout", "offsets", "forward ms", "L1 floor ms", "forward / floor")
+    return [f"## {title}", "", *_table((*head, "forward + backward ms", "/ forward"), lines)]
+
+
+def _against(operator: Sequence[Row], peers: Sequence[Row]) -> list[str]:
+    """Peers take contiguous tensors, the operator the network's channels-last ones."""
+    if not peers:
+        return []
+    ours = {row.case: row for row in operator}
+    lines = []
+    for peer in peers:
+        mine = ours.get((*peer.case[:4], "channels-last", peer.sigma))
+        ratios = (
+            ("", "")
+            if mine is None
+            else (f"{peer.forward_ms / mine.forward_ms:.1f}×", f"{peer.training_ms / mine.training_ms:.1f}×")
+        )
+        times = f"{peer.forward_ms:.3f}", ratios[0], f"{peer.training_ms:.3f}", ratios[1]
+        lines.append((peer.shape, peer.dtype, peer.implementation, *times))
+    head = ("input", "dtype", "implementation", "forward ms", "over ours", "forward + backward ms", "over ours")
+    return ["## Against other implementations", "", *_table(head, lines)]
+
+
+def _network(part: Mapping[str, Any]) -> list[str]:
+    title = ["## Training step of the base network", ""]
+    if "skipped" in part:
+        return [*title, part["skipped"], ""]
+    lines = [
+        (
+            *("on" if row["checkpointing"] else "off", f"{row['ms']:.1f}", f"{row['peak_gb']:.2f}"),
+            *(f"{row['operator_ms']:.1f}", f"{100 * row['share']:.1f} %"),
+        )
+        for row in part["rows"]
+    ]
+    head = ("activation checkpointing", "step ms", "peak memory GB", "operator ms", "operator's share of GPU time")
+    return [*title, part["what"], "", *_table(head, lines)]
