@@ -119,6 +119,11 @@ class Decision:
         """Plain values for the card."""
         return dataclasses.asdict(self)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Decision:
+        """The inverse of ``to_json``."""
+        return cls(**{**values, "counted": tuple(values["counted"])})
+
 
 def decide(
     candidate: Scores,

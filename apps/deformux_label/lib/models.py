@@ -18,12 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class ServedModels:
-    """The published version of a project, looked up at each call; before the first, the pretrained model."""
+    """The published version of a project, looked up at each call; before the first, the pretrained model.
+
+    ``pretrained`` is the file of the latter, or None where it does not know this project's labels.
+    """
 
     def __init__(self, project: Project, state_folder: Path) -> None:
         self.project = project
         self.versions = ModelVersions(state_folder / "versions")
-        self._pretrained = _servable_pretrained(project)
+        self.pretrained = _servable_pretrained(project)
         self._loaded: dict[str, tuple[str, DeformUXNet, ModelCard]] = {}
         self._lock = threading.Lock()
 
@@ -36,12 +39,12 @@ class ServedModels:
             published = None
         if published is not None:
             return published
-        return f"pretrained-{self.project.pretrained}" if self._pretrained else None
+        return f"pretrained-{self.project.pretrained}" if self.pretrained else None
 
     def path(self, name: str) -> Path:
         """The model file behind a name that ``current`` gave."""
-        if self._pretrained and name == f"pretrained-{self.project.pretrained}":
-            return self._pretrained
+        if self.pretrained and name == f"pretrained-{self.project.pretrained}":
+            return self.pretrained
         return self.versions.path(name)
 
     def load(self, name: str, device: str) -> tuple[DeformUXNet, ModelCard]:

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
 from deformux.cases import Case
-from deformux.engine import Progress, TrainingError, fit
-from deformux.network import DeformUXNet
+from deformux.engine import Progress, TrainingError, TrainingStopped
+from deformux.learning import Learner, Outcome, Round
 from deformux.recipe import RECIPES, Recipe
-from deformux.weights import InvalidModel, ModelCard, pretrained_path, warm_start
+from deformux.weights import pretrained_path
 
 from ..checks import checked_device
 from ..configs.project import Project
 from ..models import ServedModels
 from .status import TrainingStatus
 
-__all__ = ["FineTune", "held_out"]
+__all__ = ["FineTune"]
 
 logger = logging.getLogger(__name__)
 
-_FEWEST_LABELS = 2
-_FEWEST_LABELS_TO_VALIDATE = 5
 _STEPS_PER_EPOCH = 20
+# Of the learning rate from scratch, for a start from weights that already work.
+_CONTINUED_RATE = 0.5
 # The same labels give the same model, but for rounding.
 _SEED = 0
 _STARTS = ("published", "pretrained", "scratch")
 
 
 class FineTune(TrainTask):
-    """Train on every submitted label, write the result as a version, and publish it.
+    """Train on every submitted label, write the result as a version, and publish it unless it is worse.
 
-    MONAI Label runs this in a process of its own; ``stats`` is read by the server from the status file.
+    MONAI Label runs this in a process of its own; ``stats`` is read by the server from the status file. On SIGTERM the
+    step under way is finished and kept, and the next training on the same labels goes on from there.
     """
 
     def __init__(self, project: Project, models: ServedModels, state_folder: Path) -> None:
         super().__init__("Fine-tune DeformUX-Net on all submitted labels")
         self.project = project
+        self.learner = Learner(
+            state_folder, labels=project.labels, preprocessing=project.preprocessing, preset=project.preset
+        )
         self.models = models
         self.status = TrainingStatus(state_folder / "training.json")
 
@@ -69,106 +74,92 @@ class FineTune(TrainTask):
         """Refuse what could not be trained, before a process is started for it.
 
         Raises:
-            HTTPException: 409 with fewer than two labels, 400 on a bad option.
+            HTTPException: 409 without a label, 400 on a bad option.
         """
-        count = len(datastore.get_labeled_images())
-        if count < _FEWEST_LABELS:
-            raise HTTPException(
-                409, f"training needs at least {_FEWEST_LABELS} submitted labels; there {_are(count)} so far"
-            )
+        if not datastore.get_labeled_images():
+            raise HTTPException(409, "training needs at least 1 submitted label; there are none so far")
         self._recipe(request)
         checked_device(request.get("device"))
-        start = _first(request.get("start_from", _STARTS[0]))
-        if start not in self._starts:
-            raise HTTPException(400, f"start_from must be one of {', '.join(self._starts)}; got {start!r}")
+        self._start(request)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         self.check(request, datastore)
         recipe = self._recipe(request)
-        self.status.start(total_epochs=recipe.epochs, total_steps=recipe.steps, start_ts=int(time.time()))
+        self.status.start(
+            total_epochs=recipe.epochs,
+            total_steps=recipe.steps,
+            start_ts=int(time.time()),
+            task_id=request.get("task_id"),
+        )
         try:
-            version = self._train(recipe, request, datastore)
+            with _stop_on_sigterm() as stop:
+                outcome = self.learner.learn(
+                    self._cases(datastore), self._round(recipe, request), on_progress=self._report, stop=stop.is_set
+                )
+        except TrainingStopped as error:
+            self.status.update(now=True, status="stopped", error=f"{error}; no model was published")
+            # As the process would have ended without the handler.
+            raise SystemExit(128 + signal.SIGTERM) from error
         except TrainingError as error:
             self.status.update(now=True, status="failed", error=str(error))
             raise HTTPException(422, str(error)) from error
         except Exception:
             self.status.update(now=True, status="failed", error="the training failed; the server's log says why")
             raise
-        return {"version": version, **self.status.read()}
+        self._tell(outcome)
+        return {"version": outcome.version, **self.status.read()}
 
     @property
     def _starts(self) -> tuple[str, ...]:
         return tuple(start for start in _STARTS if start != "pretrained" or self.project.pretrained)
 
-    def _train(self, recipe: Recipe, request: Mapping[str, Any], datastore: Datastore) -> str:
-        cases = [
-            Case(
-                image, Path(datastore.get_image_uri(image)), Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
-            )
-            for image in sorted(datastore.get_labeled_images())
-        ]
-        validation = [case for case in cases if held_out(case.id)] if len(cases) >= _FEWEST_LABELS_TO_VALIDATE else []
-        training = [case for case in cases if case not in validation]
-        if len(training) < _FEWEST_LABELS:
-            training, validation = cases, []
-        # With fewer than five, every case trains: the first validated model may have begun from weights that saw
-        # its validation cases.
-        torch.manual_seed(_SEED)
-        network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
-        parent = self._warm_start(network, _first(request.get("start_from", _STARTS[0])))
-        device = checked_device(request.get("device"))
-        logger.info("Training on %d volumes, %d held out, from %s", len(training), len(validation), parent or "scratch")
-        result = fit(
-            network,
-            training,
-            recipe=recipe,
-            prep=self.project.preprocessing,
-            labels=self.project.labels,
-            val_cases=validation,
-            device=device,
-            on_progress=self._report,
+    def _start(self, request: Mapping[str, Any]) -> str:
+        start = _first(request.get("start_from", _STARTS[0]))
+        if start not in self._starts:
+            raise HTTPException(400, f"start_from must be one of {', '.join(self._starts)}; got {start!r}")
+        return str(start)
+
+    def _cases(self, datastore: Datastore) -> list[Case]:
+        cases = []
+        for image in sorted(datastore.get_labeled_images()):
+            label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
+            annotated = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("annotated")
+            names = tuple(str(name) for name in annotated) if isinstance(annotated, list) else None
+            cases.append(Case(image, Path(datastore.get_image_uri(image)), label, names))
+        return cases
+
+    def _round(self, recipe: Recipe, request: Mapping[str, Any]) -> Round:
+        start = self._start(request)
+        pretrained = self.project.pretrained
+        gentle = recipe.replace(schedule="cosine", learning_rate=_CONTINUED_RATE * recipe.learning_rate)
+        return Round(
+            scratch_recipe=recipe,
+            continue_recipe=gentle,
+            start=pretrained_path(pretrained) if pretrained else None,
+            served=self.models.pretrained,
+            from_scratch=start == "scratch",
+            from_start=start == "pretrained",
+            device=checked_device(request.get("device")),
             seed=_SEED,
         )
-        card = ModelCard(
-            labels=self.project.labels,
-            preprocessing=self.project.preprocessing,
-            preset=self.project.preset,
-            parent=parent,
-            training_cases=tuple(case.id for case in training),
-            recipe=recipe.to_json(),
-            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
-            seconds=result.seconds,
-            device=device,
-        )
-        version = self.models.versions.write(network, card)
-        self.models.versions.publish(version)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """The end of a training that gave a version; the Slicer extension takes ``total_time`` as the end."""
+        last = self.status.read()
         self.status.update(
             now=True,
-            status="done",
-            epoch=recipe.epochs,
-            total_time=max(1, round(result.seconds)),
-            best_metric=_share(result.best_dice),
+            status="done" if outcome.published else "rejected",
+            published=outcome.published,
+            reason=outcome.decision.reason,
+            epoch=last["total_epochs"],
+            total_time=max(1, round(outcome.card.seconds)),
+            best_metric=_share(outcome.card.validation["mean_dice"]),
             eta_seconds=0,
-            version=version,
+            version=outcome.version,
+            provisional=outcome.decision.provisional,
+            not_used=dict(outcome.set_aside),
+            doubtful=dict(outcome.decision.doubtful),
         )
-        return version
-
-    def _warm_start(self, network: DeformUXNet, start: str) -> str | None:
-        """Load the weights to start from and name them; what has another architecture cannot be started from."""
-        published = self.models.current() if start == "published" else None
-        pretrained = self.project.pretrained if start != "scratch" else None
-        if published:
-            name, path = published, self.models.path(published)
-        elif pretrained:
-            name, path = f"pretrained-{pretrained}", pretrained_path(pretrained)
-        else:
-            return None
-        try:
-            warm_start(network, path)
-        except InvalidModel as error:
-            logger.warning("Starting from scratch: %s", error)
-            return None
-        return name
 
     def _report(self, progress: Progress) -> None:
         self.status.update(
@@ -196,9 +187,18 @@ class FineTune(TrainTask):
         )
 
 
-def held_out(case_id: str) -> bool:
-    """Whether a case validates instead of trains: by its id alone, so that the assignment never drifts."""
-    return int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:4], "big") % 5 == 0
+@contextmanager
+def _stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; only the main thread may listen, and elsewhere nobody sends it."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _first(value: Any) -> Any:
@@ -215,10 +215,6 @@ def _number(request: Mapping[str, Any], name: str, default: float, low: float, h
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise HTTPException(400, f"{name} must be {kind} from {low:g} to {high:g}; got {value!r}")
     return number
-
-
-def _are(count: int) -> str:
-    return {0: "are none", 1: "is 1"}.get(count, f"are {count}")
 
 
 def _finite(value: float | None) -> float | None:

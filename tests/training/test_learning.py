@@ -1,0 +1,169 @@
+"""A round of learning: what trains, what validates, what is published, and what a kill in the middle leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from deformux.cases import Case, find_cases
+from deformux.engine import TrainingError, TrainingStopped
+from deformux.learning import Learner, Round
+from deformux.network import PRESETS, Preset
+from deformux.quality import coherence
+from deformux.recipe import RECIPES
+from deformux.transforms import Preprocessing
+from deformux.versions import ModelVersions
+from deformux.weights import load_model, pretrained_path
+
+PREP = Preprocessing("ct", patch_size=(16, 16, 16))
+STEP = RECIPES["finetune"].replace(steps=1, epochs=1, batch_size=1)
+SMALL = Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))
+QUICK = Round(scratch_recipe=STEP, continue_recipe=STEP)
+
+
+@pytest.fixture(autouse=True)
+def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Networks of a hundredth of the size: what is tested here happens around them."""
+    monkeypatch.setattr("deformux.network.PRESETS", {**PRESETS, "small-test": SMALL})
+
+
+def learner(root: Path) -> Learner:
+    return Learner(root, labels=("ball", "box"), preprocessing=PREP, preset="small-test")
+
+
+def relabelled(case: Case, folder: Path, change) -> Case:
+    """The case with another label file."""
+    file = nib.load(case.label)
+    path = folder / f"{case.id}-changed.nii.gz"
+    nib.save(nib.Nifti1Image(change(np.asarray(file.dataobj)).astype(np.uint8), file.affine), path)
+    return Case(case.id, case.image, path)
+
+
+def noise(label: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 3, label.shape)
+
+
+def test_from_one_label_to_seven(write_case, tmp_path: Path) -> None:
+    cases = [write_case(f"c{number}", seed=number, size=(16, 16, 16)) for number in range(7)]
+    state = tmp_path / "state"
+    with pytest.raises(TrainingError, match="no labelled volumes"):
+        learner(state).learn([], QUICK)
+    first = learner(state).learn(cases[:1], QUICK)
+    assert (first.version, first.published, first.decision.provisional) == ("v0001", True, True)
+    assert first.card.training_cases == ("c0",)
+    assert "too few labelled cases" in first.decision.reason
+
+    # One relabelled, four new, one of noise: five can be used, and one of them validates from now on.
+    changed = relabelled(cases[0], tmp_path, lambda label: np.roll(label, 1, 0))
+    second = learner(state).learn([changed, *cases[1:5], relabelled(cases[5], tmp_path, noise)], QUICK)
+    card = ModelVersions(state / "versions").card("v0002")
+    assert second.card.to_json() == card.to_json()
+    assert set(second.set_aside) == {"c5"}
+    assert "unrelated" in second.set_aside["c5"]
+    validating = {"c1", "c2", "c3", "c4"} - set(card.training_cases)
+    assert len(validating) == 1
+    assert "c0" in card.training_cases, "it had trained before"
+    assert set(card.validation["per_case"]) == validating
+    assert (card.parent, card.training_labels["c0"] != first.card.training_labels["c0"]) == ("v0001", True)
+    assert (card.seed, card.device, card.recipe["steps"]) == (0, "cpu", 1)
+    assert card.gate["reason"]
+
+    # The labels have more than doubled since the only training from scratch, of one: both ways were tried.
+    assert (first.card.scratch_cases, card.scratch_cases) == (1, 4)
+    third = learner(state).learn([changed, *cases[1:5], cases[5], cases[6]], QUICK)
+    assert not set(third.card.training_cases) & validating
+    assert third.card.scratch_cases == 4
+    assert not list(state.glob("training/*"))
+
+
+def test_a_stopped_round_goes_on_and_a_diverged_one_publishes_nothing(write_case, tmp_path: Path) -> None:
+    cases = [write_case("c0", size=(16, 16, 16))]
+    state = tmp_path / "state"
+    two = Round(scratch_recipe=STEP.replace(steps=2))
+    with pytest.raises(TrainingStopped):
+        learner(state).learn(cases, two, stop=lambda: True)
+    seen = []
+    outcome = learner(state).learn(cases, two, on_progress=seen.append)
+    assert {p.step for p in seen} == {2}, "the first step was not done again"
+    assert outcome.published
+    wild = STEP.replace(steps=12, learning_rate=1e30, schedule="constant", mixed_precision=False, ema_decay=None)
+    with pytest.raises(TrainingError, match="no longer finite"):
+        learner(state).learn(cases, Round(continue_recipe=wild))
+    versions = ModelVersions(state / "versions")
+    assert (versions.names(), versions.published()) == (["v0001"], "v0001")
+    versions.pin()
+    pinned = learner(state).learn(cases, QUICK)
+    assert not pinned.published
+    assert "v0001 is pinned" in pinned.decision.reason
+    assert versions.published() == "v0001"
+
+
+def test_a_worse_model_is_kept_but_not_published(shared_data: Path, tmp_path: Path) -> None:
+    # The shipped weights are served; none of these cases chose them, but some trained them, which is no matter here.
+    start = pretrained_path("hippocampus")
+    card = load_model(start)[1]
+    cases = find_cases(shared_data / "hippocampus", subset="train")[:5]
+    # A label of random noise is set aside before it can train or validate.
+    cases.append(relabelled(find_cases(shared_data / "hippocampus", subset="train")[5], tmp_path, noise))
+    project = Learner(tmp_path / "state", labels=card.labels, preprocessing=card.preprocessing)
+    bad = project.learn(cases, Round(scratch_recipe=STEP, served=start))
+    assert (bad.version, bad.published) == ("v0001", False)
+    assert "worse than the published model" in bad.decision.reason
+    assert bad.decision.incumbent > 0.8 > 0.2 > bad.decision.candidate
+    assert project.versions.published() is None
+    # As good as what is served, since it is the same but for a vanishing step.
+    same = project.learn(cases, Round(scratch_recipe=STEP.replace(learning_rate=1e-9), start=start, served=start))
+    assert (same.version, same.published) == ("v0002", True)
+    assert same.decision.candidate == pytest.approx(same.decision.incumbent, abs=0.002)
+    # And then what was published is what the next one is measured against.
+    worse = project.learn(cases, Round(scratch_recipe=STEP, from_scratch=True))
+    assert not worse.published
+    assert worse.decision.incumbent == pytest.approx(same.decision.candidate, abs=1e-6)
+    assert project.versions.published() == "v0002"
+    assert set(worse.set_aside) == {cases[-1].id}
+
+
+def test_killed_at_every_rename_a_round_publishes_one_version(write_case, tmp_path: Path) -> None:
+    write_case("c0", size=(16, 16, 16))
+    # Facts, assignment, run, checkpoint, number, card, weights, scores, publication: one kill before each.
+    kills = ",".join(f"before-rename={number}" for number in range(1, 10))
+    command = [sys.executable, Path(__file__).parent / "resume_driver.py", tmp_path, f"learn:{kills}"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    codes = json.loads(done.stdout.splitlines()[-1])["codes"]
+    assert codes[-1] == 0, done.stderr
+    assert codes.count(-9) >= 6, codes
+    versions = ModelVersions(tmp_path / "state" / "versions")
+    last = versions.published()
+    assert last is not None
+    runs = [info.card.run for info in versions.infos()]
+    assert len(set(runs)) == len(runs), "a round was written twice"
+    assert versions.card(last).training_cases == ("c0",)
+
+
+def test_coherence_tells_drawings_from_noise() -> None:
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.arange(32)] * 3, indexing="ij"))
+    ball = (((grid - 16) ** 2).sum(0) < 64).astype(np.uint8)
+    tubes = np.zeros((32, 32, 32), np.uint8)
+    tubes[::4, ::4] = 1
+    for drawn in (ball, ball + 2 * np.roll(ball, 14, 0), tubes, np.where(grid[0] > 15, 255, ball).astype(np.uint8)):
+        value = coherence(drawn)
+        assert value is not None
+        assert value > 0.25
+    for density in (0.02, 0.3, 0.95):
+        value = coherence(((rng.random((32, 32, 32)) < density) * rng.integers(1, 3, (32, 32, 32))).astype(np.uint8))
+        assert value is not None
+        assert abs(value) < 0.05
+    clicks = np.zeros((32, 32, 32), np.uint8)
+    clicks[::8, ::8, ::8] = 1
+    assert coherence(clicks) is None

@@ -1,0 +1,370 @@
+"""One round of learning: from all labels so far to a new version, which is published if it is no worse."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from deformux.cases import Case
+from deformux.checkpoint import label_checksum
+from deformux.engine import FitResult, Progress, TrainingError, fit
+from deformux.files import write_text
+from deformux.gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
+from deformux.network import DeformUXNet
+from deformux.quality import LabelFacts
+from deformux.recipe import RECIPES, Recipe
+from deformux.scorebook import ScoreBook
+from deformux.transforms import Preprocessing
+from deformux.versions import ModelVersions
+from deformux.weights import InvalidModel, ModelCard, read_card, warm_start
+
+__all__ = ["Learner", "Outcome"]
+
+logger = logging.getLogger(__name__)
+
+_FOREIGN = "pretrained-"
+
+Scores = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """How a round is trained.
+
+    Args:
+        scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version.
+        start: model file to start from while no version is published.
+        served: model file that answers requests while no version is published; the gate compares with it.
+        from_scratch: start from random weights in any case.
+        from_start: start from ``start`` even where a version is published.
+        device: where to compute.
+        seed: of every random choice.
+        checkpoint_seconds: least time between two checkpoints.
+    """
+
+    scratch_recipe: Recipe = RECIPES["finetune"]
+    continue_recipe: Recipe = RECIPES["continue"]
+    start: Path | None = None
+    served: Path | None = None
+    from_scratch: bool = False
+    from_start: bool = False
+    device: str = "cpu"
+    seed: int = 0
+    checkpoint_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round gave: the version written, the gate's decision, whether it is published, and why not.
+
+    ``set_aside`` names labelled cases that were not used, each with the reason.
+    """
+
+    version: str
+    published: bool
+    decision: Decision
+    card: ModelCard
+    set_aside: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A round before it begins: which case does what, and where the weights come from."""
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    checksums: Mapping[str, str]
+    facts: Mapping[str, LabelFacts]
+    set_aside: Mapping[str, str]
+    parent: str | None
+    parent_path: Path | None
+    parent_labels: Mapping[str, str]
+
+    @property
+    def continues(self) -> bool:
+        """Whether it starts from a model of this project's own labels, a version rather than foreign weights."""
+        return self.parent is not None and not self.parent.startswith(_FOREIGN)
+
+    @property
+    def new(self) -> set[str]:
+        """Cases that the parent has not seen, or not with this label."""
+        return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
+
+
+class Learner:
+    """A project's memory of what it learnt: versions, frozen assignment, scores, and the round under way.
+
+    Everything lies in one folder and is written by rename. A round that is killed goes on from its last checkpoint when
+    the next one has the same labels and options; if its version was already written, it is only published.
+
+    Args:
+        root: the project's state folder.
+        labels: names of labels 1..N.
+        preprocessing: how scans become network input.
+        preset: size of the network.
+        keep: versions that are kept beside all that were ever published.
+    """
+
+    def __init__(
+        self, root: Path, *, labels: Sequence[str], preprocessing: Preprocessing, preset: str = "tiny", keep: int = 5
+    ) -> None:
+        self.root = Path(root)
+        self.labels, self.preprocessing, self.preset, self.keep = tuple(labels), preprocessing, preset, keep
+        self.versions = ModelVersions(self.root / "versions")
+        self.assignment = Assignment(self.root / "assignment.json")
+        self.scores = ScoreBook(self.root, self.labels)
+
+    def learn(
+        self,
+        cases: Sequence[Case],
+        options: Round | None = None,
+        *,
+        on_progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Outcome:
+        """Train on all labelled cases, write a version, and publish it if the gate lets it through.
+
+        Args:
+            cases: every labelled volume of the project.
+            options: of this round.
+            on_progress, stop: as for ``fit``.
+
+        Raises:
+            TrainingStopped: ``stop`` said so; calling again goes on.
+            TrainingError: nothing to train on, or the training diverged; nothing was published.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.root / "training.lock").acquire(blocking=False):
+                return self._learn(cases, options or Round(), on_progress, stop)
+        except Timeout as error:
+            raise TrainingError("another training of this project is running; wait for it, or stop it") from error
+
+    def _learn(
+        self,
+        cases: Sequence[Case],
+        options: Round,
+        on_progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> Outcome:
+        plan = self._plan(cases, options)
+        device, seed, scratch_recipe = options.device, options.seed, options.scratch_recipe
+        recipe = options.continue_recipe if plan.continues else scratch_recipe
+        work = self.root / "training"
+        run_id = _run_id(work, plan, recipe, scratch_recipe, seed)
+        written = next((info for info in reversed(self.versions.infos()) if info.card.run == run_id), None)
+        if written is not None:
+            # Killed between writing and publishing: the decision is in the card.
+            return self._publish(written.name, written.card, Decision.from_json(written.card.gate), plan)
+        for leftover in work.glob(".writing-*"):
+            leftover.unlink(missing_ok=True)
+        last = self._last_from_scratch()
+        doubled = bool(plan.parent and plan.validation and last and len(plan.training) >= 2 * last)
+        parts = [recipe, scratch_recipe] if doubled else [recipe]
+
+        def train(part: int) -> tuple[DeformUXNet, FitResult]:
+            network = self._network(plan.parent_path if part == 0 else None, seed)
+            result = fit(
+                network,
+                plan.training,
+                recipe=parts[part],
+                prep=self.preprocessing,
+                labels=self.labels,
+                val_cases=plan.validation,
+                new=plan.new if part == 0 and plan.parent else (),
+                device=device,
+                on_progress=_part_of(on_progress, [p.steps for p in parts], [p.epochs for p in parts], part),
+                seed=seed,
+                checkpoint=work / f"checkpoint-{part}.safetensors",
+                checkpoint_seconds=options.checkpoint_seconds,
+                stop=stop,
+            )
+            _check_finite(network)
+            return network, result
+
+        network, result = train(0)
+        seconds = result.seconds
+        if doubled:
+            logger.info("The labels have doubled since the last training from scratch: training from scratch too")
+            other, from_nothing = train(1)
+            seconds += from_nothing.seconds
+            # The gate's own comparison, with the fine-tuned model as the incumbent.
+            preferred = self._decide(from_nothing.per_case, result.per_case, plan, provisional=False)
+            logger.info("From scratch: %s", preferred.reason)
+            if preferred.publish and (preferred.candidate or 0) > (preferred.incumbent or 0):
+                network, result, recipe = other, from_nothing, scratch_recipe
+                plan = dataclasses.replace(plan, parent=None)
+        decision = self._judge(result.per_case, plan, options)
+        card = ModelCard(
+            labels=self.labels,
+            preprocessing=self.preprocessing,
+            preset=self.preset,
+            parent=plan.parent,
+            training_cases=tuple(case.id for case in plan.training),
+            training_labels={case.id: plan.checksums[case.id] for case in plan.training},
+            recipe=recipe.to_json(),
+            seed=seed,
+            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
+            gate=decision.to_json(),
+            provisional=decision.provisional,
+            scratch_cases=last if plan.parent and last and not doubled else len(plan.training),
+            run=run_id,
+            seconds=seconds,
+            device=device,
+        )
+        try:
+            name = self.versions.write(network, card)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
+        self.scores.remember(name, result.per_case, plan.checksums, keep=self.versions.names())
+        return self._publish(name, card, decision, plan)
+
+    def _plan(self, cases: Sequence[Case], options: Round) -> _Plan:
+        if not cases:
+            raise TrainingError("there are no labelled volumes to train on")
+        checksums = {case.id: label_checksum(case) for case in cases}
+        facts = self.scores.facts(cases, checksums)
+        set_aside = {case: fact.fault for case, fact in facts.items() if fact.fault}
+        for case, reason in set_aside.items():
+            logger.warning("The label of %s is not used: %s", case, reason)
+        usable = sorted((case for case in cases if case.id not in set_aside), key=lambda case: case.id)
+        if not usable:
+            case, reason = next(iter(set_aside.items()))
+            raise TrainingError(f"no label can be learnt from; {case}: {reason}")
+        self.assignment.assign(case.id for case in usable)
+        validates = {case.id: self.assignment.validates(case.id) for case in usable}
+        training = tuple(case for case in usable if not validates[case.id])
+        validation = tuple(case for case in usable if validates[case.id]) if len(usable) >= FEWEST_TO_VALIDATE else ()
+        if not training:
+            raise TrainingError(
+                f"the only labelled volumes are kept for validation ({', '.join(validates)}); label another one"
+            )
+        name, path = self._start(options)
+        known = read_card(path).training_labels if path is not None else {}
+        logger.info("Training on %d volumes, %d validate, from %s", len(training), len(validation), name or "scratch")
+        return _Plan(training, validation, checksums, facts, set_aside, name, path, known)
+
+    def _start(self, options: Round) -> tuple[str | None, Path | None]:
+        """Name and file of the weights to start from; those of another architecture are none."""
+        published = self._published() if not options.from_start else None
+        path = self.versions.path(published) if published is not None else options.start
+        if path is None or options.from_scratch:
+            return None, None
+        try:
+            self._network(path, 0)
+        except InvalidModel as error:
+            logger.warning("Starting from scratch: %s", error)
+            return None, None
+        return published or f"{_FOREIGN}{path.stem}", path
+
+    def _published(self) -> str | None:
+        try:
+            return self.versions.published()
+        except ValueError as error:
+            logger.error("The published version cannot be used: %s", error)
+            return None
+
+    def _network(self, weights: Path | None, seed: int) -> DeformUXNet:
+        torch.manual_seed(seed)
+        network = DeformUXNet(1, len(self.labels) + 1, self.preset)
+        if weights is not None:
+            warm_start(network, weights)
+        return network
+
+    def _last_from_scratch(self) -> int:
+        """Training cases of the last training from scratch, or of the first training where there was none."""
+        return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
+
+    def _judge(self, candidate: Scores, plan: _Plan, options: Round) -> Decision:
+        """Compare with what is served now, which may be another model than the one trained from."""
+        published = self._published()
+        path = self.versions.path(published) if published is not None else options.served
+        card = read_card(path) if path is not None else None
+        if path is None or card is None or card.labels != self.labels:
+            return self._decide(candidate, None, plan, provisional=True)
+        provisional = card.provisional or published is None
+        if not candidate:
+            if provisional:
+                return self._decide(candidate, None, plan, provisional=True)
+            return Decision(False, f"not measured, as no validation case is labelled any more; {published} stays")
+        name = published or f"{_FOREIGN}{path.stem}"
+        scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
+        return self._decide(candidate, scores, plan, provisional=provisional)
+
+    def _decide(self, candidate: Scores, incumbent: Scores | None, plan: _Plan, *, provisional: bool) -> Decision:
+        shares = {case.id: plan.facts[case.id].shares for case in plan.validation}
+        return decide(candidate, incumbent, labels=self.labels, shares=shares, incumbent_is_provisional=provisional)
+
+    def _publish(self, name: str, card: ModelCard, decision: Decision, plan: _Plan) -> Outcome:
+        published = decision.publish and self.versions.publish_trained(name, decision.reason)
+        if decision.publish and not published:
+            pinned = self.versions.pinned()
+            decision = dataclasses.replace(decision, publish=False, reason=f"{pinned} is pinned; {decision.reason}")
+        logger.info("%s is %s: %s", name, "published" if published else "not published", decision.reason)
+        for case, reason in decision.doubtful.items():
+            logger.warning("Validation case %s did not count: %s", case, reason)
+        shutil.rmtree(self.root / "training", ignore_errors=True)
+        self.versions.prune(self.keep)
+        return Outcome(name, published, decision, card, plan.set_aside)
+
+
+def _run_id(work: Path, plan: _Plan, recipe: Recipe, scratch_recipe: Recipe, seed: int) -> str:
+    """The id of the round under way where it has the same labels, start and options, else a new one, which is kept."""
+    same = {
+        "training": {case.id: plan.checksums[case.id] for case in plan.training},
+        "validation": {case.id: plan.checksums[case.id] for case in plan.validation},
+        "parent": plan.parent,
+        "recipes": json.loads(json.dumps([recipe.to_json(), scratch_recipe.to_json()])),
+        "seed": seed,
+    }
+    path = work / "run.json"
+    try:
+        under_way = json.loads(path.read_text())
+        if under_way["of"] == same:
+            return str(under_way["id"])
+        logger.info("The interrupted training had other labels or options; starting anew")
+    except (FileNotFoundError, ValueError, KeyError):
+        pass
+    shutil.rmtree(work, ignore_errors=True)
+    run_id = uuid.uuid4().hex
+    write_text(path, json.dumps({"id": run_id, "started": int(time.time()), "of": same}))
+    return run_id
+
+
+def _part_of(
+    on_progress: Callable[[Progress], None] | None, steps: Sequence[int], epochs: Sequence[int], part: int
+) -> Callable[[Progress], None] | None:
+    """Progress of one of several trainings as progress of all of them."""
+    if on_progress is None:
+        return None
+
+    def report(p: Progress) -> None:
+        to_come = sum(steps[part + 1 :])
+        on_progress(
+            dataclasses.replace(
+                p,
+                step=p.step + sum(steps[:part]),
+                total_steps=p.total_steps + sum(steps[:part]) + to_come,
+                epoch=p.epoch + sum(epochs[:part]),
+                total_epochs=p.total_epochs + sum(epochs[:part]) + sum(epochs[part + 1 :]),
+                eta_s=p.eta_s + p.seconds / max(1, p.step) * to_come,
+            )
+        )
+
+    return report
+
+
+def _check_finite(network: torch.nn.Module) -> None:
+    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
+        raise TrainingError("the weights are no longer finite; train again with a lower learning rate")
