@@ -201,7 +201,7 @@ def test_scoring_that_is_killed_goes_on_where_it_was(desk: Desk) -> None:
 def scored(folder: Path) -> set[str]:
     """Volumes that have a score of some model."""
     names: set[str] = set()
-    for path in folder.glob("*.json"):
+    for path in folder.glob("[!.]*.json"):
         with contextlib.suppress(FileNotFoundError):  # an older model's, pruned meanwhile
             names |= set(json.loads(path.read_text())["scores"])
     return names
