@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,19 +101,18 @@ class SelectionScores:
                 return orders
         return Orders(self.current())
 
-    def update(self, datastore: Datastore) -> Orders:
+    def update(self, datastore: Datastore, *, wanted: Callable[[], bool] = lambda: True) -> Orders:
         """Score what the served model has not scored, and go on with the next model when one is published meanwhile.
 
-        Does nothing while another process is at it.
+        Does nothing while another process is at it, and ends early when ``wanted`` says so.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
-                while True:
+                model = None
+                while wanted() and model != self.current():
                     model = self.current()
-                    _Update(self, model, datastore).run()
-                    if self.current() == model:
-                        break
+                    _Update(self, model, datastore, wanted).run()
                 self._prune()
         except Timeout:
             logger.info("Another process is scoring the volumes")
@@ -147,7 +147,11 @@ class SelectionScores:
 
     def _earlier(self) -> list[str]:
         """Models that were served before, the latest first."""
-        names = [publication.version for publication in reversed(self.models.versions.history())]
+        try:
+            names = [publication.version for publication in reversed(self.models.versions.history())]
+        except ValueError as error:
+            logger.error("The history of publications cannot be read: %s", error)
+            return []
         current = self.models.current()
         return [name for name in dict.fromkeys(names) if name != current]
 
@@ -164,8 +168,8 @@ class SelectionScores:
 class _Update:
     """Scoring of all volumes with one model, written from time to time."""
 
-    def __init__(self, scores: SelectionScores, model: str, datastore: Datastore) -> None:
-        self.owner, self.model, self.datastore = scores, model, datastore
+    def __init__(self, scores: SelectionScores, model: str, datastore: Datastore, wanted: Callable[[], bool]) -> None:
+        self.owner, self.model, self.datastore, self.wanted = scores, model, datastore, wanted
         self.path = scores.folder / f"{model}.json"
         values = _read(self.path)
         self.features = read_features(self.path.with_suffix(".safetensors"))
@@ -187,7 +191,7 @@ class _Update:
         networks, prep, axes = self.owner.networks(self.model)
         wait, written = 0.0, -math.inf
         for name in todo:
-            if self.owner.current() != self.model:
+            if not self.wanted() or self.owner.current() != self.model:
                 return
             self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED)
             if time.monotonic() - written > wait:
@@ -266,7 +270,9 @@ class SelectionScoring(ScoringMethod):
         self.scores = scores
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        return dict(self.scores.update(datastore).uncertainty)
+        parent = os.getppid()
+        # The process in the background ends with the server that started it.
+        return dict(self.scores.update(datastore, wanted=lambda: os.getppid() == parent).uncertainty)
 
 
 def _read(path: Path) -> dict[str, Any]:
