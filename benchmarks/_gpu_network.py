@@ -69,6 +69,6 @@ def _row(watch: Stopwatch, checkpointing: bool) -> dict[str, Any]:
         "ms": milliseconds,
         "peak_gb": peak,
         "operator_ms": operator / 1000,
-        "share": operator / total,
+        "share": operator / total if total else None,  # a profiler may see no kernels
         "longest": kernels[:25],
     }

@@ -132,8 +132,9 @@ def targets(parts: Mapping[str, Any]) -> list[Target]:
         ratio = careful.training_ms / ours.training_ms if ours and careful else None
         found.append(Target(f"deterministic forward + backward over the default, {dtype}", 3, "×", ratio))
     network = [row for row in parts.get("network", {}).get("rows", []) if not row["checkpointing"]]
+    share = network[0]["share"] if network else None
     found += [
-        Target("training step of the base network: operator", 15, "%", network[0]["share"] * 100 if network else None),
+        Target("training step of the base network: operator", 15, "%", None if share is None else 100 * share),
         Target("training step of the base network: peak memory", 20, "GB", network[0]["peak_gb"] if network else None),
     ]
     return found
@@ -226,7 +227,7 @@ def _network(part: Mapping[str, Any]) -> list[str]:
     lines = [
         (
             *("on" if row["checkpointing"] else "off", f"{row['ms']:.1f}", f"{row['peak_gb']:.2f}"),
-            *(f"{row['operator_ms']:.1f}", f"{100 * row['share']:.1f} %"),
+            *(f"{row['operator_ms']:.1f}", "" if row["share"] is None else f"{100 * row['share']:.1f} %"),
         )
         for row in part["rows"]
     ]
