@@ -148,7 +148,7 @@ class DeformUXLabel(MONAILabelApp):
         leave_room_on_the_gpu()
         try:
             # A training of a server that was killed may take a moment to notice.
-            with FileLock(self.state_folder / "training.lock"):
+            with FileLock(self.state_folder / "process.lock"):
                 return trainer(request, self.datastore())
         except HTTPException as error:
             raise SystemExit(f"The training failed: {error.detail}") from None

@@ -216,6 +216,25 @@ def slicer(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json.loads(lines[-1])
 
 
+def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0) -> str:
+    """Publish a version of random weights for a project that no server serves yet, and return its name."""
+    import torch
+
+    from deformux.network import DeformUXNet
+    from deformux.versions import ModelVersions
+    from deformux.weights import ModelCard
+    from deformux_label.lib.configs.project import Project
+
+    project = Project.from_conf(conf)
+    versions = ModelVersions(project.state_folder(APP, str(studies)) / "versions")
+    network = DeformUXNet(1, len(project.labels) + 1, project.preset)
+    torch.nn.init.constant_(network.head.conv.conv.bias, bias)
+    card = ModelCard(labels=project.labels, preprocessing=project.preprocessing, preset=project.preset)
+    name = versions.write(network, card)
+    versions.publish(name)
+    return name
+
+
 def remove_state(studies: Path, conf: Mapping[str, str]) -> None:
     """Delete what a server kept for a project in the app's folder."""
     from deformux_label.lib.configs.project import Project

@@ -16,12 +16,8 @@ import numpy as np
 import pytest
 import requests
 import torch
-from live import APP, LABELS, LiveServer, serve_command, write, write_volume
+from live import LABELS, LiveServer, publish_untrained, serve_command, write, write_volume
 
-from deformux.network import DeformUXNet
-from deformux.versions import ModelVersions
-from deformux.weights import ModelCard
-from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.memory import Attempt, within_memory
 from deformux_label.turns import Turns
 
@@ -47,11 +43,7 @@ def busy(start: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFact
         write_volume(folder / f"small_{number}.nii.gz", folder.parent / "label.nii.gz", spacing=(4, 4, 4), seed=number)
     slow = np.random.default_rng(0).integers(-100, 100, (256, 256, 256), dtype=np.int16)
     write(folder / "slow.nii", slow, np.eye(4))
-    project = Project.from_conf(CONF)
-    versions = ModelVersions(project.state_folder(APP, str(folder)) / "versions")
-    network = DeformUXNet(1, len(LABELS) + 1, "tiny")
-    card = ModelCard(labels=LABELS, preprocessing=project.preprocessing, preset="tiny")
-    versions.publish(versions.write(network, card))
+    publish_untrained(folder, CONF)
     return start(folder, CONF, serve_command)
 
 
@@ -157,6 +149,44 @@ def test_many_clients_at_once(busy: LiveServer) -> None:
         answers = [pool.submit(one, number) for number in range(48)]
         assert requests.get(f"{busy.url}/info/", timeout=60).status_code == 200
         assert [answer.result(PATIENCE_S) for answer in answers] == [200] * 48
+
+
+def test_versions_over_http(busy: LiveServer) -> None:
+    studies = Path(
+        requests.get(f"{busy.url}/datastore/image/info", params={"image": "slow"}, timeout=60).json()["path"]
+    )
+    second = publish_untrained(studies.parent, CONF)
+    url = f"{busy.url}/deformux/versions"
+
+    def served() -> str:
+        return busy.infer("small_0", query={"output": "json"}).json()["model_version"]
+
+    def change(what: str) -> tuple[int, dict[str, Any]]:
+        answer = requests.post(f"{url}/{what}", timeout=60)
+        return answer.status_code, answer.json()
+
+    assert (second, served()) == ("v0002", "v0002")
+    assert change("rollback") == (200, {"published": "v0001", "pinned": None})
+    assert served() == "v0001"
+    assert change("rollback")[0] == 409
+    assert change("v0002/publish") == (200, {"published": "v0002", "pinned": None})
+    assert change("v0001/pin") == (200, {"published": "v0001", "pinned": "v0001"})
+    status, refusal = change("v0002/publish")
+    assert (status, "pinned" in refusal["detail"]) == (409, True)
+    assert served() == "v0001"
+    assert change("unpin") == (200, {"published": "v0001", "pinned": None})
+    listed = requests.get(url, timeout=60).json()
+    assert [(version["name"], version["published"]) for version in listed["versions"]] == [
+        ("v0001", True),
+        ("v0002", False),
+    ]
+    assert len(listed["history"]) == 5
+    assert requests.get(f"{url}/v0002", timeout=60).json()["card"]["labels"] == list(LABELS)
+    for answer in (requests.get(f"{url}/v0009", timeout=60), requests.post(f"{url}/v0009/publish", timeout=60)):
+        assert answer.status_code == 404
+        assert "v0001, v0002" in answer.json()["detail"]
+    assert requests.get(f"{url}/v0001/publish", timeout=60).status_code == 405
+    assert served() == "v0001"
 
 
 def test_nothing_of_this_was_a_server_error(busy: LiveServer) -> None:

@@ -193,6 +193,7 @@ class TrainingQueue:
         return None
 
     def _run_task(self, task: Mapping[str, Any]) -> None:
+        self._wait_for_the_former(task)
         request = {**task["request"], "task_id": task["id"]}
         log = self._log(task["id"])
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +205,7 @@ class TrainingQueue:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=_environment(request)
             )
+            self._set(task["id"], process=[process.pid, psutil.Process(process.pid).create_time()])
             stopping_since = None
             while process.poll() is None:
                 _forward(lines)
@@ -211,7 +213,7 @@ class TrainingQueue:
                     stopping_since = time.monotonic()
                     process.terminate()
                 if stopping_since is not None and time.monotonic() - stopping_since > self._stop_patience_s:
-                    _kill(process)
+                    _kill(psutil.Process(process.pid))
                 try:
                     process.wait(_PAUSE_S)
                 except subprocess.TimeoutExpired:
@@ -224,6 +226,20 @@ class TrainingQueue:
             self._finish(task["id"], STOPPED)
         else:
             self._finish(task["id"], FAILED, _reason(code, self._details(task["id"])))
+
+    def _wait_for_the_former(self, task: Mapping[str, Any]) -> None:
+        """A training whose server was killed ends by itself; should it hang, it is ended."""
+        end = time.monotonic() + 2 * self._stop_patience_s
+        while (process := _alive(task.get("process"))) is not None:
+            if time.monotonic() > end:
+                _kill(process)
+            time.sleep(_PAUSE_S)
+
+    def _set(self, task_id: str, **values: Any) -> None:
+        with self._changing() as state:
+            for task in state["tasks"]:
+                if task["id"] == task_id:
+                    task |= values
 
     def _finish(self, task_id: str, status: str, error: str | None = None) -> None:
         with self._changing() as state:
@@ -317,15 +333,28 @@ def _forward(lines: Any) -> None:
             logging.getLogger("task_train").info(line.rstrip())
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _alive(identity: list[Any] | None) -> psutil.Process | None:
+    """The process of a number and a start; numbers are used again."""
     try:
-        workers = psutil.Process(process.pid).children(recursive=True)
+        if identity is None:
+            return None
+        process = psutil.Process(identity[0])
+        if process.create_time() != identity[1] or process.status() == psutil.STATUS_ZOMBIE:
+            return None
     except psutil.NoSuchProcess:
-        workers = []
-    process.kill()
-    for worker in workers:
+        return None
+    return process
+
+
+def _kill(process: psutil.Process) -> None:
+    """With the workers that it started."""
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
         try:
-            worker.kill()
+            member.kill()
         except psutil.NoSuchProcess:
             continue
 
@@ -348,7 +377,7 @@ def with_queue(stats: Mapping[str, Any], queue: TrainingQueue) -> dict[str, Any]
     if task is None:
         return dict(stats)
     own = {**stats, "queue": queue.summary()}
-    of_this_task = stats.get("task_id", task["id"]) == task["id"]
+    of_this_task = stats.get("task_id") == task["id"]
     if task["status"] == DONE or (of_this_task and (task["status"] == RUNNING or stats.get("status") != "running")):
         return own
     words = {QUEUED: "queued", RUNNING: "starting", FAILED: "failed", STOPPED: "stopped"}

@@ -1,0 +1,285 @@
+"""Several annotators at once, with trainings that come and go, on a server that is killed on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+import requests
+from live import LABELS, LiveServer, Volume, publish_untrained, serve_command, write, write_volume
+
+from deformux_label.lib.leases import Leases
+
+CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16", "auto_train": "3"}
+PATIENCE_S = 240
+N_CASES = 18
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"it did not happen: {what}")
+
+
+@dataclass
+class Cohort:
+    """Scans that a server serves, and what has been submitted: (case, voxels, annotator), in no order."""
+
+    studies: Path
+    cases: dict[str, Volume]
+    submitted: list[tuple[str, int, str]] = field(default_factory=list)
+
+    def label(self, case: str, voxels: int) -> Path:
+        """A label that can be told from any other by its number of voxels."""
+        volume = self.cases[case]
+        values = np.zeros(volume.truth.size, np.uint8)
+        values[:voxels] = 1
+        return write(
+            self.studies.parent / "labels" / f"{case}-{voxels}.nii.gz",
+            values.reshape(volume.truth.shape),
+            volume.affine,
+        )
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    root = tmp_path_factory.mktemp("cohort")
+    cases = {
+        f"case_{number:02d}": write_volume(
+            root / "studies" / f"case_{number:02d}.nii.gz",
+            root / "truth" / f"case_{number:02d}.nii.gz",
+            spacing=(4, 4, 4),
+            seed=number,
+        )
+        for number in range(N_CASES)
+    }
+    publish_untrained(root / "studies", CONF)
+    return Cohort(root / "studies", cases)
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., LiveServer], cohort: Cohort) -> LiveServer:
+    return start(cohort.studies, CONF, serve_command)
+
+
+def training(server: LiveServer, **query: Any) -> requests.Response:
+    return requests.get(f"{server.url}/train/", params=query, timeout=60)
+
+
+def stats(server: LiveServer) -> dict[str, Any]:
+    return requests.get(f"{server.url}/info/", timeout=60).json()["train_stats"]["segmentation"]
+
+
+def processes_of(task: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+            task in part for part in process.info["cmdline"] or []
+        ):
+            found.append(process)
+    return found
+
+
+def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: pytest.FixtureRequest) -> None:
+    """Each asks, looks at the proposal, submits, and asks again, until nothing is left, while a training runs."""
+    assert training(server).status_code == 404
+    for voxels, case in enumerate(("case_00", "case_01", "case_02"), start=1):
+        assert server.submit(case, cohort.label(case, voxels), client_id="early", model_version="v0001").ok
+        cohort.submitted.append((case, voxels, "early"))
+    task = training(server).json()["id"]
+    wait_for(lambda: training(server).json()["status"] != "RUNNING" or stats(server).get("step"), "a first step")
+    assert training(server).json()["status"] == "RUNNING", training(server).json()
+    handed_out: list[tuple[str, str]] = []
+    everybody = threading.Barrier(6)
+    counting = threading.Lock()
+    lasting_until = time.monotonic() + (120 if request.config.getoption("--runslow") else 0)
+
+    def annotate(name: str) -> list[int]:
+        answers = []
+
+        def checked(answer: requests.Response) -> Any:
+            answers.append(answer.status_code)
+            return answer.json() if "json" in answer.headers["content-type"] else None
+
+        everybody.wait()
+        while True:
+            body = {"client_id": name}
+            sample = checked(requests.post(f"{server.url}/activelearning/random", json=body, timeout=PATIENCE_S))
+            if sample:
+                handed_out.append((sample["id"], name))
+            elif time.monotonic() > lasting_until:
+                return answers
+            case = sample["id"] if sample else next(iter(cohort.cases))
+            checked(server.infer(case, client_id=name, result_extension=".nrrd", result_dtype="uint8"))
+            with counting:
+                voxels = len(cohort.submitted) + 1
+                cohort.submitted.append((case, voxels, name))
+            label = cohort.label(case, voxels % 4000)
+            checked(server.submit(case, label, client_id=name, label_info=[{"name": n} for n in LABELS]))
+            checked(requests.get(f"{server.url}/info/", timeout=PATIENCE_S))
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [status for result in pool.map(annotate, [f"annotator {n}" for n in range(6)]) for status in result]
+    assert set(answers) == {200}
+    # Nobody skipped a case, so each was handed out once.
+    assert sorted(case for case, _ in handed_out) == sorted(set(cohort.cases) - {"case_00", "case_01", "case_02"})
+    # Newer labels wait for the next training.
+    tasks = {known["id"]: known["status"] for known in training(server, all="true").json()}
+    assert tasks.pop(task) in ("RUNNING", "DONE")
+    assert len(tasks) >= 1
+    check_labels(server, cohort)
+    assert requests.get(f"{server.url}/deformux/leases", timeout=60).json() == {"leases": []}
+
+
+def check_labels(server: LiveServer, cohort: Cohort) -> None:
+    """Every submit is there, with its annotator; the newest is the current one."""
+    kept: list[tuple[str, int, str]] = []
+    for case in {case for case, _, _ in cohort.submitted}:
+        query = {"image": case}
+        listed = requests.get(f"{server.url}/deformux/labels/revisions", params=query, timeout=60).json()["revisions"]
+        for revision in listed:
+            query["revision"] = revision["number"]
+            file = requests.get(f"{server.url}/deformux/labels/revision", params=query, timeout=60)
+            kept.append((case, voxels_of(file.content), revision["annotator"]))
+        query = {"label": case, "tag": "final"}
+        current = requests.get(f"{server.url}/datastore/label", params=query, timeout=60)
+        assert voxels_of(current.content) == kept[-1][1]
+        assert [revision["model_version"] is not None for revision in listed] == [True] * len(listed)
+    assert sorted(kept) == sorted((case, voxels % 4000, name) for case, voxels, name in cohort.submitted)
+
+
+def voxels_of(label: bytes) -> int:
+    import gzip
+
+    return int((np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(label)).dataobj) > 0).sum())
+
+
+def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer) -> None:
+    """One runs, at most one of the server's own waits."""
+    first = wait_for(lambda: training(server, check_if_running="true").json().get("id"), "a training is queued")
+    automatic = [task for task in training(server, all="true").json() if task["automatic"]]
+    assert 2 <= len(automatic) <= 4, "the submits above are six times what --conf auto_train asks for"
+    by_hand = requests.post(f"{server.url}/train/segmentation", json={"steps": 5}, timeout=60)
+    assert by_hand.status_code == 200, "one that the server began by itself is no obstacle"
+    again = requests.post(f"{server.url}/train/segmentation", json={"steps": 5}, timeout=60)
+    assert again.status_code == 429
+    assert by_hand.json()["id"] in again.json()["detail"]
+    queued = requests.post(
+        f"{server.url}/train/segmentation", params={"enqueue": "true"}, json={"steps": 6}, timeout=60
+    )
+    assert queued.status_code == 200
+    waiting = stats(server)["queue"]["waiting"]
+    assert waiting[-2:] == [by_hand.json()["id"], queued.json()["id"]]
+    assert first not in waiting
+
+
+def test_stopping_stops_everything_before_it_answers(server: LiveServer) -> None:
+    unfinished = [t["id"] for t in training(server, all="true").json() if t["status"] in ("SUBMITTED", "RUNNING")]
+    stopped = requests.delete(f"{server.url}/train/", timeout=PATIENCE_S).json()
+    # The Slicer extension shows the last of the details.
+    assert (stopped["status"], stopped["id"] in unfinished, bool(stopped["details"][-1])) == ("STOPPED", True, True)
+    assert not any(processes_of(task) for task in unfinished)
+    assert stats(server)["status"] == "stopped"
+    assert training(server, check_if_running="true").status_code == 404
+    known = {task["id"]: task["status"] for task in training(server, all="true").json()}
+    assert {known[task] for task in unfinished} == {"STOPPED"}
+    assert training(server).json()["status"] == "STOPPED"
+
+
+def test_a_killed_server_finishes_its_training_after_a_restart(
+    start: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
+) -> None:
+    task = requests.post(f"{server.url}/train/segmentation", json={"steps": 20}, timeout=60).json()["id"]
+
+    def under_way() -> bool:
+        seen = stats(server)
+        assert seen["queue"]["running"] in (None, task)
+        assert not seen["total_time"], "nothing of the training before is shown"
+        assert 0 <= seen["epoch"] <= seen["total_epochs"]
+        return seen["status"] == "running" and seen.get("step", 0) > 0
+
+    wait_for(under_way, "the training takes its first step")
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    again = start(cohort.studies, CONF, serve_command)
+    most = 0
+
+    def ended() -> bool:
+        nonlocal most
+        answer = training(again)
+        assert (answer.status_code, answer.json()["id"]) == (200, task), "its id never becomes unknown"
+        most = max(most, len(processes_of(task)))
+        return answer.json()["status"] not in ("SUBMITTED", "RUNNING")
+
+    wait_for(ended, "the training ends")
+    assert training(again).json()["status"] == "DONE", training(again).json()
+    assert most == 1, "two processes never train at once"
+    # What was learnt of these labels need not be better than what was there.
+    assert (stats(again)["task_id"], stats(again)["status"] in ("done", "rejected")) == (task, True)
+    check_labels(again, cohort)
+
+    # And one that dies by itself is told as that.
+    died = requests.post(f"{again.url}/train/segmentation", json={"steps": 4000}, timeout=60).json()["id"]
+    (process,) = wait_for(lambda: processes_of(died), "its process runs")
+    process.kill()
+    wait_for(lambda: training(again).json()["status"] == "ERROR", "the death is noticed")
+    assert "SIGKILL" in training(again).json()["error"]
+    assert (stats(again)["status"] in ("failed", "stopped"), bool(stats(again)["error"])) == (True, True)
+
+    # Two annotators submit the same case in the same moment: both labels are kept, one of them is current.
+    case = next(iter(cohort.cases))
+    together = threading.Barrier(2)
+
+    def submit(name: str, voxels: int) -> int:
+        label = cohort.label(case, voxels)
+        together.wait()
+        return again.submit(case, label, client_id=name, model_version="v0001").status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(submit, ("anna", "ben"), (3001, 3002))) == [200, 200]
+    cohort.submitted += [(case, 3001, "anna"), (case, 3002, "ben")]
+    check_labels(again, cohort)
+    query = {"image": case, "revision": 1, "client_id": "carla"}
+    restored = requests.post(f"{again.url}/deformux/labels/restore", params=query, timeout=60).json()
+    assert (restored["annotator"], restored["restored_from"]) == ("carla", 1)
+    for log in (server.log, again.log):
+        assert "Exception in ASGI application" not in log.read_text()
+
+
+def test_leases_are_exclusive_in_time_and_across_restarts(tmp_path: Path) -> None:
+    now = [1000.0]
+    leases = Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0])
+    cases = [f"case {n}" for n in range(40)]
+    everybody = threading.Barrier(8)
+
+    def ask(name: str) -> list[str | None]:
+        # As if in a process of its own.
+        own = Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0])
+        everybody.wait()
+        return [own.claim(name, cases) for _ in range(5)]
+
+    with ThreadPoolExecutor(8) as pool:
+        given = [case for got in pool.map(ask, [f"annotator {n}" for n in range(8)]) for case in got]
+    assert sorted(map(str, given)) == sorted(cases), "asking again skips to another; nobody gets what another has"
+    assert leases.claim("somebody new", cases) is None
+    mine = [case for case, lease in leases.active().items() if lease.annotator == "annotator 3"]
+    assert leases.claim("annotator 3", cases) in mine, "their own come round again"
+    leases.release("case 7")
+    assert leases.claim("somebody new", cases) == "case 7"
+    now[0] += 600
+    assert leases.claim("somebody else", ["case 7"]) == "case 7", "it has expired"
+    assert len(Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0]).active()) == 1
