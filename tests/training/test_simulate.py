@@ -155,6 +155,8 @@ def test_snapshots_of_earlier_rounds_give_samples_that_disagree(cohort: Path, tm
         (["--rounds", "9"], "rounds need 18 volumes to label, the pool has 8"),
         (["--test-fraction", "0"], "leaves nothing to test"),
         (["--strategy", "bald", "--set", "flip_axes=,"], "--snapshots 2"),
+        (["--set", "flip_axes=none"], "flip_axes must be some of 0, 1, 2"),
+        (["--output", "/dev/null/results", "--seeds", "1"], "Not a directory"),
     ],
 )
 def test_what_cannot_be_simulated_is_said_in_a_sentence(

@@ -34,7 +34,7 @@ def clear_errors() -> Iterator[None]:
     """What a user can cause ends in one sentence."""
     try:
         yield
-    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError) as error:
+    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError, OSError) as error:
         console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:

@@ -98,6 +98,10 @@ class Recipe:
             )
         if not 0 <= self.foreground_ratio <= 1:
             raise ValueError(f"foreground_ratio must be between 0 and 1; got {self.foreground_ratio}")
+        if not isinstance(self.flip_axes, tuple) or not set(self.flip_axes) <= {0, 1, 2}:
+            raise ValueError(
+                f"flip_axes must be some of 0, 1, 2, such as '0,' (and ',' for none); got {self.flip_axes!r}"
+            )
 
     def replace(self, **changes: Any) -> Recipe:
         """A recipe with some values changed; raises ValueError naming the valid ones where a name is unknown."""

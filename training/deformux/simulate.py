@@ -123,6 +123,7 @@ def simulate(
     Raises:
         ValueError: the pool is smaller than the last round needs.
         TrainingError, InvalidVolume: as ``fit`` and ``evaluate``.
+        OSError: the folder cannot be written to.
     """
     needed = plan.start + (plan.rounds - 1) * plan.batch
     if needed > len(pool):
@@ -130,6 +131,8 @@ def simulate(
             f"{plan.rounds} rounds need {needed} volumes to label, the pool has {len(pool)}: "
             "choose fewer rounds, a smaller batch or a smaller test fraction"
         )
+    # Where nothing can be written, that is better known before hours of training.
+    (folder / "measurements").mkdir(parents=True, exist_ok=True)
     lab = _Laboratory(plan, pool, test, folder, on_progress)
     result: list[Round] = []
     for row, computed in _rounds(plan, lab):
