@@ -7,7 +7,9 @@ not order either way round and that no order of the threads uncovers, and anythi
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
+import mmap
 import os
 import re
 import shutil
@@ -20,7 +22,9 @@ from typing import Any, Protocol
 import torch
 
 SHIM = Path(__file__).with_name("cuda_shim.h")
+STACK_BYTES = 256 * 1024 + 576
 FLAGS = (
+    f"-DDEFORM3D_STACK_BYTES={STACK_BYTES}",
     *("-std=c++17", "-O1", "-march=native", "-fPIC", "-shared", "-fno-gnu-unique", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"),
 )
@@ -138,9 +142,20 @@ class EmulatedRuntime:
             *block,
             ctypes.c_size_t(shared_bytes),
             self.order,
+            _stacks(),
         )
         if problem:
             raise KernelError(f"{kernel.name}: {problem.decode()}")
+
+
+@functools.cache
+def _stacks() -> ctypes.Array[ctypes.c_char]:
+    """The stacks of a block's threads, kept from launch to launch: mapping them takes longer than most.
+
+    Mapped rather than allocated, so that a sanitizer neither fills nor guards them; untouched, they take no memory.
+    """
+    memory = mmap.mmap(-1, MOST_THREADS * STACK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return (ctypes.c_char * len(memory)).from_buffer(memory)
 
 
 def missing_compiler() -> str:

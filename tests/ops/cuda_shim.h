@@ -11,7 +11,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include <utility>
 
@@ -38,7 +37,8 @@ static Dim3 blockIdx, blockDim, gridDim, threadIdx;
 namespace emulated {
 
 constexpr int WARP = 32;
-constexpr size_t PAGE = 4096, STACK = 64 * PAGE;
+constexpr size_t STACK = DEFORM3D_STACK_BYTES;
+constexpr uint64_t UNTOUCHED = 0x5ca1ab1e0ddba11;
 enum Wait { NOTHING, BLOCK, SYNCWARP, SHUFFLE, FINISHED };
 
 #if defined(__x86_64__)
@@ -189,6 +189,23 @@ static inline void arrange(unsigned* places, unsigned count, int order) {
   }
 }
 
+static inline bool run_warp(unsigned number, int order) {
+  unsigned lanes[WARP];
+  arrange(lanes, warps[number].threads, order);
+  bool ever = false;
+  for (bool moved = true; moved && !message[0]; ever |= moved) {
+    moved = false;
+    for (int i = 0; i < warps[number].threads && !message[0]; i++) {
+      current = fibers + number * WARP + lanes[i];
+      if (current->waits != NOTHING) continue;
+      moved = true;
+      threadIdx = current->index;
+      switch_context(scheduler, current->context);
+    }
+  }
+  return ever;
+}
+
 static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes, int order) {
   // malloc aligns to 16 bytes, as CUDA promises no more for dynamic shared memory declared so.
   shared_memory = static_cast<unsigned char*>(malloc(shared_bytes));
@@ -196,22 +213,18 @@ static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes
   memset(fibers, 0, sizeof(Fiber) * block_threads);
   for (int i = 0; i < block_threads; i++) {
     fibers[i].index = {i % blockDim.x, i / blockDim.x, 0};
-    prepare(fibers[i].context, stacks + i * (STACK + PAGE) + PAGE, run_thread);
+    prepare(fibers[i].context, stacks + i * STACK, run_thread);
     Warp& warp = warps[i / WARP];
     warp.threads = block_threads - i / WARP * WARP < WARP ? block_threads - i / WARP * WARP : WARP;
     warp.arrived = 0;
   }
   block_arrived = 0;
+  // A warp runs until its threads wait for the block, which leaves the others as far behind as they may be.
+  const unsigned all = (block_threads + WARP - 1) / WARP;
   for (bool moved = true; moved && !message[0];) {
     moved = false;
-    arrange(places, block_threads, order);
-    for (int i = 0; i < block_threads && !message[0]; i++) {
-      current = fibers + places[i];
-      if (current->waits != NOTHING) continue;
-      moved = true;
-      threadIdx = current->index;
-      switch_context(scheduler, current->context);
-    }
+    arrange(places, all, order);
+    for (unsigned i = 0; i < all; i++) moved |= run_warp(places[i], order);
   }
   int waiting[FINISHED + 1] = {};
   for (int i = 0; i < block_threads; i++) waiting[fibers[i].waits]++;
@@ -222,7 +235,7 @@ static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes
 }
 
 static inline const char* launch(void (*entry)(const int64_t*), const int64_t* values, unsigned grid, unsigned block_x,
-                          unsigned block_y, size_t shared_bytes, int order) {
+                          unsigned block_y, size_t shared_bytes, int order, char* stacks) {
   kernel = entry;
   arguments = values;
   message[0] = 0;
@@ -230,15 +243,10 @@ static inline const char* launch(void (*entry)(const int64_t*), const int64_t* v
   gridDim = {grid, 1, 1};
   blockDim = {block_x, block_y, 1};
   block_threads = int(block_x * block_y);
-  const size_t space = block_threads * (STACK + PAGE);
-  // Mapped, not allocated: a sanitizer would fill and guard it. A page below each stack stops one that overflows.
-  char* stacks = static_cast<char*>(
-      mmap(nullptr, space, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  if (stacks == MAP_FAILED) return "no memory for the threads' stacks";
-  for (int i = 0; i < block_threads; i++) mprotect(stacks + i * (STACK + PAGE), PAGE, PROT_NONE);
+  for (int i = 0; i < block_threads; i++) *reinterpret_cast<uint64_t*>(stacks + i * STACK) = UNTOUCHED;
   fibers = new Fiber[block_threads];
   warps = new Warp[(block_threads + WARP - 1) / WARP];
-  unsigned* places = new unsigned[block_threads];
+  unsigned* places = new unsigned[(block_threads + WARP - 1) / WARP];
   unsigned* blocks = new unsigned[grid];
   arrange(blocks, grid, order);
   for (unsigned i = 0; i < grid && !message[0]; i++) {
@@ -249,7 +257,8 @@ static inline const char* launch(void (*entry)(const int64_t*), const int64_t* v
   delete[] places;
   delete[] warps;
   delete[] fibers;
-  munmap(stacks, space);
+  for (int i = 0; i < block_threads; i++)
+    if (*reinterpret_cast<uint64_t*>(stacks + i * STACK) != UNTOUCHED) fail("a thread's stack overflowed");
   return message[0] ? message : nullptr;
 }
 
@@ -289,8 +298,8 @@ T add(T* address, T value) {
   static void deform3d_call(const int64_t* values) { emulated::call(&name, values); }                                \
   extern "C" int deform3d_arguments() { return emulated::count(&name); }                                             \
   extern "C" const char* deform3d_launch(const int64_t* values, unsigned grid, unsigned block_x, unsigned block_y,   \
-                                         size_t shared_bytes, int order) {                                           \
-    return emulated::launch(deform3d_call, values, grid, block_x, block_y, shared_bytes, order);                     \
+                                         size_t shared_bytes, int order, char* stacks) {                             \
+    return emulated::launch(deform3d_call, values, grid, block_x, block_y, shared_bytes, order, stacks);             \
   }
 
 static inline unsigned char* deform3d_shared_memory() { return emulated::shared_memory; }
