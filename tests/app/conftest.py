@@ -106,7 +106,7 @@ def run_training(server: LiveServer, **options: Any) -> Training:
     started = requests.post(f"{server.url}/train/segmentation", json=options, timeout=60)
     assert started.status_code == 200, started.text
     training = Training()
-    end = time.monotonic() + 240
+    end = time.monotonic() + 540
     while time.monotonic() < end:
         training.task = requests.get(f"{server.url}/train/", timeout=60).json()
         stats = requests.get(f"{server.url}/info/", timeout=60).json()["train_stats"]["segmentation"]
@@ -120,12 +120,12 @@ def run_training(server: LiveServer, **options: Any) -> Training:
 
 @pytest.fixture(scope="session")
 def trainings(server: LiveServer, volumes: dict[str, Volume]) -> list[Training]:
-    """Two trainings in a row: a few steps on two labels, then enough on six to find the organs."""
+    """Two trainings in a row: a few steps on three labels, then enough on six to find the organs."""
     cases = [volumes[f"case_{number}"] for number in range(6)]
-    for case in cases[:2]:
+    for case in cases[:3]:
         assert server.submit(case.id, case.label).status_code == 200
     first = run_training(server, steps=2)
-    for case in cases[2:]:
+    for case in cases[3:]:
         assert server.submit(case.id, case.label).status_code == 200
     return [first, run_training(server, steps=80, learning_rate=0.003)]
 

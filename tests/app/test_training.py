@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import time
@@ -15,10 +16,10 @@ import requests
 from live import APP, LABELS, LiveServer, Volume
 
 from conftest import CONF, Training
+from deformux.gate import Assignment
 from deformux.versions import ModelVersions
 from deformux.weights import load_model
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.trainers.finetune import held_out
 
 
 def state_of(studies: Path) -> Path:
@@ -59,21 +60,22 @@ def test_versions_are_published_with_their_cards(trainings: list[Training], stud
     assert first.labels == second.labels == LABELS
     assert first.parent is None
     assert second.parent == "v0001"
-    assert first.training_cases == ("case_0", "case_1")
-    # Two cases cannot be divided; six are, by their ids alone.
+    assert first.training_cases == ("case_0", "case_1", "case_2")
+    # The first four train and the fifth validates; of those that come together the hash of the id says which.
     cases = {f"case_{number}" for number in range(6)}
-    validation = {case for case in cases if held_out(case)}
+    assignment = Assignment(state_of(studies) / "assignment.json")
+    validation = {case for case in cases if assignment.validates(case)}
     assert validation
+    assert not validation & set(first.training_cases)
     assert set(second.training_cases) == cases - validation
     assert set(second.validation["per_case"]) == validation
     assert trainings[1].final["best_metric"] == round(second.validation["mean_dice"], 5) > 0.5
-
-
-def test_the_held_out_part_is_about_a_fifth_and_never_drifts() -> None:
-    ids = [f"patient_{number}" for number in range(2000)]
-    assert 0.17 < np.mean([held_out(case) for case in ids]) < 0.23
-    # As it was when this was written: another assignment would validate on what earlier versions were trained on.
-    assert [n for n in range(20) if held_out(ids[n])] == [0, 12, 14, 15, 16, 18]
+    # What was measured, and what was not.
+    assert (first.provisional, second.provisional) == (True, False)
+    assert second.gate["candidate"] > (second.gate["incumbent"] or 0)
+    assert trainings[1].final["reason"] == second.gate["reason"]
+    labels = {case: hashlib.sha256((studies / "labels/final" / f"{case}.nii.gz").read_bytes()) for case in cases}
+    assert second.training_labels == {case: labels[case].hexdigest() for case in cases - validation}
 
 
 def test_dice_of_a_corrected_proposal(server: LiveServer, volumes: dict[str, Volume], trainings: list) -> None:
