@@ -11,11 +11,12 @@ export SAM2_BUILD_CUDA := 0
 # Two processes that compute at once (server and training) stall each other tenfold if waiting threads spin.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: help demo serve test test-all lint bench clean
+.PHONY: help demo serve test test-all test-gpu lint bench bench-gpu clean
 help:
 	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
 	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (more: README, options table)"
 	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
+	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
 $(READY): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "DeformUX Label needs Python 3.10 or 3.11 (found: $$(python3 --version 2>&1))." \
@@ -50,6 +51,25 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/deform_conv3d_cpu.py
 	$(BIN)/python benchmarks/inference.py
+
+# The two targets below need an NVIDIA GPU. PYTHON_GPU names a Python of any version that has torch, cupy, numpy and
+# pytest (and monai, for the network): nothing is installed then, the sources are read where they are. Without it they
+# use .venv, and install CuPy there for CUDA 13, or 12 with CUDA=12.
+PYTHON_GPU ?=
+CUDA ?= 13
+DEVICE ?= cuda:0
+ON_GPU = PYTHONPATH="$(CURDIR)/ops:$(CURDIR)/training$${PYTHONPATH:+:$$PYTHONPATH}" $(or $(PYTHON_GPU),$(BIN)/python)
+CUPY := .venv/.cupy-$(CUDA)
+
+$(CUPY): $(READY)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cuda$(CUDA)]'
+	@touch $@
+
+test-gpu: $(if $(PYTHON_GPU),,$(CUPY))
+	$(ON_GPU) -m pytest tests/ops tests/gpu --device $(DEVICE) $(PYTEST_OPTIONS)
+
+bench-gpu: $(if $(PYTHON_GPU),,$(CUPY))
+	$(ON_GPU) benchmarks/deform_conv3d_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(BENCH_OPTIONS)
 
 clean:
 	rm -rf .venv demo runs
