@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from monai.networks.nets import UNet
+from typer.testing import CliRunner
 
 from deformux.cases import Case
+from deformux.cli import app
 from deformux.engine import FitResult, TrainingStopped, fit
 from deformux.recipe import RECIPES, Recipe
 from deformux.sampling import draw_order
@@ -108,3 +110,19 @@ def test_new_cases_are_drawn_twice_as_often_and_all_equally_early() -> None:
         assert sorted(order[start : start + 4]) == [0, 1, 2, 2]
     assert order != draw_order(["a", "b", "c"], {"c"}, oversampling=2, draws=400, seed=4)
     assert sorted(draw_order(["a", "b"], {"a", "b"}, oversampling=2, draws=2, seed=0)) == [0, 1], "all new is none new"
+
+
+def test_the_command_goes_on_where_it_ended(write_case, tmp_path: Path) -> None:
+    write_case("a", size=(16, 16, 16))
+    output = tmp_path / "model.safetensors"
+    options = ["--labels", "ball,box", "--patch-size", "16,16,16", "--set", "steps=1", "--set", "epochs=1"]
+    command = ["fit", str(tmp_path), str(output), *options, "--resume"]
+    # The model cannot be written, after all that training.
+    output.mkdir()
+    assert CliRunner().invoke(app, command).exit_code != 0
+    output.rmdir()
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "went on after step 1" in done.output
+    assert output.is_file()
+    assert not (tmp_path / "model.resume").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from deformux.cases import InvalidFolder, find_cases, find_images, label_names, volume_id
+from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
     assignments,
     clear_errors,
@@ -86,6 +88,9 @@ def fit_command(
     start_from: Annotated[str, typer.Option(help="Model file or shipped name to fine-tune from.")] = "",
     subset: Annotated[str, typer.Option(help="Subset of split.json to train on, e.g. train.")] = "",
     validate: Annotated[int, typer.Option(help="Hold out this many cases to choose the best weights.", min=0)] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
     device: Device = "auto",
     threads: Threads = 0,
@@ -109,6 +114,8 @@ def fit_command(
         if start_from:
             warm_start(network, model_path(start_from))
         train_cases = [case for i, case in enumerate(cases) if i not in held_out]
+        # A folder of its own: what a killed process was writing goes with it.
+        kept = output.with_suffix(".resume")
         with _bar("training") as bar:
             task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
 
@@ -126,6 +133,7 @@ def fit_command(
                 device=where,
                 on_progress=show,
                 seed=seed,
+                checkpoint=kept / "checkpoint.safetensors" if resume else None,
             )
         card = ModelCard(
             labels=tuple(names),
@@ -133,12 +141,17 @@ def fit_command(
             preset=preset,
             parent=start_from or None,
             training_cases=tuple(case.id for case in train_cases),
-            recipe={**plan.to_json(), "seed": seed},
+            training_labels={case.id: label_checksum(case) for case in train_cases},
+            recipe=plan.to_json(),
+            seed=seed,
             validation={"mean_dice": result.best_dice, "per_case": result.per_case},
             seconds=round(result.seconds, 1),
             device=device_name(where),
         )
         save_model(output, network, card)
+        shutil.rmtree(kept, ignore_errors=True)
+        if result.resumed_from:
+            console.print(f"went on after step {result.resumed_from}")
         console.print(
             f"{output}: {len(train_cases)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}"
         )
