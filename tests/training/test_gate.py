@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ def test_a_damaged_assignment_is_not_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "{"
 
 
-def judge(candidate: Scores, incumbent: Scores | None, **options: bool) -> Decision:
+def judge(candidate: Scores, incumbent: Scores | None, **options: Any) -> Decision:
     shares = {case: [0.05, 0.05] for case in candidate}
     return decide(candidate, incumbent, labels=LABELS, shares=shares, **options)
 
@@ -91,6 +92,18 @@ def test_the_rule(candidate: list[float], incumbent: list[float], publish: bool,
     assert words in decision.reason
     assert not decision.provisional
     assert decision.counted == ("x", "y")
+
+
+def test_small_falls_do_not_add_up() -> None:
+    published, best, falls = {"x": [0.8, 0.8]}, ("v0001", {"x": [0.8, 0.8]}), 0
+    while True:
+        candidate = {"x": [value - 0.0015 for value in published["x"]]}
+        decision = judge(candidate, published, champion=best)
+        if not decision.publish:
+            break
+        published, falls = candidate, falls + 1
+    assert falls == 3
+    assert "worse than v0001 was: mean Dice 0.7940 instead of 0.8000" in decision.reason
 
 
 def test_without_validation_cases_a_model_is_provisional() -> None:

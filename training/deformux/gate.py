@@ -29,6 +29,8 @@ _VALIDATION_SHARE = 5
 _MEAN_TOLERANCE = 0.002
 _LABEL_TOLERANCE = 0.05
 _TYPICAL_TOLERANCE = 0.005
+# Fall of the mean Dice from the best model of the line, however many publications it takes.
+_TOTAL_TOLERANCE = 0.005
 # The median says something from this many cases on.
 _FEWEST_FOR_MEDIAN = 3
 
@@ -101,6 +103,8 @@ class Decision:
         provisional: nothing could be measured; the next model that can be measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
             the other model does find it there; None where nothing was scored.
+        best: mean Dice of the best model of the line on the counted cases.
+        champion: name of that model, where it is another than this candidate.
         labels: label to mean Dice of incumbent and candidate on the counted cases.
         counted: the validation cases that decided.
         doubtful: validation cases that did not count, and why.
@@ -111,6 +115,8 @@ class Decision:
     provisional: bool = False
     candidate: float | None = None
     incumbent: float | None = None
+    best: float | None = None
+    champion: str | None = None
     labels: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     counted: tuple[str, ...] = ()
     doubtful: Mapping[str, str] = field(default_factory=dict)
@@ -131,13 +137,15 @@ def decide(
     *,
     labels: Sequence[str],
     shares: Scores,
+    champion: tuple[str, Scores] | None = None,
     incumbent_is_provisional: bool = False,
 ) -> Decision:
     """Compare two models on the same validation cases.
 
     The candidate is published when, over the cases that count, its mean Dice is at least the incumbent's minus 0.002,
     no label's mean falls by more than 0.05, and, from three cases on, the median case does not fall by more than 0.005:
-    a few wrong labels, which a model may learn to match, must not outvote the rest.
+    a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean lie more than
+    0.005 below that of the champion, the best model of the line: small falls must not add up.
 
     A case does not count where neither model is better than chance, or where both are less than half as good as on
     the median case: its label is more likely wrong than both models, and the report names it. Chance is the Dice of
@@ -147,6 +155,7 @@ def decide(
     Args:
         candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; none for no incumbent.
         labels: names, in the order of the scores.
+        champion: name of the best model of the line, if that is not the incumbent, and its scores on the same cases.
         shares: case id to the share of the volume that each label fills, 0 to 1.
         incumbent_is_provisional: the incumbent was published without having been measured.
 
@@ -178,11 +187,18 @@ def decide(
         if not np.isnan(old[:, index]).all()
     }
     publish, reason = _verdict(means, by_label, [_mean(b) - _mean(a) for a, b in zip(old, new, strict=True)])
+    best, name = means[0], None
+    if champion is not None:
+        name, best = champion[0], mean_dice([champion[1][case] for case in counted])
+        if publish and means[1] < best - _TOTAL_TOLERANCE:
+            publish, reason = False, f"worse than {name} was: mean Dice {means[1]:.4f} instead of {best:.4f}"
     return Decision(
         publish,
         f"{reason} on {_cases(counted)}",
         candidate=means[1],
         incumbent=means[0],
+        best=best,
+        champion=name,
         labels=by_label,
         counted=counted,
         doubtful=doubtful,

@@ -300,9 +300,33 @@ class Learner:
             return Decision(False, f"not measured, as no validation case is labelled any more; {published} stays")
         name = published or f"{_FOREIGN}{path.stem}"
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
-        return self._decide(candidate, scores, plan, provisional=provisional)
+        champion = self._champion(card)
+        best = None
+        if champion is not None and champion != published:
+            best_path = self.versions.path(champion)
+            best = self.scores.scores(champion, best_path, plan.validation, plan.checksums, device=options.device)
+        decision = self._decide(
+            candidate, scores, plan, provisional=provisional, champion=(champion, best) if champion and best else None
+        )
+        # Of incumbent, champion and candidate, the best so far is what the next round must not fall behind.
+        if decision.candidate is not None and decision.candidate >= (decision.best or 0):
+            return dataclasses.replace(decision, champion=None)
+        return dataclasses.replace(decision, champion=decision.champion or published)
 
-    def _decide(self, candidate: Scores, incumbent: Scores | None, plan: _Plan, *, provisional: bool) -> Decision:
+    def _champion(self, card: ModelCard) -> str | None:
+        """The best model before a published one, where that was better; a rollback thus also goes back in this."""
+        name = card.gate.get("champion")
+        return name if name in self.versions.names() else None
+
+    def _decide(
+        self,
+        candidate: Scores,
+        incumbent: Scores | None,
+        plan: _Plan,
+        *,
+        provisional: bool,
+        champion: tuple[str, Scores] | None = None,
+    ) -> Decision:
         shares = {case.id: plan.facts[case.id].shares for case in plan.validation}
         return decide(candidate, incumbent, labels=self.labels, shares=shares, incumbent_is_provisional=provisional)
 

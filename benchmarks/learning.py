@@ -1,0 +1,208 @@
+"""What the learning loop makes of hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
+
+    python benchmarks/learning.py --data ../shared/data/hippocampus [--part target|corrupted] [--rounds 50] [--steps 60]
+
+Cases come from the split's ``train``; ``val`` is only scored, never trained on and never chosen by. Rounds go through
+``deformux.learning.Learner``, as in the app: frozen validation cases, gate, versions.
+
+target: ten labelled volumes from scratch, then ten more. corrupted: ten correct ones, then one label each round, of
+which a share (``--corrupt``) is wrong: random voxels, another case's label, labels swapped, empty, or moved. With
+``--state`` an interrupted run goes on. Writes benchmarks/results/learning_<part>.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+from _machine import machine_lines
+
+from deformux.cases import Case, find_cases
+from deformux.engine import TrainingError
+from deformux.files import write_text
+from deformux.inference import evaluate
+from deformux.learning import Learner, Round
+from deformux.metrics import mean_dice
+from deformux.recipe import RECIPES
+from deformux.transforms import Preprocessing
+from deformux.weights import load_model
+
+LABELS = ("anterior", "posterior")
+PREP = Preprocessing("mr", patch_size=(48, 64, 48))
+RESULTS = Path(__file__).parent / "results"
+CORRUPTIONS = ("noise", "another case's", "swapped", "empty", "moved")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--part", choices=("target", "corrupted"), default="target")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first-steps", type=int, default=400, help="of the training from scratch")
+    parser.add_argument("--steps", type=int, default=0, help="of the later ones; 0: 200 (target) or 60 (corrupted)")
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--corrupt", type=float, default=0.3)
+    parser.add_argument("--val", type=int, default=40, help="val cases to score on, at most")
+    parser.add_argument("--state", type=Path, help="folder that keeps the project between runs; default: temporary")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    state = arguments.state or Path(tempfile.mkdtemp(prefix="learning-"))
+    try:
+        (target if arguments.part == "target" else corrupted)(arguments, state)
+    finally:
+        if arguments.state is None:
+            shutil.rmtree(state)
+
+
+class Loop:
+    """A project on the train cases, whose published version is scored on val whenever it changes."""
+
+    def __init__(self, arguments: argparse.Namespace, state: Path) -> None:
+        self.state = state
+        self.learner = Learner(state, labels=LABELS, preprocessing=PREP, keep=2)
+        rng = np.random.default_rng(arguments.seed)
+        self.cases = [find_cases(arguments.data, subset="train")[i] for i in rng.permutation(160)]
+        self.val = find_cases(arguments.data, subset="val")[: arguments.val]
+        self._scored: dict[str, float] = {}
+
+    def round(self, cases: Sequence[Case], *, first_steps: int, steps: int) -> dict[str, object]:
+        """Learn from the cases; what it gave, with the published version's Dice on val."""
+        started, computing = time.monotonic(), time.process_time()
+        scratch, gentle = (
+            RECIPES[name].replace(
+                steps=count, epochs=max(1, min(20, count // 20)), batch_size=1, ema_decay=1 - 1 / max(2.0, 0.1 * count)
+            )
+            for name, count in (("finetune", first_steps), ("continue", steps))
+        )
+        try:
+            outcome = self.learner.learn(cases, Round(scratch_recipe=scratch, continue_recipe=gentle))
+            told = {
+                "version": outcome.version,
+                "published": outcome.published,
+                "reason": outcome.decision.reason,
+                "set_aside": sorted(outcome.set_aside),
+                "doubtful": sorted(outcome.decision.doubtful),
+                "counted": len(outcome.decision.counted),
+            }
+        except TrainingError as error:
+            told = {"version": None, "published": False, "reason": str(error)}
+        seconds, computing = time.monotonic() - started, time.process_time() - computing
+        served = self.learner.versions.published()
+        return {
+            **told,
+            "seconds": round(seconds, 1),
+            "labelled": len(cases),
+            "served": served,
+            "val": self.dice(served),
+        }
+
+    def dice(self, version: str | None) -> float | None:
+        if version is None:
+            return None
+        if version not in self._scored:
+            network, card = load_model(self.learner.versions.path(version))
+            scores = evaluate(network, self.val, card.preprocessing, n_labels=len(LABELS))
+            self._scored[version] = round(mean_dice(list(scores.values())), 4)
+        return self._scored[version]
+
+
+def target(arguments: argparse.Namespace, state: Path) -> None:
+    loop = Loop(arguments, state)
+    steps = arguments.steps or 200
+    rows = [loop.round(loop.cases[:count], first_steps=arguments.first_steps, steps=steps) for count in (10, 20)]
+    facts = [
+        f"tiny from scratch, {arguments.first_steps} steps; then {steps} steps and, as the labels have doubled, "
+        f"{arguments.first_steps} from scratch; one patch of 48×64×48 per step",
+        f"scored on {len(loop.val)} val cases; seconds include validation and the gate, not the scoring on val",
+    ]
+    write("target", "Two rounds of ten labelled volumes", rows, facts)
+
+
+def corrupted(arguments: argparse.Namespace, state: Path) -> None:
+    loop = Loop(arguments, state)
+    rng = np.random.default_rng(arguments.seed + 1)
+    labelled, rows, wrong = loop.cases[:10], [], []
+    submitted = loop.cases[10 : 10 + arguments.rounds - 1]
+    steps = arguments.steps or 60
+    journal = state / "rounds.json"
+    done = json.loads(journal.read_text()) if journal.is_file() else []
+    for number in range(arguments.rounds):
+        kind = None
+        if number > 0:
+            case = submitted[number - 1]
+            if rng.random() < arguments.corrupt:
+                kind = CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))]
+                case = corrupt(case, kind, loop.cases[(number * 7) % 160], rng, state / "corrupted")
+                wrong.append(case.id)
+            labelled = [*labelled, case]
+        if number < len(done):
+            rows.append(done[number])
+            continue
+        rows.append({**loop.round(labelled, first_steps=arguments.first_steps, steps=steps), "corrupted": kind})
+        write_text(journal, json.dumps(rows))
+        print(number + 1, rows[-1], flush=True)
+    best = np.fmax.accumulate([row["val"] for row in rows])
+    fall = max(before - row["val"] for before, row in zip(best, rows, strict=True))
+    facts = [
+        f"{len(rows)} rounds, one submit each, {len(wrong)} of them corrupted ({', '.join(CORRUPTIONS)}); "
+        f"{arguments.first_steps} steps in the first round, then {steps}",
+        f"scored on {len(loop.val)} val cases with their correct labels",
+        f"published in {sum(bool(row['published']) for row in rows)} rounds; Dice first {rows[0]['val']}, "
+        f"last {rows[-1]['val']}, best {max(best):.4f}; **largest fall from the best so far {fall:.4f}** (limit 0.01)",
+    ]
+    write("corrupted", "Rounds of learning from partly corrupted labels", rows, facts)
+
+
+def corrupt(case: Case, kind: str, other: Case, rng: np.random.Generator, folder: Path) -> Case:
+    """The case with a wrong label of the given kind."""
+    file = nib.load(case.label)
+    label = np.asarray(file.dataobj).astype(np.uint8)
+    if kind == "noise":
+        label = rng.integers(0, 3, label.shape).astype(np.uint8)
+    elif kind == "swapped":
+        label = np.array([0, 2, 1], np.uint8)[label]
+    elif kind == "empty":
+        label = np.zeros_like(label)
+    elif kind == "moved":
+        label = np.roll(label, 10, axis=int(rng.integers(3)))
+    else:
+        theirs = np.asarray(nib.load(other.label).dataobj).astype(np.uint8)
+        label = np.zeros_like(label)
+        common = tuple(slice(0, min(a, b)) for a, b in zip(label.shape, theirs.shape, strict=True))
+        label[common] = theirs[common]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / case.label.name
+    nib.save(nib.Nifti1Image(label, file.affine), path)
+    return dataclasses.replace(case, label=path)
+
+
+def write(part: str, title: str, rows: Sequence[dict[str, object]], facts: Sequence[str]) -> None:
+    """The table as markdown and JSON."""
+    heads = ("round", "labelled", "submitted", "seconds", "CPU seconds", "published", "served", "Dice on val", "why")
+    lines = [f"# {title}", "", *(f"- {line}" for line in (*machine_lines(), *facts)), ""]
+    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for number, row in enumerate(rows, start=1):
+        published = "yes" if row["published"] else "no"
+        cells = (number, row["labelled"], row.get("corrupted") or "correct", row["seconds"])
+        cells += (row["cpu_seconds"], published, row["served"])
+        lines.append("| " + " | ".join(str(cell) for cell in (*cells, row["val"], row["reason"])) + " |")
+    text = "\n".join(lines) + "\n"
+    write_text(RESULTS / f"learning_{part}.md", text)
+    write_text(
+        RESULTS / f"learning_{part}.json", json.dumps({"facts": list(facts), "rounds": list(rows)}, indent=1) + "\n"
+    )
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
