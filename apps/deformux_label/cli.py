@@ -8,15 +8,14 @@ import socket
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from deformux_label.lib.configs.project import InvalidOption, Project
-
 if TYPE_CHECKING:
+    from deformux_label.lib.configs.project import Project
     from deformux_label.lib.datastore import CheckedDatastore
 
 __all__ = ["app", "app_folder"]
@@ -97,6 +96,11 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve a folder of volumes to 3D Slicer and other MONAI Label clients."""
+    # Read when OpenMP is loaded, with the imports below: threads that wait must not spin while a training needs the
+    # processors.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from deformux_label.lib.configs.project import InvalidOption, Project
+
     conf = {
         "labels": labels,
         "modality": modality,
@@ -117,7 +121,7 @@ def serve(
     _start(studies, project, host, port)
 
 
-def _start(studies: str, project: Project, host: str, port: int) -> NoReturn:
+def _start(studies: str, project: Project, host: str, port: int) -> None:
     """Become MONAI Label's own server."""
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
     arguments += ["--uvicorn_app", "deformux_label.server:app"]
@@ -125,10 +129,12 @@ def _start(studies: str, project: Project, host: str, port: int) -> NoReturn:
         arguments += ["--conf", key, value]
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address http://{host}:{port}")
     sys.stdout.flush()
-    # What OpenMP reads when it is loaded, which has happened here: threads that wait must not spin while a training
-    # needs the processors. And MLflow, where it is not switched off, refuses what MONAI Label sets up.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "MONAI_LABEL_TRACKING_ENABLED": "false", **os.environ}
-    os.execve(sys.executable, [sys.executable, "-m", "monailabel.main", *arguments], environment)
+    # MLflow, where it is not switched off, refuses what MONAI Label sets up.
+    os.environ.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
+    from monailabel.main import Main
+
+    sys.argv = ["monailabel", *arguments]
+    Main().run()
 
 
 def app_folder() -> Path:

@@ -96,6 +96,17 @@ def test_a_segment_without_a_label_is_refused(store: CheckedDatastore, volume: V
         store.save_label("scan", str(volume.label), "final", {"label_info": [{"name": "liver"}]})
 
 
+def test_a_partly_painted_label(store: CheckedDatastore, volume: Volume, tmp_path: Path) -> None:
+    """255 is a voxel that nobody has labelled, whatever the segments are numbered."""
+    sent = np.array([255, 2, 1], np.uint8)[volume.truth]
+    label = write(tmp_path / "sent.nii.gz", sent, volume.affine)
+    info = {"label_info": [{"name": "spleen"}, {"name": "liver"}], "annotated": ["liver"]}
+    store.save_label("scan", str(label), "final", info)
+    assert (saved(store) == np.array([255, 1, 2], np.uint8)[volume.truth]).all()
+    with pytest.raises(HTTPException, match="liver, spleen"):
+        store.save_label("scan", str(volume.label), "final", {"annotated": ["tumour"]})
+
+
 def test_another_process_changes_the_index_too(store: CheckedDatastore, volume: Volume) -> None:
     """Scoring runs in a process of its own; with MONAI Label's datastore it undoes what the server wrote meanwhile."""
     store.update_image_info("scan", {"a": 1})

@@ -35,7 +35,7 @@ BAD = [
     ("labels", "a,,b", ("comma-separated",)),
     ("labels", "a,b,a", ("'a' twice",)),
     ("labels", "liver,background", ("background",)),
-    ("labels", ",".join(f"l{i}" for i in range(256)), ("255",)),
+    ("labels", ",".join(f"l{i}" for i in range(255)), ("254",)),
     ("presets", "tiny", OPTIONS),
 ]
 

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import LoadImage
 from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from deformux.transforms import InvalidVolume, LoadLabeld, LoadVolumed, geometry_difference
+from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, geometry_difference
 
 from .infers.writer import write_labels
 
@@ -34,9 +34,13 @@ def checked_labels(
     The Slicer extension numbers the segments it saves by their position and lists their names in ``label_info``. A
     radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name.
 
+    Voxels of 255 are unlabelled; ``annotated`` in ``info`` lists the labels that were looked for, if not all were.
+
     Raises:
-        HTTPException: 422 where the label is unreadable, on another grid than its image, or has foreign values.
+        HTTPException: 422 where the label is unreadable, on another grid than its image, or has foreign values, or
+            where what was annotated is no label of the project.
     """
+    _check_annotated(info, names)
     with tempfile.TemporaryDirectory() as folder:
         yield _checked(label, image, image_id, names, _segment_names(info), Path(folder))
 
@@ -47,7 +51,7 @@ def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent
     try:
         scan = LoadVolumed("image")({"image": image})
         ordered = _in_voxel_order_of(scan["image"], label, folder)
-        volumes = LoadLabeld("label", n_labels=n_values)({**scan, "label": ordered or label})
+        volumes = LoadLabeld("label", n_labels=n_values, unlabelled=True)({**scan, "label": ordered or label})
     except InvalidVolume as error:
         file = (ordered or label).name
         message = str(error).replace(f"label {file}", file)
@@ -55,18 +59,26 @@ def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent
         valid = ", ".join(f"{value} {name}" for value, name in enumerate(sent or names, start=1))
         raise HTTPException(422, f"{message} ({valid})" if "whole numbers" in message else message) from error
     values = volumes["label"][0].numpy().astype(np.uint8)
-    to_project = np.zeros(n_values + 1, dtype=np.uint8)
+    to_project = np.zeros(256, dtype=np.uint8)
+    to_project[UNLABELLED] = UNLABELLED
     for value, name in enumerate(sent or names, start=1):
         if name in names:
             to_project[value] = names.index(name) + 1
         elif (values == value).any():
             raise HTTPException(422, f"segment {name!r} is not a label of this project, which has {', '.join(names)}")
-    if ordered is None and (to_project == np.arange(n_values + 1)).all():
+    if ordered is None and (to_project[: n_values + 1] == np.arange(n_values + 1)).all():
         return label
     rewritten = folder / "label.nii.gz"
     affine = np.asarray(volumes["label"].affine, dtype=float)
     write_labels(rewritten, to_project[values], affine, {name: v for v, name in enumerate(names, start=1)})
     return rewritten
+
+
+def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
+    annotated = info.get("annotated")
+    if annotated is None or (isinstance(annotated, list) and annotated and set(map(str, annotated)) <= set(names)):
+        return
+    raise HTTPException(422, f"annotated must be a list of labels of {', '.join(names)}; got {annotated!r}")
 
 
 def _in_voxel_order_of(scan: MetaTensor, label: Path, folder: Path) -> Path | None:

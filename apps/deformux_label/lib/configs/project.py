@@ -27,8 +27,8 @@ _RESERVED = frozenset(
         *("batch_size", "device", "learning_rate", "start_from", "steps"),
     }
 )
-# Results are uint8, and Slicer asks for uint8.
-_MOST_LABELS = 255
+# Results are uint8, and Slicer asks for uint8; of a submitted label 255 means that nobody has labelled the voxel.
+_MOST_LABELS = 254
 
 
 class InvalidOption(ValueError):
