@@ -110,7 +110,8 @@ def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
 
 
 def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
-    return tuple(n for n in (8, 4, 2, 1) if n * dtype.itemsize <= _VECTOR_BYTES)
+    """Loads of 16 bytes, of 8 bytes, and of one channel."""
+    return tuple(n for n in (8, 4, 2, 1) if n == 1 or n * dtype.itemsize in (_VECTOR_BYTES, _VECTOR_BYTES // 2))
 
 
 def vector_of(channels: int, *tensors: Tensor | None, most: int = _VECTOR_BYTES) -> int:
