@@ -1,0 +1,132 @@
+"""The training task in a process of its own: stopped politely, continued, failed, and what its status says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from live import LABELS, Volume, write_volume
+
+from deformux.versions import ModelVersions
+from deformux_label.lib.datastore import CheckedDatastore
+
+# A network of a hundredth of the size, under the name of an ordinary one: what is tested happens around it.
+PROGRAM = """
+import json, logging, sys
+from pathlib import Path
+import deformux.network
+deformux.network.PRESETS = {"tiny": deformux.network.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
+from fastapi import HTTPException
+from deformux.transforms import Preprocessing
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.models import ServedModels
+from deformux_label.lib.trainers.finetune import FineTune
+logging.basicConfig(level=logging.INFO)
+folder, state, labels, request = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), json.loads(sys.argv[4])
+project = Project(tuple(labels), "tiny", Preprocessing("ct", (3.0, 3.0, 3.0), (16, 16, 16)))
+task = FineTune(project, ServedModels(project, state), state)
+try:
+    task(request, CheckedDatastore(str(folder), labels=labels))
+except HTTPException as error:
+    sys.exit(f"{error.status_code} {error.detail}")
+"""
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> tuple[Path, CheckedDatastore, list[Volume]]:
+    folder = tmp_path / "studies"
+    volumes = [
+        write_volume(folder / f"case_{number}.nii.gz", tmp_path / "labels" / f"case_{number}.nii.gz", seed=number)
+        for number in range(2)
+    ]
+    return folder, CheckedDatastore(str(folder), labels=LABELS), volumes
+
+
+def train(folder: Path, state: Path, **request: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, folder, state, ",".join(LABELS), json.dumps(request)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def status(state: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((state / "training.json").read_text())
+    except FileNotFoundError:
+        return {}
+    # What the Slicer extension computes with, whatever happened.
+    assert 0 <= values["epoch"] / values["total_epochs"] <= 1
+    assert 0 <= values["best_metric"] <= 1
+    assert math.isfinite(values["total_time"])
+    return values
+
+
+def test_stopped_by_sigterm_it_goes_on(studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path) -> None:
+    folder, datastore, volumes = studies
+    state = tmp_path / "state"
+    nothing = train(folder, state)
+    assert "409 training needs at least 1 submitted label" in nothing.communicate()[1]
+    datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
+    # More steps than anybody waits for.
+    request = {"steps": 1_000_000, "batch_size": 1, "task_id": "t1"}
+    steps = 0
+    for attempt in ("first", "second"):
+        process = train(folder, state, **request)
+        while not (told := status(state)).get("step", 0) > steps or told["status"] != "running":
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        steps = told["step"]
+        process.send_signal(signal.SIGTERM)
+        log = process.communicate()[1]
+        assert process.returncode == 128 + signal.SIGTERM, log
+        assert ("resuming after" in log) == (attempt == "second")
+        told = status(state)
+        assert (told["status"], told["task_id"], told["total_time"]) == ("stopped", "t1", 0)
+        assert "can be continued" in told["error"]
+        assert ModelVersions(state / "versions").names() == []
+
+    other = train(folder, state, steps=2, batch_size=1)
+    log = other.communicate()[1]
+    assert other.returncode == 0, log
+    assert "had other labels or options; starting anew" in log
+    told = status(state)
+    assert (told["status"], told["version"], told["published"]) == ("done", "v0001", True)
+    assert told["provisional"]
+    assert told["epoch"] == told["total_epochs"]
+    assert told["total_time"] > 0
+    assert "too few labelled cases" in told["reason"]
+    # A pinned version stays, and the client is told why.
+    versions = ModelVersions(state / "versions")
+    versions.pin()
+    datastore.save_label(volumes[1].id, str(volumes[1].label), "final", {"annotated": [LABELS[0]]})
+    third = train(folder, state, steps=1, batch_size=1)
+    assert third.wait() == 0
+    told = status(state)
+    assert (told["status"], told["version"], told["published"]) == ("rejected", "v0002", False)
+    assert "v0001 is pinned" in told["reason"]
+    assert versions.published() == "v0001"
+
+
+def test_a_training_that_cannot_work_says_why(
+    studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
+) -> None:
+    folder, datastore, volumes = studies
+    state = tmp_path / "state"
+    datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
+    # Damaged after it was accepted.
+    shutil.copy(Path(__file__), folder / "labels" / "final" / f"{volumes[0].id}.nii.gz")
+    failed = train(folder, state, steps=1)
+    assert f"422 no label can be learnt from; {volumes[0].id}" in failed.communicate()[1]
+    told = status(state)
+    assert told["status"] == "failed"
+    assert "cannot be read as a volume" in told["error"]
+    assert ModelVersions(state / "versions").published() is None
