@@ -146,7 +146,8 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
         assert outcome == -signal.SIGKILL
     assert step > 10
     assert outcomes == {(False, False), (True, False), (True, True)}, "every stage was hit"
-    # The next write finds no lock held, and removes what the killed ones left.
+    # The next write finds no lock held, and removes what the killed ones left, half a file of safetensors among it.
+    (tmp_path / ".tmpAbCdEf").write_bytes(b"half")
     assert versions.write(model(), CARD) not in used
     kept = {f"{name}{suffix}" for name in versions.names() for suffix in (".json", ".safetensors")}
     assert {path.name for path in tmp_path.iterdir()} == kept | {"publications.json", ".lock"}

@@ -27,7 +27,7 @@ from deformux.recipe import RECIPES, Recipe
 from deformux.scorebook import ScoreBook
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, read_card, warm_start
+from deformux.weights import InvalidModel, ModelCard, read_card, remove_unfinished, warm_start
 
 __all__ = ["Learner", "Outcome"]
 
@@ -167,8 +167,7 @@ class Learner:
         if written is not None:
             # Killed between writing and publishing: the decision is in the card.
             return self._publish(written.name, written.card, Decision.from_json(written.card.gate), plan)
-        for leftover in work.glob(".writing-*"):
-            leftover.unlink(missing_ok=True)
+        remove_unfinished(work)
         last = self._last_from_scratch()
         doubled = bool(plan.parent and plan.validation and last and len(plan.training) >= 2 * last)
         parts = [recipe, scratch_recipe] if doubled else [recipe]

@@ -15,7 +15,7 @@ import torch
 from filelock import FileLock
 
 from deformux.files import write_text
-from deformux.weights import ModelCard, read_card, save_model
+from deformux.weights import ModelCard, read_card, remove_unfinished, save_model
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
@@ -239,8 +239,7 @@ class ModelVersions:
 
     def _remove_leftovers(self) -> None:
         """Only under the lock, under which nothing is being written."""
-        for path in self.root.glob(".writing-*"):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.root)
         for card in self._numbered(".json"):
             if not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)

@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "pretrained_path",
     "read_card",
+    "remove_unfinished",
     "save_model",
     "warm_start",
 ]
@@ -108,6 +109,14 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
     write_text(path.with_suffix(".json"), card.to_json())
     with replacing(path) as temporary:
         save_file(state, temporary)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what killed processes were writing into a folder, where nobody else is writing now."""
+    # Ours, and the file that safetensors itself writes before it renames.
+    for pattern in (".writing-*", ".tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def read_card(path: Path) -> ModelCard:

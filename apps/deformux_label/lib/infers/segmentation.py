@@ -29,7 +29,7 @@ __all__ = ["UNTRAINED", "Segmentation"]
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = "There is no trained model yet: submit at least two labels and train, or start from a pretrained model."
+UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
 
 class Segmentation(BasicInferTask):
