@@ -37,11 +37,15 @@ serve: $(READY)
 		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
 		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)")
 
+# Real servers and trainings need the cores to themselves; what computes on one of them runs two files at a time.
+PARALLEL := -n 2 --dist loadfile tests/ops tests/gpu tests/training tests/test_imports.py
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m pytest tests/app
 
 test-all: lint
-	$(BIN)/python -m pytest --runslow
+	$(BIN)/python -m pytest --runslow $(PARALLEL)
+	$(BIN)/python -m pytest --runslow tests/app
 
 lint: $(READY)
 	$(BIN)/ruff check .
