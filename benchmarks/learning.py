@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -74,9 +75,15 @@ class Loop:
         self.cases = [find_cases(arguments.data, subset="train")[i] for i in rng.permutation(160)]
         self.val = find_cases(arguments.data, subset="val")[: arguments.val]
         self._scored: dict[str, float] = {}
+        self._journal = state / "rounds.json"
+        self.rows: list[dict[str, Any]] = json.loads(self._journal.read_text()) if self._journal.is_file() else []
 
-    def round(self, cases: Sequence[Case], *, first_steps: int, steps: int) -> dict[str, object]:
-        """Learn from the cases; what it gave, with the published version's Dice on val."""
+    def round(
+        self, number: int, cases: Sequence[Case], *, first_steps: int, steps: int, submitted: str = "correct"
+    ) -> None:
+        """Learn from the cases, unless it was done; a row says what it gave, with the published version's Dice."""
+        if number < len(self.rows):
+            return
         started, computing = time.monotonic(), time.process_time()
         scratch, gentle = (
             RECIPES[name].replace(
@@ -98,13 +105,10 @@ class Loop:
             told = {"version": None, "published": False, "reason": str(error)}
         seconds, computing = time.monotonic() - started, time.process_time() - computing
         served = self.learner.versions.published()
-        return {
-            **told,
-            "seconds": round(seconds, 1),
-            "labelled": len(cases),
-            "served": served,
-            "val": self.dice(served),
-        }
+        told |= {"seconds": round(seconds, 1), "cpu_seconds": round(computing, 1), "labelled": len(cases)}
+        self.rows.append({**told, "served": served, "val": self.dice(served), "submitted": submitted})
+        write_text(self._journal, json.dumps(self.rows))
+        print(len(self.rows), self.rows[-1], flush=True)
 
     def dice(self, version: str | None) -> float | None:
         if version is None:
@@ -119,42 +123,37 @@ class Loop:
 def target(arguments: argparse.Namespace, state: Path) -> None:
     loop = Loop(arguments, state)
     steps = arguments.steps or 200
-    rows = [loop.round(loop.cases[:count], first_steps=arguments.first_steps, steps=steps) for count in (10, 20)]
+    for number, count in enumerate((10, 20)):
+        loop.round(number, loop.cases[:count], first_steps=arguments.first_steps, steps=steps)
     facts = [
         f"tiny from scratch, {arguments.first_steps} steps; then {steps} steps and, as the labels have doubled, "
         f"{arguments.first_steps} from scratch; one patch of 48×64×48 per step",
         f"scored on {len(loop.val)} val cases; seconds include validation and the gate, not the scoring on val",
     ]
-    write("target", "Two rounds of ten labelled volumes", rows, facts)
+    write("target", "Two rounds of ten labelled volumes", loop.rows, facts)
 
 
 def corrupted(arguments: argparse.Namespace, state: Path) -> None:
     loop = Loop(arguments, state)
     rng = np.random.default_rng(arguments.seed + 1)
-    labelled, rows, wrong = loop.cases[:10], [], []
+    labelled, wrong = loop.cases[:10], 0
     submitted = loop.cases[10 : 10 + arguments.rounds - 1]
     steps = arguments.steps or 60
-    journal = state / "rounds.json"
-    done = json.loads(journal.read_text()) if journal.is_file() else []
     for number in range(arguments.rounds):
-        kind = None
+        kind = "correct"
         if number > 0:
             case = submitted[number - 1]
             if rng.random() < arguments.corrupt:
                 kind = CORRUPTIONS[int(rng.integers(len(CORRUPTIONS)))]
                 case = corrupt(case, kind, loop.cases[(number * 7) % 160], rng, state / "corrupted")
-                wrong.append(case.id)
+                wrong += 1
             labelled = [*labelled, case]
-        if number < len(done):
-            rows.append(done[number])
-            continue
-        rows.append({**loop.round(labelled, first_steps=arguments.first_steps, steps=steps), "corrupted": kind})
-        write_text(journal, json.dumps(rows))
-        print(number + 1, rows[-1], flush=True)
+        loop.round(number, labelled, first_steps=arguments.first_steps, steps=steps, submitted=kind)
+    rows = loop.rows
     best = np.fmax.accumulate([row["val"] for row in rows])
     fall = max(before - row["val"] for before, row in zip(best, rows, strict=True))
     facts = [
-        f"{len(rows)} rounds, one submit each, {len(wrong)} of them corrupted ({', '.join(CORRUPTIONS)}); "
+        f"{len(rows)} rounds, one submit each, {wrong} of them corrupted ({', '.join(CORRUPTIONS)}); "
         f"{arguments.first_steps} steps in the first round, then {steps}",
         f"scored on {len(loop.val)} val cases with their correct labels",
         f"published in {sum(bool(row['published']) for row in rows)} rounds; Dice first {rows[0]['val']}, "
@@ -186,14 +185,14 @@ def corrupt(case: Case, kind: str, other: Case, rng: np.random.Generator, folder
     return dataclasses.replace(case, label=path)
 
 
-def write(part: str, title: str, rows: Sequence[dict[str, object]], facts: Sequence[str]) -> None:
+def write(part: str, title: str, rows: Sequence[dict[str, Any]], facts: Sequence[str]) -> None:
     """The table as markdown and JSON."""
     heads = ("round", "labelled", "submitted", "seconds", "CPU seconds", "published", "served", "Dice on val", "why")
     lines = [f"# {title}", "", *(f"- {line}" for line in (*machine_lines(), *facts)), ""]
     lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for number, row in enumerate(rows, start=1):
         published = "yes" if row["published"] else "no"
-        cells = (number, row["labelled"], row.get("corrupted") or "correct", row["seconds"])
+        cells = (number, row["labelled"], row["submitted"], row["seconds"])
         cells += (row["cpu_seconds"], published, row["served"])
         lines.append("| " + " | ".join(str(cell) for cell in (*cells, row["val"], row["reason"])) + " |")
     text = "\n".join(lines) + "\n"
