@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("target", "corrupted"), default="target")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first-steps", type=int, default=400, help="of the training from scratch")
+    parser.add_argument("--first-steps", type=int, default=300, help="of the training from scratch")
     parser.add_argument("--steps", type=int, default=0, help="of the later ones; 0: 200 (target) or 60 (corrupted)")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--corrupt", type=float, default=0.3)

@@ -54,12 +54,13 @@ class TrainingStatus:
         """The last training, or nothing before the first; one whose process is gone has stopped."""
         try:
             values = json.loads(self.path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return {}
         if values["status"] == "running" and not _alive(values["process"]):
             values |= {
                 "status": "stopped",
-                "error": "the training was stopped before it finished; no model was published",
+                "error": "the training was stopped before it finished; no model was published, and the next one on the "
+                "same labels goes on from the last checkpoint",
             }
         return _public(values)
 
