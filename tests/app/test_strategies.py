@@ -192,10 +192,12 @@ def test_scoring_that_is_killed_goes_on_where_it_was(desk: Desk) -> None:
     for name in early["scores"]:
         early["scores"][name]["entropy"] = 0.5
     path.write_text(json.dumps(early))
+    (path.parent / ".tmpAbCdEf").write_bytes(b"half of a file of features")
     desk.scores.update(desk.datastore)
     kept = desk.kept(model)
     assert set(kept["scores"]) == set(CASES)
     assert {name: kept["scores"][name] for name in early["scores"]} == early["scores"]
+    assert {p.name for p in path.parent.iterdir()} == {path.name, f"{model}.safetensors", ".lock"}
 
 
 def scored(folder: Path) -> set[str]:

@@ -26,7 +26,7 @@ from deformux.network import DeformUXNet
 from deformux.selection import NEEDS_SCORES, VolumeScores, choose, encode, observe
 from deformux.selection.records import read_features, write_features
 from deformux.transforms import InvalidVolume, Preprocessing
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, warm_start
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, remove_unfinished, warm_start
 
 from ..configs.project import Project
 from ..models import ServedModels
@@ -109,6 +109,7 @@ class SelectionScores:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.folder / ".lock", timeout=0):
+                remove_unfinished(self.folder)
                 model = None
                 while wanted() and model != self.current():
                     model = self.current()
