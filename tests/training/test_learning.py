@@ -145,6 +145,8 @@ def test_killed_at_every_rename_a_round_publishes_one_version(write_case, tmp_pa
     versions = ModelVersions(tmp_path / "state" / "versions")
     last = versions.published()
     assert last is not None
+    told = [entry.version for entry in versions.history()]
+    assert len(set(told)) == len(told), "a version was published twice"
     runs = [info.card.run for info in versions.infos()]
     assert len(set(runs)) == len(runs), "a round was written twice"
     assert versions.card(last).training_cases == ("c0",)

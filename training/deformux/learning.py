@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import shutil
-import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +15,15 @@ from safetensors import SafetensorError
 from deformux.cases import Case
 from deformux.checkpoint import label_checksum
 from deformux.engine import FitResult, Progress, TrainingError, fit
-from deformux.files import write_text
 from deformux.gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
 from deformux.network import DeformUXNet
 from deformux.quality import LabelFacts
 from deformux.recipe import RECIPES, Recipe
+from deformux.run_state import RunState
 from deformux.scorebook import ScoreBook
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, read_card, remove_unfinished, warm_start
+from deformux.weights import InvalidModel, ModelCard, read_card, warm_start
 
 __all__ = ["Learner", "Outcome"]
 
@@ -97,6 +93,11 @@ class _Plan:
         return self.parent is not None and not self.parent.startswith(_FOREIGN)
 
     @property
+    def training_labels(self) -> dict[str, str]:
+        """Case id to label checksum."""
+        return {case.id: self.checksums[case.id] for case in self.training}
+
+    @property
     def new(self) -> set[str]:
         """Cases that the parent has not seen, or not with this label."""
         return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
@@ -123,6 +124,7 @@ class Learner:
         self.labels, self.preprocessing, self.preset, self.keep = tuple(labels), preprocessing, preset, keep
         self.versions = ModelVersions(self.root / "versions")
         self.assignment = Assignment(self.root / "assignment.json")
+        self.run_state = RunState(self.root / "training")
         self.scores = ScoreBook(self.root, self.labels)
 
     def learn(
@@ -158,16 +160,21 @@ class Learner:
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> Outcome:
+        interrupted = self._publish_interrupted()
         plan = self._plan(cases, options)
+        if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
+            return interrupted
         device, seed, scratch_recipe = options.device, options.seed, options.scratch_recipe
         recipe = options.continue_recipe if plan.continues else scratch_recipe
-        work = self.root / "training"
-        run_id = _run_id(work, plan, recipe, scratch_recipe, seed)
-        written = next((info for info in reversed(self.versions.infos()) if info.card.run == run_id), None)
-        if written is not None:
-            # Killed between writing and publishing: the decision is in the card.
-            return self._publish(written.name, written.card, Decision.from_json(written.card.gate), plan)
-        remove_unfinished(work)
+        run_id = self.run_state.begin(
+            {
+                "training": plan.training_labels,
+                "validation": {case.id: plan.checksums[case.id] for case in plan.validation},
+                "parent": plan.parent,
+                "recipes": [recipe.to_json(), scratch_recipe.to_json()],
+                "seed": seed,
+            }
+        )
         last = self._last_from_scratch()
         doubled = bool(plan.parent and plan.validation and last and len(plan.training) >= 2 * last)
         parts = [recipe, scratch_recipe] if doubled else [recipe]
@@ -185,7 +192,7 @@ class Learner:
                 device=device,
                 on_progress=_part_of(on_progress, [p.steps for p in parts], [p.epochs for p in parts], part),
                 seed=seed,
-                checkpoint=work / f"checkpoint-{part}.safetensors",
+                checkpoint=self.run_state.checkpoint(part),
                 checkpoint_seconds=options.checkpoint_seconds,
                 stop=stop,
             )
@@ -211,7 +218,7 @@ class Learner:
             preset=self.preset,
             parent=plan.parent,
             training_cases=tuple(case.id for case in plan.training),
-            training_labels={case.id: plan.checksums[case.id] for case in plan.training},
+            training_labels=plan.training_labels,
             recipe=recipe.to_json(),
             seed=seed,
             validation={"mean_dice": result.best_dice, "per_case": result.per_case},
@@ -227,7 +234,21 @@ class Learner:
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
         self.scores.remember(name, result.per_case, plan.checksums, keep=self.versions.names())
-        return self._publish(name, card, decision, plan)
+        return self._publish(name, card, decision, plan.set_aside)
+
+    def _publish_interrupted(self) -> Outcome | None:
+        """What a round did that was killed between writing its version and publishing it, if there was one."""
+        run_id = self.run_state.under_way()
+        written = next((info for info in self.versions.infos() if run_id and info.card.run == run_id), None)
+        if written is None:
+            return None
+        # The decision, with its numbers, is in the card.
+        decision = Decision.from_json(written.card.gate)
+        if written.ever_published:
+            # Even this was done, and may have been rolled back since.
+            self.run_state.end()
+            return Outcome(written.name, written.published, decision, written.card)
+        return self._publish(written.name, written.card, decision, {})
 
     def _plan(self, cases: Sequence[Case], options: Round) -> _Plan:
         if not cases:
@@ -329,7 +350,7 @@ class Learner:
         shares = {case.id: plan.facts[case.id].shares for case in plan.validation}
         return decide(candidate, incumbent, labels=self.labels, shares=shares, incumbent_is_provisional=provisional)
 
-    def _publish(self, name: str, card: ModelCard, decision: Decision, plan: _Plan) -> Outcome:
+    def _publish(self, name: str, card: ModelCard, decision: Decision, set_aside: Mapping[str, str]) -> Outcome:
         published = decision.publish and self.versions.publish_trained(name, decision.reason)
         if decision.publish and not published:
             pinned = self.versions.pinned()
@@ -337,32 +358,9 @@ class Learner:
         logger.info("%s is %s: %s", name, "published" if published else "not published", decision.reason)
         for case, reason in decision.doubtful.items():
             logger.warning("Validation case %s did not count: %s", case, reason)
-        shutil.rmtree(self.root / "training", ignore_errors=True)
+        self.run_state.end()
         self.versions.prune(self.keep)
-        return Outcome(name, published, decision, card, plan.set_aside)
-
-
-def _run_id(work: Path, plan: _Plan, recipe: Recipe, scratch_recipe: Recipe, seed: int) -> str:
-    """The id of the round under way where it has the same labels, start and options, else a new one, which is kept."""
-    same = {
-        "training": {case.id: plan.checksums[case.id] for case in plan.training},
-        "validation": {case.id: plan.checksums[case.id] for case in plan.validation},
-        "parent": plan.parent,
-        "recipes": json.loads(json.dumps([recipe.to_json(), scratch_recipe.to_json()])),
-        "seed": seed,
-    }
-    path = work / "run.json"
-    try:
-        under_way = json.loads(path.read_text())
-        if under_way["of"] == same:
-            return str(under_way["id"])
-        logger.info("The interrupted training had other labels or options; starting anew")
-    except (FileNotFoundError, ValueError, KeyError):
-        pass
-    shutil.rmtree(work, ignore_errors=True)
-    run_id = uuid.uuid4().hex
-    write_text(path, json.dumps({"id": run_id, "started": int(time.time()), "of": same}))
-    return run_id
+        return Outcome(name, published, decision, card, set_aside)
 
 
 def _part_of(

@@ -124,8 +124,8 @@ class FineTune(TrainTask):
         for image in sorted(datastore.get_labeled_images()):
             label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
             annotated = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("annotated")
-            names = tuple(str(name) for name in annotated) if isinstance(annotated, list) else None
-            cases.append(Case(image, Path(datastore.get_image_uri(image)), label, names))
+            known = tuple(name for name in self.project.labels if isinstance(annotated, list) and name in annotated)
+            cases.append(Case(image, Path(datastore.get_image_uri(image)), label, known or None))
         return cases
 
     def _round(self, recipe: Recipe, request: Mapping[str, Any]) -> Round:

@@ -1,0 +1,62 @@
+"""The folder of the round under way: which round it is, and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deformux.files import write_text
+from deformux.weights import remove_unfinished
+
+__all__ = ["RunState"]
+
+logger = logging.getLogger(__name__)
+
+
+class RunState:
+    """A round's id and checkpoints, from its first step until it is published or not; one round at a time.
+
+    Args:
+        folder: made by ``begin``, deleted by ``end``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def under_way(self) -> str | None:
+        """The id of a round that did not end, or None."""
+        return self._read().get("id")
+
+    def begin(self, of: Mapping[str, Any]) -> str:
+        """The id of the round under way if it is one ``of`` the same labels, start and options, else of a new one."""
+        same = json.loads(json.dumps(of))
+        before = self._read()
+        if before.get("of") == same:
+            remove_unfinished(self.folder)
+            return str(before["id"])
+        if before:
+            logger.info("The interrupted training had other labels or options; starting anew")
+        self.end()
+        run_id = uuid.uuid4().hex
+        write_text(self.folder / "run.json", json.dumps({"id": run_id, "started": int(time.time()), "of": same}))
+        return run_id
+
+    def checkpoint(self, part: int) -> Path:
+        """Checkpoint file of a part of the round."""
+        return self.folder / f"checkpoint-{part}.safetensors"
+
+    def end(self) -> None:
+        """Forget the round."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / "run.json").read_text()))
+        except (FileNotFoundError, ValueError):
+            return {}
