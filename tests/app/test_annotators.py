@@ -85,13 +85,29 @@ def stats(server: LiveServer) -> dict[str, Any]:
 
 
 def processes_of(task: str) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
-            task in part for part in process.info["cmdline"] or []
-        ):
-            found.append(process)
-    return found
+    """Trainings of this task, without the workers that they may have."""
+    alive = (p for p in psutil.process_iter(["cmdline", "status", "ppid"]) if p.info["status"] != psutil.STATUS_ZOMBIE)
+    found = [process for process in alive if any(task in part for part in process.info["cmdline"] or [])]
+    return [process for process in found if process.info["ppid"] not in [other.pid for other in found]]
+
+
+def train(server: LiveServer, steps: int, **query: str) -> requests.Response:
+    return requests.post(f"{server.url}/train/segmentation", params=query, json={"steps": steps}, timeout=60)
+
+
+def stop(server: LiveServer) -> Any:
+    return requests.delete(f"{server.url}/train/", timeout=PATIENCE_S).json()
+
+
+def wait_for_a_step(server: LiveServer, task: str) -> None:
+    def under_way() -> bool:
+        seen = stats(server)
+        assert seen["queue"]["running"] in (None, task)
+        assert not seen["total_time"], "nothing of the training before is shown"
+        assert 0 <= seen["epoch"] <= seen["total_epochs"]
+        return seen["status"] == "running" and seen.get("step", 0) > 0
+
+    wait_for(under_way, "the training takes its first step")
 
 
 def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: pytest.FixtureRequest) -> None:
@@ -170,49 +186,42 @@ def voxels_of(label: bytes) -> int:
 
 def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer) -> None:
     """One runs, at most one of the server's own waits."""
-    first = wait_for(lambda: training(server, check_if_running="true").json().get("id"), "a training is queued")
+    wait_for(lambda: training(server, check_if_running="true").ok, "a training is queued")
     automatic = [task for task in training(server, all="true").json() if task["automatic"]]
     assert 2 <= len(automatic) <= 4, "the submits above are six times what --conf auto_train asks for"
-    by_hand = requests.post(f"{server.url}/train/segmentation", json={"steps": 5}, timeout=60)
+    by_hand = train(server, 4000)
     assert by_hand.status_code == 200, "one that the server began by itself is no obstacle"
-    again = requests.post(f"{server.url}/train/segmentation", json={"steps": 5}, timeout=60)
+    again = train(server, 4000)
     assert again.status_code == 429
     assert by_hand.json()["id"] in again.json()["detail"]
-    queued = requests.post(
-        f"{server.url}/train/segmentation", params={"enqueue": "true"}, json={"steps": 6}, timeout=60
-    )
+    queued = train(server, 4001, enqueue="true")
     assert queued.status_code == 200
-    waiting = stats(server)["queue"]["waiting"]
-    assert waiting[-2:] == [by_hand.json()["id"], queued.json()["id"]]
-    assert first not in waiting
+    state = stats(server)["queue"]
+    assert [state["running"], *state["waiting"]][-2:] == [by_hand.json()["id"], queued.json()["id"]]
+    # The server's own may just have been about to end.
+    assert stop(server)["status"] in ("STOPPED", "DONE")
+    known = {task["id"]: task["status"] for task in training(server, all="true").json()}
+    assert known[by_hand.json()["id"]] == known[queued.json()["id"]] == "STOPPED"
 
 
-def test_stopping_stops_everything_before_it_answers(server: LiveServer) -> None:
-    unfinished = [t["id"] for t in training(server, all="true").json() if t["status"] in ("SUBMITTED", "RUNNING")]
-    stopped = requests.delete(f"{server.url}/train/", timeout=PATIENCE_S).json()
+def test_stopping_answers_when_everything_has_stopped(server: LiveServer) -> None:
+    task, other = train(server, 4000).json()["id"], train(server, 4000, enqueue="true").json()["id"]
+    wait_for_a_step(server, task)
+    stopped = stop(server)
     # The Slicer extension shows the last of the details.
-    assert (stopped["status"], stopped["id"] in unfinished, bool(stopped["details"][-1])) == ("STOPPED", True, True)
-    assert not any(processes_of(task) for task in unfinished)
+    assert (stopped["status"], stopped["id"], bool(stopped["details"][-1])) == ("STOPPED", task, True)
+    assert not processes_of(task)
     assert stats(server)["status"] == "stopped"
     assert training(server, check_if_running="true").status_code == 404
     known = {task["id"]: task["status"] for task in training(server, all="true").json()}
-    assert {known[task] for task in unfinished} == {"STOPPED"}
-    assert training(server).json()["status"] == "STOPPED"
+    assert known[task] == known[other] == training(server).json()["status"] == "STOPPED"
 
 
 def test_a_killed_server_finishes_its_training_after_a_restart(
     start: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
 ) -> None:
-    task = requests.post(f"{server.url}/train/segmentation", json={"steps": 20}, timeout=60).json()["id"]
-
-    def under_way() -> bool:
-        seen = stats(server)
-        assert seen["queue"]["running"] in (None, task)
-        assert not seen["total_time"], "nothing of the training before is shown"
-        assert 0 <= seen["epoch"] <= seen["total_epochs"]
-        return seen["status"] == "running" and seen.get("step", 0) > 0
-
-    wait_for(under_way, "the training takes its first step")
+    task = train(server, 100).json()["id"]
+    wait_for_a_step(server, task)
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
     again = start(cohort.studies, CONF, serve_command)
@@ -233,7 +242,7 @@ def test_a_killed_server_finishes_its_training_after_a_restart(
     check_labels(again, cohort)
 
     # And one that dies by itself is told as that.
-    died = requests.post(f"{again.url}/train/segmentation", json={"steps": 4000}, timeout=60).json()["id"]
+    died = train(again, 4000).json()["id"]
     (process,) = wait_for(lambda: processes_of(died), "its process runs")
     process.kill()
     wait_for(lambda: training(again).json()["status"] == "ERROR", "the death is noticed")
