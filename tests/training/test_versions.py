@@ -158,15 +158,18 @@ def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
     versions.publish("v0001")
     before = (tmp_path / "publications.json").read_text()
 
+    # Made here, not in the forked process: torch's threads do not survive a fork.
+    large = nn.Linear(300, 300)
+
     def write_too_much() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        ModelVersions(tmp_path).write(nn.Linear(300, 300), CARD)
+        ModelVersions(tmp_path).write(large, CARD)
 
     assert in_a_process(write_too_much) == 1
     assert versions.names() == ["v0001"]
     assert versions.published() == "v0001"
     assert json.loads(before)["history"] == json.loads((tmp_path / "publications.json").read_text())["history"]
-    assert versions.write(nn.Linear(300, 300), CARD) == "v0003"
+    assert versions.write(large, CARD) == "v0003"
     assert not list(tmp_path.glob("v0002*"))
 
 

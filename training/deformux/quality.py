@@ -40,7 +40,8 @@ def label_facts(case: Case, labels: Sequence[str]) -> LabelFacts:
     value = coherence(label)
     fault = ""
     if value is not None and value < _LEAST_COHERENCE:
-        fault = f"its voxels are as unrelated as random ones (coherence {value:.2f}, expected at least {_LEAST_COHERENCE})"
+        found = f"coherence {value:.2f}, expected at least {_LEAST_COHERENCE}"
+        fault = f"its voxels are as unrelated as random ones ({found})"
     return LabelFacts(shares, fault)
 
 
