@@ -18,7 +18,12 @@ from deformux.weights import ModelCard
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, help="List, inspect, publish and roll back the versions of a project's model.")
-console = Console()
+
+
+def _console() -> Console:
+    """A new one each time: it reads the terminal's width when it is made."""
+    return Console()
+
 
 Folder = Annotated[
     Path, typer.Argument(help="Folder that holds the versions: versions/ in the project's state, or that state folder.")
@@ -37,16 +42,18 @@ def list_command(folder: Folder) -> None:
             card = info.card
             cells = (card.created, card.parent or "scratch", str(len(card.training_cases)), _dice(card), _state(info))
             table.add_row(info.name, *cells, style="bold" if info.published else None)
-        console.print(table)
+        _console().print(table)
         for entry in versions.history():
-            console.print(f"{entry.time}  {entry.kind:9}{entry.version}  {entry.by}: {entry.reason}", highlight=False)
+            _console().print(
+                f"{entry.time}  {entry.kind:9}{entry.version}  {entry.by}: {entry.reason}", highlight=False
+            )
 
 
 @app.command()
 def show(folder: Folder, name: Name) -> None:
     """Print the card of a version: where it comes from, and why it was published or not."""
     with _clear_errors():
-        console.print_json(_open(folder).card(name).to_json())
+        _console().print_json(_open(folder).card(name).to_json())
 
 
 @app.command()
@@ -54,7 +61,7 @@ def publish(folder: Folder, name: Name, reason: Reason = "published by hand") ->
     """Serve this version from now on."""
     with _clear_errors():
         _open(folder).publish(name, reason, by=getpass.getuser())
-        console.print(f"{name} is published")
+        _console().print(f"{name} is published")
 
 
 @app.command()
@@ -62,7 +69,7 @@ def rollback(folder: Folder, reason: Reason = "rolled back") -> None:
     """Serve what was published before; again goes further back."""
     with _clear_errors():
         name = _open(folder).rollback(reason, by=getpass.getuser())
-        console.print(f"{name} is published again")
+        _console().print(f"{name} is published again")
 
 
 @app.command()
@@ -74,7 +81,7 @@ def pin(
     """Serve this version until unpin, whatever trainings give."""
     with _clear_errors():
         pinned = _open(folder).pin(name or None, reason, by=getpass.getuser())
-        console.print(f"{pinned} is published and pinned")
+        _console().print(f"{pinned} is published and pinned")
 
 
 @app.command()
@@ -82,7 +89,7 @@ def unpin(folder: Folder) -> None:
     """Let trainings publish again."""
     with _clear_errors():
         _open(folder).unpin()
-        console.print("no version is pinned")
+        _console().print("no version is pinned")
 
 
 @contextmanager
@@ -91,7 +98,7 @@ def _clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        _console().print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
 
 
