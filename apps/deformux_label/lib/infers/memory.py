@@ -67,9 +67,7 @@ def within_memory(run: Callable[[Attempt], Tensor], window: Sequence[int], devic
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
-    raise MemoryError(
-        "there is not enough memory to segment this volume; serve it with a larger spacing"
-    )
+    raise MemoryError("there is not enough memory to segment this volume; serve it with a larger spacing")
 
 
 def _half(window: tuple[int, ...]) -> tuple[int, ...]:
