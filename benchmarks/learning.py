@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--corrupt", type=float, default=0.3)
     parser.add_argument("--val", type=int, default=40, help="val cases to score on, at most")
+    parser.add_argument("--note", default="", help="what else a reader of the results should know")
     parser.add_argument("--state", type=Path, help="folder that keeps the project between runs; default: temporary")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -126,11 +127,11 @@ def target(arguments: argparse.Namespace, state: Path) -> None:
     for number, count in enumerate((10, 20)):
         loop.round(number, loop.cases[:count], first_steps=arguments.first_steps, steps=steps)
     facts = [
-        f"tiny from scratch, {arguments.first_steps} steps; then {steps} steps and, as the labels have doubled, "
-        f"{arguments.first_steps} from scratch; one patch of 48×64×48 per step",
+        f"tiny from scratch, {arguments.first_steps} steps, then {steps} from the published version (and as many as at "
+        "first from scratch, where the training labels have doubled since); one patch of 48×64×48 per step",
         f"scored on {len(loop.val)} val cases; seconds include validation and the gate, not the scoring on val",
     ]
-    write("target", "Two rounds of ten labelled volumes", loop.rows, facts)
+    write("target", "Two rounds of ten labelled volumes", loop.rows, [*facts, *filter(None, [arguments.note])])
 
 
 def corrupted(arguments: argparse.Namespace, state: Path) -> None:
@@ -159,7 +160,8 @@ def corrupted(arguments: argparse.Namespace, state: Path) -> None:
         f"published in {sum(bool(row['published']) for row in rows)} rounds; Dice first {rows[0]['val']}, "
         f"last {rows[-1]['val']}, best {max(best):.4f}; **largest fall from the best so far {fall:.4f}** (limit 0.01)",
     ]
-    write("corrupted", "Rounds of learning from partly corrupted labels", rows, facts)
+    title = "Rounds of learning from partly corrupted labels"
+    write("corrupted", title, rows, [*facts, *filter(None, [arguments.note])])
 
 
 def corrupt(case: Case, kind: str, other: Case, rng: np.random.Generator, folder: Path) -> Case:
