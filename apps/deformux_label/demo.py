@@ -65,10 +65,10 @@ class Plan:
 
     def check(self, volumes: int) -> None:
         """Raise DemoError unless some of the `volumes` stay unlabelled in the last round."""
-        if self.rounds < 1 or self.first < 2 or self.batch < 1 or self.steps < 1:
+        if min(self.rounds, self.first, self.batch, self.steps) < 1:
             raise DemoError(
-                "rounds, batch and steps must be at least 1 and first at least 2 (training needs two labels); "
-                f"got {self.rounds}, {self.batch}, {self.steps} and {self.first}"
+                "rounds, first, batch and steps must be at least 1; "
+                f"got {self.rounds}, {self.first}, {self.batch} and {self.steps}"
             )
         labelled = self.first + (self.rounds - 1) * self.batch
         if labelled >= volumes:
