@@ -298,6 +298,9 @@ def test_training_without_labels(fresh: tuple[LiveServer, Path], volumes: dict[s
     for path in ("train/segmentation", "train/"):
         refused(requests.post(f"{server.url}/{path}", json={}, timeout=30), "at least 1", "none", status=409)
     assert requests.get(f"{server.url}/train/", timeout=30).status_code == 404, "no training must have been started"
+    # Other tests want this project as it was.
+    assert requests.delete(f"{server.url}/datastore/", params={"id": "case_0"}, timeout=30).ok
+    assert not server.objects()
 
 
 @pytest.mark.parametrize(
