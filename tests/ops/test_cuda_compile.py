@@ -72,10 +72,7 @@ def check_programs(programs: dict[Unit, Program], kernels: Iterable[Kernel]) -> 
         assert kernel.name in program.usage
 
 
-ON_ALL = [arch if arch in ("sm_75", "sm_90") else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
-
-
-@pytest.mark.parametrize("architecture", ON_ALL)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instance(compiled, architecture):
     kernels = list(_launch.instances())
     check_programs(compiled.get(units(kernels), architecture), kernels)
