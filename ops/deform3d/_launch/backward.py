@@ -11,16 +11,17 @@ from torch import Tensor
 from .._checks import Geometry
 from ..reference import Gradients, compute_dtype
 from . import columns as matrices
-from .forward import column_arguments, write_columns
+from .forward import COLUMN_THREADS, column_arguments, write_columns
 from .plan import (
     GATHER_VECTOR,
-    INT32_MAX,
     LAST,
     SHARED_BYTES,
     Chunk,
     Field,
     Runtime,
     Tile,
+    blocks_for,
+    cells_per_sample,
     check_sizes,
     chunks,
     is_cube,
@@ -37,7 +38,6 @@ from .plan import (
 )
 
 _SORT_THREADS = 256
-_COLUMN_THREADS = 256
 _WARP = 32
 
 
@@ -79,8 +79,9 @@ def backward(
         grad_input, grad_weight = call.by_columns(grad_offset, grad_mask, need_input, need_weight)
     else:
         wanted = need_offset or need_weight or grad_mask is not None
-        grad_weight = call.samples(grad_offset, grad_mask, need_weight) if wanted else None
-        grad_input = call.input_gradient() if need_input else None
+        taps = taps_first(weight)
+        grad_weight = call.samples(taps, grad_offset, grad_mask, need_weight) if wanted else None
+        grad_input = call.input_gradient(taps) if need_input else None
     return Gradients(grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
 
 
@@ -98,10 +99,11 @@ class _Call:
 
     # ------------------------------------------------------------------------------------------------ depthwise
 
-    def samples(self, grad_offset: Tensor | None, grad_mask: Tensor | None, need_weight: bool) -> Tensor | None:
+    def samples(
+        self, taps: Tensor, grad_offset: Tensor | None, grad_mask: Tensor | None, need_weight: bool
+    ) -> Tensor | None:
         """Write the gradients of offset and mask; return the weight's."""
         g, tuning, dtype = self.g, self.runtime.tuning, self.input.dtype
-        taps = taps_first(self.weight)
         vector = vector_of(g.in_channels, self.input, self.grad, taps)
         at_once = taps_at_once(g, tuning)
         masked = self.factors.tensor is not None
@@ -135,9 +137,8 @@ class _Call:
             return None
         return partial.sum(0).t().reshape(self.weight.shape).to(dtype)
 
-    def input_gradient(self) -> Tensor:
+    def input_gradient(self, taps: Tensor) -> Tensor:
         """Return the gradient of the input, gathered from the samples sorted by cell."""
-        taps = taps_first(self.weight)
         grad_input: Tensor | None = None
         for chunk in self._chunks(0):
             grad_input = self._gather(chunk, grad_input, taps=taps)
@@ -184,8 +185,8 @@ class _Call:
                 vector_of(self.g.sampled_together, self.input, columns),
                 False,
             ),
-            min(-(-ids * _WARP // _COLUMN_THREADS), INT32_MAX),
-            (_COLUMN_THREADS, 1),
+            blocks_for(ids * _WARP, COLUMN_THREADS),
+            (COLUMN_THREADS, 1),
             0,
             (
                 *column_arguments(self.input, self.shifts, self.factors, chunk, self.g),
@@ -258,7 +259,7 @@ class _Call:
                 columns is None and is_cube(g),
                 COLUMNS=int(columns is not None),
             ),
-            min(-(-rows // at_once), INT32_MAX),
+            blocks_for(rows, at_once),
             (lanes, at_once),
             0,
             (
@@ -273,7 +274,7 @@ class _Call:
         """Return where each cell's samples start, and the samples' records in that order."""
         g, dtype, device = self.g, self.input.dtype, self.input.device
         count = chunk.voxels * g.offset_groups * g.taps
-        cells = chunk.samples * g.offset_groups * (g.size[0] + 1) * (g.size[1] + 1) * (g.size[2] + 1)
+        cells = chunk.samples * cells_per_sample(g)
         records = torch.empty(count * record_bytes(dtype), dtype=torch.uint8, device=device)
         if torch.are_deterministic_algorithms_enabled():
             keys = torch.empty(count, dtype=torch.int32, device=device)
@@ -297,7 +298,7 @@ class _Call:
         self.runtime.launch(
             self.input.device,
             sort_kernel(name, self.input.dtype, is_cube(g) and g.depthwise),
-            min(-(-count // _SORT_THREADS), INT32_MAX),
+            blocks_for(count, _SORT_THREADS),
             (_SORT_THREADS, 1),
             0,
             (

@@ -12,13 +12,13 @@ from . import columns as matrices
 from .plan import (
     CUBE_TAPS,
     DTYPES,
-    INT32_MAX,
     LAST,
     SHARED_BYTES,
     Chunk,
     Field,
     Runtime,
     Tile,
+    blocks_for,
     check_sizes,
     chunks,
     is_cube,
@@ -32,7 +32,7 @@ from .plan import (
     vector_of,
 )
 
-_COLUMN_THREADS = 256
+COLUMN_THREADS = 256
 
 
 def forward(
@@ -126,7 +126,7 @@ def _depthwise(
     runtime.launch(
         input.device,
         kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=fused),
-        min(tile.count, INT32_MAX),
+        blocks_for(tile.count, 1),
         (lanes, tile.voxels),
         shared(tile.voxels),
         (
@@ -167,8 +167,8 @@ def write_columns(runtime: Runtime, input: Tensor, shifts: Field, factors: Field
     runtime.launch(
         input.device,
         kernel("columns", "deform_columns", input.dtype, vector, False),
-        min(-(-items // _COLUMN_THREADS), INT32_MAX),
-        (_COLUMN_THREADS, 1),
+        blocks_for(items, COLUMN_THREADS),
+        (COLUMN_THREADS, 1),
         0,
         (*column_arguments(input, shifts, factors, chunk, g), columns.data_ptr()),
     )

@@ -114,6 +114,16 @@ def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(n for n in (8, 4, 2, 1) if n == 1 or n * dtype.itemsize in (_VECTOR_BYTES, _VECTOR_BYTES // 2))
 
 
+def blocks_for(items: int, per_block: int) -> int:
+    """Return how many blocks cover the items, as far as a grid goes: kernels walk on through what is left."""
+    return min(-(-items // per_block), INT32_MAX)
+
+
+def cells_per_sample(g: Geometry) -> int:
+    """Return the number of cells that samples are sorted into: boxes between voxels, those at the border included."""
+    return g.offset_groups * (g.size[0] + 1) * (g.size[1] + 1) * (g.size[2] + 1)
+
+
 def vector_of(channels: int, *tensors: Tensor | None, most: int = _VECTOR_BYTES) -> int:
     """Return how many channels can be loaded at once: a divisor of them to which every tensor is aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
@@ -255,7 +265,7 @@ class Chunk(NamedTuple):
 
 def chunks(g: Geometry, bytes_per_voxel: int, tuning: Tuning) -> Iterator[Chunk]:
     """Divide all output voxels so that no chunk takes more than `tuning.chunk_bytes` or 32-bit indices."""
-    cells = g.offset_groups * (g.size[0] + 1) * (g.size[1] + 1) * (g.size[2] + 1)
+    cells = cells_per_sample(g)
     most = min(tuning.chunk_bytes // bytes_per_voxel, INT32_MAX // (g.offset_groups * g.taps))
     most = max(1, most)
     if cells > INT32_MAX:
