@@ -87,9 +87,7 @@ class Loop:
             return
         started, computing = time.monotonic(), time.process_time()
         scratch, gentle = (
-            RECIPES[name].replace(
-                steps=count, epochs=max(1, min(20, count // 20)), batch_size=1, ema_decay=1 - 1 / max(2.0, 0.1 * count)
-            )
+            RECIPES[name].in_steps(count, epochs=min(20, count // 20)).replace(batch_size=1)
             for name, count in (("finetune", first_steps), ("continue", steps))
         )
         try:

@@ -20,7 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deformux.cases import InvalidFolder, find_cases, find_images, label_names, volume_id
+from deformux.cases import InvalidFolder, find_cases, find_images, volume_id
 from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
     assignments,
@@ -28,6 +28,7 @@ from deformux.cli_support import (
     console,
     device_name,
     model_path,
+    named_labels,
     one_of,
     torch_device,
     use_threads,
@@ -99,9 +100,7 @@ def fit_command(
     with clear_errors():
         use_threads(threads)
         where = torch_device(device)
-        names = [name.strip() for name in labels.split(",") if name.strip()] or label_names(data)
-        if not names:
-            raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
+        names = named_labels(labels, data)
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:

@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from deformux.cases import InvalidFolder
+from deformux.cases import InvalidFolder, label_names
 from deformux.engine import TrainingError
 from deformux.transforms import InvalidVolume
 from deformux.weights import InvalidModel, pretrained_path
@@ -21,6 +21,7 @@ __all__ = [
     "console",
     "device_name",
     "model_path",
+    "named_labels",
     "one_of",
     "torch_device",
     "use_threads",
@@ -74,6 +75,14 @@ def model_path(name: str) -> Path:
             raise InvalidModel(f"there is no model file {path}")
         return path
     return pretrained_path(name)
+
+
+def named_labels(option: str, data: Path) -> list[str]:
+    """Names of labels 1..N: those of an option, else those of the folder; raises InvalidFolder without either."""
+    names = [name.strip() for name in option.split(",") if name.strip()] or label_names(data)
+    if not names:
+        raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
+    return names
 
 
 def assignments(pairs: list[str]) -> dict[str, object]:

@@ -111,6 +111,11 @@ class Recipe:
             raise ValueError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
         return dataclasses.replace(self, **changes)
 
+    def in_steps(self, steps: int, *, epochs: int) -> Recipe:
+        """This recipe in another number of steps and, at least one, epochs, averaging over a tenth of the run."""
+        # An average over more than a tenth of the run lags behind a short one.
+        return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for the card."""
         return dataclasses.asdict(self)

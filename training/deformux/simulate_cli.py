@@ -12,8 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from deformux.budget_curve import Round, Summary, plot, summarise, write_rounds, write_summary
-from deformux.cases import InvalidFolder, find_cases, label_names
-from deformux.cli_support import assignments, clear_errors, console, model_path, torch_device, use_threads
+from deformux.cases import find_cases
+from deformux.cli_support import (
+    assignments,
+    clear_errors,
+    console,
+    model_path,
+    named_labels,
+    torch_device,
+    use_threads,
+)
 from deformux.engine import Progress as FitProgress
 from deformux.network import PRESETS
 from deformux.recipe import RECIPES, Recipe
@@ -54,9 +62,7 @@ def simulate_command(
     """Compare strategies of choosing what to label, on a folder whose labels are all known."""
     with clear_errors():
         use_threads(threads)
-        names = [name.strip() for name in labels.split(",") if name.strip()] or label_names(data)
-        if not names:
-            raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
+        names = named_labels(labels, data)
         recipe = short_recipe(steps).replace(**assignments(set_ or []))
         plan = Plan(
             strategies=_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes)),
@@ -86,9 +92,7 @@ def _strategies(text: str, *, several_samples: bool) -> tuple[str, ...]:
 
 def short_recipe(steps: int) -> Recipe:
     """The fine-tuning recipe in a number of steps, its average of weights no longer than a tenth of them."""
-    return RECIPES["finetune"].replace(
-        steps=steps, epochs=max(1, steps // _STEPS_PER_EPOCH), ema_decay=1 - 1 / max(2.0, 0.1 * steps)
-    )
+    return RECIPES["finetune"].in_steps(steps, epochs=steps // _STEPS_PER_EPOCH)
 
 
 def play(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import getpass
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deformux.cli_support import clear_errors
 from deformux.versions import ModelVersions, VersionInfo
 from deformux.weights import ModelCard
 
@@ -35,7 +34,7 @@ Reason = Annotated[str, typer.Option(help="Kept in the history.")]
 @app.command(name="list")
 def list_command(folder: Folder) -> None:
     """List all versions, and what was published when."""
-    with _clear_errors():
+    with clear_errors():
         versions = _open(folder)
         table = Table("version", "created", "parent", "cases", "validation Dice", "", title=str(versions.root))
         for info in versions.infos():
@@ -52,14 +51,14 @@ def list_command(folder: Folder) -> None:
 @app.command()
 def show(folder: Folder, name: Name) -> None:
     """Print the card of a version: where it comes from, and why it was published or not."""
-    with _clear_errors():
+    with clear_errors():
         _console().print_json(_open(folder).card(name).to_json())
 
 
 @app.command()
 def publish(folder: Folder, name: Name, reason: Reason = "published by hand") -> None:
     """Serve this version from now on."""
-    with _clear_errors():
+    with clear_errors():
         _open(folder).publish(name, reason, by=getpass.getuser())
         _console().print(f"{name} is published")
 
@@ -67,7 +66,7 @@ def publish(folder: Folder, name: Name, reason: Reason = "published by hand") ->
 @app.command()
 def rollback(folder: Folder, reason: Reason = "rolled back") -> None:
     """Serve what was published before; again goes further back."""
-    with _clear_errors():
+    with clear_errors():
         name = _open(folder).rollback(reason, by=getpass.getuser())
         _console().print(f"{name} is published again")
 
@@ -79,7 +78,7 @@ def pin(
     reason: Reason = "pinned",
 ) -> None:
     """Serve this version until unpin, whatever trainings give."""
-    with _clear_errors():
+    with clear_errors():
         pinned = _open(folder).pin(name or None, reason, by=getpass.getuser())
         _console().print(f"{pinned} is published and pinned")
 
@@ -87,19 +86,9 @@ def pin(
 @app.command()
 def unpin(folder: Folder) -> None:
     """Let trainings publish again."""
-    with _clear_errors():
+    with clear_errors():
         _open(folder).unpin()
         _console().print("no version is pinned")
-
-
-@contextmanager
-def _clear_errors() -> Iterator[None]:
-    """What a user can cause ends in one sentence."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        _console().print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from error
 
 
 def _open(folder: Path) -> ModelVersions:

@@ -175,13 +175,9 @@ class FineTune(TrainTask):
 
     def _recipe(self, request: Mapping[str, Any]) -> Recipe:
         recipe = RECIPES["finetune"]
-        steps = _number(request, "steps", recipe.steps, 1, 1_000_000)
-        return recipe.replace(
-            steps=int(steps),
-            # An average over more than a tenth of the run lags behind a short one.
-            ema_decay=1 - 1 / max(2.0, 0.1 * steps),
-            # Validating takes about as long as ten steps.
-            epochs=max(1, min(recipe.epochs, int(steps) // _STEPS_PER_EPOCH)),
+        steps = int(_number(request, "steps", recipe.steps, 1, 1_000_000))
+        # Validating takes about as long as ten steps.
+        return recipe.in_steps(steps, epochs=min(recipe.epochs, steps // _STEPS_PER_EPOCH)).replace(
             batch_size=int(_number(request, "batch_size", recipe.batch_size, 1, 64)),
             learning_rate=_number(request, "learning_rate", recipe.learning_rate, 1e-8, 1.0),
         )
