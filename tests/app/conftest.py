@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,9 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from live import LABELS, LiveServer, Volume, remove_state, rotation, serve_command, stock_command, write_volume
-
-CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
+from live import (
+    CONF,
+    LiveServer,
+    Training,
+    Volume,
+    remove_state,
+    rotation,
+    serve_command,
+    stock_command,
+    write_volume,
+)
 
 
 @pytest.fixture(scope="session")
@@ -87,18 +94,6 @@ def fresh(start: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFac
     """A second project of the same labels, started by ``deformux-label serve`` on a folder that does not exist."""
     folder = tmp_path_factory.mktemp("fresh") / "new" / "studies"
     return start(folder, CONF, serve_command), folder
-
-
-@dataclass
-class Training:
-    """One training as a client sees it: its last task, and every statistic it showed on the way."""
-
-    task: dict[str, Any] = field(default_factory=dict)
-    seen: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def final(self) -> dict[str, Any]:
-        return self.seen[-1]
 
 
 def run_training(server: LiveServer, **options: Any) -> Training:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import requests
 
 APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
 LABELS = ("liver", "spleen")
+CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
 # Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.
 ORGANS = {"liver": ((14.0, 2.0, 5.0), 13.0), "spleen": ((-13.0, 8.0, -7.0), 10.0)}
 
@@ -128,6 +129,18 @@ class LiveServer:
     def objects(self) -> dict[str, Any]:
         """The datastore's index."""
         return requests.get(f"{self.url}/datastore/", params={"output": "all"}, timeout=60).json()["objects"]
+
+
+@dataclass
+class Training:
+    """One training as a client sees it: its last task, and every statistic it showed on the way."""
+
+    task: dict[str, Any] = field(default_factory=dict)
+    seen: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def final(self) -> dict[str, Any]:
+        return self.seen[-1]
 
 
 @dataclass(frozen=True)

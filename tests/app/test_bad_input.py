@@ -11,9 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from live import LiveServer, Volume, write
-
-from conftest import CONF
+from live import CONF, LiveServer, Volume, write
 
 
 def refused(answer: requests.Response, *words: str, status: int | None = None) -> str:

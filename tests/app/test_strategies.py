@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 import requests
 import torch
-from live import APP, LiveServer, Volume
+from live import APP, CONF, LiveServer, Volume
 
-from conftest import CONF
 from deformux.inference import segment
 from deformux.network import DeformUXNet
 from deformux.selection import NEEDS_SCORES, volume_uncertainty

@@ -13,9 +13,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import requests
-from live import APP, LABELS, LiveServer, Volume
+from live import APP, CONF, LABELS, LiveServer, Training, Volume
 
-from conftest import CONF, Training
 from deformux.gate import Assignment
 from deformux.versions import ModelVersions
 from deformux.weights import load_model
