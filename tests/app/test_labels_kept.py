@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import requests
 from fastapi import HTTPException
-from live import LABELS, Volume, write, write_volume
+from live import LABELS, LiveServer, Volume, write, write_volume
 from monailabel.config import settings
 from typer.testing import CliRunner
 
@@ -197,3 +202,43 @@ def test_the_command_line_lists_and_restores(store: CheckedDatastore, volume: Vo
         assert refused.exit_code == 2
         assert refused.stderr.startswith("deformux-label: ")
         assert refused.stderr.count("\n") == 1
+
+
+def test_a_full_disk_leaves_the_earlier_label(server: LiveServer, volumes: dict[str, Volume], tmp_path: Path) -> None:
+    volume = volumes["plain_nii"]
+    assert server.submit(volume.id, volume.label).status_code == 200
+    where = f"{server.url}/datastore/label?label={volume.id}&tag=final"
+    before = requests.get(where, timeout=60).content
+    # Eight bytes a voxel, and in a format that does not pack them.
+    large = write(tmp_path / "large.nii", np.zeros(volume.truth.shape), volume.affine)
+    limit = large.stat().st_size // 2
+    with largest_file(server, limit):
+        answer = server.submit(volume.id, large)
+    assert (answer.status_code, "disk is full" in answer.json()["detail"]) == (507, True), answer.text
+    assert requests.get(where, timeout=60).content == before
+    assert server.submit(volume.id, large).status_code == 200
+    assert requests.get(where, timeout=60).content != before
+    # The other tests of this project expect no label here.
+    assert requests.delete(f"{server.url}/datastore/label?id={volume.id}&tag=final", timeout=60).ok
+
+
+@contextmanager
+def largest_file(server: LiveServer, size: int) -> Iterator[None]:
+    """The kernel refuses the server to write a file beyond ``size`` bytes, as it would where a quota is used up."""
+    group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if in_group(pid, server.process.pid)]
+    before = [(pid, resource.prlimit(pid, resource.RLIMIT_FSIZE)) for pid in group]
+    for pid, (_, most) in before:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        for pid, limits in before:
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+
+
+def in_group(pid: int, group: int) -> bool:
+    try:
+        return os.getpgid(pid) == group
+    except ProcessLookupError:
+        return False

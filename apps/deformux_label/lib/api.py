@@ -80,7 +80,7 @@ async def _monailabel_exception(request: Request, error: Exception) -> JSONRespo
 
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OSError)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return _answer(507, "the server's disk is full, so nothing was changed; make room and send it again")
     raise error
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ class Leases:
         # A file lock by itself would let two threads of this process in: it is re-entrant.
         self._thread_lock = threading.Lock()
         self._file_lock = FileLock(path.with_suffix(".lock"), thread_local=False)
+        # What was read last, with what tells one version of the file from the next.
+        self._seen: tuple[tuple[int, ...], dict[str, Lease]] | None = None
 
     def claim(
         self, annotator: str, ranked: Iterable[str], *, strategy: str = "", model_version: str | None = None
@@ -113,17 +115,25 @@ class Leases:
             leases = self._current(before)
             yield leases
             if leases != before:
-                text = json.dumps({"leases": [asdict(lease) for lease in leases.values()]}, indent=1)
+                # Without indentation, which would take ten times as long: a lease may be asked for every second.
+                text = json.dumps({"leases": [vars(lease) for lease in leases.values()]})
                 write_text(self.path, text + "\n")
 
     def _current(self, leases: Mapping[str, Lease]) -> dict[str, Lease]:
         now = self._clock()
         return {image: lease for image, lease in leases.items() if lease.until > now}
 
-    def _read(self) -> dict[str, Lease]:
+    def _read(self) -> Mapping[str, Lease]:
         try:
+            status = self.path.stat()
+            # Every change is a new file, by rename.
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if self._seen is not None and self._seen[0] == version:
+                return self._seen[1]
             listed = json.loads(self.path.read_text())["leases"]
-            return {item["image"]: Lease(**item) for item in listed}
+            leases = {item["image"]: Lease(**item) for item in listed}
+            self._seen = (version, leases)
+            return leases
         except FileNotFoundError:
             return {}
         except (ValueError, TypeError, KeyError) as error:
