@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ __all__ = [
     "geometry_difference",
     "inference_transforms",
     "labelled_transforms",
+    "on_scans_grid",
     "restore_transforms",
 ]
 
@@ -42,6 +43,8 @@ MODALITIES = ("ct", "mr")
 UNLABELLED = 255
 # Positions that differ by less than this are the same position.
 GEOMETRY_TOLERANCE_MM = 1e-3
+# Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
+_SLAB_VOXELS = 1_000_000
 
 
 class InvalidVolume(ValueError):
@@ -206,9 +209,6 @@ class RestoreGridd(MapTransform):
     than the network's spacing.
     """
 
-    # Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
-    _SLAB_VOXELS = 1_000_000
-
     def __init__(self, keys: str | tuple[str, ...] = "pred", *, image_key: str = "image") -> None:
         super().__init__(keys)
         self.image_key = image_key
@@ -217,31 +217,49 @@ class RestoreGridd(MapTransform):
         d = dict(data)
         image = d[self.image_key]
         original = np.asarray(image.meta["original_affine"], dtype=float)
-        size = tuple(int(n) for n in image.meta["spatial_shape"])
-        to_logits = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ original
         for key in self.key_iterator(d):
-            labels = self._restore(torch.as_tensor(d[key]).float(), to_logits, size)
+            labels = on_scans_grid(torch.as_tensor(d[key]), image, lambda logits: logits.argmax(0))
             meta = {name: value for name, value in image.meta.items() if name != "affine"}
             d[key] = MetaTensor(labels[None], affine=torch.as_tensor(original), meta=meta)
         return d
 
-    def _restore(self, logits: torch.Tensor, to_logits: np.ndarray, size: tuple[int, ...]) -> torch.Tensor:
-        # From a voxel index of the scan to grid_sample's -1..1 over the logits; its last coordinate comes first.
-        extent = np.array([max(n - 1, 1) for n in logits.shape[1:]], dtype=float)
-        matrix = torch.tensor(2 * to_logits[:3, :3] / extent[:, None], dtype=torch.float32, device=logits.device)
-        shift = torch.tensor(2 * to_logits[:3, 3] / extent - 1, dtype=torch.float32, device=logits.device)
-        rows, columns = (torch.arange(n, dtype=torch.float32, device=logits.device) for n in size[1:])
-        plane = (rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]) + shift
-        labels = torch.empty(size, dtype=torch.uint8)
-        step = max(1, self._SLAB_VOXELS // (size[1] * size[2]))
-        for start in range(0, size[0], step):
-            index = torch.arange(start, min(start + step, size[0]), dtype=torch.float32, device=logits.device)
-            grid = (index[:, None, None, None] * matrix[:, 0] + plane).flip(-1)
-            sampled = F.grid_sample(
-                logits[None], grid[None], mode="bilinear", padding_mode="border", align_corners=True
-            )
-            labels[start : start + step] = sampled[0].argmax(0).to("cpu", torch.uint8)
-        return labels
+
+def on_scans_grid(
+    values: torch.Tensor,
+    image: MetaTensor,
+    finish: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    box: Sequence[tuple[int, int]] | None = None,
+) -> torch.Tensor:
+    """Values ``(C, x, y, z)`` on the grid of a preprocessed ``image``, interpolated linearly at its scan's voxels.
+
+    Args:
+        values: any floating type; on any device.
+        image: what ``inference_transforms`` made of the scan.
+        finish: from interpolated values ``(C, n, Y, Z)``, float32, to ``(n, Y, Z)`` in 0..255; applied to slabs.
+        box: first voxel and end along each axis of the scan; None for all of it. A voxel's value is the same with
+            and without a box.
+
+    Returns:
+        uint8 ``(X, Y, Z)`` on the CPU: the scan's size, or the box's.
+    """
+    to_values = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ np.asarray(image.meta["original_affine"], float)
+    box = box or [(0, int(n)) for n in image.meta["spatial_shape"]]
+    device = values.device
+    # From a voxel index of the scan to grid_sample's -1..1 over the values; its last coordinate comes first.
+    extent = np.array([max(n - 1, 1) for n in values.shape[1:]], dtype=float)
+    matrix = torch.tensor(2 * to_values[:3, :3] / extent[:, None], dtype=torch.float32, device=device)
+    shift = torch.tensor(2 * to_values[:3, 3] / extent - 1, dtype=torch.float32, device=device)
+    first, rows, columns = (torch.arange(*ends, dtype=torch.float32, device=device) for ends in box)
+    plane = (rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]) + shift
+    found = torch.empty([stop - start for start, stop in box], dtype=torch.uint8)
+    step = max(1, _SLAB_VOXELS // max(1, len(rows) * len(columns)))
+    source = values.float()[None]
+    for start in range(0, len(first), step):
+        grid = (first[start : start + step, None, None, None] * matrix[:, 0] + plane).flip(-1)
+        sampled = F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)
+        found[start : start + step] = finish(sampled[0]).to("cpu", torch.uint8)
+    return found
 
 
 def inference_transforms(prep: Preprocessing) -> list[Transform]:
