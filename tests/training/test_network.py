@@ -140,6 +140,82 @@ def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep
         assert F.cosine_similarity(gradients[1][name].flatten(), exact.flatten(), dim=0) > 0.9, name
 
 
+def guided_twins(in_channels: int = 1, out_channels: int = 3) -> tuple[DeformUXNet, DeformUXNet]:
+    """An automatic network and one with guidance, from the same seed."""
+    twins = []
+    for guidance in (False, True):
+        torch.manual_seed(0)
+        twins.append(DeformUXNet(in_channels, out_channels, "tiny", guidance=guidance).eval())
+    return twins[0], twins[1]
+
+
+def test_guidance_adds_weights_that_change_nothing_at_first() -> None:
+    automatic, guided = guided_twins()
+    missing, unexpected = guided.load_state_dict(automatic.state_dict(), strict=False)
+    assert not unexpected
+    assert len(missing) == 3
+    assert all(name.endswith(".guidance") for name in missing)
+    for name, value in automatic.state_dict().items():
+        assert torch.equal(value, guided.state_dict()[name]), name
+    assert (automatic.guidance_channels, guided.guidance_channels) == (0, 5)
+    x = torch.randn(2, 1, 20, 32, 33)
+    with torch.no_grad():
+        expected = automatic(x)
+        assert torch.equal(guided(x), expected)
+        assert torch.equal(guided(x, torch.rand(2, 5, 20, 32, 33)), expected)
+        for name in missing:
+            torch.nn.init.normal_(guided.get_parameter(name))
+        assert torch.equal(guided(x), expected)
+        assert not torch.allclose(guided(x, torch.rand(2, 5, 20, 32, 33)), expected)
+
+
+@pytest.mark.parametrize("in_channels", [1, 16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_guidance_is_more_channels_of_the_scan(in_channels: int, checkpointing: bool) -> None:
+    torch.manual_seed(0)
+    channels = 5
+    guided = DeformUXNet(in_channels, 3, "tiny", guidance=True, activation_checkpointing=checkpointing)
+    twin = DeformUXNet(in_channels + channels, 3, "tiny")
+    for name, value in guided.named_parameters():
+        if name.endswith(".guidance"):
+            torch.nn.init.normal_(value, std=0.1)
+    state = guided.state_dict()
+    merged = {name: value for name, value in state.items() if not name.endswith(".guidance")}
+    for name in [name for name in state if name.endswith(".guidance")]:
+        scan = name.replace(".guidance", ".weight")
+        merged[scan] = torch.cat([state[scan], state[name]], 1)
+    if in_channels == 16:
+        # A block that keeps its width adds the scan itself; in the twin, a convolution that passes it on.
+        side = twin.skips[0].layer
+        merged["skips.0.layer.conv3.conv.weight"] = torch.eye(16, 16 + channels)[:, :, None, None, None]
+        merged |= {f"skips.0.layer.norm3.{name}": value for name, value in side.norm3.state_dict().items()}
+        side.norm3 = torch.nn.Identity()
+        merged = {name: value for name, value in merged.items() if ".0.layer.norm3" not in name}
+    twin.load_state_dict(merged)
+    # One channel is empty in all the batch, another in half of it, and the padding to 32 voxels meets zeros.
+    guidance = torch.rand(2, channels, 32, 27, 32)
+    guidance[:, 2] = guidance[0, 1] = guidance[..., -1, :] = 0
+    x = torch.randn(2, in_channels, 32, 27, 32)
+    found, expected = guided(x, guidance), twin(torch.cat([x, guidance], 1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for name in ("downsample.0.0", "skips.0.layer.conv1.conv"):
+        both = guided.get_parameter(f"{name}.weight").grad, guided.get_parameter(f"{name}.guidance").grad
+        torch.testing.assert_close(torch.cat(both, 1), twin.get_parameter(f"{name}.weight").grad, rtol=1e-3, atol=1e-5)
+
+
+def test_guidance_that_does_not_fit_is_refused() -> None:
+    automatic, guided = guided_twins()
+    x = torch.zeros(1, 1, 16, 16, 16)
+    with pytest.raises(ValueError, match="takes no guidance; build it with guidance=True"):
+        automatic(x, torch.zeros(1, 5, 16, 16, 16))
+    with pytest.raises(ValueError, match="expected 5 channels of guidance, got 3"):
+        guided(x, torch.zeros(1, 3, 16, 16, 16))
+    with pytest.raises(ValueError, match=r"expected guidance of \(16, 16, 16\) voxels, got shape \(1, 5, 8, 16, 16\)"):
+        guided(x, torch.zeros(1, 5, 8, 16, 16))
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -15,7 +15,7 @@ from deformux.files import replacing
 from deformux.network import DeformUXNet
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start, with_guidance
 
 
 def card(**changes) -> ModelCard:
@@ -76,6 +76,31 @@ def test_warm_start_leaves_only_the_output_layer_fresh(tmp_path: Path) -> None:
     torch.testing.assert_close(other.fuse.state_dict(), source.fuse.state_dict())
     with pytest.raises(InvalidModel, match="another architecture"):
         warm_start(DeformUXNet(1, 3, "small"), tmp_path / "m.safetensors")
+
+
+def test_an_automatic_model_becomes_an_interactive_one_and_back_without_losing_a_decimal(tmp_path: Path) -> None:
+    automatic = DeformUXNet(1, 3, "tiny", offset_planes="xy")
+    guided = with_guidance(automatic)
+    assert with_guidance(guided) is guided
+    assert (automatic.guidance_channels, guided.guidance_channels) == (0, 5)
+    for name, value in guided.named_parameters():
+        if name.endswith(".guidance"):
+            torch.nn.init.normal_(value)
+    options = {"offset_planes": "xy", "guidance": True}
+    save_model(tmp_path / "guided.safetensors", guided, card(network_options=options))
+    loaded, _ = load_model(tmp_path / "guided.safetensors")
+    torch.testing.assert_close(loaded.state_dict(), guided.state_dict(), rtol=0, atol=0)
+    back = DeformUXNet(1, 3, "tiny", offset_planes="xy")
+    assert warm_start(back, tmp_path / "guided.safetensors") == []
+    torch.testing.assert_close(back.state_dict(), automatic.state_dict(), rtol=0, atol=0)
+    save_model(tmp_path / "automatic.safetensors", back, card(network_options={"offset_planes": "xy"}))
+    again = DeformUXNet(1, 3, "tiny", offset_planes="xy", guidance=True)
+    fresh = warm_start(again, tmp_path / "automatic.safetensors")
+    assert fresh == [name for name in sorted(again.state_dict()) if name.endswith(".guidance")]
+    assert not any(again.get_parameter(name).any() for name in fresh)
+    # Of other labels, guidance means something else.
+    fresh = warm_start(DeformUXNet(1, 5, "tiny", offset_planes="xy", guidance=True), tmp_path / "guided.safetensors")
+    assert {name.rpartition(".")[2] for name in fresh if not name.startswith("head.")} == {"guidance"}
 
 
 def test_an_unknown_pretrained_name_lists_the_valid_ones() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
@@ -153,6 +153,59 @@ class DeformUXNetBlock(nn.Module):
         return x
 
 
+class GuidedConv3d(nn.Conv3d):
+    """A convolution of the scan, to which guidance adds through weights of its own, zero at first.
+
+    The state dict has ``guidance`` (out, guidance channels, kernel) beside the names of ``nn.Conv3d``.
+    """
+
+    guidance: nn.Parameter
+
+    @classmethod
+    def of(cls, convolution: nn.Conv3d, guidance_channels: int) -> GuidedConv3d:
+        """The same convolution, its weights shared, with room for guidance."""
+        guided = cls(
+            convolution.in_channels,
+            convolution.out_channels,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            stride=convolution.stride,  # type: ignore[arg-type]
+            padding=convolution.padding,  # type: ignore[arg-type]
+            bias=convolution.bias is not None,
+            # Draws no random numbers: a network with guidance starts from the weights of one without.
+            device="meta",
+        )
+        guided.weight, guided.bias = convolution.weight, convolution.bias
+        weight = convolution.weight
+        guided.guidance = nn.Parameter(weight.new_zeros(weight.shape[0], guidance_channels, *weight.shape[2:]))
+        return guided.train(convolution.training)
+
+    def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
+        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels`` out of all."""
+        y = super().forward(x)
+        if guidance is None or channels is None or not guidance.shape[1]:
+            return y
+        return y + F.conv3d(guidance, self.guidance[:, channels], stride=self.stride, padding=self.padding)
+
+
+class _Stem(nn.Sequential):
+    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
+        convolution, norm = self
+        return norm(convolution(x, *guidance))
+
+
+class _InputBlock(UnetrBasicBlock):
+    """MONAI's residual block; guidance, where there is any, goes into the two convolutions that read the scan."""
+
+    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
+        if not guidance:
+            return super().forward(x)
+        block = self.layer
+        y = block.conv2(block.lrelu(block.norm1(block.conv1.conv(x, *guidance))))
+        # Without a change of width MONAI's block has no convolution beside its main path.
+        residual = block.norm3(block.conv3.conv(x, *guidance)) if block.downsample else x
+        return block.lrelu(block.norm2(y) + residual)
+
+
 class DeformUXNet(nn.Module):
     """DeformUX-Net for volumetric segmentation (Lee et al., arXiv 2310.00199, figure 2 and equation 3).
 
@@ -169,6 +222,11 @@ class DeformUXNet(nn.Module):
         mlp: ``dense`` (published), ``depthwise`` scaling, or ``none``.
         activation_checkpointing: recompute encoder blocks and decoder stages in the backward pass instead of keeping
             their activations.
+        guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output is that
+            of the network without guidance, bit for bit.
+
+    Attributes:
+        guidance_channels: 2 · out_channels - 1 with guidance, else 0.
 
     Raises:
         ValueError: an argument is not one of those named above.
@@ -185,6 +243,7 @@ class DeformUXNet(nn.Module):
         offset_planes: OffsetPlanes = "xyz",
         mlp: Mlp = "dense",
         activation_checkpointing: bool = False,
+        guidance: bool = False,
     ) -> None:
         super().__init__()
         _check_one_of("preset", preset, tuple(PRESETS))
@@ -205,7 +264,9 @@ class DeformUXNet(nn.Module):
         self.stage_norms = nn.ModuleList()
         for level, width in enumerate(widths):
             if level == 0:
-                reduce = nn.Sequential(nn.Conv3d(in_channels, width, 7, stride=2, padding=3), _ChannelNorm(width))
+                reduce: nn.Sequential = _Stem(
+                    nn.Conv3d(in_channels, width, 7, stride=2, padding=3), _ChannelNorm(width)
+                )
             else:
                 reduce = nn.Sequential(
                     _ChannelNorm(widths[level - 1]), nn.Conv3d(widths[level - 1], width, 2, stride=2)
@@ -229,8 +290,8 @@ class DeformUXNet(nn.Module):
         sources = (in_channels, *widths)
         targets = (*widths, hidden)
         self.skips = nn.ModuleList(
-            UnetrBasicBlock(3, source, target, kernel_size=3, stride=1, norm_name="instance", res_block=True)
-            for source, target in zip(sources, targets, strict=True)
+            block(3, source, target, kernel_size=3, stride=1, norm_name="instance", res_block=True)
+            for block, source, target in zip((_InputBlock, *(UnetrBasicBlock,) * 4), sources, targets, strict=True)
         )
         self.ups = nn.ModuleList(
             UnetrUpBlock(
@@ -248,41 +309,78 @@ class DeformUXNet(nn.Module):
             3, widths[0], widths[0], kernel_size=3, stride=1, norm_name="instance", res_block=True
         )
         self.head = UnetOutBlock(3, widths[0], out_channels)
+        self.guidance_channels = 0
+        if guidance:
+            self.add_guidance()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def add_guidance(self) -> None:
+        """Make the network take guidance, in place; its output without guidance stays the same, bit for bit."""
+        if self.guidance_channels:
+            return
+        self.guidance_channels = 2 * self.out_channels - 1
+        stem: Any = self.downsample[0]
+        block: Any = self.skips[0].layer
+        stem[0] = GuidedConv3d.of(stem[0], self.guidance_channels)
+        for layer in (block.conv1, block.conv3) if block.downsample else (block.conv1,):
+            layer.conv = GuidedConv3d.of(layer.conv, self.guidance_channels)
+
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
 
+        Args:
+            x: the scan.
+            guidance: ``(N, guidance_channels, D, H, W)``: a map of clicks for each class, then the mask to start from
+                as one channel for each class but the background (``deformux.guidance.encode_guidance``).
+
         Raises:
-            ValueError: the input is not 5-dimensional or has another number of channels.
+            ValueError: an input is not 5-dimensional or has another number of channels or voxels, or the network takes
+                no guidance.
         """
         size = x.shape[2:]
-        return self.decode(self.encode(x))[:, :, : size[0], : size[1], : size[2]]
+        return self.decode(self.encode(x, guidance), guidance)[:, :, : size[0], : size[1], : size[2]]
 
-    def encode(self, x: Tensor) -> list[Tensor]:
+    def encode(self, x: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
         """The scan, padded to a size that divides by 16, and the normalised output of each of the four stages.
 
         Raises:
-            ValueError: the input is not 5-dimensional or has another number of channels.
+            ValueError: as for ``forward``.
         """
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected input (N, {self.in_channels}, D, H, W), got shape {tuple(x.shape)}")
+        if guidance is not None and (guidance.ndim != 5 or guidance.shape[2:] != x.shape[2:]):
+            raise ValueError(f"expected guidance of {tuple(x.shape[2:])} voxels, got shape {tuple(guidance.shape)}")
         x = _pad(x)
         features = [x]
         z = x
+        used = self._used(guidance)
         for downsample, stage, norm in zip(self.downsample, self.stages, self.stage_norms, strict=True):
-            z = downsample(z)
+            z = downsample(z, *used)
+            used = ()
             for block in stage:  # type: ignore[attr-defined]
                 z = self._run(block, z)
             features.append(norm(z))
         return features
 
-    def decode(self, features: list[Tensor]) -> Tensor:
-        """Logits, at the padded size, of what ``encode`` gave."""
-        skips = [self._run(skip, feature) for skip, feature in zip(self.skips, features, strict=True)]
+    def decode(self, features: list[Tensor], guidance: Tensor | None = None) -> Tensor:
+        """Logits, at the padded size, of what ``encode`` gave for the same guidance."""
+        skips = [self._call(self.skips[0], features[0], *self._used(guidance))]
+        skips += [self._run(skip, feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)]
         z = skips.pop()
         for up in self.ups:
             z = self._run(up, z, skips.pop())
         return self.head(self._run(self.fuse, z))
+
+    def _used(self, guidance: Tensor | None) -> tuple[Tensor, ...]:
+        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers."""
+        if guidance is None:
+            return ()
+        if not self.guidance_channels:
+            raise ValueError("this network takes no guidance; build it with guidance=True")
+        if guidance.shape[1] != self.guidance_channels:
+            raise ValueError(f"expected {self.guidance_channels} channels of guidance, got {guidance.shape[1]}")
+        # Most labels have no click: with 40 of them, convolving zeros would cost more than everything else.
+        channels = guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
+        return _pad(guidance[:, channels], "constant"), channels
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         grid = inputs[-1]
@@ -304,8 +402,8 @@ def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
 
 
-def _pad(x: Tensor) -> Tensor:
-    """Repeat the far border until each axis divides by 16, and the coarsest grid has more than one voxel."""
+def _pad(x: Tensor, mode: str = "replicate") -> Tensor:
+    """Add zeros, or repeat the far border, until each axis divides by 16 and the coarsest grid has several voxels."""
     padded = [-(-length // _STRIDE) * _STRIDE for length in x.shape[2:]]
     if max(padded) == _STRIDE:
         # Instance normalisation has no variance over a single voxel.
@@ -313,4 +411,4 @@ def _pad(x: Tensor) -> Tensor:
     missing = [target - length for target, length in zip(padded, x.shape[2:], strict=True)]
     if not any(missing):
         return x
-    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode="replicate")
+    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode=mode)

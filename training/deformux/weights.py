@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ __all__ = [
     "remove_unfinished",
     "save_model",
     "warm_start",
+    "with_guidance",
 ]
 
 _PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
@@ -148,7 +150,8 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[Defor
 def warm_start(network: DeformUXNet, path: Path) -> list[str]:
     """Copy every weight of a model file that has the same name and shape; returns the names that stayed fresh.
 
-    A model of other labels thus gives everything but its output layer.
+    A model of other labels thus gives everything but its output layer, and its guidance where both take some; a model
+    without guidance gives everything else to one with it, and the other way round.
 
     Raises:
         InvalidModel: the file cannot be read, or nothing but the output layer could fit.
@@ -160,6 +163,15 @@ def warm_start(network: DeformUXNet, path: Path) -> list[str]:
         raise InvalidModel(f"{path} has another architecture than preset {network.preset!r}")
     network.load_state_dict(fitting, strict=False)
     return sorted(set(own) - set(fitting))
+
+
+def with_guidance(network: DeformUXNet) -> DeformUXNet:
+    """A copy of an automatic network that takes guidance, and without any gives the same; itself if it already can."""
+    if network.guidance_channels:
+        return network
+    guided = copy.deepcopy(network)
+    guided.add_guidance()
+    return guided
 
 
 def pretrained_path(name: str) -> Path:

@@ -1,0 +1,71 @@
+"""Clicks and a mask as input channels of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["CLICK_REACH", "Clicks", "encode_guidance"]
+
+# Label value (0 is background) to voxel indices (n, 3).
+Clicks = Mapping[int, npt.NDArray[np.integer]]
+
+_SIGMA = 2.0
+# Voxels from a click to where its map ends.
+CLICK_REACH = 6
+
+
+def encode_guidance(
+    clicks: Clicks, mask: Tensor | None, *, n_labels: int, size: Sequence[int], origin: Sequence[int] = (0, 0, 0)
+) -> Tensor:
+    """Guidance ``(2 · n_labels + 1, *size)``, float32, for a window of the network's grid.
+
+    One channel for the clicks of each class, background first: a Gaussian (σ 2 voxels, cut off at ``CLICK_REACH``)
+    about each click, and the largest where they overlap, so that order and repetition change nothing. Then one for
+    each label of the mask, 1 inside.
+
+    Args:
+        clicks: voxels of the whole grid by class; what is too far away to be seen in the window is left out.
+        mask: label values ``(x, y, z)`` of the window; None is an empty one. The result is on its device.
+        n_labels: labels 1..N.
+        size, origin: of the window in voxels.
+
+    Raises:
+        ValueError: a click of an unknown class, clicks that are not ``(n, 3)``, or a mask of another size.
+    """
+    size = tuple(int(n) for n in size)
+    if mask is not None and tuple(mask.shape) != size:
+        raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected the window's {size}")
+    guidance = torch.zeros(2 * n_labels + 1, *size)
+    for value, points in clicks.items():
+        if not 0 <= value <= n_labels:
+            raise ValueError(f"clicks: got label {value}, expected 0 (background) to {n_labels}")
+        voxels = np.asarray(points)
+        if voxels.size and (voxels.ndim != 2 or voxels.shape[1] != 3):
+            raise ValueError(f"clicks of label {value}: got shape {voxels.shape}, expected (n, 3)")
+        for voxel in voxels.reshape(-1, 3):
+            _mark(guidance[value], [int(v) - int(o) for v, o in zip(voxel, origin, strict=True)])
+    if mask is None:
+        return guidance
+    values = torch.arange(1, n_labels + 1, device=mask.device)[:, None, None, None]
+    guidance = guidance.to(mask.device)
+    guidance[n_labels + 1 :] = mask == values
+    return guidance
+
+
+def _mark(channel: Tensor, centre: Sequence[int]) -> None:
+    """Draw one click's map into a channel ``(x, y, z)``, which it may not reach."""
+    window, profiles = [], []
+    for at, length in zip(centre, channel.shape, strict=True):
+        start, stop = max(0, at - CLICK_REACH), min(length, at + CLICK_REACH + 1)
+        if start >= stop:
+            return
+        window.append(slice(start, stop))
+        profiles.append(torch.exp(-((torch.arange(start, stop) - at) ** 2) / (2 * _SIGMA**2)))
+    x, y, z = profiles
+    part = channel[tuple(window)]
+    torch.maximum(part, x[:, None, None] * y[:, None] * z, out=part)
