@@ -3,7 +3,13 @@
 from deformux.selection.choice import NEEDS_SCORES, STRATEGIES, choose, coldness, power_noise, stochastic_batch
 from deformux.selection.diversity import diverse_batch, standardised, typical_batch, typicality
 from deformux.selection.observation import Observation, encode, mirrorings, observe
-from deformux.selection.scores import VolumeScores, label_uncertainty, score_samples, volume_uncertainty
+from deformux.selection.scores import (
+    VolumeScores,
+    label_uncertainty,
+    score_samples,
+    volume_uncertainty,
+    voxel_entropy,
+)
 
 __all__ = [
     "NEEDS_SCORES",
@@ -24,4 +30,5 @@ __all__ = [
     "typical_batch",
     "typicality",
     "volume_uncertainty",
+    "voxel_entropy",
 ]

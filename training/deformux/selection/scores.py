@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty"]
+__all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty", "voxel_entropy"]
 
 # A label that is expected to fill less is not in the volume, and has no uncertainty.
 _FEWEST_VOXELS = 1.0
@@ -63,7 +63,7 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
         ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     p = _checked(probabilities)
-    return _per_label(p, torch.special.entr(p).sum(0) / math.log(p.shape[0]))
+    return _per_label(p, voxel_entropy(p) / math.log(p.shape[0]))
 
 
 def volume_uncertainty(probabilities: Tensor) -> float:
@@ -76,6 +76,15 @@ def volume_uncertainty(probabilities: Tensor) -> float:
         ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     return _mean(label_uncertainty(probabilities))
+
+
+def voxel_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy ``(D, H, W)`` of each voxel's probabilities ``(C, D, H, W)``, in nats: 0 to log C.
+
+    Raises:
+        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+    """
+    return torch.special.entr(_checked(probabilities)).sum(0)
 
 
 def score_samples(samples: Iterable[Tensor]) -> VolumeScores:
@@ -108,7 +117,7 @@ def score_samples(samples: Iterable[Tensor]) -> VolumeScores:
     mean /= count
     scale = math.log(mean.shape[0])
     entropy = _mean_entropy(mean)
-    per_label = _per_label(mean, torch.special.entr(mean).sum(0) / scale)
+    per_label = _per_label(mean, voxel_entropy(mean) / scale)
     return VolumeScores(
         uncertainty=_mean(per_label),
         per_label=per_label,
@@ -139,7 +148,7 @@ def _per_label(p: Tensor, entropy: Tensor) -> tuple[float | None, ...]:
 
 
 def _mean_entropy(p: Tensor) -> float:
-    return float(torch.special.entr(p).sum(0).mean(dtype=torch.float64))
+    return float(voxel_entropy(p).mean(dtype=torch.float64))
 
 
 def _mean(values: Iterable[float | None]) -> float:

@@ -1,0 +1,113 @@
+"""Where in a volume a model is unsure: a map to lay over the scan, and the voxel to look at next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from nibabel.affines import apply_affine, voxel_sizes
+from scipy import ndimage
+from torch import Tensor
+
+from deformux.selection.scores import volume_uncertainty, voxel_entropy
+from deformux.transforms import on_scans_grid
+
+__all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
+
+# A map that stays below this shows nothing that is worth a look.
+_LEAST = 1.0
+
+Index = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """Where a model is unsure of a scan.
+
+    Args:
+        map: ``(X, Y, Z)``, uint8, 0 (sure) to 100, on the scan's grid.
+        look_next: the voxel of the scan at the centre of the most uncertain region; None where there is none.
+        mean: 0 to 100, the volume's uncertainty as active learning knows it (``selection.volume_uncertainty``).
+    """
+
+    map: npt.NDArray[np.uint8]
+    look_next: Index | None
+    mean: float
+
+
+@torch.inference_mode()
+def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
+    """What the logits ``(C, x, y, z)`` of a preprocessed ``image`` say about where the model is unsure of its scan.
+
+    Raises:
+        ValueError: the logits are not ``(C >= 2, x, y, z)`` or not finite.
+    """
+    probabilities = logits.float().softmax(0)
+    unsure = uncertainty_map(probabilities)
+    affine = np.asarray(image.affine, dtype=float)
+    place = look_next(unsure, voxel_sizes(affine))
+    return Uncertainty(
+        map=on_scans_grid(unsure[None], image, lambda values: values[0].round()).numpy(),
+        look_next=None if place is None else _on_the_scan(place, image),
+        mean=100 * volume_uncertainty(probabilities),
+    )
+
+
+def uncertainty_map(probabilities: Tensor) -> Tensor:
+    """Each voxel's entropy where labels may be ``(x, y, z)``, float32: 0 is sure, 100 is undecided.
+
+    100 stands for the entropy of two equally likely classes, or more, however many labels there are: at the edge of an
+    organ two compete. A voxel that is more likely background than not counts less in proportion, as in
+    ``label_uncertainty``, so that a scan's many nearly sure background voxels do not veil the doubtful ones.
+
+    Args:
+        probabilities: ``(C, x, y, z)``, summing to 1 over the classes; class 0 is background.
+
+    Raises:
+        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+    """
+    entropy = voxel_entropy(probabilities) / math.log(2)
+    labelled = 1 - probabilities[0].float()
+    return 100 * entropy.clamp(max=1) * (2 * labelled).clamp(0, 1)
+
+
+def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Index | None:
+    """Index of the voxel at the centre of a map's most uncertain region, or None where the map is empty.
+
+    Regions are connected voxels (by their faces) of at least half the map's maximum; the most uncertain one has the
+    highest sum. Its centre is the voxel farthest from its border, of equally far ones the most uncertain.
+
+    Args:
+        unsure: ``(x, y, z)`` of ``uncertainty_map``.
+        spacing_mm: voxel size.
+    """
+    values = unsure.cpu().numpy()
+    highest = float(values.max(initial=0))
+    if highest < _LEAST:
+        return None
+    regions, n_regions = ndimage.label(values >= highest / 2)
+    sums = ndimage.sum_labels(values, regions, range(1, n_regions + 1))
+    most = int(np.argmax(sums)) + 1
+    around = ndimage.find_objects(regions, max_label=most)[most - 1]
+    inside = regions[around] == most
+    # The volume's own faces are borders too, unless it has a single slice: that would be border altogether.
+    margin = [(1, 1) if n > 1 else (0, 0) for n in values.shape]
+    depth = ndimage.distance_transform_edt(np.pad(inside, margin), sampling=spacing_mm)
+    depth = depth[tuple(slice(before, before + n) for (before, _), n in zip(margin, inside.shape, strict=True))]
+    deepest = depth >= depth.max() * (1 - 1e-6)
+    place = np.unravel_index(np.argmax(np.where(deepest, values[around], -1)), inside.shape)
+    i, j, k = (int(n) + part.start for n, part in zip(place, around, strict=True))
+    return i, j, k
+
+
+def _on_the_scan(index: Index, image: MetaTensor) -> Index:
+    """The scan's voxel nearest to a voxel of the network's grid."""
+    to_scan = np.linalg.inv(np.asarray(image.meta["original_affine"], dtype=float)) @ np.asarray(image.affine, float)
+    nearest = np.rint(apply_affine(to_scan, index)).astype(int)
+    i, j, k = (int(n) for n in np.clip(nearest, 0, np.asarray(image.meta["spatial_shape"]) - 1))
+    return i, j, k
