@@ -36,7 +36,8 @@ serve: $(READY)
 		$(if $(MODALITY),--modality "$(MODALITY)") $(if $(PRESET),--preset "$(PRESET)") \
 		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
 		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
-		$(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") $(if $(LEASE),--lease-minutes "$(LEASE)")
+		$(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") $(if $(LEASE),--lease-minutes "$(LEASE)") \
+		$(if $(CACHE),--cache-gb "$(CACHE)")
 
 # Real servers and trainings need the cores to themselves; what computes on one of them runs two files at a time.
 PARALLEL := -n 2 --dist loadfile tests/ops tests/gpu tests/training tests/test_imports.py

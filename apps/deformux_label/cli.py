@@ -92,6 +92,7 @@ def serve(
     pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "",
     auto_train: Annotated[str, typer.Option(help="Train after so many submitted labels; 0 for never.")] = "",
     lease_minutes: Annotated[str, typer.Option(help="How long a handed-out volume is kept for its annotator.")] = "",
+    cache_gb: Annotated[str, typer.Option(help="Gigabytes of memory that make the next click fast; 0 for none.")] = "",
     host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network, without login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
@@ -110,6 +111,7 @@ def serve(
         "pretrained": pretrained,
         "auto_train": auto_train,
         "lease_minutes": lease_minutes,
+        "cache_gb": cache_gb,
     }
     try:
         project = Project.from_conf(conf)

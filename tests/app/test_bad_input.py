@@ -60,7 +60,6 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
     "truncated": (truncated, "cannot be read"),
     "truncated inside gzip": (truncated_inside_gzip, "cannot be read"),
-    "2D": (lambda path: write(path, random_scan(30, 30), np.eye(4)), "expected one 3D volume"),
     "4D": (lambda path: write(path, random_scan(12, 12, 12, 3), np.eye(4)), "expected one 3D volume"),
     "NaN": (lambda path: write(path, with_nan(random_scan(12, 12, 12)), np.eye(4)), "NaN"),
     "constant": (lambda path: write(path, np.full((12, 12, 12), 7, np.int16), np.eye(4)), "same intensity"),

@@ -32,9 +32,11 @@ BAD = [
     ("auto_train", "2.5", ("whole number", "0")),
     ("lease_minutes", "nan", ("number", "0")),
     ("lease_minutes", "soon", ("number", "0")),
+    ("cache_gb", "-0.5", ("number", "0")),
     ("labels", "a,,b", ("comma-separated",)),
     ("labels", "a,b,a", ("'a' twice",)),
     ("labels", "liver,background", ("background",)),
+    ("labels", "liver,voxel_order", ("voxel_order",)),
     ("labels", ",".join(f"l{i}" for i in range(255)), ("254",)),
     ("presets", "tiny", OPTIONS),
 ]
@@ -58,10 +60,11 @@ def test_every_option() -> None:
         "pretrained": "none",
         "auto_train": "3",
         "lease_minutes": "7.5",
+        "cache_gb": "0.25",
     }
     project = Project.from_conf(conf)
     assert project.labels == ("left kidney", "tumour (3)")
-    assert (project.auto_train, project.lease_minutes) == (3, 7.5)
+    assert (project.auto_train, project.lease_minutes, project.cache_gb) == (3, 7.5, 0.25)
     assert project.preprocessing.spacing_mm == (1.5, 1.5, 2.0)
     assert project.preprocessing.patch_size == (64, 48, 32)
     assert Project.from_conf(project.to_conf()) == project

@@ -20,7 +20,8 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
-from torch.nn import functional as F
+
+from deformux.grids import ScanGrid
 
 __all__ = [
     "MODALITIES",
@@ -115,10 +116,10 @@ class Preprocessing:
 
 
 class LoadVolumed(MapTransform):
-    """Read a single-channel volume as float32 ``(1, X, Y, Z)``.
+    """Read a single-channel volume as float32 ``(1, X, Y, Z)``; a 2D image is a volume of one slice.
 
     Raises:
-        InvalidVolume: unreadable, not 3-dimensional, not finite, or without any contrast.
+        InvalidVolume: unreadable, of other than 2 or 3 dimensions, not finite, or without any contrast.
     """
 
     def __init__(self, keys: str | tuple[str, ...] = "image") -> None:
@@ -203,11 +204,7 @@ def geometry_difference(
 
 
 class RestoreGridd(MapTransform):
-    """Logits ``(C, x, y, z)`` of the preprocessed image to labels ``(1, X, Y, Z)``, uint8, on the scan's own grid.
-
-    The logits are interpolated linearly and compared afterwards, so that edges stay smooth where the scan is finer
-    than the network's spacing.
-    """
+    """Logits ``(C, x, y, z)`` of the preprocessed image to labels ``(1, X, Y, Z)``, uint8, on the scan's own grid."""
 
     def __init__(self, keys: str | tuple[str, ...] = "pred", *, image_key: str = "image") -> None:
         super().__init__(keys)
@@ -216,50 +213,19 @@ class RestoreGridd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         image = d[self.image_key]
-        original = np.asarray(image.meta["original_affine"], dtype=float)
+        grid = ScanGrid.of(image)
         for key in self.key_iterator(d):
-            labels = on_scans_grid(torch.as_tensor(d[key]), image, lambda logits: logits.argmax(0))
+            labels = grid.labels(torch.as_tensor(d[key]).float())
             meta = {name: value for name, value in image.meta.items() if name != "affine"}
-            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(original), meta=meta)
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=meta)
         return d
 
 
 def on_scans_grid(
-    values: torch.Tensor,
-    image: MetaTensor,
-    finish: Callable[[torch.Tensor], torch.Tensor],
-    *,
-    box: Sequence[tuple[int, int]] | None = None,
+    values: torch.Tensor, image: MetaTensor, finish: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Values ``(C, x, y, z)`` on the grid of a preprocessed ``image``, interpolated linearly at its scan's voxels.
-
-    Args:
-        values: any floating type; on any device.
-        image: what ``inference_transforms`` made of the scan.
-        finish: from interpolated values ``(C, n, Y, Z)``, float32, to ``(n, Y, Z)`` in 0..255; applied to slabs.
-        box: first voxel and end along each axis of the scan; None for all of it. A voxel's value is the same with
-            and without a box.
-
-    Returns:
-        uint8 ``(X, Y, Z)`` on the CPU: the scan's size, or the box's.
-    """
-    to_values = np.linalg.inv(np.asarray(image.affine, dtype=float)) @ np.asarray(image.meta["original_affine"], float)
-    box = box or [(0, int(n)) for n in image.meta["spatial_shape"]]
-    device = values.device
-    # From a voxel index of the scan to grid_sample's -1..1 over the values; its last coordinate comes first.
-    extent = np.array([max(n - 1, 1) for n in values.shape[1:]], dtype=float)
-    matrix = torch.tensor(2 * to_values[:3, :3] / extent[:, None], dtype=torch.float32, device=device)
-    shift = torch.tensor(2 * to_values[:3, 3] / extent - 1, dtype=torch.float32, device=device)
-    first, rows, columns = (torch.arange(*ends, dtype=torch.float32, device=device) for ends in box)
-    plane = (rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]) + shift
-    found = torch.empty([stop - start for start, stop in box], dtype=torch.uint8)
-    step = max(1, _SLAB_VOXELS // max(1, len(rows) * len(columns)))
-    source = values.float()[None]
-    for start in range(0, len(first), step):
-        grid = (first[start : start + step, None, None, None] * matrix[:, 0] + plane).flip(-1)
-        sampled = F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)
-        found[start : start + step] = finish(sampled[0]).to("cpu", torch.uint8)
-    return found
+    """Values ``(C, x, y, z)`` of a preprocessed image at the voxels of its scan; see ``ScanGrid.interpolate``."""
+    return ScanGrid.of(image).interpolate(values, finish)
 
 
 def inference_transforms(prep: Preprocessing) -> list[Transform]:
@@ -315,11 +281,26 @@ def _load(path: Path) -> MetaTensor:
         raise InvalidVolume(f"{path.name} cannot be read as a volume; the file is damaged or not an image") from error
     if volume.ndim == 4 and volume.shape[-1] == 1:
         volume = volume[..., 0]
+    if volume.ndim == 2:
+        volume = _one_slice(volume)
     if volume.ndim != 3:
-        raise InvalidVolume(f"{path.name} has {volume.ndim} dimensions {tuple(volume.shape)}; expected one 3D volume")
+        raise InvalidVolume(
+            f"{path.name} has {volume.ndim} dimensions {tuple(volume.shape)}; expected one 3D volume or one 2D image"
+        )
     volume = volume.unsqueeze(0)
     volume.meta["spatial_shape"] = np.array(volume.shape[1:])
     return volume
+
+
+def _one_slice(image: MetaTensor) -> MetaTensor:
+    """A 2D image ``(X, Y)`` as a volume ``(X, Y, 1)``; some formats give it an affine for two axes only."""
+    affine = np.asarray(image.affine, dtype=float)
+    if affine.shape == (3, 3):
+        in_plane, affine = affine, np.eye(4)
+        affine[:2, :2], affine[:2, 3] = in_plane[:2, :2], in_plane[:2, 2]
+    meta = {**image.meta, "original_affine": affine}
+    del meta["affine"]
+    return MetaTensor(image.as_tensor()[..., None], affine=torch.as_tensor(affine), meta=meta)
 
 
 def _shorten(values: list[float], most: int = 6) -> str:

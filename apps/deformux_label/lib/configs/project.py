@@ -18,12 +18,17 @@ from deformux.weights import PRETRAINED, ModelCard, pretrained_path
 
 __all__ = ["OPTIONS", "InvalidOption", "Project"]
 
-OPTIONS = ("auto_train", "labels", "lease_minutes", "modality", "patch_size", "preset", "pretrained", "spacing")
+OPTIONS = (
+    *("auto_train", "cache_gb", "labels", "lease_minutes", "modality", "patch_size", "preset", "pretrained"),
+    "spacing",
+)
 # Names with a meaning of their own: to the Slicer extension, in requests, and as options of a task, which requests
 # carry beside the labels.
 _RESERVED = frozenset(
     {
         *("background", "background_scribbles", "foreground", "foreground_scribbles", "image", "label", "model"),
+        *("active_label", "client_id", "label_tag", "logging", "reset_state", "result_dtype", "result_extension"),
+        *("roi", "save_label", "session", "slice", "voxel_order"),
         *("batch_size", "device", "learning_rate", "start_from", "steps"),
     }
 )
@@ -46,6 +51,7 @@ class Project:
         pretrained: name of the weights to start from, or None.
         auto_train: submitted labels after which a training is queued; 0 for never.
         lease_minutes: how long a volume that was handed out is offered to nobody else; 0 for not at all.
+        cache_gb: most gigabytes (10^9 bytes) kept in memory for the next click on the same volume; 0 for nothing.
     """
 
     labels: tuple[str, ...]
@@ -54,6 +60,7 @@ class Project:
     pretrained: str | None = None
     auto_train: int = 0
     lease_minutes: float = 60.0
+    cache_gb: float = 1.0
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
@@ -89,12 +96,14 @@ class Project:
             raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
         auto_train = int(_number("auto_train", given.get("auto_train", "0"), 10_000, whole=True))
         lease_minutes = _number("lease_minutes", given.get("lease_minutes", "60"), 100_000)
-        return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes)
+        cache_gb = _number("cache_gb", given.get("cache_gb", "1"), 10_000)
+        return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes, cache_gb)
 
     def to_conf(self) -> dict[str, str]:
         """The options that ``from_conf`` makes this project of."""
         return {
             "auto_train": str(self.auto_train),
+            "cache_gb": f"{self.cache_gb:g}",
             "labels": ",".join(self.labels),
             "lease_minutes": f"{self.lease_minutes:g}",
             "modality": self.preprocessing.modality,
