@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import ndimage
 
-__all__ = ["Correction", "WholeLabelAnnotator", "dense_labels"]
+from deformux.transforms import UNLABELLED
+
+__all__ = ["Click", "ClickAnnotator", "Correction", "WholeLabelAnnotator", "dense_labels"]
 
 Labels = npt.NDArray[np.uint8]
 
@@ -66,3 +69,114 @@ class WholeLabelAnnotator:
             if either:
                 edited[name] = float(np.count_nonzero(is_true != is_shown)) / either
         return Correction(truth.copy(), edited, int(np.count_nonzero(truth != shown)))
+
+
+@dataclass(frozen=True)
+class Click:
+    """One click of an annotator: the voxel, and the label it should have, 0 for background."""
+
+    label: int
+    voxel: tuple[int, int, int]
+
+
+class ClickAnnotator:
+    """An annotator who clicks into the largest errors, each time with the label that should be there.
+
+    An error is a face-connected component of voxels of one true label that are shown as anything else. The click goes
+    where the error is thickest, by the Euclidean distance transform; of several such voxels, nearest to its middle
+    (as the robot of Xu et al., CVPR 2016, and of all benchmarks since).
+
+    Args:
+        n_labels: labels 1..N.
+        jitter: 0 clicks at the centre, 1 anywhere in the component; between, on a random voxel that is at least
+            ``1 - jitter`` times as deep inside as the centre. Never outside.
+        spacing: voxel size along each axis, in any unit.
+        seed: of the jitter; or a generator.
+    """
+
+    def __init__(
+        self,
+        n_labels: int,
+        *,
+        jitter: float = 0.0,
+        spacing: Sequence[float] = (1.0, 1.0, 1.0),
+        seed: int | np.random.Generator = 0,
+    ) -> None:
+        if not 0 <= jitter <= 1:
+            raise ValueError(f"jitter must be between 0 and 1; got {jitter}")
+        self.n_labels, self.jitter, self.spacing = n_labels, jitter, np.asarray(spacing, dtype=float)
+        self.rng = np.random.default_rng(seed)
+
+    def clicks(
+        self,
+        truth: Labels,
+        shown: Labels,
+        *,
+        most: int = 1,
+        label: int | None = None,
+        annotated: npt.NDArray[np.bool_] | None = None,
+    ) -> list[Click]:
+        """Clicks into the ``most`` largest errors, largest first; fewer where there are fewer, none without an error.
+
+        Args:
+            truth: ``(D, H, W)``, values 0..N; 255 is unlabelled, and never an error.
+            shown: the segmentation on the screen, ``(D, H, W)``.
+            most: number of clicks.
+            label: only errors that should be this label, 0 for background.
+            annotated: ``(N + 1,)``, which classes the truth tells apart. Where one of the others is shown on the
+                truth's background nobody knows better.
+
+        Raises:
+            ValueError: shapes differ, or a label beyond N.
+        """
+        if shown.shape != truth.shape:
+            raise ValueError(f"shown: got shape {shown.shape}, expected the truth's shape {truth.shape}")
+        if label is not None and not 0 <= label <= self.n_labels:
+            raise ValueError(f"label: got {label}, expected 0 (background) to {self.n_labels}")
+        wrong = (truth != shown) & (truth != UNLABELLED)
+        if annotated is not None:
+            unknown = np.flatnonzero(~np.asarray(annotated, dtype=bool)[1:]) + 1
+            wrong &= (truth != 0) | ~np.isin(shown, unknown)
+        if label is not None:
+            wrong &= truth == label
+        errors = _components(np.where(wrong, truth.astype(np.int32) + 1, 0))
+        # Stable: of two that are equally large, always the same is first.
+        errors.sort(key=lambda error: -error.voxels)
+        return [Click(error.label, self._inside(error, truth.shape)) for error in errors[:most]]
+
+    def _inside(self, error: _Component, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        # The volume's border ends a component as well, except along an axis of one voxel, where everything is border.
+        around = [(1, 1) if length > 1 else (0, 0) for length in shape]
+        padded = np.pad(error.inside, around)
+        depth = ndimage.distance_transform_edt(padded, sampling=self.spacing)
+        if self.jitter:
+            candidates = np.argwhere(padded & (depth >= (1 - self.jitter) * depth.max()))
+            chosen = candidates[self.rng.integers(len(candidates))]
+        else:
+            candidates = np.argwhere(depth == depth.max())
+            away = (candidates - np.argwhere(padded).mean(0)) * self.spacing
+            chosen = candidates[np.argmin((away**2).sum(1))]
+        x, y, z = (int(v) - p[0] + o for v, p, o in zip(chosen, around, error.origin, strict=True))
+        return x, y, z
+
+
+@dataclass(frozen=True)
+class _Component:
+    label: int
+    voxels: int
+    origin: tuple[int, ...]
+    inside: npt.NDArray[np.bool_]
+
+
+def _components(wanted: npt.NDArray[np.int32]) -> list[_Component]:
+    """Face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
+    found = []
+    for label, box in enumerate(ndimage.find_objects(wanted)):
+        if box is None:
+            continue
+        numbered, count = ndimage.label(wanted[box] == label + 1)
+        sizes = np.bincount(numbered.ravel(), minlength=count + 1)
+        for number, part in enumerate(ndimage.find_objects(numbered), start=1):
+            origin = tuple(outer.start + inner.start for outer, inner in zip(box, part, strict=True))
+            found.append(_Component(label, int(sizes[number]), origin, numbered[part] == number))
+    return found
