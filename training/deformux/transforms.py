@@ -44,8 +44,6 @@ MODALITIES = ("ct", "mr")
 UNLABELLED = 255
 # Positions that differ by less than this are the same position.
 GEOMETRY_TOLERANCE_MM = 1e-3
-# Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
-_SLAB_VOXELS = 1_000_000
 
 
 class InvalidVolume(ValueError):

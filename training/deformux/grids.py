@@ -1,0 +1,147 @@
+"""Where the voxels of a scan lie on the network's grid, and how values get back from there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["Box", "ScanGrid", "bounding_box", "slices"]
+
+# First voxel of a box and the one after its last, per axis.
+Box = tuple[tuple[int, int, int], tuple[int, int, int]]
+
+# Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
+_SLAB_VOXELS = 1_000_000
+
+
+@dataclass(frozen=True)
+class ScanGrid:
+    """The grid of a scan's file, seen from the network's.
+
+    Args:
+        size: voxels of the file.
+        affine: from its voxels to RAS millimetres, ``(4, 4)``.
+        network_size: voxels of the network's grid.
+        to_network: from a voxel index of the file to one of the network's grid, ``(4, 4)``.
+    """
+
+    size: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+    network_size: tuple[int, int, int]
+    to_network: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, image: MetaTensor) -> ScanGrid:
+        """The grid of the file that ``inference_transforms`` made an image ``(1, x, y, z)`` of."""
+        affine = np.asarray(image.meta["original_affine"], dtype=float)
+        return cls(
+            size=_triple(image.meta["spatial_shape"]),
+            affine=affine,
+            network_size=_triple(image.shape[1:]),
+            to_network=np.linalg.inv(np.asarray(image.affine, dtype=float)) @ affine,
+        )
+
+    def nearest(self, voxels: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The voxels of the network's grid nearest to voxels ``(n, 3)`` of the file."""
+        index = np.asarray(voxels, dtype=float).reshape(-1, 3)
+        moved = index @ self.to_network[:3, :3].T + self.to_network[:3, 3]
+        return np.clip(np.rint(moved), 0, np.array(self.network_size) - 1).astype(np.int64)
+
+    def reached(self, box: Box) -> Box:
+        """The box of the file whose interpolated values depend on a box of the network's grid."""
+        # One voxel for interpolation; where the box touches the border, one more for what lies beyond it.
+        low = [start - (2 if start == 0 else 1) for start in box[0]]
+        high = [stop + (stop == n) for stop, n in zip(box[1], self.network_size, strict=True)]
+        return _moved_box((low, high), np.linalg.inv(self.to_network), self.size, margin=0)
+
+    def needed(self, box: Box) -> Box:
+        """The box of the network's grid that interpolation in a box of the file reads."""
+        last = [stop - 1 for stop in box[1]]
+        return _moved_box((box[0], last), self.to_network, self.network_size, margin=1)
+
+    def interpolate(
+        self,
+        values: Tensor,
+        finish: Callable[[Tensor], Tensor],
+        *,
+        box: Box | None = None,
+        origin: Sequence[int] = (0, 0, 0),
+    ) -> Tensor:
+        """Values ``(C, x, y, z)`` interpolated linearly at the file's voxels, uint8 ``(X, Y, Z)`` on the CPU.
+
+        Args:
+            values: any floating type; on any device.
+            finish: from interpolated values ``(C, n, Y, Z)``, float32, to ``(n, Y, Z)`` in 0..255; applied to slabs.
+            box: the part of the file's grid that is wanted; None for all of it.
+            origin: the voxel of the network's grid at which the values begin.
+        """
+        start, stop = box or ((0, 0, 0), self.size)
+        device = values.device
+        # From a voxel index of the scan to grid_sample's -1..1 over the values; its last coordinate comes first.
+        extent = np.array([max(n - 1, 1) for n in values.shape[1:]], dtype=float)
+        matrix = torch.tensor(2 * self.to_network[:3, :3] / extent[:, None], dtype=torch.float32, device=device)
+        shift = 2 * (self.to_network[:3, 3] - np.asarray(origin)) / extent - 1
+        first, rows, columns = (
+            torch.arange(start[axis], stop[axis], dtype=torch.float32, device=device) for axis in range(3)
+        )
+        plane = rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]
+        plane = plane + torch.tensor(shift, dtype=torch.float32, device=device)
+        found = torch.empty([b - a for a, b in zip(start, stop, strict=True)], dtype=torch.uint8)
+        step = max(1, _SLAB_VOXELS // max(1, len(rows) * len(columns)))
+        source = values.float()[None]
+        for done in range(0, len(first), step):
+            grid = (first[done : done + step, None, None, None] * matrix[:, 0] + plane).flip(-1)
+            sampled = F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)
+            found[done : done + step] = finish(sampled[0]).to("cpu", torch.uint8)
+        return found
+
+    def labels(self, logits: Tensor, *, box: Box | None = None, origin: Sequence[int] = (0, 0, 0)) -> Tensor:
+        """The highest of logits ``(C, x, y, z)`` at the file's voxels, as ``interpolate``.
+
+        They are interpolated first and compared afterwards, so that edges stay smooth where the scan is finer than
+        the network's spacing.
+        """
+        return self.interpolate(logits, lambda sampled: sampled.argmax(0), box=box, origin=origin)
+
+
+def slices(box: Box) -> tuple[slice, slice, slice]:
+    """A box as an index of an array."""
+    (a, b, c), (d, e, f) = box
+    return slice(a, d), slice(b, e), slice(c, f)
+
+
+def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
+    """The smallest box around the true voxels ``(x, y, z)``, or None where there are none."""
+    start, stop = [], []
+    for axis in range(3):
+        found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        if not len(found):
+            return None
+        start.append(int(found[0]))
+        stop.append(int(found[-1]) + 1)
+    return _triple(start), _triple(stop)
+
+
+def _moved_box(
+    corners: tuple[Sequence[int], Sequence[int]], matrix: npt.NDArray[np.float64], size: Sequence[int], *, margin: int
+) -> Box:
+    """The whole voxels around the image of a box under an affine map, with a margin, inside a volume."""
+    index = np.array(np.meshgrid(*zip(*corners, strict=True), indexing="ij"), dtype=float).reshape(3, -1)
+    moved = matrix[:3, :3] @ index + matrix[:3, 3:]
+    # Rounding must not lose a voxel that lies exactly on the box.
+    low = np.floor(moved.min(axis=1) + 1e-4).astype(int) - margin
+    high = np.ceil(moved.max(axis=1) - 1e-4).astype(int) + margin + 1
+    start = np.clip(low, 0, np.array(size) - 1)
+    return _triple(start), _triple(np.maximum(np.clip(high, 0, size), start + 1))
+
+
+def _triple(values: Sequence[int] | npt.NDArray[np.int_]) -> tuple[int, int, int]:
+    x, y, z = (int(value) for value in values)
+    return x, y, z
