@@ -14,8 +14,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from torch import Tensor
 
+from deformux.grids import ScanGrid
 from deformux.selection.scores import volume_uncertainty, voxel_entropy
-from deformux.transforms import on_scans_grid
 
 __all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
 
@@ -49,11 +49,11 @@ def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
     """
     probabilities = logits.float().softmax(0)
     unsure = uncertainty_map(probabilities)
-    affine = np.asarray(image.affine, dtype=float)
-    place = look_next(unsure, voxel_sizes(affine))
+    grid = ScanGrid.of(image)
+    place = look_next(unsure, voxel_sizes(np.asarray(image.affine, dtype=float)))
     return Uncertainty(
-        map=on_scans_grid(unsure[None], image, lambda values: values[0].round()).numpy(),
-        look_next=None if place is None else _on_the_scan(place, image),
+        map=grid.interpolate(unsure[None], lambda values: values[0].round()).numpy(),
+        look_next=None if place is None else _nearest(place, grid),
         mean=100 * volume_uncertainty(probabilities),
     )
 
@@ -105,9 +105,8 @@ def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> 
     return i, j, k
 
 
-def _on_the_scan(index: Index, image: MetaTensor) -> Index:
+def _nearest(index: Index, grid: ScanGrid) -> Index:
     """The scan's voxel nearest to a voxel of the network's grid."""
-    to_scan = np.linalg.inv(np.asarray(image.meta["original_affine"], dtype=float)) @ np.asarray(image.affine, float)
-    nearest = np.rint(apply_affine(to_scan, index)).astype(int)
-    i, j, k = (int(n) for n in np.clip(nearest, 0, np.asarray(image.meta["spatial_shape"]) - 1))
+    nearest = np.rint(apply_affine(np.linalg.inv(grid.to_network), index)).astype(int)
+    i, j, k = (int(n) for n in np.clip(nearest, 0, np.array(grid.size) - 1))
     return i, j, k
