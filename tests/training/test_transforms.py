@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from scipy.ndimage import affine_transform
 
@@ -121,7 +122,7 @@ def broken_volumes(folder: Path) -> dict[str, tuple[Path, str]]:
     return {
         "text": (text, "cannot be read"),
         "cut": (cut, "cannot be read"),
-        "flat": (save(folder / "flat.nii.gz", good[:, :, 0], np.eye(4)), "2 dimensions"),
+        "line": (save(folder / "line.nii.gz", good[:, 0, 0], np.eye(4)), "1 dimensions"),
         "series": (save(folder / "series.nii.gz", np.stack([good] * 3, axis=-1), np.eye(4)), "4 dimensions"),
         "nan": (save(folder / "nan.nii.gz", with_nan, np.eye(4)), "NaN"),
         "constant": (save(folder / "constant.nii.gz", np.ones_like(good), np.eye(4)), "same intensity"),
@@ -129,7 +130,7 @@ def broken_volumes(folder: Path) -> dict[str, tuple[Path, str]]:
     }
 
 
-@pytest.mark.parametrize("kind", ["text", "cut", "flat", "series", "nan", "constant", "missing"])
+@pytest.mark.parametrize("kind", ["text", "cut", "line", "series", "nan", "constant", "missing"])
 def test_an_unusable_scan_is_named_in_one_sentence(tmp_path: Path, kind: str) -> None:
     path, reason = broken_volumes(tmp_path)[kind]
     with pytest.raises(InvalidVolume) as error:
@@ -137,6 +138,26 @@ def test_an_unusable_scan_is_named_in_one_sentence(tmp_path: Path, kind: str) ->
     assert path.name in str(error.value)
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nrrd", ".mha"])
+@pytest.mark.parametrize("spacing", [None, (1.5, 1.0, 2.0)])
+def test_an_image_is_a_volume_of_one_slice(
+    tmp_path: Path, suffix: str, spacing: tuple[float, float, float] | None
+) -> None:
+    # ITK's origin and spacing are in LPS millimetres.
+    image = sitk.GetImageFromArray(np.add.outer(np.arange(20.0), np.zeros(30, dtype=np.float32)))
+    image.SetSpacing((2.0, 3.0))
+    image.SetOrigin((5.0, 7.0))
+    sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
+    data = apply(
+        inference_transforms(Preprocessing(modality="mr", spacing_mm=spacing)), {"image": tmp_path / f"a{suffix}"}
+    )
+    logits = torch.cat([-data["image"], data["image"]])
+    labels = apply(restore_transforms(), {**data, "pred": logits})["pred"]
+    assert labels.shape == (1, 30, 20, 1)
+    np.testing.assert_allclose(labels.affine[:2], [[-2.0, 0, 0, -5.0], [0, -3.0, 0, -7.0]])
+    assert (np.asarray(labels)[0, :, :, 0] == (np.arange(20) >= 10)).all()
 
 
 def test_a_fourth_axis_of_one_is_a_volume(tmp_path: Path) -> None:
