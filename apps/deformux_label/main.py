@@ -14,6 +14,7 @@ from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.datastore import CheckedDatastore
 from lib.infers.segmentation import UNTRAINED, Segmentation
+from lib.infers.uncertainty import store_uncertainty
 from lib.leases import Leases, annotator_of
 from lib.models import ServedModels
 from lib.scoring.dice import DiceScoring
@@ -116,6 +117,7 @@ class DeformUXLabel(MONAILabelApp):
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         file, params = task({"model": model, "description": task.description, "image": path, **options})
+        store_uncertainty(datastore, image_id, params)
         if image_id is not None:
             self._proposals[annotator_of(request), image_id] = params.get("model_version")
             while len(self._proposals) > _REMEMBERED_PROPOSALS:

@@ -55,6 +55,7 @@ def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
         "logging": _one_of("logging", str(request.get("logging", "INFO")).upper(), _LOG_LEVELS),
         "label_tag": str(request.get("label_tag") or DefaultLabelTag.ORIGINAL.value),
         "save_label": str(request.get("save_label", False)).lower() in ("true", "1", "yes"),
+        "uncertainty": _switch("uncertainty", request.get("uncertainty", "off")),
     }
     if extension := request.get("result_extension"):
         # It becomes the end of a file name on the server.
@@ -77,6 +78,14 @@ def checked_device(value: Any) -> str:
             400, f"device must be one of {', '.join(dict.fromkeys((*device_map(), 'cpu')))}; got {name!r}"
         )
     return device
+
+
+def _switch(name: str, value: Any) -> bool:
+    # Slicer sends the first of a list of options; other clients may send the list as it is, or a JSON boolean.
+    chosen = value[0] if isinstance(value, list) and value else value
+    if isinstance(chosen, bool):
+        return chosen
+    return _one_of(name, chosen, ("off", "on")) == "on"
 
 
 def _one_of(name: str, value: Any, valid: Sequence[str]) -> str:

@@ -30,12 +30,14 @@ from .leases import annotator_of
 from .reconcile import reconciled
 from .revisions import Revision, Revisions, checksum
 
-__all__ = ["VOLUME_SUFFIXES", "CheckedDatastore"]
+__all__ = ["UNCERTAINTY_TAG", "VOLUME_SUFFIXES", "CheckedDatastore"]
 
 logger = logging.getLogger(__name__)
 
+# Where the model was unsure, 0 to 100: it lies beside the labels, but nobody drew it and nothing learns from it.
+UNCERTAINTY_TAG = "uncertainty"
 # What a model proposed is no work of an annotator's, and can be computed again.
-_WITHOUT_REVISIONS = (DefaultLabelTag.ORIGINAL.value,)
+_WITHOUT_REVISIONS = (DefaultLabelTag.ORIGINAL.value, UNCERTAINTY_TAG)
 
 
 class CheckedDatastore(LocalDatastore):
@@ -77,12 +79,18 @@ class CheckedDatastore(LocalDatastore):
         """Store a label that lies on its image's grid and holds the project's values; returns the label's id."""
         self._image(image_id)
         tag = _checked_tag(label_tag)
+        if tag == UNCERTAINTY_TAG:
+            raise HTTPException(400, f"the tag {tag!r} is kept for the model's own maps; save the label under another")
         info = _checked_info(label_info)
         _checked_suffix(label_filename)
         image = Path(self.get_image_uri(image_id))
         with checked_labels(Path(label_filename), image, image_id, self.labels, info) as checked:
             self._store_label(image_id, tag, checked, info)
         return image_id
+
+    def save_uncertainty(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
+        """Store where a model is unsure of a volume, in the place of what was stored before."""
+        self._store_label(image_id, UNCERTAINTY_TAG, file, _checked_info(info))
 
     def restore_label(self, image_id: str, number: int, annotator: str, tag: str = "final") -> Revision:
         """Make an earlier revision of a label the current one again, as a new revision."""
@@ -142,10 +150,13 @@ class CheckedDatastore(LocalDatastore):
             raise HTTPException(422, str(error).replace(Path(image_filename).name, name)) from error
         with self._changing() as objects:
             present = objects.get(name)
-            if present is not None and present.labels:
+            if present is not None and present.labels.keys() - {UNCERTAINTY_TAG}:
                 if filecmp.cmp(image_filename, self.get_image_uri(name), shallow=False):
                     return name
                 raise HTTPException(409, f"image {name!r} already exists and has a label; upload under another id")
+            if present is not None and UNCERTAINTY_TAG in present.labels:
+                # It shows where the model was unsure of the volume that goes.
+                self._delete_label(name, UNCERTAINTY_TAG, present.labels[UNCERTAINTY_TAG])
             target = Path(self._datastore.image_path()) / self._filename(name, suffix)
             with replacing(target) as temporary:
                 shutil.copyfile(image_filename, temporary)
@@ -212,6 +223,12 @@ class CheckedDatastore(LocalDatastore):
             label = self._label(label_id, label_tag)
             label = label.model_copy(update={"info": {**label.info, **more}})
             objects[label_id] = _with_label(entry, label_tag, label)
+
+    def status(self) -> dict[str, Any]:
+        """How many volumes there are, how many have a submitted label, and how many labels each tag has."""
+        status = super().status()
+        status["label_tags"].pop(UNCERTAINTY_TAG, None)
+        return status
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
         """Path of a zip file with all labelled volumes."""

@@ -30,6 +30,7 @@ _RESERVED = frozenset(
         *("active_label", "client_id", "label_tag", "logging", "reset_state", "result_dtype", "result_extension"),
         *("roi", "save_label", "session", "slice", "voxel_order"),
         *("batch_size", "device", "learning_rate", "start_from", "steps"),
+        *("label_info", "lamda", "num_bins", "num_mixtures", "selected_label_name", "sigma", "uncertainty"),
     }
 )
 # Results are uint8, and Slicer asks for uint8; of a submitted label 255 means that nobody has labelled the voxel.

@@ -23,6 +23,7 @@ from deformux_label.offloop import raise_if_client_gone
 from ..configs.project import Project
 from ..models import ServedModels
 from .memory import Attempt, within_memory
+from .uncertainty import OPTION, uncertainty_reply
 from .writer import FORMATS, write_labels
 
 __all__ = ["UNTRAINED", "Segmentation"]
@@ -48,6 +49,7 @@ class Segmentation(BasicInferTask):
             labels=project.label_values,
             dimension=3,
             description="DeformUX-Net, fine-tuned on this project's submitted labels",
+            config=dict(OPTION),
         )
         self.project = project
         self.models = models
@@ -80,6 +82,8 @@ class Segmentation(BasicInferTask):
         logits, warning = within_memory(lambda attempt: self._logits(data, attempt), window, device)
         data[self.output_label_key] = logits
         data["warning"] = warning
+        if data["uncertainty"]:
+            data["uncertainty_reply"] = uncertainty_reply(logits, data[self.input_key])
         return data
 
     @torch.inference_mode()
@@ -114,6 +118,8 @@ class Segmentation(BasicInferTask):
         result = {"model_version": data["model_version"]}
         if warning := UNTRAINED if data["model_version"] is None else data["warning"]:
             result["warning"] = warning
+        if "uncertainty_reply" in data:
+            result["uncertainty"] = data["uncertainty_reply"]
         return path, result
 
     def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:

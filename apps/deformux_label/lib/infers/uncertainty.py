@@ -1,0 +1,55 @@
+"""The option ``uncertainty`` of the tasks that use the network: a map beside the label, and where to look next."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from monai.data import MetaTensor
+from monailabel.interfaces.datastore import Datastore
+from torch import Tensor
+
+from deformux.grids import ScanGrid
+from deformux.uncertainty import find_uncertainty
+
+from ..datastore import UNCERTAINTY_TAG, CheckedDatastore
+from .writer import write_labels
+
+__all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]
+
+# In a task's config: the first of a list is what the Slicer extension sends unless its user chooses another.
+OPTION: Mapping[str, Any] = {"uncertainty": ["off", "on"]}
+
+
+def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
+    """What a task puts into its reply under ``uncertainty``, for logits ``(C, x, y, z)`` of a preprocessed ``image``.
+
+    ``mean`` (0 to 100) and ``look_next`` (a voxel of the scan, or None) are for the client; ``file`` is the map, which
+    ``store_uncertainty`` takes out again.
+    """
+    found = find_uncertainty(logits, image)
+    handle, path = tempfile.mkstemp(suffix=".nii.gz")
+    os.close(handle)
+    write_labels(Path(path), found.map, ScanGrid.of(image).affine, {})
+    look_next = None if found.look_next is None else list(found.look_next)
+    return {"tag": None, "look_next": look_next, "mean": round(found.mean, 2), "file": path}
+
+
+def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> None:
+    """Move the map of a task's reply, if it has one, into the studies, and say in the reply where it is.
+
+    The map of an image that is not among the studies, such as an upload, is kept nowhere; its tag stays None.
+    """
+    reply = params.get("uncertainty")
+    if not isinstance(reply, dict):
+        return
+    file = Path(reply.pop("file"))
+    try:
+        if image_id is not None and isinstance(datastore, CheckedDatastore):
+            datastore.save_uncertainty(image_id, file, {**reply, "model_version": params.get("model_version")})
+            reply["tag"] = UNCERTAINTY_TAG
+    finally:
+        file.unlink(missing_ok=True)
