@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +13,11 @@ from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Box", "ScanGrid", "bounding_box", "slices"]
+__all__ = ["Box", "Index", "ScanGrid", "bounding_box", "slices", "triple"]
 
-# First voxel of a box and the one after its last, per axis.
-Box = tuple[tuple[int, int, int], tuple[int, int, int]]
+Index = tuple[int, int, int]
+# The first voxel of a box, and the one after its last along every axis.
+Box = tuple[Index, Index]
 
 # Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000
@@ -32,9 +34,9 @@ class ScanGrid:
         to_network: from a voxel index of the file to one of the network's grid, ``(4, 4)``.
     """
 
-    size: tuple[int, int, int]
+    size: Index
     affine: npt.NDArray[np.float64]
-    network_size: tuple[int, int, int]
+    network_size: Index
     to_network: npt.NDArray[np.float64]
 
     @classmethod
@@ -42,9 +44,9 @@ class ScanGrid:
         """The grid of the file that ``inference_transforms`` made an image ``(1, x, y, z)`` of."""
         affine = np.asarray(image.meta["original_affine"], dtype=float)
         return cls(
-            size=_triple(image.meta["spatial_shape"]),
+            size=triple(image.meta["spatial_shape"]),
             affine=affine,
-            network_size=_triple(image.shape[1:]),
+            network_size=triple(image.shape[1:]),
             to_network=np.linalg.inv(np.asarray(image.affine, dtype=float)) @ affine,
         )
 
@@ -126,7 +128,7 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
             return None
         start.append(int(found[0]))
         stop.append(int(found[-1]) + 1)
-    return _triple(start), _triple(stop)
+    return triple(start), triple(stop)
 
 
 def _moved_box(
@@ -139,9 +141,10 @@ def _moved_box(
     low = np.floor(moved.min(axis=1) + 1e-4).astype(int) - margin
     high = np.ceil(moved.max(axis=1) - 1e-4).astype(int) + margin + 1
     start = np.clip(low, 0, np.array(size) - 1)
-    return _triple(start), _triple(np.maximum(np.clip(high, 0, size), start + 1))
+    return triple(start), triple(np.maximum(np.clip(high, 0, size), start + 1))
 
 
-def _triple(values: Sequence[int] | npt.NDArray[np.int_]) -> tuple[int, int, int]:
+def triple(values: Iterable[Any]) -> Index:
+    """Three whole numbers, such as an index or a size."""
     x, y, z = (int(value) for value in values)
     return x, y, z

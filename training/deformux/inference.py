@@ -29,7 +29,7 @@ from deformux.transforms import (
 # MONAI 1.5 indexes with a list of slices; torch warns of it once per process, and the user can do nothing about it.
 warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
 
-__all__ = ["WindowInferer", "evaluate", "mixed_precision", "segment", "sliding_window"]
+__all__ = ["WindowInferer", "evaluate", "mixed_precision", "segment", "sliding_window", "volume_logits"]
 
 
 def mixed_precision(device: str | torch.device) -> AbstractContextManager[Any]:
@@ -82,6 +82,20 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
 
 
 @torch.inference_mode()
+def volume_logits(
+    network: nn.Module, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+) -> tuple[MetaTensor, Tensor]:
+    """A preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
+
+    Raises:
+        InvalidVolume: the file is not a usable scan.
+    """
+    image = apply(inference_transforms(prep), {"image": image_path})["image"]
+    network = network.to(device).eval()
+    return image, sliding_window(prep)(image[None].to(device), network)[0]
+
+
+@torch.inference_mode()
 def segment(
     network: nn.Module, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
@@ -90,10 +104,8 @@ def segment(
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    data = apply(inference_transforms(prep), {"image": image_path})
-    network = network.to(device).eval()
-    logits = sliding_window(prep)(data["image"][None].to(device), network)[0]
-    restored = apply(restore_transforms(), {**data, "pred": logits})
+    image, logits = volume_logits(network, image_path, prep, device=device)
+    restored = apply(restore_transforms(), {"image": image, "pred": logits})
     return restored["pred"], logits.softmax(0)
 
 

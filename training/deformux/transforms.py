@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ __all__ = [
     "geometry_difference",
     "inference_transforms",
     "labelled_transforms",
-    "on_scans_grid",
     "restore_transforms",
 ]
 
@@ -217,13 +216,6 @@ class RestoreGridd(MapTransform):
             meta = {name: value for name, value in image.meta.items() if name != "affine"}
             d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=meta)
         return d
-
-
-def on_scans_grid(
-    values: torch.Tensor, image: MetaTensor, finish: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Values ``(C, x, y, z)`` of a preprocessed image at the voxels of its scan; see ``ScanGrid.interpolate``."""
-    return ScanGrid.of(image).interpolate(values, finish)
 
 
 def inference_transforms(prep: Preprocessing) -> list[Transform]:
