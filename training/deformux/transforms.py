@@ -34,6 +34,7 @@ __all__ = [
     "apply",
     "geometry_difference",
     "inference_transforms",
+    "label_grid_transforms",
     "labelled_transforms",
     "restore_transforms",
 ]
@@ -231,6 +232,11 @@ def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform
         *_to_network_grid(prep, ("image", "label")),
         *_intensity(prep),
     ]
+
+
+def label_grid_transforms(prep: Preprocessing, key: str = "label") -> list[Transform]:
+    """Dictionary transforms that bring label values ``(1, X, Y, Z)`` on a scan's grid to the network's."""
+    return _to_network_grid(prep, (key,))
 
 
 def apply(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
