@@ -13,12 +13,16 @@ from lib.api import install, private_uploads
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.datastore import CheckedDatastore
-from lib.infers.segmentation import UNTRAINED, Segmentation
+from lib.infers.edit import Edit
+from lib.infers.segmentation import Segmentation
+from lib.infers.served import UNTRAINED
 from lib.infers.uncertainty import store_uncertainty
 from lib.leases import Leases, annotator_of
 from lib.models import ServedModels
+from lib.points import BACKGROUND
 from lib.scoring.dice import DiceScoring
 from lib.scoring.selection import SelectionScores, SelectionScoring
+from lib.sessions import Sessions
 from lib.start import refuse_to_start
 from lib.strategies.choose import all_strategies
 from lib.trainers.finetune import FineTune
@@ -55,6 +59,8 @@ class DeformUXLabel(MONAILabelApp):
         # Which model proposed what to whom, of late: (annotator, image) to version.
         self._proposals: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self.dice = DiceScoring(self.project)
+        # Not ``sessions``, which are MONAI Label's uploads.
+        self.kept = Sessions(int(self.project.cache_gb * 1e9))
         self.uploads: Path | None = None
         super().__init__(
             app_dir=app_dir,
@@ -63,7 +69,8 @@ class DeformUXLabel(MONAILabelApp):
             name="DeformUX Label",
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version="0.1.0",
-            labels=list(self.project.labels),
+            # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
+            labels=[*self.project.labels, BACKGROUND],
         )
         # It would start a Python process at every Next Sample; scores are updated where they change instead.
         self._auto_update_scoring = False
@@ -75,7 +82,11 @@ class DeformUXLabel(MONAILabelApp):
         return CheckedDatastore(self.studies, labels=self.project.labels)
 
     def init_infers(self) -> dict[str, InferTask]:
-        return {"segmentation": Segmentation(self.project, self.models)}
+        # Slicer runs the first one by itself on every new case.
+        return {
+            "segmentation": Segmentation(self.project, self.models, self.kept),
+            "edit": Edit(self.project, self.models, self.kept),
+        }
 
     def init_trainers(self) -> dict[str, TrainTask]:
         return {"segmentation": FineTune(self.project, self.models, self.state_folder)}
@@ -116,7 +127,12 @@ class DeformUXLabel(MONAILabelApp):
         image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
-        file, params = task({"model": model, "description": task.description, "image": path, **options})
+        if hasattr(task, "options"):
+            options |= task.options(request, self.uploads)
+        # An upload has another path each time.
+        keep = self.uploads is None or not Path(path).resolve().is_relative_to(self.uploads.resolve())
+        options |= {"image": path, "image_id": image_id, "keep": keep}
+        file, params = task({"model": model, "description": task.description, **options})
         store_uncertainty(datastore, image_id, params)
         if image_id is not None:
             self._proposals[annotator_of(request), image_id] = params.get("model_version")
@@ -166,6 +182,7 @@ class DeformUXLabel(MONAILabelApp):
 
     def _preload(self) -> None:
         name = self.models.current()
+        self.kept.forget_other_versions(name)
         if name is None:
             return
         try:

@@ -13,8 +13,17 @@ from anyio import CapacityLimiter
 from fastapi import Request, Response
 from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 
-__all__ = ["ClientGone", "client_left", "in_thread", "raise_if_client_gone", "watched"]
+__all__ = [
+    "ClientGone",
+    "client_left",
+    "in_thread",
+    "raise_if_client_gone",
+    "watched",
+    "with_endpoint",
+    "with_signature",
+]
 
 # nginx's number for a client that closed its connection; nobody is there to read it.
 _CLIENT_CLOSED_REQUEST = 499
@@ -41,7 +50,7 @@ def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Co
     async def run(**arguments: Any) -> Response:
         return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
 
-    return _with_signature(run, endpoint)
+    return with_signature(run, endpoint)
 
 
 def watched(
@@ -75,7 +84,7 @@ def watched(
             else:
                 waiting.cancel()
 
-    return _with_signature(run, endpoint, http_request=Request)
+    return with_signature(run, endpoint, http_request=Request)
 
 
 async def client_left(request: Request) -> None:
@@ -101,7 +110,23 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError(f"{coroutine} awaits something and must stay on the event loop")
 
 
-def _with_signature(run: Callable[..., Any], endpoint: Callable[..., Any], **more: type) -> Callable[..., Any]:
+def with_endpoint(route: APIRoute, endpoint: Callable[..., Any]) -> APIRoute:
+    """The same route with another endpoint."""
+    return APIRoute(
+        route.path,
+        endpoint,
+        methods=route.methods,
+        name=route.name,
+        summary=route.summary,
+        description=route.description,
+        tags=route.tags,
+        responses=route.responses,
+        deprecated=route.deprecated,
+        include_in_schema=route.include_in_schema,
+    )
+
+
+def with_signature(run: Callable[..., Any], endpoint: Callable[..., Any], **more: type) -> Callable[..., Any]:
     """Give ``run`` the name and the parameters of ``endpoint``, which is where FastAPI reads them."""
     signature = inspect.signature(endpoint, eval_str=True)
     by_name = inspect.Parameter.KEYWORD_ONLY

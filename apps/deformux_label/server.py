@@ -31,7 +31,7 @@ from monailabel.endpoints import (
 )
 from monailabel.utils.others.generic import name_to_device
 
-from deformux_label.offloop import in_thread, watched
+from deformux_label.offloop import in_thread, watched, with_endpoint
 from deformux_label.turns import Turns
 
 __all__ = ["app"]
@@ -77,18 +77,7 @@ def _off_the_loop() -> FastAPI:
 def _replace(router: APIRouter, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     for number, route in enumerate(router.routes):
         if isinstance(route, APIRoute):
-            router.routes[number] = APIRoute(
-                route.path,
-                make(route.endpoint),
-                methods=route.methods,
-                name=route.name,
-                summary=route.summary,
-                description=route.description,
-                tags=route.tags,
-                responses=route.responses,
-                deprecated=route.deprecated,
-                include_in_schema=route.include_in_schema,
-            )
+            router.routes[number] = with_endpoint(route, make(route.endpoint))
 
 
 def _device_and_client(arguments: Mapping[str, Any], request: Request) -> tuple[str, str]:

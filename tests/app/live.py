@@ -229,8 +229,11 @@ def slicer(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json.loads(lines[-1])
 
 
-def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0) -> str:
-    """Publish a version of random weights for a project that no server serves yet, and return its name."""
+def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0, guidance: float | None = None) -> str:
+    """Publish a version of random weights for a project that no server serves yet, and return its name.
+
+    ``guidance`` is the standard deviation of the weights through which clicks enter; None for a model without.
+    """
     import torch
 
     from deformux.network import DeformUXNet
@@ -240,9 +243,18 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0)
 
     project = Project.from_conf(conf)
     versions = ModelVersions(project.state_folder(APP, str(studies)) / "versions")
-    network = DeformUXNet(1, len(project.labels) + 1, project.preset)
+    options = {} if guidance is None else {"guidance": True}
+    network = DeformUXNet(1, len(project.labels) + 1, project.preset, **options)
     torch.nn.init.constant_(network.head.conv.conv.bias, bias)
-    card = ModelCard(labels=project.labels, preprocessing=project.preprocessing, preset=project.preset)
+    for name, parameter in network.named_parameters():
+        if guidance is not None and name.endswith(".guidance"):
+            torch.nn.init.normal_(parameter, std=guidance)
+    card = ModelCard(
+        labels=project.labels,
+        preprocessing=project.preprocessing,
+        preset=project.preset,
+        network_options=options,
+    )
     name = versions.write(network, card)
     versions.publish(name)
     return name

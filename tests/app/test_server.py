@@ -96,7 +96,7 @@ def small(server: LiveServer, number: int, client_id: str) -> requests.Response:
 def test_everything_else_is_answered_during_an_inference(busy: LiveServer, slow: SlowInference, tmp_path: Path) -> None:
     truth = write_volume(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4), seed=0)
     for _ in range(3):
-        assert requests.get(f"{busy.url}/info/", timeout=60).json()["labels"] == list(LABELS)
+        assert requests.get(f"{busy.url}/info/", timeout=60).json()["labels"] == [*LABELS, "background"]
         assert "small_1" in busy.objects()
         assert requests.post(f"{busy.url}/activelearning/first", json={}, timeout=60).json()["id"]
         image = requests.get(f"{busy.url}/datastore/image", params={"image": "slow"}, timeout=60)

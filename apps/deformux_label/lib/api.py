@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from .label_file import keep_label_file
 from .routes import App, routers
 
 __all__ = ["install", "private_uploads"]
@@ -35,6 +36,7 @@ def install(server: FastAPI, app: App) -> None:
     for kind in (json.JSONDecodeError, TypeError, ValueError, AttributeError):
         server.add_exception_handler(kind, _endpoint_error)
     server.add_exception_handler(OSError, _os_error)
+    keep_label_file(server)
     # In front of MONAI Label's routes of the same path.
     server.router.routes[:0] = [route for router in routers(app) for route in router.routes]
     # The handlers were collected when the server began to start; collect them again at the next request.

@@ -14,7 +14,7 @@ from monailabel.utils.others.generic import device_map, name_to_device
 
 from .infers.writer import FORMATS
 
-__all__ = ["checked_device", "find_image", "inference_options", "known"]
+__all__ = ["checked_device", "find_image", "inference_options", "known", "one_of"]
 
 _DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -52,16 +52,16 @@ def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
     """The options of an inference request that the app knows, checked; the rest is left out."""
     options: dict[str, Any] = {
         "device": checked_device(request.get("device")),
-        "logging": _one_of("logging", str(request.get("logging", "INFO")).upper(), _LOG_LEVELS),
+        "logging": one_of("logging", str(request.get("logging", "INFO")).upper(), _LOG_LEVELS),
         "label_tag": str(request.get("label_tag") or DefaultLabelTag.ORIGINAL.value),
         "save_label": str(request.get("save_label", False)).lower() in ("true", "1", "yes"),
         "uncertainty": _switch("uncertainty", request.get("uncertainty", "off")),
     }
     if extension := request.get("result_extension"):
         # It becomes the end of a file name on the server.
-        options["result_extension"] = _one_of("result_extension", extension, FORMATS)
+        options["result_extension"] = one_of("result_extension", extension, FORMATS)
     if dtype := request.get("result_dtype"):
-        options["result_dtype"] = _one_of("result_dtype", dtype, _DTYPES)
+        options["result_dtype"] = one_of("result_dtype", dtype, _DTYPES)
     return options
 
 
@@ -85,10 +85,11 @@ def _switch(name: str, value: Any) -> bool:
     chosen = value[0] if isinstance(value, list) and value else value
     if isinstance(chosen, bool):
         return chosen
-    return _one_of(name, chosen, ("off", "on")) == "on"
+    return one_of(name, chosen, ("off", "on")) == "on"
 
 
-def _one_of(name: str, value: Any, valid: Sequence[str]) -> str:
+def one_of(name: str, value: Any, valid: Sequence[str]) -> str:
+    """The value of an option, or 400 with the valid ones."""
     if value not in valid:
         raise HTTPException(400, f"{name} must be one of {', '.join(valid)}; got {value!r}")
     return str(value)

@@ -19,7 +19,7 @@ from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolum
 
 from .infers.writer import write_labels
 
-__all__ = ["checked_labels"]
+__all__ = ["checked_labels", "label_array"]
 
 # Segments that the Slicer extension never saves, and therefore never numbers.
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
@@ -43,6 +43,13 @@ def checked_labels(
     _check_annotated(info, names)
     with tempfile.TemporaryDirectory() as folder:
         yield _checked(label, image, image_id, names, _segment_names(info), Path(folder))
+
+
+def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]) -> np.ndarray:
+    """The values ``(X, Y, Z)``, uint8, of a label in the order of its image's voxels; as ``checked_labels``."""
+    with checked_labels(label, image, image_id, names, info) as checked:
+        values = LoadImage(image_only=True, dtype=np.uint8)(checked).numpy()
+    return values.reshape(*values.shape[:3], *[1] * (3 - values.ndim))
 
 
 def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent: Sequence[str], folder: Path) -> Path:

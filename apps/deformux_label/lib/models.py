@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deformux.network import DeformUXNet
 from deformux.versions import ModelVersions
-from deformux.weights import ModelCard, load_model, pretrained_path
+from deformux.weights import ModelCard, load_model, pretrained_path, with_guidance
 
 from .configs.project import Project
 
@@ -48,7 +48,7 @@ class ServedModels:
         return self.versions.path(name)
 
     def load(self, name: str, device: str) -> tuple[DeformUXNet, ModelCard]:
-        """Network and card of a model; the last one of each device stays in memory.
+        """Network, able to take clicks, and card of a model; the last one of each device stays in memory.
 
         Raises:
             InvalidModel: a file is missing or damaged.
@@ -57,7 +57,7 @@ class ServedModels:
             held = self._loaded.get(device)
             if held is None or held[0] != name:
                 network, card = load_model(self.path(name), device=device)
-                held = (name, network, card)
+                held = (name, with_guidance(network), card)
                 self._loaded[device] = held
                 logger.info("Serving model %s on %s", name, device)
             return held[1], held[2]

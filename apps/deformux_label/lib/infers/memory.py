@@ -6,14 +6,15 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 __all__ = ["Attempt", "attempts", "within_memory"]
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
 _SMALLEST_WINDOW = 32
 # Halves of a window are rounded to what the network's four halvings divide evenly.
 _MULTIPLE = 16
@@ -46,7 +47,7 @@ def attempts(window: Sequence[int], device: str) -> Iterator[Attempt]:
     yield Attempt(window, "cpu", "cpu")
 
 
-def within_memory(run: Callable[[Attempt], Tensor], window: Sequence[int], device: str) -> tuple[Tensor, str | None]:
+def within_memory(run: Callable[[Attempt], _Result], window: Sequence[int], device: str) -> tuple[_Result, str | None]:
     """What ``run`` returns at the first attempt that fits into memory, and a sentence if that was not the first.
 
     Raises:

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from fastapi import HTTPException
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
-from deformux.inference import WindowInferer, mixed_precision
-from deformux.transforms import InvalidVolume, Preprocessing, inference_transforms, restore_transforms
-from deformux.weights import InvalidModel
-from deformux_label.offloop import raise_if_client_gone
+from deformux.editing import study_from_logits
+from deformux.transforms import Preprocessing, inference_transforms, restore_transforms
 
 from ..configs.project import Project
 from ..models import ServedModels
+from ..sessions import Sessions, StudyKey
 from .memory import Attempt, within_memory
+from .served import UNTRAINED, ServedNetwork, in_a_sentence, volume_logits
 from .uncertainty import OPTION, uncertainty_reply
-from .writer import FORMATS, write_labels
+from .writer import write_result
 
-__all__ = ["UNTRAINED", "Segmentation"]
+__all__ = ["Segmentation"]
 
 logger = logging.getLogger(__name__)
-
-UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
 
 class Segmentation(BasicInferTask):
@@ -41,7 +35,7 @@ class Segmentation(BasicInferTask):
     untrained network would draw noise that must be erased first. An empty mask leaves the empty segments to draw in.
     """
 
-    def __init__(self, project: Project, models: ServedModels) -> None:
+    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
         super().__init__(
             path=None,
             network=None,
@@ -53,20 +47,15 @@ class Segmentation(BasicInferTask):
         )
         self.project = project
         self.models = models
+        self.sessions = sessions
 
     def is_valid(self) -> bool:
         return True
 
     def __call__(self, request: dict[str, Any], callbacks: dict[Any, Any] | None = None) -> tuple[str | None, dict]:
         # One version for the whole request, whatever is published meanwhile.
-        try:
+        with in_a_sentence():
             return super().__call__({**request, "model_version": self.models.current()}, callbacks)
-        except InvalidVolume as error:
-            raise HTTPException(422, str(error)) from error
-        except InvalidModel as error:
-            raise HTTPException(500, f"the published model cannot be served: {error}") from error
-        except MemoryError as error:
-            raise HTTPException(507, str(error)) from error
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         return inference_transforms(self._preprocessing(data or {}))
@@ -82,26 +71,13 @@ class Segmentation(BasicInferTask):
         logits, warning = within_memory(lambda attempt: self._logits(data, attempt), window, device)
         data[self.output_label_key] = logits
         data["warning"] = warning
+        data["logits"] = logits
         if data["uncertainty"]:
             data["uncertainty_reply"] = uncertainty_reply(logits, data[self.input_key])
         return data
 
-    @torch.inference_mode()
     def _logits(self, data: dict[str, Any], attempt: Attempt) -> torch.Tensor:
-        network, _ = self.models.load(data["model_version"], attempt.device)
-
-        def on_device(patch: torch.Tensor) -> torch.Tensor:
-            raise_if_client_gone()
-            with mixed_precision(attempt.device):
-                return network(patch.to(attempt.device)).float().to(attempt.volume_device)
-
-        try:
-            image = data[self.input_key][None].to(attempt.volume_device)
-            return WindowInferer(attempt.window)(image, on_device)[0]
-        finally:
-            if attempt.device.startswith("cuda"):
-                # A training in its own process cannot use what this one keeps for the next request.
-                torch.cuda.empty_cache()
+        return volume_logits(ServedNetwork(self.models, data["model_version"], attempt), data[self.input_key])
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         return restore_transforms()
@@ -110,11 +86,13 @@ class Segmentation(BasicInferTask):
         self, data: dict[str, Any], extension: str | None = None, dtype: Any = None
     ) -> tuple[str, dict[str, Any]]:
         pred = data[self.output_label_key]
-        suffix = extension or data.get("result_extension") or _suffix(data["image_path"])
-        labels = pred[0].cpu().numpy().astype(np.dtype(dtype or data.get("result_dtype") or "uint8"))
-        handle, path = tempfile.mkstemp(suffix=suffix)
-        os.close(handle)
-        write_labels(Path(path), labels, np.asarray(pred.affine, dtype=float), self.project.label_values)
+        labels = pred[0].cpu().numpy()
+        affine = np.asarray(pred.affine, dtype=float)
+        path = write_result(labels, affine, {**data, "image": data["image_path"]}, self.project.label_values)
+        if data["model_version"] is not None and data["keep"] and self.sessions.fits(2 * data["logits"].numel()):
+            # The first click on what Slicer shows after Next Sample need not wait for another segmentation.
+            key = StudyKey.of(data["image_path"], data["model_version"], data["device"])
+            self.sessions.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         if warning := UNTRAINED if data["model_version"] is None else data["warning"]:
             result["warning"] = warning
@@ -129,8 +107,3 @@ class Segmentation(BasicInferTask):
             return self.project.preprocessing
         _, card = self.models.load(name, data["device"])
         return card.preprocessing
-
-
-def _suffix(image_path: str) -> str:
-    """The image's own format where it can hold labels."""
-    return next((suffix for suffix in FORMATS if image_path.endswith(suffix)), FORMATS[0])

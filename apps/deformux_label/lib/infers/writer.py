@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,24 @@ import nibabel as nib
 import nrrd
 import numpy as np
 
-__all__ = ["FORMATS", "write_labels"]
+__all__ = ["FORMATS", "write_labels", "write_result"]
 
 FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
+
+
+def write_result(labels: np.ndarray, affine: np.ndarray, request: Mapping[str, Any], names: Mapping[str, int]) -> str:
+    """Write the labels of a reply to a new file, in the format that the request asks for, and return its path.
+
+    Without one it is the image's own format, where that can hold labels.
+    """
+    image = str(request["image"])
+    own = next((suffix for suffix in FORMATS if image.endswith(suffix)), FORMATS[0])
+    handle, path = tempfile.mkstemp(suffix=request.get("result_extension") or own)
+    os.close(handle)
+    dtype = np.dtype(request.get("result_dtype") or "uint8")
+    write_labels(Path(path), labels.astype(dtype, copy=False), affine, names)
+    return path
 
 
 def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapping[str, int]) -> None:

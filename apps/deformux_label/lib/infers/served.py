@@ -1,0 +1,78 @@
+"""The published network as the tasks of a request call it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from fastapi import HTTPException
+from monai.data import MetaTensor
+from torch import Tensor
+
+from deformux.inference import WindowInferer, mixed_precision
+from deformux.transforms import InvalidVolume
+from deformux.weights import InvalidModel
+from deformux_label.offloop import raise_if_client_gone
+
+from ..models import ServedModels
+from .memory import Attempt
+
+__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "volume_logits"]
+
+UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
+
+
+class ServedNetwork:
+    """A version on the device of an attempt, for patches from anywhere; ends with the client that waits for it.
+
+    It looks the weights up at each call: what outlives a request, such as an editor, must not keep those of versions
+    that are served no more.
+    """
+
+    def __init__(self, models: ServedModels, version: str, attempt: Attempt) -> None:
+        self.models = models
+        self.version = version
+        self.attempt = attempt
+        self.seconds = 0.0
+
+    @torch.inference_mode()
+    def __call__(self, patch: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Logits ``(N, C, D, H, W)``, float32, where the attempt keeps the volume; adds its time to ``seconds``."""
+        raise_if_client_gone()
+        network, _ = self.models.load(self.version, self.attempt.device)
+        start = time.perf_counter()
+        device = self.attempt.device
+        with mixed_precision(device):
+            logits = network(patch.to(device), None if guidance is None else guidance.to(device))
+        logits = logits.float().to(self.attempt.volume_device)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)
+        self.seconds += time.perf_counter() - start
+        return logits
+
+
+@torch.inference_mode()
+def volume_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
+    """Logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
+    attempt = network.attempt
+    try:
+        return WindowInferer(attempt.window)(image[None].to(attempt.volume_device), network)[0]
+    finally:
+        if attempt.device.startswith("cuda"):
+            # A training in its own process cannot use what this one keeps for the next request.
+            torch.cuda.empty_cache()
+
+
+@contextmanager
+def in_a_sentence() -> Iterator[None]:
+    """Answer what a request cannot have with one sentence."""
+    try:
+        yield
+    except InvalidVolume as error:
+        raise HTTPException(422, str(error)) from error
+    except InvalidModel as error:
+        raise HTTPException(500, f"the published model cannot be served: {error}") from error
+    except MemoryError as error:
+        raise HTTPException(507, str(error)) from error

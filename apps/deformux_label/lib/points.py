@@ -1,0 +1,106 @@
+"""The clicks of an editing request, as Slicer's SmartEdit and other clients send them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import HTTPException
+
+__all__ = ["BACKGROUND", "MOST_POINTS", "VOXEL_ORDERS", "Points", "in_files_order", "points_of"]
+
+BACKGROUND = "background"
+MOST_POINTS = 1_000
+# Slicer mirrors the third axis of every left-handed scan that it loads, and counts voxels in that order. Its extension
+# sends the first value of an option; a client that sends none means the voxels of the file.
+VOXEL_ORDERS = ("slicer", "file")
+
+Voxel = tuple[int, int, int]
+# Label value (0 is background) to voxels; a voxel belongs to one label.
+Points = dict[int, list[Voxel]]
+
+
+def points_of(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> Points:
+    """The clicked voxels of each label of a request, without repetitions.
+
+    Both forms are read: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
+    labels), and ``foreground`` and ``background`` for the ``active`` label. Where two labels have the same voxel, the
+    active one wins, else the first one in order of values.
+
+    Raises:
+        HTTPException: 400 for what is no point, a label that the project does not have, or too many points.
+    """
+    values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND: 0}
+    if active is not None and active not in values:
+        raise HTTPException(400, f"label must be one of {', '.join(values)}; got {active!r}")
+    lists = {name: _voxels(name, request[name]) for name in values if request.get(name)}
+    if request.get("foreground"):
+        if active is None or active == BACKGROUND:
+            raise HTTPException(400, f"foreground points need a label, one of {', '.join(labels)}; got {active!r}")
+        lists[active] = lists.get(active, []) + _voxels("foreground", request["foreground"])
+    for name, value in request.items():
+        if name not in values and name != "foreground" and _is_points(value):
+            raise HTTPException(400, f"there are points for {name!r}, which is none of {', '.join(values)}")
+    if (number := sum(map(len, lists.values()))) > MOST_POINTS:
+        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
+    order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
+    owner: dict[Voxel, int] = {}
+    for name in order:
+        for voxel in lists[name]:
+            owner.setdefault(voxel, values[name])
+    points: Points = {}
+    for voxel, value in owner.items():
+        points.setdefault(value, []).append(voxel)
+    return points
+
+
+def in_files_order(points: Points, size: Sequence[int], affine: np.ndarray, order: str) -> Points:
+    """The same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
+
+    Raises:
+        HTTPException: 422 for a point outside the image.
+    """
+    for voxels in points.values():
+        for voxel in voxels:
+            if not all(0 <= index < n for index, n in zip(voxel, size, strict=True)):
+                shown = " x ".join(map(str, size))
+                raise HTTPException(422, f"point {list(voxel)} lies outside the image, which has {shown} voxels")
+    if order != "slicer" or np.linalg.det(np.asarray(affine)[:3, :3]) > 0:
+        return points
+    last = size[2] - 1
+    return {value: [(i, j, last - k) for i, j, k in voxels] for value, voxels in points.items()}
+
+
+def _voxels(name: str, value: Any) -> list[Voxel]:
+    if not isinstance(value, list):
+        raise HTTPException(400, f"the points of {name!r} must be a list of [i, j, k]; got {_short(value)}")
+    if len(value) > MOST_POINTS:
+        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {len(value)} for {name!r}")
+    return [_voxel(name, point) for point in value]
+
+
+def _voxel(name: str, point: Any) -> Voxel:
+    if not isinstance(point, list) or len(point) != 3 or not all(_is_whole(index) for index in point):
+        raise HTTPException(400, f"a point of {name!r} must be three whole numbers [i, j, k]; got {_short(point)}")
+    i, j, k = (int(index) for index in point)
+    return i, j, k
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, int) or value.is_integer()
+
+
+def _is_points(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str | Mapping) and _starts_with_a_list(value)
+
+
+def _starts_with_a_list(values: Collection[Any]) -> bool:
+    return isinstance(next(iter(values), None), list)
+
+
+def _short(value: Any, most: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
