@@ -2,13 +2,20 @@
 
 Reads a JSON list of jobs from standard input and writes a JSON list of answers as the last line of standard output.
 A job has ``image``; and ``result`` with ``labels`` to import as the extension's ``updateSegmentationMask`` does; or
-``export`` to save the imported segments as ``onSaveLabel`` does.
+``export`` to save the imported segments as ``onSaveLabel`` does; or ``markups``, positions in RAS millimetres by label,
+to place as markups and read as voxels with the extension's own ``getControlPointsXYZ``; or ``probes``, positions at
+which the answer names the segment that is there.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import json
+import logging
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -64,9 +71,50 @@ def segments_of(node: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
+def of_the_extension(name: str) -> Any:
+    """A method of the extension's widget, which as a whole needs Slicer's desktop."""
+    files = importlib.metadata.files("monailabel") or []
+    (module,) = [f for f in files if str(f).endswith("plugins/slicer/MONAILabel/MONAILabel.py")]
+    tree = ast.parse(Path(str(module.locate())).read_text())
+    (method,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+    found: dict[str, Any] = {"vtk": vtk, "logging": logging}
+    exec(compile(ast.Module([method], []), str(module), "exec"), found)
+    return found[name]
+
+
+def voxels_of(app: SlicerApp, volume: Any, positions: list[list[float]]) -> list[list[int]]:
+    """Voxels that the extension sends for markups at these positions."""
+    node = app.scene.AddNewNodeByClass("vtkMRMLMarkupsFiducialNode")
+    for position in positions:
+        node.AddControlPoint(vtk.vtkVector3d(position))
+    return of_the_extension("getControlPointsXYZ")(SimpleNamespace(_volumeNode=volume), node, "foreground")
+
+
+def segment_at(node: Any, position: list[float]) -> str | None:
+    """Name of the segment at a position in RAS millimetres."""
+    segmentation = node.GetSegmentation()
+    for index in range(segmentation.GetNumberOfSegments()):
+        segment_id = segmentation.GetNthSegmentID(index)
+        mask = slicer.vtkOrientedImageData()
+        node.GetBinaryLabelmapRepresentation(segment_id, mask)
+        if mask.GetPointData().GetScalars() is None or not mask.GetNumberOfPoints():
+            continue
+        m = vtk.vtkMatrix4x4()
+        mask.GetWorldToImageMatrix(m)
+        voxel = np.rint(m.MultiplyPoint((*position, 1.0))[:3]).astype(int)
+        low, high = np.reshape(mask.GetExtent(), (3, 2)).T
+        if ((voxel >= low) & (voxel <= high)).all() and mask.GetScalarComponentAsDouble(*voxel.tolist(), 0):
+            return segmentation.GetSegment(segment_id).GetName()
+    return None
+
+
 def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
     volume = app.io_manager.load_volumes(job["image"])[0]
     answer: dict[str, Any] = {"dimensions": volume.GetImageData().GetDimensions(), "matrix": matrix_of(volume)}
+    if "markups" in job:
+        answer["points"] = {name: voxels_of(app, volume, positions) for name, positions in job["markups"].items()}
+        app.scene.Clear(0)
+        return answer
     node = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
     node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
     if job["result"].endswith(".seg.nrrd"):
@@ -83,6 +131,7 @@ def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
             ids.InsertNextValue(label)
         app.segmentations_logic.ImportLabelmapToSegmentationNode(label_map, node, ids)
     answer["segments"] = segments_of(node)
+    answer["at_probes"] = [segment_at(node, position) for position in job.get("probes", [])]
     if "export" in job:
         segmentation = node.GetSegmentation()
         for label in job.get("delete", []):

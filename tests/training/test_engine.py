@@ -46,6 +46,21 @@ def test_a_network_learns_two_objects_and_finds_them_in_a_new_scan(write_case) -
     torch.testing.assert_close(probabilities.sum(0), torch.ones(probabilities.shape[1:]))
 
 
+def test_single_slices_are_learnt_from_as_volumes(write_case) -> None:
+    """A 2D image, and volumes of one voxel along each axis, with clicks and without."""
+    cases = [
+        write_case(f"case{i}", seed=i, size=size) for i, size in enumerate([(32, 32, 1), (32, 1, 32), (1, 32, 32)])
+    ]
+    for path in (cases[0].image, cases[0].label):
+        flat = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(flat.dataobj)[:, :, 0], flat.affine), path)
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 3, "tiny", guidance=True)
+    result = fit(net, cases, recipe=QUICK, prep=PREP, labels=LABELS, val_cases=cases)
+    assert set(result.per_case) == {"case0", "case1", "case2"}
+    assert all(parameter.isfinite().all() for parameter in net.parameters())
+
+
 def test_progress_runs_to_the_end(write_case) -> None:
     seen: list[Progress] = []
     cases = [write_case(f"case{i}", seed=i) for i in range(3)]

@@ -19,6 +19,7 @@ from deformux_label.offloop import in_thread
 
 from .datastore import CheckedDatastore
 from .leases import Leases, annotator_of
+from .sessions import Sessions
 from .training_queue import AlreadyTraining, TrainingQueue
 
 __all__ = ["App", "routers"]
@@ -35,6 +36,7 @@ class App(Protocol):
 
     queue: TrainingQueue
     leases: Leases
+    kept: Sessions
 
     def datastore(self) -> Datastore:
         """The studies."""
@@ -60,7 +62,7 @@ class App(Protocol):
 
 def routers(app: App) -> list[APIRouter]:
     """Routers to put in front of MONAI Label's."""
-    return [_training(app), _samples(app), _labels(app), _leases(app), _versions(app)]
+    return [_training(app), _samples(app), _labels(app), _leases(app), _sessions(app), _versions(app)]
 
 
 def _training(app: App) -> APIRouter:
@@ -176,6 +178,16 @@ def _leases(app: App) -> APIRouter:
 
     router.add_api_route("", in_thread(active, threads=2), methods=["GET"])
     router.add_api_route("", in_thread(release, threads=2), methods=["DELETE"])
+    return router
+
+
+def _sessions(app: App) -> APIRouter:
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/deformux/sessions", tags=["Infer"])
+
+    def kept(user: User = _USER) -> Any:
+        return app.kept.state()
+
+    router.add_api_route("", in_thread(kept, threads=2), methods=["GET"])
     return router
 
 
