@@ -59,11 +59,18 @@ class Lattice:
                 starts.append(np.rint(np.linspace(0, gap, count)).astype(np.int64))
         return tuple(starts)
 
+    @cached_property
+    def _bounds(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """Where cells end and the next begin: halfway between the middles of their windows."""
+        return tuple(
+            np.array([0, *(starts[:-1] + starts[1:] + window) // 2, length])
+            for starts, window, length in zip(self._starts, self.window, self.size, strict=True)
+        )
+
     def cell(self, voxel: Sequence[int]) -> Index:
-        """The cell of a voxel: the one whose window's middle is nearest along each axis."""
+        """The cell that a voxel lies in."""
         return triple(
-            int(np.argmin(np.abs(starts + (window - 1) / 2 - at)))
-            for starts, window, at in zip(self._starts, self.window, voxel, strict=True)
+            int(np.searchsorted(bounds[1:-1], at, side="right")) for bounds, at in zip(self._bounds, voxel, strict=True)
         )
 
     def origin(self, cell: Index) -> Index:
@@ -76,19 +83,26 @@ class Lattice:
         stop = (min(a + w, n) for a, w, n in zip(origin, self.window, self.size, strict=True))
         return triple(max(0, a) for a in origin), triple(stop)
 
+    def sight(self, cell: Index) -> Box:
+        """The voxels whose clicks a cell's window is computed with: the cell and an eighth of a window around it.
+
+        With all clicks of the window, each click would have its neighbours' windows computed again, up to 27 of them.
+        """
+        start, stop = [], []
+        for bounds, number, window, length in zip(self._bounds, cell, self.window, self.size, strict=True):
+            start.append(max(0, bounds[number] - window // 8))
+            stop.append(min(length, bounds[number + 1] + window // 8))
+        return triple(start), triple(stop)
+
     def weights(self, cell: Index) -> tuple[npt.NDArray[np.float32], ...]:
         """How much a cell's window counts, along each axis of its part in the volume; the product is the weight.
 
-        1, but falling to 0 over an eighth of the window towards borders that are not the volume's.
+        1 as far as it sees clicks, from there falling towards 0 at borders that are not the volume's.
         """
         profiles = []
-        for start, stop, window, length in zip(*self.inside(cell), self.window, self.size, strict=True):
-            ramp = max(1, window // 8)
-            index = np.arange(start, stop)
-            profile = np.ones(stop - start, np.float32)
-            if start > 0:
-                profile = np.minimum(profile, (index - start + 1) / (ramp + 1))
-            if stop < length:
-                profile = np.minimum(profile, (stop - index) / (ramp + 1))
-            profiles.append(profile.astype(np.float32))
+        for seen, inside in zip(zip(*self.sight(cell), strict=True), zip(*self.inside(cell), strict=True), strict=True):
+            index = np.arange(*inside, dtype=np.float32)
+            before = (index - inside[0] + 1) / (seen[0] - inside[0] + 1)
+            after = (inside[1] - index) / (inside[1] - seen[1] + 1)
+            profiles.append(np.minimum(1, np.minimum(before, after)).astype(np.float32))
         return tuple(profiles)

@@ -1,0 +1,189 @@
+"""What clicks change in a mask: which voxels, as far as they hang together with a click for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from deformux.grids import triple
+
+__all__ = ["Change", "Settled", "find_changes", "mix", "pieces", "settle"]
+
+Voxels = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+# How far the logit of a clicked label is raised beyond all others at the click.
+_MARGIN = 1.0
+# A click that the network ignores still counts as evidence for its neighbours: standard deviation in voxels.
+_EVIDENCE_SIGMA = 1.0
+_EVIDENCE_REACH = 2
+# Voxels that change together touch by a face, an edge or a corner.
+_TOUCHING = np.ones((3, 3, 3), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A connected set of voxels that a window may change, in the volume.
+
+    Args:
+        voxels: ``(n, 3)``.
+        logits: the window's, ``(C, n)``, float16.
+        weights: how much they count against the mask to start from, ``(n,)``.
+    """
+
+    voxels: Voxels
+    logits: npt.NDArray[np.float16]
+    weights: npt.NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.voxels.nbytes + self.logits.nbytes + self.weights.nbytes
+
+
+def find_changes(
+    logits: Logits,
+    start: npt.NDArray[np.uint8],
+    clicks: Mapping[int, Voxels],
+    origin: Sequence[int],
+    profiles: Sequence[npt.NDArray[np.float32]],
+) -> list[Change]:
+    """What a window's logits ``(C, x, y, z)`` change, connected with a click for it; and the click's neighbourhood.
+
+    Args:
+        logits: of the part of the window that lies in the volume.
+        start: the mask to start from, there.
+        clicks: by label, in the volume; those outside this part are left out.
+        origin: where it lies in the volume.
+        profiles: weights along each axis, which multiply.
+    """
+    # With many classes several times as fast as numpy's.
+    classes = torch.from_numpy(logits).argmax(0).numpy()
+    wanted = np.zeros(start.shape, dtype=bool)
+    for label, voxels in clicks.items():
+        clicked = voxels - origin
+        clicked = clicked[((clicked >= 0) & (clicked < start.shape)).all(1)]
+        asked = (classes == label) & (start != label)
+        for voxel in clicked:
+            low, high = np.maximum(voxel - _EVIDENCE_REACH, 0), voxel + _EVIDENCE_REACH + 1
+            asked[tuple(slice(a, b) for a, b in zip(low, high, strict=True))] = True
+        wanted |= _connected(asked, clicked)
+    # Interpolation mixes a changed voxel with those that touch it.
+    numbered, _ = ndimage.label(_dilated(wanted), _TOUCHING)
+    changes = []
+    for number, part in enumerate(ndimage.find_objects(numbered), start=1):
+        voxels = np.argwhere(numbered[part] == number) + [axis.start for axis in part]
+        x, y, z = voxels.T
+        weights = profiles[0][x] * profiles[1][y] * profiles[2][z]
+        changes.append(Change(voxels + origin, logits[:, x, y, z].astype(np.float16), weights))
+    return changes
+
+
+def pieces(changes: Sequence[Change]) -> list[list[Change]]:
+    """Changes whose bounding boxes overlap, directly or through others, together."""
+    if not changes:
+        return []
+    low = np.array([change.voxels.min(0) for change in changes])
+    high = np.array([change.voxels.max(0) for change in changes])
+    meet = ((low[:, None] <= high) & (low <= high[:, None])).all(-1)
+    count, number = connected_components(coo_array(meet), directed=False)
+    return [[changes[i] for i in np.flatnonzero(number == piece)] for piece in range(count)]
+
+
+def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32]]:
+    """The voxels ``(n, 3)`` of several changes, the weighted sum of their logits ``(C, n)``, and of the weights."""
+    if len(piece) == 1:
+        return piece[0].voxels, piece[0].logits * piece[0].weights, piece[0].weights
+    voxels, index = np.unique(np.concatenate([change.voxels for change in piece]), axis=0, return_inverse=True)
+    logits = np.zeros((len(piece[0].logits), len(voxels)), np.float32)
+    weights = np.zeros(len(voxels), np.float32)
+    done = 0
+    for change in piece:
+        here = index.ravel()[done : done + len(change.voxels)]
+        logits[:, here] += change.weights * change.logits
+        weights[here] += change.weights
+        done += len(change.voxels)
+    return voxels, logits, weights
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What becomes of a piece.
+
+    Args:
+        logits: new ones, ``(C, n)``.
+        changed: voxels with another class than in the mask to start from, ``(n,)``.
+        taken: these, and those that touch them and keep their class: where the new logits replace the old, ``(n,)``.
+    """
+
+    logits: Logits
+    changed: npt.NDArray[np.bool_]
+    taken: npt.NDArray[np.bool_]
+
+
+def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks: Mapping[int, Voxels]) -> Settled:
+    """Let clicks win where they are, and keep of a piece's changes those that hang together with a click for them.
+
+    Args:
+        voxels: ``(n, 3)``, in the order of their index.
+        logits: ``(C, n)``.
+        start: classes of the mask to start from, ``(n,)``.
+        clicks: by label, all among the voxels.
+    """
+    first = voxels.min(0)
+    index = tuple((voxels - first).T)
+    shape = triple(voxels.max(0) - first + 1)
+    raised = _with_evidence(voxels, logits, clicks)
+    classes = np.zeros(shape, np.uint8)
+    classes[index] = raised.argmax(0)
+    for label, clicked in clicks.items():
+        classes[tuple((clicked - first).T)] = label
+    differs = np.zeros(shape, dtype=bool)
+    differs[index] = classes[index] != start
+    kept = np.zeros(shape, dtype=bool)
+    for label, clicked in clicks.items():
+        kept |= _connected(differs & (classes == label), clicked - first)
+    taken = _dilated(kept) & (kept | ~differs)
+    return Settled(raised, kept[index], taken[index])
+
+
+def _with_evidence(voxels: Voxels, logits: Logits, clicks: Mapping[int, Voxels]) -> Logits:
+    """Raise the logit of a clicked label until it wins at the click, and by a Gaussian of that around it."""
+    raised = logits.copy()
+    for label, clicked in clicks.items():
+        bump = np.zeros(len(voxels), np.float32)
+        for click in clicked:
+            near = np.flatnonzero((np.abs(voxels - click) <= _EVIDENCE_REACH).all(1))
+            distance = ((voxels[near] - click) ** 2).sum(1)
+            at = logits[:, near[np.argmin(distance)]]
+            missing = max(0.0, float(np.delete(at, label).max() - at[label]) + _MARGIN)
+            bump[near] = np.maximum(bump[near], missing * np.exp(-distance / (2 * _EVIDENCE_SIGMA**2)))
+        raised[label] += bump
+    return raised
+
+
+def _dilated(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The mask and all voxels that touch it; many times as fast as scipy's."""
+    for axis in range(3):
+        grown = mask.copy()
+        lines, source = np.moveaxis(grown, axis, 0), np.moveaxis(mask, axis, 0)
+        lines[1:] |= source[:-1]
+        lines[:-1] |= source[1:]
+        mask = grown
+    return mask
+
+
+def _connected(mask: npt.NDArray[np.bool_], voxels: Voxels) -> npt.NDArray[np.bool_]:
+    """The components of a mask that hold one of the voxels ``(n, 3)``."""
+    numbered, count = ndimage.label(mask, _TOUCHING)
+    chosen = np.zeros(count + 1, dtype=bool)
+    chosen[numbered[tuple(voxels.T)]] = True
+    chosen[0] = False
+    return chosen[numbered]
