@@ -14,6 +14,7 @@ from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.datastore import CheckedDatastore
 from lib.infers.edit import Edit
+from lib.infers.scribbles import all_scribble_tasks
 from lib.infers.segmentation import Segmentation
 from lib.infers.served import UNTRAINED
 from lib.infers.uncertainty import store_uncertainty
@@ -86,6 +87,7 @@ class DeformUXLabel(MONAILabelApp):
         return {
             "segmentation": Segmentation(self.project, self.models, self.kept),
             "edit": Edit(self.project, self.models, self.kept),
+            **all_scribble_tasks(self.project, self.models, self.kept),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
@@ -134,8 +136,8 @@ class DeformUXLabel(MONAILabelApp):
         options |= {"image": path, "image_id": image_id, "keep": keep}
         file, params = task({"model": model, "description": task.description, **options})
         store_uncertainty(datastore, image_id, params)
-        if image_id is not None:
-            self._proposals[annotator_of(request), image_id] = params.get("model_version")
+        if image_id is not None and "model_version" in params:
+            self._proposals[annotator_of(request), image_id] = params["model_version"]
             while len(self._proposals) > _REMEMBERED_PROPOSALS:
                 self._proposals.popitem(last=False)
         label = file

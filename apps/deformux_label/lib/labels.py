@@ -10,6 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import numpy.typing as npt
 from fastapi import HTTPException
 from monai.data import MetaTensor
 from monai.transforms import LoadImage
@@ -19,10 +20,12 @@ from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolum
 
 from .infers.writer import write_labels
 
-__all__ = ["checked_labels", "label_array"]
+__all__ = ["checked_labels", "label_array", "segment_values"]
 
 # Segments that the Slicer extension never saves, and therefore never numbers.
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
+# In a file of segments that are not the project's labels.
+_MOST_SEGMENTS = 65_535
 
 
 @contextmanager
@@ -52,20 +55,41 @@ def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], i
     return values.reshape(*values.shape[:3], *[1] * (3 - values.ndim))
 
 
+def segment_values(
+    label: Path, image: Path, image_id: str
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The values ``(X, Y, Z)`` of a label file in the order of its image's voxels, whatever they stand for.
+
+    Returns:
+        the values; the matrix ``(4, 4)`` from voxels of the file to those of the image, whose order may differ; and
+        the one from the latter to RAS millimetres.
+
+    Raises:
+        HTTPException: 422 where the file is unreadable, on another grid than its image, or has other values than
+            whole numbers.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            found, ordered = _on_the_scan(label, image, image_id, _MOST_SEGMENTS, Path(folder), unlabelled=False)
+    except InvalidVolume as error:
+        raise HTTPException(422, str(error)) from error
+    affine = np.asarray(found.affine, dtype=float)
+    to_scan = np.eye(4)
+    if ordered is not None:
+        of_file = np.asarray(LoadImage(image_only=True)(label).affine, dtype=float)
+        to_scan = np.linalg.inv(affine) @ of_file
+    return found[0].numpy().astype(np.uint16), to_scan, affine
+
+
 def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent: Sequence[str], folder: Path) -> Path:
     n_values = len(sent) if sent else len(names)
-    ordered = None
     try:
-        scan = LoadVolumed("image")({"image": image})
-        ordered = _in_voxel_order_of(scan["image"], label, folder)
-        volumes = LoadLabeld("label", n_labels=n_values, unlabelled=True)({**scan, "label": ordered or label})
+        found, ordered = _on_the_scan(label, image, image_id, n_values, folder, unlabelled=True)
     except InvalidVolume as error:
-        file = (ordered or label).name
-        message = str(error).replace(f"label {file}", file)
-        message = message.replace(file, f"the label for {image_id}").replace(image.name, f"image {image_id}")
         valid = ", ".join(f"{value} {name}" for value, name in enumerate(sent or names, start=1))
+        message = str(error)
         raise HTTPException(422, f"{message} ({valid})" if "whole numbers" in message else message) from error
-    values = volumes["label"][0].numpy().astype(np.uint8)
+    values = found[0].numpy().astype(np.uint8)
     to_project = np.zeros(256, dtype=np.uint8)
     to_project[UNLABELLED] = UNLABELLED
     for value, name in enumerate(sent or names, start=1):
@@ -76,9 +100,26 @@ def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent
     if ordered is None and (to_project[: n_values + 1] == np.arange(n_values + 1)).all():
         return label
     rewritten = folder / "label.nii.gz"
-    affine = np.asarray(volumes["label"].affine, dtype=float)
+    affine = np.asarray(found.affine, dtype=float)
     write_labels(rewritten, to_project[values], affine, {name: v for v, name in enumerate(names, start=1)})
     return rewritten
+
+
+def _on_the_scan(
+    label: Path, image: Path, image_id: str, n_values: int, folder: Path, *, unlabelled: bool
+) -> tuple[MetaTensor, Path | None]:
+    """The label ``(1, X, Y, Z)`` on its image's grid, and the reordered copy in ``folder`` if there had to be one."""
+    ordered = None
+    try:
+        scan = LoadVolumed("image")({"image": image})
+        ordered = _in_voxel_order_of(scan["image"], label, folder)
+        load = LoadLabeld("label", n_labels=n_values, unlabelled=unlabelled)
+        return load({**scan, "label": ordered or label})["label"], ordered
+    except InvalidVolume as error:
+        file = (ordered or label).name
+        message = str(error).replace(f"label {file}", file)
+        message = message.replace(file, f"the label for {image_id}").replace(image.name, f"image {image_id}")
+        raise InvalidVolume(message) from error
 
 
 def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:

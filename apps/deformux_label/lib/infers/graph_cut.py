@@ -1,0 +1,206 @@
+"""From scribbles to a segment: what the scribbled voxels look like, how near they are, and a graph cut.
+
+The energy is that of Wang et al., arXiv 1710.04043, equations 5 and 7, as MONAI Label's scribble tasks have it, whose
+histograms, unary term and solver are used. What differs: intensities alone do not tell an organ from all else that is
+as bright, so nearness to the scribbles counts too; a mixture of Gaussians is fitted on the CPU (theirs compiles a CUDA
+extension at the first request); and their histogram's two densities are weighed against each other by Bayes' rule
+where they take the softmax of two small numbers, which is always about one half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import numpymaxflow
+from monailabel.scribbles.utils import make_iseg_unary, make_likelihood_image_histogram
+from scipy import ndimage
+from sklearn.mixture import GaussianMixture
+
+from ..drawn import BACKGROUND, FOREGROUND
+
+__all__ = [
+    "CutOptions",
+    "Evidence",
+    "Surroundings",
+    "by_histogram",
+    "by_mixture",
+    "cut",
+    "from_network",
+    "from_scribbles",
+]
+
+# Log-odds beyond these are as good as certain, and none may outweigh a scribble.
+_MOST_LOG_ODDS = 7.0
+# How much nearness counts beside intensity; found on CT and MR organs with simulated scribbles.
+_NEARNESS = 2.0
+# How far a scribble that contradicts the network outweighs it: exp(-distance / reach), in units of the scale.
+_REACH = 3.0
+# Voxels of which the network is as sure are samples of what the two sides look like.
+_SURE = 0.9
+# Mixtures are fitted to at most so many voxels, and looked up in so many steps of intensity.
+_MOST_SAMPLES = 20_000
+_STEPS = 512
+# Neighbours of a voxel share a face.
+_NEIGHBOURS = 6
+
+Values = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+# Log-odds (x, y, z) of the foreground by intensity: of an image scaled to 0..1 and the samples of both sides.
+Evidence = Callable[[Values, Mask, Mask], Values]
+
+
+@dataclass(frozen=True)
+class CutOptions:
+    """Args:
+    lamda: how much neighbours of like intensity hold together, in units of log-odds.
+    sigma: difference of intensity, of a range of 0..1, at which they let go.
+    """
+
+    lamda: float = 5.0
+    sigma: float = 0.05
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """Distances ``(x, y, z)`` in mm of each voxel from the scribbles.
+
+    Args:
+        foreground, background: to the nearest scribble of the kind; the edge of the region of interest is background.
+        spacing: voxel size.
+    """
+
+    foreground: Values
+    background: Values
+    spacing: npt.NDArray[np.float64]
+
+    @property
+    def scale(self) -> float:
+        """The distance that makes no difference: about a voxel."""
+        return float(self.spacing.mean())
+
+    @classmethod
+    def of(cls, scribbles: npt.NDArray[np.uint8], spacing: npt.NDArray[np.float64], edge: Values) -> Surroundings:
+        """Of scribbles ``(x, y, z)`` with at least one of the foreground; ``edge`` is the distance from the edge."""
+        background = edge
+        if (scribbles == BACKGROUND).any():
+            to_scribble = ndimage.distance_transform_edt(scribbles != BACKGROUND, sampling=spacing)
+            background = np.minimum(edge, to_scribble)
+        foreground = ndimage.distance_transform_edt(scribbles != FOREGROUND, sampling=spacing)
+        return cls(foreground.astype(np.float32), background.astype(np.float32), spacing)
+
+    def log_odds(self) -> Values:
+        """Of the foreground, by nearness alone."""
+        return _NEARNESS * _log_ratio(self.background, self.foreground, floor=self.scale)
+
+
+def cut(
+    image: Values,
+    scribbles: npt.NDArray[np.uint8],
+    log_odds: Values,
+    options: CutOptions,
+    *,
+    connected: bool,
+) -> Mask:
+    """The segment ``(x, y, z)`` of least energy.
+
+    Args:
+        image: ``(x, y, z)``, 0..1; edges in it are where the segment's border likes to be.
+        scribbles: ``(x, y, z)``, FOREGROUND, BACKGROUND or 0; a scribbled voxel is what it was scribbled as.
+        log_odds: of the foreground for each voxel by itself.
+        options: of the energy.
+        connected: leave out what is not connected with a foreground scribble.
+    """
+    foreground = 1 / (1 + np.exp(-np.clip(log_odds, -_MOST_LOG_ODDS, _MOST_LOG_ODDS)))
+    unary = make_iseg_unary(
+        np.stack([1 - foreground, foreground]).astype(np.float32),
+        scribbles[None],
+        scribbles_bg_label=BACKGROUND,
+        scribbles_fg_label=FOREGROUND,
+    )
+    found = numpymaxflow.maxflow(image[None], unary, options.lamda, options.sigma, _NEIGHBOURS)[0] > 0
+    found[scribbles == BACKGROUND] = False
+    found[scribbles == FOREGROUND] = True
+    if connected:
+        pieces, _ = ndimage.label(found)
+        found = np.isin(pieces, np.unique(pieces[scribbles == FOREGROUND]))
+    return found
+
+
+def from_scribbles(image: Values, scribbles: npt.NDArray[np.uint8], around: Surroundings, evidence: Evidence) -> Values:
+    """Log-odds ``(x, y, z)`` of the foreground by intensity and nearness; arguments as of ``cut``.
+
+    Without a background scribble, what lies nearer to the edge of the region than to the foreground is its sample.
+    """
+    background = scribbles == BACKGROUND
+    if not background.any():
+        background = (around.background < around.foreground) & (scribbles != FOREGROUND)
+    return evidence(image, scribbles == FOREGROUND, background) + around.log_odds()
+
+
+def from_network(
+    image: Values,
+    scribbles: npt.NDArray[np.uint8],
+    around: Surroundings,
+    evidence: Evidence,
+    probability: Values,
+) -> Values:
+    """Log-odds ``(x, y, z)`` of the foreground by the network's ``probability`` of it.
+
+    Near a scribble that contradicts the network, intensity and nearness decide instead, as without a network.
+    """
+    own = np.log((probability + 1e-4) / (1 - probability + 1e-4))
+    contradicted = ((scribbles == FOREGROUND) & (probability < 0.5)) | (
+        (scribbles == BACKGROUND) & (probability >= 0.5)
+    )
+    if not contradicted.any():
+        return own
+    unscribbled = scribbles == 0
+    foreground = (scribbles == FOREGROUND) | ((probability > _SURE) & unscribbled)
+    background = (scribbles == BACKGROUND) | ((probability < 1 - _SURE) & unscribbled)
+    drawn = evidence(image, foreground, background) + around.log_odds()
+    distance = ndimage.distance_transform_edt(~contradicted, sampling=around.spacing)
+    weight = np.exp(-distance / (_REACH * around.scale)).astype(np.float32)
+    return weight * drawn + (1 - weight) * np.clip(own, -_MOST_LOG_ODDS, _MOST_LOG_ODDS)
+
+
+def by_histogram(n_bins: int) -> Evidence:
+    """Intensities of the two sides as histograms (MONAI Label's, with its pseudo-counts)."""
+
+    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
+        sides = np.where(foreground, FOREGROUND, np.where(background, BACKGROUND, 0))
+        densities = make_likelihood_image_histogram(image[None], sides[None], BACKGROUND, FOREGROUND, num_bins=n_bins)
+        return _log_ratio(densities[1], densities[0], floor=1e-3)
+
+    return log_odds
+
+
+def by_mixture(n_mixtures: int) -> Evidence:
+    """Intensities of the two sides as mixtures of Gaussians (Rother, Kolmogorov and Blake, GrabCut, 2004)."""
+
+    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
+        steps = np.linspace(0, 1, _STEPS, dtype=np.float32)
+        densities = [_density(image[side], n_mixtures, steps) for side in (foreground, background)]
+        ratio = _log_ratio(densities[0], densities[1], floor=1e-3)
+        return ratio[np.rint(image * (_STEPS - 1)).astype(np.intp)]
+
+    return log_odds
+
+
+def _density(samples: Values, n_mixtures: int, at: Values) -> Values:
+    if samples.size == 0:
+        return np.ones_like(at)
+    if samples.size > _MOST_SAMPLES:
+        samples = np.random.default_rng(0).choice(samples, _MOST_SAMPLES, replace=False)
+    # No more Gaussians than the samples can tell apart.
+    n_components = int(np.clip(len(np.unique(samples)) // 4, 1, n_mixtures))
+    if samples.size == 1:
+        samples = np.repeat(samples, 2)
+    mixture = GaussianMixture(n_components, random_state=0, reg_covar=1e-4).fit(samples.reshape(-1, 1))
+    return np.exp(mixture.score_samples(at.reshape(-1, 1))).astype(np.float32)
+
+
+def _log_ratio(a: Values, b: Values, *, floor: float) -> Values:
+    return np.log((a + floor) / (b + floor)).astype(np.float32)

@@ -1,0 +1,303 @@
+"""Segments from scribbles: Slicer's scribble tool, which needs no model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from fastapi import HTTPException
+from monai.data import MetaTensor
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from monailabel.utils.others.generic import device_list
+from nibabel.affines import apply_affine, voxel_sizes
+from scipy import ndimage
+from torch.nn import functional as F
+
+from deformux.editing import Study
+from deformux.grids import Box, ScanGrid, slices, triple
+from deformux.transforms import apply, inference_transforms
+from deformux_label.offloop import raise_if_client_gone
+
+from ..configs.project import Project
+from ..drawn import BACKGROUND, FOREGROUND, Drawn, Scribbles, drawn_of, number_of, roi_of, segment_ids_of
+from ..label_file import label_file_of
+from ..models import ServedModels
+from ..sessions import Sessions, StudyKey
+from .edit import open_study
+from .graph_cut import (
+    CutOptions,
+    Evidence,
+    Surroundings,
+    by_histogram,
+    by_mixture,
+    cut,
+    from_network,
+    from_scribbles,
+)
+from .served import UNTRAINED, in_a_sentence
+from .writer import write_result
+
+__all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
+
+logger = logging.getLogger(__name__)
+
+# A cut of more voxels than these takes too long and too much memory, so it is computed on larger ones.
+_MOST_VOXELS = 3_000_000
+# Smallest and largest value of each number in a task's config.
+_RANGES = {"lamda": (0.0, 1_000.0), "sigma": (1e-4, 1_000.0), "num_bins": (2, 1_024), "num_mixtures": (1, 64)}
+
+
+class GraphCut(InferTask):
+    """One segment from the intensities under the scribbles and from nearness to them; no model is involved."""
+
+    def __init__(self, project: Project, evidence: str, description: str) -> None:
+        self.project = project
+        self.evidence = evidence
+        super().__init__(
+            type=InferType.SCRIBBLES,
+            labels=project.label_values,
+            dimension=3,
+            description=description,
+            config=self._defaults(),
+        )
+
+    def is_valid(self) -> bool:
+        return True
+
+    def _defaults(self) -> dict[str, Any]:
+        own = {"num_mixtures": 8} if self.evidence == "mixture" else {"num_bins": 32}
+        return {"lamda": CutOptions.lamda, "sigma": CutOptions.sigma, **own}
+
+    def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
+        """The part of a request that is this task's own, checked as far as that needs no image."""
+        if str(request.get("save_label", False)).lower() in ("true", "1", "yes"):
+            raise HTTPException(400, "a segment from scribbles is no whole label; submit it with the others")
+        file, _ = label_file_of(request, self.project.labels, uploads)
+        if file is None:
+            raise HTTPException(400, "the request has no scribbles; send them as its label file")
+        return {
+            "scribbles": file,
+            "segment_ids": segment_ids_of(request.get("label_info")),
+            "roi": roi_of(request.get("roi")),
+            "selected": self._selected(request.get("selected_label_name")),
+            "numbers": {
+                name: number_of(name, request.get(name), self._defaults()[name], *bounds)
+                for name, bounds in _RANGES.items()
+                if name in self._defaults()
+            },
+        }
+
+    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        start = time.perf_counter()
+        with in_a_sentence():
+            mask, affine, params = self._segment(request)
+        name = request["selected"] or "foreground"
+        path = write_result(mask, affine, request, {name: 1})
+        params["latencies"] = {"total": round(time.perf_counter() - start, 4)}
+        logger.info("Scribbles on %s: %s", Path(request["image"]).name, params)
+        return path, {"label_names": {name: 1}, **params}
+
+    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+        drawn = drawn_of(request, of_foreground=True)
+        image = apply(inference_transforms(self.project.preprocessing), {"image": request["image"]})["image"]
+        grid = ScanGrid.of(image)
+        region = _Region.of(image, grid, drawn)
+        log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
+        found = region.cut(log_odds, _cut_options(request), connected=True)
+        mask = np.zeros(grid.size, dtype=np.uint8)
+        _paste(mask, found, region, drawn)
+        params = {} if (drawn.scribbles == BACKGROUND).any() else {"warning": _no_background(request)}
+        return mask, grid.affine, params
+
+    def _by(self, request: dict[str, Any]) -> Evidence:
+        numbers = request["numbers"]
+        if self.evidence == "mixture":
+            return by_mixture(int(numbers["num_mixtures"]))
+        return by_histogram(int(numbers["num_bins"]))
+
+    def _selected(self, name: Any) -> str | None:
+        names = self.project.labels
+        if name in (None, ""):
+            return names[0] if len(names) == 1 else None
+        if name not in names:
+            raise HTTPException(400, f"selected_label_name must be one of {', '.join(names)}; got {name!r}")
+        return str(name)
+
+
+class NetworkGraphCut(GraphCut):
+    """One label as the published model sees it, corrected by scribbles: by intensities where there is no model yet."""
+
+    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
+        super().__init__(project, "histogram", "DeformUX-Net's probabilities, corrected by scribbles")
+        self.models = models
+        self.sessions = sessions
+
+    def _defaults(self) -> dict[str, Any]:
+        return {**super()._defaults(), "lamda": 2.0, "device": device_list()}
+
+    def _selected(self, name: Any) -> str | None:
+        selected = super()._selected(name)
+        if selected is None:
+            raise HTTPException(400, f"selected_label_name must be one of {', '.join(self.project.labels)}; got none")
+        return selected
+
+    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+        version = self.models.current()
+        if version is None:
+            mask, affine, params = super()._segment(request)
+            warnings = [f"{UNTRAINED} This segment comes from the scribbles alone.", params.get("warning")]
+            return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
+        drawn = drawn_of(request, of_foreground=False)  # before a whole volume is segmented
+        study, warning = self._study(request, version)
+        value = self.project.labels.index(request["selected"]) + 1
+        region = _Region.of(study.image, study.grid, drawn)
+        probability = region.cropped(study.logits.float().softmax(0)[value : value + 1])
+        log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
+        found = region.cut(log_odds, _cut_options(request), connected=False)
+        # Far from the scribbles it is what it was; beyond a region that the client drew there is nothing.
+        mask = (study.labels == value).astype(np.uint8)
+        if request["roi"] is not None:
+            mask[:] = 0
+        _paste(mask, found, region, drawn)
+        return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
+
+    def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:
+        device = request["device"]
+        _, card = self.models.load(version, device)
+        warnings: list[str | None] = []
+
+        def compute() -> Study:
+            study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
+            warnings.append(warning)
+            return study
+
+        key = StudyKey.of(request["image"], version, device)
+        study = self.sessions.study(key, compute) if request["keep"] else compute()
+        return study, warnings[0] if warnings else None
+
+
+def all_scribble_tasks(project: Project, models: ServedModels, sessions: Sessions) -> dict[str, InferTask]:
+    """The scribble tasks by name; the first is the one that the Slicer extension starts with."""
+    return {
+        "network+graphcut": NetworkGraphCut(project, models, sessions),
+        "histogram+graphcut": GraphCut(project, "histogram", "Histograms of intensity and nearness to scribbles"),
+        "gmm+graphcut": GraphCut(project, "mixture", "Mixtures of Gaussians of intensity and nearness to scribbles"),
+    }
+
+
+@dataclass(frozen=True)
+class _Region:
+    """What is cut: a box of the network's grid, perhaps on larger voxels.
+
+    Args:
+        image: ``(x, y, z)``, scaled to 0..1.
+        scribbles: ``(x, y, z)``.
+        around: distances from them.
+        grid: the scan's grid, seen from these voxels.
+        box: of the network's grid.
+        factors: voxels of the network's grid in one of these, along each axis.
+    """
+
+    image: npt.NDArray[np.float32]
+    scribbles: Scribbles
+    around: Surroundings
+    grid: ScanGrid
+    box: Box
+    factors: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, image: MetaTensor, grid: ScanGrid, drawn: Drawn) -> _Region:
+        """The region that was drawn, of a preprocessed image ``(1, x, y, z)``."""
+        box = grid.needed(drawn.inside)
+        spacing = voxel_sizes(np.asarray(image.affine, dtype=float))
+        factors = _factors([b - a for a, b in zip(*box, strict=True)], spacing)
+        scaled = _scaled(image.as_tensor())
+        cropped = _pooled(scaled[(slice(None), *slices(box))], factors)[0].numpy()
+        # A voxel here is the mean of `factors` voxels of the network's grid.
+        to_here = np.diag([*(1 / np.array(factors)), 1.0])
+        to_here[:3, 3] = -(np.array(box[0]) + (np.array(factors) - 1) / 2) / factors
+        here = replace(grid, network_size=triple(cropped.shape), to_network=to_here @ grid.to_network)
+        scribbles = _scribbles_on(here, drawn)
+        sizes = spacing * factors
+        around = Surroundings.of(scribbles, sizes, _distance_from_edge(here, drawn.region, sizes))
+        return cls(cropped, scribbles, around, here, box, factors)
+
+    def cropped(self, values: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Values ``(1, x, y, z)`` of the network's grid in this region."""
+        return _pooled(values[(slice(None), *slices(self.box))], self.factors)[0].numpy()
+
+    def cut(self, log_odds: npt.NDArray[np.float32], options: CutOptions, *, connected: bool) -> npt.NDArray[np.bool_]:
+        """The segment ``(x, y, z)`` here."""
+        raise_if_client_gone()
+        return cut(self.image, self.scribbles, log_odds, options, connected=connected)
+
+
+def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
+    """The scribbles on the voxels of a region: none gets lost, however coarse these are."""
+    found = ndimage.affine_transform(
+        drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
+    )
+    for value in (BACKGROUND, FOREGROUND):
+        voxels = np.argwhere(drawn.scribbles == value)
+        reached = np.rint(apply_affine(grid.to_network, voxels)).astype(int)
+        within = ((reached >= 0) & (reached < grid.network_size)).all(axis=1)
+        found[tuple(reached[within].T)] = value
+    return found
+
+
+def _distance_from_edge(grid: ScanGrid, region: Box, sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Distance in mm of each voxel from the nearest face of a region of the scan; 0 beyond it."""
+    # The grids' axes are parallel.
+    corners = apply_affine(grid.to_network, np.array(region) - 0.5)
+    low, high = corners.min(0), corners.max(0)
+    distance = np.full(grid.network_size, np.inf, dtype=np.float32)
+    for axis, n in enumerate(grid.network_size):
+        index = np.arange(n)
+        along = np.clip(np.minimum(index - low[axis], high[axis] - index), 0, None) * sizes[axis]
+        distance = np.minimum(distance, along.astype(np.float32).reshape([-1 if a == axis else 1 for a in range(3)]))
+    return distance
+
+
+def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _Region, drawn: Drawn) -> None:
+    """Write what was found in a region into the mask on the scan's grid; what was scribbled is as it was scribbled."""
+    values = torch.from_numpy(found[None].astype(np.float32))
+    inside = region.grid.interpolate(values, lambda part: part[0] > 0.5, box=drawn.inside)
+    mask[slices(drawn.inside)] = inside.numpy()
+    mask[drawn.scribbles == BACKGROUND] = 0
+    mask[drawn.scribbles == FOREGROUND] = 1
+
+
+def _scaled(image: torch.Tensor) -> torch.Tensor:
+    low, high = image.min(), image.max()
+    return (image - low) / (high - low) if high > low else torch.zeros_like(image)
+
+
+def _factors(size: Sequence[int], spacing: npt.NDArray[np.float64]) -> tuple[int, int, int]:
+    """How many voxels to take as one along each axis: the shortest sides grow first."""
+    factors = [1, 1, 1]
+    while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MOST_VOXELS:
+        factors[min(range(3), key=lambda axis: spacing[axis] * factors[axis])] += 1
+    return triple(factors)
+
+
+def _pooled(values: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
+    if max(factors) == 1:
+        return values.contiguous()
+    return F.avg_pool3d(values[None], tuple(factors), ceil_mode=True)[0]
+
+
+def _cut_options(request: dict[str, Any]) -> CutOptions:
+    return CutOptions(lamda=float(request["numbers"]["lamda"]), sigma=float(request["numbers"]["sigma"]))
+
+
+def _no_background(request: dict[str, Any]) -> str:
+    where = "outside the region of interest" if request["roi"] is not None else "far from the foreground's scribbles"
+    return f"No background was scribbled: what lies {where} was taken for it."
