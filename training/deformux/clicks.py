@@ -1,0 +1,174 @@
+"""How much clicks buy: a robot annotator corrects labelled volumes, and every click is scored and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from nibabel.affines import voxel_sizes
+from scipy.integrate import trapezoid
+
+from deformux.annotator import ClickAnnotator
+from deformux.cases import Case
+from deformux.editing import Editor, open_study
+from deformux.metrics import dice_per_label, surface_dice_per_label
+from deformux.network import DeformUXNet
+from deformux.transforms import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+
+__all__ = ["COUNTS", "THRESHOLDS", "CaseResult", "Robot", "Summary", "play_case", "summarise"]
+
+# Numbers of clicks after which a mask is reported.
+COUNTS = (0, 1, 2, 3, 5, 10)
+THRESHOLDS = (0.80, 0.85, 0.90)
+_AREA = (1, 5)
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A simulated annotator: its name, and how far from the centre of an error it clicks (``ClickAnnotator``)."""
+
+    name: str
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What one robot did to one volume.
+
+    Args:
+        case, robot: their names.
+        dice: mean over labels after 0, 1, 2, … clicks, all labels counted together.
+        surface_dice: the same at 2 mm, after each of ``COUNTS``.
+        seconds: of each click, from the clicks to the mask on the scan's grid.
+        cap: clicks after which the robot gives up.
+    """
+
+    case: str
+    robot: str
+    dice: tuple[float, ...]
+    surface_dice: tuple[float, ...]
+    seconds: tuple[float, ...]
+    cap: int
+
+    def after(self, clicks: int) -> float:
+        """Mean Dice after a number of clicks; where nothing was left to correct, after the last."""
+        return self.dice[min(clicks, len(self.dice) - 1)]
+
+    @property
+    def area(self) -> float:
+        """Area under Dice over 1 to 5 clicks, 0 to 4."""
+        return float(trapezoid([self.after(n) for n in range(_AREA[0], _AREA[1] + 1)]))
+
+    def clicks_to(self, threshold: float) -> int | None:
+        """Clicks until mean Dice reaches a threshold, 0 where it does without any; None where the robot gave up."""
+        return next((n for n, dice in enumerate(self.dice[: self.cap + 1]) if dice >= threshold), None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One robot over all volumes: means, and the time of a click in seconds.
+
+    ``clicks_to`` counts a volume that never reached the threshold with the cap; ``failures`` counts these volumes.
+    """
+
+    robot: str
+    cases: int
+    dice: tuple[float, ...]
+    surface_dice: tuple[float, ...]
+    area: float
+    clicks_to: tuple[float, ...]
+    failures: tuple[int, ...]
+    median_s: float
+    p95_s: float
+
+
+def play_case(
+    network: DeformUXNet,
+    case: Case,
+    prep: Preprocessing,
+    *,
+    labels: Sequence[str],
+    robots: Sequence[Robot],
+    cap: int = 20,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Iterator[CaseResult]:
+    """Let robots correct one volume, each starting from the automatic mask.
+
+    A robot clicks as often as the last of ``COUNTS``, and goes on to the cap until the highest of ``THRESHOLDS`` is
+    reached; it ends where nothing is left to correct.
+
+    Raises:
+        InvalidVolume: the scan or its label is not usable.
+    """
+    n_labels = len(labels)
+    load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
+    label = apply(load, {"image": case.image, "label": case.label})["label"]
+    truth = label[0].numpy().astype(np.uint8)
+    spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
+    known = truth != UNLABELLED
+    annotated = case.annotates(labels, n_labels)
+    study = open_study(network, case.image, prep, device=device)
+
+    def scores(shown: npt.NDArray[np.uint8], *, surface: bool) -> float:
+        pair = (shown * known, truth * known)
+        values = (
+            surface_dice_per_label(*pair, n_labels, spacing_mm=spacing) if surface else dice_per_label(*pair, n_labels)
+        )
+        values = values[annotated & ~np.isnan(values)]
+        return float(values.mean()) if len(values) else float("nan")
+
+    for robot in robots:
+        editor = Editor(study, network, prep, device=device)
+        annotator = ClickAnnotator(n_labels, jitter=robot.jitter, spacing=spacing, seed=seed)
+        shown = study.labels
+        dice, surface, seconds = [scores(shown, surface=False)], {0: scores(shown, surface=True)}, []
+        points: dict[int, list[tuple[int, int, int]]] = {}
+        for number in range(1, max(cap, COUNTS[-1]) + 1):
+            if number > COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
+                break
+            clicks = annotator.clicks(truth, shown, annotated=np.array([True, *annotated]))
+            if not clicks:
+                break
+            points.setdefault(clicks[0].label, []).append(clicks[0].voxel)
+            began = time.perf_counter()
+            shown = editor.apply(points)
+            seconds.append(time.perf_counter() - began)
+            dice.append(scores(shown, surface=False))
+            if number in COUNTS:
+                surface[number] = scores(shown, surface=True)
+        last = scores(shown, surface=True)
+        yield CaseResult(
+            case=case.id,
+            robot=robot.name,
+            dice=tuple(dice),
+            surface_dice=tuple(surface.get(count, last) for count in COUNTS),
+            seconds=tuple(seconds),
+            cap=cap,
+        )
+
+
+def summarise(results: Sequence[CaseResult]) -> list[Summary]:
+    """One line per robot, in order of appearance."""
+    lines = []
+    for robot in dict.fromkeys(result.robot for result in results):
+        own = [result for result in results if result.robot == robot]
+        needed = [[result.clicks_to(threshold) for result in own] for threshold in THRESHOLDS]
+        seconds = np.array([second for result in own for second in result.seconds] or [np.nan])
+        lines.append(
+            Summary(
+                robot=robot,
+                cases=len(own),
+                dice=tuple(float(np.nanmean([result.after(count) for result in own])) for count in COUNTS),
+                surface_dice=tuple(float(np.nanmean([r.surface_dice[i] for r in own])) for i in range(len(COUNTS))),
+                area=float(np.nanmean([result.area for result in own])),
+                clicks_to=tuple(float(np.mean([own[0].cap if n is None else n for n in counts])) for counts in needed),
+                failures=tuple(sum(n is None for n in counts) for counts in needed),
+                median_s=float(np.median(seconds)),
+                p95_s=float(np.percentile(seconds, 95)),
+            )
+        )
+    return lines
