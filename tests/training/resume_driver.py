@@ -34,6 +34,9 @@ RECIPE = RECIPES["finetune"].replace(
     steps=6, epochs=2, batch_size=2, mixed_precision=False, elastic_probability=1.0, low_resolution=0.5, patience=None
 )
 
+# A network of a hundredth of the size, under the name of an ordinary one.
+_HUNDREDTH = Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))
+
 
 def kill_at(event: str, count: int) -> None:
     """End this process when something happens for the count-th time."""
@@ -92,21 +95,26 @@ def train(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     cases = find_cases(folder)
     if name == "learn":
-        # A network of a hundredth of the size, under the name of an ordinary one.
-        deformux.network.PRESETS = {"tiny": Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
+        deformux.network.PRESETS = {"tiny": _HUNDREDTH}
         step = RECIPE.replace(steps=1, epochs=1, batch_size=1)
         learner = Learner(folder / "state", labels=("ball", "box"), preprocessing=PREP)
         learner.learn(cases, Round(scratch_recipe=step, continue_recipe=step))
         return
     torch.manual_seed(0)
-    # Small, so that the test is quick; with dropout, so that it also draws from the global random state.
-    network = UNet(3, 1, 3, channels=(8, 16), strides=(2,), dropout=0.1)
     schedule = name.partition("-")[0]
+    recipe = RECIPE.replace(schedule="one_cycle" if schedule == "clicks" else schedule, click_probability=0.7)
+    network: torch.nn.Module
+    if schedule == "clicks":
+        deformux.network.PRESETS = {"tiny": _HUNDREDTH}
+        network = deformux.network.DeformUXNet(1, 3, "tiny", guidance=True)
+    else:
+        # Small, so that the test is quick; with dropout, so that it also draws from the global random state.
+        network = UNet(3, 1, 3, channels=(8, 16), strides=(2,), dropout=0.1)
     try:
         result = fit(
             network,
             cases[:2],
-            recipe=RECIPE.replace(schedule=schedule),
+            recipe=recipe,
             prep=PREP,
             labels=("ball", "box"),
             val_cases=cases[2:],

@@ -29,6 +29,7 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
     assert card["labels"] == ["ball", "box"]
     assert len(card["training_cases"]) == 2
     assert card["recipe"]["steps"] == 4
+    assert card["network_options"] == {"guidance": True}
     assert list(card["validation"]["per_case"]) not in ([], card["training_cases"])
 
     done = deformux("predict", model, tmp_path / "images", tmp_path / "predicted")

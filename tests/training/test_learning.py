@@ -59,6 +59,8 @@ def test_from_one_label_to_seven(write_case, tmp_path: Path) -> None:
     assert (first.version, first.published, first.decision.provisional) == ("v0001", True, True)
     assert first.card.training_cases == ("c0",)
     assert "too few labelled cases" in first.decision.reason
+    assert first.card.network_options == {"guidance": True}
+    assert load_model(ModelVersions(state / "versions").path("v0001"))[0].guidance_channels == 5
 
     # One relabelled, four new, one of noise: five can be used, and one of them validates from now on.
     changed = relabelled(cases[0], tmp_path, lambda label: np.roll(label, 1, 0))
@@ -119,7 +121,8 @@ def test_a_worse_model_is_kept_but_not_published(shared_data: Path, tmp_path: Pa
     assert bad.decision.incumbent > 0.8 > 0.2 > bad.decision.candidate
     assert project.versions.published() is None
     # As good as what is served, since it is the same but for a vanishing step.
-    same = project.learn(cases, Round(scratch_recipe=STEP.replace(learning_rate=1e-9), start=start, served=start))
+    still = STEP.replace(learning_rate=1e-9, click_probability=1.0)
+    same = project.learn(cases, Round(scratch_recipe=still, start=start, served=start))
     assert (same.version, same.published) == ("v0002", True)
     assert same.decision.candidate == pytest.approx(same.decision.incumbent, abs=0.002)
     # And then what was published is what the next one is measured against.

@@ -41,6 +41,8 @@ def test_killed_at_any_moment_a_training_ends_with_the_same_weights(write_case, 
         "one_cycle-stopped": ("stop=4,disk-full=1,step=2", [STOPPED, STOPPED, KILLED]),
         "plateau-killed": ("step=5", [KILLED]),
         "cosine-killed": ("after-rename=3", [KILLED]),
+        # A simulated annotator clicks into what the network says: into the same voxels.
+        "clicks-killed": ("step=4", [KILLED]),
     }
     arguments = [*{name.partition("-")[0] for name in plans}, *(f"{name}:{plan}" for name, (plan, _) in plans.items())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -139,10 +139,8 @@ class ClickAnnotator:
             wrong &= (truth != 0) | ~np.isin(shown, unknown)
         if label is not None:
             wrong &= truth == label
-        errors = _components(np.where(wrong, truth.astype(np.int32) + 1, 0))
-        # Stable: of two that are equally large, always the same is first.
-        errors.sort(key=lambda error: -error.voxels)
-        return [Click(error.label, self._inside(error, truth.shape)) for error in errors[:most]]
+        errors = _largest(np.where(wrong, truth.astype(np.int32) + 1, 0), most)
+        return [Click(error.label, self._inside(error, truth.shape)) for error in errors]
 
     def _inside(self, error: _Component, shape: tuple[int, ...]) -> tuple[int, int, int]:
         # The volume's border ends a component as well, except along an axis of one voxel, where everything is border.
@@ -168,15 +166,18 @@ class _Component:
     inside: npt.NDArray[np.bool_]
 
 
-def _components(wanted: npt.NDArray[np.int32]) -> list[_Component]:
-    """Face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
+def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[_Component]:
+    """The largest face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
     found = []
     for label, box in enumerate(ndimage.find_objects(wanted)):
         if box is None:
             continue
         numbered, count = ndimage.label(wanted[box] == label + 1)
-        sizes = np.bincount(numbered.ravel(), minlength=count + 1)
-        for number, part in enumerate(ndimage.find_objects(numbered), start=1):
+        sizes = np.bincount(numbered.ravel(), minlength=count + 1)[1:]
+        parts = ndimage.find_objects(numbered)
+        # An untrained network makes thousands of errors: look at a few of them. Stable, so that ties repeat.
+        for index in np.argsort(-sizes, kind="stable")[:most]:
+            part = parts[index]
             origin = tuple(outer.start + inner.start for outer, inner in zip(box, part, strict=True))
-            found.append(_Component(label, int(sizes[number]), origin, numbered[part] == number))
-    return found
+            found.append(_Component(label, int(sizes[index]), origin, numbered[part] == index + 1))
+    return sorted(found, key=lambda component: -component.voxels)[:most]

@@ -33,6 +33,7 @@ from deformux.cli_support import (
     torch_device,
     use_threads,
 )
+from deformux.clicks_cli import clicks_command
 from deformux.engine import Progress as FitProgress
 from deformux.engine import fit
 from deformux.files import replacing, write_text
@@ -56,6 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(versions_app, name="versions")
 app.command(name="simulate")(simulate_command)
+app.command(name="clicks")(clicks_command)
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
@@ -109,7 +111,7 @@ def fit_command(
         held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
         plan = RECIPES[one_of("recipe", recipe, tuple(RECIPES))].replace(**assignments(set_ or []))
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(names) + 1, preset)
+        network = DeformUXNet(1, len(names) + 1, preset, guidance=plan.clicks > 0)
         if start_from:
             warm_start(network, model_path(start_from))
         train_cases = [case for i, case in enumerate(cases) if i not in held_out]
@@ -138,6 +140,7 @@ def fit_command(
             labels=tuple(names),
             preprocessing=prep,
             preset=preset,
+            network_options={"guidance": True} if network.guidance_channels else {},
             parent=start_from or None,
             training_cases=tuple(case.id for case in train_cases),
             training_labels={case.id: label_checksum(case) for case in train_cases},

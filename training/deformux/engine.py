@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from deformux.cases import Case
 from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
+from deformux.click_training import ClickTraining
 from deformux.inference import evaluate, mixed_precision
 from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
@@ -35,6 +36,9 @@ from deformux.transforms import InvalidVolume, Preprocessing
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 
 logger = logging.getLogger(__name__)
+
+# The weights of the guidance begin at zero, beside others that may be trained already, and few steps reach them.
+_GUIDANCE_RATE = 5.0
 
 
 class TrainingError(RuntimeError):
@@ -83,11 +87,11 @@ class _MixedPrecision(nn.Module):
         self.network = network
         self.enabled = enabled
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
         if not self.enabled:
-            return self.network(x)
+            return self.network(x, *guidance)
         with mixed_precision(x.device):
-            logits = self.network(x)
+            logits = self.network(x, *guidance)
         return logits.float()
 
 
@@ -110,7 +114,8 @@ def fit(
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
     Args:
-        network: its output channels are background and ``labels``.
+        network: its output channels are background and ``labels``. With ``recipe.clicks`` one that takes guidance
+            learns from clicks too; one that takes none is trained as it is without them.
         cases: volumes to learn from; unlabelled voxels and labels that were not annotated teach nothing.
         recipe: every number of the run.
         prep: how volumes become network input.
@@ -194,7 +199,7 @@ class _Run:
         self.stale_epochs = 0
         self.done = self.stopped = False
         self.optimizer = AdamW(
-            network.parameters(),
+            _parameter_groups(network, recipe.learning_rate),
             lr=recipe.learning_rate,
             betas=recipe.betas,
             eps=recipe.eps,
@@ -203,6 +208,8 @@ class _Run:
         )
         self.schedule = self._schedule()
         self.ema = EMAHandler(network, momentum=1 - recipe.ema_decay) if recipe.ema_decay is not None else None
+        guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
+        self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
 
     def run(self) -> FitResult:
         checkpoint = self.saved.load() if self.saved is not None else None
@@ -227,7 +234,8 @@ class _Run:
 
     def _schedule(self) -> LRScheduler | ReduceLROnPlateau | None:
         if self.recipe.schedule == "one_cycle":
-            return OneCycleLR(self.optimizer, self.recipe.learning_rate, total_steps=self.steps)
+            rates = [group["lr"] for group in self.optimizer.param_groups]
+            return OneCycleLR(self.optimizer, rates, total_steps=self.steps)
         if self.recipe.schedule == "cosine":
             return WarmupCosineSchedule(self.optimizer, warmup_steps=max(1, self.steps // 20), t_total=self.steps)
         if self.recipe.schedule == "plateau":
@@ -237,7 +245,7 @@ class _Run:
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
         loss = PartialDiceCELoss()
-        trainer = SupervisedTrainer(
+        trainer: SupervisedTrainer = SupervisedTrainer(
             device=self.device,
             max_epochs=self.epochs,
             train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
@@ -245,7 +253,9 @@ class _Run:
             network=_MixedPrecision(self.network, recipe.mixed_precision),
             optimizer=self.optimizer,
             loss_function=lambda logits, targets: loss(logits, *targets),
-            prepare_batch=_prepare_batch,
+            prepare_batch=lambda batch, device, non_blocking, **_: self._with_clicks(
+                trainer, _prepare_batch(batch, device, non_blocking)
+            ),
             decollate=False,
             optim_set_to_none=True,
         )
@@ -272,6 +282,12 @@ class _Run:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._keep_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
+
+    def _with_clicks(self, engine: Engine, batch: tuple[Tensor, tuple[Tensor, Tensor]]) -> Any:
+        """Image and targets as MONAI's trainer takes them, with guidance for the network in a step with clicks."""
+        image, targets = batch
+        guidance = self.clicks.guidance(engine.state.iteration, image, *targets) if self.clicks is not None else None
+        return (image, targets) if guidance is None else (image, targets, (guidance,), {})
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), largest)
@@ -394,7 +410,17 @@ class _Run:
 _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
 
 
-def _prepare_batch(batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool, **_: Any) -> Any:
+def _parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
+    guidance = [value for name, value in network.named_parameters() if name.endswith(".guidance")]
+    if not guidance:
+        return [{"params": list(network.parameters())}]
+    others = [value for name, value in network.named_parameters() if not name.endswith(".guidance")]
+    return [{"params": others}, {"params": guidance, "lr": _GUIDANCE_RATE * learning_rate}]
+
+
+def _prepare_batch(
+    batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     image, label, annotated = (
         batch[key].to(device, non_blocking=non_blocking) for key in ("image", "label", "annotated")
     )

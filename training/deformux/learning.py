@@ -39,7 +39,8 @@ class Round:
     """How a round is trained.
 
     Args:
-        scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version.
+        scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version. The
+            version takes guidance where its recipe has clicks, whatever it starts from.
         start: model file to start from while no version is published.
         served: model file that answers requests while no version is published; the gate compares with it.
         from_scratch: start from random weights in any case.
@@ -180,7 +181,7 @@ class Learner:
         parts = [recipe, scratch_recipe] if doubled else [recipe]
 
         def train(part: int) -> tuple[DeformUXNet, FitResult]:
-            network = self._network(plan.parent_path if part == 0 else None, seed)
+            network = self._network(plan.parent_path if part == 0 else None, seed, guidance=parts[part].clicks > 0)
             result = fit(
                 network,
                 plan.training,
@@ -216,6 +217,7 @@ class Learner:
             labels=self.labels,
             preprocessing=self.preprocessing,
             preset=self.preset,
+            network_options={"guidance": True} if network.guidance_channels else {},
             parent=plan.parent,
             training_cases=tuple(case.id for case in plan.training),
             training_labels=plan.training_labels,
@@ -295,9 +297,9 @@ class Learner:
             logger.error("The published version cannot be used: %s", error)
             return None
 
-    def _network(self, weights: Path | None, seed: int) -> DeformUXNet:
+    def _network(self, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(self.labels) + 1, self.preset)
+        network = DeformUXNet(1, len(self.labels) + 1, self.preset, guidance=guidance)
         if weights is not None:
             warm_start(network, weights)
         return network

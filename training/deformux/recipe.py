@@ -42,6 +42,9 @@ class Recipe:
         gamma: contrast exponents drawn from this range.
         low_resolution: smallest zoom of a simulated coarse scan; 1 for none.
         intensity_probability: of each of the intensity changes.
+        clicks: most clicks that a simulated annotator makes into a patch, for a network that takes guidance; 0 for a
+            training without clicks.
+        click_probability: steps with clicks, of all steps. Such a step takes up to twice as long.
         mixed_precision: bfloat16 where the device has it.
         cache_gb: memory that preprocessed volumes may take; the rest is read again each time.
 
@@ -76,6 +79,8 @@ class Recipe:
     gamma: tuple[float, float] = (1.0, 1.0)
     low_resolution: float = 1.0
     intensity_probability: float = 0.5
+    clicks: int = 0
+    click_probability: float = 0.3
     mixed_precision: bool = True
     cache_gb: float = 4.0
 
@@ -98,6 +103,10 @@ class Recipe:
             )
         if not 0 <= self.foreground_ratio <= 1:
             raise ValueError(f"foreground_ratio must be between 0 and 1; got {self.foreground_ratio}")
+        if not isinstance(self.clicks, int) or not 0 <= self.clicks <= 100:
+            raise ValueError(f"clicks must be a whole number from 0 to 100; got {self.clicks!r}")
+        if not 0 <= self.click_probability <= 1:
+            raise ValueError(f"click_probability must be between 0 and 1; got {self.click_probability}")
         if not isinstance(self.flip_axes, tuple) or not set(self.flip_axes) <= {0, 1, 2}:
             raise ValueError(
                 f"flip_axes must be some of 0, 1, 2, such as '0,' (and ',' for none); got {self.flip_axes!r}"
@@ -141,6 +150,7 @@ _FEW = Recipe(
     gamma=(0.7, 1.5),
     low_resolution=0.5,
     intensity_probability=0.3,
+    clicks=10,
 )
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(

@@ -91,8 +91,8 @@ def _strategies(text: str, *, several_samples: bool) -> tuple[str, ...]:
 
 
 def short_recipe(steps: int) -> Recipe:
-    """The fine-tuning recipe in a number of steps, its average of weights no longer than a tenth of them."""
-    return RECIPES["finetune"].in_steps(steps, epochs=steps // _STEPS_PER_EPOCH)
+    """The fine-tuning recipe in a number of steps, its average of weights no longer than a tenth of them, no clicks."""
+    return RECIPES["finetune"].in_steps(steps, epochs=steps // _STEPS_PER_EPOCH).replace(clicks=0)
 
 
 def play(

@@ -1,0 +1,138 @@
+"""Training steps in which a simulated annotator clicks into the network's errors.
+
+Iterative training in the manner of Mahadevan et al. (BMVC 2018) and Sofiiuk et al. (RITM, ICIP 2022), with few passes
+through the network: a step with clicks has one for the automatic mask, half of them another for the mask after the
+first clicks, and then comes the ordinary step with guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from deformux.annotator import Click, ClickAnnotator
+from deformux.guidance import encode_guidance
+from deformux.inference import mixed_precision
+from deformux.network import DeformUXNet
+from deformux.recipe import Recipe
+from deformux.transforms import UNLABELLED
+
+__all__ = ["ClickTraining"]
+
+# Of the steps with clicks: those that start from another mask than the network's own, and those with a second round.
+_FOREIGN_MASK = 0.15
+_SECOND_ROUND = 0.5
+# Of the second rounds: those that start from the mask after the first, as an annotator who saves in between does.
+_SAVED_BETWEEN = 0.3
+# Of the volumes: those with a click where nothing is wrong.
+_NEEDLESS_CLICK = 0.1
+# Voxels.
+_LARGEST_SHIFT = 3
+# What sets these random numbers apart from others of the same step.
+_STREAM = 0xC11C
+
+Labels = npt.NDArray[np.uint8]
+
+
+class ClickTraining:
+    """Guidance for training steps.
+
+    Whether a step has clicks, how many and where follows from the seed, the step and the network's weights alone, so
+    that a resumed training clicks as an uninterrupted one would have.
+
+    Args:
+        network: the network in training, which takes guidance.
+        recipe: how often, and how many clicks at most.
+        seed: of the training.
+    """
+
+    def __init__(self, network: DeformUXNet, recipe: Recipe, *, seed: int) -> None:
+        self.network, self.recipe, self.seed = network, recipe, seed
+        self.n_labels = network.out_channels - 1
+
+    def guidance(self, step: int, image: Tensor, label: Tensor, annotated: Tensor) -> Tensor | None:
+        """Guidance ``(N, guidance channels, D, H, W)`` for a step, or None for a step without clicks.
+
+        Args:
+            step: of the training, from 1.
+            image: ``(N, channels, D, H, W)``.
+            label: ``(N, 1, D, H, W)``, 255 where unlabelled.
+            annotated: ``(N, classes)``, which classes were looked for.
+        """
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, step, _STREAM]))
+        if rng.random() >= self.recipe.click_probability:
+            return None
+        truths = [truth.astype(np.uint8) for truth in label[:, 0].cpu().numpy()]
+        known = list(annotated.cpu().numpy().astype(bool))
+        foreign = rng.random() < _FOREIGN_MASK
+        start = [_spoilt(truth, rng) for truth in truths] if foreign else self._predict(image)
+        counts = [_count(self.recipe.clicks, rng) for _ in truths]
+        two_rounds = rng.random() < _SECOND_ROUND and max(counts) > 1
+        first = [int(rng.integers(1, n)) if two_rounds and n > 1 else n for n in counts]
+        clicks = [
+            self._clicks(truth, mask, annotated=here, most=n, rng=rng)
+            for truth, mask, here, n in zip(truths, start, known, first, strict=True)
+        ]
+        if two_rounds:
+            result = self._predict(image, self._encode(clicks, start, image))
+            for given, truth, mask, here, n, before in zip(clicks, truths, result, known, counts, first, strict=True):
+                given += self._clicks(truth, mask, annotated=here, most=n - before, rng=rng)
+            if rng.random() < _SAVED_BETWEEN:
+                start = result
+        return self._encode(clicks, start, image)
+
+    def _clicks(
+        self, truth: Labels, shown: Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
+    ) -> list[Click]:
+        jitter = float(rng.random()) if rng.random() < 0.5 else 0.0
+        annotator = ClickAnnotator(self.n_labels, jitter=jitter, seed=rng)
+        clicks = annotator.clicks(truth, shown, most=most, annotated=annotated)
+        if rng.random() < _NEEDLESS_CLICK:
+            right = np.argwhere((truth == shown) & (truth > 0) & (truth != UNLABELLED))
+            if len(right):
+                x, y, z = (int(v) for v in right[rng.integers(len(right))])
+                clicks.append(Click(int(truth[x, y, z]), (x, y, z)))
+        return clicks
+
+    @torch.inference_mode()
+    def _predict(self, image: Tensor, guidance: Tensor | None = None) -> list[Labels]:
+        if not self.recipe.mixed_precision:
+            logits = self.network(image, guidance)
+        else:
+            with mixed_precision(image.device):
+                logits = self.network(image, guidance)
+        return list(logits.argmax(1).to("cpu", torch.uint8).numpy())
+
+    def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[Labels], image: Tensor) -> Tensor:
+        maps = []
+        for given, mask in zip(clicks, masks, strict=True):
+            by_label = {
+                value: np.array([click.voxel for click in given if click.label == value])
+                for value in {click.label for click in given}
+            }
+            maps.append(encode_guidance(by_label, torch.from_numpy(mask), n_labels=self.n_labels, size=image.shape[2:]))
+        return torch.stack(maps).to(image.device)
+
+
+def _count(most: int, rng: np.random.Generator) -> int:
+    """1 to ``most`` clicks, n of them with a probability proportional to 1/n: most cases need few."""
+    weights = 1 / np.arange(1, most + 1)
+    return int(rng.choice(most, p=weights / weights.sum())) + 1
+
+
+def _spoilt(truth: Labels, rng: np.random.Generator) -> Labels:
+    """A mask from somewhere else: the truth with every label moved by some voxels, and some of them missing."""
+    mask = np.zeros_like(truth)
+    kept = rng.random(int(UNLABELLED)) < rng.choice([0.0, 0.7, 1.0], p=[0.1, 0.2, 0.7])
+    for value in np.unique(truth):
+        offset = rng.integers(-_LARGEST_SHIFT, _LARGEST_SHIFT + 1, 3)
+        if 0 < value < UNLABELLED and kept[value]:
+            # An axis of a single voxel has no room.
+            offset = np.where(np.array(truth.shape) > 1, offset, 0)
+            mask[ndimage.shift(truth == value, offset, order=0)] = value
+    return mask
