@@ -1,0 +1,6 @@
+"""What the network and the loop are worth on real data: each module is one command, such as
+
+    python -m benchmarks.quality.equal_budget --help
+
+run in the repository's root. Results go to benchmarks/results/quality_<name>.md, .csv and .png.
+"""

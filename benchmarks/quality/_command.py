@@ -1,0 +1,74 @@
+"""What the commands share: options, the hippocampus task, and errors in one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality._trials import Task
+
+from deformux.cases import find_cases
+from deformux.cli_support import torch_device
+from deformux.recipe import RECIPES
+from deformux.transforms import Preprocessing
+
+__all__ = ["hippocampus", "options", "placement", "run"]
+
+RESULTS = Path(__file__).parent.parent / "results"
+
+
+def options(name: str, doc: str | None, *, seeds: int = 3, data: str = "../shared/data/hippocampus") -> Any:
+    """A parser with the options of every command; its description is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.quality.{name}", description=doc, formatter_class=_Formatter
+    )
+    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the data")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/quality") / name,
+        help="finished trials are kept here, and not run again",
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table, the CSV and the plot")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how often everything is repeated")
+    parser.add_argument("--cases", type=int, help="volumes to train and to test on, at most: to try a command")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of a training")
+    return parser
+
+
+def placement(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where the trials compute, as arguments of ``Trial``."""
+    return {"device": torch_device(arguments.device), "threads": arguments.threads}
+
+
+def hippocampus(arguments: argparse.Namespace) -> Task:
+    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``."""
+    train, val = (find_cases(arguments.data, subset=subset)[: arguments.cases] for subset in ("train", "val"))
+    return Task(
+        labels=("anterior", "posterior"),
+        # A whole volume, with a margin.
+        prep=Preprocessing("mr", patch_size=(48, 64, 48)),
+        # Left and right hippocampi are mirror images, and the data holds both. Without clicks, which only
+        # DeformUX-Net could learn from.
+        recipe=RECIPES["finetune"].replace(flip_axes=(0,), foreground_ratio=1.0, affine_probability=0.8, clicks=0),
+        train=tuple(train),
+        test=tuple(val),
+    )
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a command; what its user can cause ends in one sentence."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass

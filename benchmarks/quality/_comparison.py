@@ -1,0 +1,83 @@
+"""The table that sets DeformUX-Net beside other networks of its size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from benchmarks.quality._networks import NETWORKS, OURS, SIZES
+from benchmarks.quality._report import SURFACE, mean_and_deviation, paired_p, significant, strips, table
+from benchmarks.quality._trials import Result, Task, Trial
+
+__all__ = ["COST_NOTES", "comparison", "comparison_plot", "network_trials"]
+
+_MOST_LABELS = 4  # that get a column each
+COST_NOTES = (
+    "- GMAC: of one patch, convolutions and matrix products as PyTorch counts them, plus the deformable convolutions "
+    "with their interpolation; normalisation, activations and sums are not counted",
+    "- memory: the largest of the training process (on a GPU: what PyTorch had allocated), volumes included",
+    "- p is against DeformUX-Net of the same size",
+)
+
+
+def network_trials(
+    task: Task, networks: Sequence[str], sizes: Sequence[str], seeds: int, **options: object
+) -> list[Trial]:
+    """Every network in every size with every seed; all networks before the next seed, so that early tables compare."""
+    return [
+        Trial(f"{network} {size}, seed {seed}", task, network, size, seed=seed, **options)  # type: ignore[arg-type]
+        for seed in range(seeds)
+        for size in sizes
+        for network in networks
+    ]
+
+
+def comparison(results: Sequence[Result]) -> list[str]:
+    """Markdown: a table for each size, best Dice first."""
+    lines = []
+    for size in SIZES:
+        groups = _groups(results, size)
+        if not groups:
+            continue
+        labels = next(iter(groups.values()))[0].trial.task.labels
+        labels = labels if len(labels) <= _MOST_LABELS else ()
+        heads = ("network", "parameters", "GMAC", "steps", "s per step", "training s", "memory")
+        heads += (*(f"Dice {label}" for label in labels), "mean Dice", SURFACE, "HD95 mm", "seeds", "p")
+        ranked = sorted(groups.items(), key=lambda item: -np.mean([r.mean("dice") for r in item[1]]))
+        rows = [_row(name, own, groups.get(OURS), len(labels)) for name, own in ranked]
+        lines += [f"## {size}", "", *table(heads, rows)]
+    return lines
+
+
+def comparison_plot(results: Sequence[Result]):
+    """Mean Dice of each network, a point per seed."""
+    groups = {
+        f"{name} {size}": [result.mean("dice") for result in own]
+        for size in SIZES
+        for name, own in _groups(results, size).items()
+    }
+    return strips(groups, "mean Dice")
+
+
+def _groups(results: Sequence[Result], size: str) -> dict[str, list[Result]]:
+    groups = {name: [r for r in results if r.trial.network == name and r.trial.size == size] for name in NETWORKS}
+    return {name: own for name, own in groups.items() if own}
+
+
+def _row(name: str, own: Sequence[Result], ours: Sequence[Result] | None, labels: int) -> list[str]:
+    first = own[0]
+    paces = [result.seconds_per_step for result in own if result.seconds_per_step is not None]
+    per_label = np.mean([np.nanmean(result.per_case("dice"), axis=0) for result in own], axis=0)[:labels]
+    return [
+        f"**{name}**" if name == OURS else name,
+        f"{first.parameters / 1e6:.2f} M",
+        f"{first.gmac:.1f}",
+        f"{np.mean([result.steps for result in own]):.0f}",
+        f"{np.median(paces):.3f}" if paces else "",
+        f"{np.mean([result.seconds for result in own]):.0f}",
+        f"{max(result.peak_gb for result in own):.2f} GB",
+        *(f"{dice:.4f}" for dice in per_label),
+        *(mean_and_deviation(own, metric) for metric in ("dice", "surface_dice", "hd95_mm")),
+        str(len(own)),
+        significant(paired_p(own, ours)) if ours and name != OURS else "",
+    ]

@@ -1,0 +1,70 @@
+"""Scores of a network on labelled cases: Dice, surface Dice at 1 mm, and the 95th percentile Hausdorff distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from torch import nn
+
+from deformux.cases import Case
+from deformux.inference import segment
+from deformux.metrics import dice_per_label
+from deformux.transforms import LoadLabeld, LoadVolumed, Preprocessing, apply
+
+__all__ = ["METRICS", "TOLERANCE_MM", "compare", "score"]
+
+METRICS = ("dice", "surface_dice", "hd95_mm")
+TOLERANCE_MM = 1.0
+
+# Case to metric to one value per label; None where a label is in neither volume.
+Scores = dict[str, dict[str, list[float | None]]]
+
+
+def score(
+    network: nn.Module,
+    cases: Sequence[Case],
+    prep: Preprocessing,
+    *,
+    n_labels: int,
+    device: str,
+    on_case: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Segment each case and compare it with its label, both on the scan's own grid."""
+    load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels))
+    scores: Scores = {}
+    for case in cases:
+        found, _ = segment(network, case.image, prep, device=device)
+        truth = apply(load, {"image": case.image, "label": case.label})["label"]
+        spacing_mm = [float(size) for size in truth.pixdim]
+        scores[case.id] = compare(np.asarray(found[0]), np.asarray(truth[0]), n_labels, spacing_mm)
+        on_case()
+    return scores
+
+
+def compare(
+    found: np.ndarray, truth: np.ndarray, n_labels: int, spacing_mm: Sequence[float]
+) -> dict[str, list[float | None]]:
+    """Each metric for labels 1..n_labels of two volumes ``(X, Y, Z)``.
+
+    Where a label is in one of the two only, surface Dice is 0 and the Hausdorff distance the volume's diagonal: an
+    infinite one would hide everything else in a mean.
+    """
+    dice = dice_per_label(found, truth, n_labels)
+    diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
+    values: dict[str, list[float | None]] = {"dice": [None if np.isnan(v) else float(v) for v in dice]}
+    values |= {"surface_dice": [], "hd95_mm": []}
+    for label in range(1, n_labels + 1):
+        pair = [torch.as_tensor(volume == label)[None, None] for volume in (found, truth)]
+        present = [bool(mask.any()) for mask in pair]
+        surface: float | None = 0.0 if any(present) else None
+        distance: float | None = diagonal if any(present) else None
+        if all(present):
+            options = {"include_background": True, "spacing": list(spacing_mm)}
+            surface = float(compute_surface_dice(*pair, class_thresholds=[TOLERANCE_MM], **options))
+            distance = float(compute_hausdorff_distance(*pair, percentile=95, **options))
+        values["surface_dice"].append(surface)
+        values["hd95_mm"].append(distance)
+    return values

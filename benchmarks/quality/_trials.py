@@ -1,0 +1,267 @@
+"""One trial: a network, trained on some volumes and scored on others, in a process of its own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from benchmarks._machine import machine_lines
+from benchmarks.quality._networks import OURS, build, gmac
+from benchmarks.quality._scores import Scores, score
+from torch import nn
+
+from deformux.cases import Case
+from deformux.checkpoint import label_checksum
+from deformux.cli_support import device_name
+from deformux.engine import FitResult, Progress, fit
+from deformux.files import write_text
+from deformux.metrics import mean_dice
+from deformux.recipe import Recipe
+from deformux.transforms import Preprocessing
+from deformux.weights import ModelCard, save_model, warm_start
+
+__all__ = ["Result", "Task", "Trial", "run_trial"]
+
+# Of a training whose steps are timed: the first ones compile, and fill caches.
+_WARM_UP, _TIMED = 5, 20
+_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt: from which cases, tested on which, and the recipe that all networks share."""
+
+    labels: tuple[str, ...]
+    prep: Preprocessing
+    recipe: Recipe
+    train: tuple[Case, ...]
+    test: tuple[Case, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A training and its test.
+
+    Args:
+        title: what sets it apart from the other trials of a script.
+        task: what is learnt.
+        network, size, options: arguments of ``build``.
+        seed: of the weights and of every random choice.
+        steps: optimizer steps.
+        seconds: instead of ``steps``: as many as fit into this time, by the time of a step measured at the start.
+        start_from: model file whose weights it starts with, as far as they fit.
+        keep_model: write a model file beside the result.
+        device, threads: where to compute.
+    """
+
+    title: str
+    task: Task
+    network: str = OURS
+    size: str = "tiny"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    steps: int = 400
+    seconds: float | None = None
+    start_from: Path | None = None
+    keep_model: bool = False
+    device: str = "cpu"
+    threads: int = 2
+
+    @property
+    def name(self) -> str:
+        """A file name, which differs where anything differs that could change the result."""
+        task = self.task
+        identity = {
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "task"},
+            "start_from": self.start_from and self.start_from.name,
+            "labels": task.labels,
+            "prep": task.prep.to_json(),
+            "recipe": task.recipe.to_json(),
+            "train": [case.id for case in task.train],
+            "test": [case.id for case in task.test],
+        }
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        return f"{re.sub('[^A-Za-z0-9.]+', '-', self.title)}-{digest[:10]}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a trial gave.
+
+    Args:
+        trial: which.
+        scores: of the test cases.
+        parameters, gmac: of the network; the second of one forward pass on one patch.
+        steps, seconds: of the training, without the reading of its volumes.
+        seconds_per_step: the median, augmentation included; None after too few steps.
+        peak_gb: memory of the process, or of the GPU, at the end of the training.
+        machine: what it ran on, one fact per line.
+    """
+
+    trial: Trial
+    scores: Scores
+    parameters: int
+    gmac: float
+    steps: int
+    seconds: float
+    seconds_per_step: float | None
+    peak_gb: float
+    machine: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path, trial: Trial) -> Result:
+        """The inverse of what ``run_trial`` writes."""
+        values = json.loads(path.read_text())
+        return cls(trial, **{**values, "machine": tuple(values["machine"])})
+
+    def per_case(self, metric: str) -> np.ndarray:
+        """``(cases, labels)``, NaN where a label is in no volume."""
+        return np.array([values[metric] for values in self.scores.values()], dtype=float)
+
+    def mean(self, metric: str) -> float:
+        """Mean over labels of the mean over cases."""
+        return mean_dice(self.per_case(metric))
+
+
+class _Clock:
+    """Asked after every step whether to stop: it never does, but looks at the time."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self) -> bool:
+        self.times.append(time.monotonic())
+        return False
+
+    def seconds(self) -> np.ndarray:
+        """Of each step but the first."""
+        return np.diff(self.times)
+
+
+def run_trial(trial: Trial, folder: Path, tell: Callable[[str, float], None]) -> None:
+    """Train, score, and write ``<name>.json`` by rename; a training that was killed goes on from its checkpoint.
+
+    Args:
+        trial: what to do.
+        folder: for the result, the model and the checkpoint.
+        tell: called with what is being done, and the part of it that is done (0..1).
+    """
+    torch.set_num_threads(trial.threads)
+    task = trial.task
+    torch.manual_seed(trial.seed)
+    network = build(
+        trial.network, trial.size, classes=len(task.labels) + 1, patch=task.prep.patch_size, options=trial.options
+    )
+    if trial.start_from is not None:
+        warm_start(network, trial.start_from)
+    cost = gmac(network, (1, 1, *task.prep.patch_size))
+    unfinished = folder / "unfinished" / trial.name
+    steps = trial.steps if trial.seconds is None else _affordable_steps(trial, network, unfinished / "steps.txt", tell)
+    recipe = task.recipe.in_steps(steps, epochs=_EPOCHS)
+    clock, cuda = _Clock(), trial.device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(trial.device)
+    checkpoint = unfinished / "checkpoint.safetensors"
+    result = _fit(trial, network, recipe, clock, tell, checkpoint)
+    peak = torch.cuda.max_memory_allocated(trial.device) if cuda else _peak_bytes()
+    tested: list[None] = []
+
+    def told() -> None:
+        tested.append(None)
+        tell("testing", len(tested) / len(task.test))
+
+    scores = score(network, task.test, task.prep, n_labels=len(task.labels), device=trial.device, on_case=told)
+    if trial.keep_model:
+        save_model(folder / f"{trial.name}.safetensors", network, _card(trial, recipe, result, scores))
+    values = Result(
+        trial=trial,
+        scores=scores,
+        parameters=sum(p.numel() for p in network.parameters()),
+        gmac=cost,
+        steps=recipe.steps,
+        seconds=result.seconds,
+        seconds_per_step=float(np.median(clock.seconds())) if len(clock.times) > 1 else None,
+        peak_gb=peak / 1e9,
+        machine=tuple(machine_lines()),
+    )
+    write_text(
+        folder / f"{trial.name}.json",
+        json.dumps({f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "trial"}),
+    )
+    checkpoint.unlink(missing_ok=True)
+
+
+def _affordable_steps(trial: Trial, network: nn.Module, kept: Path, tell: Callable[[str, float], None]) -> int:
+    """How many steps fit into the trial's seconds, timed on a copy; kept, since a resumed training needs the same."""
+    if not kept.is_file():
+        clock = _Clock()
+        recipe = trial.task.recipe.in_steps(_WARM_UP + _TIMED, epochs=1)
+        _fit(trial, copy.deepcopy(network), recipe, clock, tell)
+        write_text(kept, str(max(1, int(trial.seconds / clock.seconds()[_WARM_UP - 1 :].mean()))))
+    return int(kept.read_text())
+
+
+def _fit(
+    trial: Trial,
+    network: nn.Module,
+    recipe: Recipe,
+    clock: _Clock,
+    tell: Callable[[str, float], None],
+    checkpoint: Path | None = None,
+) -> FitResult:
+    what = "training" if checkpoint is not None else "timing steps"
+
+    def show(progress: Progress) -> None:
+        tell(f"{what}, step {progress.step} of {progress.total_steps}", progress.step / progress.total_steps)
+
+    tell("reading volumes", 0.0)
+    return fit(
+        network,
+        trial.task.train,
+        recipe=recipe,
+        prep=trial.task.prep,
+        labels=trial.task.labels,
+        device=trial.device,
+        seed=trial.seed,
+        on_progress=show,
+        stop=clock,
+        checkpoint=checkpoint,
+    )
+
+
+def _card(trial: Trial, recipe: Recipe, result: FitResult, scores: Scores) -> ModelCard:
+    task = trial.task
+    dice = {case: values["dice"] for case, values in scores.items()}
+    return ModelCard(
+        labels=task.labels,
+        preprocessing=task.prep,
+        preset=trial.size,
+        network_options=trial.options,
+        parent=trial.start_from.stem if trial.start_from else None,
+        training_cases=tuple(case.id for case in task.train),
+        training_labels={case.id: label_checksum(case) for case in task.train},
+        recipe=recipe.to_json(),
+        seed=trial.seed,
+        validation={"mean_dice": mean_dice(np.array(list(dice.values()), dtype=float)), "per_case": dice},
+        seconds=round(result.seconds, 1),
+        device=device_name(trial.device),
+        notes="The validation cases took no part in training; they were scored once, at its end.",
+    )
+
+
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
