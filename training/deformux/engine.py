@@ -16,19 +16,18 @@ from ignite.handlers import EMAHandler, TerminateOnNan
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import LrScheduleHandler
-from monai.optimizers import WarmupCosineSchedule
 from monai.utils import set_determinism
 from torch import Tensor, nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deformux.cases import Case
 from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.click_training import ClickTraining
-from deformux.inference import evaluate, mixed_precision
+from deformux.inference import evaluate
 from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
+from deformux.optimization import MixedPrecision, make_optimizer, make_schedule
 from deformux.recipe import Recipe
 from deformux.sampling import Patches
 from deformux.transforms import InvalidVolume, Preprocessing
@@ -36,9 +35,6 @@ from deformux.transforms import InvalidVolume, Preprocessing
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 
 logger = logging.getLogger(__name__)
-
-# The weights of the guidance begin at zero, beside others that may be trained already, and few steps reach them.
-_GUIDANCE_RATE = 5.0
 
 
 class TrainingError(RuntimeError):
@@ -77,22 +73,6 @@ class FitResult:
     losses: list[float]
     per_case: dict[str, list[float]] = field(default_factory=dict)
     resumed_from: int = 0
-
-
-class _MixedPrecision(nn.Module):
-    """The network under autocast with float32 logits: MONAI's own ``amp`` knows CUDA only."""
-
-    def __init__(self, network: nn.Module, enabled: bool) -> None:
-        super().__init__()
-        self.network = network
-        self.enabled = enabled
-
-    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
-        if not self.enabled:
-            return self.network(x, *guidance)
-        with mixed_precision(x.device):
-            logits = self.network(x, *guidance)
-        return logits.float()
 
 
 def fit(
@@ -198,15 +178,8 @@ class _Run:
         self.best_state: dict[str, Tensor] | None = None
         self.stale_epochs = 0
         self.done = self.stopped = False
-        self.optimizer = AdamW(
-            _parameter_groups(network, recipe.learning_rate),
-            lr=recipe.learning_rate,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            fused=True,
-        )
-        self.schedule = self._schedule()
+        self.optimizer = make_optimizer(network, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, steps=self.steps)
         self.ema = EMAHandler(network, momentum=1 - recipe.ema_decay) if recipe.ema_decay is not None else None
         guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
         self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
@@ -232,16 +205,6 @@ class _Run:
         """The network that validation and the result see: the moving average where there is one."""
         return self.ema.ema_model if self.ema is not None else self.network
 
-    def _schedule(self) -> LRScheduler | ReduceLROnPlateau | None:
-        if self.recipe.schedule == "one_cycle":
-            rates = [group["lr"] for group in self.optimizer.param_groups]
-            return OneCycleLR(self.optimizer, rates, total_steps=self.steps)
-        if self.recipe.schedule == "cosine":
-            return WarmupCosineSchedule(self.optimizer, warmup_steps=max(1, self.steps // 20), t_total=self.steps)
-        if self.recipe.schedule == "plateau":
-            return ReduceLROnPlateau(self.optimizer, factor=0.9, patience=10)
-        return None
-
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
         loss = PartialDiceCELoss()
@@ -250,7 +213,7 @@ class _Run:
             max_epochs=self.epochs,
             train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
             epoch_length=self.epoch_length,
-            network=_MixedPrecision(self.network, recipe.mixed_precision),
+            network=MixedPrecision(self.network, recipe.mixed_precision),
             optimizer=self.optimizer,
             loss_function=lambda logits, targets: loss(logits, *targets),
             prepare_batch=lambda batch, device, non_blocking, **_: self._with_clicks(
@@ -408,14 +371,6 @@ class _Run:
 
 # What a checkpoint holds of a run beside tensors and the states of engine, optimizer and schedule.
 _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
-
-
-def _parameter_groups(network: nn.Module, learning_rate: float) -> list[dict[str, Any]]:
-    guidance = [value for name, value in network.named_parameters() if name.endswith(".guidance")]
-    if not guidance:
-        return [{"params": list(network.parameters())}]
-    others = [value for name, value in network.named_parameters() if not name.endswith(".guidance")]
-    return [{"params": others}, {"params": guidance, "lr": _GUIDANCE_RATE * learning_rate}]
 
 
 def _prepare_batch(

@@ -1,0 +1,63 @@
+"""How a recipe updates a network's weights: optimizer, schedule of the learning rate, precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai.optimizers import WarmupCosineSchedule
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from deformux.inference import mixed_precision
+from deformux.recipe import Recipe
+
+__all__ = ["MixedPrecision", "make_optimizer", "make_schedule"]
+
+# The weights of the guidance begin at zero, beside others that may be trained already, and few steps reach them.
+_GUIDANCE_RATE = 5.0
+
+
+class MixedPrecision(nn.Module):
+    """The network under autocast with float32 logits: MONAI's own ``amp`` knows CUDA only."""
+
+    def __init__(self, network: nn.Module, enabled: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.enabled = enabled
+
+    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
+        if not self.enabled:
+            return self.network(x, *guidance)
+        with mixed_precision(x.device):
+            logits = self.network(x, *guidance)
+        return logits.float()
+
+
+def make_optimizer(network: nn.Module, recipe: Recipe) -> AdamW:
+    """AdamW with the recipe's numbers; weights of guidance learn five times as fast as the others."""
+    parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
+    for name, value in network.named_parameters():
+        parts[name.endswith(".guidance")].append(value)
+    groups: list[dict[str, Any]] = [{"params": parts[False]}]
+    if parts[True]:
+        groups.append({"params": parts[True], "lr": _GUIDANCE_RATE * recipe.learning_rate})
+    return AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        fused=True,
+    )
+
+
+def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRScheduler | ReduceLROnPlateau | None:
+    """The learning rate over a run of ``steps``; None where it stays."""
+    if recipe.schedule == "one_cycle":
+        return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps)
+    if recipe.schedule == "cosine":
+        return WarmupCosineSchedule(optimizer, warmup_steps=max(1, steps // 20), t_total=steps)
+    if recipe.schedule == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.9, patience=10)
+    return None
