@@ -83,6 +83,17 @@ def test_the_largest_error_is_clicked_where_it_is_thickest() -> None:
     assert ClickAnnotator(2).clicks(truth, truth) == []
 
 
+def test_many_clicks_are_the_first_of_more() -> None:
+    rng = np.random.default_rng(0)
+    truth, shown = (np.kron(rng.integers(0, 9, (4, 4, 4)), np.ones((3, 3, 3), int)).astype(np.uint8) for _ in range(2))
+    every = ClickAnnotator(8).clicks(truth, shown, most=1000)
+    assert sum(truth[click.voxel] != shown[click.voxel] for click in every) == len(every) > 20
+    one_by_one = [ClickAnnotator(8).clicks(truth, shown, most=1000, label=label) for label in range(9)]
+    assert sorted(map(repr, every)) == sorted(repr(click) for clicks in one_by_one for click in clicks)
+    for most in (1, 2, 5, 20):
+        assert ClickAnnotator(8).clicks(truth, shown, most=most) == every[:most]
+
+
 def test_a_thin_error_is_clicked_in_its_middle() -> None:
     truth = np.zeros((9, 9, 1), np.uint8)
     truth[1:8, 4] = 1
