@@ -3,8 +3,9 @@
 Reads a JSON list of jobs from standard input and writes a JSON list of answers as the last line of standard output.
 A job has ``image``; and ``result`` with ``labels`` to import as the extension's ``updateSegmentationMask`` does; or
 ``export`` to save the imported segments as ``onSaveLabel`` does; or ``markups``, positions in RAS millimetres by label,
-to place as markups and read as voxels with the extension's own ``getControlPointsXYZ``; or ``probes``, positions at
-which the answer names the segment that is there.
+to place as markups and read as voxels with the extension's own ``getControlPointsXYZ``; or ``roi``, centre and size in
+RAS millimetres, to read with its ``getROIPointsXYZ``; or ``probes``, positions at which the answer names the segment
+that is there.
 """
 
 from __future__ import annotations
@@ -90,6 +91,14 @@ def voxels_of(app: SlicerApp, volume: Any, positions: list[list[float]]) -> list
     return of_the_extension("getControlPointsXYZ")(SimpleNamespace(_volumeNode=volume), node, "foreground")
 
 
+def bounds_of(app: SlicerApp, volume: Any, centre: list[float], size: list[float]) -> list[int]:
+    """Voxel bounds that the extension sends for a region of interest."""
+    node = app.scene.AddNewNodeByClass("vtkMRMLMarkupsROINode")
+    node.SetCenter(centre)
+    node.SetSize(size)
+    return of_the_extension("getROIPointsXYZ")(SimpleNamespace(_volumeNode=volume), node)
+
+
 def segment_at(node: Any, position: list[float]) -> str | None:
     """Name of the segment at a position in RAS millimetres."""
     segmentation = node.GetSegmentation()
@@ -113,6 +122,9 @@ def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"dimensions": volume.GetImageData().GetDimensions(), "matrix": matrix_of(volume)}
     if "markups" in job:
         answer["points"] = {name: voxels_of(app, volume, positions) for name, positions in job["markups"].items()}
+    if "roi" in job:
+        answer["roi"] = bounds_of(app, volume, *job["roi"])
+    if "result" not in job:
         app.scene.Clear(0)
         return answer
     node = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
