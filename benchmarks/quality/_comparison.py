@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks.quality._networks import NETWORKS, OURS, SIZES
 from benchmarks.quality._report import SURFACE, mean_and_deviation, paired_p, significant, strips, table
 from benchmarks.quality._trials import Result, Task, Trial
+from matplotlib.figure import Figure
 
 __all__ = ["COST_NOTES", "comparison", "comparison_plot", "network_trials"]
 
@@ -49,7 +50,7 @@ def comparison(results: Sequence[Result]) -> list[str]:
     return lines
 
 
-def comparison_plot(results: Sequence[Result]):
+def comparison_plot(results: Sequence[Result]) -> Figure:
     """Mean Dice of each network, a point per seed."""
     groups = {
         f"{name} {size}": [result.mean("dice") for result in own]

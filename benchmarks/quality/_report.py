@@ -25,6 +25,7 @@ __all__ = [
     "mean_and_deviation",
     "paired_p",
     "significant",
+    "spread",
     "strips",
     "table",
     "write_report",
@@ -32,8 +33,8 @@ __all__ = [
 
 SURFACE = f"surface Dice at {TOLERANCE_MM:g} mm"
 NOTES = (
-    "- Dice and distances: mean over labels of the mean over cases; ± is the standard deviation over seeds. HD95 where a "
-    "label is missed, or found where there is none, is the volume's diagonal",
+    "- Dice and distances: mean over labels of the mean over cases; ± is the standard deviation over seeds. HD95 "
+    "where a label is missed, or found where there is none, is the volume's diagonal",
     "- p: Wilcoxon's signed-rank test, two-sided, paired over cases, each a mean over labels and seeds",
 )
 # The signed-rank test cannot reach p < 0.05 with fewer pairs.
@@ -41,16 +42,23 @@ _FEWEST_PAIRS = 6
 
 
 def write_report(
-    folder: Path, name: str, *, title: str, lines: Iterable[str], rows: Iterable[Sequence[object]], plot: Figure
+    folder: Path,
+    name: str,
+    *,
+    title: str,
+    lines: Iterable[str],
+    rows: Iterable[Sequence[object]],
+    plot: Figure | None = None,
 ) -> None:
-    """Replace ``quality_<name>.md``, ``.csv`` and ``.png``."""
+    """Replace ``quality_<name>.md``, ``.csv`` and, where there is a plot, ``.png``."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / f"quality_{name}.md", "\n".join([f"# {title}", "", *lines]) + "\n")
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_text(folder / f"quality_{name}.csv", text.getvalue())
-    with replacing(folder / f"quality_{name}.png") as temporary:
-        plot.savefig(temporary, format="png")
+    if plot is not None:
+        with replacing(folder / f"quality_{name}.png") as temporary:
+            plot.savefig(temporary, format="png")
 
 
 def facts(results: Sequence[Result], planned: int, *others: str) -> list[str]:
@@ -91,11 +99,14 @@ def case_rows(results: Sequence[Result]) -> list[list[object]]:
 
 
 def mean_and_deviation(results: Sequence[Result], metric: str = "dice") -> str:
-    """Mean over seeds ± their standard deviation."""
-    values = [result.mean(metric) for result in results]
-    digits = 2 if metric == "hd95_mm" else 4
-    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{spread}"
+    """Mean of a metric over seeds ± their standard deviation."""
+    return spread([result.mean(metric) for result in results], 2 if metric == "hd95_mm" else 4)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation, the latter from two values on."""
+    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{deviation}"
 
 
 def paired_p(one: Sequence[Result], other: Sequence[Result], metric: str = "dice") -> float | None:

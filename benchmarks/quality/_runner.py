@@ -69,8 +69,11 @@ def run_trials(trials: Sequence[Trial], folder: Path, report: Report = lambda re
             if taken is not None:
                 report(results)
                 left = _left(len(trials) - len(results) - len(failed), seconds)
-                bar.update(task, completed=len(results), left=left)
-                _console.print(f"{trial.title}: {error or _told(trial, folder)}; {len(results)} of {len(trials)}{left}")
+                bar.update(task, completed=len(results), left=left.removeprefix(", "))
+                _console.print(
+                    f"{trial.title}: {error or _told(trial, folder)}; {len(results)} of {len(trials)}{left}",
+                    soft_wrap=True,
+                )
     if failed:
         sys.exit("failed, and tried again by the next call:\n" + "\n".join(failed.values()))
     return results

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+from monai.metrics import compute_hausdorff_distance
 from torch import nn
 
 from deformux.cases import Case
 from deformux.inference import segment
-from deformux.metrics import dice_per_label
+from deformux.metrics import dice_per_label, surface_dice_per_label
 from deformux.transforms import LoadLabeld, LoadVolumed, Preprocessing, apply
 
 __all__ = ["METRICS", "TOLERANCE_MM", "compare", "score"]
@@ -53,18 +53,16 @@ def compare(
     infinite one would hide everything else in a mean.
     """
     dice = dice_per_label(found, truth, n_labels)
+    surface = surface_dice_per_label(found, truth, n_labels, spacing_mm=spacing_mm, tolerance_mm=TOLERANCE_MM)
     diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing_mm)))
-    values: dict[str, list[float | None]] = {"dice": [None if np.isnan(v) else float(v) for v in dice]}
-    values |= {"surface_dice": [], "hd95_mm": []}
+    distances: list[float] = []
     for label in range(1, n_labels + 1):
         pair = [torch.as_tensor(volume == label)[None, None] for volume in (found, truth)]
         present = [bool(mask.any()) for mask in pair]
-        surface: float | None = 0.0 if any(present) else None
-        distance: float | None = diagonal if any(present) else None
         if all(present):
-            options = {"include_background": True, "spacing": list(spacing_mm)}
-            surface = float(compute_surface_dice(*pair, class_thresholds=[TOLERANCE_MM], **options))
-            distance = float(compute_hausdorff_distance(*pair, percentile=95, **options))
-        values["surface_dice"].append(surface)
-        values["hd95_mm"].append(distance)
-    return values
+            options = {"include_background": True, "percentile": 95, "spacing": list(spacing_mm)}
+            distances.append(float(compute_hausdorff_distance(*pair, **options)))
+        else:
+            distances.append(diagonal if any(present) else np.nan)
+    columns = zip(METRICS, (dice, surface, distances), strict=True)
+    return {metric: [None if np.isnan(v) else float(v) for v in values] for metric, values in columns}

@@ -87,8 +87,8 @@ def main() -> None:
                 *_tables(results),
                 *_verdict(results),
                 *NOTES,
-                "- the paper's numbers are Dice on other data, with its `base` network and 40,000 steps; p is against the "
-                "published network, the first row of each table",
+                "- the paper's numbers are Dice on other data, of its `base` network after 40,000 steps; p is against "
+                "the published network, the first row of each table",
             ],
             rows=case_rows(results),
             plot=strips({title: [r.mean("dice") for r in own] for title, own in shown.items()}, "mean Dice"),

@@ -21,7 +21,7 @@ from deformux.clicks import COUNTS, THRESHOLDS, CaseResult, Robot, Summary, play
 from deformux.files import replacing, write_text
 from deformux.weights import load_model, with_guidance
 
-__all__ = ["clicks_command", "plot", "write_markdown", "write_per_case", "write_summary"]
+__all__ = ["clicks_command", "plot", "summary_rows", "write_markdown", "write_per_case", "write_summary"]
 
 
 def clicks_command(
@@ -123,7 +123,7 @@ def write_summary(path: Path, summary: Sequence[Summary]) -> None:
     write_text(path, text.getvalue())
 
 
-def _rows(summary: Sequence[Summary]) -> list[list[str]]:
+def summary_rows(summary: Sequence[Summary]) -> list[list[str]]:
     """What the tables for people show, the first column naming it."""
     rows = [["", *(line.robot for line in summary)]]
     for i, count in enumerate(COUNTS):
@@ -143,7 +143,7 @@ def _rows(summary: Sequence[Summary]) -> list[list[str]]:
 
 def summary_table(summary: Sequence[Summary], *, title: str) -> Table:
     """What each robot reached."""
-    head, *rows = _rows(summary)
+    head, *rows = summary_rows(summary)
     table = Table(*head, title=title)
     for row in rows:
         table.add_row(*row)
@@ -152,7 +152,7 @@ def summary_table(summary: Sequence[Summary], *, title: str) -> Table:
 
 def write_markdown(path: Path, summary: Sequence[Summary], *, model: str, device: str) -> None:
     """Replace a Markdown file with the summary as a table."""
-    head, *rows = _rows(summary)
+    head, *rows = summary_rows(summary)
     lines = [f"Robot annotators, {summary[0].cases} volumes, model `{model}`, device {device}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     write_text(path, "\n".join(lines) + "\n")

@@ -1,0 +1,176 @@
+"""The strongest model that a budget of minutes gives, its settings chosen without a look at ``val``.
+
+    python -m benchmarks.quality.best_model                                              # tiny, 60 minutes on the CPU
+    python -m benchmarks.quality.best_model --preset base --minutes 20 --device cuda     # what one GPU makes of base
+    python -m benchmarks.quality.best_model --minutes 0.1 --choose-seconds 2 --cases 8 --seeds 1 --changes lr=2e-3
+
+Changes to the recipe are tried one by one, each for ``--choose-seconds`` of training, on three quarters of ``train``,
+and scored on the last quarter. A change is kept where the mean over seeds is better by ``--least-gain``; the next one
+is tried on top of it. Then one model is trained on all of ``train`` for ``--minutes``, and scored on ``val`` once.
+The budget is that of the last training. A run that was killed goes on where it stopped. Writes
+quality_best_<preset>_<device>.md, .csv and .png, and the model file to ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from benchmarks.quality._command import hippocampus, options, placement, run
+from benchmarks.quality._report import (
+    NOTES,
+    case_rows,
+    facts,
+    mean_and_deviation,
+    paired_p,
+    significant,
+    strips,
+    table,
+    write_report,
+)
+from benchmarks.quality._runner import run_trials
+from benchmarks.quality._trials import Result, Task, Trial
+
+from deformux.network import PRESETS
+from deformux.recipe import Recipe
+from deformux.simulate import held_out
+from deformux.weights import load_model, save_model
+
+CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lr=2e-3": {"learning_rate": 2e-3},
+        "lr=4e-3": {"learning_rate": 4e-3},
+        "lr=5e-4": {"learning_rate": 5e-4},
+        "batch of 1": {"batch_size": 1},
+        "batch of 4": {"batch_size": 4},
+        "cosine": {"schedule": "cosine"},
+        "weight decay 0.08": {"weight_decay": 0.08},
+        "rotation 30°": {"rotation_degrees": 30.0},
+        "scaling 0.25": {"scaling": 0.25},
+        "no elastic deformation": {"elastic_probability": 0.0},
+        "elastic deformation of half": {"elastic_probability": 0.5},
+        "no coarse scans": {"low_resolution": 1.0},
+        "little noise": {"noise_std": 0.03},
+        "no gamma": {"gamma": (1.0, 1.0)},
+        "gradients not clipped": {"gradient_clip": None},
+    }
+)
+_FRACTION = 0.25
+
+
+def main() -> None:
+    parser = options("best_model", __doc__, seeds=2)
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="tiny", help="of DeformUX-Net")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the last training")
+    parser.add_argument(
+        "--choose-seconds", type=float, default=300.0, help="of each training that settings are chosen by"
+    )
+    parser.add_argument("--least-gain", type=float, default=0.001, help="Dice that a change must bring to be kept")
+    parser.add_argument("--changes", nargs="*", choices=tuple(CHANGES), default=tuple(CHANGES), help="what is tried")
+    parser.add_argument("--output", type=Path, help="model file; default: in the folder of --work")
+    arguments = parser.parse_args()
+    chosen = Choice(arguments)
+    task = dataclasses.replace(hippocampus(arguments), recipe=chosen.make())
+    last = Trial(
+        f"{arguments.preset}, all of train",
+        task,
+        size=arguments.preset,
+        seconds=60 * arguments.minutes,
+        keep_model=True,
+        **placement(arguments),
+    )
+    results = run_trials([last], arguments.work)
+    output = arguments.output or arguments.work / f"best_{arguments.preset}.safetensors"
+    save_model(output, *load_model(arguments.work / f"{last.name}.safetensors"))
+    chosen.report(results)
+    print(f"{output}: Dice {results[0].mean('dice'):.4f} on val")
+
+
+class Choice:
+    """Which changes to the recipe are kept, by a held-out part of ``train``."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        whole = hippocampus(arguments)
+        kept_in, out = held_out(whole.train, _FRACTION)
+        self.task: Task = dataclasses.replace(whole, train=tuple(kept_in), test=tuple(out))
+        self.tried: dict[str, list[Result]] = {}
+        self.kept: list[str] = []
+
+    def make(self) -> Recipe:
+        """The chosen recipe."""
+        recipe = self.task.recipe
+        best = self._try("as it was", recipe)
+        for name in self.arguments.changes:
+            changed = recipe.replace(**CHANGES[name])
+            dice = self._try(name, changed)
+            if dice > best + self.arguments.least_gain:
+                recipe, best = changed, dice
+                self.kept.append(name)
+            self.report([])
+        return recipe
+
+    def _try(self, name: str, recipe: Recipe) -> float:
+        arguments = self.arguments
+        trials = [
+            Trial(
+                f"{name}, seed {seed}",
+                dataclasses.replace(self.task, recipe=recipe),
+                size=arguments.preset,
+                seed=seed,
+                seconds=arguments.choose_seconds,
+                **placement(arguments),
+            )
+            for seed in range(arguments.seeds)
+        ]
+        self.tried[name] = run_trials(trials, arguments.work)
+        return float(np.mean([result.mean("dice") for result in self.tried[name]]))
+
+    def report(self, last: Sequence[Result]) -> None:
+        """Write the tables; without the ``last`` training before it is over."""
+        arguments = self.arguments
+        results = [*(result for tried in self.tried.values() for result in tried), *last]
+        planned = (len(arguments.changes) + 1) * arguments.seeds + 1
+        write_report(
+            arguments.results,
+            f"best_{arguments.preset}_{arguments.device.partition(':')[0]}",
+            title=f"The strongest `{arguments.preset}` in {arguments.minutes:g} minutes",
+            lines=[
+                *facts(results, planned, f"settings chosen on {len(self.task.test)} held-out volumes of `train`"),
+                *(self._scored(last[0]) if last else []),
+                *self._choices(),
+                *NOTES,
+            ],
+            rows=case_rows(results),
+            plot=strips({name: [r.mean("dice") for r in own] for name, own in self.tried.items()}, "held-out Dice"),
+        )
+
+    def _scored(self, last: Result) -> list[str]:
+        dice = np.nanmean(last.per_case("dice"), axis=0)
+        labels = last.trial.task.labels
+        heads = ("trained on", "steps", "seconds", *(f"Dice {label}" for label in labels), "mean Dice", "HD95 mm")
+        row = [len(last.trial.task.train), last.steps, f"{last.seconds:.0f}", *(f"{value:.4f}" for value in dice)]
+        row += [f"**{last.mean('dice'):.4f}**", f"{last.mean('hd95_mm'):.2f}"]
+        return [f"## The model on {len(last.scores)} `val` volumes, scored once", "", *table(heads, [row])]
+
+    def _choices(self) -> list[str]:
+        rows, base = [], self.tried["as it was"]
+        for name, own in self.tried.items():
+            gain = np.mean([r.mean("dice") for r in own]) - np.mean([r.mean("dice") for r in base])
+            kept = "yes" if name in self.kept else ""
+            compared = [f"{gain:+.4f}", significant(paired_p(own, base)), kept] if own is not base else [""] * 3
+            rows.append([name, f"{np.mean([r.steps for r in own]):.0f}", mean_and_deviation(own), *compared])
+            if kept:
+                base = own
+        heads = ("change", "steps", "held-out Dice", "against what was kept before", "p", "kept")
+        title = f"## Settings, tried in this order for {self.arguments.choose_seconds:g} s each"
+        return [title, "", *table(heads, rows)]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,119 @@
+"""Many organs in one CT: trained on the lower half of its slices, tested on the upper. A smoke test, not a claim.
+
+    python -m benchmarks.quality.transfer                          # 6 networks of two sizes, 3 seeds, 400 steps each
+    python -m benchmarks.quality.transfer --steps 2 --seeds 1 --networks UNet --sizes tiny    # to try it
+
+Sparse label values, Hounsfield units and a resampling to 2.5 mm and back are what it exercises: a fault there shows as
+an organ that no network finds. Labels are those with at least 50 voxels in each half. A run that was killed goes on
+where it stopped. Writes quality_transfer.md, .csv and .png after each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from benchmarks.quality._command import options, placement, run
+from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
+from benchmarks.quality._networks import NETWORKS, SIZES
+from benchmarks.quality._report import NOTES, case_rows, facts, table, write_report
+from benchmarks.quality._runner import run_trials
+from benchmarks.quality._trials import Result, Task
+
+from deformux.annotator import dense_labels
+from deformux.cases import Case
+from deformux.files import replacing
+from deformux.recipe import RECIPES
+from deformux.transforms import Preprocessing
+
+_FEWEST_VOXELS = 50
+
+
+def main() -> None:
+    parser = options("transfer", __doc__, data="../shared/data/ct")
+    parser.add_argument("--steps", type=int, default=400, help="of each training")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
+    arguments = parser.parse_args()
+    task = halves(arguments)
+    trials = network_trials(
+        task, arguments.networks, arguments.sizes, arguments.seeds, steps=arguments.steps, **placement(arguments)
+    )
+
+    def report(results: Sequence[Result]) -> None:
+        write_report(
+            arguments.results,
+            "transfer",
+            title="One abdominal CT: lower half to train on, upper half to test on",
+            lines=[
+                *facts(results, len(trials), f"each network had {arguments.steps} steps"),
+                *comparison(results),
+                *_labels(results, task),
+                *NOTES,
+                *COST_NOTES,
+            ],
+            rows=case_rows(results),
+            plot=comparison_plot(results),
+        )
+
+    run_trials(trials, arguments.work, report)
+
+
+def halves(arguments: argparse.Namespace) -> Task:
+    """The two halves as volumes of their own, their labels numbered 1, 2, …"""
+    names: Mapping[str, int] = json.loads((arguments.data / "labels.json").read_text())["example_seg.nii.gz"]
+    image, label = (
+        nib.as_closest_canonical(nib.load(arguments.data / name))
+        for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
+    )
+    values = np.asarray(label.dataobj)
+    middle = values.shape[2] // 2
+    both = {
+        name: value
+        for name, value in names.items()
+        if min((part == value).sum() for part in (values[..., :middle], values[..., middle:])) >= _FEWEST_VOXELS
+    }
+    dense = nib.Nifti1Image(dense_labels(values, list(both.values())), label.affine)
+    folder = arguments.work / "data"
+    lower, upper = (
+        Case(
+            name,
+            _part(image, slices, folder / f"{name}_image.nii.gz"),
+            _part(dense, slices, folder / f"{name}_label.nii.gz"),
+        )
+        for name, slices in (("lower", slice(None, middle)), ("upper", slice(middle, None)))
+    )
+    return Task(
+        labels=tuple(both),
+        prep=Preprocessing("ct", spacing_mm=(2.5, 2.5, 2.5), patch_size=(64, 64, 16)),
+        recipe=RECIPES["finetune"].replace(clicks=0),
+        train=(lower,),
+        test=(upper,),
+    )
+
+
+def _part(file: nib.Nifti1Image, slices: slice, path: Path) -> Path:
+    """Some of a volume's slices, at their place in the patient."""
+    with replacing(path) as temporary:
+        nib.save(file.slicer[:, :, slices], temporary)
+    return path
+
+
+def _labels(results: Sequence[Result], task: Task) -> list[str]:
+    """Dice of each label by each network, the mean over seeds."""
+    groups = dict.fromkeys((r.trial.network, r.trial.size) for r in results)
+    columns = [
+        np.mean([r.per_case("dice")[0] for r in results if (r.trial.network, r.trial.size) == group], axis=0)
+        for group in groups
+    ]
+    heads = ["label", *(f"{network} {size}" for network, size in groups)]
+    rows = [[name, *(f"{column[i]:.3f}" for column in columns)] for i, name in enumerate(task.labels)]
+    return ["## Dice of each label", "", *table(heads, rows)]
+
+
+if __name__ == "__main__":
+    run(main)
