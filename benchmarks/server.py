@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def under_load(studies: Path, seconds: float) -> dict[str, Any]:
     for number in range(6):
         scan(studies / f"case_{number}.nii.gz", 96, number)
     publish(studies)
-    with serving(studies) as (url, _):
+    with serving(studies) as (url, _, _):
         for number in range(5):
             submit(url, f"case_{number}", studies.parent / "label.nii.gz")
         infer(url)  # compiles the kernels
@@ -120,9 +120,9 @@ def at_scale(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
     for number in range(1, args.studies):
         os.link(first, studies / f"case_{number:05d}.nii.gz")
     publish(studies)
-    with serving(studies) as (_, fresh_s):
+    with serving(studies) as (_, fresh_s, _):
         pass
-    with serving(studies) as (url, start_s):
+    with serving(studies) as (url, start_s, _):
         strategies = {
             name: quantiles(
                 [
@@ -157,19 +157,19 @@ def publish(studies: Path, *, serve: bool = True) -> str:
     return name
 
 
-def state_of(studies: Path) -> Path:
+def state_of(studies: Path, conf: Mapping[str, str] = CONF) -> Path:
     """Where a server keeps what it knows of a folder."""
-    return Project.from_conf(CONF).state_folder(app_folder(), str(studies))
+    return Project.from_conf(conf).state_folder(app_folder(), str(studies))
 
 
 @contextmanager
-def serving(studies: Path) -> Iterator[tuple[str, float]]:
-    """A server's address, and the seconds from its start to its first answer."""
+def serving(studies: Path, conf: Mapping[str, str] = CONF) -> Iterator[tuple[str, float, int]]:
+    """A server's address, the seconds from its start to its first answer, and its process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve", "--studies", str(studies)]
-    for key, value in {**CONF, "port": str(port)}.items():
+    for key, value in {**conf, "port": str(port)}.items():
         command += [f"--{key.replace('_', '-')}", value]
     start = time.perf_counter()
     with (studies.parent / "server.log").open("wb") as log:
@@ -184,7 +184,7 @@ def serving(studies: Path) -> Iterator[tuple[str, float]]:
                 break
             except requests.ConnectionError:
                 time.sleep(0.05)
-        yield url, time.perf_counter() - start
+        yield url, time.perf_counter() - start, process.pid
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
