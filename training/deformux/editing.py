@@ -75,10 +75,11 @@ def study_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[
         labels: these restored to the scan's grid ``(X, Y, Z)``, where that has been done already.
     """
     restored = ScanGrid.of(image).labels(logits.float()).numpy() if labels is None else labels
+    classes = logits.argmax(0).to("cpu", torch.uint8).numpy()
     return Study(
         image=image.cpu(),
-        logits=logits.to("cpu", torch.float16),
-        classes=logits.argmax(0).to("cpu", torch.uint8).numpy(),
+        logits=_halved(logits, classes),
+        classes=classes,
         labels=np.ascontiguousarray(restored, dtype=np.uint8),
     )
 
@@ -199,7 +200,8 @@ class Editor:
         here = {label: clicked for label, clicked in here.items() if len(clicked)}
         settled = settle(voxels, logits, self._start[tuple(voxels.T)], here)
         if settled.changed.any():
-            self._restore(voxels[settled.changed], voxels[settled.taken], settled.logits[:, settled.taken], result)
+            taken = settled.taken
+            self._restore(voxels[settled.changed], voxels[taken], settled.logits[:, taken], tuple(here), result)
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """The automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
@@ -214,9 +216,10 @@ class Editor:
         changed: npt.NDArray[np.int64],
         voxels: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
+        clicked: Sequence[int],
         result: npt.NDArray[np.uint8],
     ) -> None:
-        """Write new logits ``(C, n)`` of the network's grid into the scan's mask, where they make a difference."""
+        """Write what new logits ``(C, n)`` of the network's grid give to clicked labels into the scan's mask."""
         grid = self.study.grid
         box = grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         origin, stop = np.array(needed := grid.needed(box))
@@ -225,7 +228,9 @@ class Editor:
         here = ((voxels >= origin) & (voxels < stop)).all(1)
         after[(slice(None), *(voxels[here] - origin).T)] = torch.from_numpy(logits[:, here])
         old, new = (grid.labels(values, box=box, origin=triple(origin)).numpy() for values in (before, after))
-        result[slices(box)] = np.where(new != old, new, result[slices(box)])
+        # Between two classes interpolation may find a third, which nobody asked for.
+        won = (new != old) & np.isin(new, clicked)
+        result[slices(box)] = np.where(won, new, result[slices(box)])
 
     def _starting_box(self, box: Box) -> Tensor:
         logits = self.study.logits[(slice(None), *slices(box))].float()
@@ -271,6 +276,16 @@ def _on_network_grid(mask: npt.NDArray[np.uint8], study: Study, prep: Preprocess
     for transform in label_grid_transforms(prep, "label"):
         volume = cast(MetaTensor, transform({"label": volume})["label"])
     return volume[0].to(torch.uint8).numpy()
+
+
+def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
+    """The logits in float16, the highest still the same: rounding makes ties of small differences."""
+    halved = logits.to(torch.float16)
+    x, y, z = np.nonzero((halved.argmax(0) != logits.argmax(0)).cpu().numpy())
+    halved = halved.cpu()
+    values = halved.numpy()
+    values[classes[x, y, z], x, y, z] = np.nextafter(values[:, x, y, z].max(0, initial=-np.inf), np.float16("inf"))
+    return halved
 
 
 def _agree(logits: npt.NDArray[np.float32], wanted: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]) -> None:

@@ -21,6 +21,8 @@ Box = tuple[Index, Index]
 
 # Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000
+# Grids whose voxels lie less than this part of a voxel apart are the same.
+_SAME_VOXEL = 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,24 +87,50 @@ class ScanGrid:
             origin: the voxel of the network's grid at which the values begin.
         """
         start, stop = box or ((0, 0, 0), self.size)
-        device = values.device
+        found = torch.empty([b - a for a, b in zip(start, stop, strict=True)], dtype=torch.uint8)
+        step = max(1, _SLAB_VOXELS // max(1, found[0].numel()))
+        sample = self._same_voxels(values, origin) or self._between_voxels(values, origin)
+        for done in range(0, len(found), step):
+            part = ((start[0] + done, *start[1:]), (min(start[0] + done + step, stop[0]), *stop[1:]))
+            found[done : done + step] = finish(sample(part).float()).to("cpu", torch.uint8)
+        return found
+
+    def _same_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor] | None:
+        """How to read values in a box where the grids differ in the order and direction of axes only; exact."""
+        matrix, shift = np.rint(self.to_network[:3, :3]), np.rint(self.to_network[:3, 3])
+        off = np.abs(self.to_network[:3, :3] - matrix) @ np.array(self.size) + np.abs(self.to_network[:3, 3] - shift)
+        if off.max() > _SAME_VOXEL or not np.array_equal(np.abs(matrix).sum(0), np.ones(3)):
+            return None
+        order = np.abs(matrix).argmax(1)  # the file's axis along each axis of the network's grid
+
+        def read(box: Box) -> Tensor:
+            part = values
+            for axis, (own, length) in enumerate(zip(order, values.shape[1:], strict=True)):
+                along = int(matrix[axis, own]) * torch.arange(box[0][own], box[1][own])
+                index = (along + int(shift[axis] - origin[axis])).clamp(0, length - 1)
+                part = part.index_select(axis + 1, index.to(values.device))
+            return part.permute(0, *(int(axis) + 1 for axis in np.argsort(order)))
+
+        return read
+
+    def _between_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor]:
+        """How to interpolate values linearly in a box."""
+        device, source = values.device, values.float()[None]
         # From a voxel index of the scan to grid_sample's -1..1 over the values; its last coordinate comes first.
         extent = np.array([max(n - 1, 1) for n in values.shape[1:]], dtype=float)
         matrix = torch.tensor(2 * self.to_network[:3, :3] / extent[:, None], dtype=torch.float32, device=device)
         shift = 2 * (self.to_network[:3, 3] - np.asarray(origin)) / extent - 1
-        first, rows, columns = (
-            torch.arange(start[axis], stop[axis], dtype=torch.float32, device=device) for axis in range(3)
-        )
-        plane = rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2]
-        plane = plane + torch.tensor(shift, dtype=torch.float32, device=device)
-        found = torch.empty([b - a for a, b in zip(start, stop, strict=True)], dtype=torch.uint8)
-        step = max(1, _SLAB_VOXELS // max(1, len(rows) * len(columns)))
-        source = values.float()[None]
-        for done in range(0, len(first), step):
-            grid = (first[done : done + step, None, None, None] * matrix[:, 0] + plane).flip(-1)
-            sampled = F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)
-            found[done : done + step] = finish(sampled[0]).to("cpu", torch.uint8)
-        return found
+        offset = torch.tensor(shift, dtype=torch.float32, device=device)
+
+        def read(box: Box) -> Tensor:
+            first, rows, columns = (
+                torch.arange(*ends, dtype=torch.float32, device=device) for ends in zip(*box, strict=True)
+            )
+            plane = rows[:, None, None] * matrix[:, 1] + columns[None, :, None] * matrix[:, 2] + offset
+            grid = (first[:, None, None, None] * matrix[:, 0] + plane).flip(-1)
+            return F.grid_sample(source, grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0]
+
+        return read
 
     def labels(self, logits: Tensor, *, box: Box | None = None, origin: Sequence[int] = (0, 0, 0)) -> Tensor:
         """The highest of logits ``(C, x, y, z)`` at the file's voxels, as ``interpolate``.

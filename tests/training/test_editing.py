@@ -1,0 +1,291 @@
+"""Edits by clicks: exact where exactness is promised, in the right place on any grid, and useful on real scans."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from deformux.annotator import ClickAnnotator
+from deformux.cases import Case, find_cases
+from deformux.editing import Editor, Study, open_study, study_from_logits
+from deformux.inference import segment
+from deformux.lattice import Lattice, edit_window
+from deformux.metrics import dice_per_label
+from deformux.network import DeformUXNet
+from deformux.transforms import Preprocessing, apply, inference_transforms
+from deformux.weights import load_model, pretrained_path, with_guidance
+
+Clicks = dict[int, list[tuple[int, int, int]]]
+WINDOW = 32
+NATIVE = Preprocessing("ct", patch_size=(WINDOW,) * 3)
+# Coarser along one axis of the scan, finer along another.
+RESAMPLED = Preprocessing("ct", spacing_mm=(2.6, 1.4, 3.0), patch_size=(WINDOW,) * 3)
+
+
+@pytest.fixture(scope="module")
+def network() -> Callable[[int], DeformUXNet]:
+    """Untrained networks whose guidance has random weights, so that clicks change a lot."""
+
+    def build(n_labels: int) -> DeformUXNet:
+        torch.manual_seed(n_labels)
+        built = DeformUXNet(1, n_labels + 1, "tiny", guidance=True)
+        for name, weight in built.named_parameters():
+            if "guidance" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+        return built.eval()
+
+    return build
+
+
+def random_clicks(shape: Sequence[int], n_labels: int, count: int, seed: int) -> Clicks:
+    """Clicks of all labels at different voxels, some side by side."""
+    rng = np.random.default_rng(seed)
+    clicks: Clicks = {}
+    taken = set()
+    while len(taken) < count:
+        voxel = tuple(int(v) for v in rng.integers(0, shape))
+        for at in (voxel, (voxel[0], voxel[1], min(voxel[2] + 1, shape[2] - 1))):
+            if at not in taken:
+                taken.add(at)
+                clicks.setdefault(int(rng.integers(0, n_labels + 1)), []).append(at)
+    return clicks
+
+
+def joined(*parts: Clicks) -> Clicks:
+    both: Clicks = {}
+    for part in parts:
+        for label, voxels in part.items():
+            both.setdefault(label, []).extend(voxels)
+    return both
+
+
+GRIDS = {
+    "oblique": (NATIVE, (50, 40, 34), True, 2),
+    "resampled": (RESAMPLED, (50, 40, 34), True, 2),
+    "small": (NATIVE, (20, 24, 18), False, 2),
+    "slice": (NATIVE, (44, 36, 1), False, 2),
+    "many labels": (NATIVE, (40, 34, 20), False, 40),
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write_case, oblique: np.ndarray) -> None:
+    prep, size, is_oblique, n_labels = GRIDS[grid]
+    case = write_case("a", size=size, affine=oblique if is_oblique else None)
+    net = network(n_labels)
+    study = open_study(net, case.image, prep)
+    automatic, _ = segment(net, case.image, prep)
+    few = random_clicks(size, n_labels, 4, seed=1)
+    more = joined(few, {label: v for label, v in random_clicks(size, n_labels, 3, seed=2).items() if label in few})
+    more = {label: list(dict.fromkeys(voxels)) for label, voxels in more.items()}
+
+    editor = Editor(study, net, prep)
+    np.testing.assert_array_equal(editor.apply({}), automatic[0].numpy())
+    assert editor.windows_computed == 0
+    first = editor.apply(few)
+    second = editor.apply(more)
+    undone = editor.apply(few)
+    assert editor.windows_computed == 0
+    np.testing.assert_array_equal(undone, first)
+    np.testing.assert_array_equal(editor.apply({}), automatic[0].numpy())
+    backwards = {label: voxels[::-1] for label, voxels in reversed(more.items())}
+    np.testing.assert_array_equal(Editor(study, net, prep).apply(backwards), second)
+
+    assert first.dtype == np.uint8
+    for clicks, mask in ((few, first), (more, second)):
+        for label, voxels in clicks.items():
+            assert all(mask[voxel] == label for voxel in voxels)
+        # Nothing becomes a label that nobody clicked.
+        changed = mask != study.labels
+        assert set(np.unique(mask[changed])) <= set(clicks)
+
+
+def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_case) -> None:
+    size = (110, 34, 40)
+    case = write_case("a", size=size)
+    net = network(2)
+    study = open_study(net, case.image, NATIVE)
+    clicks = {1: [(8, 20, 10)], 2: [(70, 9, 30), (71, 9, 30)], 0: [(100, 30, 5)]}
+    mask = Editor(study, net, NATIVE).apply(clicks)
+    changed = mask != study.labels
+    assert changed.sum() > 50  # the test is about something
+    distance = np.full(size, 10**6)
+    for voxels in clicks.values():
+        for voxel in voxels:
+            away = np.abs(np.indices(size) - np.array(voxel)[:, None, None, None]).max(0)
+            distance = np.minimum(distance, away)
+    assert distance[changed].max() < WINDOW
+    for label, voxels in clicks.items():
+        components, count = ndimage.label(changed & (mask == label), np.ones((3, 3, 3)))
+        clicked = {int(components[voxel]) for voxel in voxels} - {0}
+        assert clicked == set(range(1, count + 1))
+
+
+def test_an_edit_starts_from_the_mask_on_the_screen(network, write_case, oblique: np.ndarray) -> None:
+    size = (50, 40, 34)
+    case = write_case("a", size=size, affine=oblique)
+    net = network(2)
+    for prep in (NATIVE, RESAMPLED):
+        study = open_study(net, case.image, prep)
+        drawn = np.zeros(size, np.uint8)
+        drawn[5:20, 5:20, 5:20] = 1
+        drawn[30:33, 30, 10:30] = 2
+        editor = Editor(study, net, prep, mask=drawn)
+        np.testing.assert_array_equal(editor.apply({}), drawn)
+        edited = editor.apply({2: [(12, 12, 12)]})
+        assert edited[12, 12, 12] == 2
+        assert np.all(edited[edited != drawn] == 2)
+        np.testing.assert_array_equal(editor.apply({}), drawn)
+    for wrong, reason in ((drawn[1:], "voxels"), (np.full(size, 3), "values")):
+        with pytest.raises(ValueError, match=reason):
+            Editor(study, net, prep, mask=wrong)
+
+
+def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
+    """Segments a ball about each click, by the clicks' own maps."""
+    logits = 20 * guidance[:, : (guidance.shape[1] + 1) // 2] - 10
+    logits[:, 0] += 5
+    return logits
+
+
+@pytest.mark.parametrize("prep", [NATIVE, RESAMPLED], ids=["native", "resampled"])
+@pytest.mark.parametrize("size", [(70, 45, 36), (24, 20, 12), (40, 36, 1)])
+def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case, oblique: np.ndarray) -> None:
+    """Through orientation, resampling, windows and padding: the ball drawn for a click is centred on it."""
+    case = write_case("a", size=size, affine=oblique)
+    image = apply(inference_transforms(prep), {"image": case.image})["image"]
+    background = torch.zeros(3, *image.shape[1:])
+    background[0] = 5
+    study = study_from_logits(image, background)
+    assert study.labels.shape == size
+    assert not study.labels.any()
+    editor = Editor(study, painter, prep)
+    spacing = np.maximum(nib.affines.voxel_sizes(oblique), nib.affines.voxel_sizes(image.affine.numpy()))
+    for corner in product(*[(0.2, 0.55, 0.9)] * 3):
+        click = tuple(int(part * n) for part, n in zip(corner, size, strict=True))
+        mask = editor.apply({2: [click]})
+        assert set(np.unique(mask)) == {0, 2}
+        # The volume's border cuts balls: what is left is closer to the click than its radius.
+        offset = nib.affines.apply_affine(oblique, np.argwhere(mask == 2)) - nib.affines.apply_affine(oblique, click)
+        free = min(min(v, n - 1 - v) if n > 1 else 9 for v, n in zip(click, size, strict=True))
+        if free >= 6:
+            assert np.linalg.norm(offset.mean(0)) <= spacing.max() / 2
+        assert np.abs(offset).max() <= 4 * spacing.max() * 3**0.5
+        assert mask[click] == 2
+
+
+def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
+    case = write_case("a", size=(40, 34, 20))
+    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    logits = torch.zeros(3, *image.shape[1:])
+    logits[0] = 8
+    editor = Editor(
+        study_from_logits(image, logits),
+        lambda x, guidance: 8 * torch.eye(3)[0][None, :, None, None, None].expand(1, 3, *x.shape[2:]),
+        NATIVE,
+    )
+    mask = editor.apply({1: [(20, 20, 10)]})
+    assert mask[20, 20, 10] == 1
+    assert np.count_nonzero(mask) == 1
+
+
+def test_memory_stays_bounded(network, write_case) -> None:
+    case = write_case("a", size=(70, 40, 34))
+    net = network(2)
+    study = open_study(net, case.image, NATIVE)
+    free, tight = Editor(study, net, NATIVE), Editor(study, net, NATIVE, cache_bytes=10_000)
+    for seed in range(4):
+        clicks = random_clicks(study.labels.shape, 2, 5, seed=seed)
+        np.testing.assert_array_equal(free.apply(clicks), tight.apply(clicks))
+        assert tight.nbytes <= 10_000
+    assert free.nbytes > 10_000
+
+
+@pytest.mark.parametrize(
+    ("clicks", "reason"),
+    [
+        ({1: [(0, 0, 20)]}, "inside the scan"),
+        ({1: [(-1, 0, 0)]}, "inside the scan"),
+        ({3: [(0, 0, 0)]}, r"0 \(background\) to 2"),
+        ({-1: [(0, 0, 0)]}, r"0 \(background\) to 2"),
+        ({1: [(0, 0, 0)], 2: [(0, 0, 0)]}, "labels 1 and 2"),
+    ],
+)
+def test_an_impossible_click_is_refused(clicks: Mapping, reason: str, network, write_case) -> None:
+    case = write_case("a", size=(20, 20, 20))
+    net = network(2)
+    with pytest.raises(ValueError, match=reason):
+        Editor(open_study(net, case.image, NATIVE), net, NATIVE).apply(clicks)
+
+
+@pytest.mark.parametrize("size", [(122, 101, 112), (512, 30, 65), (33, 32, 31), (1, 70, 200)])
+def test_every_voxel_has_one_window_that_sees_enough_of_it(size: tuple[int, int, int]) -> None:
+    window = edit_window((96, 96, 96))
+    lattice = Lattice(size, window)
+    for axis, (length, side) in enumerate(zip(size, window, strict=True)):
+        seen = np.zeros(length)
+        for at in range(length):
+            voxel = [0, 0, 0]
+            voxel[axis] = at
+            cell = lattice.cell(voxel)
+            (start, stop), sight = (
+                tuple(zip(*box, strict=True))[axis] for box in (lattice.inside(cell), lattice.sight(cell))
+            )
+            assert 0 <= start <= sight[0] <= at < sight[1] <= stop <= length
+            # A fifth of the window on both sides of the click, as far as there is volume.
+            assert at - start >= min(at, side // 5)
+            assert stop - 1 - at >= min(length - 1 - at, side // 5)
+            weights = lattice.weights(cell)[axis]
+            assert len(weights) == stop - start
+            assert np.all(weights[sight[0] - start : sight[1] - start] == 1)
+            assert weights.min() > 0
+            seen[start:stop] = 1
+        assert seen.all()
+
+
+def test_the_window_follows_the_patch() -> None:
+    assert edit_window((96, 96, 96)) == (64, 64, 64)
+    assert edit_window((48, 64, 48)) == (48, 64, 48)
+    assert edit_window((160, 160, 16))[2] == 16
+    assert np.prod(edit_window((512, 512, 512))) <= 64**3
+
+
+@pytest.fixture(scope="module")
+def hippocampus(shared_data: Path) -> list[tuple[Case, np.ndarray, Study]]:
+    """A few held-out real scans, their true labels and what the shipped model makes of them."""
+    net, card = load_model(pretrained_path("hippocampus"))
+    cases = find_cases(shared_data / "hippocampus", subset="val")[::10]
+    return [
+        (
+            case,
+            np.asarray(nib.load(case.label).dataobj).astype(np.uint8),
+            open_study(net, case.image, card.preprocessing),
+        )
+        for case in cases
+    ]
+
+
+def test_correct_clicks_only_help_where_they_are(hippocampus) -> None:
+    """Each further click improves its label's Dice around the error that it was placed in, and the whole in the end."""
+    net, card = load_model(pretrained_path("hippocampus"))
+    net = with_guidance(net).eval()
+    for _, truth, study in hippocampus:
+        editor = Editor(study, net, card.preprocessing)
+        robot = ClickAnnotator(2)
+        shown, clicks = study.labels, {}
+        for _ in range(5):
+            (click,) = robot.clicks(truth, shown)
+            clicks.setdefault(click.label, []).append(click.voxel)
+            before, shown = shown, editor.apply(clicks)
+            errors, _ = ndimage.label((truth == click.label) & (before != click.label))
+            component = errors == errors[click.voxel]
+            right = [np.count_nonzero((mask == click.label) & component) for mask in (before, shown)]
+            assert right[0] == 0
+            assert right[1] > 0
+            assert all(shown[voxel] == label for label, voxels in clicks.items() for voxel in voxels)
+        assert dice_per_label(shown, truth, 2).mean() > dice_per_label(study.labels, truth, 2).mean()
