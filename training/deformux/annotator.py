@@ -169,6 +169,8 @@ class _Component:
 def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[_Component]:
     """The largest face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
     found: list[_Component] = []
+    if most < 1:
+        return found
     boxes = ndimage.find_objects(wanted)
     wrong = np.bincount(wanted.ravel(), minlength=len(boxes) + 1)[1:]
     for label in np.argsort(-wrong, kind="stable"):
