@@ -2,10 +2,7 @@
 
     python benchmarks/hippocampus.py --data ../shared/data/hippocampus [--threads 2]
 
-The weights were trained with
-    deformux fit ../shared/data/hippocampus hippocampus.safetensors --labels anterior,posterior --modality mr \\
-        --preset tiny --patch-size 48,64,48 --subset train --threads 2 --set steps=1000 --set ema_decay=0.99 \\
-        --set flip_axes=0, --set foreground_ratio=1.0 --set affine_probability=0.8
+CONTRIBUTING.md says how the weights were made.
 Writes benchmarks/results/hippocampus.md.
 """
 
@@ -39,8 +36,7 @@ def main() -> None:
         f"# Shipped `hippocampus` weights ({card.preset}) on {len(cases)} `val` cases",
         "",
         *(f"- {line}" for line in machine_lines()),
-        f"- trained on {len(card.training_cases)} `train` cases, {card.recipe['steps']} steps, {card.seconds:.0f} s "
-        f"on {card.device}",
+        f"- {card.notes}",
         "",
         "| label | mean Dice | median | worst |",
         "|---|---|---|---|",
