@@ -31,7 +31,7 @@ from ..models import ServedModels
 from ..points import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
 from ..sessions import ClientEditor, Sessions, StudyKey
 from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, in_a_sentence, volume_logits
+from .served import UNTRAINED, ServedNetwork, give_back_memory, in_a_sentence, volume_logits
 from .uncertainty import OPTION, uncertainty_reply
 from .writer import write_result
 
@@ -173,7 +173,10 @@ class Edit(InferTask):
         held = self.sessions.editor(key, request["client"], _mask_id(request), make)
         with held if first and request["keep"] else nullcontext(make()) as client:
             before = client.network.seconds
-            labels = client.editor.apply(points)
+            try:
+                labels = client.editor.apply(points)
+            finally:
+                give_back_memory(attempt.device)
             return _Edited(labels, client.editor.windows_computed, client.network.seconds - before)
 
     def _mask(self, request: dict[str, Any]) -> np.ndarray | None:

@@ -19,7 +19,7 @@ from deformux_label.offloop import raise_if_client_gone
 from ..models import ServedModels
 from .memory import Attempt
 
-__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "volume_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "give_back_memory", "in_a_sentence", "volume_logits"]
 
 UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
@@ -60,9 +60,13 @@ def volume_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
     try:
         return WindowInferer(attempt.window)(image[None].to(attempt.volume_device), network)[0]
     finally:
-        if attempt.device.startswith("cuda"):
-            # A training in its own process cannot use what this one keeps for the next request.
-            torch.cuda.empty_cache()
+        give_back_memory(attempt.device)
+
+
+def give_back_memory(device: str) -> None:
+    """Free what torch keeps of a GPU's memory for the next request: a training in its own process cannot use it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
 
 
 @contextmanager
