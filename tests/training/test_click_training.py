@@ -189,6 +189,13 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
         assert dice > 0.8, (number, dice)
 
 
+def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None:
+    assert {"clicks", "click_probability"} <= set(EVERY_STEP.to_json())
+    plain = EVERY_STEP.replace(clicks=0)
+    assert not {"clicks", "click_probability"} & set(plain.to_json())
+    assert Recipe(**plain.to_json()).replace(click_probability=1.0) == plain
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -126,8 +126,12 @@ class Recipe:
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the card."""
-        return dataclasses.asdict(self)
+        """Plain values for the card; a training without clicks says nothing about them."""
+        values = dataclasses.asdict(self)
+        if not self.clicks:
+            # As before there were clicks: checkpoints and simulations are kept under this.
+            del values["clicks"], values["click_probability"]
+        return values
 
 
 _FEW = Recipe(
