@@ -20,8 +20,8 @@ __all__ = ["hippocampus", "options", "placement", "run"]
 RESULTS = Path(__file__).parent.parent / "results"
 
 
-def options(name: str, doc: str | None, *, seeds: int = 3, data: str = "../shared/data/hippocampus") -> Any:
-    """A parser with the options of every command; its description is the module's docstring."""
+def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = "../shared/data/hippocampus") -> Any:
+    """A parser with the options that commands share; its description is the module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.quality.{name}", description=doc, formatter_class=_Formatter
     )
@@ -33,7 +33,8 @@ def options(name: str, doc: str | None, *, seeds: int = 3, data: str = "../share
         help="finished trials are kept here, and not run again",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table, the CSV and the plot")
-    parser.add_argument("--seeds", type=int, default=seeds, help="how often everything is repeated")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds, help="how often everything is repeated")
     parser.add_argument("--cases", type=int, help="volumes to train and to test on, at most: to try a command")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a training")

@@ -4,9 +4,9 @@
     python -m benchmarks.quality.clicks --model hippocampus --cases 2      # to try it
 
 Robots click into the largest errors, as ``deformux clicks``. With the model a case costs the automatic segmentation,
-and the clicks to the Dice of ``--goal``, each the model's answer and ``--click-seconds`` of the annotator's. Without it
+and the clicks to a Dice, each the model's answer and ``--click-seconds`` of the annotator's. Without it
 every slice that holds a label is drawn, ``--slice-seconds`` each, along the axis with the fewest such slices. Both
-times of the annotator are assumptions, the rest is measured. A case where the goal is not reached within 20 clicks
+times of the annotator are assumptions, the rest is measured. A case where the Dice is not reached within 20 clicks
 costs these and its drawing. A run that was killed goes on after the last finished case. Writes quality_clicks.md, .csv
 and .png after each case.
 """
@@ -53,7 +53,7 @@ class Played:
 
 
 def main() -> None:
-    parser = options("clicks", __doc__)
+    parser = options("clicks", __doc__, seeds=None)
     parser.add_argument("--model", required=True, help="model file with its card, or the name of a shipped model")
     parser.add_argument(
         "--goal", type=float, choices=THRESHOLDS, default=THRESHOLDS[-1], help="mean Dice at which a case is done"
@@ -98,52 +98,63 @@ def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Pla
     trained = "with" if card.network_options.get("guidance") else "without"
     head, *rows = summary_rows(summarise(results))
     drawing = [arguments.slice_seconds * case.slices for case in played]
-    costs = {robot.name: [_seconds(arguments, case, index) for case in played] for index, robot in enumerate(_ROBOTS)}
+    costs = {
+        (robot.name, goal): [_seconds(arguments, case, index, goal) for case in played]
+        for index, robot in enumerate(_ROBOTS)
+        for goal in THRESHOLDS
+    }
     write_report(
         arguments.results,
         "clicks",
         title="What clicks buy",
         lines=[
             *(f"- {line}" for line in machine_lines()),
-            f"- model `{arguments.model}`, preset `{card.preset}`, trained {trained} clicks on {len(card.training_cases)} "
-            "volumes",
+            f"- model `{arguments.model}`, preset `{card.preset}`, trained {trained} clicks on "
+            f"{len(card.training_cases)} volumes",
             f"- {len(played)} of {planned} `val` volumes; robots of `deformux clicks`, at most {_CAP} clicks",
             f"- **assumed**: {arguments.click_seconds:g} s of an annotator's time per click, "
             f"{arguments.slice_seconds:g} s per slice that is drawn; measured: the model's time, clicks, slices",
             "",
             *table(head, rows),
-            f"## Seconds that a case costs, to Dice {arguments.goal:g}",
+            "## Seconds that a case costs, mean over cases ± their deviation, and times drawing",
             "",
             *table(
-                ("", "seconds, mean over cases ± deviation", "times drawing"),
+                ("", *(f"to Dice {goal:.2f}" for goal in THRESHOLDS)),
                 [
-                    ("every slice drawn, without the model", spread(drawing, 0), "1.00"),
+                    ("without the model, every slice drawn", *[spread(drawing, 0)] * len(THRESHOLDS)),
                     *(
-                        (f"with the model, {name} clicks", spread(cost, 0), f"{np.mean(cost) / np.mean(drawing):.2f}")
-                        for name, cost in costs.items()
+                        (
+                            f"with the model, {robot.name} clicks",
+                            *(_compared(costs[robot.name, goal], drawing) for goal in THRESHOLDS),
+                        )
+                        for robot in _ROBOTS
                     ),
                 ],
             ),
         ],
         rows=[
-            ("case", "robot", "clicks_to_goal", "model_seconds", "cost_s", "drawing_s"),
+            ("case", "robot", "to_dice", "clicks", "cost_s", "drawing_s"),
             *(
-                (r.case, r.robot, r.clicks_to(arguments.goal), f"{sum(r.seconds):.3f}", f"{cost:.1f}", f"{drawn:.1f}")
+                (case.robots[index].case, robot.name, goal, case.robots[index].clicks_to(goal), f"{cost:.1f}", drawn)
                 for index, robot in enumerate(_ROBOTS)
-                for case, cost, drawn in zip(played, costs[robot.name], drawing, strict=True)
-                for r in (case.robots[index],)
+                for goal in THRESHOLDS
+                for case, cost, drawn in zip(played, costs[robot.name, goal], drawing, strict=True)
             ),
         ],
     )
     plot(arguments.results / "quality_clicks.png", results)
 
 
-def _seconds(arguments: argparse.Namespace, case: Played, robot: int) -> float:
+def _seconds(arguments: argparse.Namespace, case: Played, robot: int, goal: float) -> float:
     result = case.robots[robot]
-    needed = result.clicks_to(arguments.goal)
+    needed = result.clicks_to(goal)
     clicks = len(result.seconds) if needed is None else needed
     cost = case.automatic_s + sum(result.seconds[:clicks]) + arguments.click_seconds * clicks
     return cost + (arguments.slice_seconds * case.slices if needed is None else 0.0)
+
+
+def _compared(cost: Sequence[float], drawing: Sequence[float]) -> str:
+    return f"{spread(cost, 0)} ({np.mean(cost) / np.mean(drawing):.2f}×)"
 
 
 if __name__ == "__main__":
