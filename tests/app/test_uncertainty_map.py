@@ -128,7 +128,7 @@ def test_the_map_survives_a_lost_index_and_goes_with_its_volume(tmp_path: Path) 
     with pytest.raises(HTTPException, match="another"):
         datastore.save_label("a", str(volume.label), "uncertainty", {})
     # A volume without any label may be replaced; the map of the old one is not one of the new one.
-    datastore.add_image("a", shutil.copy(other.image, tmp_path / "a.nii.gz"), {})
+    datastore.add_image("a", str(shutil.copy(other.image, tmp_path / "a.nii.gz")), {})
     datastore.refresh()
     assert datastore.get_labels_by_image_id("a") == {}
     assert not (studies / "labels" / "uncertainty" / "a.nii.gz").exists()
