@@ -116,7 +116,7 @@ def _in_fresh_process(trial: Trial, folder: Path, show: Callable[[str, float], N
     """Run a trial where nothing else has taken memory; what went wrong, or nothing."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(trial, folder, sender))
+    process = context.Process(target=_child, args=(trial, trial.name, folder, sender))
     process.start()
     sender.close()
     error = ""
@@ -134,7 +134,7 @@ def _in_fresh_process(trial: Trial, folder: Path, show: Callable[[str, float], N
     return error or (f"its process ended with code {process.exitcode}" if process.exitcode else "")
 
 
-def _child(trial: Trial, folder: Path, sender: Connection) -> None:
+def _child(trial: Trial, name: str, folder: Path, sender: Connection) -> None:
     def tell(what: str, part: object) -> None:
         try:
             sender.send((what, part))
@@ -143,7 +143,7 @@ def _child(trial: Trial, folder: Path, sender: Connection) -> None:
             os._exit(1)
 
     try:
-        run_trial(trial, folder, tell)
+        run_trial(trial, name, folder, tell)
     except (TrainingError, InvalidVolume, InvalidModel, OSError) as error:
         tell("error", str(error))
     except KeyboardInterrupt:

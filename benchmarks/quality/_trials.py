@@ -150,11 +150,12 @@ class _Clock:
         return np.diff(self.times)
 
 
-def run_trial(trial: Trial, folder: Path, tell: Callable[[str, float], None]) -> None:
+def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float], None]) -> None:
     """Train, score, and write ``<name>.json`` by rename; a training that was killed goes on from its checkpoint.
 
     Args:
         trial: what to do.
+        name: that of the trial where it was started: in this process the source may be a newer one.
         folder: for the result, the model and the checkpoint.
         tell: called with what is being done, and the part of it that is done (0..1).
     """
@@ -167,7 +168,7 @@ def run_trial(trial: Trial, folder: Path, tell: Callable[[str, float], None]) ->
     if trial.start_from is not None:
         warm_start(network, trial.start_from)
     cost = gmac(network, (1, 1, *task.prep.patch_size))
-    unfinished = folder / "unfinished" / trial.name
+    unfinished = folder / "unfinished" / name
     steps = trial.steps if trial.seconds is None else _affordable_steps(trial, network, unfinished / "steps.txt", tell)
     recipe = task.recipe.in_steps(steps, epochs=_EPOCHS)
     clock, cuda = _Clock(), trial.device.startswith("cuda")
@@ -184,7 +185,7 @@ def run_trial(trial: Trial, folder: Path, tell: Callable[[str, float], None]) ->
 
     scores = score(network, task.test, task.prep, n_labels=len(task.labels), device=trial.device, on_case=told)
     if trial.keep_model:
-        save_model(folder / f"{trial.name}.safetensors", network, _card(trial, recipe, result, scores))
+        save_model(folder / f"{name}.safetensors", network, _card(trial, recipe, result, scores))
     values = Result(
         trial=trial,
         scores=scores,
@@ -197,7 +198,7 @@ def run_trial(trial: Trial, folder: Path, tell: Callable[[str, float], None]) ->
         machine=tuple(machine_lines()),
     )
     write_text(
-        folder / f"{trial.name}.json",
+        folder / f"{name}.json",
         json.dumps({f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "trial"}),
     )
     checkpoint.unlink(missing_ok=True)
