@@ -19,7 +19,7 @@ from deformux.transforms import Preprocessing
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 LABELS = ("ball", "box")
-EVERY_STEP = RECIPES["finetune"].replace(click_probability=1.0, mixed_precision=False)
+EVERY_STEP = RECIPES["finetune"].replace(click_probability=1.0, click_start=0.0, mixed_precision=False)
 QUICK = EVERY_STEP.replace(steps=3, epochs=1, elastic_probability=0.0)
 
 
@@ -91,6 +91,10 @@ def test_clicks_follow_from_seed_and_step() -> None:
     rare = ClickTraining(network(), EVERY_STEP.replace(click_probability=0.25), seed=0)
     share = np.mean([rare.guidance(step, image, label, everything) is not None for step in range(200)])
     assert 0.15 < share < 0.35
+    late = ClickTraining(network(), EVERY_STEP.replace(steps=8, click_start=0.25), seed=0)
+    assert [late.guidance(step, image, label, everything) is not None for step in range(1, 5)] == [False] * 2 + [
+        True
+    ] * 2
 
 
 def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
@@ -190,10 +194,11 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None:
-    assert {"clicks", "click_probability"} <= set(EVERY_STEP.to_json())
+    said = {"clicks", "click_probability", "click_start"}
+    assert said <= set(EVERY_STEP.to_json())
     plain = EVERY_STEP.replace(clicks=0)
-    assert not {"clicks", "click_probability"} & set(plain.to_json())
-    assert Recipe(**plain.to_json()).replace(click_probability=1.0) == plain
+    assert not said & set(plain.to_json())
+    assert Recipe(**plain.to_json()).replace(click_probability=1.0, click_start=0.0) == plain
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,7 @@ def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None
         ({"clicks": -1}, "clicks must be a whole number from 0 to 100; got -1"),
         ({"clicks": 2.5}, "clicks must be a whole number"),
         ({"click_probability": 1.5}, "click_probability must be between 0 and 1; got 1.5"),
+        ({"click_start": -0.5}, "click_start must be between 0 and 1; got -0.5"),
     ],
 )
 def test_a_recipe_with_impossible_clicks_is_refused(change: dict, words: str) -> None:

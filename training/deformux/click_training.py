@@ -65,7 +65,7 @@ class ClickTraining:
             annotated: ``(N, classes)``, which classes were looked for.
         """
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, step, _STREAM]))
-        if rng.random() >= self.recipe.click_probability:
+        if step <= self.recipe.click_start * self.recipe.steps or rng.random() >= self.recipe.click_probability:
             return None
         truths = [truth.astype(np.uint8) for truth in label[:, 0].cpu().numpy()]
         known = list(annotated.cpu().numpy().astype(bool))

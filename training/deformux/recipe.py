@@ -44,7 +44,8 @@ class Recipe:
         intensity_probability: of each of the intensity changes.
         clicks: most clicks that a simulated annotator makes into a patch, for a network that takes guidance; 0 for a
             training without clicks.
-        click_probability: steps with clicks, of all steps. Such a step takes up to twice as long.
+        click_probability: steps with clicks, of all steps once there are any. They take about a third longer.
+        click_start: part of the run before the first clicks, since a network must find something before it can err.
         mixed_precision: bfloat16 where the device has it.
         cache_gb: memory that preprocessed volumes may take; the rest is read again each time.
 
@@ -80,7 +81,8 @@ class Recipe:
     low_resolution: float = 1.0
     intensity_probability: float = 0.5
     clicks: int = 0
-    click_probability: float = 0.3
+    click_probability: float = 0.6
+    click_start: float = 0.25
     mixed_precision: bool = True
     cache_gb: float = 4.0
 
@@ -105,8 +107,9 @@ class Recipe:
             raise ValueError(f"foreground_ratio must be between 0 and 1; got {self.foreground_ratio}")
         if not isinstance(self.clicks, int) or not 0 <= self.clicks <= 100:
             raise ValueError(f"clicks must be a whole number from 0 to 100; got {self.clicks!r}")
-        if not 0 <= self.click_probability <= 1:
-            raise ValueError(f"click_probability must be between 0 and 1; got {self.click_probability}")
+        for name in ("click_probability", "click_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         if not isinstance(self.flip_axes, tuple) or not set(self.flip_axes) <= {0, 1, 2}:
             raise ValueError(
                 f"flip_axes must be some of 0, 1, 2, such as '0,' (and ',' for none); got {self.flip_axes!r}"
@@ -130,7 +133,8 @@ class Recipe:
         values = dataclasses.asdict(self)
         if not self.clicks:
             # As before there were clicks: checkpoints and simulations are kept under this.
-            del values["clicks"], values["click_probability"]
+            for name in ("clicks", "click_probability", "click_start"):
+                del values[name]
         return values
 
 
@@ -163,6 +167,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         # From scratch on few volumes, in minutes instead of days: a high, short cycle and stronger augmentation.
         "finetune": _FEW,
         # From a model that already works: a gentler, shorter cosine.
-        "continue": _FEW.replace(steps=200, epochs=10, learning_rate=5e-4, schedule="cosine"),
+        "continue": _FEW.replace(steps=200, epochs=10, learning_rate=5e-4, schedule="cosine", click_start=0.0),
     }
 )

@@ -131,7 +131,9 @@ class FineTune(TrainTask):
     def _round(self, recipe: Recipe, request: Mapping[str, Any]) -> Round:
         start = self._start(request)
         pretrained = self.project.pretrained
-        gentle = recipe.replace(schedule="cosine", learning_rate=_CONTINUED_RATE * recipe.learning_rate)
+        gentle = recipe.replace(
+            schedule="cosine", learning_rate=_CONTINUED_RATE * recipe.learning_rate, click_start=0.0
+        )
         return Round(
             scratch_recipe=recipe,
             continue_recipe=gentle,
