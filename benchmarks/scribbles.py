@@ -39,8 +39,8 @@ ORGANS = {
     "mr": ("example_mr_sm", "example_seg_mr", ("liver", "spleen", "kidney_left", "kidney_right")),
 }
 _CAVEAT = (
-    "The weight of nearness, `lamda` and `sigma` were chosen on these scans and three hippocampi, with the same simulated "
-    "strokes. MONAI Label's presets were not, and by preset its task works on voxels of 2.5x2.5x5 mm."
+    "The weight of nearness, `lamda` and `sigma` were chosen on these scans and three hippocampi, with the same "
+    "simulated strokes. MONAI Label's presets were not, and by preset its task works on voxels of 2.5x2.5x5 mm."
 )
 INFO = [{"name": "background_scribbles", "id": 1}, {"name": "foreground_scribbles", "id": 2}]
 
@@ -153,10 +153,10 @@ def _whole_scan(image: Path, folder: Path) -> dict[str, Any]:
 def _table(result: dict[str, Any]) -> str:
     lines = ["# Scribbles without a model", "", *result["machine"], ""]
     lines += [
-    lines += [_CAVEAT, ""]
         "Dice of organs from simulated strokes in 3 slices or 1, and CPU seconds (one thread) from file to file.",
         "",
     ]
+    lines += [_CAVEAT, ""]
     lines += [
         "| scan | organ | slices | MONAI Label's histogram | histogram+graphcut | gmm+graphcut |",
         "|---|---|---|---|---|---|",
