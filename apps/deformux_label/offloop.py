@@ -110,10 +110,10 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError(f"{coroutine} awaits something and must stay on the event loop")
 
 
-def with_endpoint(route: APIRoute, endpoint: Callable[..., Any]) -> APIRoute:
-    """The same route with another endpoint."""
+def with_endpoint(route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "") -> APIRoute:
+    """The same route with another endpoint, below a prefix."""
     return APIRoute(
-        route.path,
+        f"{prefix}{route.path}",
         endpoint,
         methods=route.methods,
         name=route.name,

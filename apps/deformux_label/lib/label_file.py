@@ -9,6 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI, HTTPException
 from fastapi.routing import APIRoute
+from monailabel.config import settings
+from monailabel.endpoints import infer
 
 from deformux_label.offloop import with_endpoint, with_signature
 
@@ -22,9 +24,11 @@ def keep_label_file(server: FastAPI) -> None:
     SmartEdit's ``label``, the name of the active one, would replace the path. Where both come, the name moves to
     ``active_label``.
     """
-    for number, route in enumerate(server.router.routes):
-        if isinstance(route, APIRoute) and route.path.endswith("/infer/{model}"):
-            server.router.routes[number] = with_endpoint(route, _with_both(route.endpoint))
+    for route in infer.router.routes:
+        if isinstance(route, APIRoute) and route.path.endswith("/{model}"):
+            # In front of the route that it calls, which the server does not hold itself but through its router.
+            both = with_endpoint(route, _with_both(route.endpoint), prefix=settings.MONAI_LABEL_API_STR)
+            server.router.routes.insert(0, both)
 
 
 def label_file_of(
