@@ -98,8 +98,9 @@ class Editor:
 
     A click belongs to a cell of a fixed lattice (``deformux.lattice``), and the network sees the window around that
     cell with all clicks inside it and the mask to start from. Of what it would change, only that is taken over what is
-    connected with a click for it: voxels of one new label that touch each other, one of them clicked with that label.
-    All else stays as it was, to the voxel. Thus a label loses voxels only to clicks of other labels.
+    connected with a click for it: voxels of one new label, one of them clicked with that label, that touch each other
+    or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks of
+    other labels.
 
     Args:
         study: the scan and its automatic segmentation.
