@@ -197,7 +197,11 @@ class Editor:
         voxels, logits, weights = mix(piece)
         logits = (logits + np.maximum(0, 1 - weights) * self._starting_logits(voxels)) / np.maximum(1, weights)
         within: Box = (triple(voxels.min(0)), triple(voxels.max(0) + 1))
+        # A click in this box may be another piece's, whose voxels lie around or between these.
+        own = np.zeros(np.subtract(within[1], within[0]), dtype=bool)
+        own[tuple((voxels - within[0]).T)] = True
         here = {label: _inside(clicked, within) for label, clicked in clicks.items()}
+        here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in here.items()}
         here = {label: clicked for label, clicked in here.items() if len(clicked)}
         settled = settle(voxels, logits, self._start[tuple(voxels.T)], here)
         if settled.changed.any():
