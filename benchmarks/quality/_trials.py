@@ -32,7 +32,7 @@ from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing
 from deformux.weights import ModelCard, save_model, warm_start
 
-__all__ = ["Result", "Task", "Trial", "run_trial"]
+__all__ = ["Result", "Task", "Trial", "model_file", "run_trial"]
 
 # Of a training whose steps are timed: the first ones compile, and fill caches.
 _WARM_UP, _TIMED = 5, 20
@@ -185,7 +185,7 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float]
 
     scores = score(network, task.test, task.prep, n_labels=len(task.labels), device=trial.device, on_case=told)
     if trial.keep_model:
-        save_model(folder / f"{name}.safetensors", network, _card(trial, recipe, result, scores))
+        save_model(model_file(folder, name), network, _card(trial, recipe, result, scores))
     values = Result(
         trial=trial,
         scores=scores,
@@ -202,6 +202,11 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float]
         json.dumps({f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "trial"}),
     )
     checkpoint.unlink(missing_ok=True)
+
+
+def model_file(folder: Path, name: str) -> Path:
+    """Where a trial's model is kept: apart, since its card is named as the trial's result is."""
+    return folder / "models" / f"{name}.safetensors"
 
 
 def _affordable_steps(trial: Trial, network: nn.Module, kept: Path, tell: Callable[[str, float], None]) -> int:

@@ -34,7 +34,7 @@ from benchmarks.quality._report import (
     write_report,
 )
 from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Task, Trial
+from benchmarks.quality._trials import Result, Task, Trial, model_file
 
 from deformux.network import PRESETS
 from deformux.recipe import Recipe
@@ -86,7 +86,7 @@ def main() -> None:
     )
     results = run_trials([last], arguments.work)
     output = arguments.output or arguments.work / f"best_{arguments.preset}.safetensors"
-    save_model(output, *load_model(arguments.work / f"{last.name}.safetensors"))
+    save_model(output, *load_model(model_file(arguments.work, last.name)))
     chosen.report(results)
     print(f"{output}: Dice {results[0].mean('dice'):.4f} on val")
 

@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.quality._command import hippocampus, options, placement, run
 from benchmarks.quality._report import NOTES, case_rows, facts, figure, table, write_report
 from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Task, Trial
+from benchmarks.quality._trials import Result, Task, Trial, model_file
 from filelock import FileLock
 from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def main() -> None:
     task = hippocampus(arguments)
     earlier = run_trials(_earlier_trials(task, arguments), arguments.work)
     weights: dict[str, Path | None] = {"scratch": None}
-    weights |= {r.trial.title: arguments.work / f"{r.trial.name}.safetensors" for r in earlier}
+    weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
     trials = [
         Trial(
             f"{start}, {count} labelled, seed {seed}",
