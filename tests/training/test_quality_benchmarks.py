@@ -26,6 +26,8 @@ from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing
 
 
+# Each trial imports everything anew in its own process.
+@pytest.mark.slow
 def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
     write_case, tmp_path: Path, repository: Path
 ) -> None:
