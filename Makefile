@@ -39,15 +39,15 @@ serve: $(READY)
 		$(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") $(if $(LEASE),--lease-minutes "$(LEASE)") \
 		$(if $(CACHE),--cache-gb "$(CACHE)")
 
-# Real servers and trainings need the cores to themselves; what computes on one of them runs two files at a time.
-PARALLEL := -n 2 --dist loadfile tests/ops tests/gpu tests/training tests/test_imports.py
+# Two files at a time; the app's by themselves, for their servers and trainings take a core each.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: lint
-	$(BIN)/python -m pytest $(PARALLEL)
-	$(BIN)/python -m pytest tests/app
+	$(PYTEST) tests/ops tests/gpu tests/training tests/test_imports.py
+	$(PYTEST) tests/app
 
 test-all: lint
-	$(BIN)/python -m pytest --runslow $(PARALLEL)
-	$(BIN)/python -m pytest --runslow tests/app
+	$(PYTEST) --runslow tests/ops tests/gpu tests/training tests/test_imports.py
+	$(PYTEST) --runslow tests/app
 
 lint: $(READY)
 	$(BIN)/ruff check .

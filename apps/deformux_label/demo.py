@@ -331,7 +331,7 @@ def _fresh_output(output: Path) -> None:
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that SIGTERM stops the server too
+    raise KeyboardInterrupt  # so that the server stops too
 
 
 def main(
@@ -360,7 +360,9 @@ def main(
     """Teach DeformUX-Net through a real MONAI Label server and write a report."""
     console = Console(soft_wrap=True)
     logging.getLogger("monailabel").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT as well: a shell that starts the demo in the background has it ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     started = time.monotonic()
     plan = Plan(rounds, first, batch, steps, strategy)
     try:
