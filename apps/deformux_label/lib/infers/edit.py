@@ -82,9 +82,7 @@ class Edit(InferTask):
         order = order[0] if isinstance(order, list) and order else order
         return {
             "points": points_of(request, self.project.labels, active),
-            "voxel_order": one_of(
-                "voxel_order", order[0] if isinstance(order, list) and order else order, VOXEL_ORDERS
-            ),
+            "voxel_order": one_of("voxel_order", order, VOXEL_ORDERS),
             "mask": file,
             "label_info": request.get("label_info"),
             "client": annotator_of(request),
