@@ -90,7 +90,7 @@ def test_many_clicks_are_the_first_of_more() -> None:
     assert sum(truth[click.voxel] != shown[click.voxel] for click in every) == len(every) > 20
     one_by_one = [ClickAnnotator(8).clicks(truth, shown, most=1000, label=label) for label in range(9)]
     assert sorted(map(repr, every)) == sorted(repr(click) for clicks in one_by_one for click in clicks)
-    for most in (1, 2, 5, 20):
+    for most in (0, 1, 2, 5, 20):
         assert ClickAnnotator(8).clicks(truth, shown, most=most) == every[:most]
 
 

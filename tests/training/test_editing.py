@@ -196,6 +196,31 @@ def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
     assert np.count_nonzero(mask) == 1
 
 
+def test_a_click_counts_for_its_own_region_only(write_case) -> None:
+    """Two regions around corners, whose boxes overlap; a third lies in the box around both, and touches neither's."""
+    size = (40, 24, 12)
+    case = write_case("a", size=size)
+    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    regions = np.zeros(size, dtype=np.uint8)
+    regions[:14, :2, 4:8] = regions[:2, :14, 4:8] = 1
+    regions[9:34, 10:12, 4:8] = 1
+    regions[22:26, 2:4, 4:8] = 1
+    clicks: Clicks = {1: [(1, 1, 5), (30, 11, 5), (23, 3, 5)]}
+    background = torch.stack([torch.ones(size), torch.zeros(size)]) * 8
+    prep = Preprocessing("ct", patch_size=(48, 32, 32))
+
+    def network(x: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(1, 2, *x.shape[2:])
+        logits[:, 0] = 8
+        before = [(full - own) // 2 for full, own in zip(x.shape[2:], size, strict=True)]
+        inside = tuple(slice(start, start + own) for start, own in zip(before, size, strict=True))
+        logits[(0, 1, *inside)] = 16 * torch.from_numpy(regions).float()
+        return logits
+
+    editor = Editor(study_from_logits(image, background), network, prep)
+    np.testing.assert_array_equal(editor.apply(clicks), regions)
+
+
 def test_memory_stays_bounded(network, write_case) -> None:
     case = write_case("a", size=(50, 30, 30))
     net = network(2)
