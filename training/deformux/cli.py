@@ -45,7 +45,7 @@ from deformux.recipe import RECIPES
 from deformux.simulate_cli import simulate_command
 from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing
 from deformux.versions_cli import app as versions_app
-from deformux.weights import ModelCard, load_model, save_model, warm_start
+from deformux.weights import ModelCard, load_model, network_options, save_model, warm_start
 
 __all__ = ["app"]
 
@@ -140,7 +140,7 @@ def fit_command(
             labels=tuple(names),
             preprocessing=prep,
             preset=preset,
-            network_options={"guidance": True} if network.guidance_channels else {},
+            network_options=network_options(network),
             parent=start_from or None,
             training_cases=tuple(case.id for case in train_cases),
             training_labels={case.id: label_checksum(case) for case in train_cases},

@@ -23,7 +23,7 @@ from deformux.run_state import RunState
 from deformux.scorebook import ScoreBook
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, read_card, warm_start
+from deformux.weights import InvalidModel, ModelCard, network_options, read_card, warm_start
 
 __all__ = ["Learner", "Outcome"]
 
@@ -217,7 +217,7 @@ class Learner:
             labels=self.labels,
             preprocessing=self.preprocessing,
             preset=self.preset,
-            network_options={"guidance": True} if network.guidance_channels else {},
+            network_options=network_options(network),
             parent=plan.parent,
             training_cases=tuple(case.id for case in plan.training),
             training_labels=plan.training_labels,

@@ -25,6 +25,7 @@ __all__ = [
     "InvalidModel",
     "ModelCard",
     "load_model",
+    "network_options",
     "pretrained_path",
     "read_card",
     "remove_unfinished",
@@ -111,6 +112,11 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
     write_text(path.with_suffix(".json"), card.to_json())
     with replacing(path) as temporary:
         save_file(state, temporary)
+
+
+def network_options(network: DeformUXNet) -> dict[str, Any]:
+    """The options of a trained network that its card must name, so that ``load_model`` builds it again."""
+    return {"guidance": True} if network.guidance_channels else {}
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -14,7 +14,7 @@ from monailabel.utils.others.generic import device_map, name_to_device
 
 from .infers.writer import FORMATS
 
-__all__ = ["checked_device", "find_image", "inference_options", "known", "one_of"]
+__all__ = ["checked_device", "chosen", "find_image", "inference_options", "known", "one_of", "saves_label"]
 
 _DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
@@ -54,7 +54,7 @@ def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
         "device": checked_device(request.get("device")),
         "logging": one_of("logging", str(request.get("logging", "INFO")).upper(), _LOG_LEVELS),
         "label_tag": str(request.get("label_tag") or DefaultLabelTag.ORIGINAL.value),
-        "save_label": str(request.get("save_label", False)).lower() in ("true", "1", "yes"),
+        "save_label": saves_label(request),
         "uncertainty": _switch("uncertainty", request.get("uncertainty", "off")),
     }
     if extension := request.get("result_extension"):
@@ -67,7 +67,7 @@ def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def checked_device(value: Any) -> str:
     """Torch's name of a device that a client chose from those that the server listed, or the default one."""
-    name = value[0] if isinstance(value, list) and value else value
+    name = chosen(value)
     device = name_to_device(name if isinstance(name, str) else None)
     try:
         kind = torch.device(device).type
@@ -81,11 +81,20 @@ def checked_device(value: Any) -> str:
 
 
 def _switch(name: str, value: Any) -> bool:
-    # Slicer sends the first of a list of options; other clients may send the list as it is, or a JSON boolean.
-    chosen = value[0] if isinstance(value, list) and value else value
-    if isinstance(chosen, bool):
-        return chosen
-    return one_of(name, chosen, ("off", "on")) == "on"
+    value = chosen(value)
+    if isinstance(value, bool):
+        return value
+    return one_of(name, value, ("off", "on")) == "on"
+
+
+def chosen(value: Any) -> Any:
+    """The value of an option that is offered as a list: Slicer sends its first item, others perhaps all of it."""
+    return value[0] if isinstance(value, list) and value else value
+
+
+def saves_label(request: Mapping[str, Any]) -> bool:
+    """Whether the result of an inference is to be stored as a label."""
+    return str(request.get("save_label", False)).lower() in ("true", "1", "yes")
 
 
 def one_of(name: str, value: Any, valid: Sequence[str]) -> str:

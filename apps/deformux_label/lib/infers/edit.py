@@ -22,7 +22,7 @@ from deformux.editing import Editor, Study, study_from_logits
 from deformux.grids import triple
 from deformux.transforms import UNLABELLED, LoadVolumed, Preprocessing, apply, inference_transforms
 
-from ..checks import one_of
+from ..checks import chosen, one_of
 from ..configs.project import Project
 from ..label_file import label_file_of
 from ..labels import label_array
@@ -78,11 +78,9 @@ class Edit(InferTask):
     def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
         """The part of a request that is this task's own, checked as far as that needs no image."""
         file, active = label_file_of(request, (*self.project.labels, BACKGROUND), uploads)
-        order = request.get("voxel_order", "file")
-        order = order[0] if isinstance(order, list) and order else order
         return {
             "points": points_of(request, self.project.labels, active),
-            "voxel_order": one_of("voxel_order", order, VOXEL_ORDERS),
+            "voxel_order": one_of("voxel_order", chosen(request.get("voxel_order", "file")), VOXEL_ORDERS),
             "mask": file,
             "label_info": request.get("label_info"),
             "client": annotator_of(request),

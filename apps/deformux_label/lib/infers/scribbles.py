@@ -26,6 +26,7 @@ from deformux.grids import Box, ScanGrid, slices, triple
 from deformux.transforms import apply, inference_transforms
 from deformux_label.offloop import raise_if_client_gone
 
+from ..checks import saves_label
 from ..configs.project import Project
 from ..drawn import BACKGROUND, FOREGROUND, Drawn, Scribbles, drawn_of, number_of, roi_of, segment_ids_of
 from ..label_file import label_file_of
@@ -78,7 +79,7 @@ class GraphCut(InferTask):
 
     def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
         """The part of a request that is this task's own, checked as far as that needs no image."""
-        if str(request.get("save_label", False)).lower() in ("true", "1", "yes"):
+        if saves_label(request):
             raise HTTPException(400, "a segment from scribbles is no whole label; submit it with the others")
         file, _ = label_file_of(request, self.project.labels, uploads)
         if file is None:

@@ -23,7 +23,7 @@ from deformux.learning import Learner, Outcome, Round
 from deformux.recipe import RECIPES, Recipe
 from deformux.weights import pretrained_path
 
-from ..checks import checked_device
+from ..checks import checked_device, chosen
 from ..configs.project import Project
 from ..models import ServedModels
 from .status import TrainingStatus
@@ -114,7 +114,7 @@ class FineTune(TrainTask):
         return tuple(start for start in _STARTS if start != "pretrained" or self.project.pretrained)
 
     def _start(self, request: Mapping[str, Any]) -> str:
-        start = _first(request.get("start_from", _STARTS[0]))
+        start = chosen(request.get("start_from", _STARTS[0]))
         if start not in self._starts:
             raise HTTPException(400, f"start_from must be one of {', '.join(self._starts)}; got {start!r}")
         return str(start)
@@ -199,12 +199,8 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
-
-
 def _number(request: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = _first(request.get(name, default))
+    value = chosen(request.get(name, default))
     try:
         number = float(value)
     except (TypeError, ValueError):
