@@ -1,6 +1,7 @@
 """What the learning loop makes of hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
 
     python benchmarks/learning.py --data ../shared/data/hippocampus [--part target|corrupted] [--rounds 50] [--steps 60]
+        [--spacing 1.5,1.5,1.5 --patch-size 32,48,32]
 
 Cases come from the split's ``train``; ``val`` is only scored, never trained on and never chosen by. Rounds go through
 ``deformux.learning.Learner``, as in the app: frozen validation cases, gate, versions.
@@ -38,7 +39,6 @@ from deformux.transforms import Preprocessing
 from deformux.weights import load_model
 
 LABELS = ("anterior", "posterior")
-PREP = Preprocessing("mr", patch_size=(48, 64, 48))
 RESULTS = Path(__file__).parent / "results"
 CORRUPTIONS = ("noise", "another case's", "swapped", "empty", "moved")
 
@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--part", choices=("target", "corrupted"), default="target")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--spacing", default="native", help="voxel size in mm; the files have 1 mm")
+    parser.add_argument("--patch-size", default="48,64,48", help="voxels; the largest volume at 1 mm fits into these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first-steps", type=int, default=300, help="of the training from scratch")
     parser.add_argument("--steps", type=int, default=0, help="of the later ones; 0: 200 (target) or 60 (corrupted)")
@@ -71,7 +73,8 @@ class Loop:
 
     def __init__(self, arguments: argparse.Namespace, state: Path) -> None:
         self.state = state
-        self.learner = Learner(state, labels=LABELS, preprocessing=PREP, keep=2)
+        self.prep = Preprocessing.from_options("mr", arguments.spacing, arguments.patch_size)
+        self.learner = Learner(state, labels=LABELS, preprocessing=self.prep, keep=2)
         rng = np.random.default_rng(arguments.seed)
         self.cases = [find_cases(arguments.data, subset="train")[i] for i in rng.permutation(160)]
         self.val = find_cases(arguments.data, subset="val")[: arguments.val]
@@ -109,6 +112,13 @@ class Loop:
         write_text(self._journal, json.dumps(self.rows))
         print(len(self.rows), self.rows[-1], flush=True)
 
+    @property
+    def patch(self) -> str:
+        """What a step sees."""
+        size = "×".join(map(str, self.prep.patch_size))
+        spacing = "×".join(f"{mm:g}" for mm in self.prep.spacing_mm) if self.prep.spacing_mm else "1×1×1"
+        return f"one patch of {size} voxels of {spacing} mm"
+
     def dice(self, version: str | None) -> float | None:
         if version is None:
             return None
@@ -126,7 +136,7 @@ def target(arguments: argparse.Namespace, state: Path) -> None:
         loop.round(number, loop.cases[:count], first_steps=arguments.first_steps, steps=steps)
     facts = [
         f"tiny from scratch, {arguments.first_steps} steps, then {steps} from the published version (and as many as at "
-        "first from scratch, where the training labels have doubled since); one patch of 48×64×48 per step",
+        f"first from scratch, where the training labels have doubled since); {loop.patch} per step",
         f"scored on {len(loop.val)} val cases; seconds include validation and the gate, not the scoring on val",
     ]
     write("target", "Two rounds of ten labelled volumes", loop.rows, [*facts, *filter(None, [arguments.note])])
@@ -153,7 +163,7 @@ def corrupted(arguments: argparse.Namespace, state: Path) -> None:
     fall = max(before - row["val"] for before, row in zip(best, rows, strict=True))
     facts = [
         f"{len(rows)} rounds, one submit each, {wrong} of them corrupted ({', '.join(CORRUPTIONS)}); "
-        f"{arguments.first_steps} steps in the first round, then {steps}",
+        f"{arguments.first_steps} steps in the first round, then {steps}; {loop.patch} per step",
         f"scored on {len(loop.val)} val cases with their correct labels",
         f"published in {sum(bool(row['published']) for row in rows)} rounds; Dice first {rows[0]['val']}, "
         f"last {rows[-1]['val']}, best {max(best):.4f}; **largest fall from the best so far {fall:.4f}** (limit 0.01)",
