@@ -53,11 +53,12 @@ def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> No
     image, label = batch()
     everything = torch.ones(2, 3, dtype=torch.bool)
     with torch.no_grad():
-        automatic = net(image).argmax(1)
+        logits = net(image)
+    automatic = logits.argmax(1)
     training = ClickTraining(net, EVERY_STEP, seed=0)
     counts, automatic_masks, seen = [], 0, set()
     for step in range(1, 41):
-        guidance = training.guidance(step, image, label, everything)
+        guidance = training.guidance(step, image, logits, label, everything)
         assert guidance is not None
         assert guidance.shape == (2, 5, 16, 16, 16)
         for given, truth, mask in zip(guidance, label[:, 0], automatic, strict=True):
@@ -76,25 +77,28 @@ def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> No
 
 
 def test_clicks_follow_from_seed_and_step() -> None:
+    net = network()
     image, label = batch()
+    with torch.no_grad():
+        logits = net(image)
     everything = torch.ones(2, 3, dtype=torch.bool)
 
     def draw(seed: int, step: int) -> torch.Tensor | None:
         # What was drawn from the global generator in between does not matter.
         torch.rand(3)
-        return ClickTraining(network(), EVERY_STEP, seed=seed).guidance(step, image, label, everything)
+        return ClickTraining(net, EVERY_STEP, seed=seed).guidance(step, image, logits, label, everything)
 
     for step in range(1, 6):
         torch.testing.assert_close(draw(0, step), draw(0, step), rtol=0, atol=0)
     assert not torch.equal(draw(0, 1), draw(0, 2))
     assert not torch.equal(draw(0, 1), draw(1, 1))
-    rare = ClickTraining(network(), EVERY_STEP.replace(click_probability=0.25), seed=0)
-    share = np.mean([rare.guidance(step, image, label, everything) is not None for step in range(200)])
+    rare = ClickTraining(net, EVERY_STEP.replace(click_probability=0.25), seed=0)
+    share = np.mean([rare.guidance(step, image, logits, label, everything) is not None for step in range(200)])
     assert 0.15 < share < 0.35
-    late = ClickTraining(network(), EVERY_STEP.replace(steps=8, click_start=0.25), seed=0)
-    assert [late.guidance(step, image, label, everything) is not None for step in range(1, 5)] == [False] * 2 + [
-        True
-    ] * 2
+    late = ClickTraining(net, EVERY_STEP.replace(steps=8, click_start=0.25), seed=0)
+    assert [late.guidance(step, image, logits, label, everything) is not None for step in range(1, 5)] == [
+        False
+    ] * 2 + [True] * 2
 
 
 def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
@@ -106,9 +110,11 @@ def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
     label[label == 2] = 0
     looked_for = torch.tensor([[True, True, False], [True, True, True]])
     training = ClickTraining(net, EVERY_STEP, seed=0)
+    with torch.no_grad():
+        logits = net(image)
     background = [0, 0]
     for step in range(1, 31):
-        guidance = training.guidance(step, image, label, looked_for)
+        guidance = training.guidance(step, image, logits, label, looked_for)
         assert guidance is not None
         if bool((guidance[:, 4] == 1).all()):
             for index in range(2):
@@ -138,6 +144,18 @@ def test_a_network_that_takes_no_clicks_is_trained_as_ever(write_case) -> None:
         assert not any(value.any() for name, value in net.named_parameters() if name.endswith(".guidance"))
     for other in trained[1:]:
         torch.testing.assert_close(other, trained[0], rtol=0, atol=0)
+
+
+def test_a_step_with_clicks_is_an_ordinary_step_and_more(write_case) -> None:
+    cases = [write_case("c0", size=(18, 16, 16))]
+    without, with_clicks = network(), network()
+    first = QUICK.replace(steps=1)
+    told = fit(without, cases, recipe=first.replace(clicks=0), prep=PREP, labels=LABELS).losses
+    assert fit(with_clicks, cases, recipe=first, prep=PREP, labels=LABELS).losses == told, "the loss without clicks"
+    assert all(p.grad is None or not p.grad.any() for n, p in without.named_parameters() if n.endswith(".guidance"))
+    assert all(p.grad.any() for n, p in with_clicks.named_parameters() if n.endswith(".guidance"))
+    # The head is reached by both passes.
+    assert not torch.equal(with_clicks.head.conv.conv.weight.grad, without.head.conv.conv.weight.grad)
 
 
 def test_a_partly_annotated_volume_trains_with_clicks(write_case, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Training steps in which a simulated annotator clicks into the network's errors.
 
 Iterative training in the manner of Mahadevan et al. (BMVC 2018) and Sofiiuk et al. (RITM, ICIP 2022), with few passes
-through the network: a step with clicks has one for the automatic mask, half of them another for the mask after the
-first clicks, and then comes the ordinary step with guidance.
+through the network. Every step is an ordinary one, without clicks. A step with clicks goes on from its prediction: in
+half of them a pass for the mask after the first clicks, and then one with guidance, whose gradient is added. Thus what
+is learnt of clicks takes no step from the automatic network.
 """
 
 from __future__ import annotations
@@ -55,12 +56,13 @@ class ClickTraining:
         self.network, self.recipe, self.seed = network, recipe, seed
         self.n_labels = network.out_channels - 1
 
-    def guidance(self, step: int, image: Tensor, label: Tensor, annotated: Tensor) -> Tensor | None:
+    def guidance(self, step: int, image: Tensor, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor | None:
         """Guidance ``(N, guidance channels, D, H, W)`` for a step, or None for a step without clicks.
 
         Args:
             step: of the training, from 1.
             image: ``(N, channels, D, H, W)``.
+            logits: what the network says without clicks, ``(N, classes, D, H, W)``.
             label: ``(N, 1, D, H, W)``, 255 where unlabelled.
             annotated: ``(N, classes)``, which classes were looked for.
         """
@@ -70,7 +72,7 @@ class ClickTraining:
         truths = [truth.astype(np.uint8) for truth in label[:, 0].cpu().numpy()]
         known = list(annotated.cpu().numpy().astype(bool))
         foreign = rng.random() < _FOREIGN_MASK
-        start = [_spoilt(truth, rng) for truth in truths] if foreign else self._predict(image)
+        start = [_spoilt(truth, rng) for truth in truths] if foreign else _classes(logits)
         counts = [_count(self.recipe.clicks, rng) for _ in truths]
         two_rounds = rng.random() < _SECOND_ROUND and max(counts) > 1
         first = [int(rng.integers(1, n)) if two_rounds and n > 1 else n for n in counts]
@@ -100,13 +102,13 @@ class ClickTraining:
         return clicks
 
     @torch.inference_mode()
-    def _predict(self, image: Tensor, guidance: Tensor | None = None) -> list[Labels]:
+    def _predict(self, image: Tensor, guidance: Tensor) -> list[Labels]:
         if not self.recipe.mixed_precision:
             logits = self.network(image, guidance)
         else:
             with mixed_precision(image.device):
                 logits = self.network(image, guidance)
-        return list(logits.argmax(1).to("cpu", torch.uint8).numpy())
+        return _classes(logits)
 
     def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[Labels], image: Tensor) -> Tensor:
         maps = []
@@ -117,6 +119,10 @@ class ClickTraining:
             }
             maps.append(encode_guidance(by_label, torch.from_numpy(mask), n_labels=self.n_labels, size=image.shape[2:]))
         return torch.stack(maps).to(image.device)
+
+
+def _classes(logits: Tensor) -> list[Labels]:
+    return list(logits.argmax(1).to("cpu", torch.uint8).numpy())
 
 
 def _count(most: int, rng: np.random.Generator) -> int:

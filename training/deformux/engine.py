@@ -16,7 +16,7 @@ from ignite.handlers import EMAHandler, TerminateOnNan
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import LrScheduleHandler
-from monai.utils import set_determinism
+from monai.utils import CommonKeys, set_determinism
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -207,18 +207,16 @@ class _Run:
 
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
-        loss = PartialDiceCELoss()
-        trainer: SupervisedTrainer = SupervisedTrainer(
+        loss, network = PartialDiceCELoss(), MixedPrecision(self.network, recipe.mixed_precision)
+        trainer = SupervisedTrainer(
             device=self.device,
             max_epochs=self.epochs,
             train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
             epoch_length=self.epoch_length,
-            network=MixedPrecision(self.network, recipe.mixed_precision),
+            network=network,
             optimizer=self.optimizer,
             loss_function=lambda logits, targets: loss(logits, *targets),
-            prepare_batch=lambda batch, device, non_blocking, **_: self._with_clicks(
-                trainer, _prepare_batch(batch, device, non_blocking)
-            ),
+            prepare_batch=_prepare_batch,
             decollate=False,
             optim_set_to_none=True,
         )
@@ -227,6 +225,8 @@ class _Run:
         trainer.add_event_handler(
             Events.GET_BATCH_STARTED, lambda engine: self.patches.seed(self.seed, engine.state.iteration)
         )
+        if self.clicks is not None:
+            trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._learn_clicks, network, loss)
         if recipe.gradient_clip is not None:
             trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip_gradient, recipe.gradient_clip)
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
@@ -246,11 +246,14 @@ class _Run:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
 
-    def _with_clicks(self, engine: Engine, batch: tuple[Tensor, tuple[Tensor, Tensor]]) -> Any:
-        """Image and targets as MONAI's trainer takes them, with guidance for the network in a step with clicks."""
-        image, targets = batch
-        guidance = self.clicks.guidance(engine.state.iteration, image, *targets) if self.clicks is not None else None
-        return (image, targets) if guidance is None else (image, targets, (guidance,), {})
+    def _learn_clicks(self, engine: Engine, network: nn.Module, loss: PartialDiceCELoss) -> None:
+        """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""
+        output = engine.state.output
+        image, targets = output[CommonKeys.IMAGE], output[CommonKeys.LABEL]
+        logits = output[CommonKeys.PRED].detach()
+        guidance = self.clicks.guidance(engine.state.iteration, image, logits, *targets) if self.clicks else None
+        if guidance is not None:
+            loss(network(image, guidance), *targets).backward()
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), largest)
@@ -374,7 +377,7 @@ _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "s
 
 
 def _prepare_batch(
-    batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool
+    batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool, **_: Any
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     image, label, annotated = (
         batch[key].to(device, non_blocking=non_blocking) for key in ("image", "label", "annotated")
