@@ -40,14 +40,13 @@ serve: $(READY)
 		$(if $(CACHE),--cache-gb "$(CACHE)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST = $(BIN)/python -m pytest -n 2 $(RUNSLOW)
 test: lint
-	$(PYTEST) tests/ops tests/gpu tests/training tests/test_imports.py
-	$(PYTEST) tests/app
+	$(PYTEST) --dist loadfile tests/ops tests/gpu tests/training tests/test_imports.py
+	$(PYTEST) --dist loadgroup tests/app
 
-test-all: lint
-	$(PYTEST) --runslow tests/ops tests/gpu tests/training tests/test_imports.py
-	$(PYTEST) --runslow tests/app
+test-all: RUNSLOW := --runslow
+test-all: test
 
 lint: $(READY)
 	$(BIN)/ruff check .

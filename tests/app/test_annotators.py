@@ -220,7 +220,7 @@ def test_stopping_answers_when_everything_has_stopped(server: LiveServer) -> Non
 def test_a_killed_server_finishes_its_training_after_a_restart(
     start: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
 ) -> None:
-    task = train(server, 60).json()["id"]
+    task = train(server, 24).json()["id"]
     wait_for_a_step(server, task)
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()

@@ -54,6 +54,19 @@ def test_unlabelled_voxels_count_nowhere() -> None:
     assert (torch.autograd.grad(nothing, logits)[0] == 0).all()
 
 
+def test_emphasis_adds_the_cross_entropy_of_some_voxels() -> None:
+    logits, label = problem()
+    label[:, :, :2] = 255
+    weights = torch.rand(2, 1, 6, 5, 7, dtype=torch.float64) * 9
+    nll = F.cross_entropy(logits, label[:, 0], ignore_index=255, reduction="none")
+    mean = np.average(nll.detach().numpy(), weights=(weights * (label != 255))[:, 0].numpy())
+    loss = PartialDiceCELoss()
+    added = loss(logits, label, ALL, weights) - loss(logits, label, ALL)
+    assert added.item() == pytest.approx(mean)
+    nowhere = loss(logits, label, ALL, weights * (label == 255))
+    assert nowhere == loss(logits, label, ALL)
+
+
 def test_what_was_not_annotated_is_background_or_anything() -> None:
     logits, label = problem()
     label[label == 2] = 0

@@ -253,7 +253,9 @@ class _Run:
         logits = output[CommonKeys.PRED].detach()
         guidance = self.clicks.guidance(engine.state.iteration, image, logits, *targets) if self.clicks else None
         if guidance is not None:
-            loss(network(image, guidance), *targets).backward()
+            # Of what the network says with clicks, only what is near to them is ever used.
+            near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
+            loss(network(image, guidance), *targets, near).backward()
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), largest)

@@ -26,13 +26,14 @@ class PartialDiceCELoss(nn.Module):
         super().__init__()
         self.dice = DiceLoss(include_background=False, batch=True)
 
-    def forward(self, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, label: Tensor, annotated: Tensor, emphasis: Tensor | None = None) -> Tensor:
         """The loss, a scalar; 0 where nothing is labelled.
 
         Args:
             logits: ``(N, C, D, H, W)``, class 0 is background.
             label: ``(N, 1, D, H, W)`` with values 0..C-1 and ``UNLABELLED``.
             annotated: ``(N, C)``, whether a class was annotated in a volume; class 0 always counts as annotated.
+            emphasis: weights ``(N, 1, D, H, W)`` of a second cross entropy, their weighted mean, which is added.
         """
         target = label.long()
         known = target != UNLABELLED
@@ -40,8 +41,10 @@ class PartialDiceCELoss(nn.Module):
         classes[:, 0] = True
         log_probabilities = _marginal(logits.log_softmax(1), classes)
         chosen = torch.where(known, target, 0)
-        nll = -log_probabilities.gather(1, chosen)
-        cross_entropy = torch.where(known, nll, 0.0).sum() / known.sum().clamp(min=1)
+        nll = torch.where(known, -log_probabilities.gather(1, chosen), 0.0)
+        cross_entropy = nll.sum() / known.sum().clamp(min=1)
+        if emphasis is not None:
+            cross_entropy = cross_entropy + (emphasis * nll).sum() / (emphasis * known).sum().clamp(min=1)
         mask = known & classes[:, :, None, None, None]
         truth = one_hot(chosen, logits.shape[1]) * mask
         return self.dice(torch.where(mask, log_probabilities.exp(), 0.0), truth) + cross_entropy
