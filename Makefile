@@ -40,10 +40,10 @@ serve: $(READY)
 		$(if $(CACHE),--cache-gb "$(CACHE)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.
-PYTEST = $(BIN)/python -m pytest -n 2 $(RUNSLOW)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)
 test: lint
-	$(PYTEST) --dist loadfile tests/ops tests/gpu tests/training tests/test_imports.py
-	$(PYTEST) --dist loadgroup tests/app
+	$(PYTEST) tests/ops tests/gpu tests/training tests/test_imports.py
+	$(PYTEST) tests/app
 
 test-all: RUNSLOW := --runslow
 test-all: test

@@ -30,13 +30,6 @@ from live import (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests on one worker (``--dist loadgroup``), and all files that need the same trainings too."""
-    trained = {item.path for item in items if "trainings" in getattr(item, "fixturenames", ())}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("trainings" if item.path in trained else str(item.path)))
-
-
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
     """Start a server on a folder; all of them are stopped, and what they kept is deleted, at the end."""
