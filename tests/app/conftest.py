@@ -30,9 +30,7 @@ from live import (
 )
 
 
-@pytest.fixture(scope="session")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
-    """Start a server on a folder; all of them are stopped, and what they kept is deleted, at the end."""
+def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
     # A test run that is ended from outside must not leave servers behind: pytest tears down on KeyboardInterrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     servers: list[LiveServer] = []
@@ -48,6 +46,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
         server.stop()
     for studies, conf in projects:
         remove_state(studies, conf)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
+    """Start a server on a folder; all of them are stopped, and what they kept is deleted, at the end."""
+    yield from _starting(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
+    """The same for the servers of one file: they would score volumes in the background while the next one's work."""
+    yield from _starting(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

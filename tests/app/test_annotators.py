@@ -72,8 +72,8 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 
 @pytest.fixture(scope="module")
-def server(start: Callable[..., LiveServer], cohort: Cohort) -> LiveServer:
-    return start(cohort.studies, CONF, serve_command)
+def server(start_here: Callable[..., LiveServer], cohort: Cohort) -> LiveServer:
+    return start_here(cohort.studies, CONF, serve_command)
 
 
 def training(server: LiveServer, **query: Any) -> requests.Response:
@@ -218,13 +218,13 @@ def test_stopping_answers_when_everything_has_stopped(server: LiveServer) -> Non
 
 
 def test_a_killed_server_finishes_its_training_after_a_restart(
-    start: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
+    start_here: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
 ) -> None:
     task = train(server, 24).json()["id"]
     wait_for_a_step(server, task)
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
-    again = start(cohort.studies, CONF, serve_command)
+    again = start_here(cohort.studies, CONF, serve_command)
     most = 0
 
     def ended() -> bool:

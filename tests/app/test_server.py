@@ -36,7 +36,7 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def busy(start: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
+def busy(start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
     """A server with a model, a few small scans, and one whose inference takes many minutes."""
     folder = tmp_path_factory.mktemp("busy") / "studies"
     for number in range(4):
@@ -44,7 +44,7 @@ def busy(start: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFact
     slow = np.random.default_rng(0).integers(-100, 100, (256, 256, 256), dtype=np.int16)
     write(folder / "slow.nii", slow, np.eye(4))
     publish_untrained(folder, CONF)
-    return start(folder, CONF, serve_command)
+    return start_here(folder, CONF, serve_command)
 
 
 class SlowInference:

@@ -44,7 +44,7 @@ class Recipe:
         intensity_probability: of each of the intensity changes.
         clicks: most clicks that a simulated annotator makes into a patch, for a network that takes guidance; 0 for a
             training without clicks.
-        click_probability: steps with clicks, of all steps once there are any. They take about a third longer.
+        click_probability: steps with clicks, of all steps once there are any. Such a step takes about twice as long.
         click_start: part of the run before the first clicks, since a network must find something before it can err.
         mixed_precision: bfloat16 where the device has it.
         cache_gb: memory that preprocessed volumes may take; the rest is read again each time.
