@@ -188,7 +188,7 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
     net = network(out_channels=2)
     prep = Preprocessing("ct", patch_size=(32, 16, 16))
     recipe = Recipe(
-        steps=45,
+        steps=60,
         epochs=1,
         patches_per_volume=1,
         learning_rate=5e-3,
