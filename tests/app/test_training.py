@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pytest
 import requests
 from live import APP, CONF, LABELS, LiveServer, Training, Volume
 
