@@ -198,6 +198,7 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
         foreground_ratio=1.0,
         clicks=2,
         click_probability=0.8,
+        click_start=0.25,
         mixed_precision=False,
     )
     fit(net, cases, recipe=recipe, prep=prep, labels=("ball",))

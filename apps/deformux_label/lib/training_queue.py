@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -105,12 +105,16 @@ class TrainingQueue:
 
     def unfinished(self) -> dict[str, Any] | None:
         """The running task, else the next one, else None."""
-        return self._pick(RUNNING) or self._pick(QUEUED)
+        task = _unfinished(self._read()["tasks"])
+        return None if task is None else self._public(task)
 
     def latest(self) -> dict[str, Any] | None:
         """What a client that follows its training wants: the unfinished task, else the one that ended last."""
-        ended = [task for task in self._read()["tasks"] if task["status"] in FINISHED]
-        return self.unfinished() or (self._public(max(ended, key=lambda t: t["ended"])) if ended else None)
+        # From one look at the file: between two, the runner may take the task, which then is in neither.
+        tasks = self._read()["tasks"]
+        ended = [task for task in tasks if task["status"] in FINISHED]
+        task = _unfinished(tasks) or max(ended, key=lambda t: t["ended"], default=None)
+        return None if task is None else self._public(task)
 
     def summary(self) -> dict[str, Any]:
         """The queue's state for ``train_stats``; empty before the first training."""
@@ -251,9 +255,6 @@ class TrainingQueue:
         except Exception:
             logger.exception("What follows a training failed")
 
-    def _pick(self, status: str) -> dict[str, Any] | None:
-        return next((self._public(task) for task in self._read()["tasks"] if task["status"] == status), None)
-
     def _find(self, task_id: str) -> dict[str, Any] | None:
         return next((task for task in self._read()["tasks"] if task["id"] == task_id), None)
 
@@ -297,6 +298,12 @@ class TrainingQueue:
         except (ValueError, TypeError, KeyError) as error:
             logger.error("The queue in %s cannot be read and is begun anew: %s", self._path, error)
         return {"tasks": [], "new_labels": 0}
+
+
+def _unfinished(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The running task, else the first that waits."""
+    by_status = {task["status"]: task for task in reversed(tasks)}
+    return by_status.get(RUNNING) or by_status.get(QUEUED)
 
 
 def _new_task(request: Mapping[str, Any], automatic: bool) -> dict[str, Any]:
