@@ -226,7 +226,9 @@ class _Run:
             Events.GET_BATCH_STARTED, lambda engine: self.patches.seed(self.seed, engine.state.iteration)
         )
         if self.clicks is not None:
-            trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._learn_clicks, network, loss)
+            trainer.add_event_handler(
+                IterationEvents.BACKWARD_COMPLETED, self._learn_clicks, self.clicks, network, loss
+            )
         if recipe.gradient_clip is not None:
             trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip_gradient, recipe.gradient_clip)
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
@@ -246,12 +248,12 @@ class _Run:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
 
-    def _learn_clicks(self, engine: Engine, network: nn.Module, loss: PartialDiceCELoss) -> None:
+    def _learn_clicks(self, engine: Engine, clicks: ClickTraining, network: nn.Module, loss: PartialDiceCELoss) -> None:
         """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""
         output = engine.state.output
         image, targets = output[CommonKeys.IMAGE], output[CommonKeys.LABEL]
         logits = output[CommonKeys.PRED].detach()
-        guidance = self.clicks.guidance(engine.state.iteration, image, logits, *targets) if self.clicks else None
+        guidance = clicks.guidance(engine.state.iteration, image, logits, *targets)
         if guidance is not None:
             # Of what the network says with clicks, only what is near to them is ever used.
             near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
