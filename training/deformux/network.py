@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deform3d import deform_conv3d, deform_conv3d_fused_offset
+from deformux.convolution import Conv3d, adopt, conv3d
 
 __all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset"]
 
@@ -153,7 +154,7 @@ class DeformUXNetBlock(nn.Module):
         return x
 
 
-class GuidedConv3d(nn.Conv3d):
+class GuidedConv3d(Conv3d):
     """A convolution of the scan, to which guidance adds through weights of its own, zero at first.
 
     The state dict has ``guidance`` (out, guidance channels, kernel) beside the names of ``nn.Conv3d``.
@@ -184,7 +185,8 @@ class GuidedConv3d(nn.Conv3d):
         y = super().forward(x)
         if guidance is None or channels is None or not guidance.shape[1]:
             return y
-        return y + F.conv3d(guidance, self.guidance[:, channels], stride=self.stride, padding=self.padding)
+        weight = self.guidance[:, channels]
+        return y + conv3d(guidance, weight, None, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
 
 class _Stem(nn.Sequential):
@@ -309,6 +311,7 @@ class DeformUXNet(nn.Module):
             3, widths[0], widths[0], kernel_size=3, stride=1, norm_name="instance", res_block=True
         )
         self.head = UnetOutBlock(3, widths[0], out_channels)
+        adopt(self)
         self.guidance_channels = 0
         if guidance:
             self.add_guidance()

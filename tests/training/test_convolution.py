@@ -1,0 +1,71 @@
+"""The CPU convolution against PyTorch's in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deformux.convolution import Conv3d, adopt, conv3d
+from tolerances import assert_near
+
+# input, output channels, kernel, stride, padding: each side of every choice that is made, and very thin grids.
+PROBLEMS = [
+    ((1, 16, 32, 24, 32), 8, 3, 1, 1),
+    ((1, 64, 20, 20, 20), 48, 3, 1, 1),
+    ((1, 64, 6, 8, 6), 64, 3, 1, 1),
+    ((1, 24, 2, 3, 2), 40, 3, 1, 1),
+    ((1, 8, 1, 4, 4), 8, 3, 1, 1),
+    ((2, 8, 6, 8, 6), 8, 3, 1, 1),
+    ((2, 40, 6, 8, 6), 40, 3, 1, 1),
+    ((1, 1, 32, 32, 32), 16, 7, 2, 3),
+    ((1, 16, 9, 8, 7), 32, 2, 2, 0),
+    ((1, 16, 4, 8, 6), 32, 1, 1, 0),
+]
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(("shape", "channels", "kernel", "stride", "padding"), PROBLEMS)
+def test_values_and_gradients_are_those_of_float64(shape, channels, kernel, stride, padding, memory) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(shape).contiguous(memory_format=memory)
+    weight, bias = torch.randn(channels, shape[1], *(kernel,) * 3), torch.randn(channels)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = F.conv3d(*exact, stride, padding)
+    upstream = torch.randn(expected.shape)
+
+    result = conv3d(*inputs, stride=(stride,) * 3, padding=(padding,) * 3)
+    result.backward(upstream)
+    expected.backward(upstream.double())
+
+    assert_near(result, expected)
+    for name, own, true in zip(("input", "weight", "bias"), inputs, exact, strict=True):
+        assert own.grad is not None
+        assert_near(own.grad, true.grad, name)
+    with torch.no_grad():
+        assert torch.equal(conv3d(*inputs, stride=(stride,) * 3, padding=(padding,) * 3), result)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight = torch.randn(1, 4, 6, 6, 6), torch.randn(4, 4, 3, 3, 3, requires_grad=True)
+    conv3d(x, weight, None, stride=(1, 1, 1), padding=(1, 1, 1)).sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+def test_autocast_and_other_types_go_pytorchs_way() -> None:
+    x, weight = torch.randn(1, 4, 6, 6, 6), torch.randn(4, 4, 3, 3, 3)
+    own = {"stride": (1, 1, 1), "padding": (1, 1, 1)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(conv3d(x, weight, None, **own), F.conv3d(x, weight, padding=1))
+    double = x.double(), weight.double()
+    assert torch.equal(conv3d(*double, None, **own), F.conv3d(*double, padding=1))
+
+
+def test_adopting_keeps_state_and_leaves_other_convolutions() -> None:
+    module = nn.Sequential(nn.Conv3d(4, 8, 3), nn.Conv3d(8, 8, 3, groups=8), nn.Conv3d(8, 8, 3, dilation=2))
+    before = module.state_dict()
+    adopt(module)
+    assert [type(layer) for layer in module] == [Conv3d, nn.Conv3d, nn.Conv3d]
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
