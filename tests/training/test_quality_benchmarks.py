@@ -26,6 +26,30 @@ from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing
 
 
+@pytest.mark.slow
+def test_the_simulation_adds_seeds_to_its_results(write_case, tmp_path: Path, repository: Path) -> None:
+    names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(8)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names}))
+    command = [sys.executable, "benchmarks/active_learning.py", "--data", tmp_path, "--work", tmp_path / "work"]
+    command += ["--results", tmp_path / "simulated", "--strategies", "random,typicality", "--rounds", "2"]
+    command += ["--start", "1", "--batch", "1", "--steps", "2", "--continue-steps", "2"]
+
+    def play(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], cwd=repository, capture_output=True, text=True, check=False)
+
+    for seeds in ("1", "2"):
+        done = play("--seeds", seeds)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "seed 0 is in" in done.stdout
+    with (tmp_path / "simulated.csv").open(newline="") as file:
+        rows = [(row["strategy"], row["seed"], row["round"]) for row in csv.DictReader(file)]
+    assert rows == [(s, seed, r) for s in ("random", "typicality") for seed in "01" for r in "01"]
+    assert "2 seeds" in (tmp_path / "simulated.md").read_text()
+    other = play("--steps", "3")
+    assert other.returncode == 1
+    assert "is of other settings" in other.stderr
+
+
 # Each trial imports everything anew in its own process.
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_after_the_last_finished_trial(

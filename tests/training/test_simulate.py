@@ -20,11 +20,19 @@ from click.testing import Result
 from scipy import stats
 from typer.testing import CliRunner
 
-from deformux.budget_curve import Round, area_under_budget_curve, paired_difference, summarise
+from deformux.budget_curve import (
+    Round,
+    area_under_budget_curve,
+    paired_difference,
+    read_rounds,
+    summarise,
+    write_rounds,
+)
 from deformux.cases import find_cases
 from deformux.cli import app
+from deformux.recipe import Recipe
 from deformux.selection import STRATEGIES
-from deformux.simulate import Plan, held_out
+from deformux.simulate import Plan, held_out, simulate
 from deformux.simulate_cli import short_recipe
 from deformux.synthetic import write_cohort
 from deformux.transforms import Preprocessing
@@ -95,6 +103,13 @@ def test_plays_every_strategy_on_growing_sets_and_never_on_test_cases(cohort: Pa
         assert float(row["mean_dice"]) == pytest.approx(np.nanmean(per_label), abs=1e-5)
 
 
+def test_a_table_that_is_read_and_written_again_stays_the_same(whole: Path, tmp_path: Path) -> None:
+    table = whole / "rounds.csv"
+    write_rounds(tmp_path / "again.csv", read_rounds(table), ("liver", "spleen", "kidneys", "vessels"))
+    assert (tmp_path / "again.csv").read_bytes() == table.read_bytes()
+    assert read_rounds(tmp_path / "none.csv") == []
+
+
 def test_the_summary_is_that_of_the_rounds(whole: Path) -> None:
     with (whole / "summary.csv").open(newline="") as file:
         summary = {row["strategy"]: row for row in csv.DictReader(file)}
@@ -107,6 +122,35 @@ def test_the_summary_is_that_of_the_rounds(whole: Path) -> None:
         if strategy != "random":
             difference = np.mean(dice) - np.mean(reference)
             assert float(summary[strategy]["difference"]) == pytest.approx(difference, abs=2e-6)
+
+
+def test_trainings_go_on_from_the_round_before_where_that_is_asked_for(cohort: Path, tmp_path: Path) -> None:
+    recipe = short_recipe(2).replace(mixed_precision=False, foreground_ratio=1.0)
+    pool, test = held_out(find_cases(cohort), 0.25)
+
+    def dice(folder: str, continue_recipe: Recipe | None) -> list[float]:
+        plan = Plan(
+            strategies=("random",),
+            rounds=3,
+            batch=1,
+            start=2,
+            seeds=(0,),
+            recipe=recipe,
+            prep=Preprocessing("ct", spacing_mm=(20.0, 20.0, 22.0), patch_size=(16, 16, 16)),
+            labels=("liver", "spleen", "kidneys", "vessels"),
+            continue_recipe=continue_recipe,
+        )
+        return [row.mean_dice for row in simulate(plan, pool, test, tmp_path / folder)]
+
+    scratch = dice("scratch", None)
+    # Steps that change nothing give the first round's network again and again.
+    still = dice("still", recipe.replace(learning_rate=1e-30, weight_decay=0.0))
+    assert still == [scratch[0]] * 3
+    moving = dice("moving", recipe)
+    assert moving[0] == scratch[0]
+    assert moving[1:] != scratch[1:]
+    assert moving != still
+    assert not list((tmp_path / "moving").rglob("weights/*.safetensors")), "weights of a finished seed are deleted"
 
 
 def test_goes_on_after_kill_9_and_ends_with_the_same_table(cohort: Path, whole: Path, tmp_path: Path) -> None:

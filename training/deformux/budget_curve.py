@@ -23,6 +23,7 @@ __all__ = [
     "area_under_budget_curve",
     "paired_difference",
     "plot",
+    "read_rounds",
     "summarise",
     "write_rounds",
     "write_summary",
@@ -126,6 +127,25 @@ def write_rounds(path: Path, rounds: Iterable[Round], labels: Sequence[str]) -> 
             [row.strategy, row.seed, row.round, len(row.labelled), *dice, f"{row.seconds:.1f}", " ".join(row.labelled)]
         )
     write_text(path, text.getvalue())
+
+
+def read_rounds(path: Path) -> list[Round]:
+    """The trainings of a CSV file of ``write_rounds``; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [
+            Round(
+                strategy=row["strategy"],
+                seed=int(row["seed"]),
+                round=int(row["round"]),
+                labelled=tuple(row["cases"].split()),
+                mean_dice=float(row["mean_dice"]),
+                dice=tuple(float(value) for name, value in row.items() if name.startswith("dice_")),
+                seconds=float(row["seconds"]),
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 def write_summary(path: Path, summary: Iterable[Summary]) -> None:

@@ -46,6 +46,8 @@ class Plan:
         seeds: each starts other networks from other volumes.
         recipe: of every training, from scratch each time, so that a curve shows what labels give and not what
             longer training gives; its ``flip_axes`` also give the samples that scores compare.
+        continue_recipe: where given, of all trainings but the first, which then go on from the round before, as in the
+            app. A curve also shows what longer training gives, the same for all strategies.
         prep, labels, preset: as in ``fit``.
         snapshots: models whose predictions a score compares: the current one, and those of the rounds before.
         start_from: model file that every training and the cold start begin with.
@@ -67,6 +69,7 @@ class Plan:
     snapshots: int = 1
     start_from: Path | None = None
     device: str = "cpu"
+    continue_recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.strategies if name not in STRATEGIES]
@@ -210,6 +213,8 @@ class _Laboratory:
             "pool": sorted(self.cases),
             "test": sorted(case.id for case in test),
         }
+        if plan.continue_recipe is not None:
+            self.settings["continue_recipe"] = plan.continue_recipe.to_json()
 
     def start(self, strategy: str, seed: int) -> tuple[str, ...]:
         """The volumes that are labelled before the first training."""
@@ -226,8 +231,8 @@ class _Laboratory:
 
     def measure(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, what: str) -> tuple[_Measurement, bool]:
         """Test Dice of a training on the last set, what the next choice needs, and whether it was computed now."""
-        recent = sets[-self.plan.snapshots :]
-        path = self.folder / "measurements" / f"{self._key(seed, recent, needs)}.json"
+        what_counts = self._history(sets, self.plan.snapshots)
+        path = self.folder / "measurements" / f"{self._key(seed, what_counts, needs)}.json"
         features = path.with_suffix(".safetensors")
         try:
             values = json.loads(path.read_text())
@@ -235,7 +240,7 @@ class _Laboratory:
             values = None
         computed = values is None
         if values is None:
-            values = self._measure(seed, recent, needs, features, what)
+            values = self._measure(seed, sets, needs, features, what)
             write_text(path, json.dumps(values))
         return (
             _Measurement(
@@ -249,7 +254,7 @@ class _Laboratory:
         )
 
     def forget_weights(self, seed: int) -> None:
-        """Delete the snapshots of a seed that is finished."""
+        """Delete the kept weights of a seed that is finished."""
         for path in self._weights_folder.glob(f"{seed}-*.safetensors"):
             path.unlink()
 
@@ -258,18 +263,19 @@ class _Laboratory:
         return self.folder / "weights"
 
     def _measure(
-        self, seed: int, recent: Sequence[tuple[str, ...]], needs: str, features_path: Path, what: str
+        self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, features_path: Path, what: str
     ) -> dict[str, Any]:
         plan = self.plan
         started = time.monotonic()
-        network = self._train(seed, recent[-1], what)
+        network = self._train(seed, sets, what)
         dice = evaluate(network, self.test, plan.prep, n_labels=len(plan.labels), device=plan.device)
         seconds = time.monotonic() - started
         scores: dict[str, Any] = {}
         features: dict[str, np.ndarray] = {}
-        labelled = set(recent[-1])
+        labelled = set(sets[-1])
         if needs == "scores":
-            earlier = [self._snapshot(seed, previous, what) for previous in recent[-2::-1]]
+            rounds_before = range(len(sets) - 1, max(0, len(sets) - plan.snapshots), -1)
+            earlier = [self._snapshot(seed, sets[:count], what) for count in rounds_before]
             for name, case in self.cases.items():
                 if name not in labelled:
                     seen = observe(
@@ -298,31 +304,35 @@ class _Laboratory:
             "scores": scores,
         }
 
-    def _train(self, seed: int, labelled: tuple[str, ...], what: str) -> DeformUXNet:
+    def _train(self, seed: int, sets: Sequence[tuple[str, ...]], what: str) -> DeformUXNet:
         plan = self.plan
-        network = self._fresh(seed)
+        labelled = set(sets[-1])
+        network, recipe, new = self._fresh(seed), plan.recipe, set[str]()
+        if plan.continue_recipe is not None and len(sets) > 1:
+            network, recipe, new = self._snapshot(seed, sets[:-1], what), plan.continue_recipe, labelled - {*sets[-2]}
         report = self.on_progress
         fit(
             network,
             # Their order must not matter: two strategies may reach the same set on different ways.
             [self.cases[name] for name in sorted(labelled)],
-            recipe=plan.recipe,
+            recipe=recipe,
             prep=plan.prep,
             labels=plan.labels,
+            new=new,
             device=plan.device,
             on_progress=None if report is None else lambda progress: report(what, progress),
             seed=seed,
         )
-        if plan.snapshots > 1:
+        if plan.snapshots > 1 or plan.continue_recipe is not None:
             state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-            with replacing(self._weights_path(seed, labelled)) as temporary:
+            with replacing(self._weights_path(seed, sets)) as temporary:
                 save_file(state, temporary)
         return network
 
-    def _snapshot(self, seed: int, labelled: tuple[str, ...], what: str) -> DeformUXNet:
-        path = self._weights_path(seed, labelled)
+    def _snapshot(self, seed: int, sets: Sequence[tuple[str, ...]], what: str) -> DeformUXNet:
+        path = self._weights_path(seed, sets)
         if not path.is_file():
-            return self._train(seed, labelled, what)
+            return self._train(seed, sets, what)
         network = self._fresh(seed)
         network.load_state_dict(load_file(path))
         return network
@@ -347,8 +357,12 @@ class _Laboratory:
         write_features(path, features)
         return dict(features)
 
-    def _weights_path(self, seed: int, labelled: tuple[str, ...]) -> Path:
-        return self._weights_folder / f"{seed}-{self._key(seed, [labelled], 'weights')}.safetensors"
+    def _weights_path(self, seed: int, sets: Sequence[tuple[str, ...]]) -> Path:
+        return self._weights_folder / f"{seed}-{self._key(seed, self._history(sets, 1), 'weights')}.safetensors"
+
+    def _history(self, sets: Sequence[tuple[str, ...]], rounds: int) -> Sequence[tuple[str, ...]]:
+        """The labelled sets that a result depends on: of the last rounds, or all where trainings go on."""
+        return sets[-rounds:] if self.plan.continue_recipe is None else sets
 
     def _key(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str) -> str:
         identity = json.dumps([self.settings, seed, [sorted(names) for names in sets], needs], sort_keys=True)

@@ -44,6 +44,9 @@ def simulate_command(
     seeds: Annotated[int, typer.Option(help="How often everything is repeated.", min=1)] = 5,
     first_seed: Annotated[int, typer.Option(help="Share a folder between processes: give each other seeds.")] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
+    continue_steps: Annotated[
+        int, typer.Option(help="Go on from the round before in so many steps; 0: from scratch each time.", min=0)
+    ] = 0,
     test_fraction: Annotated[float, typer.Option(help="Part of the volumes that test, by a hash of their ids.")] = 0.25,
     subset: Annotated[str, typer.Option(help="Subset of split.json to play on, e.g. train.")] = "",
     labels: Annotated[
@@ -63,7 +66,8 @@ def simulate_command(
     with clear_errors():
         use_threads(threads)
         names = named_labels(labels, data)
-        recipe = short_recipe(steps).replace(**assignments(set_ or []))
+        changes = assignments(set_ or [])
+        recipe = short_recipe(steps).replace(**changes)
         plan = Plan(
             strategies=_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes)),
             rounds=rounds,
@@ -77,6 +81,7 @@ def simulate_command(
             snapshots=snapshots,
             start_from=model_path(start_from) if start_from else None,
             device=torch_device(device),
+            continue_recipe=short_recipe(continue_steps, "continue").replace(**changes) if continue_steps else None,
         )
         play(plan, data, output, subset=subset or None, test_fraction=test_fraction, console=console)
 
@@ -90,9 +95,9 @@ def _strategies(text: str, *, several_samples: bool) -> tuple[str, ...]:
     return tuple(name for name in STRATEGIES if name != "bald")
 
 
-def short_recipe(steps: int) -> Recipe:
-    """The fine-tuning recipe in a number of steps, its average of weights no longer than a tenth of them, no clicks."""
-    return RECIPES["finetune"].in_steps(steps, epochs=steps // _STEPS_PER_EPOCH).replace(clicks=0)
+def short_recipe(steps: int, name: str = "finetune") -> Recipe:
+    """A recipe in a number of steps, its average of weights no longer than a tenth of them, without clicks."""
+    return RECIPES[name].in_steps(steps, epochs=steps // _STEPS_PER_EPOCH).replace(clicks=0)
 
 
 def play(
