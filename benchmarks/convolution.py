@@ -1,0 +1,107 @@
+"""What ``deformux.convolution`` saves in float32: training steps and segmentations of `tiny` with and without it.
+
+``python benchmarks/convolution.py [--threads 1]`` writes ``results/convolution.md`` and ``results/convolution.json``.
+Both ways alternate within one run, and the medians of these pairs are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from _machine import machine_lines
+from torch import nn
+
+from deformux.convolution import Conv3d
+from deformux.losses import PartialDiceCELoss
+from deformux.network import DeformUXNet
+
+RESULTS = Path(__file__).parent / "results"
+# Patch sizes of the benchmarks on the hippocampus data, at 1.5 and 1 mm, and of a CT.
+PROBLEMS = [(1, (32, 48, 32)), (2, (32, 48, 32)), (1, (48, 64, 48)), (1, (96, 96, 96))]
+
+
+def main() -> None:
+    """Measure, print, and keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for batch, size in PROBLEMS:
+        network = DeformUXNet(1, 3, "tiny")
+        for name, run in (("training step", _training(network, batch, size)), ("segmentation", _call(network, size))):
+            rows.append({"what": name, "batch": batch, "size": size, **_compare(network, run, arguments.pairs)})
+            print(rows[-1], flush=True)
+    lines = [
+        "# Float32 convolutions on the CPU",
+        "",
+        "`tiny`, float32, seconds; PyTorch's own choice of implementation against `deformux.convolution`, in turns;",
+        "a training step is forward, loss, backward and AdamW.",
+        "",
+        "| | batch | voxels | PyTorch's choice | deformux.convolution | ratio |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['what']} | {row['batch']} | {'×'.join(map(str, row['size']))} | {row['plain_s']:.2f} "
+            f"| {row['ours_s']:.2f} | {row['ratio']:.2f} |"
+            for row in rows
+            if row["what"] == "training step" or row["batch"] == 1
+        ),
+        "",
+        *(f"- {line}" for line in machine_lines()),
+    ]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    (RESULTS / "convolution.md").write_text(text)
+    (RESULTS / "convolution.json").write_text(json.dumps({"rows": rows, "machine": machine_lines()}, indent=1) + "\n")
+
+
+def _training(network: DeformUXNet, batch: int, size: tuple[int, ...]) -> Callable[[], None]:
+    image, label = torch.randn(batch, 1, *size), torch.randint(0, 3, (batch, 1, *size))
+    annotated, loss = torch.ones(batch, 3), PartialDiceCELoss()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def run() -> None:
+        network.train()
+        optimizer.zero_grad()
+        loss(network(image), label, annotated).backward()
+        optimizer.step()
+
+    return run
+
+
+def _call(network: DeformUXNet, size: tuple[int, ...]) -> Callable[[], None]:
+    image = torch.randn(1, 1, *size)
+
+    @torch.inference_mode()
+    def run() -> None:
+        network.eval()
+        network(image)
+
+    return run
+
+
+def _compare(network: nn.Module, run: Callable[[], None], pairs: int) -> dict[str, float]:
+    seconds: dict[type[nn.Conv3d], list[float]] = {nn.Conv3d: [], Conv3d: []}
+    for index in range(pairs + 1):
+        for kind, kept in seconds.items():
+            for module in network.modules():
+                if type(module) in seconds:
+                    module.__class__ = kind
+            began = time.perf_counter()
+            run()
+            if index:  # the first pair compiles
+                kept.append(time.perf_counter() - began)
+    plain, ours = seconds[nn.Conv3d], seconds[Conv3d]
+    ratio = statistics.median(a / b for a, b in zip(plain, ours, strict=True))
+    return {"plain_s": statistics.median(plain), "ours_s": statistics.median(ours), "ratio": ratio}
+
+
+if __name__ == "__main__":
+    main()
