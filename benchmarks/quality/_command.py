@@ -29,8 +29,8 @@ def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = ".
     parser.add_argument(
         "--work",
         type=Path,
-        default=Path("runs/quality") / name,
-        help="finished trials are kept here, and not run again",
+        default=RESULTS / "trials" / name,
+        help="finished trials are kept here, and not run again: to commit, so that another machine goes on",
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table, the CSV and the plot")
     if seeds is not None:
