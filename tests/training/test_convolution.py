@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from deformux.convolution import Conv3d, adopt, conv3d
@@ -60,6 +61,17 @@ def test_autocast_and_other_types_go_pytorchs_way() -> None:
         assert torch.equal(conv3d(x, weight, None, **own), F.conv3d(x, weight, padding=1))
     double = x.double(), weight.double()
     assert torch.equal(conv3d(*double, None, **own), F.conv3d(*double, padding=1))
+
+
+def test_fake_tensors_and_compilers_are_left_to_pytorch() -> None:
+    own = {"stride": (1, 1, 1), "padding": (1, 1, 1)}
+    with FakeTensorMode():
+        x, weight = torch.zeros(1, 4, 6, 6, 6), torch.zeros(8, 4, 3, 3, 3)
+        assert conv3d(x, weight, None, **own).shape == (1, 8, 6, 6, 6)
+    layer = Conv3d(4, 8, 3, padding=1)
+    x = torch.randn(1, 4, 6, 6, 6)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
 
 
 def test_adopting_keeps_state_and_leaves_other_convolutions() -> None:

@@ -47,8 +47,12 @@ def adopt(module: nn.Module) -> None:
 
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        # Compilers choose for themselves.
+        return False
     return (
-        x.device.type == "cpu"
+        # A fake tensor of a device, which shapes and costs are counted with, is stored on none.
+        x.untyped_storage().device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
         # These are matrix products already.
