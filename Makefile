@@ -42,7 +42,7 @@ serve: $(READY)
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)
 test: lint
-	$(PYTEST) tests/ops tests/gpu tests/training tests/test_imports.py
+	$(PYTEST) tests/ops tests/gpu tests/training tests/test_*.py
 	$(PYTEST) tests/app
 
 test-all: RUNSLOW := --runslow

@@ -4,11 +4,11 @@
     python -m benchmarks.quality.active_learning --full-dice 0.87 --rounds some/rounds.csv
 
 ``--rounds`` are by default those of benchmarks/active_learning.py; ``--full`` is a simulation of the same settings with
-one round that labels the whole pool:
+one round that labels the whole pool, in as many steps as all rounds have together:
 
     deformux simulate --data ../shared/data/hippocampus --output full --subset train --modality mr \\
         --strategy random --rounds 1 --start 120 --seeds 5 --labels anterior,posterior --spacing 1.5,1.5,1.5 \\
-        --patch-size 32,48,32 --steps 150 --set learning_rate=3e-3 --set flip_axes=0, --set foreground_ratio=1.0
+        --patch-size 32,48,32 --steps 600 --set batch_size=1 --set flip_axes=0, --set foreground_ratio=1.0
 
 Between two rounds Dice is taken to rise in a straight line. Writes quality_active_learning.md, .csv and .png.
 """
