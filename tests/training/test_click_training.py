@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -235,6 +236,32 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
             found = net(scan, guidance[None]).argmax(1)[0].numpy()
         dice = 2 * (found * balls[number]).sum() / (found.sum() + balls[number].sum())
         assert dice > 0.8, (number, dice)
+
+
+def test_steps_with_clicks_count_twice_in_what_a_training_takes() -> None:
+    recipe = EVERY_STEP.replace(steps=100, click_start=0.4, click_probability=0.5)
+    assert [recipe.effort(step) for step in (0, 40, 60, 100)] == [0, 40, 70, 130]
+    assert recipe.replace(clicks=0).effort(100) == 100
+
+
+def test_the_time_that_is_left_knows_of_the_clicks_to_come(write_case, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("deformux.engine.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    left = []
+    recipe = QUICK.replace(steps=4, epochs=4, click_start=0.5)
+    case = [write_case("c0", size=(18, 16, 16))]
+    fit(
+        network(),
+        case,
+        recipe=recipe,
+        prep=PREP,
+        labels=LABELS,
+        on_progress=lambda p: left.append((p.step, p.eta_s, p.seconds)),
+    )
+    eta, seconds = next(entry[1:] for entry in left if entry[0] == 2)
+    # Two ordinary steps took so long; two with clicks are to come.
+    assert eta > 1.5 * seconds
+    assert left[-1][1] == 0
 
 
 def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None:

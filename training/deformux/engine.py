@@ -359,7 +359,8 @@ class _Run:
         if self.on_progress is None:
             return
         step = engine.state.iteration
-        here = max(1, step - self.first_step)
+        effort = self.recipe.effort if self.clicks is not None else float
+        pace = (self.last_report - self.started) / max(1.0, effort(step) - effort(self.first_step))
         self.on_progress(
             Progress(
                 step=step,
@@ -370,7 +371,7 @@ class _Run:
                 mean_dice=self.dice,
                 best_dice=self.best_dice,
                 seconds=self._seconds(),
-                eta_s=0.0 if self.done else (self.last_report - self.started) / here * (self.steps - step),
+                eta_s=0.0 if self.done else pace * (effort(self.steps) - effort(step)),
             )
         )
 

@@ -125,6 +125,11 @@ class Recipe:
             raise ValueError(f"a recipe has no {', '.join(unknown)}; it has {', '.join(names)}")
         return dataclasses.replace(self, **changes)
 
+    def effort(self, step: int) -> float:
+        """What a training of a network with guidance takes up to a step, in the time of ordinary steps."""
+        with_clicks = max(0.0, step - self.click_start * self.steps) if self.clicks else 0.0
+        return step + self.click_probability * with_clicks
+
     def in_steps(self, steps: int, *, epochs: int) -> Recipe:
         """This recipe in another number of steps and, at least one, epochs, averaging over a tenth of the run."""
         # An average over more than a tenth of the run lags behind a short one.
