@@ -59,10 +59,10 @@ def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> No
     training = ClickTraining(net, EVERY_STEP, seed=0)
     counts, automatic_masks, seen = [], 0, set()
     for step in range(1, 41):
-        taught = training.step(step, image, logits, label, everything)
-        assert taught is not None
-        assert taught.guidance.shape == (2, 5, 16, 16, 16)
-        for given, truth, mask in zip(taught.guidance, taught.label[:, 0], automatic, strict=True):
+        guidance = training.guidance(step, image, logits, label, everything)
+        assert guidance is not None
+        assert guidance.shape == (2, 5, 16, 16, 16)
+        for given, truth, mask in zip(guidance, label[:, 0], automatic, strict=True):
             clicks = {value: peaks(given, value) for value in range(3)}
             assert all(truth[voxel] == value for value, voxels in clicks.items() for voxel in voxels)
             counts.append(sum(map(len, clicks.values())))
@@ -77,28 +77,6 @@ def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> No
     assert 40 < automatic_masks < 80, "mostly the network's own mask, but not only"
 
 
-def test_what_an_annotator_wants_is_taught_where_it_was_clicked_and_nowhere_else() -> None:
-    net = network()
-    image, label = batch()
-    with torch.no_grad():
-        logits = net(image)
-    training = ClickTraining(net, EVERY_STEP, seed=0)
-    own_taste = 0
-    for step in range(1, 31):
-        taught = training.step(step, image, logits, label, torch.ones(2, 3, dtype=torch.bool))
-        assert taught is not None
-        changed = taught.label != label
-        assert (taught.emphasis[changed] == 1).all()
-        assert (taught.emphasis[taught.guidance[:, :3].amax(1, keepdim=True) == 1] == 1).all()
-        assert ((taught.emphasis >= 0) & (taught.emphasis <= 1)).all()
-        # Smooth, and by no more than a few voxels: what becomes a label was near to it.
-        for value in (1, 2):
-            reach = torch.nn.functional.max_pool3d((label == value).float(), 13, 1, 6)
-            assert reach[(taught.label == value) & changed].all()
-        own_taste += int(changed.flatten(1).any(1).sum())
-    assert 15 < own_taste < 50
-
-
 def test_clicks_follow_from_seed_and_step() -> None:
     net = network()
     image, label = batch()
@@ -106,24 +84,22 @@ def test_clicks_follow_from_seed_and_step() -> None:
         logits = net(image)
     everything = torch.ones(2, 3, dtype=torch.bool)
 
-    def draw(seed: int, step: int) -> torch.Tensor:
+    def draw(seed: int, step: int) -> torch.Tensor | None:
         # What was drawn from the global generator in between does not matter.
         torch.rand(3)
-        taught = ClickTraining(net, EVERY_STEP, seed=seed).step(step, image, logits, label, everything)
-        assert taught is not None
-        return torch.cat([taught.guidance, taught.label, taught.emphasis], 1)
+        return ClickTraining(net, EVERY_STEP, seed=seed).guidance(step, image, logits, label, everything)
 
     for step in range(1, 6):
         torch.testing.assert_close(draw(0, step), draw(0, step), rtol=0, atol=0)
     assert not torch.equal(draw(0, 1), draw(0, 2))
     assert not torch.equal(draw(0, 1), draw(1, 1))
     rare = ClickTraining(net, EVERY_STEP.replace(click_probability=0.25), seed=0)
-    share = np.mean([rare.step(step, image, logits, label, everything) is not None for step in range(200)])
+    share = np.mean([rare.guidance(step, image, logits, label, everything) is not None for step in range(200)])
     assert 0.15 < share < 0.35
     late = ClickTraining(net, EVERY_STEP.replace(steps=8, click_start=0.25), seed=0)
-    assert [late.step(step, image, logits, label, everything) is not None for step in range(1, 5)] == [False] * 2 + [
-        True
-    ] * 2
+    assert [late.guidance(step, image, logits, label, everything) is not None for step in range(1, 5)] == [
+        False
+    ] * 2 + [True] * 2
 
 
 def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
@@ -139,9 +115,8 @@ def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
         logits = net(image)
     background = [0, 0]
     for step in range(1, 31):
-        taught = training.step(step, image, logits, label, looked_for)
-        assert taught is not None
-        guidance = taught.guidance
+        guidance = training.guidance(step, image, logits, label, looked_for)
+        assert guidance is not None
         if bool((guidance[:, 4] == 1).all()):
             for index in range(2):
                 assert not peaks(guidance[index], 2)

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from deformux.transforms import UNLABELLED
 
-__all__ = ["Click", "ClickAnnotator", "Correction", "Error", "WholeLabelAnnotator", "dense_labels"]
+__all__ = ["Click", "ClickAnnotator", "Correction", "WholeLabelAnnotator", "dense_labels"]
 
 Labels = npt.NDArray[np.uint8]
 
@@ -79,28 +79,12 @@ class Click:
     voxel: tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Error:
-    """A face-connected component of voxels of one true label, 0 for background, that are shown as anything else.
-
-    Args:
-        label: what should be there.
-        voxels: how many they are.
-        box: the smallest that holds them.
-        inside: which voxels of the box.
-    """
-
-    label: int
-    voxels: int
-    box: tuple[slice, ...]
-    inside: npt.NDArray[np.bool_]
-
-
 class ClickAnnotator:
     """An annotator who clicks into the largest errors, each time with the label that should be there.
 
-    The click goes where the error is thickest, by the Euclidean distance transform; of several such voxels, nearest to
-    its middle (as the robot of Xu et al., CVPR 2016, and of all benchmarks since).
+    An error is a face-connected component of voxels of one true label that are shown as anything else. The click goes
+    where the error is thickest, by the Euclidean distance transform; of several such voxels, nearest to its middle
+    (as the robot of Xu et al., CVPR 2016, and of all benchmarks since).
 
     Args:
         n_labels: labels 1..N.
@@ -132,27 +116,12 @@ class ClickAnnotator:
         label: int | None = None,
         annotated: npt.NDArray[np.bool_] | None = None,
     ) -> list[Click]:
-        """Clicks into the ``most`` largest errors, largest first; arguments and exceptions as for ``errors``."""
-        return [
-            self.click(error, truth.shape)
-            for error in self.errors(truth, shown, most=most, label=label, annotated=annotated)
-        ]
-
-    def errors(
-        self,
-        truth: Labels,
-        shown: Labels,
-        *,
-        most: int = 1,
-        label: int | None = None,
-        annotated: npt.NDArray[np.bool_] | None = None,
-    ) -> list[Error]:
-        """The ``most`` largest errors, largest first; fewer where there are fewer.
+        """Clicks into the ``most`` largest errors, largest first; fewer where there are fewer, none without an error.
 
         Args:
             truth: ``(D, H, W)``, values 0..N; 255 is unlabelled, and never an error.
             shown: the segmentation on the screen, ``(D, H, W)``.
-            most: number of errors.
+            most: number of clicks.
             label: only errors that should be this label, 0 for background.
             annotated: ``(N + 1,)``, which classes the truth tells apart. Where one of the others is shown on the
                 truth's background nobody knows better.
@@ -170,10 +139,10 @@ class ClickAnnotator:
             wrong &= (truth != 0) | ~np.isin(shown, unknown)
         if label is not None:
             wrong &= truth == label
-        return _largest(np.where(wrong, truth.astype(np.int32) + 1, 0), most)
+        errors = _largest(np.where(wrong, truth.astype(np.int32) + 1, 0), most)
+        return [Click(error.label, self._inside(error, truth.shape)) for error in errors]
 
-    def click(self, error: Error, shape: Sequence[int]) -> Click:
-        """A click into an error of a volume of this shape."""
+    def _inside(self, error: _Component, shape: tuple[int, ...]) -> tuple[int, int, int]:
         # The volume's border ends a component as well, except along an axis of one voxel, where everything is border.
         around = [(1, 1) if length > 1 else (0, 0) for length in shape]
         padded = np.pad(error.inside, around)
@@ -185,13 +154,21 @@ class ClickAnnotator:
             candidates = np.argwhere(depth == depth.max())
             away = (candidates - np.argwhere(padded).mean(0)) * self.spacing
             chosen = candidates[np.argmin((away**2).sum(1))]
-        x, y, z = (int(v) - p[0] + part.start for v, p, part in zip(chosen, around, error.box, strict=True))
-        return Click(error.label, (x, y, z))
+        x, y, z = (int(v) - p[0] + o for v, p, o in zip(chosen, around, error.origin, strict=True))
+        return x, y, z
 
 
-def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[Error]:
+@dataclass(frozen=True)
+class _Component:
+    label: int
+    voxels: int
+    origin: tuple[int, ...]
+    inside: npt.NDArray[np.bool_]
+
+
+def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[_Component]:
     """The largest face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
-    found: list[Error] = []
+    found: list[_Component] = []
     if most < 1:
         return found
     boxes = ndimage.find_objects(wanted)
@@ -207,11 +184,8 @@ def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[Error]:
         # An untrained network makes thousands of errors.
         for index in np.argsort(-sizes, kind="stable")[:most]:
             part = parts[index]
-            where = tuple(
-                slice(outer.start + inner.start, outer.start + inner.stop)
-                for outer, inner in zip(box, part, strict=True)
-            )
-            found.append(Error(int(label), int(sizes[index]), where, numbered[part] == index + 1))
-        # Of errors that are equally large, the one of the lowest label comes first, always.
-        found = sorted(found, key=lambda error: (-error.voxels, error.label))[:most]
+            origin = tuple(outer.start + inner.start for outer, inner in zip(box, part, strict=True))
+            found.append(_Component(int(label), int(sizes[index]), origin, numbered[part] == index + 1))
+        # Of components that are equally large, the one of the lowest label comes first, always.
+        found = sorted(found, key=lambda component: (-component.voxels, component.label))[:most]
     return found

@@ -253,10 +253,11 @@ class _Run:
         output = engine.state.output
         image, targets = output[CommonKeys.IMAGE], output[CommonKeys.LABEL]
         logits = output[CommonKeys.PRED].detach()
-        step = clicks.step(engine.state.iteration, image, logits, *targets)
-        if step is not None:
-            _, annotated = targets
-            loss(network(image, step.guidance), step.label, annotated, step.emphasis).backward()
+        guidance = clicks.guidance(engine.state.iteration, image, logits, *targets)
+        if guidance is not None:
+            # Of what the network says with clicks, only what is near to them is ever used.
+            near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
+            loss(network(image, guidance), *targets, near).backward()
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), largest)
