@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+_ROOT = Path(__file__).parent.parent
+_DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (_ROOT / "docs").glob("*.md"))]
 _LINK = re.compile(r"\]\((?:\.\./)?(benchmarks/results/[\w.]+)\)")
 # Not the digits of names such as 96³, T1 or v0001; thousands may be separated.
 _NUMBER = re.compile(r"(?<![\w.×])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\d.]*[\w³])")
@@ -39,7 +41,7 @@ def is_in(value: Decimal, results: list[Decimal]) -> bool:
     return any(abs(abs(result) - abs(value)) <= half for result in results)
 
 
-@pytest.mark.parametrize("name", ["README.md", *sorted(f"docs/{p.name}" for p in Path("docs").glob("*.md"))])
+@pytest.mark.parametrize("name", _DOCUMENTS)
 def test_measured_numbers_are_in_the_files_they_are_said_to_be_in(name: str, repository: Path) -> None:
     wrong = []
     for text, file in claims((repository / name).read_text()):

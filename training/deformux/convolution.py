@@ -1,7 +1,7 @@
 """3D convolution in float32 on CPUs, by faster ways through PyTorch than its own choice.
 
-PyTorch gives a single small volume to an implementation of its own that oneDNN beats two to seven times, and oneDNN's
-gradient of the weights is two to three times as fast over channels-last memory where there are few channels.
+PyTorch gives a single small volume to an implementation of its own that oneDNN beats, and oneDNN's gradient of the
+weights is faster over channels-last memory where there are few channels. ``benchmarks/convolution.py`` measures both.
 """
 
 from __future__ import annotations
