@@ -96,10 +96,10 @@ class _Results:
         self.plan = plan
         self.csv, self.json = stem.with_suffix(".csv"), stem.with_suffix(".json")
         self.markdown, self.png = stem.with_suffix(".md"), stem.with_suffix(".png")
-        self.settings = {
-            name: value for name, value in dataclasses.asdict(plan).items() if name not in ("seeds", "device")
-        } | {"test_fraction": _TEST_FRACTION}
-        if self._facts()["settings"] != json.loads(json.dumps(self.settings)):
+        settings = {name: value for name, value in dataclasses.asdict(plan).items() if name not in ("seeds", "device")}
+        # As they are read back, where tuples are lists.
+        self.settings = json.loads(json.dumps(settings | {"test_fraction": _TEST_FRACTION}))
+        if self._facts()["settings"] != self.settings:
             sys.exit(f"error: {self.json} is of other settings; move it away, or give other --results")
 
     def seeds(self) -> set[int]:
@@ -119,7 +119,7 @@ class _Results:
 
     def _facts(self) -> dict[str, Any]:
         if not self.json.is_file():
-            return {"settings": json.loads(json.dumps(self.settings)), "machines": {}}
+            return {"settings": self.settings, "machines": {}}
         facts: dict[str, Any] = json.loads(self.json.read_text())
         return facts
 

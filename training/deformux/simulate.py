@@ -307,9 +307,10 @@ class _Laboratory:
     def _train(self, seed: int, sets: Sequence[tuple[str, ...]], what: str) -> DeformUXNet:
         plan = self.plan
         labelled = set(sets[-1])
-        network, recipe, new = self._fresh(seed), plan.recipe, set[str]()
         if plan.continue_recipe is not None and len(sets) > 1:
             network, recipe, new = self._snapshot(seed, sets[:-1], what), plan.continue_recipe, labelled - {*sets[-2]}
+        else:
+            network, recipe, new = self._fresh(seed), plan.recipe, set()
         report = self.on_progress
         fit(
             network,
