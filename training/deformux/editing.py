@@ -20,6 +20,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deformux.borders import border_evidence
 from deformux.changes import Change, find_changes, mix, pieces, settle
 from deformux.grids import Box, Index, ScanGrid, slices, triple
 from deformux.guidance import encode_guidance
@@ -183,12 +184,32 @@ class Editor:
         with mixed_precision(self.device):
             logits = self.network(image, guidance[None].to(self.device))[0].float()
         inner = tuple(slice(int(a), int(a + b - c)) for a, b, c in zip(before, stop, start, strict=True))
-        logits = logits[(slice(None), *inner)].cpu()
-        changes = find_changes(
-            logits.numpy(), self._start[slices(box)], seen, triple(start), self._lattice.weights(cell)
-        )
+        read = self._with_borders(logits[(slice(None), *inner)].cpu().numpy(), box, seen)
+        changes = find_changes(read, self._start[slices(box)], seen, triple(start), self._lattice.weights(cell))
         self._windows[key] = changes
         return changes
+
+    def _with_borders(
+        self, logits: npt.NDArray[np.float32], box: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
+    ) -> npt.NDArray[np.float32]:
+        """The network's logits ``(C, x, y, z)`` of a box, but where the clicks by themselves move a border."""
+        start, classes = self._starting_box(box), self._start[slices(box)]
+        # With many classes several times as fast as numpy's.
+        highest = start.amax(0).numpy()
+        values = start.numpy()
+        here = {label: _inside(voxels, box) - box[0] for label, voxels in clicks.items()}
+        moved = np.zeros(classes.shape, dtype=bool)
+        evidence = border_evidence(values, here)
+        for label, added in evidence.items():
+            raised = values[label] + added
+            wins = raised > highest
+            moved = np.where(wins, classes != label, moved)
+            highest = np.where(wins, raised, highest)
+        result = logits.copy()
+        result[:, moved] = values[:, moved]
+        for label, added in evidence.items():
+            result[label, moved] += added[moved]
+        return result
 
     def _edit(
         self, piece: Sequence[Change], clicks: Mapping[int, npt.NDArray[np.int64]], result: npt.NDArray[np.uint8]

@@ -39,7 +39,7 @@ __all__ = ["Edit", "open_study"]
 
 logger = logging.getLogger(__name__)
 
-UNGUIDED = "This model was not trained with clicks, so that a click changes little beyond its own voxel."
+UNGUIDED = "This model was not trained with clicks, so that they move borders near them and repair little else."
 
 
 @dataclass(frozen=True)

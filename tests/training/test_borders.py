@@ -1,0 +1,114 @@
+"""What clicks say of borders: they win, hold along the border they were placed on, and nowhere else."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from deformux.annotator import ClickAnnotator
+from deformux.borders import border_evidence
+from deformux.editing import Editor, study_from_logits
+from deformux.metrics import dice_per_label
+from deformux.transforms import Preprocessing, apply, inference_transforms
+
+# Logits per voxel across a border: those of networks trained on the hippocampus data lie between 3 and 7.
+SLOPE = 5.0
+
+
+def of_lead(lead: np.ndarray) -> np.ndarray:
+    """Logits of background and one label, which leads by so much."""
+    return np.stack([np.zeros_like(lead), lead]).astype(np.float32)
+
+
+def with_clicks(logits: np.ndarray, clicks: dict[int, np.ndarray]) -> np.ndarray:
+    """The logits with what the clicks add."""
+    result = logits.copy()
+    for label, added in border_evidence(logits, clicks).items():
+        assert added.min() >= 0
+        result[label] += added
+    return result
+
+
+def slab() -> np.ndarray:
+    """Logits of a slab of label 1, from 12 to 33 along the first axis."""
+    x = np.arange(48)
+    lead = SLOPE * np.clip(np.minimum(x - 11.5, 33.5 - x), -4, 4)
+    return of_lead(np.broadcast_to(lead[:, None, None], (48, 40, 40)))
+
+
+def test_a_click_moves_the_border_it_was_placed_on() -> None:
+    logits = slab()
+    before = logits.argmax(0)
+    after = with_clicks(logits, {1: np.array([(11, 20, 20)])}).argmax(0)
+    grown = np.argwhere((after == 1) & (before == 0))
+    assert np.all(after >= before)
+    # One layer, in a disc about the click that is several voxels wide, and nothing at the other side of the slab.
+    assert set(grown[:, 0]) == {11}
+    radius = np.hypot(*(grown[:, 1:] - 20).T).max()
+    assert 3 <= radius <= 10
+    assert len(grown) > 0.8 * np.pi * radius**2
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 30), (40, 36, 1)])
+def test_every_click_wins_where_it_is_and_only_its_label_gains(shape: tuple[int, int, int]) -> None:
+    rng = np.random.default_rng(3)
+    noise = rng.standard_normal((4, *shape))
+    logits = (15 * ndimage.gaussian_filter(noise, (0, 3, 3, 3))).astype(np.float32)
+    places = rng.permutation(np.argwhere(np.ones(shape, bool)))[:12]
+    # Side by side, with different labels.
+    places[1] = places[0] + [1 if places[0][0] + 1 < shape[0] else -1, 0, 0]
+    clicks = {label: places[label::3] for label in range(3)}
+    after = with_clicks(logits, clicks)
+    np.testing.assert_array_equal(after[3], logits[3])
+    for label, voxels in clicks.items():
+        for voxel in voxels:
+            at = after[(slice(None), *voxel)]
+            assert at[label] - np.delete(at, label).max() > 2
+
+
+def test_a_click_into_what_is_clearly_right_changes_nothing() -> None:
+    logits = slab()
+    clicks = {1: np.array([(23, 20, 20)]), 0: np.array([(3, 5, 5)])}
+    np.testing.assert_array_equal(with_clicks(logits, clicks), logits)
+    assert border_evidence(logits, {}) == {}
+
+
+@pytest.fixture
+def ball_editor(write_case) -> Callable[[], tuple[Editor, np.ndarray]]:
+    """An editor of a ball, radius 12, with a network that ignores clicks; and distances from the ball's centre."""
+
+    def build() -> tuple[Editor, np.ndarray]:
+        size = (44, 44, 44)
+        prep = Preprocessing("ct", patch_size=(48, 48, 48))
+        image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
+        distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
+        logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
+        padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
+        return Editor(study_from_logits(image, logits), lambda x, guidance: padded, prep), distance
+
+    return build
+
+
+@pytest.mark.parametrize("radius", [11, 13])
+def test_five_clicks_move_the_border_of_a_ball(radius: int, ball_editor) -> None:
+    editor, distance = ball_editor()
+    truth = (distance < radius).astype(np.uint8)
+    begin = shown = editor.apply({})
+    robot, clicks = ClickAnnotator(1), {}
+    for _ in range(5):
+        (click,) = robot.clicks(truth, shown)
+        clicks.setdefault(click.label, []).append(click.voxel)
+        shown = editor.apply(clicks)
+    assert np.count_nonzero((begin != truth) & (shown == truth)) > 5 * 50
+    assert np.count_nonzero((begin == truth) & (shown != truth)) < 0.03 * np.count_nonzero(begin != truth)
+    assert dice_per_label(shown, truth, 1)[0] > dice_per_label(begin, truth, 1)[0] + 0.01
+
+
+def test_a_click_deep_inside_moves_no_border(ball_editor) -> None:
+    editor, distance = ball_editor()
+    begin, centre = editor.apply({}), np.unravel_index(distance.argmin(), distance.shape)
+    changed = np.argwhere(editor.apply({0: [tuple(int(v) for v in centre)]}) != begin)
+    assert len(changed) < 10
+    assert np.abs(changed - centre).max() <= 1
