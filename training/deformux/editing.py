@@ -98,10 +98,11 @@ class Editor:
     """Corrects the mask of one study by clicks; for one thread at a time.
 
     A click belongs to a cell of a fixed lattice (``deformux.lattice``), and the network sees the window around that
-    cell with all clicks inside it and the mask to start from. Of what it would change, only that is taken over what is
-    connected with a click for it: voxels of one new label, one of them clicked with that label, that touch each other
-    or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks of
-    other labels.
+    cell with all clicks inside it and the mask to start from. Where the clicks by themselves move a border
+    (``deformux.borders``), that counts instead of the network's answer. Of what would change, only what is connected
+    with a click for it is taken over: voxels of one new label, one of them clicked with that label, that touch each
+    other or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks
+    of other labels.
 
     Args:
         study: the scan and its automatic segmentation.
