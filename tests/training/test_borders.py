@@ -1,7 +1,5 @@
 """What clicks say of borders: they win, hold along the border they were placed on, and nowhere else."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
@@ -76,24 +74,20 @@ def test_a_click_into_what_is_clearly_right_changes_nothing() -> None:
 
 
 @pytest.fixture
-def ball_editor(write_case) -> Callable[[], tuple[Editor, np.ndarray]]:
+def ball(write_case) -> tuple[Editor, np.ndarray]:
     """An editor of a ball, radius 12, with a network that ignores clicks; and distances from the ball's centre."""
-
-    def build() -> tuple[Editor, np.ndarray]:
-        size = (44, 44, 44)
-        prep = Preprocessing("ct", patch_size=(48, 48, 48))
-        image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
-        distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
-        logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
-        padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
-        return Editor(study_from_logits(image, logits), lambda x, guidance: padded, prep), distance
-
-    return build
+    size = (44, 44, 44)
+    prep = Preprocessing("ct", patch_size=(48, 48, 48))
+    image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
+    distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
+    logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
+    padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
+    return Editor(study_from_logits(image, logits), lambda x, guidance: padded, prep), distance
 
 
 @pytest.mark.parametrize("radius", [11, 13])
-def test_five_clicks_move_the_border_of_a_ball(radius: int, ball_editor) -> None:
-    editor, distance = ball_editor()
+def test_five_clicks_move_the_border_of_a_ball(radius: int, ball: tuple[Editor, np.ndarray]) -> None:
+    editor, distance = ball
     truth = (distance < radius).astype(np.uint8)
     begin = shown = editor.apply({})
     robot, clicks = ClickAnnotator(1), {}
@@ -106,8 +100,8 @@ def test_five_clicks_move_the_border_of_a_ball(radius: int, ball_editor) -> None
     assert dice_per_label(shown, truth, 1)[0] > dice_per_label(begin, truth, 1)[0] + 0.01
 
 
-def test_a_click_deep_inside_moves_no_border(ball_editor) -> None:
-    editor, distance = ball_editor()
+def test_a_click_deep_inside_moves_no_border(ball: tuple[Editor, np.ndarray]) -> None:
+    editor, distance = ball
     begin, centre = editor.apply({}), np.unravel_index(distance.argmin(), distance.shape)
     changed = np.argwhere(editor.apply({0: [tuple(int(v) for v in centre)]}) != begin)
     assert len(changed) < 10

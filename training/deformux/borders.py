@@ -54,15 +54,20 @@ def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, L
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
         clicks: by label, voxels ``(n, 3)`` of it, in any order.
     """
-    places = [(label, voxel) for label, voxels in sorted(clicks.items()) for voxel in np.unique(voxels, axis=0)]
-    voxels = np.array([voxel for _, voxel in places], dtype=np.int64).reshape(-1, 3)
+    unique = {label: np.unique(voxels, axis=0) for label, voxels in sorted(clicks.items()) if len(voxels)}
+    if not unique:
+        return {}
+    labels = np.repeat(list(unique), [len(voxels) for voxels in unique.values()])
+    places = np.concatenate(list(unique.values()))
     kernels = []
-    for label, voxel in places:
-        near = np.count_nonzero(((voxels - voxel) ** 2).sum(1) <= _REACH**2)
-        kernels.append(_kernel(logits, label, voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
-    added = {kernel.label: np.zeros(logits.shape[1:], np.float32) for kernel in kernels}
-    for kernel, amount in zip(kernels, _amounts(logits, kernels), strict=True):
-        added[kernel.label][kernel.box] += np.float32(amount) * kernel.values
+    for label, voxel in zip(labels, places, strict=True):
+        near = np.count_nonzero(((places - voxel) ** 2).sum(1) <= _REACH**2)
+        kernels.append(_kernel(logits, int(label), voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
+    shared = np.array([kernel.at(places) for kernel in kernels])
+    amounts = _amounts(logits[(slice(None), *places.T)].astype(np.float64), labels, shared)
+    added = {label: np.zeros(logits.shape[1:], np.float32) for label in unique}
+    for label, kernel, amount in zip(labels, kernels, amounts, strict=True):
+        added[int(label)][kernel.box] += np.float32(amount) * kernel.values
     return added
 
 
@@ -70,8 +75,6 @@ def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, L
 class _Kernel:
     """How much of what a click says holds around it: ``values`` of the box whose first voxel is ``low``."""
 
-    label: int
-    voxel: Voxels
     low: Voxels
     values: npt.NDArray[np.float32]
 
@@ -101,7 +104,7 @@ def _kernel(logits: Logits, label: int, voxel: Voxels, length: float) -> _Kernel
     )
     values = x[:, None, None] * y[:, None] * z * alike
     values[centre] = 1 + _NUGGET
-    return _Kernel(label, voxel, low, values)
+    return _Kernel(low, values)
 
 
 def _lead(logits: Logits, label: int) -> npt.NDArray[np.float32]:
@@ -120,13 +123,17 @@ def _facing(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return gradient / np.maximum(np.sqrt((gradient**2).sum(0)), _FLAT)
 
 
-def _amounts(logits: Logits, kernels: list[_Kernel]) -> npt.NDArray[np.float64]:
-    """How much of each kernel makes the clicked labels lead where they were clicked, all together."""
-    places = np.array([kernel.voxel for kernel in kernels], dtype=np.int64).reshape(-1, 3)
-    labels = np.array([kernel.label for kernel in kernels], dtype=np.int64)
-    found = logits[(slice(None), *places.T)].astype(np.float64)
-    shared = np.array([kernel.at(places) for kernel in kernels])
-    amounts = np.zeros(len(kernels))
+def _amounts(
+    found: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], shared: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """How much of each click's kernel makes the clicked labels lead where they were clicked, all together.
+
+    Args:
+        found: logits there, ``(C, n)``.
+        labels: that were clicked, ``(n,)``.
+        shared: each kernel's values at all clicks, ``(n, n)``.
+    """
+    amounts = np.zeros(len(labels))
     # Coordinate descent, as in the dual of a support vector machine.
     for _ in range(_SWEEPS):
         for index, label in enumerate(labels):
