@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from deformux.convolution import Conv3d, adopt
 from deformux.network import DeformableMixer, DeformUXNet
 
 __all__ = ["NETWORKS", "OURS", "SIZES", "build", "gmac"]
@@ -89,8 +90,10 @@ class _Peer(nn.Module):
         self.network = network
         self.out_channels = classes
         self.multiple = multiple
+        # As fast on a CPU as in DeformUX-Net: which way a convolution is computed is no merit of a network.
+        adopt(network)
         for module in network.modules():
-            if type(module) is nn.Conv3d:
+            if type(module) is Conv3d:
                 module.__class__ = _Conv3d
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ class _Peer(nn.Module):
         return self.network(x)[:, :, : size[0], : size[1], : size[2]]
 
 
-class _Conv3d(nn.Conv3d):
+class _Conv3d(Conv3d):
     """In float32 on grids two voxels deep: there oneDNN's bfloat16 weight gradient is wrong (see DeformUXNet)."""
 
     def forward(self, x: Tensor) -> Tensor:
