@@ -62,7 +62,7 @@ class Leases:
         # A file lock by itself would let two threads of this process in: it is re-entrant.
         self._thread_lock = threading.Lock()
         self._file_lock = FileLock(path.with_suffix(".lock"), thread_local=False)
-        # What was read last, with what tells one version of the file from the next.
+        # What was read or written last, with what tells one version of the file from the next.
         self._seen: tuple[tuple[int, ...], dict[str, Lease]] | None = None
 
     def claim(
@@ -118,6 +118,12 @@ class Leases:
                 # Without indentation, which would take ten times as long: a lease may be asked for every second.
                 text = json.dumps({"leases": [vars(lease) for lease in leases.values()]})
                 write_text(self.path, text + "\n")
+                self._seen = (self._version(), leases)
+
+    def _version(self) -> tuple[int, ...]:
+        """Every change is a new file, by rename."""
+        status = self.path.stat()
+        return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _current(self, leases: Mapping[str, Lease]) -> dict[str, Lease]:
         now = self._clock()
@@ -125,9 +131,7 @@ class Leases:
 
     def _read(self) -> Mapping[str, Lease]:
         try:
-            status = self.path.stat()
-            # Every change is a new file, by rename.
-            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            version = self._version()
             if self._seen is not None and self._seen[0] == version:
                 return self._seen[1]
             listed = json.loads(self.path.read_text())["leases"]
