@@ -24,6 +24,7 @@ import requests
 import torch
 from _machine import machine_lines
 from requests_toolbelt import MultipartDecoder
+from rich.progress import track
 from server import checked, get, serving, state_of
 
 from deformux.network import DeformUXNet
@@ -77,7 +78,7 @@ def one_scan(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
         first_s = time.perf_counter() - start
         click(url, "scan", {})  # compiles what only an edit calls
         times = []
-        for number in range(args.clicks):
+        for number in track(range(args.clicks), description="clicks on the scan"):
             if number % 10 == 0:
                 points: dict[str, list[list[int]]] = {}
             points.setdefault(rng.choice(["anterior", "posterior", "background"]), []).append(voxel(size, rng))
@@ -124,7 +125,7 @@ def many_clients(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
                 memory.append(resident_mb(process))
 
         with ThreadPoolExecutor(2) as pool:
-            for done in [pool.submit(burst, *each) for each in bursts]:
+            for done in track([pool.submit(burst, *each) for each in bursts], description="bursts of clicks"):
                 done.result()
         state = get(f"{url}/deformux/sessions").json()
     fifth = max(1, len(memory) // 5)
