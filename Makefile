@@ -40,7 +40,7 @@ serve: $(READY)
 		$(if $(CACHE),--cache-gb "$(CACHE)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadgroup $(RUNSLOW)
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)
 test: lint
 	$(PYTEST) tests/ops tests/gpu tests/training tests/test_*.py
 	$(PYTEST) tests/app

@@ -28,24 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device: got {name}, which PyTorch cannot use here ({reason})") from error
 
 
-# First, for pytest-xdist reads the groups in this hook as well.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("loadgroup", False):
-        _group(items)
     if config.getoption("--runslow"):
         return
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow sweep: give --runslow"))
-
-
-def _group(items: list[pytest.Item]) -> None:
-    """A worker for each file, but one for all that need the same trainings, which take minutes."""
-    training = {item.path for item in items if "trainings" in getattr(item, "fixturenames", ())}
-    for item in items:
-        name = "trainings" if item.path in training else str(item.path.relative_to(REPOSITORY))
-        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
