@@ -1,12 +1,15 @@
 """Fixtures and options that every test folder shares."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# A test that takes the fixture of this name (tests/app/conftest.py).
+_TRAINED = re.compile(r"\btrainings: list\b")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +37,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow sweep: give --runslow"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """A worker for each file, but one for all that need the same trainings, which take minutes."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "trainings" if _TRAINED.search((REPOSITORY / file).read_text()) else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
