@@ -1,15 +1,13 @@
 """Fixtures and options that every test folder shares."""
 
 import os
-import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# A test that takes the fixture of this name (tests/app/conftest.py).
-_TRAINED = re.compile(r"\btrainings: list\b")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,10 +44,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
     class Scheduling(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "trainings" if _TRAINED.search((REPOSITORY / file).read_text()) else file
+            return _shared_by(super()._split_scope(nodeid))
 
     return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@cache  # asked for every test, several times
+def _shared_by(file: str) -> str:
+    """What the tests of a file share; its source tells, for the process that hands out tests collects none itself."""
+    # The parameter by which a test takes the fixture in tests/app/conftest.py.
+    return "trainings" if "trainings: list" in (REPOSITORY / file).read_text() else file
 
 
 @pytest.fixture(scope="session")
