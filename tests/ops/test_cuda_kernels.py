@@ -134,7 +134,14 @@ def test_same_bits_in_any_order_of_threads(case, runtime):
 
 @pytest.mark.parametrize(
     ("channels", "dtype"),
-    [(48, torch.float16), (20, torch.bfloat16), (16, torch.float32), (115, torch.float32), (3, torch.float64)],
+    [
+        (48, torch.float16),
+        (20, torch.bfloat16),
+        (16, torch.float32),
+        (115, torch.float32),
+        (384, torch.float32),
+        (3, torch.float64),
+    ],
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_offsets_computed_in_the_kernel(make_problem, runtime, channels, dtype, bias):

@@ -48,7 +48,7 @@ __device__ __forceinline__ float half_to_float(unsigned short bits) {
     return half;
 }
 __device__ __forceinline__ unsigned short float_to_half(float value) {
-    _Float16 half = value;
+    _Float16 half = (_Float16)value;
     unsigned short bits;
     __builtin_memcpy(&bits, &half, sizeof bits);
     return bits;

@@ -38,11 +38,18 @@ __device__ __forceinline__ void compute_shifts(
         int j = i % channels, voxel = i / channels * 4;
         Real start = bias ? to_real(bias[j]) : Real(0);
         Real sum[4] = {start, start, start, start};
-        for (int c = 0; c < C; ++c) {
-            Real factor = to_real(weight[(int64)c * channels + j]);
-            const Real* row = volume + c * rows + voxel;
+        // In parts: hundreds of terms in one sum would lose a digit.
+        for (int first = 0; first < C; first += 32) {
+            const int end = first + 32 < C ? first + 32 : C;
+            Real part[4] = {};
+            for (int c = first; c < end; ++c) {
+                Real factor = to_real(weight[(int64)c * channels + j]);
+                const Real* row = volume + c * rows + voxel;
 #pragma unroll
-            for (int k = 0; k < 4; ++k) sum[k] = fma_(factor, row[k], sum[k]);
+                for (int k = 0; k < 4; ++k) part[k] = fma_(factor, row[k], part[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[k] += part[k];
         }
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -105,7 +112,13 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
                 const Scalar* origin = sample_n + c;
                 const Scalar* tap_weights = weight + (int64)first * C + c;
                 const int slot = voxel * chunk;
+                // Only where the number of taps is known: for others NVRTC 13 drops the check between the copies, and runs
+                // up to two taps too many.
+#if CUBE
 #pragma unroll 3
+#else
+#pragma unroll 1
+#endif
                 for (int tap = 0; tap < count; ++tap) {
                     const unsigned inside = samples.inside[slot + tap];
                     if (!inside) continue;
