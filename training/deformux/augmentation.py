@@ -10,6 +10,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import (
     EnsureTyped,
+    Identityd,
+    OneOf,
     Rand3DElasticd,
     RandAdjustContrastd,
     RandAffined,
@@ -45,12 +47,15 @@ class SamplingMapsd(Transform):
         return {**data, **{key: MetaTensor(value.to(torch.uint8)) for key, value in maps.items()}}
 
 
-def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
+def training_augmentation(
+    prep: Preprocessing, recipe: Recipe, *, device: str | torch.device = "cpu"
+) -> list[Transform]:
     """Random dictionary transforms from whole volumes ``(1, x, y, z)`` to ``patches_per_volume`` training patches.
 
     What precedes the first random one is done once for each volume in memory. Anything else in the dictionary under
-    ``annotated`` is passed on.
+    ``annotated`` is passed on. Patches are cut from volumes on the CPU; on ``device`` they are varied, and stay.
     """
+    device = torch.device(device)
     transforms: list[Transform] = [
         # Only what collates: paths and reader headers stay behind.
         SelectItemsd((*_KEYS, "annotated")),
@@ -70,6 +75,9 @@ def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform
         ),
         SelectItemsd((*_KEYS, "annotated")),
     ]
+    if device.type != "cpu":
+        # One core resamples a patch about as fast as it trains on one; a GPU would wait for it most of the time.
+        transforms.append(EnsureTyped(_KEYS, device=device))
     for axis in recipe.flip_axes:
         transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
     if recipe.affine_probability > 0 and (recipe.rotation_degrees > 0 or recipe.scaling > 0):
@@ -81,19 +89,22 @@ def training_augmentation(prep: Preprocessing, recipe: Recipe) -> list[Transform
                 scale_range=[recipe.scaling] * 3,
                 mode=("bilinear", "nearest"),
                 padding_mode=("border", "zeros"),
+                device=device,
             )
         )
     if recipe.elastic_probability > 0:
-        transforms.append(
-            Rand3DElasticd(
-                _KEYS,
-                prob=recipe.elastic_probability,
-                sigma_range=recipe.elastic_sigma,
-                magnitude_range=recipe.elastic_magnitude,
-                mode=("bilinear", "nearest"),
-                padding_mode=("border", "zeros"),
-            )
+        deform = Rand3DElasticd(
+            _KEYS,
+            prob=1.0,
+            sigma_range=recipe.elastic_sigma,
+            magnitude_range=recipe.elastic_magnitude,
+            mode=("bilinear", "nearest"),
+            padding_mode=("border", "zeros"),
+            device=device,
         )
+        # With another probability of its own it would resample every patch, most of them to what they were.
+        p = recipe.elastic_probability
+        transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[p, 1 - p]))
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
         transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))

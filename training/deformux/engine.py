@@ -124,7 +124,7 @@ def fit(
         if checkpoint is not None:
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
-        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels)
+        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device)
         return _Run(network, patches, recipe, prep, labels, val_cases, device, seed, on_progress, saved, stop).run()
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)

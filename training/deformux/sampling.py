@@ -43,10 +43,18 @@ class Patches:
     """Training patches of labelled volumes, from one step of a run to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
+    Image and label of a patch come on ``device``.
     """
 
     def __init__(
-        self, cases: Sequence[Case], *, new: Collection[str], recipe: Recipe, prep: Preprocessing, labels: Sequence[str]
+        self,
+        cases: Sequence[Case],
+        *,
+        new: Collection[str],
+        recipe: Recipe,
+        prep: Preprocessing,
+        labels: Sequence[str],
+        device: str | torch.device = "cpu",
     ) -> None:
         self.recipe = recipe
         self.cases = cases
@@ -60,7 +68,7 @@ class Patches:
             }
             for case in cases
         ]
-        augmentation = training_augmentation(prep, recipe)
+        augmentation = training_augmentation(prep, recipe, device=device)
         transforms: list[Transform] = [*labelled_transforms(prep, n_labels=n_labels), *augmentation]
         fixed = list(itertools.takewhile(lambda t: not isinstance(t, RandomizableTrait), transforms))
         # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
