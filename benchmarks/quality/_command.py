@@ -38,12 +38,15 @@ def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = ".
     parser.add_argument("--cases", type=int, help="volumes to train and to test on, at most: to try a command")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a training")
+    if seeds is not None:
+        parser.add_argument("--jobs", type=int, default=1, help="trainings at a time; a GPU has room for many")
     return parser
 
 
 def placement(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the trials compute, as arguments of ``Trial``."""
-    return {"device": torch_device(arguments.device), "threads": arguments.threads}
+    """Where the trials compute, as arguments of ``Trial``; ``run_trials`` asks whether this machine can."""
+    device = torch_device("auto") if arguments.device == "auto" else arguments.device
+    return {"device": device, "threads": arguments.threads}
 
 
 def hippocampus(arguments: argparse.Namespace) -> Task:

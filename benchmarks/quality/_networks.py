@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -121,6 +122,8 @@ def gmac(network: nn.Module, shape: tuple[int, ...]) -> float:
     PyTorch counts convolutions and matrix products. It does not know the deformable convolution, which is added here:
     its taps, and 8 for each tap and channel to interpolate. Normalisation, activations and sums are not counted.
     """
+    # Without storage: only shapes are needed, and a machine that trains on a GPU need not compile CPU kernels for them.
+    network = copy.deepcopy(network).to("meta").eval()
     deformable = 0
 
     def add(mixer: DeformableMixer, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -128,13 +131,9 @@ def gmac(network: nn.Module, shape: tuple[int, ...]) -> float:
         samples = inputs[0].numel() * 27
         deformable += samples * mixer.weight.shape[1] + 8 * samples
 
-    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, DeformableMixer)]
-    was_training = network.training
-    try:
-        with FlopCounterMode(display=False) as counter:
-            network.eval()(torch.zeros(shape))
-    finally:
-        network.train(was_training)
-        for handle in handles:
-            handle.remove()
+    for module in network.modules():
+        if isinstance(module, DeformableMixer):
+            module.register_forward_hook(add)
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(shape, device="meta"))
     return (counter.get_total_flops() / 2 + deformable) / 1e9

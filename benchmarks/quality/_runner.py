@@ -1,21 +1,24 @@
-"""Running trials one after another, each in a fresh process, and going on where a killed run stopped."""
+"""Running trials, each in a fresh process, and going on where a killed run stopped."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from benchmarks.quality._trials import Result, Trial, run_trial
+from benchmarks.quality._trials import Result, Tell, Trial, affordable_steps, run_trial
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from deformux.cli_support import torch_device
 from deformux.engine import TrainingError
 from deformux.transforms import InvalidVolume
 from deformux.weights import InvalidModel
@@ -26,7 +29,9 @@ Report = Callable[[Sequence[Result]], None]
 _console = Console()
 
 
-def run_trials(trials: Sequence[Trial], folder: Path, report: Report = lambda results: None) -> list[Result]:
+def run_trials(
+    trials: Sequence[Trial], folder: Path, report: Report = lambda results: None, *, jobs: int = 1
+) -> list[Result]:
     """The results of all trials in their order; those that are in ``folder`` already are not run again.
 
     Several processes may share a folder: each takes what no other has in hands.
@@ -35,48 +40,111 @@ def run_trials(trials: Sequence[Trial], folder: Path, report: Report = lambda re
         trials: what to run.
         folder: one JSON file per finished trial, written by rename.
         report: called at the start and after each trial with the results so far.
+        jobs: how many trials to run at a time; steps are timed before, with nothing beside them.
 
     Raises:
+        ValueError: this machine has no such device, and there is something left to run.
         SystemExit: some trials failed; all others are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    failed: dict[str, str] = {}
-    seconds: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TextColumn("{task.fields[left]}"), console=_console) as bar:
-        task = bar.add_task("", total=len(trials), left="")
-        results = _finished(trials, folder)
-        report(results)
-        while pending := [t for t in trials if not _file(t, folder).is_file() and t.name not in failed]:
-            taken = _take_first(pending, folder)
-            if taken is None:
-                time.sleep(1)  # another process has all that is left in hands
-            else:
-                trial, lock = taken
-                done, began = len(_finished(trials, folder)), time.monotonic()
-
-                def show(what: str, part: float, trial: Trial = trial, done: int = done) -> None:
-                    bar.update(task, description=f"{trial.title}: {what}", completed=done + part)
-
+        queue = _Queue(trials, folder, report, bar, jobs)
+        for device in {trial.device for trial in queue.pending()}:
+            torch_device(device)
+        if jobs == 1:
+            queue.work()
+        else:
+            queue.time_steps()
+            with ThreadPoolExecutor(jobs) as pool:
                 try:
-                    error = _in_fresh_process(trial, folder, show)
-                finally:
-                    lock.release()
-                seconds.append(time.monotonic() - began)
-                if error:
-                    failed[trial.name] = f"{trial.title}: {error}"
-            results = _finished(trials, folder)
-            if taken is not None:
-                report(results)
-                left = _left(len(trials) - len(results) - len(failed), seconds)
-                bar.update(task, completed=len(results), left=left.removeprefix(", "))
-                _console.print(
-                    f"{trial.title}: {error or _told(trial, folder)}; {len(results)} of {len(trials)}{left}",
-                    soft_wrap=True,
-                )
-    if failed:
-        sys.exit("failed, and tried again by the next call:\n" + "\n".join(failed.values()))
-    return results
+                    for worker in [pool.submit(queue.work) for _ in range(jobs)]:
+                        worker.result()
+                except BaseException:
+                    queue.stopped.set()
+                    raise
+    if queue.failed:
+        sys.exit("failed, and tried again by the next call:\n" + "\n".join(queue.failed.values()))
+    return _finished(trials, folder)
+
+
+class _Queue:
+    """Trials that are taken one by one, by several threads and processes, and what is told of them."""
+
+    def __init__(self, trials: Sequence[Trial], folder: Path, report: Report, bar: Progress, jobs: int) -> None:
+        self.trials, self.folder, self.report, self.bar, self.jobs = trials, folder, report, bar, jobs
+        self.failed: dict[str, str] = {}
+        self.stopped = threading.Event()
+        self._seconds: list[float] = []
+        self._parts: dict[str, float] = {}
+        self._one_at_a_time = threading.Lock()
+        self._task = bar.add_task("", total=len(trials), left="")
+        report(_finished(trials, folder))
+
+    def pending(self) -> list[Trial]:
+        return [t for t in self.trials if not _file(t, self.folder).is_file() and t.name not in self.failed]
+
+    def work(self) -> None:
+        """Run trials until none is left."""
+        while not self.stopped.is_set() and (pending := self.pending()):
+            taken = _take_first(pending, self.folder)
+            if taken is None:
+                time.sleep(1)  # others have all that is left in hands
+                continue
+            trial, lock = taken
+            began = time.monotonic()
+            try:
+                error = self._in_fresh_process(trial, _trial, trial, trial.name, self.folder, self.jobs)
+            finally:
+                lock.release()
+            with self._one_at_a_time:
+                self._finish(trial, error, time.monotonic() - began)
+
+    def time_steps(self) -> None:
+        """Time the steps of those whose budget is seconds, while nothing else runs."""
+        paces = {trial.pace_name: trial for trial in self.pending() if trial.seconds is not None}
+        if paces and (error := self._in_fresh_process(self.trials[0], _paces, list(paces.values()), self.folder)):
+            sys.exit(f"steps could not be timed: {error}")
+
+    def _finish(self, trial: Trial, error: str, seconds: float) -> None:
+        self._seconds.append(seconds)
+        self._parts.pop(trial.name, None)
+        if error and not self.stopped.is_set():
+            self.failed[trial.name] = f"{trial.title}: {error}"
+        results = _finished(self.trials, self.folder)
+        self.report(results)
+        left = _left(len(self.trials) - len(results) - len(self.failed), self._seconds, self.jobs)
+        self.bar.update(self._task, completed=len(results), left=left.removeprefix(", "))
+        what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}{left}"
+        _console.print(f"{trial.title}: {what}", soft_wrap=True)
+
+    def _show(self, trial: Trial, what: str, part: float) -> None:
+        self._parts[trial.name] = part
+        done = sum(_file(t, self.folder).is_file() for t in self.trials)
+        self.bar.update(self._task, description=f"{trial.title}: {what}", completed=done + sum(self._parts.values()))
+
+    def _in_fresh_process(self, trial: Trial, what: Callable[..., None], *arguments: object) -> str:
+        """Run a function where nothing else has taken memory; what went wrong, or nothing."""
+        context = multiprocessing.get_context("spawn")
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(what, arguments, sender))
+        process.start()
+        sender.close()
+        error = ""
+        try:
+            while not self.stopped.is_set():
+                if not receiver.poll(1):
+                    continue
+                told, part = receiver.recv()
+                if told == "error":
+                    error = str(part)
+                else:
+                    self._show(trial, told, part)
+        except EOFError:
+            process.join()
+        finally:
+            process.kill()
+        return error or (f"its process ended with code {process.exitcode}" if process.exitcode else "")
 
 
 def _file(trial: Trial, folder: Path) -> Path:
@@ -101,10 +169,10 @@ def _take_first(trials: Sequence[Trial], folder: Path) -> tuple[Trial, FileLock]
     return None
 
 
-def _left(trials: int, seconds: Sequence[float]) -> str:
+def _left(trials: int, seconds: Sequence[float], jobs: int) -> str:
     if not trials:
         return ""
-    return f", about {timedelta(seconds=round(trials * sum(seconds) / len(seconds)))} left"
+    return f", about {timedelta(seconds=round(trials * sum(seconds) / len(seconds) / jobs))} left"
 
 
 def _told(trial: Trial, folder: Path) -> str:
@@ -112,39 +180,26 @@ def _told(trial: Trial, folder: Path) -> str:
     return f"Dice {result.mean('dice'):.4f} after {result.steps} steps in {result.seconds:.0f} s"
 
 
-def _in_fresh_process(trial: Trial, folder: Path, show: Callable[[str, float], None]) -> str:
-    """Run a trial where nothing else has taken memory; what went wrong, or nothing."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(trial, trial.name, folder, sender))
-    process.start()
-    sender.close()
-    error = ""
-    try:
-        while True:
-            what, part = receiver.recv()
-            if what == "error":
-                error = str(part)
-            else:
-                show(what, part)
-    except EOFError:
-        process.join()
-    finally:
-        process.kill()
-    return error or (f"its process ended with code {process.exitcode}" if process.exitcode else "")
-
-
-def _child(trial: Trial, name: str, folder: Path, sender: Connection) -> None:
-    def tell(what: str, part: object) -> None:
+def _child(what: Callable[..., None], arguments: Sequence[object], sender: Connection) -> None:
+    def tell(told: str, part: object) -> None:
         try:
-            sender.send((what, part))
+            sender.send((told, part))
         except BrokenPipeError:
             # Killed: whoever goes on needs the cores.
             os._exit(1)
 
     try:
-        run_trial(trial, name, folder, tell)
+        what(tell, *arguments)
     except (TrainingError, InvalidVolume, InvalidModel, OSError) as error:
         tell("error", str(error))
     except KeyboardInterrupt:
         os._exit(130)  # the parent says so
+
+
+def _trial(tell: Tell, trial: Trial, name: str, folder: Path, jobs: int) -> None:
+    run_trial(trial, name, folder, tell, jobs=jobs)
+
+
+def _paces(tell: Tell, trials: Sequence[Trial], folder: Path) -> None:
+    for trial in trials:
+        affordable_steps(trial, folder, tell)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -10,7 +9,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +31,14 @@ from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing
 from deformux.weights import ModelCard, save_model, warm_start
 
-__all__ = ["Result", "Task", "Trial", "model_file", "run_trial"]
+__all__ = ["Result", "Task", "Tell", "Trial", "affordable_steps", "model_file", "run_trial"]
 
 # Of a training whose steps are timed: the first ones compile, and fill caches.
 _WARM_UP, _TIMED = 5, 20
 _EPOCHS = 10
+
+# Told what is being done, and the part of it that is done (0..1).
+Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,17 @@ class Trial:
     @property
     def name(self) -> str:
         """A file name, which differs where anything differs that could change the result."""
+        return self._named(self.title, ())
+
+    @property
+    def pace_name(self) -> str:
+        """The same of how fast it trains, which no seed changes."""
+        return self._named(f"{self.network} {self.size}", ("title", "seed", "keep_model"))
+
+    def _named(self, title: str, without: Collection[str]) -> str:
         task = self.task
         identity = {
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "task"},
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("task", *without)},
             "start_from": self.start_from and self.start_from.name,
             "labels": task.labels,
             "prep": task.prep.to_json(),
@@ -93,7 +103,7 @@ class Trial:
             "test": [case.id for case in task.test],
         }
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        return f"{re.sub('[^A-Za-z0-9.]+', '-', self.title)}-{digest[:10]}"
+        return f"{re.sub('[^A-Za-z0-9.]+', '-', title)}-{digest[:10]}"
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Result:
         steps, seconds: of the training, without the reading of its volumes.
         seconds_per_step: the median, augmentation included; None after too few steps.
         peak_gb: memory of the process, or of the GPU, at the end of the training.
-        machine: what it ran on, one fact per line.
+        machine: what it ran on, and beside how many others at most, one fact per line.
     """
 
     trial: Trial
@@ -150,7 +160,7 @@ class _Clock:
         return np.diff(self.times)
 
 
-def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float], None]) -> None:
+def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 1) -> None:
     """Train, score, and write ``<name>.json`` by rename; a training that was killed goes on from its checkpoint.
 
     Args:
@@ -158,24 +168,20 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float]
         name: that of the trial where it was started: in this process the source may be a newer one.
         folder: for the result, the model and the checkpoint.
         tell: called with what is being done, and the part of it that is done (0..1).
+        jobs: how many trials may run at the same time.
     """
     torch.set_num_threads(trial.threads)
     task = trial.task
-    torch.manual_seed(trial.seed)
-    network = build(
-        trial.network, trial.size, classes=len(task.labels) + 1, patch=task.prep.patch_size, options=trial.options
-    )
-    if trial.start_from is not None:
-        warm_start(network, trial.start_from)
+    network = _network(trial)
     cost = gmac(network, (1, 1, *task.prep.patch_size))
     unfinished = folder / "unfinished" / name
-    steps = trial.steps if trial.seconds is None else _affordable_steps(trial, network, unfinished / "steps.txt", tell)
+    steps = trial.steps if trial.seconds is None else affordable_steps(trial, folder, tell)
     recipe = task.recipe.in_steps(steps, epochs=_EPOCHS)
     clock, cuda = _Clock(), trial.device.startswith("cuda")
     if cuda:
         torch.cuda.reset_peak_memory_stats(trial.device)
     checkpoint = unfinished / "checkpoint.safetensors"
-    result = _fit(trial, network, recipe, clock, tell, checkpoint)
+    result = _fit(trial, task.train, network, recipe, clock, tell, checkpoint)
     peak = torch.cuda.max_memory_allocated(trial.device) if cuda else _peak_bytes()
     tested: list[None] = []
 
@@ -195,7 +201,7 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Callable[[str, float]
         seconds=result.seconds,
         seconds_per_step=float(np.median(clock.seconds())) if len(clock.times) > 1 else None,
         peak_gb=peak / 1e9,
-        machine=tuple(machine_lines()),
+        machine=(*machine_lines(), *([f"up to {jobs} trainings at a time"] if jobs > 1 else [])),
     )
     write_text(
         folder / f"{name}.json",
@@ -209,25 +215,39 @@ def model_file(folder: Path, name: str) -> Path:
     return folder / "models" / f"{name}.safetensors"
 
 
-def _affordable_steps(trial: Trial, network: nn.Module, kept: Path, tell: Callable[[str, float], None]) -> int:
-    """How many steps fit into the trial's seconds, timed on a copy; kept, since a resumed training needs the same."""
+def affordable_steps(trial: Trial, folder: Path, tell: Tell) -> int:
+    """How many steps fit into the trial's seconds, by the time of some; kept, so that all seeds take as many."""
+    kept = folder / "steps" / f"{trial.pace_name}.txt"
     if not kept.is_file():
-        clock = _Clock()
-        recipe = trial.task.recipe.in_steps(_WARM_UP + _TIMED, epochs=1)
-        _fit(trial, copy.deepcopy(network), recipe, clock, tell)
+        torch.set_num_threads(trial.threads)
+        clock, recipe = _Clock(), trial.task.recipe.in_steps(_WARM_UP + _TIMED, epochs=1)
+        # No more volumes are read than are drawn.
+        drawn = trial.task.train[: recipe.steps * recipe.batch_size]
+        _fit(trial, drawn, _network(trial), recipe, clock, tell)
         write_text(kept, str(max(1, int(trial.seconds / clock.seconds()[_WARM_UP - 1 :].mean()))))
     return int(kept.read_text())
 
 
+def _network(trial: Trial) -> nn.Module:
+    """Before its first step."""
+    torch.manual_seed(trial.seed)
+    classes, patch = len(trial.task.labels) + 1, trial.task.prep.patch_size
+    network = build(trial.network, trial.size, classes=classes, patch=patch, options=trial.options)
+    if trial.start_from is not None:
+        warm_start(network, trial.start_from)
+    return network
+
+
 def _fit(
     trial: Trial,
+    cases: Sequence[Case],
     network: nn.Module,
     recipe: Recipe,
     clock: _Clock,
-    tell: Callable[[str, float], None],
+    tell: Tell,
     checkpoint: Path | None = None,
 ) -> FitResult:
-    what = "training" if checkpoint is not None else "timing steps"
+    what = "training" if checkpoint is not None else "timing"
 
     def show(progress: Progress) -> None:
         tell(f"{what}, step {progress.step} of {progress.total_steps}", progress.step / progress.total_steps)
@@ -235,7 +255,7 @@ def _fit(
     tell("reading volumes", 0.0)
     return fit(
         network,
-        trial.task.train,
+        cases,
         recipe=recipe,
         prep=trial.task.prep,
         labels=trial.task.labels,

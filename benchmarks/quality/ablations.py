@@ -94,7 +94,7 @@ def main() -> None:
             plot=strips({title: [r.mean("dice") for r in own] for title, own in shown.items()}, "mean Dice"),
         )
 
-    run_trials(trials, arguments.work, report)
+    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
 
 
 def _title(row: Row) -> str:

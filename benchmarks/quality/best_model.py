@@ -128,7 +128,7 @@ class Choice:
             )
             for seed in range(arguments.seeds)
         ]
-        self.tried[name] = run_trials(trials, arguments.work)
+        self.tried[name] = run_trials(trials, arguments.work, jobs=arguments.jobs)
         return float(np.mean([result.mean("dice") for result in self.tried[name]]))
 
     def report(self, last: Sequence[Result]) -> None:

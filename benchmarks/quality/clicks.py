@@ -31,7 +31,7 @@ from benchmarks.quality._report import spread, table, write_report
 from rich.progress import track
 
 from deformux.cases import Case, find_cases
-from deformux.cli_support import model_path
+from deformux.cli_support import model_path, torch_device
 from deformux.clicks import THRESHOLDS, CaseResult, Robot, play_case, summarise
 from deformux.clicks_cli import plot, summary_rows
 from deformux.files import write_text
@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--slice-seconds", type=float, default=15.0, help="an annotator's, to draw one slice")
     arguments = parser.parse_args()
     device, threads = placement(arguments).values()
+    torch_device(device)
     torch.set_num_threads(threads)
     path = model_path(arguments.model)
     network, card = load_model(path, device=device)

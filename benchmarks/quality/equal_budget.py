@@ -60,7 +60,7 @@ def main() -> None:
             plot=comparison_plot(results),
         )
 
-    run_trials(trials, arguments.work, report)
+    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
 
 
 if __name__ == "__main__":

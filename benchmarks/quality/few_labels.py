@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--earlier-steps", type=int, default=600, help="of the two trainings to start from")
     arguments = parser.parse_args()
     task = hippocampus(arguments)
-    earlier = run_trials(_earlier_trials(task, arguments), arguments.work)
+    earlier = run_trials(_earlier_trials(task, arguments), arguments.work, jobs=arguments.jobs)
     weights: dict[str, Path | None] = {"scratch": None}
     weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
     trials = [
@@ -76,7 +76,7 @@ def main() -> None:
             plot=_plot(results),
         )
 
-    run_trials(trials, arguments.work, report)
+    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
 
 
 def _earlier_trials(task: Task, arguments: argparse.Namespace) -> list[Trial]:
