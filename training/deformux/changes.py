@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -64,8 +63,7 @@ def find_changes(
         origin: where it lies in the volume.
         profiles: weights along each axis, which multiply.
     """
-    # With many classes several times as fast as numpy's.
-    classes = torch.from_numpy(logits).argmax(0).numpy()
+    classes = _highest(logits)
     wanted = np.zeros(start.shape, dtype=bool)
     for label, voxels in clicks.items():
         clicked = voxels - origin
@@ -86,6 +84,16 @@ def find_changes(
     return changes
 
 
+def _highest(logits: Logits) -> npt.NDArray[np.uint8]:
+    """The class ``(x, y, z)`` of the highest of logits ``(C, x, y, z)``, the first of equal ones."""
+    # Several times as fast as argmax along the outermost axis, numpy's or PyTorch's.
+    highest, classes = logits[0].copy(), np.zeros(logits.shape[1:], np.uint8)
+    for label, values in enumerate(logits[1:], start=1):
+        np.putmask(classes, values > highest, label)
+        np.maximum(highest, values, out=highest)
+    return classes
+
+
 def pieces(changes: Sequence[Change]) -> list[list[Change]]:
     """Changes whose bounding boxes overlap, directly or through others, together."""
     if not changes:
@@ -101,15 +109,22 @@ def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32
     """The voxels ``(n, 3)`` of several changes, the weighted sum of their logits ``(C, n)``, and of the weights."""
     if len(piece) == 1:
         return piece[0].voxels, piece[0].logits * piece[0].weights, piece[0].weights
-    voxels, index = np.unique(np.concatenate([change.voxels for change in piece]), axis=0, return_inverse=True)
+    first = np.min([change.voxels.min(0) for change in piece], axis=0)
+    shape = np.max([change.voxels.max(0) for change in piece], axis=0) - first + 1
+    # Numbered in a box instead of sorted, which takes ten times as long.
+    places = [tuple((change.voxels - first).T) for change in piece]
+    numbers = np.full(shape, -1, np.int32)
+    for place in places:
+        numbers[place] = 0
+    inside = numbers == 0
+    voxels = np.argwhere(inside) + first
+    numbers[inside] = np.arange(len(voxels))
     logits = np.zeros((len(piece[0].logits), len(voxels)), np.float32)
     weights = np.zeros(len(voxels), np.float32)
-    done = 0
-    for change in piece:
-        here = index.ravel()[done : done + len(change.voxels)]
+    for change, place in zip(piece, places, strict=True):
+        here = numbers[place]
         logits[:, here] += change.weights * change.logits
         weights[here] += change.weights
-        done += len(change.voxels)
     return voxels, logits, weights
 
 
