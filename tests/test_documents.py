@@ -10,7 +10,8 @@ import pytest
 
 _ROOT = Path(__file__).parent.parent
 _DOCUMENTS = ["README.md", "CHANGELOG.md", *sorted(f"docs/{path.name}" for path in (_ROOT / "docs").glob("*.md"))]
-_LINK = re.compile(r"\]\((?:\.\./)?(benchmarks/results/[\w.]+)\)")
+# Not those of pictures.
+_LINK = re.compile(r"\]\((?:\.\./)?(benchmarks/results/[\w.]+\.(?:md|csv|json))\)")
 # Not the digits of names such as 96³, T1 or v0001; thousands may be separated.
 _NUMBER = re.compile(r"(?<![\w.×])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\d.]*[\w³])")
 _UNITS = re.compile(r"(?<=\d)(×|%|\sms|\ss\b|\sGB|\sMB)")
