@@ -94,22 +94,22 @@ class _Queue:
             trial, lock = taken
             began = time.monotonic()
             try:
-                error = self._in_fresh_process(trial, _trial, trial, trial.name, self.folder, self.jobs)
+                error = self._in_fresh_process(trial.title, _trial, trial, trial.name, self.folder, self.jobs)
             finally:
                 lock.release()
-            with self._one_at_a_time:
-                self._finish(trial, error, time.monotonic() - began)
+            if not self.stopped.is_set():
+                with self._one_at_a_time:
+                    self._finish(trial, error, time.monotonic() - began)
 
     def time_steps(self) -> None:
         """Time the steps of those whose budget is seconds, while nothing else runs."""
         paces = {trial.pace_name: trial for trial in self.pending() if trial.seconds is not None}
-        if paces and (error := self._in_fresh_process(self.trials[0], _paces, list(paces.values()), self.folder)):
+        if paces and (error := self._in_fresh_process("timing", _paces, list(paces.values()), self.folder)):
             sys.exit(f"steps could not be timed: {error}")
 
     def _finish(self, trial: Trial, error: str, seconds: float) -> None:
         self._seconds.append(seconds)
-        self._parts.pop(trial.name, None)
-        if error and not self.stopped.is_set():
+        if error:
             self.failed[trial.name] = f"{trial.title}: {error}"
         results = _finished(self.trials, self.folder)
         self.report(results)
@@ -118,12 +118,12 @@ class _Queue:
         what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}{left}"
         _console.print(f"{trial.title}: {what}", soft_wrap=True)
 
-    def _show(self, trial: Trial, what: str, part: float) -> None:
-        self._parts[trial.name] = part
-        done = sum(_file(t, self.folder).is_file() for t in self.trials)
-        self.bar.update(self._task, description=f"{trial.title}: {what}", completed=done + sum(self._parts.values()))
+    def _show(self, title: str, what: str, part: float) -> None:
+        self._parts[title] = part
+        done = len(self.trials) - len(self.pending()) - len(self.failed)
+        self.bar.update(self._task, description=f"{title}: {what}", completed=done + sum(self._parts.values()))
 
-    def _in_fresh_process(self, trial: Trial, what: Callable[..., None], *arguments: object) -> str:
+    def _in_fresh_process(self, title: str, what: Callable[..., None], *arguments: object) -> str:
         """Run a function where nothing else has taken memory; what went wrong, or nothing."""
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
@@ -139,11 +139,12 @@ class _Queue:
                 if told == "error":
                     error = str(part)
                 else:
-                    self._show(trial, told, part)
+                    self._show(title, told, part)
         except EOFError:
             process.join()
         finally:
             process.kill()
+            self._parts.pop(title, None)
         return error or (f"its process ended with code {process.exitcode}" if process.exitcode else "")
 
 
@@ -202,4 +203,5 @@ def _trial(tell: Tell, trial: Trial, name: str, folder: Path, jobs: int) -> None
 
 def _paces(tell: Tell, trials: Sequence[Trial], folder: Path) -> None:
     for trial in trials:
-        affordable_steps(trial, folder, tell)
+        name = f"{trial.network} {trial.size}"
+        affordable_steps(trial, folder, lambda what, part, name=name: tell(f"{name}, {what}", part))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from benchmarks.quality._networks import NETWORKS, OURS, build, gmac
 from benchmarks.quality._report import paired_p
 from benchmarks.quality._scores import compare
@@ -89,6 +90,36 @@ def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
         line = next(line for line in text.splitlines() if line.startswith(f"| {network} |"))
         shown = [float(cell) for cell in line.split("|")[8:11]]
         assert shown == pytest.approx([*np.mean(dice, axis=0), np.mean(dice)], abs=2e-4)
+
+
+@pytest.mark.slow
+def test_trainings_at_a_time_have_as_many_steps_as_each_other(write_case, tmp_path: Path, repository: Path) -> None:
+    names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(4)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
+    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", tmp_path, "--work", tmp_path / "work"]
+    command += ["--results", tmp_path / "results", "--threads", "1", "--seeds", "2", "--sizes", "tiny"]
+    command += ["--networks", "UNETR", "--budget", "seconds", "--seconds", "2", "--jobs", "2"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "results" / "quality_equal_seconds.md").read_text()
+    assert "2 of 2 trials, all" in text
+    assert "up to 2 trainings at a time" in text
+    (timed,) = (tmp_path / "work" / "steps").glob("*.txt")
+    with (tmp_path / "results" / "quality_equal_seconds.csv").open(newline="") as file:
+        assert {(row["seed"], row["steps"]) for row in csv.DictReader(file)} == {(s, timed.read_text()) for s in "01"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_sentence(write_case, tmp_path: Path, repository: Path) -> None:
+    names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(2)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:1], "val": names[1:]}))
+    command = [sys.executable, "-m", "benchmarks.quality.ablations", "--data", tmp_path, "--work", tmp_path / "work"]
+    command += ["--results", tmp_path / "results", "--device", "cuda", "--jobs", "2"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("error: this machine has no usable CUDA device; use --device cpu\n")
+    assert "Traceback" not in done.stderr
 
 
 def test_scores_are_those_of_the_definitions() -> None:

@@ -1,0 +1,39 @@
+"""Training patches that are varied on the GPU, against the same on the CPU."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+sampling = pytest.importorskip("deformux.sampling", reason="training needs monai", exc_type=ImportError)
+
+
+@pytest.fixture
+def case(tmp_path):
+    rng = np.random.default_rng(0)
+    image = ndimage.gaussian_filter(rng.normal(size=(40, 44, 36)), 2).astype(np.float32)
+    label = ndimage.gaussian_filter(rng.normal(size=image.shape), 4)
+    for name, volume in (("image", image), ("label", (label > 0).astype(np.uint8))):
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    return sampling.Case("c", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
+
+
+def test_they_are_those_of_the_cpu(case, device):
+    """What is drawn does not depend on the device; resampling rounds."""
+    prep = sampling.Preprocessing("mr", patch_size=(32, 32, 32))
+    every = {"affine_probability": 1.0, "elastic_probability": 0.5, "intensity_probability": 1.0, "flip_axes": (0,)}
+    recipe = sampling.Recipe(steps=6, noise_std=0.1, gamma=(0.7, 1.5), low_resolution=0.5, intensity_scale=0.1, **every)
+    drawn = []
+    for where in ("cpu", device):
+        patches = sampling.Patches([case], new=(), recipe=recipe, prep=prep, labels=("a",), device=where)
+        batches = iter(patches.loader(first_step=0, steps=recipe.steps, seed=0))
+        drawn.append([])
+        for step in range(recipe.steps):
+            patches.seed(0, step)
+            drawn[-1].append(next(batches))
+    for on_cpu, on_gpu in zip(*drawn, strict=True):
+        assert on_gpu["image"].device == on_gpu["label"].device == torch.device(device)
+        image, label = (on_gpu[key].cpu() for key in ("image", "label"))
+        assert (image - on_cpu["image"]).abs().mean() < 1e-3
+        assert (label != on_cpu["label"]).float().mean() < 1e-3, "but for voxels halfway between two"
