@@ -1,4 +1,4 @@
-"""The CPU convolution against PyTorch's in float64."""
+"""The CPU convolution and instance norm against PyTorch's in float64."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from deformux.convolution import Conv3d, adopt, conv3d
+from deformux.convolution import Conv3d, InstanceNorm3d, adopt, conv3d
 from tolerances import assert_near
 
 # input, output channels, kernel, stride, padding: each side of every choice that is made, and very thin grids.
@@ -47,6 +47,37 @@ def test_values_and_gradients_are_those_of_float64(shape, channels, kernel, stri
         assert torch.equal(conv3d(*inputs, stride=(stride,) * 3, padding=(padding,) * 3), result)
 
 
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("shape", [(1, 5, 4, 6, 7), (3, 16, 9, 8, 10), (2, 8, 1, 1, 2)])
+def test_a_norm_is_that_of_float64(shape, affine, memory) -> None:
+    torch.manual_seed(0)
+    layer = InstanceNorm3d(shape[1], affine=affine)
+    exact = nn.InstanceNorm3d(shape[1], affine=affine).double()
+    for own, other in zip(layer.parameters(), exact.parameters(), strict=True):
+        other.data = own.data.normal_().double()
+    x = (3 + 2 * torch.randn(shape)).contiguous(memory_format=memory)
+    expected = exact(x.double())
+    torch.testing.assert_close(layer(x.requires_grad_()).double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_norms_that_pytorch_computes() -> None:
+    x = torch.randn(2, 4, 3, 4, 5)
+    layer, other = InstanceNorm3d(4), nn.InstanceNorm3d(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x.bfloat16()), other(x.bfloat16()))
+    assert torch.equal(layer(x.double()), other(x.double()))
+    assert torch.equal(layer(x[0]), other(x[0]))
+    tracking = InstanceNorm3d(4, track_running_stats=True)
+    tracking(x)
+    assert tracking.running_mean.any()
+    with pytest.raises(ValueError, match="more than 1 spatial element"):
+        layer(x[..., :1, :1, :1])
+
+
 def test_only_what_needs_a_gradient_gets_one() -> None:
     x, weight = torch.randn(1, 4, 6, 6, 6), torch.randn(4, 4, 3, 3, 3, requires_grad=True)
     conv3d(x, weight, None, stride=(1, 1, 1), padding=(1, 1, 1)).sum().backward()
@@ -75,9 +106,11 @@ def test_fake_tensors_and_compilers_are_left_to_pytorch() -> None:
 
 
 def test_adopting_keeps_state_and_leaves_other_convolutions() -> None:
-    module = nn.Sequential(nn.Conv3d(4, 8, 3), nn.Conv3d(8, 8, 3, groups=8), nn.Conv3d(8, 8, 3, dilation=2))
+    module = nn.Sequential(
+        nn.Conv3d(4, 8, 3), nn.Conv3d(8, 8, 3, groups=8), nn.Conv3d(8, 8, 3, dilation=2), nn.InstanceNorm3d(8)
+    )
     before = module.state_dict()
     adopt(module)
-    assert [type(layer) for layer in module] == [Conv3d, nn.Conv3d, nn.Conv3d]
+    assert [type(layer) for layer in module] == [Conv3d, nn.Conv3d, nn.Conv3d, InstanceNorm3d]
     assert module.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

@@ -1,7 +1,9 @@
-"""3D convolution in float32 on CPUs, by faster ways through PyTorch than its own choice.
+"""3D convolution and instance norm in float32 on CPUs, by faster ways through PyTorch than its own choice.
 
 PyTorch gives a single small volume to an implementation of its own that oneDNN beats, and oneDNN's gradient of the
-weights is faster over channels-last memory where there are few channels. ``benchmarks/convolution.py`` measures both.
+weights is faster over channels-last memory where there are few channels. It computes an instance norm as a batch norm
+of a view, several times as slow as the same group norm; only with its gradient both take as long.
+``benchmarks/convolution.py`` measures all of it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["Conv3d", "adopt", "conv3d"]
+__all__ = ["Conv3d", "InstanceNorm3d", "adopt", "conv3d"]
 
 # Up to this many elements per row of a single volume, PyTorch does not ask oneDNN (torch 2.15, use_mkldnn).
 _SMALL = 20_480
@@ -38,26 +40,47 @@ class Conv3d(nn.Conv3d):
         return conv3d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
 
+class InstanceNorm3d(nn.InstanceNorm3d):
+    """``nn.InstanceNorm3d``, without gradients a group norm of one channel per group, equal up to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        learns = torch.is_grad_enabled() and (self.affine or x.requires_grad)
+        several_voxels = x.ndim == 5 and x.numel() > x.shape[0] * x.shape[1]
+        if learns or self.track_running_stats or not several_voxels or not _is_float32_on_cpu(x):
+            return super().forward(x)
+        # Over channels-last memory PyTorch takes the variance as a difference of sums, which loses digits.
+        return F.group_norm(x.contiguous(), self.num_features, self.weight, self.bias, self.eps)
+
+
 def adopt(module: nn.Module) -> None:
-    """Let every ordinary convolution inside a module compute as ``Conv3d`` does, in place."""
+    """Let every ordinary convolution and instance norm inside a module compute as those above do, in place."""
+    # Those of MONAI's blocks cannot be asked for by their class; their parameters stay what they are.
     for inner in module.modules():
         if type(inner) is nn.Conv3d and inner.groups == 1 and set(inner.dilation) == {1}:
-            # A convolution of MONAI's blocks cannot be asked for by its class; its parameters stay what they are.
             inner.__class__ = Conv3d
+        elif type(inner) is nn.InstanceNorm3d:
+            inner.__class__ = InstanceNorm3d
 
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _is_float32_on_cpu(x)
+        and weight.dtype == torch.float32
+        # These are matrix products already.
+        and set(weight.shape[2:]) != {1}
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _is_float32_on_cpu(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         # Compilers choose for themselves.
         return False
     return (
         # A fake tensor of a device, which shapes and costs are counted with, is stored on none.
         x.untyped_storage().device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and x.dtype == torch.float32
         and x.numel() > 0
-        # These are matrix products already.
-        and set(weight.shape[2:]) != {1}
-        and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
     )
 
