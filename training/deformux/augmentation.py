@@ -103,8 +103,8 @@ def training_augmentation(
             device=device,
         )
         # With another probability of its own it would resample every patch, most of them to what they were.
-        p = recipe.elastic_probability
-        transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[p, 1 - p]))
+        often = recipe.elastic_probability
+        transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[often, 1 - often]))
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
         transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))
