@@ -26,7 +26,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from benchmarks._machine import machine_lines
-from benchmarks.quality._command import options, placement, run
+from benchmarks.quality._command import options, run
 from benchmarks.quality._report import spread, table, write_report
 from rich.progress import track
 
@@ -61,8 +61,7 @@ def main() -> None:
     parser.add_argument("--click-seconds", type=float, default=3.0, help="an annotator's, to look and to click")
     parser.add_argument("--slice-seconds", type=float, default=15.0, help="an annotator's, to draw one slice")
     arguments = parser.parse_args()
-    device, threads = placement(arguments).values()
-    torch_device(device)
+    device, threads = torch_device(arguments.device), arguments.threads
     torch.set_num_threads(threads)
     path = model_path(arguments.model)
     network, card = load_model(path, device=device)

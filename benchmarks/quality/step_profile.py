@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from deformux.engine import fit
 
+_WARM_UP = 2
 AUGMENTATION = "augmentation"
 # The first kind whose word is in an operation's name.
 KINDS = {
@@ -40,6 +40,7 @@ KINDS = {
     "copies and layouts": ("copy", "contiguous", "clone", "cat", "permute", "pad", "roll", "mkldnn", "to_dense"),
 }
 OTHER = "all else"
+ALL_KINDS = (AUGMENTATION, *KINDS, OTHER)
 
 
 def main() -> None:
@@ -51,11 +52,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     task = hippocampus(arguments)
-    task = dataclasses.replace(task, train=task.train[: 2 * (arguments.steps + _WARM_UP)])
+    # No more volumes are read than are drawn.
+    drawn = task.train[: task.recipe.batch_size * (_WARM_UP + arguments.steps)]
+    task = dataclasses.replace(task, train=drawn)
     seconds = {}
     for name in track(arguments.networks, "profiling"):
         seconds[name] = profiled_step(name, arguments.size, task, arguments.steps)
-        kinds = [AUGMENTATION, *KINDS, OTHER]
         write_report(
             arguments.results,
             "step_profile",
@@ -67,20 +69,17 @@ def main() -> None:
                 "",
                 *table(
                     ("seconds per step", *seconds),
-                    [[kind, *(f"{each[kind]:.2f}" for each in seconds.values())] for kind in kinds]
+                    [[kind, *(f"{each[kind]:.2f}" for each in seconds.values())] for kind in ALL_KINDS]
                     + [["**all**", *(f"**{sum(each.values()):.2f}**" for each in seconds.values())]],
                 ),
             ],
             rows=[
-                ("network", *kinds),
-                *((name, *(f"{each[kind]:.4f}" for kind in kinds)) for name, each in seconds.items()),
+                ("network", *ALL_KINDS),
+                *((name, *(f"{each[kind]:.4f}" for kind in ALL_KINDS)) for name, each in seconds.items()),
             ],
-            plot=_plot(seconds, kinds),
+            plot=_plot(seconds),
         )
     print((arguments.results / "quality_step_profile.md").read_text())
-
-
-_WARM_UP = 2
 
 
 class _Steps:
@@ -124,12 +123,12 @@ def _kind(event: Any) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), OTHER)
 
 
-def _plot(seconds: dict[str, Counter[str]], kinds: Sequence[str]) -> Figure:
+def _plot(seconds: dict[str, Counter[str]]) -> Figure:
     plot = figure(height=1.6 + 0.4 * len(seconds))
     axes = plot.add_subplot()
     names = list(seconds)[::-1]
     left = np.zeros(len(names))
-    for kind in kinds:
+    for kind in ALL_KINDS:
         values = np.array([seconds[name][kind] for name in names])
         axes.barh(names, values, left=left, label=kind)
         left += values

@@ -113,11 +113,11 @@ def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32
     shape = np.max([change.voxels.max(0) for change in piece], axis=0) - first + 1
     # Numbered in a box instead of sorted, which takes ten times as long.
     places = [tuple((change.voxels - first).T) for change in piece]
-    numbers = np.full(shape, -1, np.int32)
+    inside = np.zeros(shape, dtype=bool)
     for place in places:
-        numbers[place] = 0
-    inside = numbers == 0
+        inside[place] = True
     voxels = np.argwhere(inside) + first
+    numbers = np.zeros(shape, np.int32)
     numbers[inside] = np.arange(len(voxels))
     logits = np.zeros((len(piece[0].logits), len(voxels)), np.float32)
     weights = np.zeros(len(voxels), np.float32)

@@ -112,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
                 const Scalar* origin = sample_n + c;
                 const Scalar* tap_weights = weight + (int64)first * C + c;
                 const int slot = voxel * chunk;
-                // Only where the number of taps is known: for others NVRTC 13 drops the check between the copies, and runs
-                // up to two taps too many.
+                // Only where the number of taps is known: for others NVRTC 13 drops the check between the copies, and
+                // runs up to two taps too many.
 #if CUBE
 #pragma unroll 3
 #else
