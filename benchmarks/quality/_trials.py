@@ -224,7 +224,9 @@ def affordable_steps(trial: Trial, folder: Path, tell: Tell) -> int:
         # No more volumes are read than are drawn.
         drawn = trial.task.train[: recipe.steps * recipe.batch_size]
         _fit(trial, drawn, _network(trial), recipe, clock, tell)
-        write_text(kept, str(max(1, int(trial.seconds / clock.seconds()[_WARM_UP - 1 :].mean()))))
+        # Steps with clicks take longer, and come in the later part of a run only.
+        pace = clock.seconds()[_WARM_UP - 1 :].sum() / (recipe.effort(recipe.steps) - recipe.effort(_WARM_UP))
+        write_text(kept, str(max(1, int(trial.seconds / pace * recipe.steps / recipe.effort(recipe.steps)))))
     return int(kept.read_text())
 
 

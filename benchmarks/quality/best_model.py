@@ -4,11 +4,12 @@
     python -m benchmarks.quality.best_model --preset base --minutes 20 --device cuda     # what one GPU makes of base
     python -m benchmarks.quality.best_model --minutes 0.1 --choose-seconds 2 --cases 8 --seeds 1 --changes lr=2e-3
 
-Changes to the recipe are tried one by one, each for ``--choose-seconds`` of training, on three quarters of ``train``,
-and scored on the last quarter. A change is kept where the mean over seeds is better by ``--least-gain``; the next one
-is tried on top of it. Then one model is trained on all of ``train`` for ``--minutes``, and scored on ``val`` once.
-The budget is that of the last training. A run that was killed goes on where it stopped. Writes
-quality_best_<preset>_<device>.md, .csv and .png, and the model file to ``--output``.
+Changes to recipe and patches are tried one by one, each for ``--choose-seconds`` of training, on three quarters of
+``train``, and scored on the last quarter. A change is kept where the mean over seeds is better by ``--least-gain``;
+the next one is tried on top of it. Then one model is trained on all of ``train`` for ``--minutes``, with clicks as the
+shipped ones are, and scored on ``val`` once, without any. The budget is that of the last training. A run that was
+killed goes on where it stopped. Writes quality_best_<preset>_<device>.md, .csv and .png, and the model file to
+``--output``.
 """
 
 from __future__ import annotations
@@ -37,12 +38,13 @@ from benchmarks.quality._runner import run_trials
 from benchmarks.quality._trials import Result, Task, Trial, model_file
 
 from deformux.network import PRESETS
-from deformux.recipe import Recipe
+from deformux.recipe import RECIPES
 from deformux.simulate import held_out
 from deformux.weights import load_model, save_model
 
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "patches of 32×48×32": {"patch_size": (32, 48, 32)},
         "lr=2e-3": {"learning_rate": 2e-3},
         "lr=4e-3": {"learning_rate": 4e-3},
         "lr=5e-4": {"learning_rate": 5e-4},
@@ -75,11 +77,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="model file; default: in the folder of --work")
     arguments = parser.parse_args()
     chosen = Choice(arguments)
-    task = dataclasses.replace(hippocampus(arguments), recipe=chosen.make())
+    best, whole = chosen.make(), hippocampus(arguments)
+    # A model that is used is corrected with clicks, and has to learn them.
+    recipe = best.recipe.replace(clicks=RECIPES["finetune"].clicks)
     last = Trial(
         f"{arguments.preset}, all of train",
-        task,
+        dataclasses.replace(best, recipe=recipe, train=whole.train, test=whole.test),
         size=arguments.preset,
+        options={"guidance": True},
         seconds=60 * arguments.minutes,
         keep_model=True,
         **placement(arguments),
@@ -102,25 +107,25 @@ class Choice:
         self.tried: dict[str, list[Result]] = {}
         self.kept: list[str] = []
 
-    def make(self) -> Recipe:
-        """The chosen recipe."""
-        recipe = self.task.recipe
-        best = self._try("as it was", recipe)
+    def make(self) -> Task:
+        """What is learnt, and the chosen settings."""
+        task = self.task
+        best = self._try("as it was", task)
         for name in self.arguments.changes:
-            changed = recipe.replace(**CHANGES[name])
+            changed = _changed(task, **CHANGES[name])
             dice = self._try(name, changed)
             if dice > best + self.arguments.least_gain:
-                recipe, best = changed, dice
+                task, best = changed, dice
                 self.kept.append(name)
             self.report([])
-        return recipe
+        return task
 
-    def _try(self, name: str, recipe: Recipe) -> float:
+    def _try(self, name: str, task: Task) -> float:
         arguments = self.arguments
         trials = [
             Trial(
                 f"{name}, seed {seed}",
-                dataclasses.replace(self.task, recipe=recipe),
+                task,
                 size=arguments.preset,
                 seed=seed,
                 seconds=arguments.choose_seconds,
@@ -170,6 +175,11 @@ class Choice:
         heads = ("change", "steps", "held-out Dice", "against what was kept before", "p", "kept")
         title = f"## Settings, tried in this order for {self.arguments.choose_seconds:g} s each"
         return [title, "", *table(heads, rows)]
+
+
+def _changed(task: Task, *, patch_size: tuple[int, int, int] | None = None, **of_recipe: Any) -> Task:
+    prep = dataclasses.replace(task.prep, patch_size=patch_size) if patch_size else task.prep
+    return dataclasses.replace(task, prep=prep, recipe=task.recipe.replace(**of_recipe))
 
 
 if __name__ == "__main__":
