@@ -49,13 +49,12 @@ def placement(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"device": device, "threads": arguments.threads}
 
 
-def hippocampus(arguments: argparse.Namespace) -> Task:
-    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``."""
+def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, int] = (48, 64, 48)) -> Task:
+    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``; a whole volume with a margin."""
     train, val = (find_cases(arguments.data, subset=subset)[: arguments.cases] for subset in ("train", "val"))
     return Task(
         labels=("anterior", "posterior"),
-        # A whole volume, with a margin.
-        prep=Preprocessing("mr", patch_size=(48, 64, 48)),
+        prep=Preprocessing("mr", patch_size=patch_size),
         # Left and right hippocampi are mirror images, and the data holds both. Without clicks, which only
         # DeformUX-Net could learn from.
         recipe=RECIPES["finetune"].replace(flip_axes=(0,), foreground_ratio=1.0, affine_probability=0.8, clicks=0),

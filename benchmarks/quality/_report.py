@@ -68,10 +68,11 @@ def facts(results: Sequence[Result], planned: int, *others: str) -> list[str]:
     if results:
         task = results[0].trial.task
         seeds = sorted({result.trial.seed for result in results})
+        patches = dict.fromkeys("×".join(map(str, result.trial.task.prep.patch_size)) for result in results)
         lines += [
             f"tested on {len(task.test)} volumes that took no part in training, on their own grids",
             f"seeds {', '.join(map(str, seeds))}; batch {task.recipe.batch_size}, patch "
-            f"{'×'.join(map(str, task.prep.patch_size))}; training took {sum(r.seconds for r in results):.0f} s in all",
+            f"{' or '.join(patches)}; training took {sum(r.seconds for r in results):.0f} s in all",
         ]
     state = "all" if len(results) == planned else "**so far**"
     return [*(f"- {line}" for line in (*lines, f"{len(results)} of {planned} trials, {state}")), ""]

@@ -157,9 +157,11 @@ class Choice:
 
     def _scored(self, last: Result) -> list[str]:
         dice = np.nanmean(last.per_case("dice"), axis=0)
-        labels = last.trial.task.labels
-        heads = ("trained on", "steps", "seconds", *(f"Dice {label}" for label in labels), "mean Dice", "HD95 mm")
-        row = [len(last.trial.task.train), last.steps, f"{last.seconds:.0f}", *(f"{value:.4f}" for value in dice)]
+        task = last.trial.task
+        patch = "×".join(map(str, task.prep.patch_size))
+        each = [f"Dice {label}" for label in task.labels]
+        heads = ("trained on", "patch", "steps", "seconds", *each, "mean Dice", "HD95 mm")
+        row = [len(task.train), patch, last.steps, f"{last.seconds:.0f}", *(f"{value:.4f}" for value in dice)]
         row += [f"**{last.mean('dice'):.4f}**", f"{last.mean('hd95_mm'):.2f}"]
         return [f"## The model on {len(last.scores)} `val` volumes, scored once", "", *table(heads, [row])]
 
