@@ -38,7 +38,7 @@ def main() -> None:
     rows = []
     for batch, size in PROBLEMS:
         network = DeformUXNet(1, 3, "tiny")
-        runs = {"training step": _training(network, batch, size)}
+        runs = {"training step": training_step(network, batch, size)}
         if batch == 1:
             runs["segmentation"] = _call(network, size)
         for name, run in runs.items():
@@ -66,7 +66,8 @@ def main() -> None:
     (RESULTS / "convolution.json").write_text(json.dumps({"rows": rows, "machine": machine_lines()}, indent=1) + "\n")
 
 
-def _training(network: DeformUXNet, batch: int, size: tuple[int, ...]) -> Callable[[], None]:
+def training_step(network: nn.Module, batch: int, size: tuple[int, ...]) -> Callable[[], None]:
+    """One step on random patches of ``size`` voxels: forward, loss, backward and AdamW."""
     image, label = torch.randn(batch, 1, *size), torch.randint(0, 3, (batch, 1, *size))
     annotated, loss = torch.ones(batch, 3), PartialDiceCELoss()
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)

@@ -29,6 +29,7 @@ from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
 from deformux.optimization import MixedPrecision, make_optimizer, make_schedule
 from deformux.recipe import Recipe
+from deformux.sample_threads import SampleThreads
 from deformux.sampling import Patches
 from deformux.transforms import InvalidVolume, Preprocessing
 
@@ -207,7 +208,7 @@ class _Run:
 
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
-        loss, network = PartialDiceCELoss(), MixedPrecision(self.network, recipe.mixed_precision)
+        loss, network = PartialDiceCELoss(), self._in_training()
         trainer = SupervisedTrainer(
             device=self.device,
             max_epochs=self.epochs,
@@ -247,6 +248,14 @@ class _Run:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._keep_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
+
+    def _in_training(self) -> nn.Module:
+        network: nn.Module = MixedPrecision(self.network, self.recipe.mixed_precision)
+        workers = min(self.recipe.batch_size, torch.get_num_threads())
+        # In others a sample may know of the rest of its batch, as with batch normalisation.
+        if self.device.type == "cpu" and workers > 1 and isinstance(self.network, DeformUXNet):
+            return SampleThreads(network, workers)
+        return network
 
     def _learn_clicks(self, engine: Engine, clicks: ClickTraining, network: nn.Module, loss: PartialDiceCELoss) -> None:
         """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""

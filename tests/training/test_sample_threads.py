@@ -1,0 +1,82 @@
+"""A batch shared between threads gives what it gives at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from deformux.engine import fit
+from deformux.network import DeformUXNet
+from deformux.recipe import RECIPES
+from deformux.sample_threads import SampleThreads
+from deformux.transforms import Preprocessing
+
+
+@pytest.fixture(autouse=True)
+def four_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("samples", "workers", "guided"), [(2, 2, True), (3, 2, False), (1, 2, True)])
+def test_output_and_gradients_are_those_of_the_whole_batch(samples: int, workers: int, guided: bool) -> None:
+    torch.manual_seed(0)
+    network = DeformUXNet(1, 3, preset="tiny", guidance=True).double()
+    inputs = [torch.rand(samples, 1, 16, 16, 16).double()]
+    if guided:
+        inputs.append(torch.rand(samples, network.guidance_channels, 16, 16, 16).double())
+    weights = torch.rand(samples, 3, 16, 16, 16).double()
+    expected = network(*inputs)
+    (expected * weights).sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    network.zero_grad(set_to_none=True)
+    output = SampleThreads(network, workers)(*inputs)
+    (output * weights).sum().backward()
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for name, parameter in network.named_parameters():
+        # None where the weights of the guidance had no part.
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+class _Threads(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("workers", "of_each"), [(2, 2), (4, 1), (3, 1)])
+def test_each_worker_computes_with_its_part_of_the_threads(workers: int, of_each: int) -> None:
+    assert (SampleThreads(_Threads(), workers)(torch.zeros(workers)) == of_each).all()
+    assert torch.get_num_threads() == 4
+
+
+class _Picky(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.min() < 0:
+            raise RuntimeError("out of memory")
+        return x
+
+
+def test_what_goes_wrong_in_a_thread_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        SampleThreads(_Picky(), 2)(torch.tensor([1.0, -1.0]))
+
+
+def test_a_training_with_shared_batches_repeats_bit_for_bit(write_case) -> None:
+    torch.set_num_threads(2)
+    cases = [write_case(f"c{number}", seed=number, size=(20, 20, 20)) for number in range(2)]
+    recipe = RECIPES["finetune"].replace(steps=3, epochs=1, mixed_precision=False, click_start=0.0)
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = DeformUXNet(1, 3, preset="tiny", guidance=True)
+        prep = Preprocessing("ct", patch_size=(16, 16, 16))
+        fit(network, cases, recipe=recipe, prep=prep, labels=("ball", "box"))
+        weights.append(network.state_dict())
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
