@@ -45,6 +45,30 @@ def test_output_and_gradients_are_those_of_the_whole_batch(samples: int, workers
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+class _InBfloat16(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.network(x).float()
+
+
+def test_threads_share_the_weights_that_autocast_keeps() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 8, 3), nn.GELU(), nn.Conv3d(8, 8, 3), nn.GELU(), nn.Conv3d(8, 3, 1))
+    both = _InBfloat16(network), SampleThreads(_InBfloat16(network), 2)
+    for _ in range(20):
+        image, weights = torch.rand(4, 1, 8, 8, 8), torch.rand(4, 3, 4, 4, 4)
+        gradients = []
+        for way in both:
+            network.zero_grad(set_to_none=True)
+            (way(image) * weights).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+        assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
 class _Threads(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + torch.get_num_threads()
