@@ -90,9 +90,10 @@ def main() -> None:
         **placement(arguments),
     )
     results = run_trials([last], arguments.work)
+    chosen.report(results)
+    # Weights are not committed with a trial: they are where it ran.
     output = arguments.output or arguments.work / f"best_{arguments.preset}.safetensors"
     save_model(output, *load_model(model_file(arguments.work, last.name)))
-    chosen.report(results)
     print(f"{output}: Dice {results[0].mean('dice'):.4f} on val")
 
 
