@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _machine import machine_lines
+from _turns import in_turns
 from torch import nn
 
 from deformux.convolution import Conv3d, InstanceNorm3d
@@ -93,18 +92,13 @@ def _call(network: DeformUXNet, size: tuple[int, ...]) -> Callable[[], None]:
 
 
 def _compare(network: nn.Module, run: Callable[[], None], pairs: int) -> dict[str, float]:
-    plain: list[float] = []
-    ours: list[float] = []
-    for index in range(pairs + 1):
-        for classes, seconds in ((PLAIN, plain), (OURS, ours)):
-            for module in network.modules():
-                module.__class__ = classes.get(type(module), type(module))
-            began = time.perf_counter()
-            run()
-            if index:  # the first pair compiles
-                seconds.append(time.perf_counter() - began)
-    ratio = statistics.median(a / b for a, b in zip(plain, ours, strict=True))
-    return {"plain_s": statistics.median(plain), "ours_s": statistics.median(ours), "ratio": ratio}
+    def with_classes(classes: dict[type[nn.Module], type[nn.Module]]) -> None:
+        for module in network.modules():
+            module.__class__ = classes.get(type(module), type(module))
+        run()
+
+    plain, ours, ratio = in_turns(lambda: with_classes(PLAIN), lambda: with_classes(OURS), pairs)
+    return {"plain_s": plain, "ours_s": ours, "ratio": ratio}
 
 
 if __name__ == "__main__":

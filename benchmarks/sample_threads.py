@@ -10,12 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from _machine import machine_lines
+from _turns import in_turns
 from convolution import training_step
 
 from deformux.files import write_text
@@ -62,17 +61,9 @@ def main() -> None:
 
 def _compare(size: tuple[int, ...], pairs: int) -> dict[str, float]:
     network = DeformUXNet(1, 3, "tiny")
-    both = [training_step(way, BATCH, size) for way in (network, SampleThreads(network, BATCH))]
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for index in range(pairs + 1):
-        for run, kept in zip(both, seconds, strict=True):
-            began = time.perf_counter()
-            run()
-            if index:  # the first pair compiles
-                kept.append(time.perf_counter() - began)
-    whole, shared = seconds
-    ratio = statistics.median(a / b for a, b in zip(whole, shared, strict=True))
-    return {"whole_s": statistics.median(whole), "shared_s": statistics.median(shared), "ratio": ratio}
+    ways = (training_step(way, BATCH, size) for way in (network, SampleThreads(network, BATCH)))
+    whole, shared, ratio = in_turns(*ways, pairs)
+    return {"whole_s": whole, "shared_s": shared, "ratio": ratio}
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def placement(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, int] = (48, 64, 48)) -> Task:
-    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``; a whole volume with a margin."""
+    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``.
+
+    By default a patch holds a whole volume with a margin.
+    """
     train, val = (find_cases(arguments.data, subset=subset)[: arguments.cases] for subset in ("train", "val"))
     return Task(
         labels=("anterior", "posterior"),

@@ -77,12 +77,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="model file; default: in the folder of --work")
     arguments = parser.parse_args()
     chosen = Choice(arguments)
-    best, whole = chosen.make(), hippocampus(arguments)
+    best = chosen.make()
     # A model that is used is corrected with clicks, and has to learn them.
     recipe = best.recipe.replace(clicks=RECIPES["finetune"].clicks)
     last = Trial(
         f"{arguments.preset}, all of train",
-        dataclasses.replace(best, recipe=recipe, train=whole.train, test=whole.test),
+        dataclasses.replace(best, recipe=recipe, train=chosen.whole.train, test=chosen.whole.test),
         size=arguments.preset,
         options={"guidance": True},
         seconds=60 * arguments.minutes,
@@ -102,9 +102,9 @@ class Choice:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        whole = hippocampus(arguments)
-        kept_in, out = held_out(whole.train, _FRACTION)
-        self.task: Task = dataclasses.replace(whole, train=tuple(kept_in), test=tuple(out))
+        self.whole: Task = hippocampus(arguments)
+        kept_in, out = held_out(self.whole.train, _FRACTION)
+        self.task: Task = dataclasses.replace(self.whole, train=tuple(kept_in), test=tuple(out))
         self.tried: dict[str, list[Result]] = {}
         self.kept: list[str] = []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -45,8 +45,7 @@ class SampleThreads(nn.Module):
     def each(self, work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
         """As ``map``, each call in a thread of its own; raises what one of them raised when all are over."""
         calls = [self._pool.submit(work, *given) for given in zip(*arguments, strict=True)]
-        for call in calls:
-            call.exception()
+        wait(calls)
         return [call.result() for call in calls]
 
 
