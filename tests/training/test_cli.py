@@ -1,6 +1,7 @@
 """The deformux command as a user runs it."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -9,8 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, TextColumn
 
 from deformux.cases import InvalidFolder, find_cases, label_names
+from deformux.cli_support import ProgressBar
 
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -119,3 +123,16 @@ def test_the_shipped_hippocampus_model_reaches_its_number(shared_data: Path, tmp
     rows = list(csv.DictReader((tmp_path / "s.csv").open()))
     assert len(rows) == 40
     assert np.mean([[float(row["anterior"]), float(row["posterior"])] for row in rows]) >= 0.875
+
+
+@pytest.mark.parametrize(("line_seconds", "seen"), [(0.0, ["clicking 1/3", "clicking 2/3"]), (1000.0, [])])
+def test_a_log_shows_progress_before_the_end(line_seconds: float, seen: list[str]) -> None:
+    log = io.StringIO()
+    columns = TextColumn("{task.description}"), MofNCompleteColumn()
+    with ProgressBar(*columns, console=Console(file=log), line_seconds=line_seconds) as bar:
+        task = bar.add_task("clicking", total=3)
+        for _ in range(2):
+            bar.update(task, advance=1)
+        assert log.getvalue().split("\n")[:-1] == seen
+        bar.update(task, advance=1)
+    assert log.getvalue().count("clicking 3/3") == 1

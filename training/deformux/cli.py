@@ -17,12 +17,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deformux.cases import InvalidFolder, find_cases, find_images, volume_id
 from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
+    ProgressBar,
     assignments,
     clear_errors,
     console,
@@ -34,8 +35,7 @@ from deformux.cli_support import (
     use_threads,
 )
 from deformux.clicks_cli import clicks_command
-from deformux.engine import Progress as FitProgress
-from deformux.engine import fit
+from deformux.engine import Progress, fit
 from deformux.files import replacing, write_text
 from deformux.inference import evaluate as evaluate_cases
 from deformux.inference import segment
@@ -120,7 +120,7 @@ def fit_command(
         with _bar("training") as bar:
             task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
 
-            def show(p: FitProgress) -> None:
+            def show(p: Progress) -> None:
                 dice = "" if p.best_dice is None else f", best Dice {p.best_dice:.3f}"
                 bar.update(task, total=p.total_steps, completed=p.step, description=f"loss {p.loss:.3f}{dice}")
 
@@ -184,7 +184,7 @@ def predict(
                     failed.append(str(error))
                 else:
                     _write_labels(output / f"{volume_id(path)}.nii.gz", labels[0].numpy(), labels.affine.numpy())
-                bar.advance(task)
+                bar.update(task, advance=1)
         for message in failed:
             console.print(f"[red]skipped:[/red] {message}")
         console.print(f"{len(paths) - len(failed)} of {len(paths)} volumes written to {output}; labels {_legend(card)}")
@@ -215,7 +215,7 @@ def evaluate(
                 card.preprocessing,
                 n_labels=len(card.labels),
                 device=where,
-                on_case=lambda case, dice: bar.advance(task),
+                on_case=lambda case, dice: bar.update(task, advance=1),
             )
         per_case = np.array(list(scores.values()))
         table = Table("label", "mean Dice", "median", "worst", title=f"{model} on {len(cases)} volumes")
@@ -236,7 +236,7 @@ def evaluate(
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Progress]:
+def _bar(what: str) -> Iterator[ProgressBar]:
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),
@@ -246,7 +246,7 @@ def _bar(what: str) -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
+    with ProgressBar(*columns) as bar:
         yield bar
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn, TaskID
 
 from deformux.cases import InvalidFolder, label_names
 from deformux.engine import TrainingError
@@ -16,6 +19,7 @@ from deformux.transforms import InvalidVolume
 from deformux.weights import InvalidModel, pretrained_path
 
 __all__ = [
+    "ProgressBar",
     "assignments",
     "clear_errors",
     "console",
@@ -28,6 +32,32 @@ __all__ = [
 ]
 
 console = Console()
+_LINE_SECONDS = 30.0
+
+
+class ProgressBar(Progress):
+    """Progress that is also seen in a log or a pipe, where no bar can be redrawn: there it prints a line at intervals.
+
+    Args:
+        columns: of the bar, and of a line.
+        console: where to show it.
+        line_seconds: least time between two lines.
+    """
+
+    def __init__(
+        self, *columns: ProgressColumn, console: Console = console, line_seconds: float = _LINE_SECONDS
+    ) -> None:
+        super().__init__(*columns, console=console)
+        self._line_seconds = line_seconds
+        self._last_line = time.monotonic()
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        # The last state is printed by the bar itself when it ends.
+        if self.console.is_terminal or self.finished or time.monotonic() - self._last_line < self._line_seconds:
+            return
+        self._last_line = time.monotonic()
+        self.console.print(self.get_renderable())
 
 
 @contextmanager

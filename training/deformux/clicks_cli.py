@@ -12,11 +12,11 @@ import numpy as np
 import typer
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deformux.cases import find_cases
-from deformux.cli_support import clear_errors, console, device_name, model_path, torch_device, use_threads
+from deformux.cli_support import ProgressBar, clear_errors, console, device_name, model_path, torch_device, use_threads
 from deformux.clicks import COUNTS, THRESHOLDS, CaseResult, Robot, Summary, play_case, summarise
 from deformux.files import replacing, write_text
 from deformux.weights import load_model, with_guidance
@@ -54,7 +54,7 @@ def clicks_command(
         robots = [Robot("centred"), Robot("jittered", jitter)]
         results: list[CaseResult] = []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
+        with ProgressBar(*columns) as bar:
             task = bar.add_task("clicking", total=len(cases) * len(robots))
             for number, case in enumerate(cases):
                 played = play_case(

@@ -8,12 +8,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
 from deformux.budget_curve import Round, Summary, plot, summarise, write_rounds, write_summary
 from deformux.cases import find_cases
 from deformux.cli_support import (
+    ProgressBar,
     assignments,
     clear_errors,
     console,
@@ -22,7 +23,7 @@ from deformux.cli_support import (
     torch_device,
     use_threads,
 )
-from deformux.engine import Progress as FitProgress
+from deformux.engine import Progress
 from deformux.network import PRESETS
 from deformux.recipe import RECIPES, Recipe
 from deformux.selection import STRATEGIES
@@ -110,10 +111,10 @@ def play(
     computing: list[float] = []
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
-    with Progress(*columns, console=console) as bar:
+    with ProgressBar(*columns, console=console) as bar:
         task = bar.add_task(f"{len(pool)} volumes to choose from, {len(test)} to test on", total=total, left="")
 
-        def show(what: str, progress: FitProgress) -> None:
+        def show(what: str, progress: Progress) -> None:
             bar.update(task, description=f"{what}: step {progress.step} of {progress.total_steps}")
 
         def finished(row: Round, computed: bool) -> None:
