@@ -136,3 +136,8 @@ def test_a_log_shows_progress_before_the_end(line_seconds: float, seen: list[str
         assert log.getvalue().split("\n")[:-1] == seen
         bar.update(task, advance=1)
     assert log.getvalue().count("clicking 3/3") == 1
+
+
+def test_commands_are_silent_about_what_monai_does() -> None:
+    done = deformux("--help")
+    assert (done.returncode, done.stderr) == (0, "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,9 +24,6 @@ from deformux.transforms import (
     inference_transforms,
     restore_transforms,
 )
-
-# MONAI 1.5 indexes with a list of slices; torch warns of it once per process, and the user can do nothing about it.
-warnings.filterwarnings("ignore", message="Using a non-tuple sequence for multidimensional indexing")
 
 __all__ = ["WindowInferer", "evaluate", "mixed_precision", "segment", "sliding_window", "volume_logits"]
 

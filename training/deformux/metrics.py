@@ -54,11 +54,9 @@ def surface_dice_per_label(
         found = np.argwhere(pair[0] | pair[1])
         box = tuple(slice(max(0, low - 1), high + 2) for low, high in zip(found.min(0), found.max(0), strict=True))
         one_hot = [torch.as_tensor(mask[box])[None, None] for mask in pair]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MONAI 1.5 deprecates an argument that it passes itself
-            share = compute_surface_dice(
-                *one_hot, [tolerance_mm], include_background=True, spacing=[float(size) for size in spacing_mm]
-            )
+        share = compute_surface_dice(
+            *one_hot, [tolerance_mm], include_background=True, spacing=[float(size) for size in spacing_mm]
+        )
         values.append(float(share))
     return np.array(values)
 
