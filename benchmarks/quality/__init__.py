@@ -4,3 +4,5 @@
 
 run in the repository's root. Results go to benchmarks/results/quality_<name>.md, .csv and .png.
 """
+
+import deformux  # noqa: F401  before MONAI, so that what MONAI deprecates is silent here too

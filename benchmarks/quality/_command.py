@@ -15,9 +15,11 @@ from deformux.cli_support import torch_device
 from deformux.recipe import RECIPES
 from deformux.transforms import Preprocessing
 
-__all__ = ["hippocampus", "options", "placement", "run"]
+__all__ = ["PATCH_SIZE", "hippocampus", "options", "placement", "run"]
 
 RESULTS = Path(__file__).parent.parent / "results"
+# Holds a whole volume of the hippocampus data with a margin.
+PATCH_SIZE = (48, 64, 48)
 
 
 def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = "../shared/data/hippocampus") -> Any:
@@ -49,11 +51,8 @@ def placement(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"device": device, "threads": arguments.threads}
 
 
-def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, int] = (48, 64, 48)) -> Task:
-    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``.
-
-    By default a patch holds a whole volume with a margin.
-    """
+def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, int] = PATCH_SIZE) -> Task:
+    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``."""
     train, val = (find_cases(arguments.data, subset=subset)[: arguments.cases] for subset in ("train", "val"))
     return Task(
         labels=("anterior", "posterior"),

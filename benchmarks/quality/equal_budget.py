@@ -2,18 +2,20 @@
 
     python -m benchmarks.quality.equal_budget                                  # 400 steps each
     python -m benchmarks.quality.equal_budget --budget seconds --seconds 300   # as many steps as fit into 300 s
+    python -m benchmarks.quality.equal_budget --budget seconds --seconds 600 --patch-size 32 48 32
     python -m benchmarks.quality.equal_budget --steps 2 --cases 2 --seeds 1    # to try it
 
 Trains on ``train`` and scores ``val`` once at the end of each training. A run that was killed goes on where it
 stopped; the same command, started a second time meanwhile, shares the work (give each --threads 1; not where the
-budget is seconds). Writes quality_equal_steps or quality_equal_seconds (.md, .csv, .png) after each training.
+budget is seconds). Writes quality_equal_steps or, for 300 s, quality_equal_300_seconds (.md, .csv, .png) after each
+training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.quality._command import hippocampus, options, placement, run
+from benchmarks.quality._command import PATCH_SIZE, hippocampus, options, placement, run
 from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
 from benchmarks.quality._networks import NETWORKS, SIZES
 from benchmarks.quality._report import NOTES, case_rows, facts, write_report
@@ -26,12 +28,15 @@ def main() -> None:
     parser.add_argument("--budget", choices=("steps", "seconds"), default="steps", help="what is equal")
     parser.add_argument("--steps", type=int, default=400, help="of each training")
     parser.add_argument("--seconds", type=float, default=300.0, help="of each training, with --budget seconds")
+    parser.add_argument(
+        "--patch-size", nargs=3, type=int, default=PATCH_SIZE, help="by default one that holds a whole volume"
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
     arguments = parser.parse_args()
     equal_seconds = arguments.budget == "seconds"
     trials = network_trials(
-        hippocampus(arguments),
+        hippocampus(arguments, patch_size=tuple(arguments.patch_size)),
         arguments.networks,
         arguments.sizes,
         arguments.seeds,
@@ -45,10 +50,12 @@ def main() -> None:
         else f"{arguments.steps} steps"
     )
 
+    name = f"equal_{arguments.seconds:g}_seconds" if equal_seconds else "equal_steps"
+
     def report(results: Sequence[Result]) -> None:
         write_report(
             arguments.results,
-            f"equal_{arguments.budget}",
+            name,
             title=f"Equal {arguments.budget} on the hippocampus data",
             lines=[
                 *facts(results, len(trials), f"each network had {budget}"),

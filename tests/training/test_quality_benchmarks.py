@@ -101,11 +101,11 @@ def test_trainings_at_a_time_have_as_many_steps_as_each_other(write_case, tmp_pa
     command += ["--networks", "UNETR", "--budget", "seconds", "--seconds", "2", "--jobs", "2"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "results" / "quality_equal_seconds.md").read_text()
+    text = (tmp_path / "results" / "quality_equal_2_seconds.md").read_text()
     assert "2 of 2 trials, all" in text
     assert "up to 2 trainings at a time" in text
     (timed,) = (tmp_path / "work" / "steps").glob("*.txt")
-    with (tmp_path / "results" / "quality_equal_seconds.csv").open(newline="") as file:
+    with (tmp_path / "results" / "quality_equal_2_seconds.csv").open(newline="") as file:
         assert {(row["seed"], row["steps"]) for row in csv.DictReader(file)} == {(s, timed.read_text()) for s in "01"}
 
 
