@@ -34,23 +34,21 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
     arguments = parser.parse_args()
-    equal_seconds = arguments.budget == "seconds"
+    seconds = arguments.seconds if arguments.budget == "seconds" else None
+    if seconds is None:
+        name, budget = "equal_steps", f"{arguments.steps} steps"
+    else:
+        name = f"equal_{seconds:g}_seconds"
+        budget = f"{seconds:g} seconds of training, in steps by the time of 20 that were measured before"
     trials = network_trials(
         hippocampus(arguments, patch_size=tuple(arguments.patch_size)),
         arguments.networks,
         arguments.sizes,
         arguments.seeds,
         steps=arguments.steps,
-        seconds=arguments.seconds if equal_seconds else None,
+        seconds=seconds,
         **placement(arguments),
     )
-    budget = (
-        f"{arguments.seconds:g} seconds of training, in steps by the time of 20 that were measured before"
-        if equal_seconds
-        else f"{arguments.steps} steps"
-    )
-
-    name = f"equal_{arguments.seconds:g}_seconds" if equal_seconds else "equal_steps"
 
     def report(results: Sequence[Result]) -> None:
         write_report(

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 console = Console()
-_LINE_SECONDS = 30.0
 
 
 class ProgressBar(Progress):
@@ -44,9 +43,7 @@ class ProgressBar(Progress):
         line_seconds: least time between two lines.
     """
 
-    def __init__(
-        self, *columns: ProgressColumn, console: Console = console, line_seconds: float = _LINE_SECONDS
-    ) -> None:
+    def __init__(self, *columns: ProgressColumn, console: Console = console, line_seconds: float = 30.0) -> None:
         super().__init__(*columns, console=console)
         self._line_seconds = line_seconds
         self._last_line = time.monotonic()
