@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from benchmarks.quality._trials import Result, Tell, Trial, affordable_steps, run_trial
 from filelock import FileLock, Timeout
@@ -202,6 +203,10 @@ def _trial(tell: Tell, trial: Trial, name: str, folder: Path, jobs: int) -> None
 
 
 def _paces(tell: Tell, trials: Sequence[Trial], folder: Path) -> None:
+    # What all networks share is loaded by the first, on a GPU the kernels of a rare augmentation too: that must not
+    # count as its pace.
+    with TemporaryDirectory() as thrown_away:
+        affordable_steps(trials[0], Path(thrown_away), lambda what, part: tell(f"warming up, {what}", part))
     for trial in trials:
         name = f"{trial.network} {trial.size}"
         affordable_steps(trial, folder, lambda what, part, name=name: tell(f"{name}, {what}", part))

@@ -59,6 +59,7 @@ CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "no coarse scans": {"low_resolution": 1.0},
         "little noise": {"noise_std": 0.03},
         "no gamma": {"gamma": (1.0, 1.0)},
+        "mild intensities": {"low_resolution": 1.0, "noise_std": 0.03, "gamma": (0.85, 1.2)},
         "gradients not clipped": {"gradient_clip": None},
     }
 )

@@ -91,6 +91,24 @@ def test_the_best_weights_by_validation_are_kept(write_case) -> None:
     assert again == result.per_case
 
 
+def test_the_moving_average_of_all_steps_is_kept(write_case) -> None:
+    """Against the average of the weights that each step left, in float64."""
+    net, decay = network(), 0.75
+    left: list[torch.Tensor] = []
+
+    def after_step() -> bool:
+        left.append(torch.cat([p.detach().flatten() for p in net.parameters()]).double())
+        return False
+
+    fit(net, [write_case("a")], recipe=QUICK.replace(ema_decay=decay), prep=PREP, labels=LABELS, stop=after_step)
+    average = left[0]
+    for weights in left[1:]:
+        average = decay * average + (1 - decay) * weights
+    kept = torch.cat([p.detach().flatten() for p in net.parameters()])
+    torch.testing.assert_close(kept, average.float())
+    assert not torch.allclose(kept, left[-1].float())
+
+
 def test_the_same_seed_gives_the_same_weights(write_case) -> None:
     cases = [write_case(f"case{i}", seed=i) for i in range(2)]
     states = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import EMAHandler, TerminateOnNan
+from ignite.handlers import TerminateOnNan
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.handlers import LrScheduleHandler
@@ -27,7 +27,7 @@ from deformux.inference import evaluate
 from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
-from deformux.optimization import MixedPrecision, make_optimizer, make_schedule
+from deformux.optimization import MixedPrecision, make_average, make_optimizer, make_schedule
 from deformux.recipe import Recipe
 from deformux.sample_threads import SampleThreads
 from deformux.sampling import Patches
@@ -181,7 +181,7 @@ class _Run:
         self.done = self.stopped = False
         self.optimizer = make_optimizer(network, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, steps=self.steps)
-        self.ema = EMAHandler(network, momentum=1 - recipe.ema_decay) if recipe.ema_decay is not None else None
+        self.ema = make_average(network, recipe)
         guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
         self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
 
@@ -204,7 +204,7 @@ class _Run:
 
     def _candidate(self) -> nn.Module:
         """The network that validation and the result see: the moving average where there is one."""
-        return self.ema.ema_model if self.ema is not None else self.network
+        return self.ema.module if self.ema is not None else self.network
 
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
         recipe = self.recipe
@@ -235,7 +235,7 @@ class _Run:
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
             LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False).attach(trainer)
         if self.ema is not None:
-            self.ema.attach(trainer)
+            trainer.add_event_handler(Events.ITERATION_COMPLETED, self.ema.update_parameters, self.network)
         stop_on_nan = TerminateOnNan(output_transform=lambda output: output["loss"])
         trainer.add_event_handler(Events.ITERATION_COMPLETED, stop_on_nan)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
@@ -330,7 +330,7 @@ class _Run:
             "optimizer": {
                 f"{index}/{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()
             },
-            "average": self.ema.ema_model.state_dict() if self.ema is not None else {},
+            "average": self.ema.module.state_dict() if self.ema is not None else {},
             "best": self.best_state or {},
         }
         values: dict[str, Any] = {
@@ -345,7 +345,8 @@ class _Run:
         tensors, values = checkpoint.tensors, checkpoint.values
         self.network.load_state_dict(tensors["network"])
         if self.ema is not None:
-            self.ema.ema_model.load_state_dict(tensors["average"])
+            self.ema.module.load_state_dict(tensors["average"])
+            self.ema.n_averaged.fill_(values["engine"]["iteration"])
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.get("optimizer", {}).items():
             index, _, name = key.partition("/")

@@ -1,4 +1,4 @@
-"""How a recipe updates a network's weights: optimizer, schedule of the learning rate, precision."""
+"""How a recipe updates a network's weights: optimizer, schedule of the learning rate, average, precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from deformux.inference import mixed_precision
 from deformux.recipe import Recipe
 
-__all__ = ["MixedPrecision", "make_optimizer", "make_schedule"]
+__all__ = ["MixedPrecision", "make_average", "make_optimizer", "make_schedule"]
 
 # The weights of the guidance begin at zero, beside others that may be trained already, and few steps reach them.
 _GUIDANCE_RATE = 5.0
@@ -61,3 +62,11 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRSche
     if recipe.schedule == "plateau":
         return ReduceLROnPlateau(optimizer, factor=0.9, patience=10)
     return None
+
+
+def make_average(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
+    """The moving average of the weights, from those after the first step on; None where the recipe wants none."""
+    if recipe.ema_decay is None:
+        return None
+    # All tensors at once: on a GPU two launches for each, as of ignite's EMAHandler, are a third of a step's launches.
+    return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
