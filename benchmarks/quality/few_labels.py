@@ -1,13 +1,15 @@
 """Dice against the number of labelled volumes: from scratch, and from weights that learnt something else before.
 
     python -m benchmarks.quality.few_labels                                     # 7 counts, 3 starts, 3 seeds
+    python -m benchmarks.quality.few_labels --starts scratch --counts 1 10 --learning-rate 2e-3  # another recipe
     python -m benchmarks.quality.few_labels --steps 2 --earlier-steps 2 --cases 2 --seeds 1 --counts 1 2  # to try it
 
 The starts are ``scratch``; ``synthetic``, weights that learnt the four labels of the synthetic abdominal cohort; and
 ``other label``, weights that learnt the anterior part alone on all of ``train``. The last have seen the volumes and
 one of the two labels: only the posterior part's Dice compares them fairly. Volumes are drawn by the seed, fewer being
 part of more; every training has the same steps. ``val`` is scored once at the end of each. A run that was killed goes
-on where it stopped. Writes quality_few_labels.md, .csv and .png after each training.
+on where it stopped. Writes quality_few_labels.md, .csv and .png after each training, with another learning rate
+quality_few_labels_at_0.002.
 """
 
 from __future__ import annotations
@@ -34,19 +36,26 @@ from deformux.synthetic import LABELS, write_cohort
 COUNTS = (1, 2, 5, 10, 20, 40, 160)
 STARTS = ("scratch", "synthetic", "other label")
 _COHORT = 40
+_SEEN = "- `other label` had learnt the anterior part on all training volumes: compare its posterior part only"
 
 
 def main() -> None:
     parser = options("few_labels", __doc__)
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="labelled volumes")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS, help="from which weights")
+    parser.add_argument("--learning-rate", type=float, help="instead of that of all benchmarks")
     parser.add_argument("--steps", type=int, default=300, help="of each training on few labels")
     parser.add_argument("--earlier-steps", type=int, default=600, help="of the two trainings to start from")
     arguments = parser.parse_args()
     # Which best_model chose: more steps in the same time.
-    task = hippocampus(arguments, patch_size=(32, 48, 32))
-    earlier = run_trials(_earlier_trials(task, arguments), arguments.work, jobs=arguments.jobs)
+    task, name = hippocampus(arguments, patch_size=(32, 48, 32)), "few_labels"
     weights: dict[str, Path | None] = {"scratch": None}
-    weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
+    if set(arguments.starts) - set(weights):
+        earlier = run_trials(_earlier_trials(task, arguments), arguments.work, jobs=arguments.jobs)
+        weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
+    if arguments.learning_rate is not None:
+        task = dataclasses.replace(task, recipe=task.recipe.replace(learning_rate=arguments.learning_rate))
+        name = f"few_labels_at_{arguments.learning_rate:g}"
     trials = [
         Trial(
             f"{start}, {count} labelled, seed {seed}",
@@ -58,23 +67,25 @@ def main() -> None:
         )
         for seed in range(arguments.seeds)
         for count in arguments.counts
-        for start in STARTS
+        for start in arguments.starts
     ]
 
     def report(results: Sequence[Result]) -> None:
-        steps = f"`tiny`, {arguments.steps} steps each; weights to start from learnt {arguments.earlier_steps} steps"
+        steps = f"`tiny`, {arguments.steps} steps each, learning rate {task.recipe.learning_rate:g}"
+        if len(weights) > 1:
+            steps += f"; weights to start from learnt {arguments.earlier_steps} steps"
         write_report(
             arguments.results,
-            "few_labels",
-            title="Few labelled volumes of the hippocampus data, from three starts",
+            name,
+            title="Few labelled volumes of the hippocampus data",
             lines=[
                 *facts(results, len(trials), steps),
-                *_tables(results, arguments.counts),
+                *_tables(results, arguments.counts, arguments.starts),
                 *NOTES,
-                "- `other label` had learnt the anterior part on all training volumes: compare its posterior part only",
+                *([_SEEN] if "other label" in arguments.starts else []),
             ],
             rows=case_rows(results),
-            plot=_plot(results),
+            plot=_plot(results, arguments.starts),
         )
 
     run_trials(trials, arguments.work, report, jobs=arguments.jobs)
@@ -124,14 +135,14 @@ def _values(results: Sequence[Result], start: str, count: int, column: int | Non
     return [r.mean("dice") if column is None else float(np.nanmean(r.per_case("dice")[:, column])) for r in own]
 
 
-def _tables(results: Sequence[Result], counts: Sequence[int]) -> list[str]:
+def _tables(results: Sequence[Result], counts: Sequence[int], starts: Sequence[str]) -> list[str]:
     lines = []
     for what, column in (("mean Dice", None), ("Dice of the anterior part", 0), ("Dice of the posterior part", 1)):
         rows = []
         for count in counts:
             scratch = _values(results, "scratch", count, column)
             cells = []
-            for start in STARTS:
+            for start in starts:
                 values = _values(results, start, count, column)
                 spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
                 gain = (
@@ -139,15 +150,15 @@ def _tables(results: Sequence[Result], counts: Sequence[int]) -> list[str]:
                 )
                 cells.append(f"{np.mean(values):.4f}{spread}{gain}" if values else "")
             rows.append([count, *cells])
-        lines += [f"## {what}", "", *table(("labelled", *STARTS), rows)]
+        lines += [f"## {what}", "", *table(("labelled", *starts), rows)]
     return lines
 
 
-def _plot(results: Sequence[Result]) -> Figure:
+def _plot(results: Sequence[Result], starts: Sequence[str]) -> Figure:
     plot = figure(width=10, height=4.2)
     for index, (what, column) in enumerate((("mean Dice", None), ("Dice of the posterior part", 1))):
         axes = plot.add_subplot(1, 2, index + 1)
-        for start in STARTS:
+        for start in starts:
             counts = sorted({len(r.trial.task.train) for r in results if _start(r) == start})
             values = [_values(results, start, count, column) for count in counts]
             axes.errorbar(counts, [np.mean(v) for v in values], [np.std(v) for v in values], marker="o", label=start)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.quality._command import options, placement, run
+from benchmarks.quality._command import LEARNING_RATE, options, placement, run
 from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
 from benchmarks.quality._networks import NETWORKS, SIZES
 from benchmarks.quality._report import NOTES, case_rows, facts, table, write_report
@@ -90,7 +90,7 @@ def halves(arguments: argparse.Namespace) -> Task:
     return Task(
         labels=tuple(both),
         prep=Preprocessing("ct", spacing_mm=(2.5, 2.5, 2.5), patch_size=(64, 64, 16)),
-        recipe=RECIPES["finetune"].replace(clicks=0),
+        recipe=RECIPES["finetune"].replace(learning_rate=LEARNING_RATE, clicks=0),
         train=(lower,),
         test=(upper,),
     )

@@ -117,7 +117,10 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
         assert server.submit(case, cohort.label(case, voxels), client_id="early", model_version="v0001").ok
         cohort.submitted.append((case, voxels, "early"))
     task = training(server).json()["id"]
-    wait_for(lambda: training(server).json()["status"] != "RUNNING" or stats(server).get("step"), "a first step")
+    wait_for(
+        lambda: training(server).json()["status"] not in ("SUBMITTED", "RUNNING") or stats(server).get("step"),
+        "a first step",
+    )
     assert training(server).json()["status"] == "RUNNING", training(server).json()
     handed_out: list[tuple[str, str]] = []
     everybody = threading.Barrier(6)
