@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.quality._command import LEARNING_RATE, options, placement, run
+from benchmarks.quality._command import RECIPE, options, placement, run
 from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
 from benchmarks.quality._networks import NETWORKS, SIZES
 from benchmarks.quality._report import NOTES, case_rows, facts, table, write_report
@@ -27,7 +27,6 @@ from benchmarks.quality._trials import Result, Task
 from deformux.annotator import dense_labels
 from deformux.cases import Case
 from deformux.files import replacing
-from deformux.recipe import RECIPES
 from deformux.transforms import Preprocessing
 
 _FEWEST_VOXELS = 50
@@ -90,7 +89,7 @@ def halves(arguments: argparse.Namespace) -> Task:
     return Task(
         labels=tuple(both),
         prep=Preprocessing("ct", spacing_mm=(2.5, 2.5, 2.5), patch_size=(64, 64, 16)),
-        recipe=RECIPES["finetune"].replace(learning_rate=LEARNING_RATE, clicks=0),
+        recipe=RECIPE,
         train=(lower,),
         test=(upper,),
     )

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _STEPS_PER_EPOCH = 20
 # Of the learning rate from scratch, for a start from weights that already work.
-_CONTINUED_RATE = 0.25
+_CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
 # The same labels give the same model, but for rounding.
 _SEED = 0
 _STARTS = ("published", "pretrained", "scratch")
