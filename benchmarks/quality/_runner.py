@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deformux.cli_support import torch_device
+from deformux.cli_support import ProgressBar, torch_device
 from deformux.engine import TrainingError
 from deformux.transforms import InvalidVolume
 from deformux.weights import InvalidModel
@@ -49,7 +49,7 @@ def run_trials(
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[left]}"), console=_console) as bar:
+    with ProgressBar(*columns, TextColumn("{task.fields[left]}"), console=_console) as bar:
         queue = _Queue(trials, folder, report, bar, jobs)
         for device in {trial.device for trial in queue.pending()}:
             torch_device(device)
@@ -76,8 +76,9 @@ class _Queue:
         self.trials, self.folder, self.report, self.bar, self.jobs = trials, folder, report, bar, jobs
         self.failed: dict[str, str] = {}
         self.stopped = threading.Event()
-        self._seconds: list[float] = []
         self._parts: dict[str, float] = {}
+        self._over = 0
+        self._began = time.monotonic()
         self._one_at_a_time = threading.Lock()
         self._task = bar.add_task("", total=len(trials), left="")
         report(_finished(trials, folder))
@@ -93,36 +94,49 @@ class _Queue:
                 time.sleep(1)  # others have all that is left in hands
                 continue
             trial, lock = taken
-            began = time.monotonic()
             try:
                 error = self._in_fresh_process(trial.title, _trial, trial, trial.name, self.folder, self.jobs)
             finally:
                 lock.release()
             if not self.stopped.is_set():
                 with self._one_at_a_time:
-                    self._finish(trial, error, time.monotonic() - began)
+                    self._finish(trial, error)
 
     def time_steps(self) -> None:
         """Time the steps of those whose budget is seconds, while nothing else runs."""
         paces = {trial.pace_name: trial for trial in self.pending() if trial.seconds is not None}
         if paces and (error := self._in_fresh_process("timing", _paces, list(paces.values()), self.folder)):
             sys.exit(f"steps could not be timed: {error}")
+        self._began = time.monotonic()
 
-    def _finish(self, trial: Trial, error: str, seconds: float) -> None:
-        self._seconds.append(seconds)
+    def _finish(self, trial: Trial, error: str) -> None:
+        self._over += 1
         if error:
             self.failed[trial.name] = f"{trial.title}: {error}"
         results = _finished(self.trials, self.folder)
         self.report(results)
-        left = _left(len(self.trials) - len(results) - len(self.failed), self._seconds, self.jobs)
-        self.bar.update(self._task, completed=len(results), left=left.removeprefix(", "))
-        what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}{left}"
-        _console.print(f"{trial.title}: {what}", soft_wrap=True)
+        left = self._left()
+        self.bar.update(self._task, completed=len(results), left=left)
+        what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}"
+        _console.print(f"{trial.title}: {what}{left and ', '}{left}", soft_wrap=True)
 
     def _show(self, title: str, what: str, part: float) -> None:
         self._parts[title] = part
         done = len(self.trials) - len(self.pending()) - len(self.failed)
-        self.bar.update(self._task, description=f"{title}: {what}", completed=done + sum(self._parts.values()))
+        self.bar.update(
+            self._task,
+            description=f"{title}: {what}",
+            completed=done + sum(self._parts.values()),
+            left=self._left(),
+        )
+
+    def _left(self) -> str:
+        """How long the rest will take, by what was done since the first trial began."""
+        running = sum(self._parts.values())
+        left, done = len(self.pending()) - running, self._over + running
+        if not left or not done:
+            return ""
+        return f"about {timedelta(seconds=round((time.monotonic() - self._began) * left / done))} left"
 
     def _in_fresh_process(self, title: str, what: Callable[..., None], *arguments: object) -> str:
         """Run a function where nothing else has taken memory; what went wrong, or nothing."""
@@ -169,12 +183,6 @@ def _take_first(trials: Sequence[Trial], folder: Path) -> tuple[Trial, FileLock]
             return trial, lock
         lock.release()
     return None
-
-
-def _left(trials: int, seconds: Sequence[float], jobs: int) -> str:
-    if not trials:
-        return ""
-    return f", about {timedelta(seconds=round(trials * sum(seconds) / len(seconds) / jobs))} left"
 
 
 def _told(trial: Trial, folder: Path) -> str:

@@ -37,7 +37,7 @@ __all__ = ["Result", "Task", "Tell", "Trial", "affordable_steps", "model_file", 
 _WARM_UP, _TIMED = 5, 20
 _EPOCHS = 10
 
-# Told what is being done, and the part of it that is done (0..1).
+# Told what is being done, and the part of the training that is done (0..1).
 Tell = Callable[[str, float], None]
 
 
@@ -167,7 +167,7 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 
         trial: what to do.
         name: that of the trial where it was started: in this process the source may be a newer one.
         folder: for the result, the model and the checkpoint.
-        tell: called with what is being done, and the part of it that is done (0..1).
+        tell: called with what is being done, and the part of the training that is done (0..1).
         jobs: how many trials may run at the same time.
     """
     torch.set_num_threads(trial.threads)
@@ -187,7 +187,7 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 
 
     def told() -> None:
         tested.append(None)
-        tell("testing", len(tested) / len(task.test))
+        tell(f"testing, volume {len(tested)} of {len(task.test)}", 1.0)
 
     scores = score(network, task.test, task.prep, n_labels=len(task.labels), device=trial.device, on_case=told)
     if trial.keep_model:
@@ -249,10 +249,10 @@ def _fit(
     tell: Tell,
     checkpoint: Path | None = None,
 ) -> FitResult:
-    what = "training" if checkpoint is not None else "timing"
+    what, worth = ("training", 1.0) if checkpoint is not None else ("timing", 0.0)
 
     def show(progress: Progress) -> None:
-        tell(f"{what}, step {progress.step} of {progress.total_steps}", progress.step / progress.total_steps)
+        tell(f"{what}, step {progress.step} of {progress.total_steps}", worth * progress.step / progress.total_steps)
 
     tell("reading volumes", 0.0)
     return fit(

@@ -92,9 +92,13 @@ def main() -> None:
     )
     results = run_trials([last], arguments.work)
     chosen.report(results)
-    # Weights are not committed with a trial: they are where it ran.
+    trained = model_file(arguments.work, last.name)
+    if not trained.is_file():
+        # Weights are not committed with a trial.
+        known = arguments.work / f"{last.name}.json"
+        raise ValueError(f"the weights are where they were trained; to train them here too, remove {known}")
     output = arguments.output or arguments.work / f"best_{arguments.preset}.safetensors"
-    save_model(output, *load_model(model_file(arguments.work, last.name)))
+    save_model(output, *load_model(trained))
     print(f"{output}: Dice {results[0].mean('dice'):.4f} on val")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,20 @@ def test_trainings_at_a_time_have_as_many_steps_as_each_other(write_case, tmp_pa
     (timed,) = (tmp_path / "work" / "steps").glob("*.txt")
     with (tmp_path / "results" / "quality_equal_2_seconds.csv").open(newline="") as file:
         assert {(row["seed"], row["steps"]) for row in csv.DictReader(file)} == {(s, timed.read_text()) for s in "01"}
+
+
+@pytest.mark.slow
+def test_the_first_training_says_already_how_long_it_will_take(write_case, tmp_path: Path, repository: Path) -> None:
+    names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(2)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": names[:1], "val": names[1:]}))
+    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", tmp_path, "--work", tmp_path / "work"]
+    command += ["--results", tmp_path / "results", "--threads", "1", "--seeds", "1", "--sizes", "tiny"]
+    command += ["--networks", "UNet", "--steps", "40"]
+    terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=repository, env=terminal, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+    assert re.search(r"training, step \d+ of 40 .* 0/1 .* about 0:\d\d:\d\d left", shown)
 
 
 @pytest.mark.slow

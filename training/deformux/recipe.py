@@ -150,7 +150,7 @@ _FEW = Recipe(
     patches_per_volume=1,
     epochs=20,
     # Half of it gave 0.008 Dice less with one labelled hippocampus volume, 0.007 with ten, and 0.014 with 120; in
-    # batches of one patch it was as good (quality_few_labels_at_0.002.md, quality_best_tiny_cpu_begun.md and
+    # batches of one patch it was as good (quality_few_labels_at_0.002.md, quality_best_tiny_cpu.md and
     # learning_target_at_0.001.md in benchmarks/results).
     learning_rate=2e-3,
     weight_decay=0.01,
