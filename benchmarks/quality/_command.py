@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from deformux.cli_support import torch_device
 from deformux.recipe import RECIPES
 from deformux.transforms import Preprocessing
 
-__all__ = ["PATCH_SIZE", "RECIPE", "hippocampus", "options", "placement", "run"]
+__all__ = ["PATCH_SIZE", "RECIPE", "at_learning_rate", "hippocampus", "options", "placement", "run"]
 
 RESULTS = Path(__file__).parent.parent / "results"
 # Holds a whole volume of the hippocampus data with a margin.
@@ -65,6 +66,13 @@ def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, in
         train=tuple(train),
         test=tuple(val),
     )
+
+
+def at_learning_rate(task: Task, name: str, rate: float | None) -> tuple[Task, str]:
+    """A task, and the name of its results, at another learning rate than that of all benchmarks, if there is one."""
+    if rate is None:
+        return task, name
+    return dataclasses.replace(task, recipe=task.recipe.replace(learning_rate=rate)), f"{name}_at_{rate:g}"
 
 
 def run(main: Callable[[], None]) -> None:

@@ -80,8 +80,9 @@ class _Queue:
         self._over = 0
         self._began = time.monotonic()
         self._one_at_a_time = threading.Lock()
-        self._task = bar.add_task("", total=len(trials), left="")
-        report(_finished(trials, folder))
+        results = _finished(trials, folder)
+        self._task = bar.add_task("", total=len(trials), completed=len(results), left="")
+        report(results)
 
     def pending(self) -> list[Trial]:
         return [t for t in self.trials if not _file(t, self.folder).is_file() and t.name not in self.failed]

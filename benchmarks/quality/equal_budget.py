@@ -3,19 +3,20 @@
     python -m benchmarks.quality.equal_budget                                  # 400 steps each
     python -m benchmarks.quality.equal_budget --budget seconds --seconds 300   # as many steps as fit into 300 s
     python -m benchmarks.quality.equal_budget --budget seconds --seconds 600 --patch-size 32 48 32
+    python -m benchmarks.quality.equal_budget --learning-rate 2e-3 --patch-size 32 48 32   # another recipe
     python -m benchmarks.quality.equal_budget --steps 2 --cases 2 --seeds 1    # to try it
 
 Trains on ``train`` and scores ``val`` once at the end of each training. A run that was killed goes on where it
 stopped; the same command, started a second time meanwhile, shares the work (give each --threads 1; not where the
 budget is seconds). Writes quality_equal_steps or, for 300 s, quality_equal_300_seconds (.md, .csv, .png) after each
-training.
+training, with its learning rate in the name where that is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.quality._command import PATCH_SIZE, hippocampus, options, placement, run
+from benchmarks.quality._command import PATCH_SIZE, at_learning_rate, hippocampus, options, placement, run
 from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
 from benchmarks.quality._networks import NETWORKS, SIZES
 from benchmarks.quality._report import NOTES, case_rows, facts, write_report
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--patch-size", nargs=3, type=int, default=PATCH_SIZE, help="by default one that holds a whole volume"
     )
+    parser.add_argument("--learning-rate", type=float, help="instead of that of all benchmarks")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
     arguments = parser.parse_args()
@@ -40,8 +42,10 @@ def main() -> None:
     else:
         name = f"equal_{seconds:g}_seconds"
         budget = f"{seconds:g} seconds of training, in steps by the time of 20 that were measured before"
+    task = hippocampus(arguments, patch_size=tuple(arguments.patch_size))
+    task, name = at_learning_rate(task, name, arguments.learning_rate)
     trials = network_trials(
-        hippocampus(arguments, patch_size=tuple(arguments.patch_size)),
+        task,
         arguments.networks,
         arguments.sizes,
         arguments.seeds,
@@ -56,7 +60,7 @@ def main() -> None:
             name,
             title=f"Equal {arguments.budget} on the hippocampus data",
             lines=[
-                *facts(results, len(trials), f"each network had {budget}"),
+                *facts(results, len(trials), f"each network had {budget}, at a rate of {task.recipe.learning_rate:g}"),
                 *comparison(results),
                 *NOTES,
                 *COST_NOTES,

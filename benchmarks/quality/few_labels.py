@@ -21,7 +21,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.quality._command import hippocampus, options, placement, run
+from benchmarks.quality._command import at_learning_rate, hippocampus, options, placement, run
 from benchmarks.quality._report import NOTES, case_rows, facts, figure, table, write_report
 from benchmarks.quality._runner import run_trials
 from benchmarks.quality._trials import Result, Task, Trial, model_file
@@ -48,14 +48,12 @@ def main() -> None:
     parser.add_argument("--earlier-steps", type=int, default=600, help="of the two trainings to start from")
     arguments = parser.parse_args()
     # Which best_model chose: more steps in the same time.
-    task, name = hippocampus(arguments, patch_size=(32, 48, 32)), "few_labels"
+    task = hippocampus(arguments, patch_size=(32, 48, 32))
     weights: dict[str, Path | None] = {"scratch": None}
     if set(arguments.starts) - set(weights):
         earlier = run_trials(_earlier_trials(task, arguments), arguments.work, jobs=arguments.jobs)
         weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
-    if arguments.learning_rate is not None:
-        task = dataclasses.replace(task, recipe=task.recipe.replace(learning_rate=arguments.learning_rate))
-        name = f"few_labels_at_{arguments.learning_rate:g}"
+    task, name = at_learning_rate(task, "few_labels", arguments.learning_rate)
     trials = [
         Trial(
             f"{start}, {count} labelled, seed {seed}",
