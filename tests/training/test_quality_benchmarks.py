@@ -51,6 +51,12 @@ def test_the_simulation_adds_seeds_to_its_results(write_case, tmp_path: Path, re
     assert "is of other settings" in other.stderr
 
 
+def _equal_budget(folder: Path, *options: str) -> list[str | Path]:
+    """The command that trains networks on the volumes of a folder, and keeps there what it makes."""
+    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", folder, "--work", folder / "work"]
+    return [*command, "--results", folder / "results", "--threads", "1", "--sizes", "tiny", *options]
+
+
 # Each trial imports everything anew in its own process.
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
@@ -59,9 +65,7 @@ def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
     names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(4)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
     work, results = tmp_path / "work", tmp_path / "results"
-    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", tmp_path, "--work", work]
-    command += ["--results", results, "--threads", "1", "--seeds", "1", "--steps", "2", "--sizes", "tiny"]
-    command += ["--networks", "UNETR", "UNet"]
+    command = _equal_budget(tmp_path, "--seeds", "1", "--steps", "2", "--networks", "UNETR", "UNet")
     with (tmp_path / "log").open("w") as log:
         first = subprocess.Popen(command, cwd=repository, stdout=log, stderr=log, start_new_session=True)
         try:
@@ -97,9 +101,8 @@ def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
 def test_trainings_at_a_time_have_as_many_steps_as_each_other(write_case, tmp_path: Path, repository: Path) -> None:
     names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(4)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:2], "val": names[2:]}))
-    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", tmp_path, "--work", tmp_path / "work"]
-    command += ["--results", tmp_path / "results", "--threads", "1", "--seeds", "2", "--sizes", "tiny"]
-    command += ["--networks", "UNETR", "--budget", "seconds", "--seconds", "2", "--jobs", "2"]
+    command = _equal_budget(tmp_path, "--seeds", "2", "--networks", "UNETR", "--jobs", "2")
+    command += ["--budget", "seconds", "--seconds", "2"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     text = (tmp_path / "results" / "quality_equal_2_seconds.md").read_text()
@@ -114,9 +117,7 @@ def test_trainings_at_a_time_have_as_many_steps_as_each_other(write_case, tmp_pa
 def test_the_first_training_says_already_how_long_it_will_take(write_case, tmp_path: Path, repository: Path) -> None:
     names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(2)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names[:1], "val": names[1:]}))
-    command = [sys.executable, "-m", "benchmarks.quality.equal_budget", "--data", tmp_path, "--work", tmp_path / "work"]
-    command += ["--results", tmp_path / "results", "--threads", "1", "--seeds", "1", "--sizes", "tiny"]
-    command += ["--networks", "UNet", "--steps", "40"]
+    command = _equal_budget(tmp_path, "--seeds", "1", "--networks", "UNet", "--steps", "40")
     terminal = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": "200"}
     done = subprocess.run(command, cwd=repository, env=terminal, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
