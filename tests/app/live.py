@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import requests
 APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
 LABELS = ("liver", "spleen")
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
+# Seconds that a test waits for what must happen, on whatever machine.
+PATIENCE_S = 300
 # Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.
 ORGANS = {"liver": ((14.0, 2.0, 5.0), 13.0), "spleen": ((-13.0, 8.0, -7.0), 10.0)}
 
@@ -129,6 +131,16 @@ class LiveServer:
     def objects(self) -> dict[str, Any]:
         """The datastore's index."""
         return requests.get(f"{self.url}/datastore/", params={"output": "all"}, timeout=60).json()["objects"]
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """What the condition gives as soon as that is true."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"it did not happen: {what}")
 
 
 @dataclass

@@ -17,22 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from live import LABELS, LiveServer, Volume, publish_untrained, serve_command, write, write_volume
+from live import LABELS, PATIENCE_S, LiveServer, Volume, publish_untrained, serve_command, wait_for, write, write_volume
 
 from deformux_label.lib.leases import Leases
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16", "auto_train": "3"}
-PATIENCE_S = 240
 N_CASES = 18
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    raise AssertionError(f"it did not happen: {what}")
 
 
 @dataclass

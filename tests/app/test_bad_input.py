@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from live import CONF, LiveServer, Volume, write
+from live import CONF, LiveServer, Volume, wait_for, write
 
 
 def refused(answer: requests.Response, *words: str, status: int | None = None) -> str:
@@ -91,8 +91,8 @@ def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kin
     make, expected = BAD_IMAGES[kind]
     path = studies / f"found_{kind.replace(' ', '_')}.nii.gz"
     make(path)
+    name = path.name.removesuffix(".nii.gz")
     try:
-        name = path.name.removesuffix(".nii.gz")
         for _ in range(100):
             answer = server.infer(name)
             if answer.status_code != 404:
@@ -101,6 +101,7 @@ def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kin
         refused(answer, name, expected, status=422)
     finally:
         path.unlink()
+    wait_for(lambda: name not in server.objects(), f"the removed {name} left the index")
 
 
 def test_unknown_names(server: LiveServer, volumes: dict[str, Volume]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,23 +15,13 @@ import numpy as np
 import pytest
 import requests
 import torch
-from live import LABELS, LiveServer, publish_untrained, serve_command, write, write_volume
+from live import LABELS, PATIENCE_S, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
 
 from deformux_label.lib.infers.memory import Attempt, within_memory
 from deformux_label.turns import Turns
 
 # The smallest windows: a scan can then be as slow as a test needs, and ends as soon as its client leaves.
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "patch_size": "16,16,16"}
-PATIENCE_S = 300
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + PATIENCE_S
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"it did not happen: {what}")
 
 
 @pytest.fixture(scope="module")
