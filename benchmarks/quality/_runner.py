@@ -116,28 +116,24 @@ class _Queue:
             self.failed[trial.name] = f"{trial.title}: {error}"
         results = _finished(self.trials, self.folder)
         self.report(results)
-        left = self._left()
-        self.bar.update(self._task, completed=len(results), left=left)
+        left = self._move_bar()
         what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}"
         _console.print(f"{trial.title}: {what}{left and ', '}{left}", soft_wrap=True)
 
     def _show(self, title: str, what: str, part: float) -> None:
         self._parts[title] = part
-        done = len(self.trials) - len(self.pending()) - len(self.failed)
-        self.bar.update(
-            self._task,
-            description=f"{title}: {what}",
-            completed=done + sum(self._parts.values()),
-            left=self._left(),
-        )
+        self._move_bar(description=f"{title}: {what}")
 
-    def _left(self) -> str:
-        """How long the rest will take, by what was done since the first trial began."""
+    def _move_bar(self, **changes: str) -> str:
+        """Show how much is done; how long the rest will take, by what was done since the first trial began."""
         running = sum(self._parts.values())
         left, done = len(self.pending()) - running, self._over + running
-        if not left or not done:
-            return ""
-        return f"about {timedelta(seconds=round((time.monotonic() - self._began) * left / done))} left"
+        time_left = ""
+        if left and done:
+            time_left = f"about {timedelta(seconds=round((time.monotonic() - self._began) * left / done))} left"
+        completed = len(self.trials) - len(self.failed) - left
+        self.bar.update(self._task, completed=completed, left=time_left, **changes)
+        return time_left
 
     def _in_fresh_process(self, title: str, what: Callable[..., None], *arguments: object) -> str:
         """Run a function where nothing else has taken memory; what went wrong, or nothing."""

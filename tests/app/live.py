@@ -25,7 +25,7 @@ APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
 LABELS = ("liver", "spleen")
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
 # Seconds that a test waits for what must happen, on whatever machine.
-PATIENCE_S = 300
+PATIENCE_S = 240
 # Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.
 ORGANS = {"liver": ((14.0, 2.0, 5.0), 13.0), "spleen": ((-13.0, 8.0, -7.0), 10.0)}
 
