@@ -6,6 +6,7 @@ import getpass
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from deformux_label.lib.configs.project import Project
     from deformux_label.lib.datastore import CheckedDatastore
 
 __all__ = ["app", "app_folder"]
@@ -93,6 +93,11 @@ def serve(
     auto_train: Annotated[str, typer.Option(help="Train after so many submitted labels; 0 for never.")] = "",
     lease_minutes: Annotated[str, typer.Option(help="How long a handed-out volume is kept for its annotator.")] = "",
     cache_gb: Annotated[str, typer.Option(help="Gigabytes of memory that make the next click fast; 0 for none.")] = "",
+    allow_origin: Annotated[str, typer.Option(help="Comma-separated origins whose pages may call the server.")] = "",
+    max_upload_gb: Annotated[str, typer.Option(help="Most gigabytes of an uploaded volume.")] = "",
+    max_voxels: Annotated[str, typer.Option(help="Most voxels of a volume that is read.")] = "",
+    users: Annotated[str, typer.Option(help="File with the users; a user in it switches the login on.")] = "",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen to the network without a login.")] = False,
     host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network, without login.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
@@ -101,7 +106,15 @@ def serve(
     # processors.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deformux_label.lib.configs.project import InvalidOption, Project
+    from deformux_label.lib.configs.server import ServerOptions
 
+    of_server = {
+        "allow_origin": allow_origin,
+        "max_upload_gb": max_upload_gb,
+        "max_voxels": max_voxels,
+        "users": users,
+        "insecure": str(insecure).lower(),
+    }
     conf = {
         "labels": labels,
         "modality": modality,
@@ -114,20 +127,21 @@ def serve(
         "cache_gb": cache_gb,
     }
     try:
+        ServerOptions.from_conf(of_server)
         project = Project.from_conf(conf)
     except InvalidOption as error:
         _refuse(str(error))
     if not studies or (not studies.startswith(("http://", "https://")) and Path(studies).is_file()):
         _refuse(f"studies must be a folder with volumes; got {studies!r}")
     _check_free(host, port)
-    _start(studies, project, host, port)
+    _start(studies, {**project.to_conf(), **{key: value for key, value in of_server.items() if value}}, host, port)
 
 
-def _start(studies: str, project: Project, host: str, port: int) -> None:
+def _start(studies: str, conf: Mapping[str, str], host: str, port: int) -> None:
     """Become MONAI Label's own server."""
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
     arguments += ["--uvicorn_app", "deformux_label.server:app"]
-    for key, value in project.to_conf().items():
+    for key, value in conf.items():
         arguments += ["--conf", key, value]
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address http://{host}:{port}")
     sys.stdout.flush()

@@ -12,6 +12,7 @@ from filelock import FileLock
 from lib.api import install, private_uploads
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
+from lib.configs.server import SERVER_OPTIONS, ServerOptions
 from lib.datastore import CheckedDatastore
 from lib.infers.edit import Edit
 from lib.infers.scribbles import all_scribble_tasks
@@ -49,7 +50,8 @@ class DeformUXLabel(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         try:
-            self.project = Project.from_conf(conf)
+            self.server_options = ServerOptions.from_conf(conf)
+            self.project = Project.from_conf({key: conf[key] for key in conf if key not in SERVER_OPTIONS})
         except InvalidOption as error:
             refuse_to_start(str(error))
         self.state_folder = self.project.state_folder(app_dir, studies)

@@ -53,6 +53,8 @@ def environment(folder: Path) -> dict[str, str]:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
+        # Where the users of the login are by default: those of whoever runs the tests are not asked for.
+        "XDG_CONFIG_HOME": str(folder / "config"),
     }
 
 

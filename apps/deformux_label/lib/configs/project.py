@@ -16,7 +16,7 @@ from deformux.network import PRESETS
 from deformux.transforms import Preprocessing
 from deformux.weights import PRETRAINED, ModelCard, pretrained_path
 
-__all__ = ["OPTIONS", "InvalidOption", "Project"]
+__all__ = ["OPTIONS", "InvalidOption", "Project", "number_option"]
 
 OPTIONS = (
     *("auto_train", "cache_gb", "labels", "lease_minutes", "modality", "patch_size", "preset", "pretrained"),
@@ -95,9 +95,9 @@ class Project:
         labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
         if not labels:
             raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
-        auto_train = int(_number("auto_train", given.get("auto_train", "0"), 10_000, whole=True))
-        lease_minutes = _number("lease_minutes", given.get("lease_minutes", "60"), 100_000)
-        cache_gb = _number("cache_gb", given.get("cache_gb", "1"), 10_000)
+        auto_train = int(number_option("auto_train", given.get("auto_train", "0"), 10_000, whole=True))
+        lease_minutes = number_option("lease_minutes", given.get("lease_minutes", "60"), 100_000)
+        cache_gb = number_option("cache_gb", given.get("cache_gb", "1"), 10_000)
         return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes, cache_gb)
 
     def to_conf(self) -> dict[str, str]:
@@ -153,7 +153,8 @@ def _labels(text: str) -> tuple[str, ...]:
     return names
 
 
-def _number(option: str, text: str, most: int, *, whole: bool = False) -> float:
+def number_option(option: str, text: str, most: int, *, whole: bool = False) -> float:
+    """Parse the number of an option between 0 and ``most``; raises InvalidOption."""
     kind = "a whole number" if whole else "a number"
     try:
         value = float(int(text) if whole else float(text))
