@@ -43,7 +43,7 @@ serve: $(READY)
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)
 test: lint
 	$(PYTEST) tests/ops tests/gpu tests/training tests/test_*.py
-	$(PYTEST) tests/app
+	$(PYTEST) tests/app tests/security
 
 test-all: RUNSLOW := --runslow
 test-all: test
