@@ -106,6 +106,24 @@ def test_small_falls_do_not_add_up() -> None:
     assert "worse than v0001 was: mean Dice 0.7940 instead of 0.8000" in decision.reason
 
 
+def test_what_is_no_fall_is_published_however_far_below_the_best() -> None:
+    best, published = ("v0001", {"x": [0.82, 0.82]}), {"x": [0.8, 0.8]}
+    same = judge({"x": [0.8, 0.8]}, published, champion=best)
+    assert (same.publish, same.best, same.champion) == (True, pytest.approx(0.82), "v0001")
+    assert not judge({"x": [0.7999, 0.7999]}, published, champion=best).publish
+    # Measured on the labels of today, the published one is the best itself.
+    overtaken = judge({"x": [0.7985, 0.7985]}, published, champion=("v0001", {"x": [0.7, 0.7]}))
+    assert (overtaken.publish, overtaken.best, overtaken.champion) == (True, pytest.approx(0.8), None)
+
+
+def test_a_champion_that_finds_nothing_where_nothing_is_gets_the_credit() -> None:
+    nan = math.nan
+    inventing, truthful = {"x": [0.8, 0.0], "y": [0.8, 0.8]}, {"x": [0.8, nan], "y": [0.8, 0.8]}
+    decision = judge({**inventing, "y": [0.8, 0.799]}, inventing, champion=("v0001", truthful))
+    assert not decision.publish
+    assert decision.best == pytest.approx(0.85)
+
+
 def test_without_validation_cases_a_model_is_provisional() -> None:
     decision = judge({}, {})
     assert (decision.publish, decision.provisional) == (True, True)

@@ -103,8 +103,9 @@ class Decision:
         provisional: nothing could be measured; the next model that can be measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
             the other model does find it there; None where nothing was scored.
-        best: mean Dice of the best model of the line on the counted cases.
-        champion: name of that model, where it is another than this candidate.
+        best: mean Dice on the counted cases of the best model before this candidate.
+        champion: name of that model, where it is better than the incumbent; in a card, where it is better than the
+            version of the card.
         labels: label to mean Dice of incumbent and candidate on the counted cases.
         counted: the validation cases that decided.
         doubtful: validation cases that did not count, and why.
@@ -144,7 +145,7 @@ def decide(
 
     The candidate is published when, over the cases that count, its mean Dice is at least the incumbent's minus 0.002,
     no label's mean falls by more than 0.05, and, from three cases on, the median case does not fall by more than 0.005:
-    a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean lie more than
+    a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean fall to more than
     0.005 below that of the champion, the best model of the line: small falls must not add up.
 
     A case does not count where neither model is better than chance, or where both are less than half as good as on
@@ -178,8 +179,10 @@ def decide(
         reason = f"the first measured model, mean Dice {mean:.4f} on {_cases(counted)}"
         return Decision(True, reason, candidate=mean, counted=counted, doubtful=doubtful)
     old = np.array([incumbent[case] for case in counted], dtype=float)
+    former = np.array([champion[1][case] for case in counted], dtype=float) if champion else old
     # A label that is not there is NaN for a model that does not find it, and 0 for one that does.
-    old, new = (np.where(np.isnan(a) & ~np.isnan(b), 1.0, a) for a, b in ((old, new), (new, old)))
+    found = ~(np.isnan(old) & np.isnan(new) & np.isnan(former))
+    old, new, former = (np.where(np.isnan(values) & found, 1.0, values) for values in (old, new, former))
     means = mean_dice(old), mean_dice(new)
     by_label = {
         name: (_mean(old[:, index]), _mean(new[:, index]))
@@ -188,9 +191,10 @@ def decide(
     }
     publish, reason = _verdict(means, by_label, [_mean(b) - _mean(a) for a, b in zip(old, new, strict=True)])
     best, name = means[0], None
-    if champion is not None:
-        name, best = champion[0], mean_dice([champion[1][case] for case in counted])
-        if publish and means[1] < best - _TOTAL_TOLERANCE:
+    if champion is not None and mean_dice(former) > best:
+        name, best = champion[0], mean_dice(former)
+        # What is no fall from the published model is published, however far below the best that one lies by now.
+        if publish and means[1] < min(means[0], best - _TOTAL_TOLERANCE):
             publish, reason = False, f"worse than {name} was: mean Dice {means[1]:.4f} instead of {best:.4f}"
     return Decision(
         publish,

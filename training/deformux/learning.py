@@ -235,7 +235,8 @@ class Learner:
             name = self.versions.write(network, card)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
-        self.scores.remember(name, result.per_case, plan.checksums, keep=self.versions.names())
+        served = [f"{_FOREIGN}{options.served.stem}"] if options.served is not None else []
+        self.scores.remember(name, result.per_case, plan.checksums, keep=[*self.versions.names(), *served])
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
@@ -322,23 +323,33 @@ class Learner:
             return Decision(False, f"not measured, as no validation case is labelled any more; {published} stays")
         name = published or f"{_FOREIGN}{path.stem}"
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
-        champion = self._champion(card)
-        best = None
-        if champion is not None and champion != published:
-            best_path = self.versions.path(champion)
-            best = self.scores.scores(champion, best_path, plan.validation, plan.checksums, device=options.device)
-        decision = self._decide(
-            candidate, scores, plan, provisional=provisional, champion=(champion, best) if champion and best else None
-        )
+        champion = self._champion(card, plan, options)
+        decision = self._decide(candidate, scores, plan, provisional=provisional, champion=champion)
         # Of incumbent, champion and candidate, the best so far is what the next round must not fall behind.
-        if decision.candidate is not None and decision.candidate >= (decision.best or 0):
+        if decision.candidate is None:
+            return dataclasses.replace(decision, champion=champion[0] if champion else name)
+        if decision.candidate >= (decision.best or 0):
             return dataclasses.replace(decision, champion=None)
-        return dataclasses.replace(decision, champion=decision.champion or published)
+        return dataclasses.replace(decision, champion=decision.champion or name)
 
-    def _champion(self, card: ModelCard) -> str | None:
-        """The best model before a published one, where that was better; a rollback thus also goes back in this."""
+    def _champion(self, card: ModelCard, plan: _Plan, options: Round) -> tuple[str, Scores] | None:
+        """Return the best model before a published one and its scores, where it was better than that.
+
+        The card of the published version names it: a rollback thus also goes back in this.
+        """
         name = card.gate.get("champion")
-        return name if name in self.versions.names() else None
+        if name is None:
+            return None
+        served = options.served
+        foreign = served is not None and name == f"{_FOREIGN}{served.stem}"
+        try:
+            path = served if foreign and served is not None else self.versions.path(name)
+            if read_card(path).labels != self.labels:
+                raise ValueError(f"{name} has other labels")
+            return name, self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
+        except ValueError as error:
+            logger.warning("The best model so far cannot be compared with: %s", error)
+            return None
 
     def _decide(
         self,
@@ -350,7 +361,14 @@ class Learner:
         champion: tuple[str, Scores] | None = None,
     ) -> Decision:
         shares = {case.id: plan.facts[case.id].shares for case in plan.validation}
-        return decide(candidate, incumbent, labels=self.labels, shares=shares, incumbent_is_provisional=provisional)
+        return decide(
+            candidate,
+            incumbent,
+            labels=self.labels,
+            shares=shares,
+            champion=champion,
+            incumbent_is_provisional=provisional,
+        )
 
     def _publish(self, name: str, card: ModelCard, decision: Decision, set_aside: Mapping[str, str]) -> Outcome:
         published = decision.publish and self.versions.publish_trained(name, decision.reason)
