@@ -71,6 +71,39 @@ def test_a_damaged_assignment_is_not_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "{"
 
 
+@pytest.mark.parametrize("text", [None, "", "{", '{"cases": {"a": "testing"}}', '{"cases": 3}', "[]"])
+def test_a_damaged_assignment_is_read_from_its_copy(text: str | None, tmp_path: Path) -> None:
+    path, cases = tmp_path / "assignment.json", [f"c{number}" for number in range(9)]
+    Assignment(path).assign(cases)
+    before = sides(path, cases)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    Assignment(path).assign([*cases, "new"])
+    assert sides(path, cases) == before
+    # A flipped word is as wrong as a cut one.
+    path.write_text(path.read_text().replace('"c1": "training"', '"c1": "validation"', 1))
+    assert sides(path, cases) == before
+
+
+def test_without_both_assignments_the_cards_say_who_trained(tmp_path: Path) -> None:
+    path = tmp_path / "assignment.json"
+    known = {"x": "validation", "y": "training"}
+    assignment = Assignment(path, lambda: known)
+    assignment.assign(["x", "y", "z"])
+    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
+    for file in tmp_path.glob("*.json"):
+        file.write_text("{")
+    assignment.assign(["x", "y", "z"])
+    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
+    # Nothing was trained yet: nothing can be mixed.
+    for file in tmp_path.glob("*.json"):
+        file.write_text("{")
+    Assignment(path, dict).assign(["z"])
+    assert sides(path, ["z"]) == {"z": False}
+
+
 def judge(candidate: Scores, incumbent: Scores | None, **options: Any) -> Decision:
     shares = {case: [0.05, 0.05] for case in candidate}
     return decide(candidate, incumbent, labels=LABELS, shares=shares, **options)

@@ -196,6 +196,44 @@ def test_falls_from_the_pretrained_model_do_not_add_up(
     assert "worse than pretrained-v0001 was: mean Dice 0.8943 instead of 0.9000" in outcomes[-1].decision.reason
 
 
+def _files(state: Path) -> list[Path]:
+    names = ("assignment.json", "label_facts.json", "validation_scores.json", "training/run.json")
+    return [*(state / name for name in names), *sorted((state / "versions").glob("publications*.json"))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"cases": [], "c": {"label": 3}, "id": [], "history": 1}', "\udcff"]
+)
+def test_no_damaged_file_ends_a_training_or_changes_who_validates(
+    five_cases: list[Case], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    (first,) = steered(five_cases, state, [0.9], monkeypatch)
+    assert first.published
+    with pytest.raises(TrainingStopped):
+        learner(state).learn(five_cases, Round(continue_recipe=STEP.replace(steps=2)), stop=lambda: True)
+    for path in _files(state):
+        assert path.exists()
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    (second,) = steered(five_cases, state, [0.91], monkeypatch)
+    assert set(second.card.validation["per_case"]) == set(first.card.validation["per_case"])
+    assert second.card.parent == "v0001"
+    assert ModelVersions(state / "versions").warnings() == []
+
+
+def test_a_training_starts_from_the_version_before_a_damaged_one(
+    five_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    steered(five_cases, state, [0.9, 0.91], monkeypatch)
+    weights = ModelVersions(state / "versions").path("v0002")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (third,) = steered(five_cases, state, [0.905], monkeypatch)
+    assert (third.card.parent, third.published) == ("v0001", True)
+    assert third.decision.incumbent == pytest.approx(0.9)
+    assert ModelVersions(state / "versions").warnings() == []
+
+
 def test_killed_at_every_rename_a_round_publishes_one_version(write_case, tmp_path: Path) -> None:
     write_case("c0", size=(16, 16, 16))
     # Facts, assignment, run, checkpoint, number, card, weights, scores, publication: one kill before each.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from deformux.files import write_text
 from deformux.metrics import mean_dice
+from deformux.state_files import read_kept_twice, write_kept_twice
 
 __all__ = ["FEWEST_TO_VALIDATE", "Assignment", "Decision", "decide"]
+
+logger = logging.getLogger(__name__)
 
 FEWEST_TO_VALIDATE = 5
 """With fewer labelled cases every one of them trains."""
@@ -46,18 +48,21 @@ class Assignment:
     validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
 
     Args:
-        path: JSON file; written by rename.
+        path: JSON file; written by rename, and kept twice.
+        rebuild: gives the sides of the cases that are known from elsewhere, for where both copies are lost.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rebuild: Callable[[], Mapping[str, str]] | None = None) -> None:
         self.path = Path(path)
+        self._rebuild = rebuild
         self._lock = FileLock(self.path.with_suffix(".lock"))
 
     def assign(self, case_ids: Iterable[str]) -> None:
         """Give every new case among all labelled ones its side.
 
         Raises:
-            ValueError: the file is damaged; nothing is assigned then, since another assignment would mix the sides.
+            ValueError: both copies are lost, and there is nothing to rebuild them from; nothing is assigned then, since
+                another assignment would mix the sides.
         """
         # The smaller the hash, the later: the first four train, and of cases that come together the hash decides.
         labelled = sorted(set(case_ids), key=_hash, reverse=True)
@@ -73,20 +78,32 @@ class Assignment:
                 sides[case] = "validation" if validates else "training"
                 validating += validates
             if new:
-                write_text(self.path, json.dumps({"cases": sides}, indent=1) + "\n")
+                write_kept_twice(self.path, {"cases": sides}, indent=1)
 
     def validates(self, case_id: str) -> bool:
         """Whether a case is kept for validation; raises KeyError for one that was never assigned."""
         return self._read()[case_id] == "validation"
 
     def _read(self) -> dict[str, str]:
-        try:
-            cases = json.loads(self.path.read_text())["cases"]
-        except FileNotFoundError:
+        sides, fault = read_kept_twice(self.path, _sides)
+        if sides is not None:
+            if fault:
+                logger.warning("Which cases validate: %s", fault)
+            return sides
+        known = dict(self._rebuild()) if self._rebuild is not None else {}
+        if fault is None and not known:
             return {}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged; restore it from a backup, or begin a new project") from error
-        return dict(cases)
+        if self._rebuild is None:
+            raise ValueError(f"{self.path}: {fault}; restore it from a backup, or begin a new project")
+        logger.warning("%s; rebuilt from the models' cards: %d cases", fault or f"{self.path} is missing", len(known))
+        return known
+
+
+def _sides(values: Mapping[str, Any]) -> dict[str, str]:
+    sides = dict(values["cases"])
+    if not set(sides.values()) <= {"training", "validation"}:
+        raise ValueError("a case is neither for training nor for validation")
+    return sides
 
 
 def _hash(case_id: str) -> int:
