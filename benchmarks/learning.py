@@ -8,7 +8,8 @@ Cases come from the split's ``train``; ``val`` is only scored, never trained on 
 
 target: ten labelled volumes from scratch, then ten more. corrupted: ten correct ones, then one label each round, of
 which a share (``--corrupt``) is wrong: random voxels, another case's label, labels swapped, empty, or moved. With
-``--state`` an interrupted run goes on. Writes benchmarks/results/learning_<part>.md and .json.
+``--state`` an interrupted run goes on. Writes benchmarks/results/learning_<part>.md and .json; corrupted does so after
+each round.
 """
 
 from __future__ import annotations
@@ -157,12 +158,21 @@ def corrupted(arguments: argparse.Namespace, state: Path) -> None:
                 case = corrupt(case, kind, loop.cases[(number * 7) % 160], rng, state / "corrupted")
                 wrong += 1
             labelled = [*labelled, case]
+        played = len(loop.rows)
         loop.round(number, labelled, first_steps=arguments.first_steps, steps=steps, submitted=kind)
+        # After each round, so that a run which is cut off has its results so far; not again for those it goes on from.
+        if len(loop.rows) > played or number + 1 == arguments.rounds:
+            write_corrupted(arguments, loop, steps=steps, wrong=wrong)
+
+
+def write_corrupted(arguments: argparse.Namespace, loop: Loop, *, steps: int, wrong: int) -> None:
+    """Write the results of the rounds so far, of which ``wrong`` submitted a corrupted label."""
     rows = loop.rows
     best = np.fmax.accumulate([row["val"] for row in rows])
     fall = max(before - row["val"] for before, row in zip(best, rows, strict=True))
+    count = f"{len(rows)} rounds" if len(rows) == arguments.rounds else f"{len(rows)} of {arguments.rounds} rounds"
     facts = [
-        f"{len(rows)} rounds, one submit each, {wrong} of them corrupted ({', '.join(CORRUPTIONS)}); "
+        f"{count}, one submit each, {wrong} of them corrupted ({', '.join(CORRUPTIONS)}); "
         f"{arguments.first_steps} steps in the first round, then {steps}; {loop.patch} per step",
         f"scored on {len(loop.val)} val cases with their correct labels",
         f"published in {sum(bool(row['published']) for row in rows)} rounds; Dice first {rows[0]['val']}, "

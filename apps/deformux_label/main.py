@@ -147,7 +147,7 @@ class DeformUXLabel(MONAILabelApp):
             label = datastore.save_label(image_id, file, options["label_tag"], {"model": model, "params": params})
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
-    def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+    def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:  # noqa: ARG002
         raise HTTPException(404, "this server segments volumes, not whole-slide images")
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ class DeformUXLabel(MONAILabelApp):
         except HTTPException as error:
             raise SystemExit(f"The training failed: {error.detail}") from None
 
-    def training_ended(self, task: dict[str, Any]) -> None:
+    def training_ended(self, _task: dict[str, Any]) -> None:
         """What follows a training, in the server."""
         self.model_changed()
 
@@ -234,6 +234,6 @@ class DeformUXLabel(MONAILabelApp):
         if model is not None:
             known("model", model, self._infers | self._trainers)
 
-    def model_file(self, model: str, validate: bool = True) -> str:
+    def model_file(self, model: str, validate: bool = True) -> str:  # noqa: ARG002 - MONAI Label's signature
         # Its endpoints overwrite and delete the file in place, under the requests that it is serving.
         raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")

@@ -27,15 +27,15 @@ Maker = Callable[[int, Patch], nn.Module]
 
 
 def _unet(channels: tuple[int, ...]) -> Maker:
-    return lambda classes, patch: UNet(3, 1, classes, channels, (2, 2, 2), num_res_units=2)
+    return lambda classes, _patch: UNet(3, 1, classes, channels, (2, 2, 2), num_res_units=2)
 
 
 def _segresnet(filters: int) -> Maker:
-    return lambda classes, patch: SegResNet(3, filters, 1, classes)
+    return lambda classes, _patch: SegResNet(3, filters, 1, classes)
 
 
 def _dynunet(filters: tuple[int, ...]) -> Maker:
-    return lambda classes, patch: DynUNet(
+    return lambda classes, _patch: DynUNet(
         3, 1, classes, [3] * 4, [1, 2, 2, 2], [2, 2, 2], filters=filters, res_block=True
     )
 
@@ -47,7 +47,7 @@ def _unetr(features: int, hidden: int, mlp: int, heads: int) -> Maker:
 
 
 def _swin_unetr(features: int) -> Maker:
-    return lambda classes, patch: SwinUNETR(1, classes, feature_size=features)
+    return lambda classes, _patch: SwinUNETR(1, classes, feature_size=features)
 
 
 # As near to DeformUX-Net's 6.2 M and 14.0 M parameters as each design's rules for its widths allow.

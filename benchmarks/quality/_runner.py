@@ -31,7 +31,7 @@ _console = Console()
 
 
 def run_trials(
-    trials: Sequence[Trial], folder: Path, report: Report = lambda results: None, *, jobs: int = 1
+    trials: Sequence[Trial], folder: Path, report: Report = lambda _: None, *, jobs: int = 1
 ) -> list[Result]:
     """The results of all trials in their order; those that are in ``folder`` already are not run again.
 

@@ -63,7 +63,7 @@ def _forward_fake(
     stride: _Triple,
     padding: _Triple,
     dilation: _Triple,
-    backend: str | None,
+    backend: str | None,  # noqa: ARG001 - the operator's own signature
 ) -> Tensor:
     geometry = check(input, offset, weight, bias, mask, stride, padding, dilation)
     shape = (geometry.batch, geometry.out_channels, *geometry.out)
@@ -100,7 +100,7 @@ def _backward_fake(
     stride: _Triple,
     padding: _Triple,
     dilation: _Triple,
-    backend: str | None,
+    backend: str | None,  # noqa: ARG001 - the operator's own signature
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     geometry = _check_grad(grad, input, offset, weight, mask, stride, padding, dilation)
@@ -160,7 +160,7 @@ def _module(input: Tensor, backend: str | None) -> Any:
     return reference if chosen == "reference" else importlib.import_module(f"deform3d.{chosen}")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - called by these names
     input, offset, weight, bias, mask, *ctx.options = inputs
     ctx.save_for_backward(input, offset, weight, mask)
     ctx.has_bias = bias is not None
@@ -175,7 +175,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 4
 
 
-def _refuse_second_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+def _refuse_second_backward(_ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     raise RuntimeError(
         "deform_conv3d: got a second backward, expected at most one: its gradients cannot be differentiated again; "
         "drop create_graph=True, or use deform3d.reference.forward, which autograd can differentiate any number of "

@@ -207,7 +207,7 @@ def test_a_turn_that_is_given_up_in_the_moment_it_comes_goes_to_the_next() -> No
 @pytest.mark.parametrize(
     ("fits", "expected"),
     [
-        (lambda a: True, Attempt((96, 96, 64), "cuda", "cuda")),
+        (lambda _: True, Attempt((96, 96, 64), "cuda", "cuda")),
         (lambda a: a.volume_device == "cpu", Attempt((96, 96, 64), "cuda", "cpu")),
         (lambda a: np.prod(a.window) <= 48 * 48 * 32, Attempt((48, 48, 32), "cuda", "cpu")),
         (lambda a: a.device == "cpu", Attempt((96, 96, 64), "cpu", "cpu")),

@@ -56,7 +56,7 @@ def saved(server: LiveServer, name: str, folder: Path) -> Path:
     return path
 
 
-def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], trainings: list, tmp_path: Path) -> None:
+def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], trainings: list) -> None:
     name = "anisotropic"
     before = requests.get(f"{server.url}/info/", timeout=60).json()["datastore"]
     assert "uncertainty" not in server.infer(name, query={"output": "json"}).json(), "only where it is asked for"
@@ -94,9 +94,7 @@ def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], tra
     assert reply["uncertainty"]["mean"] == pytest.approx(answer.json()["uncertainty"]["mean"])
 
 
-def test_a_project_without_a_model_has_no_map(
-    fresh: tuple[LiveServer, Path], volumes: dict[str, Volume], tmp_path: Path
-) -> None:
+def test_a_project_without_a_model_has_no_map(fresh: tuple[LiveServer, Path], volumes: dict[str, Volume]) -> None:
     server, _ = fresh
     with volumes["axial"].image.open("rb") as file:
         requests.put(

@@ -94,7 +94,7 @@ class Toy:
 
 @pytest.fixture(params=[FORWARD, REVERSE, SHUFFLED], ids=["forward", "reverse", "shuffled"])
 def runtime(kernel_compiler, request):
-    return EmulatedRuntime(kernel_compiler, lambda unit: TOYS, order=request.param)
+    return EmulatedRuntime(kernel_compiler, lambda _unit: TOYS, order=request.param)
 
 
 def launch(runtime, toy, grid, block, shared_bytes, *args):
@@ -126,7 +126,7 @@ def test_a_missing_barrier_shows(kernel_compiler):
     values, sums = torch.randn(1, 64), torch.empty(1)
     wrong = 0
     for order in (FORWARD, REVERSE):
-        runtime = EmulatedRuntime(kernel_compiler, lambda unit: TOYS, order=order)
+        runtime = EmulatedRuntime(kernel_compiler, lambda _unit: TOYS, order=order)
         launch(runtime, Toy("sum_rows", options=("-DBARRIER=0",)), 1, (64, 1), 256, values, sums, 64)
         wrong += not torch.allclose(sums, values.sum(1))
     assert wrong
@@ -215,7 +215,7 @@ sys.path.insert(0, {tests!r})
 from test_cuda_emulator import FAULTS, TOYS, launch
 from cuda_emulator import Compiler, EmulatedRuntime
 folder = pathlib.Path({folder!r})
-runtime = EmulatedRuntime(Compiler(folder), lambda unit: TOYS, order=1)
+runtime = EmulatedRuntime(Compiler(folder), lambda _unit: TOYS, order=1)
 values, sums = torch.randn(5, 64), torch.empty(5)
 assert sums.isnan().all()
 launch(runtime, "sum_rows", 5, (8, 8), 256, values, sums, 64)

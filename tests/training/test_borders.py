@@ -82,7 +82,7 @@ def ball(write_case) -> tuple[Editor, np.ndarray]:
     distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
     logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
     padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
-    return Editor(study_from_logits(image, logits), lambda x, guidance: padded, prep), distance
+    return Editor(study_from_logits(image, logits), lambda *_: padded, prep), distance
 
 
 @pytest.mark.parametrize("radius", [11, 13])

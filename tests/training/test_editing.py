@@ -188,7 +188,7 @@ def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
     logits[0] = 8
     editor = Editor(
         study_from_logits(image, logits),
-        lambda x, guidance: 8 * torch.eye(3)[0][None, :, None, None, None].expand(1, 3, *x.shape[2:]),
+        lambda x, _guidance: 8 * torch.eye(3)[0][None, :, None, None, None].expand(1, 3, *x.shape[2:]),
         NATIVE,
     )
     mask = editor.apply({1: [(20, 20, 10)]})

@@ -71,6 +71,39 @@ def test_a_damaged_assignment_is_not_replaced(tmp_path: Path) -> None:
     assert path.read_text() == "{"
 
 
+@pytest.mark.parametrize("text", [None, "", "{", '{"cases": {"a": "testing"}}', '{"cases": 3}', "[]"])
+def test_a_damaged_assignment_is_read_from_its_copy(text: str | None, tmp_path: Path) -> None:
+    path, cases = tmp_path / "assignment.json", [f"c{number}" for number in range(9)]
+    Assignment(path).assign(cases)
+    before = sides(path, cases)
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    Assignment(path).assign([*cases, "new"])
+    assert sides(path, cases) == before
+    # A flipped word is as wrong as a cut one.
+    path.write_text(path.read_text().replace('"c1": "training"', '"c1": "validation"', 1))
+    assert sides(path, cases) == before
+
+
+def test_without_both_assignments_the_cards_say_who_trained(tmp_path: Path) -> None:
+    path = tmp_path / "assignment.json"
+    known = {"x": "validation", "y": "training"}
+    assignment = Assignment(path, lambda: known)
+    assignment.assign(["x", "y", "z"])
+    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
+    for file in tmp_path.glob("*.json"):
+        file.write_text("{")
+    assignment.assign(["x", "y", "z"])
+    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
+    # Nothing was trained yet: nothing can be mixed.
+    for file in tmp_path.glob("*.json"):
+        file.write_text("{")
+    Assignment(path, dict).assign(["z"])
+    assert sides(path, ["z"]) == {"z": False}
+
+
 def judge(candidate: Scores, incumbent: Scores | None, **options: Any) -> Decision:
     shares = {case: [0.05, 0.05] for case in candidate}
     return decide(candidate, incumbent, labels=LABELS, shares=shares, **options)
@@ -104,6 +137,24 @@ def test_small_falls_do_not_add_up() -> None:
         published, falls = candidate, falls + 1
     assert falls == 3
     assert "worse than v0001 was: mean Dice 0.7940 instead of 0.8000" in decision.reason
+
+
+def test_what_is_no_fall_is_published_however_far_below_the_best() -> None:
+    best, published = ("v0001", {"x": [0.82, 0.82]}), {"x": [0.8, 0.8]}
+    same = judge({"x": [0.8, 0.8]}, published, champion=best)
+    assert (same.publish, same.best, same.champion) == (True, pytest.approx(0.82), "v0001")
+    assert not judge({"x": [0.7999, 0.7999]}, published, champion=best).publish
+    # Measured on the labels of today, the published one is the best itself.
+    overtaken = judge({"x": [0.7985, 0.7985]}, published, champion=("v0001", {"x": [0.7, 0.7]}))
+    assert (overtaken.publish, overtaken.best, overtaken.champion) == (True, pytest.approx(0.8), None)
+
+
+def test_a_champion_that_finds_nothing_where_nothing_is_gets_the_credit() -> None:
+    nan = math.nan
+    inventing, truthful = {"x": [0.8, 0.0], "y": [0.8, 0.8]}, {"x": [0.8, nan], "y": [0.8, 0.8]}
+    decision = judge({**inventing, "y": [0.8, 0.799]}, inventing, champion=("v0001", truthful))
+    assert not decision.publish
+    assert decision.best == pytest.approx(0.85)
 
 
 def test_without_validation_cases_a_model_is_provisional() -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from deformux.cases import Case, find_cases
-from deformux.engine import TrainingError, TrainingStopped
-from deformux.learning import Learner, Round
+from deformux.checkpoint import label_checksum
+from deformux.engine import FitResult, TrainingError, TrainingStopped, fit
+from deformux.learning import Learner, Outcome, Round
 from deformux.network import PRESETS, Preset
 from deformux.quality import coherence
 from deformux.recipe import RECIPES
@@ -131,6 +134,104 @@ def test_a_worse_model_is_kept_but_not_published(shared_data: Path, tmp_path: Pa
     assert worse.decision.incumbent == pytest.approx(same.decision.candidate, abs=1e-6)
     assert project.versions.published() == "v0002"
     assert set(worse.set_aside) == {cases[-1].id}
+
+
+class Falling:
+    """The real training of one step, whose Dice on the validation cases is set to a given one, round by round."""
+
+    def __init__(self, dice: list[float]) -> None:
+        self.dice = list(dice)
+
+    def __call__(self, *arguments: Any, **options: Any) -> FitResult:
+        result = fit(*arguments, **options)
+        dice = self.dice.pop(0)
+        return dataclasses.replace(result, best_dice=dice, per_case={case: [dice, dice] for case in result.per_case})
+
+
+def steered(
+    cases: list[Case], state: Path, dice: list[float], monkeypatch: pytest.MonkeyPatch, options: Round = QUICK
+) -> list[Outcome]:
+    """What rounds on the same cases give, each by a learner of its own, as in processes of their own."""
+    monkeypatch.setattr("deformux.learning.fit", Falling(dice))
+    return [learner(state).learn(cases, options) for _ in dice]
+
+
+@pytest.fixture
+def five_cases(write_case) -> list[Case]:
+    return [write_case(f"c{number}", seed=number, size=(16, 16, 16)) for number in range(5)]
+
+
+def test_many_small_falls_are_stopped_before_they_add_up(
+    five_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, versions = tmp_path / "state", ModelVersions(tmp_path / "state" / "versions")
+    falls = [0.9 - 0.0019 * number for number in range(4)]
+    *published, stopped = steered(five_cases, state, falls, monkeypatch)
+    # Each is within 0.002 of the one before; the third is 0.0038 below the first, the fourth would be 0.0057.
+    assert [outcome.published for outcome in (*published, stopped)] == [True, True, True, False]
+    assert stopped.decision.reason == ("worse than v0001 was: mean Dice 0.8943 instead of 0.9000 on 1 validation case")
+    assert [outcome.card.gate["champion"] for outcome in published] == [None, "v0001", "v0001"]
+    assert (stopped.decision.incumbent, stopped.decision.best) == (pytest.approx(0.8962), pytest.approx(0.9))
+    # The refused ones do not move the bar, and a new best does: from there the falls are counted anew.
+    after = steered(five_cases, state, [0.8945, 0.895, 0.91, 0.9081, 0.9062, 0.9049], monkeypatch)
+    assert [outcome.published for outcome in after] == [False, True, True, True, True, False]
+    assert "worse than v0007 was" in after[-1].decision.reason
+    # Back to the last but one: what it was measured against comes back with it.
+    assert versions.rollback() == "v0008"
+    (again,) = steered(five_cases, state, [0.9049], monkeypatch)
+    assert "worse than the published model" in again.decision.reason
+    assert again.decision.champion == "v0007"
+
+
+def test_falls_from_the_pretrained_model_do_not_add_up(
+    five_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, state = learner(tmp_path / "other"), tmp_path / "state"
+    options = Round(STEP, STEP, served=first.versions.path(first.learn(five_cases[:1], QUICK).version))
+    # What was measured of the served one before the rounds begin, as after a restart.
+    checksums = {case.id: label_checksum(case) for case in five_cases}
+    learner(state).scores.remember("pretrained-v0001", {case: [0.9, 0.9] for case in checksums}, checksums)
+    outcomes = steered(five_cases, state, [0.8981, 0.8962, 0.8943], monkeypatch, options)
+    assert [outcome.published for outcome in outcomes] == [True, True, False]
+    assert "worse than pretrained-v0001 was: mean Dice 0.8943 instead of 0.9000" in outcomes[-1].decision.reason
+
+
+def _files(state: Path) -> list[Path]:
+    names = ("assignment.json", "label_facts.json", "validation_scores.json", "training/run.json")
+    return [*(state / name for name in names), *sorted((state / "versions").glob("publications*.json"))]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"cases": [], "c": {"label": 3}, "id": [], "history": 1}', "\udcff"]
+)
+def test_no_damaged_file_ends_a_training_or_changes_who_validates(
+    five_cases: list[Case], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    (first,) = steered(five_cases, state, [0.9], monkeypatch)
+    assert first.published
+    with pytest.raises(TrainingStopped):
+        learner(state).learn(five_cases, Round(continue_recipe=STEP.replace(steps=2)), stop=lambda: True)
+    for path in _files(state):
+        assert path.exists()
+        path.write_bytes(text.encode(errors="surrogateescape"))
+    (second,) = steered(five_cases, state, [0.91], monkeypatch)
+    assert set(second.card.validation["per_case"]) == set(first.card.validation["per_case"])
+    assert second.card.parent == "v0001"
+    assert ModelVersions(state / "versions").warnings() == []
+
+
+def test_a_training_starts_from_the_version_before_a_damaged_one(
+    five_cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = tmp_path / "state"
+    steered(five_cases, state, [0.9, 0.91], monkeypatch)
+    weights = ModelVersions(state / "versions").path("v0002")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (third,) = steered(five_cases, state, [0.905], monkeypatch)
+    assert (third.card.parent, third.published) == ("v0001", True)
+    assert third.decision.incumbent == pytest.approx(0.9)
+    assert ModelVersions(state / "versions").warnings() == []
 
 
 def test_killed_at_every_rename_a_round_publishes_one_version(write_case, tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+import re
 import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -34,6 +36,13 @@ def versions_of(root: Path, count: int) -> ModelVersions:
     for number in range(count):
         versions.write(model(float(number + 1)), CARD)
     return versions
+
+
+def written(versions: ModelVersions, name: str) -> ModelCard:
+    """The card of a version as it was before the checksum of the weights was added."""
+    card = read_card(versions.path(name))
+    assert card.weights_sha256 == hashlib.sha256(versions.path(name).read_bytes()).hexdigest()
+    return dataclasses.replace(card, weights_sha256="")
 
 
 def in_a_process(work: Callable[[], None]) -> int:
@@ -129,13 +138,13 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
         step += 1
         before = set(versions.names())
         outcome = killed_at(step, train_and_publish)
-        # Whatever happened: everything listed can be read, what is published exists, and nothing published is gone.
+        # Whatever happened: everything listed can be read, what is published exists, and so do the last ten that were.
         for name in versions.names():
             assert load_file(versions.path(name))["weight"].shape == (2, 2)
-            assert read_card(versions.path(name)) == CARD
+            assert written(versions, name) == CARD
         published = versions.published()
         assert published is not None
-        assert {entry.version for entry in versions.history()} <= set(versions.names())
+        assert {entry.version for entry in versions.history()[-10:]} <= set(versions.names())
         new = set(versions.names()) - before
         assert len(new) <= 1
         assert not new & used, "a name was used for two models"
@@ -149,8 +158,9 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
     # The next write finds no lock held, and removes what the killed ones left, half a file of safetensors among it.
     (tmp_path / ".tmpAbCdEf").write_bytes(b"half")
     assert versions.write(model(), CARD) not in used
+    assert versions.damaged() == {}
     kept = {f"{name}{suffix}" for name in versions.names() for suffix in (".json", ".safetensors")}
-    assert {path.name for path in tmp_path.iterdir()} == kept | {"publications.json", ".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"publications.json", "publications.copy.json", ".lock"}
 
 
 def test_a_full_disk_changes_nothing(tmp_path: Path) -> None:
@@ -220,9 +230,164 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert not (tmp_path / "nowhere").exists(), "looking at a folder does not make it"
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
-    versions = versions_of(tmp_path, 1)
-    (tmp_path / "publications.json").write_text("{")
-    with pytest.raises(ValueError, match=r"publications\.json is damaged"):
-        versions.published()
-    torch.testing.assert_close(load_file(versions.path("v0001"))["weight"], torch.ones(2, 2))
+@pytest.fixture
+def published(tmp_path: Path) -> ModelVersions:
+    """Three versions, published one after the other."""
+    versions = versions_of(tmp_path, 3)
+    for name in versions.names():
+        versions.publish(name)
+    return versions
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def change_a_number(path: Path) -> None:
+    path.write_text(path.read_text().replace("v0003", "v0001"))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def unlink(path: Path) -> None:
+    path.unlink()
+
+
+Damage = Callable[[Path], None]
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, change_a_number, empty, unlink])
+def test_a_damaged_record_is_replaced_by_its_copy(published: ModelVersions, damage: Damage) -> None:
+    root, before = published.root, published.history()
+    damage(root / "publications.json")
+    versions = ModelVersions(root)
+    assert (versions.published(), versions.history()) == ("v0003", before)
+    (warning,) = versions.warnings()
+    assert re.match(r"publications\.json is (damaged|missing)", warning)
+    assert "its copy publications.copy.json is used" in warning
+    # The next change writes both anew, and keeps what was damaged.
+    assert versions.rollback() == "v0002"
+    assert (ModelVersions(root).published(), ModelVersions(root).warnings()) == ("v0002", [])
+    assert (root / "publications.damaged.json").exists() is (damage is not unlink)
+
+
+@pytest.mark.parametrize("damage", [truncate, unlink])
+def test_without_both_records_the_newest_that_the_gate_allowed_is_served(
+    published: ModelVersions, damage: Damage
+) -> None:
+    root = published.root
+    published.write(model(), dataclasses.replace(CARD, gate={"publish": False}))
+    for name in ("publications.json", "publications.copy.json"):
+        damage(root / name)
+    versions = ModelVersions(root)
+    assert versions.published() == "v0003"
+    (warning,) = versions.warnings()
+    assert "it is not known any more which version was published; v0003, the newest" in warning
+    assert [entry.kind for entry in versions.history()] == ["rebuilt"]
+    assert versions.write(model(), CARD) == "v0005", "a name was given twice"
+    assert versions.published() == "v0003"
+    versions.publish("v0002")
+    assert (versions.published(), versions.warnings()) == ("v0002", [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "suffix"),
+    [(damage, suffix) for damage in (truncate, empty, unlink) for suffix in (".safetensors", ".json")]
+    + [(flip_a_bit, ".safetensors")],
+)
+def test_in_place_of_a_damaged_version_the_one_before_is_served(
+    published: ModelVersions, damage: Damage, suffix: str
+) -> None:
+    path = published.root / f"v0003{suffix}"
+    assert published.published() == "v0003"
+    intact = path.read_bytes()
+    damage(path)
+    for versions in (published, ModelVersions(published.root)):
+        assert (versions.published(), versions.intended()) == ("v0002", "v0003")
+        (warning,) = versions.warnings()
+        assert "version v0003 is published but cannot be served" in warning
+        assert "v0002, published before it, is served instead" in warning
+        assert str(versions.root) not in warning, "it is shown to whoever may ask the server"
+        assert list(versions.damaged()) == ["v0003"]
+        readable = [info.name for info in versions.infos()]
+        assert readable[:2] == ["v0001", "v0002"]
+        with pytest.raises(ValueError, match="v0003"):
+            versions.publish("v0003")
+    # Writing and pruning leave what a backup may complete.
+    versions.write(model(), CARD)
+    assert versions.prune(keep=1) == []
+    path.write_bytes(intact)
+    assert (versions.published(), versions.warnings(), versions.damaged()) == ("v0003", [], {})
+
+
+def test_what_was_rolled_back_is_not_served_in_place_of_a_damaged_version(published: ModelVersions) -> None:
+    assert published.rollback() == "v0002"
+    flip_a_bit(published.path("v0002"))
+    assert published.published() == "v0001"
+    flip_a_bit(published.path("v0001"))
+    assert published.published() is None
+    assert "no version before it can be served" in published.warnings()[0]
+    with pytest.raises(ValueError, match="nothing was published before"):
+        published.rollback()
+
+
+def test_an_old_record_and_an_old_card_have_no_checksum_and_are_read(published: ModelVersions) -> None:
+    path = published.root / "publications.json"
+    values = json.loads(path.read_text())
+    del values["sha256"]
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    (published.root / "publications.copy.json").unlink()
+    card = published.root / "v0003.json"
+    text = json.loads(card.read_text())
+    del text["weights_sha256"]
+    card.write_text(json.dumps(text))
+    versions = ModelVersions(published.root)
+    assert (versions.published(), versions.warnings()) == ("v0003", [])
+    truncate(versions.path("v0003"))
+    assert versions.published() == "v0002"
+
+
+def test_pruning_keeps_the_last_published_the_pinned_and_the_best(tmp_path: Path) -> None:
+    versions = ModelVersions(tmp_path)
+    for number in range(1, 16):
+        gate = {"publish": True, "champion": "v0003" if number == 9 else None}
+        versions.publish_trained(versions.write(model(), dataclasses.replace(CARD, gate=gate)), "better")
+        if number == 2:
+            versions.pin()
+            versions.unpin()
+    assert versions.prune(keep=2) == ["v0001", "v0004", "v0005"]
+    assert versions.prune(keep=2) == []
+    assert versions.prune(keep=2, keep_published=3) == [f"v{number:04d}" for number in (3, *range(6, 13))]
+    assert versions.names() == ["v0002", "v0013", "v0014", "v0015"]
+    assert versions.rollback() == "v0014"
+    # What lies under it is gone, but for the one that somebody chose.
+    assert (versions.rollback(), versions.rollback()) == ("v0013", "v0002")
+    assert versions.warnings() == []
+    assert versions.prune(keep=1, keep_published=1) == ["v0013", "v0014"]
+    with pytest.raises(ValueError, match="at least 1 version"):
+        versions.prune(keep_published=0)
+
+
+def test_the_list_names_the_damaged(published: ModelVersions) -> None:
+    def listed() -> Result:
+        return CliRunner().invoke(app, ["versions", "list", str(published.root)], env={"COLUMNS": "200"})
+
+    assert "damaged" not in listed().output
+    (published.root / "v0002.json").write_text("{")
+    flip_a_bit(published.path("v0003"))
+    done = listed()
+    assert done.exit_code == 0
+    assert "v0002.json is not a model card" in done.output
+    assert "v0003.safetensors is damaged" in done.output
+    assert "v0001, published before it, is served instead" in done.output
+    for path in published.root.glob("*.json"):
+        path.unlink()
+    assert "needs its card" in listed().output

@@ -1,5 +1,7 @@
 """Model files and versions: what is written can be read, and nothing half-written is ever seen."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -15,7 +17,16 @@ from deformux.files import replacing
 from deformux.network import DeformUXNet
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, save_model, warm_start, with_guidance
+from deformux.weights import (
+    InvalidModel,
+    ModelCard,
+    load_model,
+    pretrained_path,
+    read_card,
+    save_model,
+    warm_start,
+    with_guidance,
+)
 
 
 def card(**changes) -> ModelCard:
@@ -28,10 +39,33 @@ def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
     written = card(network_options={"offset_planes": "xy"}, training_cases=("a", "b"), parent="v0001")
     save_model(tmp_path / "m.safetensors", net, written)
     loaded, read = load_model(tmp_path / "m.safetensors")
-    assert read == written
+    assert dataclasses.replace(read, weights_sha256="") == written
     assert not loaded.training
     for name, value in net.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_model(path, DeformUXNet(1, 3, "tiny"), card())
+    intact, read = path.read_bytes(), read_card(path)
+    assert read.weights_sha256 == hashlib.sha256(intact).hexdigest()
+    for position in (len(intact) // 2, len(intact) - 1):
+        path.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+        for use in (load_model, lambda file: warm_start(DeformUXNet(1, 3, "tiny"), file)):
+            with pytest.raises(InvalidModel, match="its checksum is not the one in its card"):
+                use(path)
+    # Cards of older versions have no checksum.
+    path.with_suffix(".json").write_text(dataclasses.replace(read, weights_sha256="").to_json())
+    assert load_model(path)[1].labels == read.labels
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"labels": "ab"}', '{"preprocessing": []}', "null", "\x00", "1e999"])
+def test_what_is_no_card_is_named(text: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "m.safetensors", DeformUXNet(1, 3, "tiny"), card())
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(InvalidModel, match=r"m\.json is not a model card"):
+        read_card(tmp_path / "m.safetensors")
 
 
 def test_the_weights_are_plain_safetensors(tmp_path: Path) -> None:

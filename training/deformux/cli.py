@@ -215,7 +215,7 @@ def evaluate(
                 card.preprocessing,
                 n_labels=len(card.labels),
                 device=where,
-                on_case=lambda case, dice: bar.update(task, advance=1),
+                on_case=lambda *_: bar.update(task, advance=1),
             )
         per_case = np.array(list(scores.values()))
         table = Table("label", "mean Dice", "median", "worst", title=f"{model} on {len(cases)} volumes")

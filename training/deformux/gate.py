@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import logging
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from deformux.files import write_text
 from deformux.metrics import mean_dice
+from deformux.state_files import read_kept_twice, write_kept_twice
 
 __all__ = ["FEWEST_TO_VALIDATE", "Assignment", "Decision", "decide"]
+
+logger = logging.getLogger(__name__)
 
 FEWEST_TO_VALIDATE = 5
 """With fewer labelled cases every one of them trains."""
@@ -46,18 +48,21 @@ class Assignment:
     validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
 
     Args:
-        path: JSON file; written by rename.
+        path: JSON file; written by rename, and kept twice.
+        rebuild: gives the sides of the cases that are known from elsewhere, for where both copies are lost.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, rebuild: Callable[[], Mapping[str, str]] | None = None) -> None:
         self.path = Path(path)
+        self._rebuild = rebuild
         self._lock = FileLock(self.path.with_suffix(".lock"))
 
     def assign(self, case_ids: Iterable[str]) -> None:
         """Give every new case among all labelled ones its side.
 
         Raises:
-            ValueError: the file is damaged; nothing is assigned then, since another assignment would mix the sides.
+            ValueError: both copies are lost, and there is nothing to rebuild them from; nothing is assigned then, since
+                another assignment would mix the sides.
         """
         # The smaller the hash, the later: the first four train, and of cases that come together the hash decides.
         labelled = sorted(set(case_ids), key=_hash, reverse=True)
@@ -73,20 +78,32 @@ class Assignment:
                 sides[case] = "validation" if validates else "training"
                 validating += validates
             if new:
-                write_text(self.path, json.dumps({"cases": sides}, indent=1) + "\n")
+                write_kept_twice(self.path, {"cases": sides}, indent=1)
 
     def validates(self, case_id: str) -> bool:
         """Whether a case is kept for validation; raises KeyError for one that was never assigned."""
         return self._read()[case_id] == "validation"
 
     def _read(self) -> dict[str, str]:
-        try:
-            cases = json.loads(self.path.read_text())["cases"]
-        except FileNotFoundError:
+        sides, fault = read_kept_twice(self.path, _sides)
+        if sides is not None:
+            if fault:
+                logger.warning("Which cases validate: %s", fault)
+            return sides
+        known = dict(self._rebuild()) if self._rebuild is not None else {}
+        if fault is None and not known:
             return {}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.path} is damaged; restore it from a backup, or begin a new project") from error
-        return dict(cases)
+        if self._rebuild is None:
+            raise ValueError(f"{self.path}: {fault}; restore it from a backup, or begin a new project")
+        logger.warning("%s; rebuilt from the models' cards: %d cases", fault or f"{self.path} is missing", len(known))
+        return known
+
+
+def _sides(values: Mapping[str, Any]) -> dict[str, str]:
+    sides = dict(values["cases"])
+    if not set(sides.values()) <= {"training", "validation"}:
+        raise ValueError("a case is neither for training nor for validation")
+    return sides
 
 
 def _hash(case_id: str) -> int:
@@ -103,8 +120,9 @@ class Decision:
         provisional: nothing could be measured; the next model that can be measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
             the other model does find it there; None where nothing was scored.
-        best: mean Dice of the best model of the line on the counted cases.
-        champion: name of that model, where it is another than this candidate.
+        best: mean Dice on the counted cases of the best model before this candidate.
+        champion: name of that model, where it is better than the incumbent; in a card, where it is better than the
+            version of the card.
         labels: label to mean Dice of incumbent and candidate on the counted cases.
         counted: the validation cases that decided.
         doubtful: validation cases that did not count, and why.
@@ -144,7 +162,7 @@ def decide(
 
     The candidate is published when, over the cases that count, its mean Dice is at least the incumbent's minus 0.002,
     no label's mean falls by more than 0.05, and, from three cases on, the median case does not fall by more than 0.005:
-    a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean lie more than
+    a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean fall to more than
     0.005 below that of the champion, the best model of the line: small falls must not add up.
 
     A case does not count where neither model is better than chance, or where both are less than half as good as on
@@ -178,8 +196,10 @@ def decide(
         reason = f"the first measured model, mean Dice {mean:.4f} on {_cases(counted)}"
         return Decision(True, reason, candidate=mean, counted=counted, doubtful=doubtful)
     old = np.array([incumbent[case] for case in counted], dtype=float)
+    former = np.array([champion[1][case] for case in counted], dtype=float) if champion else old
     # A label that is not there is NaN for a model that does not find it, and 0 for one that does.
-    old, new = (np.where(np.isnan(a) & ~np.isnan(b), 1.0, a) for a, b in ((old, new), (new, old)))
+    found = ~(np.isnan(old) & np.isnan(new) & np.isnan(former))
+    old, new, former = (np.where(np.isnan(values) & found, 1.0, values) for values in (old, new, former))
     means = mean_dice(old), mean_dice(new)
     by_label = {
         name: (_mean(old[:, index]), _mean(new[:, index]))
@@ -188,9 +208,10 @@ def decide(
     }
     publish, reason = _verdict(means, by_label, [_mean(b) - _mean(a) for a, b in zip(old, new, strict=True)])
     best, name = means[0], None
-    if champion is not None:
-        name, best = champion[0], mean_dice([champion[1][case] for case in counted])
-        if publish and means[1] < best - _TOTAL_TOLERANCE:
+    if champion is not None and mean_dice(former) > best:
+        name, best = champion[0], mean_dice(former)
+        # What is no fall from the published model is published, however far below the best that one lies by now.
+        if publish and means[1] < min(means[0], best - _TOTAL_TOLERANCE):
             publish, reason = False, f"worse than {name} was: mean Dice {means[1]:.4f} instead of {best:.4f}"
     return Decision(
         publish,

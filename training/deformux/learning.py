@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,61 +18,20 @@ from deformux.engine import FitResult, Progress, TrainingError, fit
 from deformux.gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
 from deformux.network import DeformUXNet
 from deformux.quality import LabelFacts
-from deformux.recipe import RECIPES, Recipe
+from deformux.rounds import Outcome, Round
 from deformux.run_state import RunState
 from deformux.scorebook import ScoreBook
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
 from deformux.weights import InvalidModel, ModelCard, network_options, read_card, warm_start
 
-__all__ = ["Learner", "Outcome"]
+__all__ = ["Learner", "Outcome", "Round"]
 
 logger = logging.getLogger(__name__)
 
 _FOREIGN = "pretrained-"
 
 Scores = Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Round:
-    """How a round is trained.
-
-    Args:
-        scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version. The
-            version takes guidance where its recipe has clicks, whatever it starts from.
-        start: model file to start from while no version is published.
-        served: model file that answers requests while no version is published; the gate compares with it.
-        from_scratch: start from random weights in any case.
-        from_start: start from ``start`` even where a version is published.
-        device: where to compute.
-        seed: of every random choice.
-        checkpoint_seconds: least time between two checkpoints.
-    """
-
-    scratch_recipe: Recipe = RECIPES["finetune"]
-    continue_recipe: Recipe = RECIPES["continue"]
-    start: Path | None = None
-    served: Path | None = None
-    from_scratch: bool = False
-    from_start: bool = False
-    device: str = "cpu"
-    seed: int = 0
-    checkpoint_seconds: float = 30.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a round gave: the version written, the gate's decision, whether it is published, and why not.
-
-    ``set_aside`` names labelled cases that were not used, each with the reason.
-    """
-
-    version: str
-    published: bool
-    decision: Decision
-    card: ModelCard
-    set_aside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,7 +74,7 @@ class Learner:
         labels: names of labels 1..N.
         preprocessing: how scans become network input.
         preset: size of the network.
-        keep: versions that are kept beside all that were ever published.
+        keep: newest versions that are kept, beside those that ``ModelVersions.prune`` keeps.
     """
 
     def __init__(
@@ -124,7 +83,7 @@ class Learner:
         self.root = Path(root)
         self.labels, self.preprocessing, self.preset, self.keep = tuple(labels), preprocessing, preset, keep
         self.versions = ModelVersions(self.root / "versions")
-        self.assignment = Assignment(self.root / "assignment.json")
+        self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
         self.run_state = RunState(self.root / "training")
         self.scores = ScoreBook(self.root, self.labels)
 
@@ -161,6 +120,8 @@ class Learner:
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> Outcome:
+        for warning in self.versions.warnings():
+            logger.warning("The models: %s", warning)
         interrupted = self._publish_interrupted()
         plan = self._plan(cases, options)
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
@@ -233,16 +194,19 @@ class Learner:
         )
         try:
             name = self.versions.write(network, card)
+            # As it was written, with the checksum of the weights.
+            card = self.versions.card(name)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
-        self.scores.remember(name, result.per_case, plan.checksums, keep=self.versions.names())
+        served = [f"{_FOREIGN}{options.served.stem}"] if options.served is not None else []
+        self.scores.remember(name, result.per_case, plan.checksums, keep=[*self.versions.names(), *served])
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
         """What a round did that was killed between writing its version and publishing it, if there was one."""
         run_id = self.run_state.under_way()
         written = next((info for info in self.versions.infos() if run_id and info.card.run == run_id), None)
-        if written is None:
+        if written is None or self.versions.fault(written.name):
             return None
         # The decision, with its numbers, is in the card.
         decision = Decision.from_json(written.card.gate)
@@ -279,7 +243,7 @@ class Learner:
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
         """Name and file of the weights to start from; those of another architecture are none."""
-        published = self._published() if not options.from_start else None
+        published = self.versions.published() if not options.from_start else None
         path = self.versions.path(published) if published is not None else options.start
         if path is None or options.from_scratch:
             return None, None
@@ -290,12 +254,11 @@ class Learner:
             return None, None
         return published or f"{_FOREIGN}{path.stem}", path
 
-    def _published(self) -> str | None:
-        try:
-            return self.versions.published()
-        except ValueError as error:
-            logger.error("The published version cannot be used: %s", error)
-            return None
+    def _sides_in_cards(self) -> dict[str, str]:
+        """Which cases trained and which validated, by the cards of all versions: whatever trained once, trains."""
+        cards = [info.card for info in self.versions.infos()]
+        validating = {case: "validation" for card in cards for case in card.validation.get("per_case") or {}}
+        return validating | {case: "training" for card in cards for case in card.training_cases}
 
     def _network(self, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
@@ -310,7 +273,7 @@ class Learner:
 
     def _judge(self, candidate: Scores, plan: _Plan, options: Round) -> Decision:
         """Compare with what is served now, which may be another model than the one trained from."""
-        published = self._published()
+        published = self.versions.published()
         path = self.versions.path(published) if published is not None else options.served
         card = read_card(path) if path is not None else None
         if path is None or card is None or card.labels != self.labels:
@@ -322,23 +285,33 @@ class Learner:
             return Decision(False, f"not measured, as no validation case is labelled any more; {published} stays")
         name = published or f"{_FOREIGN}{path.stem}"
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
-        champion = self._champion(card)
-        best = None
-        if champion is not None and champion != published:
-            best_path = self.versions.path(champion)
-            best = self.scores.scores(champion, best_path, plan.validation, plan.checksums, device=options.device)
-        decision = self._decide(
-            candidate, scores, plan, provisional=provisional, champion=(champion, best) if champion and best else None
-        )
+        champion = self._champion(card, plan, options)
+        decision = self._decide(candidate, scores, plan, provisional=provisional, champion=champion)
         # Of incumbent, champion and candidate, the best so far is what the next round must not fall behind.
-        if decision.candidate is not None and decision.candidate >= (decision.best or 0):
+        if decision.candidate is None:
+            return dataclasses.replace(decision, champion=champion[0] if champion else name)
+        if decision.candidate >= (decision.best or 0):
             return dataclasses.replace(decision, champion=None)
-        return dataclasses.replace(decision, champion=decision.champion or published)
+        return dataclasses.replace(decision, champion=decision.champion or name)
 
-    def _champion(self, card: ModelCard) -> str | None:
-        """The best model before a published one, where that was better; a rollback thus also goes back in this."""
+    def _champion(self, card: ModelCard, plan: _Plan, options: Round) -> tuple[str, Scores] | None:
+        """Return the best model before a published one and its scores, where it was better than that.
+
+        The card of the published version names it: a rollback thus also goes back in this.
+        """
         name = card.gate.get("champion")
-        return name if name in self.versions.names() else None
+        if name is None:
+            return None
+        served = options.served
+        foreign = served is not None and name == f"{_FOREIGN}{served.stem}"
+        try:
+            path = served if foreign and served is not None else self.versions.path(name)
+            if read_card(path).labels != self.labels:
+                raise ValueError(f"{name} has other labels")
+            return name, self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
+        except ValueError as error:
+            logger.warning("The best model so far cannot be compared with: %s", error)
+            return None
 
     def _decide(
         self,
@@ -350,7 +323,14 @@ class Learner:
         champion: tuple[str, Scores] | None = None,
     ) -> Decision:
         shares = {case.id: plan.facts[case.id].shares for case in plan.validation}
-        return decide(candidate, incumbent, labels=self.labels, shares=shares, incumbent_is_provisional=provisional)
+        return decide(
+            candidate,
+            incumbent,
+            labels=self.labels,
+            shares=shares,
+            champion=champion,
+            incumbent_is_provisional=provisional,
+        )
 
     def _publish(self, name: str, card: ModelCard, decision: Decision, set_aside: Mapping[str, str]) -> Outcome:
         published = decision.publish and self.versions.publish_trained(name, decision.reason)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deformux.files import write_text
+from deformux.state_files import read_checked, write_checked
 from deformux.weights import remove_unfinished
 
 __all__ = ["RunState"]
@@ -44,7 +44,7 @@ class RunState:
             logger.info("The interrupted training had other labels or options; starting anew")
         self.end()
         run_id = uuid.uuid4().hex
-        write_text(self.folder / "run.json", json.dumps({"id": run_id, "started": int(time.time()), "of": same}))
+        write_checked(self.folder / "run.json", {"id": run_id, "started": int(time.time()), "of": same})
         return run_id
 
     def checkpoint(self, part: int) -> Path:
@@ -57,6 +57,9 @@ class RunState:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return dict(json.loads((self.folder / "run.json").read_text()))
-        except (FileNotFoundError, ValueError):
+            return read_checked(self.folder / "run.json", lambda values: {"id": str(values["id"]), "of": values["of"]})
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            logger.warning("The interrupted training is not known any more, and begins anew: %s", error)
             return {}

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deformux.cases import Case
-from deformux.files import write_text
 from deformux.inference import evaluate
 from deformux.quality import LabelFacts, label_facts
+from deformux.state_files import read_checked, write_checked
 from deformux.transforms import InvalidVolume
 from deformux.weights import load_model
 
 __all__ = ["ScoreBook"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FACTS, _SCORES = "label_facts.json", "validation_scores.json"
 
@@ -35,13 +39,13 @@ class ScoreBook:
 
     def facts(self, cases: Sequence[Case], checksums: Mapping[str, str]) -> dict[str, LabelFacts]:
         """What each case's label is like; one that cannot be read has its fault in a sentence."""
-        known = self._read(_FACTS)
+        known = self._read(_FACTS, _facts)
         facts: dict[str, LabelFacts] = {}
         unreadable: dict[str, LabelFacts] = {}
         for case in cases:
             entry = known.get(checksums[case.id])
-            if entry is not None and len(entry["shares"]) == len(self.labels):
-                facts[case.id] = LabelFacts(tuple(entry["shares"]), entry["fault"])
+            if entry is not None and len(entry.shares) == len(self.labels):
+                facts[case.id] = entry
                 continue
             try:
                 facts[case.id] = label_facts(case, self.labels)
@@ -55,11 +59,11 @@ class ScoreBook:
         self, model: str, path: Path, cases: Sequence[Case], checksums: Mapping[str, str], *, device: str
     ) -> dict[str, list[float]]:
         """Dice of a model file on cases, by label; only cases that are new, or have a new label, are computed."""
-        known = self._read(_SCORES).get(model, {})
+        known = self._read(_SCORES, _scores).get(model, {})
         scores = {
-            case.id: [math.nan if value is None else float(value) for value in known[case.id]["dice"]]
+            case.id: [math.nan if value is None else value for value in known[case.id]["dice"]]
             for case in cases
-            if known.get(case.id, {}).get("label") == checksums[case.id]
+            if self._holds(known.get(case.id), checksums[case.id])
         }
         missing = [case for case in cases if case.id not in scores]
         if missing:
@@ -71,6 +75,9 @@ class ScoreBook:
             scores |= found
         return scores
 
+    def _holds(self, entry: Mapping[str, Any] | None, checksum: str) -> bool:
+        return entry is not None and entry["label"] == checksum and len(entry["dice"]) == len(self.labels)
+
     def remember(
         self,
         model: str,
@@ -80,19 +87,42 @@ class ScoreBook:
         keep: Collection[str] | None = None,
     ) -> None:
         """Add a model's Dice on cases; of the other models only those in ``keep`` (None: all) are kept."""
-        known = {name: of for name, of in self._read(_SCORES).items() if keep is None or name in keep}
+        known = {name: of for name, of in self._read(_SCORES, _scores).items() if keep is None or name in keep}
         new = {
             case: {"label": checksums[case], "dice": [None if math.isnan(value) else value for value in dice]}
             for case, dice in scores.items()
         }
         self._write(_SCORES, {**known, model: {**known.get(model, {}), **new}})
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str, parse: Callable[[dict[str, Any]], dict[str, T]]) -> dict[str, T]:
         try:
-            return dict(json.loads((self.root / name).read_text()))
-        except (FileNotFoundError, ValueError):
+            return read_checked(self.root / name, parse)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
             # Nothing is kept in these files that cannot be computed again.
+            logger.warning("%s; what it held is computed again", error)
             return {}
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
-        write_text(self.root / name, json.dumps(values))
+        write_checked(self.root / name, values)
+
+
+def _facts(values: dict[str, Any]) -> dict[str, LabelFacts]:
+    return {
+        checksum: LabelFacts(tuple(map(float, entry["shares"])), str(entry["fault"]))
+        for checksum, entry in values.items()
+    }
+
+
+def _scores(values: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    return {
+        model: {
+            case: {
+                "label": str(entry["label"]),
+                "dice": [None if value is None else float(value) for value in entry["dice"]],
+            }
+            for case, entry in of.items()
+        }
+        for model, of in values.items()
+    }

@@ -150,8 +150,8 @@ def synthetic_volume(seed: int, *, voxel_scale: float = 1.0) -> SyntheticVolume:
     wall_mm = _paint_trunk(canvas, rng, half_mm, fat_mm, size)
     cavity = wall_mm < -10
     _paint_gut(canvas, rng, size, cavity)
-    liver = _paint_solid_organs(canvas, rng, size, cavity)
-    centreline = _paint_vessels(canvas, rng, size, liver)
+    _paint_solid_organs(canvas, rng, size, cavity)
+    centreline = _paint_vessels(canvas, rng, size)
 
     image = _scan(canvas, rng, spacing)
     label = _label_on_voxels(canvas, shape, centreline)
@@ -237,12 +237,12 @@ def _paint_gut(canvas: _Canvas, rng: np.random.Generator, size: float, cavity: M
     canvas.tube(curve * size, radius, rng.normal(95, 8), within=cavity)
 
 
-def _paint_solid_organs(canvas: _Canvas, rng: np.random.Generator, size: float, cavity: Mask) -> Mask:
-    """Paint inferior vena cava, liver with its veins, gallbladder, spleen and kidneys; return the liver's mask."""
+def _paint_solid_organs(canvas: _Canvas, rng: np.random.Generator, size: float, cavity: Mask) -> None:
+    """Paint inferior vena cava, liver with its veins, gallbladder, spleen and kidneys."""
     ivc, ivc_radius = _curve([(19, -20, -110), (18, -20, -30), (22, -12, 30), (20, -5, 70)], [11, 11, 13, 14])
     venous = rng.normal(145, 10)
     canvas.tube(ivc * size, ivc_radius, venous)
-    liver = _paint_liver(canvas, rng, size, cavity, venous)
+    _paint_liver(canvas, rng, size, cavity, venous)
 
     centre = np.array([-86, -30, 30]) * size + rng.normal(0, 4, 3)
     length = rng.uniform(44, 58)
@@ -266,10 +266,9 @@ def _paint_solid_organs(canvas: _Canvas, rng: np.random.Generator, size: float, 
             spot = _move(centre, side * 20 * size, 0, rng.uniform(-25, 25))
             cyst = canvas.ellipsoid(spot, [rng.uniform(5, 9)] * 3) < 0
             canvas.paint(cyst & (canvas.label == _KIDNEYS), 8, _KIDNEYS)
-    return liver & (canvas.label == _LIVER)
 
 
-def _paint_liver(canvas: _Canvas, rng: np.random.Generator, size: float, cavity: Mask, venous: float) -> Mask:
+def _paint_liver(canvas: _Canvas, rng: np.random.Generator, size: float, cavity: Mask, venous: float) -> None:
     lobes = [
         canvas.ellipsoid(np.array([66, 4, 12]) * size, np.array([62, 74, rng.uniform(58, 70)]) * size),
         canvas.ellipsoid(np.array([10, 42, 34]) * size, np.array([rng.uniform(62, 82), 36, 30]) * size, tilt_deg=-12),
@@ -297,10 +296,9 @@ def _paint_liver(canvas: _Canvas, rng: np.random.Generator, size: float, cavity:
     bladder = canvas.ellipsoid(np.array([44, 40, -18]) * size, np.array([12, 13, 20]) * size, tilt_deg=20)
     canvas.paint((bladder < 1.5) & cavity, 60)
     canvas.paint((bladder < 0) & cavity, rng.normal(10, 4))
-    return liver
 
 
-def _paint_vessels(canvas: _Canvas, rng: np.random.Generator, size: float, liver: Mask) -> Points:
+def _paint_vessels(canvas: _Canvas, rng: np.random.Generator, size: float) -> Points:
     """Paint the arterial tree (aorta and branches); return its centre lines, (P, 3) fine-grid indices."""
 
     def jitter(point: Vector, sd: float = 3.0) -> Points:

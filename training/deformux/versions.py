@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,13 +15,19 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from deformux.files import write_text
-from deformux.weights import ModelCard, read_card, remove_unfinished, save_model
+from deformux.state_files import read_kept_twice, write_kept_twice
+from deformux.weights import InvalidModel, ModelCard, check_weights, read_card, remove_unfinished, save_model
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
+logger = logging.getLogger(__name__)
+
 _STATE = "publications.json"
 _KINDS = ("training", "publish", "rollback", "pin")
+_LOST = "rebuilt"
+# How far a rollback reaches.
+_KEEP_PUBLISHED = 10
+_NAME = re.compile(r"v\d+")
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,8 @@ class Publication:
 
     Args:
         version: its name.
-        kind: ``training`` (the gate let it through), ``publish``, ``rollback`` or ``pin`` (a person asked for it).
+        kind: ``training`` (the gate let it through), ``publish``, ``rollback`` or ``pin`` (a person asked for it), or
+            ``rebuilt`` (the history was lost, and this version is the newest that may be served).
         reason: one sentence.
         by: who asked.
         time: UTC, ISO 8601.
@@ -64,31 +72,36 @@ class VersionInfo:
 
 @dataclass(frozen=True)
 class _State:
-    """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other."""
+    """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other.
+
+    ``fault`` says what was wrong with the file, and is not written.
+    """
 
     last_number: int = 0
     pinned: str | None = None
     history: tuple[Publication, ...] = field(default=())
+    fault: str | None = field(default=None, compare=False)
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "fault"}
 
     @classmethod
-    def read(cls, path: Path) -> _State:
-        try:
-            values = json.loads(path.read_text())
-            history = tuple(Publication(**entry) for entry in values["history"])
-            return cls(int(values["last_number"]), values["pinned"], history)
-        except FileNotFoundError:
-            return cls()
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged; move it away and publish a version again") from error
+    def from_json(cls, values: dict[str, Any]) -> _State:
+        history = tuple(Publication(**entry) for entry in values["history"])
+        state = cls(int(values["last_number"]), values["pinned"], history)
+        for name in (state.pinned, *(entry.version for entry in history)):
+            if name is not None and not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a version")
+        return state
 
 
 class ModelVersions:
     """Versions ``v0001.safetensors`` and ``v0001.json``, …, and ``publications.json``, which says what is served.
 
-    The published version is the last entry of the history of publications, so that one rename moves the pointer.
+    The published version is the last entry of the history of publications, so that one rename moves the pointer. Where
+    its files are damaged or gone, what was published before it is served instead. The history is kept twice; where both
+    copies are lost, the newest version that the gate did not refuse counts as published. ``warnings`` tells all this.
+
     Weights are written after their card and deleted before it: a version exists while its weights do, and what a crash
     leaves behind is never listed and is removed by the next ``write`` or ``prune``. A number is never used twice.
 
@@ -100,6 +113,7 @@ class ModelVersions:
         self._state_path = self.root / _STATE
         # One re-entrant lock: publishing is also a part of larger changes.
         self._file_lock = FileLock(self.root / ".lock")
+        self._faults: dict[str, tuple[object, str | None]] = {}
 
     def names(self) -> list[str]:
         """All versions, oldest first."""
@@ -119,20 +133,61 @@ class ModelVersions:
         return read_card(self.path(name))
 
     def infos(self) -> list[VersionInfo]:
-        """All versions with their cards, oldest first."""
-        state = _State.read(self._state_path)
+        """All versions whose card can be read, oldest first; the others are ``damaged``."""
+        state = self._state()
         ever = {entry.version for entry in state.history}
-        current = state.history[-1].version if state.history else None
-        return [
-            VersionInfo(name, self.card(name), name == current, name == state.pinned, name in ever)
-            for name in self.names()
-        ]
+        current = self._served(state)[0]
+        infos = []
+        for name in self.names():
+            try:
+                card = read_card(self.root / f"{name}.safetensors")
+            except InvalidModel:
+                continue
+            infos.append(VersionInfo(name, card, name == current, name == state.pinned, name in ever))
+        return infos
+
+    def damaged(self) -> dict[str, str]:
+        """Every version that cannot be served, oldest first, and why: one sentence without folders."""
+        kept = _worth_keeping(self._state(), _KEEP_PUBLISHED)
+        cards = {path.stem for path in self._numbered(".json")}
+        weights = {path.stem for path in self._numbered(".safetensors")}
+        # Any other card alone is of a version that is being written or deleted.
+        faults = {name: self.fault(name) for name in sorted(weights | (cards & kept), key=_number)}
+        return {name: fault for name, fault in faults.items() if fault}
+
+    def fault(self, name: str) -> str | None:
+        """Why a version cannot be served, in one sentence without folders; None where it can.
+
+        Its weights are read once, and again when their file has changed.
+        """
+        path = self.root / f"{name}.safetensors"
+        signature = _signature(path), _signature(path.with_suffix(".json"))
+        known = self._faults.get(name)
+        if known is None or known[0] != signature:
+            known = signature, self._look_for_fault(name, path)
+            self._faults[name] = known
+        return known[1]
+
+    def _look_for_fault(self, name: str, path: Path) -> str | None:
+        if not path.exists():
+            return f"the weights of {name}, {path.name}, are missing"
+        try:
+            check_weights(path, read_card(path))
+        except InvalidModel as error:
+            return str(error).replace(f"{path.parent}/", "")
+        return None
+
+    def warnings(self) -> list[str]:
+        """What is wrong with what is served, or with the record of it; empty while all is well."""
+        state = self._state()
+        warning = self._served(state)[1]
+        return [text for text in (state.fault, warning) if text]
 
     def write(self, network: torch.nn.Module, card: ModelCard) -> str:
         """Store a new version and return its name; it is not served before ``publish``."""
         with self._lock():
             self._remove_leftovers()
-            state = _State.read(self._state_path)
+            state = self._state()
             number = max([state.last_number, *(_number(name) for name in self.names())]) + 1
             # Counted before it is written: a crash on the way, or deleting the newest version, must not free a name.
             self._write(dataclasses.replace(state, last_number=number))
@@ -151,15 +206,34 @@ class ModelVersions:
     def publish_trained(self, name: str, reason: str) -> bool:
         """Serve what a training made, unless a version is pinned; returns whether it is served."""
         with self._lock():
-            if _State.read(self._state_path).pinned is not None:
+            if self._state().pinned is not None:
                 return False
             self._publish(name, "training", reason, "training")
             return True
 
     def published(self) -> str | None:
-        """The version that is served, or None before the first; raises ValueError where its files are gone."""
-        history = _State.read(self._state_path).history
-        return self.path(history[-1].version).stem if history else None
+        """The version to serve: the one published last, or where that is damaged the one before it; None without any.
+
+        ``warnings`` says when it is not the one published last.
+        """
+        return self._served(self._state())[0]
+
+    def intended(self) -> str | None:
+        """The version that was published last, whether it can be served or not; None before the first."""
+        history = self._state().history
+        return history[-1].version if history else None
+
+    def _served(self, state: _State) -> tuple[str | None, str | None]:
+        """The version to serve, and a sentence where that is not the published one."""
+        stack = _stack(state.history)
+        if not stack:
+            return None, None
+        fault = self.fault(stack[-1])
+        if fault is None:
+            return stack[-1], None
+        sound = next((name for name in reversed(stack[:-1]) if self.fault(name) is None), None)
+        instead = f"{sound}, published before it, is served instead" if sound else "no version before it can be served"
+        return sound, f"version {stack[-1]} is published but cannot be served: {fault}; {instead}"
 
     def rollback(self, reason: str = "rolled back", *, by: str = "user") -> str:
         """Serve what was published before the present version, and return its name; again goes further back.
@@ -168,9 +242,8 @@ class ModelVersions:
             ValueError: nothing was published before, or a version is pinned.
         """
         with self._lock():
-            *before, present = _stack(_State.read(self._state_path).history) or ["now"]
-            names = set(self.names())
-            target = next((name for name in reversed(before) if name in names), None)
+            *before, present = _stack(self._state().history) or ["now"]
+            target = next((name for name in reversed(before) if self.fault(name) is None), None)
             if target is None:
                 raise ValueError(f"nothing was published before {present}; there is nothing to roll back to")
             self._publish(target, "rollback", reason, by)
@@ -182,32 +255,38 @@ class ModelVersions:
             pinned = name or self.published()
             if pinned is None:
                 raise ValueError("nothing is published yet; name the version to pin")
-            state = _State.read(self._state_path)
+            state = self._state()
             self._write(dataclasses.replace(self._with(state, pinned, "pin", reason, by), pinned=pinned))
             return pinned
 
     def unpin(self) -> None:
         """Let trainings publish again."""
         with self._lock():
-            self._write(dataclasses.replace(_State.read(self._state_path), pinned=None))
+            self._write(dataclasses.replace(self._state(), pinned=None))
 
     def pinned(self) -> str | None:
         """The pinned version, or None."""
-        return _State.read(self._state_path).pinned
+        return self._state().pinned
 
     def history(self) -> list[Publication]:
         """Every publication, oldest first; the last one is in force."""
-        return [*_State.read(self._state_path).history]
+        return [*self._state().history]
 
-    def prune(self, keep: int = 5) -> list[str]:
-        """Delete all but the last ``keep`` versions and those that were ever published; returns what is gone."""
-        if keep < 1:
-            raise ValueError(f"keep must be at least 1 version; got {keep}")
+    def prune(self, keep: int = 5, *, keep_published: int = _KEEP_PUBLISHED) -> list[str]:
+        """Delete old versions, and return what is gone.
+
+        What is kept: the last ``keep`` versions; the last ``keep_published`` that were published, which is how far a
+        rollback reaches (ten of preset ``base`` take 2.2 GB); every version that was ever pinned, since a person chose
+        it; and of all these the best model before each, with which the gate compares.
+        """
+        if keep < 1 or keep_published < 1:
+            raise ValueError(f"at least 1 version must be kept of each kind; got {keep} and {keep_published} published")
         with self._lock():
             self._remove_leftovers()
-            state = _State.read(self._state_path)
+            state = self._state()
             names = self.names()
-            kept = {*names[-keep:], *(entry.version for entry in state.history), state.pinned}
+            kept = {*names[-keep:], *_worth_keeping(state, keep_published), self._served(state)[0]}
+            kept |= {info.card.gate.get("champion") for info in self.infos() if info.name in kept}
             gone = [name for name in names if name not in kept]
             for name in gone:
                 (self.root / f"{name}.safetensors").unlink()
@@ -216,7 +295,7 @@ class ModelVersions:
 
     def _publish(self, name: str, kind: str, reason: str, by: str) -> None:
         with self._lock():
-            state = _State.read(self._state_path)
+            state = self._state()
             if state.pinned not in (None, name):
                 raise ValueError(f"version {state.pinned} is pinned; unpin it before publishing {name}")
             self._write(self._with(state, name, kind, reason, by))
@@ -224,11 +303,31 @@ class ModelVersions:
     def _with(self, state: _State, name: str, kind: str, reason: str, by: str) -> _State:
         assert kind in _KINDS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        entry = Publication(self.path(name).stem, kind, reason, by, now)
+        if fault := self.fault(self.path(name).stem):
+            raise ValueError(f"{name} cannot be published: {fault}")
+        entry = Publication(name, kind, reason, by, now)
         return dataclasses.replace(state, history=(*state.history, entry))
 
     def _write(self, state: _State) -> None:
-        write_text(self._state_path, state.to_json())
+        write_kept_twice(self._state_path, state.to_json(), indent=1)
+
+    def _state(self) -> _State:
+        """The record of publications, or what can be made of the cards where it is lost."""
+        state, fault = read_kept_twice(self._state_path, _State.from_json)
+        if state is not None:
+            return dataclasses.replace(state, fault=fault)
+        names = self.names()
+        if fault is None and not names:
+            return _State()
+        newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
+        said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
+        reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
+        # The same at every look: nothing is written until somebody publishes.
+        history = (Publication(newest, _LOST, reason, "server", self.card(newest).created),) if newest else ()
+        return _State(_number(names[-1]) if names else 0, None, history, reason)
+
+    def _may_be_served(self, name: str) -> bool:
+        return self.fault(name) is None and self.card(name).gate.get("publish") is not False
 
     def _lock(self) -> FileLock:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -240,9 +339,27 @@ class ModelVersions:
     def _remove_leftovers(self) -> None:
         """Only under the lock, under which nothing is being written."""
         remove_unfinished(self.root)
+        # What would be kept and lost its weights keeps its card: they may come back from a backup.
+        kept = _worth_keeping(self._state(), _KEEP_PUBLISHED)
         for card in self._numbered(".json"):
-            if not card.with_suffix(".safetensors").exists():
+            if card.stem not in kept and not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)
+
+
+def _worth_keeping(state: _State, published: int) -> set[str]:
+    """The last versions that were published, what a rollback would go to, and all that were ever pinned."""
+    latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
+    pinned = [entry.version for entry in state.history if entry.kind == "pin"]
+    return {*latest, *_stack(state.history)[-2:], *pinned}
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does, or None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _number(name: str) -> int:

@@ -42,6 +42,10 @@ def list_command(folder: Folder) -> None:
             cells = (card.created, card.parent or "scratch", str(len(card.training_cases)), _dice(card), _state(info))
             table.add_row(info.name, *cells, style="bold" if info.published else None)
         _console().print(table)
+        for fault in versions.damaged().values():
+            _console().print(f"[red]damaged:[/red] {fault}", highlight=False, soft_wrap=True)
+        for warning in versions.warnings():
+            _console().print(f"[red]warning:[/red] {warning}", highlight=False, soft_wrap=True)
         for entry in versions.history():
             _console().print(
                 f"{entry.time}  {entry.kind:9}{entry.version}  {entry.by}: {entry.reason}", highlight=False
@@ -95,7 +99,7 @@ def _open(folder: Path) -> ModelVersions:
     """The versions in a folder; opening a wrong one must not make it a folder of versions."""
     for root in (folder, folder / "versions"):
         versions = ModelVersions(root)
-        if versions.names():
+        if versions.names() or versions.damaged():
             return versions
     raise ValueError(f"{folder} holds no versions (v0001.safetensors and v0001.json, ...)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from deformux.files import replacing, write_text
 from deformux.network import DeformUXNet
@@ -24,6 +25,7 @@ __all__ = [
     "PRETRAINED",
     "InvalidModel",
     "ModelCard",
+    "check_weights",
     "load_model",
     "network_options",
     "pretrained_path",
@@ -36,6 +38,23 @@ __all__ = [
 
 _PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
 PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
+
+
+# What a card must hold to be read, whatever its age.
+_CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "labels": list,
+    "preset": str,
+    "in_channels": int,
+    "network_options": dict,
+    "parent": (str, type(None)),
+    "training_cases": list,
+    "training_labels": dict,
+    "recipe": dict,
+    "validation": dict,
+    "gate": dict,
+    "scratch_cases": int,
+    "weights_sha256": str,
+}
 
 
 class InvalidModel(ValueError):
@@ -68,6 +87,7 @@ class ModelCard:
         created: UTC, ISO 8601.
         device: what it was trained on.
         notes: anything a reader should know, e.g. the data's licence.
+        weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in cards of older versions.
     """
 
     labels: tuple[str, ...]
@@ -89,6 +109,7 @@ class ModelCard:
     created: str = field(default_factory=_now)
     device: str = "cpu"
     notes: str = ""
+    weights_sha256: str = ""
 
     def to_json(self) -> str:
         """The card as text."""
@@ -98,8 +119,13 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
-        """The inverse of ``to_json``; raises ValueError or TypeError where the text is not a card."""
+        """The inverse of ``to_json``; raises ValueError, TypeError or KeyError where the text is not a card."""
         values = json.loads(text)
+        if not isinstance(values, dict) or not isinstance(values["preprocessing"], dict):
+            raise TypeError("a card is an object, and its preprocessing another one")
+        for name, kinds in _CARD_TYPES.items():
+            if name in values and not isinstance(values[name], kinds):
+                raise TypeError(f"{name} is a {type(values[name]).__name__}")
         values["preprocessing"] = Preprocessing.from_json(values["preprocessing"])
         for name in ("labels", "training_cases"):
             values[name] = tuple(values.get(name, ()))
@@ -107,11 +133,15 @@ class ModelCard:
 
 
 def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``path`` (.safetensors) and its card, each by rename; the card first, so that weights never lack theirs."""
+    """Write ``path`` (.safetensors) and its card, each by rename; the card first, so that weights never lack theirs.
+
+    The card also gets the checksum of the weights.
+    """
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
-    write_text(path.with_suffix(".json"), card.to_json())
     with replacing(path) as temporary:
         save_file(state, temporary)
+        checksum = _checksum(temporary.read_bytes())
+        write_text(path.with_suffix(".json"), dataclasses.replace(card, weights_sha256=checksum).to_json())
 
 
 def network_options(network: DeformUXNet) -> dict[str, Any]:
@@ -134,8 +164,13 @@ def read_card(path: Path) -> ModelCard:
         return ModelCard.from_json(card_path.read_text())
     except FileNotFoundError as error:
         raise InvalidModel(f"{path} needs its card {card_path.name} beside it") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InvalidModel(f"{card_path} is not a model card") from error
+
+
+def check_weights(path: Path, card: ModelCard) -> None:
+    """Read the weights of a card; raises InvalidModel where they are damaged, or are others than the card's."""
+    _read_weights(path, card.weights_sha256)
 
 
 def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[DeformUXNet, ModelCard]:
@@ -145,9 +180,10 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[Defor
         InvalidModel: a file is missing or damaged, or weights and card do not belong together.
     """
     card = read_card(path)
+    weights = _read_weights(path, card.weights_sha256)
     try:
         network = DeformUXNet(card.in_channels, len(card.labels) + 1, card.preset, **card.network_options)
-        network.load_state_dict(_read_weights(path))
+        network.load_state_dict(weights)
     except (RuntimeError, TypeError, ValueError) as error:
         raise InvalidModel(f"{path} does not fit its card {path.with_suffix('.json').name}") from error
     return network.to(device).eval(), card
@@ -163,7 +199,7 @@ def warm_start(network: DeformUXNet, path: Path) -> list[str]:
         InvalidModel: the file cannot be read, or nothing but the output layer could fit.
     """
     own = network.state_dict()
-    given = _read_weights(path)
+    given = _read_weights(path, read_card(path).weights_sha256 if path.with_suffix(".json").exists() else "")
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if len(fitting) < len(own) // 2:
         raise InvalidModel(f"{path} has another architecture than preset {network.preset!r}")
@@ -187,11 +223,21 @@ def pretrained_path(name: str) -> Path:
     return _PRETRAINED_FOLDER / f"{name}.safetensors"
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+def _read_weights(path: Path, checksum: str) -> dict[str, torch.Tensor]:
+    """Read a model file; ``checksum``, where there is one, finds what safetensors does not: other numbers."""
     try:
-        return {name: value.float() for name, value in load_file(path).items()}
+        data = path.read_bytes()
+        if checksum and _checksum(data) != checksum:
+            raise InvalidModel(f"{path} is damaged: its checksum is not the one in its card")
+        return {name: value.float() for name, value in load(data).items()}
+    except FileNotFoundError as error:
+        raise InvalidModel(f"there is no model file {path}") from error
     except (OSError, SafetensorError) as error:
         raise InvalidModel(f"{path} cannot be read as safetensors weights") from error
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _without_nan(value: Any) -> Any:

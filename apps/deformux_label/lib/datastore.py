@@ -276,7 +276,7 @@ class CheckedDatastore(LocalDatastore):
         suffix = next((s for s in VOLUME_SUFFIXES if file.endswith(s)), os.path.splitext(file)[1])
         return file.removesuffix(suffix), suffix
 
-    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
+    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:  # noqa: ARG002 - as it is called
         with self._lock:
             try:
                 model = self._index.changed()
@@ -289,7 +289,7 @@ class CheckedDatastore(LocalDatastore):
                 model.base_path = self._datastore_path
                 self._datastore = model
 
-    def _update_datastore_file(self, lock: bool = True) -> None:
+    def _update_datastore_file(self, lock: bool = True) -> None:  # noqa: ARG002 - as it is called
         with self._lock:
             self._index.write(self._datastore)
 

@@ -41,7 +41,7 @@ def leave_room_on_the_gpu() -> None:
         torch.cuda.set_per_process_memory_fraction(_TRAININGS_SHARE, index)
 
 
-def _raise_exit(number: int, frame: FrameType | None) -> None:
+def _raise_exit(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 

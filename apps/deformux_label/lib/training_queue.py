@@ -59,7 +59,7 @@ class TrainingQueue:
         folder: Path,
         *,
         stop_patience_s: float = 20.0,
-        on_end: Callable[[Mapping[str, Any]], None] = lambda task: None,
+        on_end: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self.folder = folder
         self._path = folder / "queue.json"

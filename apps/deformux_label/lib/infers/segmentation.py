@@ -60,7 +60,12 @@ class Segmentation(BasicInferTask):
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         return inference_transforms(self._preprocessing(data or {}))
 
-    def run_inferer(self, data: dict[str, Any], convert_to_batch: bool = True, device: str = "cuda") -> dict[str, Any]:
+    def run_inferer(
+        self,
+        data: dict[str, Any],
+        convert_to_batch: bool = True,  # noqa: ARG002 - MONAI Label's signature, here and below
+        device: str = "cuda",
+    ) -> dict[str, Any]:
         if data["model_version"] is None:
             logger.warning(UNTRAINED)
             logits = torch.zeros(2, *data[self.input_key].shape[1:])
@@ -79,11 +84,14 @@ class Segmentation(BasicInferTask):
     def _logits(self, data: dict[str, Any], attempt: Attempt) -> torch.Tensor:
         return volume_logits(ServedNetwork(self.models, data["model_version"], attempt), data[self.input_key])
 
-    def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
+    def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002
         return restore_transforms()
 
     def writer(
-        self, data: dict[str, Any], extension: str | None = None, dtype: Any = None
+        self,
+        data: dict[str, Any],
+        extension: str | None = None,  # noqa: ARG002
+        dtype: Any = None,  # noqa: ARG002
     ) -> tuple[str, dict[str, Any]]:
         pred = data[self.output_label_key]
         labels = pred[0].cpu().numpy()

@@ -270,7 +270,7 @@ class SelectionScoring(ScoringMethod):
         super().__init__("What the model shows of each volume, for active learning")
         self.scores = scores
 
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:  # noqa: ARG002
         parent = os.getppid()
         # The process in the background ends with the server that started it.
         return dict(self.scores.update(datastore, wanted=lambda: os.getppid() == parent).uncertainty)
