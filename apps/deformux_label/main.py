@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lib.start import refuse_to_start
 from lib.strategies.choose import all_strategies
 from lib.trainers.finetune import FineTune
 from lib.training_process import end_with_the_server, leave_room_on_the_gpu
-from lib.training_queue import TrainingQueue, with_queue
+from lib.training_queue import AlreadyTraining, TrainingQueue, with_queue
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -116,6 +117,9 @@ class DeformUXLabel(MONAILabelApp):
         info = super().info()
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
+        # The leases and the queue share a file, and what is said of it.
+        of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
+        info["warnings"] = list(dict.fromkeys([*info.get("warnings", []), *of_the_state]))
         return info
 
     def versions(self) -> ModelVersions:
@@ -213,14 +217,23 @@ class DeformUXLabel(MONAILabelApp):
         """A label was saved: its volume is in nobody's hands, and a training may be due."""
         if tag != DefaultLabelTag.FINAL.value:
             return
-        self.leases.release(image_id)
-        if self.queue.submitted(self.project.auto_train):
-            try:
+        try:
+            self.leases.release(image_id)
+            if self.queue.submitted(image_id, self._checksum(image_id), self.project.auto_train):
                 self.check_training("segmentation", {})
-            except HTTPException as error:
-                logger.info("No training yet: %s", error.detail)
-            else:
                 self.queue.add({"model": "segmentation"}, automatic=True)
+        except (HTTPException, AlreadyTraining) as error:
+            logger.info("No training yet: %s", getattr(error, "detail", error))
+        except OSError as error:
+            # The label is stored, and the answer must not say otherwise.
+            logger.error("The label of %r is stored, but not that its volume is free again: %s", image_id, error)
+
+    def _checksum(self, image_id: str) -> str:
+        """What tells an image's submitted label from another one of the same image."""
+        datastore = self.datastore()
+        revisions = datastore.revisions if isinstance(datastore, CheckedDatastore) else None
+        newest = revisions.newest(image_id, DefaultLabelTag.FINAL.value) if revisions else None
+        return newest.sha256 if newest is not None else uuid.uuid4().hex
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
         """The model whose proposal an annotator was shown, as far as that is remembered."""
