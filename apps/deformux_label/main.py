@@ -28,6 +28,7 @@ from lib.scoring.selection import SelectionScores, SelectionScoring
 from lib.sessions import Sessions
 from lib.start import refuse_to_start
 from lib.strategies.choose import all_strategies
+from lib.strategies.waiting import WaitingVolumes
 from lib.trainers.finetune import FineTune
 from lib.training_process import end_with_the_server, leave_room_on_the_gpu
 from lib.training_queue import AlreadyTraining, TrainingQueue, with_queue
@@ -58,6 +59,7 @@ class DeformUXLabel(MONAILabelApp):
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
         self.scores = SelectionScores(self.project, self.models, self.state_folder / "selection")
+        self.waiting = WaitingVolumes(self.scores)
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
         self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
         # Which model proposed what to whom, of late: (annotator, image) to version.
@@ -97,7 +99,7 @@ class DeformUXLabel(MONAILabelApp):
         return {"segmentation": FineTune(self.project, self.models, self.state_folder)}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return all_strategies(self.scores, self.leases, self.request_scoring)
+        return all_strategies(self.scores, self.leases, self.request_scoring, self.waiting)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         return {"dice": self.dice, "uncertainty": SelectionScoring(self.scores)}
@@ -119,7 +121,8 @@ class DeformUXLabel(MONAILabelApp):
             info["train_stats"][name] = with_queue(stats, self.queue)
         # The leases and the queue share a file, and what is said of it.
         of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
-        info["warnings"] = list(dict.fromkeys([*info.get("warnings", []), *of_the_state]))
+        of_the_studies = self.waiting.now(self.datastore()).warnings()
+        info["warnings"] = list(dict.fromkeys([*info.get("warnings", []), *of_the_state, *of_the_studies]))
         return info
 
     def versions(self) -> ModelVersions:
@@ -155,8 +158,10 @@ class DeformUXLabel(MONAILabelApp):
         raise HTTPException(404, "this server segments volumes, not whole-slide images")
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        known("strategy", request.get("strategy"), self._strategies)
-        return super().next_sample(request)
+        strategy = known("strategy", request.get("strategy"), self._strategies)
+        # Without an id it says why there is none.
+        reply = strategy(request, self.datastore())
+        return {**reply, "path": self.datastore().get_image_uri(reply["id"])} if "id" in reply else reply
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Refuse a training that cannot work, before a process is started for it."""
