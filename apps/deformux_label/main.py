@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import uuid
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from lib.scoring.selection import SelectionScores, SelectionScoring
 from lib.sessions import Sessions
 from lib.start import refuse_to_start
 from lib.strategies.choose import all_strategies
+from lib.strategies.waiting import WaitingVolumes
 from lib.trainers.finetune import FineTune
 from lib.training_process import end_with_the_server, leave_room_on_the_gpu
-from lib.training_queue import TrainingQueue, with_queue
+from lib.training_queue import AlreadyTraining, TrainingQueue, with_queue
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -57,6 +59,7 @@ class DeformUXLabel(MONAILabelApp):
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
         self.scores = SelectionScores(self.project, self.models, self.state_folder / "selection")
+        self.waiting = WaitingVolumes(self.scores)
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
         self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
         # Which model proposed what to whom, of late: (annotator, image) to version.
@@ -96,7 +99,7 @@ class DeformUXLabel(MONAILabelApp):
         return {"segmentation": FineTune(self.project, self.models, self.state_folder)}
 
     def init_strategies(self) -> dict[str, Strategy]:
-        return all_strategies(self.scores, self.leases, self.request_scoring)
+        return all_strategies(self.scores, self.leases, self.request_scoring, self.waiting)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         return {"dice": self.dice, "uncertainty": SelectionScoring(self.scores)}
@@ -116,6 +119,10 @@ class DeformUXLabel(MONAILabelApp):
         info = super().info()
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
+        # The leases and the queue share a file, and what is said of it.
+        of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
+        of_the_studies = self.waiting.now(self.datastore()).warnings()
+        info["warnings"] = list(dict.fromkeys([*info.get("warnings", []), *of_the_state, *of_the_studies]))
         return info
 
     def versions(self) -> ModelVersions:
@@ -151,8 +158,10 @@ class DeformUXLabel(MONAILabelApp):
         raise HTTPException(404, "this server segments volumes, not whole-slide images")
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        known("strategy", request.get("strategy"), self._strategies)
-        return super().next_sample(request)
+        strategy = known("strategy", request.get("strategy"), self._strategies)
+        # Without an id it says why there is none.
+        reply = strategy(request, self.datastore())
+        return {**reply, "path": self.datastore().get_image_uri(reply["id"])} if "id" in reply else reply
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Refuse a training that cannot work, before a process is started for it."""
@@ -213,14 +222,23 @@ class DeformUXLabel(MONAILabelApp):
         """A label was saved: its volume is in nobody's hands, and a training may be due."""
         if tag != DefaultLabelTag.FINAL.value:
             return
-        self.leases.release(image_id)
-        if self.queue.submitted(self.project.auto_train):
-            try:
+        try:
+            self.leases.release(image_id)
+            if self.queue.submitted(image_id, self._checksum(image_id), self.project.auto_train):
                 self.check_training("segmentation", {})
-            except HTTPException as error:
-                logger.info("No training yet: %s", error.detail)
-            else:
                 self.queue.add({"model": "segmentation"}, automatic=True)
+        except (HTTPException, AlreadyTraining) as error:
+            logger.info("No training yet: %s", getattr(error, "detail", error))
+        except OSError as error:
+            # The label is stored, and the answer must not say otherwise.
+            logger.error("The label of %r is stored, but not that its volume is free again: %s", image_id, error)
+
+    def _checksum(self, image_id: str) -> str:
+        """What tells an image's submitted label from another one of the same image."""
+        datastore = self.datastore()
+        revisions = datastore.revisions if isinstance(datastore, CheckedDatastore) else None
+        newest = revisions.newest(image_id, DefaultLabelTag.FINAL.value) if revisions else None
+        return newest.sha256 if newest is not None else uuid.uuid4().hex
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
         """The model whose proposal an annotator was shown, as far as that is remembered."""

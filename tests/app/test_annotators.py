@@ -128,11 +128,11 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
         while True:
             body = {"client_id": name}
             sample = checked(requests.post(f"{server.url}/activelearning/random", json=body, timeout=PATIENCE_S))
-            if sample:
+            if "id" in sample:
                 handed_out.append((sample["id"], name))
             elif time.monotonic() > lasting_until:
                 return answers
-            case = sample["id"] if sample else next(iter(cohort.cases))
+            case = sample["id"] if "id" in sample else next(iter(cohort.cases))
             checked(server.infer(case, client_id=name, result_extension=".nrrd", result_dtype="uint8"))
             with counting:
                 voxels = len(cohort.submitted) + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from deformux_label.lib.leases import Leases
 from deformux_label.lib.models import ServedModels
 from deformux_label.lib.scoring.selection import UNTRAINED, SelectionScores
 from deformux_label.lib.strategies.choose import all_strategies
+from deformux_label.lib.strategies.waiting import WaitingVolumes
 
 PROJECT = Project.from_conf(CONF)
 CASES = tuple(f"case_{number}" for number in range(6))
@@ -45,8 +47,9 @@ class Desk:
         self.models = ServedModels(PROJECT, folder / "state")
         self.scores = SelectionScores(PROJECT, self.models, folder / "state" / "selection")
         self.requested = 0
-        leases = Leases(folder / "state" / "leases.json")
-        self.strategies = all_strategies(self.scores, leases, self._request)
+        self.leases = Leases(folder / "state" / "leases.json")
+        self.waiting = WaitingVolumes(self.scores)
+        self.strategies = all_strategies(self.scores, self.leases, self._request, self.waiting)
 
     def _request(self) -> None:
         self.requested += 1
@@ -76,8 +79,13 @@ def test_without_scores_a_random_volume_comes_at_once_and_scoring_is_asked_for_o
     assert sorted(sample["id"] for sample in samples) == sorted(CASES)
     assert all("random volume" in sample["note"] for sample in samples)
     assert desk.requested == 2, "one for each strategy"
-    # Everything is in other hands.
-    assert desk.next("adaptive", "late") == desk.next("random", "late") == desk.next("first", "late") == {}
+    # Everything is in other hands, and the reply says so.
+    for strategy in ("adaptive", "random", "first"):
+        reply = desk.next(strategy, "late")
+        assert reply.keys() == {"note"}
+        assert re.fullmatch(
+            r"of the volumes without a label 6 are in other hands, the first of them until \d\d:\d\d", reply["note"]
+        )
     assert desk.next("first", "bald-1")["id"] == samples[2]["id"]
     assert not (desk.folder / "state" / "selection").exists(), "nothing is computed in a request"
 
@@ -126,7 +134,7 @@ def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) 
 
 
 def held(desk: Desk) -> set[str]:
-    return {lease["image"] for lease in json.loads((desk.folder / "state" / "leases.json").read_text())["leases"]}
+    return set(desk.leases.active())
 
 
 def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str, Volume]) -> None:
@@ -147,8 +155,10 @@ def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str
     assert kept["orders"]["entropy"][0] == "case_3"
     assert set(kept["orders"]["adaptive"]) == {*CASES, "new"}
     assert kept["scores"]["broken"] is None
-    # A volume that cannot be read is not tried again, and comes after all others.
+    # A volume that cannot be read is not tried again, and handed to nobody.
     assert "broken" not in {desk.next("adaptive", str(turn))["id"] for turn in range(7)}
+    for strategy in ("adaptive", "random", "first"):
+        assert "1 is unreadable: broken" in desk.next(strategy, "late")["note"]
     assert desk.requested == 0
     written = path.stat().st_mtime_ns
     desk.scores.update(again)
@@ -157,6 +167,31 @@ def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str
     path.write_text(path.read_text()[:100])
     desk.scores.update(again)
     assert desk.kept(model)["scores"]["case_3"]["entropy"] != 0.999
+
+
+def test_only_unreadable_volumes_are_left_until_one_is_repaired(desk: Desk, volumes: dict[str, Volume]) -> None:
+    for name in CASES[:2]:
+        (desk.studies / volumes[name].image.name).write_bytes(b"not a scan")
+    desk.scores.update(desk.datastore)
+    for name in CASES[2:]:
+        desk.datastore.save_label(name, str(volumes[name].label), "final", {})
+    for strategy in desk.strategies:
+        reply = desk.next(strategy)
+        assert reply == {"note": "of the volumes without a label 2 are unreadable: case_0, case_1"}
+    (warning,) = desk.waiting.now(desk.datastore).warnings()
+    assert "2 are unreadable and not handed out: case_0, case_1; no other volume is left" in warning
+    # A repaired one is handed out at once, and scored with the next opportunity.
+    shutil.copy(volumes["case_0"].image, desk.studies)
+    assert desk.next("first")["id"] == desk.next("adaptive")["id"] == "case_0"
+    assert desk.requested == 1
+    desk.scores.update(desk.datastore)
+    assert desk.kept(UNTRAINED)["scores"]["case_0"] is not None
+    assert desk.kept(UNTRAINED)["scores"]["case_1"] is None
+    desk.datastore.save_label("case_0", str(volumes["case_0"].label), "final", {})
+    assert "1 is unreadable: case_1" in desk.next("random")["note"]
+    desk.datastore.remove_image("case_1")
+    assert desk.next("random") == {"note": "no volume is left without a label"}
+    assert desk.waiting.now(desk.datastore).warnings() == []
 
 
 SCORING = """
@@ -218,7 +253,7 @@ def test_a_server_scores_in_the_background_and_never_gives_a_case_to_two(
 
     try:
         samples = [ask(strategy, f"reader-{turn}") for turn, strategy in enumerate(("adaptive", "random", "first"))]
-        ids = [sample["id"] for sample in samples if sample]
+        ids = [sample["id"] for sample in samples if "id" in sample]
         assert len(ids) == len(set(ids)) > 0
         unlabelled = {name for name, entry in server.objects().items() if "final" not in entry["labels"]}
         assert set(ids) <= unlabelled
@@ -228,6 +263,7 @@ def test_a_server_scores_in_the_background_and_never_gives_a_case_to_two(
             assert time.monotonic() < end, f"no scores were written: {server.log.read_text()[-3000:]}"
             time.sleep(0.2)
     finally:
-        leases = PROJECT.state_folder(APP, str(studies)) / "leases.json"
         # Other tests share this server, and want volumes too.
-        leases.unlink(missing_ok=True)
+        leases = Leases(PROJECT.state_folder(APP, str(studies)) / "leases.json")
+        for image in leases.active():
+            leases.release(image)

@@ -19,6 +19,7 @@ from deformux.gate import Assignment
 from deformux.versions import ModelVersions
 from deformux.weights import load_model
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.leases import Leases
 
 
 def state_of(studies: Path) -> Path:
@@ -105,14 +106,13 @@ def test_uncertainty_scores_are_kept_with_the_version(
     state = state_of(studies)
     unlabelled = {name for name, entry in server.objects().items() if "final" not in entry["labels"]}
     path = state / "selection" / "v0002.json"
-    leases = state / "leases.json"
     end = time.monotonic() + 240
     scores: dict[str, dict] = {}
     while not unlabelled <= set(scores):
         assert time.monotonic() < end, f"not scored in the background: {server.log.read_text()[-3000:]}"
         time.sleep(0.1)
         scores = json.loads(path.read_text())["scores"] if path.exists() else {}
-    taken = {lease["image"] for lease in json.loads(leases.read_text())["leases"]} if leases.exists() else set()
+    taken = set(Leases(state / "leases.json").active())
     best = max((scores[name]["uncertainty"], name) for name in unlabelled - taken if scores[name] is not None)
     sample = requests.post(f"{server.url}/activelearning/uncertainty", json={"client_id": "x"}, timeout=120).json()
     assert sample["id"] == best[1]

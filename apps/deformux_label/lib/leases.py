@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
+import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from .requests.identifiers import checked_text, is_image_id, is_text
+from .store.state import StateDatabase, put_aside
 
-from deformux.files import write_text
-
-__all__ = ["ANONYMOUS", "Lease", "Leases", "annotator_of"]
+__all__ = ["ANONYMOUS", "MOST_LEASES", "Lease", "Leases", "annotator_of"]
 
 logger = logging.getLogger(__name__)
 
 ANONYMOUS = "anonymous"
+MOST_LEASES = 50
+"""Volumes that one annotator, or one address, may have in hand at a time."""
+_LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -44,106 +48,232 @@ class Lease:
 
 
 class Leases:
-    """Leases in one file, written by rename under a lock: the same after a restart and in every process.
+    """Leases in the project's database, one row each: the same after a restart and in every process.
 
-    An annotator who asks again without submitting skips: they get another volume. When no free one is left, their own
-    come round again, the one that they have had longest first; another annotator's never do before they expire.
+    An annotator who asks again without submitting skips: they get another volume. When no free one is left, or they
+    have ``most`` in hand, their own come round again, the one that they have had longest first; another annotator's
+    never do before they expire. The one exception is an address with ``most`` leases under whatever names: an annotator
+    there who has none yet takes over the address's oldest.
 
     Args:
-        path: the file.
+        path: the leases of earlier versions, taken over once; the database lies beside it.
         minutes: how long a lease lasts; 0 switches leases off.
+        most: leases that an annotator or an address may have.
         clock: seconds since 1970.
     """
 
-    def __init__(self, path: Path, *, minutes: float = 60.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, path: Path, *, minutes: float = 60.0, most: int = MOST_LEASES, clock: Callable[[], float] = time.time
+    ) -> None:
         self.path = path
         self.seconds = 60.0 * minutes
+        self.most = most
         self._clock = clock
-        # A file lock by itself would let two threads of this process in: it is re-entrant.
-        self._thread_lock = threading.Lock()
-        self._file_lock = FileLock(path.with_suffix(".lock"), thread_local=False)
-        # What was read or written last, with what tells one version of the file from the next.
-        self._seen: tuple[tuple[int, ...], dict[str, Lease]] | None = None
+        self.state = StateDatabase(path.parent, on_open=self._opened)
+        self._lock = threading.Lock()
+        # What is in the database, as of a connection and its count of other connections' changes.
+        self._known: tuple[sqlite3.Connection, int, _Held] | None = None
 
     def claim(
-        self, annotator: str, ranked: Iterable[str], *, strategy: str = "", model_version: str | None = None
+        self,
+        annotator: str,
+        ranked: Iterable[str],
+        *,
+        strategy: str = "",
+        model_version: str | None = None,
+        address: str = "",
     ) -> str | None:
         """Lease the first of ``ranked`` (ids, best first) that may be given to this annotator, and return it.
 
-        None where everything in ``ranked`` is in other hands, or nothing is in it.
+        None where everything in ``ranked`` is in other hands, or nothing is in it. The leases of an ``address`` are
+        counted together; without one, only the annotator's are.
+
+        Raises:
+            HTTPException: 400 for a name that is not text.
         """
+        checked_text("client_id", annotator, _LONGEST_NAME)
         if self.seconds <= 0:
             return next(iter(ranked), None)
-        with self._changing() as leases:
-            own: list[Lease] = []
-            chosen = None
-            for image in ranked:
-                held = leases.get(image)
-                if held is None:
-                    chosen = image
-                    break
-                if held.annotator == annotator:
-                    own.append(held)
-            if chosen is None:
-                if not own:
-                    return None
-                chosen = min(own, key=lambda lease: lease.since).image
-            now = self._clock()
-            leases[chosen] = Lease(chosen, annotator, now, now + self.seconds, strategy, model_version)
+        address = address if is_text(address, _LONGEST_NAME) else "unknown"
+
+        def give(db: sqlite3.Connection) -> str | None:
+            held, now = self._held(db), self._clock()
+            if expired := held.expired(now):
+                db.execute("DELETE FROM leases WHERE until <= ?", (now,))
+                for image in expired:
+                    held.drop(image)
+            chosen = _choose(held, annotator, address, ranked, self.most)
+            if chosen is not None:
+                lease = Lease(chosen, annotator, now, now + self.seconds, strategy, model_version)
+                held.put(lease, address)
+                _insert(db, lease, address)
             return chosen
+
+        return self._change(give)
 
     def release(self, image: str) -> Lease | None:
         """End the lease of a volume and return it; None where there was none."""
-        if image not in self._read():
+        if image not in self.active():
             return None
-        with self._changing() as leases:
-            return leases.pop(image, None)
+
+        def end(db: sqlite3.Connection) -> Lease | None:
+            lease = self._held(db).drop(image)
+            db.execute("DELETE FROM leases WHERE image = ?", (image,))
+            return lease
+
+        return self._change(end)
 
     def active(self) -> dict[str, Lease]:
         """The leases that have not expired, by volume."""
-        return self._current(self._read())
+        now = self._clock()
+        with self._lock:
+            held = self.state.read(self._held)
+            return {image: lease for image, lease in held.leases.items() if lease.until > now}
 
     def others(self, annotator: str) -> Collection[str]:
         """Volumes that are in other hands than this annotator's."""
         return {image for image, lease in self.active().items() if lease.annotator != annotator}
 
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, Lease]]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._thread_lock, self._file_lock:
-            before = self._read()
-            leases = self._current(before)
-            yield leases
-            if leases != before:
-                # Without indentation, which would take ten times as long: a lease may be asked for every second.
-                text = json.dumps({"leases": [vars(lease) for lease in leases.values()]})
-                write_text(self.path, text + "\n")
-                self._seen = (self._version(), leases)
+    def warnings(self) -> list[str]:
+        """One sentence for each thing that an operator should know."""
+        return self.state.warnings()
 
-    def _version(self) -> tuple[int, ...]:
-        """Every change is a new file, by rename."""
-        status = self.path.stat()
-        return status.st_ino, status.st_mtime_ns, status.st_size
+    def _change(self, do: Callable[[sqlite3.Connection], Any]) -> Any:
+        with self._lock:
+            try:
+                return self.state.change(do)
+            except BaseException:
+                # What was remembered may be ahead of what is on the disk.
+                self._known = None
+                raise
 
-    def _current(self, leases: Mapping[str, Lease]) -> dict[str, Lease]:
-        now = self._clock()
-        return {image: lease for image, lease in leases.items() if lease.until > now}
+    def _held(self, db: sqlite3.Connection) -> _Held:
+        """All leases, read again only after somebody else has changed them."""
+        version = db.execute("PRAGMA data_version").fetchone()[0]
+        if self._known is not None and self._known[:2] == (db, version):
+            return self._known[2]
+        held, bad = _Held(), []
+        columns = "image, annotator, since, until, strategy, model_version, address"
+        for *values, address in db.execute(f"SELECT {columns} FROM leases"):
+            lease = Lease(*values)
+            if reason := _fault(lease):
+                bad.append((lease, reason))
+            else:
+                held.put(lease, str(address))
+        if bad and db.in_transaction:
+            for lease, reason in bad:
+                self.state.set_aside(db, "leases", vars(lease), reason)
+                raw = lease.image.encode(errors="surrogateescape") if isinstance(lease.image, str) else lease.image
+                db.execute("DELETE FROM leases WHERE CAST(image AS BLOB) = ?", (raw,))
+        self._known = (db, version, held)
+        return held
 
-    def _read(self) -> Mapping[str, Lease]:
+    def _opened(self, db: sqlite3.Connection) -> Callable[[], None] | None:
+        after = self._take_over(db)
+        self._held(db)
+        return after
+
+    def _take_over(self, db: sqlite3.Connection) -> Callable[[], None] | None:
+        """Take over the file of earlier versions; it is kept beside."""
         try:
-            version = self._version()
-            if self._seen is not None and self._seen[0] == version:
-                return self._seen[1]
             listed = json.loads(self.path.read_text())["leases"]
-            leases = {item["image"]: Lease(**item) for item in listed}
-            self._seen = (version, leases)
-            return leases
+            records = list(listed)
         except FileNotFoundError:
-            return {}
-        except (ValueError, TypeError, KeyError) as error:
-            # Somebody edited it; without it two annotators may meet once, which is better than no server.
-            logger.error("The leases in %s cannot be read and are forgotten: %s", self.path, error)
-            return {}
+            return None
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            # Without it two annotators may meet once, which is better than no server.
+            reason = str(error)
+            return lambda: self.state.warn(
+                f"the leases of an earlier version cannot be read ({reason}) and are forgotten; they are kept as "
+                f"{put_aside(self.path)}"
+            )
+        for record in records:
+            try:
+                lease = Lease(**record)
+                reason = _fault(lease)
+            except TypeError as error:
+                reason = str(error)
+            if reason:
+                self.state.set_aside(db, "leases", record, reason)
+            else:
+                _insert(db, lease, "")
+        return lambda: os.replace(self.path, self.path.with_name(f"{self.path.name}.taken-over"))
+
+
+class _Held:
+    """Leases by volume, with each holder's."""
+
+    def __init__(self) -> None:
+        self.leases: dict[str, Lease] = {}
+        self._first_end = math.inf
+        self._addresses: dict[str, str] = {}
+        self._of: dict[tuple[str, str], dict[str, None]] = {}
+
+    def put(self, lease: Lease, address: str) -> None:
+        self.drop(lease.image)
+        self.leases[lease.image] = lease
+        self._first_end = min(self._first_end, lease.until)
+        self._addresses[lease.image] = address
+        for holder in self._holders(lease, address):
+            self._of.setdefault(holder, {})[lease.image] = None
+
+    def drop(self, image: str) -> Lease | None:
+        lease = self.leases.pop(image, None)
+        if lease is not None:
+            for holder in self._holders(lease, self._addresses.pop(image)):
+                del self._of[holder][image]
+                if not self._of[holder]:
+                    del self._of[holder]
+        return lease
+
+    def of(self, kind: str, name: str) -> Collection[str]:
+        """Volumes of an ``annotator`` or an ``address``."""
+        return self._of.get((kind, name), {})
+
+    def expired(self, now: float) -> list[str]:
+        """Volumes whose leases have ended; looks at them only when one may have."""
+        if now < self._first_end:
+            return []
+        self._first_end = min((lease.until for lease in self.leases.values() if lease.until > now), default=math.inf)
+        return [image for image, lease in self.leases.items() if lease.until <= now]
+
+    @staticmethod
+    def _holders(lease: Lease, address: str) -> list[tuple[str, str]]:
+        return [("annotator", lease.annotator), *([("address", address)] if address else [])]
+
+
+def _choose(held: _Held, annotator: str, address: str, ranked: Iterable[str], most: int) -> str | None:
+    own = held.of("annotator", annotator)
+    of_address = held.of("address", address) if address else ()
+    seen = set()
+    full = len(own) >= most or len(of_address) >= most
+    for image in ranked:
+        if not full and image not in held.leases:
+            return image
+        seen.add(image)
+    candidates = seen.intersection(own)
+    if not candidates and len(of_address) >= most:
+        candidates = seen.intersection(of_address)
+    return min(candidates, key=lambda image: held.leases[image].since, default=None)
+
+
+def _insert(db: sqlite3.Connection, lease: Lease, address: str) -> None:
+    values = (lease.image, lease.annotator, address, lease.since, lease.until, lease.strategy, lease.model_version)
+    db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _fault(lease: Lease) -> str:
+    """What is wrong with a lease from a file; empty where nothing is."""
+    if not is_image_id(lease.image):
+        return "its image is not an image id"
+    if not is_text(lease.annotator, _LONGEST_NAME) or not is_text(lease.strategy):
+        return "its annotator or strategy is not text"
+    if lease.model_version is not None and not is_text(lease.model_version):
+        return "its model version is not text"
+    times = (lease.since, lease.until)
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in times):
+        return "its times are not numbers"
+    return ""
 
 
 def annotator_of(request: Mapping[str, Any], user: str | None = None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from fastapi import APIRouter, BackgroundTasks, Depends, File, Form, HTTPException, UploadFile
+from fastapi import APIRouter, BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.responses import FileResponse
 from monailabel.config import settings
 from monailabel.endpoints import datastore as stock_datastore
@@ -20,6 +20,7 @@ from deformux_label.offloop import in_thread
 from .datastore import CheckedDatastore
 from .leases import Leases, annotator_of
 from .sessions import Sessions
+from .strategies.choose import ADDRESS
 from .training_queue import AlreadyTraining, TrainingQueue
 
 __all__ = ["App", "routers"]
@@ -108,11 +109,11 @@ def _training(app: App) -> APIRouter:
 def _samples(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/activelearning", tags=["ActiveLearning"])
 
-    def sample(strategy: str, params: dict | None = None, user: User = _USER) -> Any:
+    def sample(http_request: Request, strategy: str, params: dict | None = None, user: User = _USER) -> Any:
         # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
-        request = {**_with_user(params or {}, user), "strategy": strategy}
+        request = {**_with_user(params or {}, user), "strategy": strategy, ADDRESS: _address(http_request)}
         chosen = app.next_sample(request)
-        return {**chosen, **app.datastore().get_image_info(chosen["id"])} if chosen else {}
+        return {**chosen, **app.datastore().get_image_info(chosen["id"])} if "id" in chosen else chosen
 
     router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"], include_in_schema=False)
     return router
@@ -250,6 +251,11 @@ def _versions(app: App) -> APIRouter:
 def _with_user(params: Mapping[str, Any], user: User) -> dict[str, Any]:
     """With the login; without authentication everybody has the same one, which says nothing."""
     return {**params, "user": user.username} if settings.MONAI_LABEL_AUTH_ENABLE else dict(params)
+
+
+def _address(request: Request) -> str:
+    """What leases are counted by beside the annotator: with a login that is enough, and a ward may share an address."""
+    return "" if settings.MONAI_LABEL_AUTH_ENABLE or request.client is None else request.client.host
 
 
 def _is_object(text: str) -> bool:

@@ -1,39 +1,34 @@
-"""Trainings that were asked for, in a file: one runs at a time, in a process of its own, and none is forgotten."""
+"""Trainings that were asked for, in a database: one runs at a time, in a process of its own, and none is forgotten."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import signal
-import subprocess
-import sys
+import sqlite3
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
+from fastapi import HTTPException
 from filelock import FileLock, Timeout
 
-from deformux.files import write_text
+from .background_process import PARENT_PIPE, PAUSE_S, alive, kill, last_lines, reason, run_method
+from .requests.identifiers import is_image_id, refuse_invalid_text
+from .store.state import StateDatabase, put_aside
+from .store.tasks import DONE, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Tasks, end, fault, new_task, now, unfinished
 
-__all__ = ["FINISHED", "PARENT_PIPE", "AlreadyTraining", "TrainingQueue", "with_queue"]
+__all__ = ["DONE", "FINISHED", "PARENT_PIPE", "RUNNING", "AlreadyTraining", "TrainingQueue", "with_queue"]
 
 logger = logging.getLogger(__name__)
 
-# In MONAI Label's words, which its clients compare with: queued, running, done, failed, stopped.
-QUEUED, RUNNING, DONE, FAILED, STOPPED = "SUBMITTED", "RUNNING", "DONE", "ERROR", "STOPPED"
-FINISHED = (DONE, FAILED, STOPPED)
-# Set for a training whose standard input ends when its server does.
-PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
 _KEPT = 50
-_TAIL = 20
-_PAUSE_S = 0.2
+_MOST_WAITING = 20
+# Characters of the JSON of a request: all options together have some hundred.
+_LONGEST_REQUEST = 10_000
 # A training that ends its server's start each time must not do so for ever.
 _MOST_STARTS = 5
 
@@ -43,13 +38,13 @@ class AlreadyTraining(RuntimeError):
 
 
 class TrainingQueue:
-    """Tasks in ``<folder>/queue.json``, their output in ``<folder>/tasks/<id>.log``.
+    """Tasks in the project's database, their output in ``<folder>/tasks/<id>.log``.
 
     Any process may add, list or stop; of the servers of a project one runs the tasks. A task that its server's end
     interrupted is started again by the next server, with the same id and request; the trainer resumes it.
 
     Args:
-        folder: the project's state.
+        folder: the project's state. A ``queue.json`` of earlier versions in it is taken over once.
         stop_patience_s: between SIGTERM and SIGKILL.
         on_end: called with each task that has ended, on the queue's own thread.
     """
@@ -62,10 +57,10 @@ class TrainingQueue:
         on_end: Callable[[Mapping[str, Any]], None] = lambda _: None,
     ) -> None:
         self.folder = folder
-        self._path = folder / "queue.json"
+        self.state = StateDatabase(folder, on_open=self._opened)
+        self._tasks = Tasks(self.state, "training")
         self._stop_patience_s = stop_patience_s
         self._on_end = on_end
-        self._lock = FileLock(folder / "queue.lock")
         self._news = threading.Event()
 
     def start(self) -> None:
@@ -76,28 +71,42 @@ class TrainingQueue:
         """Queue a training and return its task.
 
         Raises:
-            AlreadyTraining: one that was asked for by hand has not finished, and ``enqueue`` was not given. One that
-                the server queued by itself is no obstacle: this one runs after it.
+            AlreadyTraining: one that was asked for by hand has not finished, and ``enqueue`` was not given; or as many
+                wait as may. One that the server queued by itself is no obstacle: this one runs after it.
+            HTTPException: 400 for a request that is too long to be kept.
         """
-        with self._changing() as state:
+        _check_request(request)
+        task = new_task(request, automatic=automatic)
+
+        def append(tasks: list[dict[str, Any]]) -> None:
             if not automatic and not enqueue:
-                for task in state["tasks"]:
-                    if task["status"] not in FINISHED and not task["automatic"]:
-                        raise AlreadyTraining(
-                            f"a training is {'running' if task['status'] == RUNNING else 'waiting'} already (task "
-                            f"{task['id']}); stop it first, or ask with enqueue=true to train again after it"
-                        )
-            task = _new_task(request, automatic)
-            state["tasks"].append(task)
+                _refuse_a_second(tasks)
+            if sum(known["status"] == QUEUED for known in tasks) >= _MOST_WAITING:
+                raise AlreadyTraining(f"{_MOST_WAITING} trainings are waiting already; ask again when some have ended")
+            tasks.append(task)
+
+        self._change(append)
         self._news.set()
         return self._public(task)
 
-    def submitted(self, every: int) -> bool:
-        """Count a new label; whether a training is due: ``every`` (0 for never) of them came after the last start."""
-        with self._changing() as state:
-            state["new_labels"] += 1
-            waiting = any(task["status"] == QUEUED for task in state["tasks"])
-            return 0 < every <= state["new_labels"] and not waiting
+    def submitted(self, image: str, sha256: str, every: int) -> bool:
+        """Note an image's current label; whether a training is due.
+
+        It is when ``every`` (0 for never) images have another label than when the last training started, and none
+        waits. The same image counts once however often it is submitted, and not at all with the label that was
+        trained on.
+        """
+
+        def count(db: sqlite3.Connection) -> int:
+            db.execute(
+                "INSERT INTO labels (image, current) VALUES (?, ?) "
+                "ON CONFLICT (image) DO UPDATE SET current = excluded.current",
+                (image, sha256),
+            )
+            return _new_labels(db)
+
+        changed = self.state.change(count) if is_image_id(image) else 0
+        return 0 < every <= changed and not any(task["status"] == QUEUED for task in self._read()["tasks"])
 
     def tasks(self) -> list[dict[str, Any]]:
         """All that are remembered, oldest first."""
@@ -105,49 +114,57 @@ class TrainingQueue:
 
     def unfinished(self) -> dict[str, Any] | None:
         """The running task, else the next one, else None."""
-        task = _unfinished(self._read()["tasks"])
+        task = unfinished(self._read()["tasks"])
         return None if task is None else self._public(task)
 
     def latest(self) -> dict[str, Any] | None:
         """What a client that follows its training wants: the unfinished task, else the one that ended last."""
-        # From one look at the file: between two, the runner may take the task, which then is in neither.
+        # From one look at the database: between two, the runner may take the task, which then is in neither.
         tasks = self._read()["tasks"]
         ended = [task for task in tasks if task["status"] in FINISHED]
-        task = _unfinished(tasks) or max(ended, key=lambda t: t["ended"], default=None)
+        task = unfinished(tasks) or max(ended, key=lambda t: t["ended"], default=None)
         return None if task is None else self._public(task)
 
     def summary(self) -> dict[str, Any]:
         """The queue's state for ``train_stats``; empty before the first training."""
-        state = self._read()
-        if not state["tasks"]:
+        tasks = self._read()["tasks"]
+        if not tasks:
             return {}
-        waiting = [task["id"] for task in state["tasks"] if task["status"] == QUEUED]
-        running = [task["id"] for task in state["tasks"] if task["status"] == RUNNING]
-        return {"running": next(iter(running), None), "waiting": waiting, "new_labels": state["new_labels"]}
+        waiting = [task["id"] for task in tasks if task["status"] == QUEUED]
+        running = [task["id"] for task in tasks if task["status"] == RUNNING]
+        new_labels = self.state.read(_new_labels)
+        return {"running": next(iter(running), None), "waiting": waiting, "new_labels": new_labels}
 
     def stop(self) -> dict[str, Any] | None:
         """Stop what runs and drop what waits; returns when it has ended: the stopped task, or None where none was."""
-        with self._changing() as state:
-            unfinished = [task for task in state["tasks"] if task["status"] not in FINISHED]
-            for task in unfinished:
+
+        def mark(tasks: list[dict[str, Any]]) -> list[str]:
+            left = [task for task in tasks if task["status"] not in FINISHED]
+            for task in left:
                 task["stop"] = True
                 if task["status"] == QUEUED:
-                    _end(task, STOPPED)
-        if not unfinished:
+                    end(task, STOPPED)
+            return [task["id"] for task in left]
+
+        stopped = self._change(mark)
+        if not stopped:
             return None
         self._news.set()
         # Twice as long as the runner needs; a server that does not run the queue must not wait for one that is gone.
-        end = time.monotonic() + 2 * self._stop_patience_s
-        wanted = unfinished[0]["id"]
-        while (task := self._find(wanted)) is not None and task["status"] not in FINISHED and time.monotonic() < end:
-            time.sleep(_PAUSE_S / 4)
+        until = time.monotonic() + 2 * self._stop_patience_s
+        while (task := self._find(stopped[0])) and task["status"] not in FINISHED and time.monotonic() < until:
+            time.sleep(PAUSE_S / 4)
         return self._public(task) if task is not None else None
 
     def wait(self, task_id: str) -> dict[str, Any]:
         """Wait until a task has ended."""
         while (task := self._find(task_id)) is not None and task["status"] not in FINISHED:
-            time.sleep(_PAUSE_S)
+            time.sleep(PAUSE_S)
         return self._public(task) if task is not None else {}
+
+    def warnings(self) -> list[str]:
+        """One sentence for each thing that an operator should know."""
+        return self.state.warnings()
 
     def _run(self) -> None:
         # Several servers may serve one folder; the lock passes on when one ends, however it ends.
@@ -159,219 +176,195 @@ class TrainingQueue:
                 break
             except Timeout:
                 continue
-        self._recover()
+        self._persist(self._recover)
         while True:
-            task = self._take_next()
+            task = self._persist(self._take_next)
             if task is None:
-                self._news.wait(_PAUSE_S)
+                self._news.wait(PAUSE_S)
                 self._news.clear()
                 continue
             try:
                 self._run_task(task)
             except Exception:
                 logger.exception("The training %s could not be run", task["id"])
-                self._finish(task["id"], FAILED, "the training could not be started; the server's log says why")
+                failed = "the training could not be started; the server's log says why"
+                self._persist(partial(self._finish, task["id"], FAILED, failed))
+
+    @staticmethod
+    def _persist(do: Callable[[], Any]) -> Any:
+        """Try until it works: a disk that is full for a while must not end the thread that runs the trainings."""
+        while True:
+            try:
+                return do()
+            except (OSError, sqlite3.Error) as error:
+                logger.error("The queue of trainings cannot be written (%s); it is tried again", error)
+                time.sleep(50 * PAUSE_S)
 
     def _recover(self) -> None:
-        with self._changing() as state:
-            for task in state["tasks"]:
+        def recover(tasks: list[dict[str, Any]]) -> None:
+            for task in tasks:
                 if task["status"] == RUNNING:
                     again = not task.get("stop") and task["starts"] < _MOST_STARTS
                     logger.warning("The training %s was interrupted; %s", task["id"], "resuming" if again else "ended")
                     if again:
+                        # It began before what waits, so it comes first again.
                         task["status"] = QUEUED
                     else:
-                        _end(task, STOPPED if task.get("stop") else FAILED, "the training was interrupted")
-            # What was interrupted comes before what waited for it.
-            state["tasks"].sort(key=lambda task: 2 if task["starts"] == 0 else int(task["status"] == QUEUED))
+                        end(task, STOPPED if task.get("stop") else FAILED, "the training was interrupted")
+
+        self._change(recover)
 
     def _take_next(self) -> dict[str, Any] | None:
-        if not any(task["status"] == QUEUED for task in self._read()["tasks"]):
+        if not any(task["status"] == QUEUED for task in self._tasks.read()):
             return None
-        with self._changing() as state:
-            for task in state["tasks"]:
+
+        def take(tasks: list[dict[str, Any]]) -> dict[str, Any] | None:
+            for task in tasks:
                 if task["status"] == QUEUED:
-                    task |= {"status": RUNNING, "starts": task["starts"] + 1, "start_ts": _now()}
-                    state["new_labels"] = 0
+                    task |= {"status": RUNNING, "starts": task["starts"] + 1, "start_ts": now()}
                     return dict(task)
-        return None
+            return None
+
+        def take_with_its_labels(db: sqlite3.Connection) -> dict[str, Any] | None:
+            task = self._tasks.change_within(db, take)
+            if task is not None:
+                db.execute("UPDATE labels SET trained = current WHERE trained IS NOT current")
+                db.execute("DELETE FROM numbers WHERE name = 'earlier_labels'")
+            return task
+
+        return self.state.change(take_with_its_labels)
 
     def _run_task(self, task: Mapping[str, Any]) -> None:
         self._wait_for_the_former(task)
-        request = {**task["request"], "task_id": task["id"]}
-        log = self._log(task["id"])
-        log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "monailabel.interfaces.utils.app", "-m", "train"]
-        command += ["-r", json.dumps(request, separators=(",", ":"))]
-        logger.info("Starting the training %s: %s", task["id"], request)
-        with log.open("ab") as output, log.open("rb") as lines:
-            lines.seek(0, os.SEEK_END)
-            process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=_environment(request)
-            )
-            self._set(task["id"], process=[process.pid, psutil.Process(process.pid).create_time()])
-            stopping_since = None
-            while process.poll() is None:
-                _forward(lines)
-                if stopping_since is None and (self._find(task["id"]) or {}).get("stop"):
-                    stopping_since = time.monotonic()
-                    process.terminate()
-                if stopping_since is not None and time.monotonic() - stopping_since > self._stop_patience_s:
-                    _kill(psutil.Process(process.pid))
-                try:
-                    process.wait(_PAUSE_S)
-                except subprocess.TimeoutExpired:
-                    continue
-            _forward(lines)
-        code = process.returncode
-        if code == 0:
-            self._finish(task["id"], DONE)
-        elif stopping_since is not None:
-            self._finish(task["id"], STOPPED)
-        else:
-            self._finish(task["id"], FAILED, _reason(code, self._details(task["id"])))
+        logger.info("Starting the training %s: %s", task["id"], task["request"])
+        code, stopped = run_method(
+            "train",
+            {**task["request"], "task_id": task["id"]},
+            self._log(task["id"]),
+            started=lambda process: self._set(task["id"], process=process),
+            stop_wanted=lambda: bool((self._find(task["id"]) or {}).get("stop")),
+            patience_s=self._stop_patience_s,
+        )
+        status = DONE if code == 0 else STOPPED if stopped else FAILED
+        error = None
+        if status == FAILED:
+            hint = "the next one continues from its last checkpoint"
+            error = reason("training", code, last_lines(self._log(task["id"])), hint)
+        self._persist(partial(self._finish, task["id"], status, error))
 
     def _wait_for_the_former(self, task: Mapping[str, Any]) -> None:
         """A training whose server was killed ends by itself; should it hang, it is ended."""
-        end = time.monotonic() + 2 * self._stop_patience_s
-        while (process := _alive(task.get("process"))) is not None:
-            if time.monotonic() > end:
-                _kill(process)
-            time.sleep(_PAUSE_S)
+        until = time.monotonic() + 2 * self._stop_patience_s
+        while (process := alive(task.get("process"))) is not None:
+            if time.monotonic() > until:
+                kill(process)
+            time.sleep(PAUSE_S)
 
     def _set(self, task_id: str, **values: Any) -> None:
-        with self._changing() as state:
-            for task in state["tasks"]:
+        def update(tasks: list[dict[str, Any]]) -> None:
+            for task in tasks:
                 if task["id"] == task_id:
                     task |= values
 
+        self._change(update)
+
     def _finish(self, task_id: str, status: str, error: str | None = None) -> None:
-        with self._changing() as state:
-            task = next(task for task in state["tasks"] if task["id"] == task_id)
-            _end(task, status, error)
+        def finish(tasks: list[dict[str, Any]]) -> dict[str, Any] | None:
+            task = next((task for task in tasks if task["id"] == task_id), None)
+            if task is not None:
+                end(task, status, error)
+            return task
+
+        task = self._change(finish)
         logger.info("The training %s has ended: %s%s", task_id, status, f", {error}" if error else "")
         try:
-            self._on_end(self._public(task))
+            self._on_end(self._public(task) if task is not None else {})
         except Exception:
             logger.exception("What follows a training failed")
 
     def _find(self, task_id: str) -> dict[str, Any] | None:
         return next((task for task in self._read()["tasks"] if task["id"] == task_id), None)
 
+    def _read(self) -> dict[str, Any]:
+        return {"tasks": self._tasks.read()}
+
+    def _change(self, do: Callable[[list[dict[str, Any]]], Any]) -> Any:
+        """Change the tasks and forget the oldest that have ended."""
+        forgotten: list[dict[str, Any]] = []
+
+        def change(tasks: list[dict[str, Any]]) -> Any:
+            result = do(tasks)
+            forgotten[:] = [task for task in tasks if task["status"] in FINISHED][:-_KEPT]
+            for task in forgotten:
+                tasks.remove(task)
+            return result
+
+        result = self._tasks.change(change)
+        for task in forgotten:
+            self._log(task["id"]).unlink(missing_ok=True)
+        return result
+
     def _public(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """A task as MONAI Label's clients read it; the Slicer extension fails where ``details`` is empty."""
-        shown = ("id", "status", "request", "start_ts", "end_ts", "automatic", "error")
-        details = self._details(task["id"]) or [task.get("error") or task["status"]]
-        return {key: task[key] for key in shown if task.get(key) is not None} | {"details": details}
-
-    def _details(self, task_id: str) -> list[str]:
-        try:
-            with self._log(task_id).open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
-                return log.read().decode(errors="replace").splitlines()[-_TAIL:]
-        except FileNotFoundError:
-            return []
+        listed = ("id", "status", "request", "start_ts", "end_ts", "automatic", "error")
+        details = last_lines(self._log(task["id"])) or [task.get("error") or task["status"]]
+        return {key: task[key] for key in listed if task.get(key) is not None} | {"details": details}
 
     def _log(self, task_id: str) -> Path:
         return self.folder / "tasks" / f"{task_id}.log"
 
-    @contextmanager
-    def _changing(self) -> Iterator[dict[str, Any]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            state = self._read()
-            before = json.dumps(state)
-            yield state
-            finished = [task for task in state["tasks"] if task["status"] in FINISHED]
-            for task in finished[:-_KEPT]:
-                state["tasks"].remove(task)
-                self._log(task["id"]).unlink(missing_ok=True)
-            if json.dumps(state) != before:
-                write_text(self._path, json.dumps(state, indent=1) + "\n")
+    def _opened(self, db: sqlite3.Connection) -> Callable[[], None] | None:
+        """Take over the file of earlier versions, which is kept beside, and set bad records aside."""
+        after = self._take_over(db, self.folder / "queue.json")
+        self._tasks.change_within(db, lambda _: None)
+        return after
 
-    def _read(self) -> dict[str, Any]:
+    def _take_over(self, db: sqlite3.Connection, path: Path) -> Callable[[], None] | None:
         try:
-            state = json.loads(self._path.read_text())
-            return {"tasks": list(state["tasks"]), "new_labels": int(state["new_labels"])}
+            state = json.loads(path.read_text())
+            listed, new_labels = list(state["tasks"]), int(state.get("new_labels", 0))
         except FileNotFoundError:
-            pass
-        except (ValueError, TypeError, KeyError) as error:
-            logger.error("The queue in %s cannot be read and is begun anew: %s", self._path, error)
-        return {"tasks": [], "new_labels": 0}
-
-
-def _unfinished(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The running task, else the first that waits."""
-    by_status = {task["status"]: task for task in reversed(tasks)}
-    return by_status.get(RUNNING) or by_status.get(QUEUED)
-
-
-def _new_task(request: Mapping[str, Any], automatic: bool) -> dict[str, Any]:
-    return {
-        "id": str(uuid.uuid4()),
-        "status": QUEUED,
-        "request": dict(request),
-        "start_ts": _now(),
-        "automatic": automatic,
-        "starts": 0,
-    }
-
-
-def _end(task: dict[str, Any], status: str, error: str | None = None) -> None:
-    task |= {"status": status, "end_ts": _now(), "ended": time.time(), "error": error}
-
-
-def _now() -> str:
-    return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _environment(request: Mapping[str, Any]) -> dict[str, str]:
-    environment = {**os.environ, PARENT_PIPE: "1", "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false"}
-    gpus = request.get("gpus") or "all"
-    if gpus != "all":
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpus)
-    return environment
-
-
-def _forward(lines: Any) -> None:
-    """Into the server's own log, as MONAI Label does."""
-    for line in lines.read().decode(errors="replace").splitlines():
-        if line.strip():
-            logging.getLogger("task_train").info(line.rstrip())
-
-
-def _alive(identity: list[Any] | None) -> psutil.Process | None:
-    """The process of a number and a start; numbers are used again."""
-    try:
-        if identity is None:
             return None
-        process = psutil.Process(identity[0])
-        if process.create_time() != identity[1] or process.status() == psutil.STATUS_ZOMBIE:
-            return None
-    except psutil.NoSuchProcess:
-        return None
-    return process
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+            why = str(error)
+            return lambda: self.state.warn(
+                f"the queue of trainings of an earlier version cannot be read ({why}): trainings that waited are lost, "
+                f"so ask for them again; it is kept as {put_aside(path)}"
+            )
+        for task in listed:
+            if wrong := fault(task):
+                self.state.set_aside(db, "tasks (training)", task, wrong)
+                continue
+            values = (self._tasks.kind, task["id"], json.dumps(task))
+            db.execute("INSERT OR IGNORE INTO tasks (kind, id, record) VALUES (?, ?, ?)", values)
+        # Of which images is not known; the next training counts them in.
+        db.execute("INSERT OR REPLACE INTO numbers VALUES ('earlier_labels', ?)", (max(0, min(new_labels, 10**6)),))
+        return lambda: os.replace(path, path.with_name(f"{path.name}.taken-over"))
 
 
-def _kill(process: psutil.Process) -> None:
-    """With the workers that it started."""
-    try:
-        family = [*process.children(recursive=True), process]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        try:
-            member.kill()
-        except psutil.NoSuchProcess:
-            continue
+def _new_labels(db: sqlite3.Connection) -> int:
+    """Number of images whose label is another than when the last training started."""
+    changed = db.execute("SELECT count(*) FROM labels WHERE trained IS NOT current").fetchone()[0]
+    earlier = db.execute("SELECT coalesce(sum(value), 0) FROM numbers WHERE name = 'earlier_labels'").fetchone()[0]
+    return int(changed) + int(earlier)
 
 
-def _reason(code: int, details: list[str]) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = ", perhaps because the memory was full" if -code == signal.SIGKILL else ""
-        return f"the training was killed ({name}{hint}); the next one continues from its last checkpoint"
-    return details[-1] if details else f"the training ended with exit code {code}"
+def _check_request(request: Mapping[str, Any]) -> None:
+    refuse_invalid_text(request)
+    length = len(json.dumps(request))
+    if length > _LONGEST_REQUEST:
+        raise HTTPException(
+            400, f"the options of a training must be at most {_LONGEST_REQUEST} characters of JSON; got {length}"
+        )
+
+
+def _refuse_a_second(tasks: Sequence[dict[str, Any]]) -> None:
+    for task in tasks:
+        if task["status"] not in FINISHED and not task.get("automatic"):
+            raise AlreadyTraining(
+                f"a training is {'running' if task['status'] == RUNNING else 'waiting'} already (task "
+                f"{task['id']}); stop it first, or ask with enqueue=true to train again after it"
+            )
 
 
 def with_queue(stats: Mapping[str, Any], queue: TrainingQueue) -> dict[str, Any]:

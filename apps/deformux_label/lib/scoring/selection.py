@@ -8,7 +8,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_pat
 from ..configs.project import Project
 from ..models import ServedModels
 
-__all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring"]
+__all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +51,15 @@ _SHARE_OF_WRITING = 0.1
 class Orders:
     """What is known with one model: the order of each strategy, best first, and each volume's uncertainty.
 
-    Unreadable volumes have the uncertainty None and are in no order.
+    Unreadable volumes have the uncertainty None and are in no order. What is ``written`` later than this (seconds since
+    1970) has not been looked at.
     """
 
     model: str
     by_strategy: Mapping[str, Sequence[str]] = field(default_factory=dict)
     uncertainty: Mapping[str, float | None] = field(default_factory=dict)
+    unreadable: frozenset[str] = frozenset()
+    written: float = 0.0
 
 
 class SelectionScores:
@@ -88,7 +91,7 @@ class SelectionScores:
         if held is None or held[0] != written:
             values = _read(path)
             uncertainty = {name: score and score["uncertainty"] for name, score in values["scores"].items()}
-            held = (written, Orders(model, values["orders"], uncertainty))
+            held = (written, Orders(model, values["orders"], uncertainty, values["unreadable"], values["written"]))
             # Earlier models are asked for only until the new one has scores.
             self._held = {model: held} | {name: all_held[name] for name in list(all_held)[:2] if name != model}
         return held[1]
@@ -174,9 +177,12 @@ class _Update:
         self.path = scores.folder / f"{model}.json"
         values = _read(self.path)
         self.features = read_features(self.path.with_suffix(".safetensors"))
-        # A file of one kind may be newer than that of the other.
+        # A file of one kind may be newer than that of the other, and a scan that could not be read may be repaired.
+        repaired = set(changed_since(values["unreadable"], datastore, values["written"]))
         self.scores: dict[str, dict[str, Any] | None] = {
-            name: score for name, score in values["scores"].items() if score is None or name in self.features
+            name: score
+            for name, score in values["scores"].items()
+            if name not in repaired and (score is None or name in self.features)
         }
         self.device = name_to_device(None)
         self.rng = np.random.default_rng(zlib.crc32(model.encode()))
@@ -276,13 +282,31 @@ class SelectionScoring(ScoringMethod):
         return dict(self.scores.update(datastore, wanted=lambda: os.getppid() == parent).uncertainty)
 
 
+def changed_since(images: Iterable[str], datastore: Datastore, when: float) -> list[str]:
+    """Those volumes whose files came or changed after a time, in seconds since 1970."""
+    found = []
+    for image in images:
+        try:
+            status = os.stat(datastore.get_image_uri(image))
+        except OSError:
+            continue
+        # A file that is copied may keep its time of modification.
+        if max(status.st_mtime, status.st_ctime) > when:
+            found.append(image)
+    return found
+
+
 def _read(path: Path) -> dict[str, Any]:
+    nothing: dict[str, Any] = {"scores": {}, "orders": {}, "unreadable": frozenset(), "written": 0.0}
     try:
+        written = path.stat().st_mtime
         values = json.loads(path.read_text())
-        return {"scores": dict(values["scores"]), "orders": dict(values["orders"])}
+        unreadable = frozenset(name for name, score in values["scores"].items() if score is None)
+        orders = dict(values["orders"])
+        return {"scores": dict(values["scores"]), "orders": orders, "unreadable": unreadable, "written": written}
     except FileNotFoundError:
-        return {"scores": {}, "orders": {}}
-    except (ValueError, TypeError, KeyError):
+        return nothing
+    except (ValueError, TypeError, KeyError, AttributeError):
         # It can be computed again.
         logger.warning("%s is damaged and is written anew", path)
-        return {"scores": {}, "orders": {}}
+        return nothing

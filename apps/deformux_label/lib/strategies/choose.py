@@ -12,11 +12,15 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from ..leases import Leases, annotator_of
-from ..scoring.selection import UNTRAINED, SelectionScores
+from ..scoring.selection import UNTRAINED, Orders, SelectionScores
+from .waiting import Waiting, WaitingVolumes
 
-__all__ = ["First", "Ordered", "Random", "all_strategies"]
+__all__ = ["ADDRESS", "First", "Ordered", "Random", "all_strategies"]
 
 logger = logging.getLogger(__name__)
+
+ADDRESS = "_address"
+"""Where a request holds its client's address: set by the server, never by the client."""
 
 _DESCRIPTIONS = {
     "adaptive": "Typical volumes before there is a model, then those it is unsure of and that differ",
@@ -29,39 +33,68 @@ _DESCRIPTIONS = {
 
 
 def all_strategies(
-    scores: SelectionScores, leases: Leases, request_scoring: Callable[[], object]
+    scores: SelectionScores,
+    leases: Leases,
+    request_scoring: Callable[[], object],
+    volumes: WaitingVolumes | None = None,
 ) -> dict[str, Strategy]:
     """The strategies by name; the first is the one that the Slicer extension starts with."""
-    ordered = {name: Ordered(name, scores, leases, request_scoring) for name in _DESCRIPTIONS}
+    desk = _Desk(leases, volumes or WaitingVolumes(scores))
+    ordered = {name: Ordered(name, scores, desk, request_scoring) for name in _DESCRIPTIONS}
     return {
         "adaptive": ordered.pop("adaptive"),
-        "random": Random(leases),
-        "first": First(leases),
+        "random": Random(desk),
+        "first": First(desk),
         **ordered,
     }
+
+
+class _Desk:
+    """Hands volumes out, or says why there is none."""
+
+    def __init__(self, leases: Leases, volumes: WaitingVolumes) -> None:
+        self.leases = leases
+        self.volumes = volumes
+
+    def hand_out(
+        self,
+        request: dict[str, Any],
+        waiting: Waiting,
+        ranked: Iterable[str],
+        strategy: str,
+        model: str | None = None,
+    ) -> dict[str, Any]:
+        """The ``id`` of a volume, else a ``note`` alone, which clients that look for the ``id`` take for no volume."""
+        annotator = annotator_of(request)
+        address = str(request.get(ADDRESS) or "")
+        image = self.leases.claim(annotator, ranked, strategy=strategy, model_version=model, address=address)
+        if image is None:
+            return {"note": waiting.why_none(self.leases.active())}
+        return {"id": image, "strategy_used": strategy}
 
 
 class Random(Strategy):
     """A random unlabelled volume that nobody else has."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, desk: _Desk) -> None:
         super().__init__("A random volume")
-        self.leases = leases
+        self.desk = desk
 
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        images = datastore.get_unlabeled_images()
-        return _handed_out(self.leases, request, _shuffled(images), "random")
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        waiting = self.desk.volumes.now(datastore)
+        return self.desk.hand_out(request, waiting, _shuffled(waiting.images), "random")
 
 
 class First(Strategy):
     """The first unlabelled volume by name that nobody else has."""
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, desk: _Desk) -> None:
         super().__init__("The first volume by name")
-        self.leases = leases
+        self.desk = desk
 
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        return _handed_out(self.leases, request, sorted(datastore.get_unlabeled_images()), "first")
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
+        waiting = self.desk.volumes.now(datastore)
+        return self.desk.hand_out(request, waiting, waiting.images, "first")
 
 
 class Ordered(Strategy):
@@ -73,44 +106,48 @@ class Ordered(Strategy):
 
     _SECONDS_BETWEEN_REQUESTS = 60.0
 
-    def __init__(
-        self, name: str, scores: SelectionScores, leases: Leases, request_scoring: Callable[[], object]
-    ) -> None:
+    def __init__(self, name: str, scores: SelectionScores, desk: _Desk, request_scoring: Callable[[], object]) -> None:
         super().__init__(_DESCRIPTIONS[name])
         self.name = name
         self.scores = scores
-        self.leases = leases
+        self.desk = desk
         self.request_scoring = request_scoring
         self._asked: tuple[str, float] | None = None
+        # What ``_order`` found last, for which orders and volumes.
+        self._ranked: tuple[Orders, Waiting, list[str], frozenset[str], bool] | None = None
 
-    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any] | None:
-        images = datastore.get_unlabeled_images()
+    def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         model = self.scores.current()
         orders = self.scores.latest_orders()
-        order = orders.by_strategy.get(self.name, orders.by_strategy.get("adaptive", ()))
-        waiting = set(images)
-        unknown = [image for image in images if image not in orders.uncertainty]
-        if unknown or (orders.model != model and images):
+        waiting = self.desk.volumes.now(datastore, orders)
+        order, placed, all_known = self._order(orders, waiting)
+        if not all_known or (orders.model != model and waiting.images):
             self._ask(model)
 
         def ranked() -> Iterator[str]:
-            seen = set()
-            for image in order:
-                if image in waiting:
-                    seen.add(image)
-                    yield image
-            yield from _shuffled([image for image in images if image not in seen])
+            yield from order
+            yield from _shuffled([image for image in waiting.images if image not in placed])
 
-        reply = _handed_out(self.leases, request, ranked(), self.name, model=model)
-        if reply is None:
-            return None
-        listed = reply["id"] in orders.uncertainty and orders.uncertainty[reply["id"]] is not None
-        reply["uncertainty"] = orders.uncertainty[reply["id"]] if listed else None
-        reply["scored_with"] = orders.model if reply["id"] in set(order) else None
+        reply = self.desk.hand_out(request, waiting, ranked(), self.name, model=model)
+        if "id" not in reply:
+            return reply
+        reply["uncertainty"] = orders.uncertainty.get(reply["id"])
+        reply["scored_with"] = orders.model if reply["id"] in placed else None
         if note := self._note(reply["scored_with"], model):
             reply["note"] = note
             logger.info("%s: %s", self.name, note)
         return reply
+
+    def _order(self, orders: Orders, waiting: Waiting) -> tuple[list[str], frozenset[str], bool]:
+        """Volumes that wait, best first, the same to look one up, and whether all that wait have been looked at."""
+        known = self._ranked
+        if known is None or known[0] != orders or known[1] is not waiting:
+            listed = orders.by_strategy.get(self.name, orders.by_strategy.get("adaptive", ()))
+            order = [image for image in listed if image in waiting.names]
+            all_known = not waiting.changed and all(image in orders.uncertainty for image in waiting.images)
+            # Requests come in threads: each replaces the whole.
+            known = self._ranked = (orders, waiting, order, frozenset(order), all_known)
+        return known[2], known[3], known[4]
 
     def _ask(self, model: str) -> None:
         """Have the volumes scored in the background; not again at once, should that fail."""
@@ -130,13 +167,6 @@ class Ordered(Strategy):
         if model == UNTRAINED and self.name not in ("adaptive", "typicality"):
             return "typical volumes come first, until there is a trained model"
         return None
-
-
-def _handed_out(
-    leases: Leases, request: dict[str, Any], ranked: Iterable[str], strategy: str, model: str | None = None
-) -> dict[str, Any] | None:
-    image = leases.claim(annotator_of(request), ranked, strategy=strategy, model_version=model)
-    return None if image is None else {"id": image, "strategy_used": strategy}
 
 
 def _shuffled(images: Sequence[str]) -> Iterator[str]:

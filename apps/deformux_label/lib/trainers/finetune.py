@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deformux.learning import Learner, Outcome, Round
 from deformux.recipe import RECIPES, Recipe
 from deformux.weights import pretrained_path
 
+from ..background_process import checked_gpus
 from ..checks import checked_device, chosen
 from ..configs.project import Project
 from ..models import ServedModels
@@ -37,6 +39,8 @@ _STEPS_PER_EPOCH = 20
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
 # The same labels give the same model, but for rounding.
 _SEED = 0
+# Cases of which it is said why they were not used.
+_MOST_TOLD = 100
 _STARTS = ("published", "pretrained", "scratch")
 
 
@@ -80,6 +84,7 @@ class FineTune(TrainTask):
             raise HTTPException(409, "training needs at least 1 submitted label; there are none so far")
         self._recipe(request)
         checked_device(request.get("device"))
+        checked_gpus(request.get("gpus"))
         self._start(request)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
@@ -159,8 +164,8 @@ class FineTune(TrainTask):
             eta_seconds=0,
             version=outcome.version,
             provisional=outcome.decision.provisional,
-            not_used=dict(outcome.set_aside),
-            doubtful=dict(outcome.decision.doubtful),
+            not_used=_first(outcome.set_aside),
+            doubtful=_first(outcome.decision.doubtful),
         )
 
     def _report(self, progress: Progress) -> None:
@@ -209,6 +214,11 @@ def _number(request: Mapping[str, Any], name: str, default: float, low: float, h
         kind = "a whole number" if isinstance(default, int) else "a number"
         raise HTTPException(400, f"{name} must be {kind} from {low:g} to {high:g}; got {value!r}")
     return number
+
+
+def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of the first cases: every reply to ``GET /info/`` has it."""
+    return dict(islice(by_case.items(), _MOST_TOLD))
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -10,10 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from fastapi import HTTPException
 
 from deformux.files import write_text
 
+from ..background_process import alive
+from ..requests.identifiers import refuse_invalid_text
+
 __all__ = ["TrainingStatus"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_BYTES = 1_000_000
 
 
 class TrainingStatus:
@@ -53,8 +62,12 @@ class TrainingStatus:
     def read(self) -> dict[str, Any]:
         """The last training, or nothing before the first; one whose process is gone has stopped."""
         try:
-            values = json.loads(self.path.read_text())
-        except (FileNotFoundError, ValueError):
+            values = _checked(self.path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except (ValueError, OSError, RecursionError) as error:
+            # It is only told; the versions and the queue do not depend on it.
+            logger.warning("%s is damaged and taken for empty until the next training: %s", self.path, error)
             return {}
         if values["status"] == "running" and not _alive(values["process"]):
             values |= {
@@ -65,17 +78,39 @@ class TrainingStatus:
         return _public(values)
 
 
+def _checked(content: bytes) -> dict[str, Any]:
+    """The values of a file, in which only what can be sent back and what clients compute with is.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"it has {len(content)} bytes")
+    values = json.loads(content, parse_constant=_no_constant)
+    if not isinstance(values, dict) or not isinstance(values.get("status"), str):
+        raise ValueError("it has no status")
+    try:
+        refuse_invalid_text(values, name="it")
+    except HTTPException as error:
+        raise ValueError(error.detail) from error
+    for name in ("epoch", "total_epochs", "total_time", "best_metric"):
+        if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float):
+            raise ValueError(f"its {name} is not a number")
+    if values["total_epochs"] <= 0 or not 0 <= values["epoch"] <= values["total_epochs"]:
+        raise ValueError("its epochs make no sense")
+    process = values.get("process")
+    if not isinstance(process, list) or [type(part) for part in process] not in ([int, float], [int, int]):
+        raise ValueError("its process makes no sense")
+    return values
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
 def _public(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "process"}
 
 
-def _alive(process: tuple[int, float]) -> bool:
-    pid, created = process
-    if pid == os.getpid():
-        return True
-    try:
-        found = psutil.Process(pid)
-        # Numbers of processes are used again.
-        return found.create_time() == created and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+def _alive(process: list[Any]) -> bool:
+    return process[0] == os.getpid() or alive(process) is not None

@@ -1,0 +1,141 @@
+"""A task of MONAI Label's in a process of its own, which ends with the server that started it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+from fastapi import HTTPException
+
+__all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "checked_gpus", "kill", "last_lines", "reason", "run_method"]
+
+# Set for a process whose standard input ends when its server does.
+PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
+PAUSE_S = 0.2
+_LINES = 20
+# Of a line of a log that is sent back.
+_MOST_OF_A_LINE = 300
+
+
+def run_method(
+    method: str,
+    request: Mapping[str, Any],
+    log: Path,
+    *,
+    started: Callable[[list[float]], None],
+    stop_wanted: Callable[[], bool],
+    patience_s: float,
+) -> tuple[int, bool]:
+    """Run ``train`` or ``batch_infer`` of the app to its end; returns its exit code and whether it was stopped.
+
+    Args:
+        method: as MONAI Label's ``interfaces.utils.app`` calls it.
+        request: what it gets; ``gpus`` of it choose what it sees.
+        log: what its output is added to.
+        started: called with the process's number and start, by which ``alive`` finds it again.
+        stop_wanted: asked several times a second; SIGTERM follows, and SIGKILL after ``patience_s``.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "monailabel.interfaces.utils.app", "-m", method]
+    command += ["-r", json.dumps(request, separators=(",", ":"))]
+    stopping_since = None
+    with log.open("ab") as output, log.open("rb") as lines:
+        lines.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, env=_environment(request)
+        )
+        started([process.pid, psutil.Process(process.pid).create_time()])
+        while process.poll() is None:
+            _forward(lines, method)
+            if stopping_since is None and stop_wanted():
+                stopping_since = time.monotonic()
+                process.terminate()
+            if stopping_since is not None and time.monotonic() - stopping_since > patience_s:
+                kill(psutil.Process(process.pid))
+            try:
+                process.wait(PAUSE_S)
+            except subprocess.TimeoutExpired:
+                continue
+        _forward(lines, method)
+    return process.returncode, stopping_since is not None
+
+
+def checked_gpus(value: Any) -> str:
+    """The GPUs that a request chooses, ``all`` or numbers such as ``0,1``; raises HTTPException 400 for the rest."""
+    value = value[0] if isinstance(value, list) and value else value
+    if value in (None, "", "all"):
+        return "all"
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3}){0,31}", value):
+        raise HTTPException(400, f"gpus must be all, or numbers such as 0,1; got {ascii(value)[:60]}")
+    return value
+
+
+def alive(identity: list[Any] | None) -> psutil.Process | None:
+    """The process of a number and a start; numbers are used again."""
+    try:
+        if identity is None:
+            return None
+        process = psutil.Process(int(identity[0]))
+        if process.create_time() != identity[1] or process.status() == psutil.STATUS_ZOMBIE:
+            return None
+    except (psutil.NoSuchProcess, ValueError, OverflowError):
+        return None
+    return process
+
+
+def kill(process: psutil.Process) -> None:
+    """End a process with the workers that it started."""
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def last_lines(log: Path) -> list[str]:
+    """The end of a log, short enough to be sent back."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
+            lines = file.read().decode(errors="replace").splitlines()[-_LINES:]
+    except OSError:
+        return []
+    return [line if len(line) <= _MOST_OF_A_LINE else f"{line[:_MOST_OF_A_LINE]}…" for line in lines]
+
+
+def reason(what: str, code: int, details: list[str], hint: str) -> str:
+    """Why a process ended that should not have; ``hint`` says what follows from a kill."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        memory = ", perhaps because the memory was full" if -code == signal.SIGKILL else ""
+        return f"the {what} was killed ({name}{memory}); {hint}"
+    return details[-1] if details else f"the {what} ended with exit code {code}"
+
+
+def _environment(request: Mapping[str, Any]) -> dict[str, str]:
+    environment = {**os.environ, PARENT_PIPE: "1", "MONAI_LABEL_DATASTORE_AUTO_RELOAD": "false"}
+    gpus = checked_gpus(request.get("gpus"))
+    if gpus != "all":
+        environment["CUDA_VISIBLE_DEVICES"] = gpus
+    return environment
+
+
+def _forward(lines: Any, method: str) -> None:
+    """Into the server's own log, as MONAI Label does."""
+    for line in lines.read().decode(errors="replace").splitlines():
+        if line.strip():
+            logging.getLogger(f"task_{method}").info(line.rstrip())

@@ -1,0 +1,258 @@
+"""What changes at every request, in one sqlite file of the project: who has which volume, and which tasks wait."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
+
+from deformux.files import replacing
+
+__all__ = ["StateDatabase", "put_aside", "shown"]
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_BUSY_S = 30.0
+_TABLES = ("leases", "tasks", "results", "labels", "numbers", "set_aside")
+_MOST_WARNINGS = 20
+# Of a record that is set aside, enough to see what it was.
+_MOST_KEPT = 10_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS leases (
+    image TEXT PRIMARY KEY, annotator TEXT NOT NULL, address TEXT NOT NULL,
+    since REAL NOT NULL, until REAL NOT NULL, strategy TEXT NOT NULL, model_version TEXT
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS leases_until ON leases (until);
+CREATE TABLE IF NOT EXISTS tasks (
+    position INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, id TEXT NOT NULL UNIQUE, record TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS tasks_kind ON tasks (kind, position);
+CREATE TABLE IF NOT EXISTS results (
+    task TEXT NOT NULL, image TEXT NOT NULL, stored INTEGER NOT NULL, detail TEXT NOT NULL, PRIMARY KEY (task, image)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS labels (
+    image TEXT PRIMARY KEY, current TEXT NOT NULL, trained TEXT
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS numbers (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS set_aside (
+    time REAL NOT NULL, kind TEXT NOT NULL, record TEXT NOT NULL, reason TEXT NOT NULL
+);
+"""
+_LOST = (
+    "the project's state was damaged and is begun anew: leases are forgotten, and trainings that waited are lost, so "
+    "ask for them again; the damaged file is kept as {}, and this is said until you remove it"
+)
+
+
+class StateDatabase:
+    """``<folder>/state.sqlite``, for all threads and processes of a project.
+
+    What ``change`` has returned from is on the disk (write-ahead log, ``synchronous=FULL``): neither kill -9 nor a loss
+    of power takes it back. A damaged file is put aside and begun anew, a record that makes no sense is set aside; both
+    are said in ``warnings``.
+
+    Args:
+        folder: the project's state; made when something is first read or written.
+        on_open: called with the open database, in a transaction, such as to take over the files of earlier versions;
+            what it returns is called once that transaction is on the disk.
+    """
+
+    def __init__(
+        self, folder: Path, *, on_open: Callable[[sqlite3.Connection], Callable[[], None] | None] = lambda _: None
+    ) -> None:
+        self.path = folder / "state.sqlite"
+        self._on_open = on_open
+        self._lock = threading.RLock()
+        self._open: tuple[sqlite3.Connection, tuple[int, ...]] | None = None
+        self._noted: list[str] = []
+
+    def read(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Return what ``do`` finds; it makes one query, or does not mind a change between two."""
+        return self._with_connection(do)
+
+    def change(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        """Return what ``do`` returns, once all that it changed is on the disk; nothing is changed if it raises.
+
+        Raises:
+            OSError: the disk is full.
+        """
+
+        def in_a_transaction(db: sqlite3.Connection) -> _Result:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                result = do(db)
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            return result
+
+        return self._with_connection(in_a_transaction)
+
+    def set_aside(self, db: sqlite3.Connection, kind: str, record: object, reason: str) -> None:
+        """Keep a record that makes no sense where it does no harm, and warn."""
+        text = shown(record, _MOST_KEPT)
+        logger.warning("A record of %s is set aside (%s): %s", kind, reason, shown(record))
+        self._noted = [*self._noted, f"a record of {kind} makes no sense and is set aside: {reason}"][-_MOST_WARNINGS:]
+        db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
+        db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
+
+    def warn(self, warning: str) -> None:
+        """Add a sentence to ``warnings``."""
+        logger.error("%s", warning)
+        self._noted = [*self._noted, warning][-_MOST_WARNINGS:]
+
+    def warnings(self) -> list[str]:
+        """Return one sentence for each thing that an operator should know."""
+        try:
+            names = sorted(entry.name for entry in os.scandir(self.path.parent))
+        except FileNotFoundError:
+            names = []
+        damaged = [n for n in names if n.startswith(f"{self.path.name}.damaged-") and not n.endswith(("-wal", "-shm"))]
+        return [_LOST.format(name) for name in damaged[-_MOST_WARNINGS:]] + self._noted
+
+    def _with_connection(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        with self._lock:
+            try:
+                return do(self._connection())
+            except sqlite3.DatabaseError as error:
+                _raise_if_full(error)
+                if not _means_damage(error):
+                    raise
+                self._begin_anew(error)
+            return do(self._connection())
+
+    def _connection(self) -> sqlite3.Connection:
+        """The open database; opened again after a fork, and when another process has put the file aside."""
+        if self._open is not None:
+            db, identity = self._open
+            if identity == self._identity():
+                return db
+            self._open = None
+            if identity[-1] == os.getpid():
+                db.close()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            if not self._is_sound():
+                self._put_aside("it cannot be read")
+            if not self.path.exists():
+                self._create()
+            db = _connect(self.path)
+            self._open = (db, self._identity())
+            self._take_over(db)
+        return db
+
+    def _take_over(self, db: sqlite3.Connection) -> None:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            after = self._on_open(db)
+            db.execute("COMMIT")
+        except BaseException:
+            self._open = None
+            db.close()
+            raise
+        if after is not None:
+            after()
+
+    def _identity(self) -> tuple[int, ...]:
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return (0, 0, os.getpid())
+        return (status.st_dev, status.st_ino, os.getpid())
+
+    def _create(self) -> None:
+        """Make the file under another name: one that exists has its tables, so an empty one is damaged."""
+        with replacing(self.path) as temporary:
+            db = sqlite3.connect(temporary)
+            db.executescript(_SCHEMA)
+            db.close()
+
+    def _is_sound(self) -> bool:
+        if not self.path.exists():
+            return True
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return False
+        try:
+            db = _connect(self.path)
+            try:
+                sound = db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
+                # Tables of later versions of this project are added to the file of an earlier one.
+                db.executescript(_SCHEMA)
+                for table in _TABLES:
+                    db.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
+            finally:
+                db.close()
+        except sqlite3.DatabaseError as error:
+            _raise_if_full(error)
+            if not _means_damage(error):
+                raise
+            return False
+        return sound
+
+    def _begin_anew(self, error: Exception) -> None:
+        if self._open is not None:
+            self._open[0].close()
+            self._open = None
+        with FileLock(self.path.with_suffix(".lock")):
+            if not self._is_sound():
+                self._put_aside(str(error))
+
+    def _put_aside(self, reason: str) -> None:
+        if not self.path.exists():
+            return
+        aside = put_aside(self.path)
+        for companion in ("-wal", "-shm"):
+            if (file := self.path.with_name(self.path.name + companion)).exists():
+                os.replace(file, f"{aside}{companion}")
+        logger.error("%s (%s)", _LOST.format(aside), reason)
+
+
+def put_aside(path: Path, word: str = "damaged") -> Path:
+    """Keep a file under another name and return that name."""
+    aside = path.with_name(f"{path.name}.{word}-{time.strftime('%Y%m%d-%H%M%S')}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.{word}-{time.strftime('%Y%m%d-%H%M%S')}-{number}")
+    os.replace(path, aside)
+    return aside
+
+
+def shown(value: object, most: int = 300) -> str:
+    """A value as ASCII, which can be written and sent whatever it is."""
+    text = ascii(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Transactions are begun by hand; the threads of one object take turns.
+    db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    # Text that is not Unicode must not stop a start: whoever reads it sets the record aside.
+    db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    return db
+
+
+def _raise_if_full(error: sqlite3.DatabaseError) -> None:
+    if "disk is full" in str(error):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+
+
+def _means_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file is no database, a damaged one, or not ours; a lock or a full disk is none of these."""
+    if type(error) is sqlite3.DatabaseError:
+        return True
+    return str(error).startswith(("no such table", "no such column", "table ", "unsupported file format", "malformed"))

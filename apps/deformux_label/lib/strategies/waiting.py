@@ -1,0 +1,101 @@
+"""The volumes that wait for a label, and those among them that nobody could read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from monailabel.interfaces.datastore import Datastore
+
+from ..leases import Lease
+from ..scoring.selection import Orders, SelectionScores, changed_since
+
+__all__ = ["Waiting", "WaitingVolumes"]
+
+# Of a list of volumes in a sentence.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Unlabelled volumes at one state of the studies.
+
+    Args:
+        listed: all of them, as the datastore lists them.
+        images: those that can be handed out, by name.
+        names: the same, to look one up.
+        unreadable: those that scoring could not read; they are not handed out.
+        changed: those that it could not read either, but whose files have changed since.
+    """
+
+    listed: Sequence[str]
+    images: Sequence[str]
+    names: frozenset[str]
+    unreadable: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+    def why_none(self, leases: Mapping[str, Lease]) -> str:
+        """Why no volume can be handed out, in one sentence."""
+        ends = [leases[image].until for image in self.images if image in leases]
+        reasons = []
+        if ends:
+            until = time.strftime("%H:%M", time.localtime(min(ends)))
+            reasons.append(f"{_number(len(ends))} in other hands, the first of them until {until}")
+        if self.unreadable:
+            reasons.append(f"{_number(len(self.unreadable))} unreadable: {named(self.unreadable)}")
+        if not reasons:
+            return "no volume is left without a label"
+        return f"of the volumes without a label {' and '.join(reasons)}"
+
+    def warnings(self) -> list[str]:
+        """A sentence for an operator, where one is needed."""
+        if not self.unreadable:
+            return []
+        only = "" if self.images else "; no other volume is left without a label"
+        return [
+            f"of the volumes without a label {_number(len(self.unreadable))} unreadable and not handed out: "
+            f"{named(self.unreadable)}{only}; repair the files or take them away"
+        ]
+
+
+class WaitingVolumes:
+    """``Waiting`` as of now, made anew only after the studies or the scores have changed."""
+
+    def __init__(self, scores: SelectionScores) -> None:
+        self.scores = scores
+        self._last: tuple[tuple[frozenset[str], float], Waiting] | None = None
+
+    def now(self, datastore: Datastore, orders: Orders | None = None) -> Waiting:
+        """The volumes that wait, as of these orders or the latest."""
+        listed = datastore.get_unlabeled_images()
+        orders = self.scores.latest_orders() if orders is None else orders
+        key = (orders.unreadable, orders.written)
+        last = self._last
+        # Comparing lists of the same strings costs a hundredth of what sorting them does.
+        if last is not None and last[0] == key and last[1].listed == listed:
+            suspects = sorted((*last[1].unreadable, *last[1].changed))
+            if last[1].changed == tuple(changed_since(suspects, datastore, orders.written)):
+                return last[1]
+        found = _waiting(datastore, listed, orders)
+        # Requests come in threads: each replaces the whole.
+        self._last = (key, found)
+        return found
+
+
+def named(images: Sequence[str]) -> str:
+    """Some names, and how many more there are."""
+    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
+    return f"{', '.join(images[:_NAMED])}{more}"
+
+
+def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders) -> Waiting:
+    suspects = sorted(orders.unreadable.intersection(listed))
+    changed = tuple(changed_since(suspects, datastore, orders.written))
+    unreadable = tuple(image for image in suspects if image not in changed)
+    names = frozenset(listed).difference(unreadable)
+    return Waiting(listed, sorted(names), names, unreadable, changed)
+
+
+def _number(count: int) -> str:
+    return "1 is" if count == 1 else f"{count} are"
