@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from filelock import FileLock
-from lib.api import install, private_uploads
+from lib.api import install
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.configs.server import SERVER_OPTIONS, ServerOptions
@@ -23,6 +23,7 @@ from lib.infers.uncertainty import store_uncertainty
 from lib.leases import Leases, annotator_of
 from lib.models import ServedModels
 from lib.points import BACKGROUND
+from lib.requests.uploads import private_uploads
 from lib.scoring.dice import DiceScoring
 from lib.scoring.selection import SelectionScores, SelectionScoring
 from lib.sessions import Sessions
@@ -32,6 +33,8 @@ from lib.strategies.waiting import WaitingVolumes
 from lib.trainers.finetune import FineTune
 from lib.training_process import end_with_the_server, leave_room_on_the_gpu
 from lib.training_queue import AlreadyTraining, TrainingQueue, with_queue
+from lib.volume_sessions import VolumeSessions
+from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.infer_v2 import InferTask
@@ -111,9 +114,26 @@ class DeformUXLabel(MONAILabelApp):
         # Waiting threads of a training would otherwise spin on the processors that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
+        if settings.MONAI_LABEL_SESSIONS:
+            parent = Path(settings.MONAI_LABEL_SESSION_PATH or self.uploads)
+            self._sessions = VolumeSessions(parent, settings.MONAI_LABEL_SESSION_EXPIRY)
         install(server, self)
         self.queue.start()
         super().on_init_complete()
+
+    def _load_sessions(self, load: bool = False) -> None:
+        # MONAI Label's unpack archives; the server makes its own when it starts.
+        return None
+
+    def scoring_methods(self) -> dict[str, ScoringMethod]:
+        """The scoring methods by name."""
+        return self._scoring_methods
+
+    def options_of(self, kind: str, name: str) -> set[str]:
+        """The options that one of the trainers or strategies takes: those it shows, and those of MONAI Label's own."""
+        if kind == "trainers":
+            return {*known("model to train", name, self._trainers).config(), "gpus"}
+        return {*known("strategy", name, self._strategies).info().get("config", {})}
 
     def info(self) -> dict[str, Any]:
         info = super().info()

@@ -110,9 +110,11 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
     raise RuntimeError(f"{coroutine} awaits something and must stay on the event loop")
 
 
-def with_endpoint(route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "") -> APIRoute:
+def with_endpoint(
+    route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "", kind: type[APIRoute] = APIRoute
+) -> APIRoute:
     """The same route with another endpoint, below a prefix."""
-    return APIRoute(
+    return kind(
         f"{prefix}{route.path}",
         endpoint,
         methods=route.methods,

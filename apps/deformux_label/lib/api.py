@@ -1,25 +1,32 @@
-"""What the app adds to MONAI Label's web server: a sentence for each bad request, and checks before training starts."""
+"""What the app adds to MONAI Label's web server: a perimeter, its own routes, a sentence for each bad request."""
 
 from __future__ import annotations
 
-import atexit
 import errno
 import json
-import shutil
-import tempfile
+import logging
 import traceback
 from pathlib import Path
 
+import psutil
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware import Middleware
 
-from .label_file import keep_label_file
+from deformux_label.web.checked_route import DISK_FULL
+from deformux_label.web.connections import watch_connections
+from deformux_label.web.perimeter import Perimeter, host_names
+from deformux_label.web.routing import offer
+
 from .routes import App, routers
 
-__all__ = ["install", "private_uploads"]
+__all__ = ["install"]
+
+logger = logging.getLogger(__name__)
 
 # MONAI Label blames itself for these.
 _CLIENT_FAULTS = {
@@ -29,31 +36,30 @@ _CLIENT_FAULTS = {
 
 
 def install(server: FastAPI, app: App) -> None:
-    """Add the app's answers to a running MONAI Label server."""
+    """Add the app's answers to a running MONAI Label server, and take away what it does not offer."""
     server.add_exception_handler(StarletteHTTPException, _http_exception)
     server.add_exception_handler(RequestValidationError, _validation_error)
     server.add_exception_handler(MONAILabelException, _monailabel_exception)
     for kind in (json.JSONDecodeError, TypeError, ValueError, AttributeError):
         server.add_exception_handler(kind, _endpoint_error)
     server.add_exception_handler(OSError, _os_error)
-    keep_label_file(server)
-    # In front of MONAI Label's routes of the same path.
-    server.router.routes[:0] = [route for router in routers(app) for route in router.routes]
+    server.add_exception_handler(psutil.NoSuchProcess, _ended_meanwhile)
+    server.add_exception_handler(Exception, _unexpected)
+    offer(server, [route for router in routers(app) for route in router.routes])
+    options = app.server_options
+    # In place of MONAI Label's own, which lets the pages of every site in. A login comes behind it.
+    server.user_middleware[:] = [
+        Middleware(
+            Perimeter,
+            hosts=host_names(options.allow_origins),
+            origins=options.allow_origins,
+            max_upload_gb=options.max_upload_gb,
+            prefix=settings.MONAI_LABEL_API_STR,
+        )
+    ]
+    watch_connections()
     # The handlers were collected when the server began to start; collect them again at the next request.
     server.middleware_stack = None
-
-
-def private_uploads() -> Path:
-    """Give this process a temporary folder of its own, where uploads land, and return it.
-
-    MONAI Label hands an upload to the app as a path, like any path that a request may name; only in a folder of its
-    own can the two be told apart. It also opens the names of deleted temporary files again, which is safe only where
-    nobody else can write.
-    """
-    folder = tempfile.mkdtemp(prefix="deformux-label-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    tempfile.tempdir = folder
-    return Path(folder)
 
 
 def _answer(status: int, detail: str) -> JSONResponse:
@@ -83,8 +89,8 @@ async def _monailabel_exception(request: Request, error: Exception) -> JSONRespo
 async def _os_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OSError)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return _answer(507, "the server's disk is full, so nothing was changed; make room and send it again")
-    raise error
+        return _answer(507, DISK_FULL)
+    return _failed(error)
 
 
 async def _endpoint_error(request: Request, error: Exception) -> JSONResponse:
@@ -94,4 +100,18 @@ async def _endpoint_error(request: Request, error: Exception) -> JSONResponse:
     if own and str(Path("monailabel", "endpoints")) in own[-1]:
         where = f"; {error}" if isinstance(error, json.JSONDecodeError) else ""
         return _answer(400, f"the request's parameters must be one JSON object{where}")
-    raise error
+    return _failed(error)
+
+
+async def _ended_meanwhile(request: Request, error: Exception) -> JSONResponse:
+    return _answer(409, "the task has just ended by itself; ask for its status")
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    return _failed(error)
+
+
+def _failed(error: Exception) -> JSONResponse:
+    """A fault of the server's own: the log gets all of it, the client one sentence without any path or value."""
+    logger.error("A request failed", exc_info=error)
+    return _answer(500, "the server failed to answer this request; its log says why")

@@ -1,4 +1,4 @@
-"""The label file of an inference request, which MONAI Label loses when the request also names a label."""
+"""The files of an inference request: a volume, a session's volume, and a label file beside the active label's name."""
 
 from __future__ import annotations
 
@@ -7,28 +7,34 @@ from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import APIRouter, HTTPException
 from fastapi.routing import APIRoute
 from monailabel.config import settings
 from monailabel.endpoints import infer
 
 from deformux_label.offloop import with_endpoint, with_signature
 
-__all__ = ["keep_label_file", "label_file_of"]
+from .requests.json_text import json_object
+from .requests.uploads import stored_upload
+from .volume_sessions import VolumeSessions
+
+__all__ = ["inference_router", "label_file_of"]
 
 
-def keep_label_file(server: FastAPI) -> None:
-    """Make requests to infer carry both the label file and the active label's name.
+def inference_router(sessions: VolumeSessions | None) -> APIRouter:
+    """MONAI Label's inference, which gets its files from here.
 
-    MONAI Label puts the path of an uploaded label file under ``label``, and then everything of ``params`` beside it:
-    SmartEdit's ``label``, the name of the active one, would replace the path. Where both come, the name moves to
-    ``active_label``.
+    It would copy each upload once more, leave the copy behind when the request fails, believe a session's own words
+    about where its image is, and let ``params`` choose another model than the path. It also puts the path of an
+    uploaded label file under ``label``, and then everything of ``params`` beside it: SmartEdit's ``label``, the name
+    of the active one, would replace the path. Where both come, the name moves to ``active_label``.
     """
+    router = APIRouter()
     for route in infer.router.routes:
-        if isinstance(route, APIRoute) and route.path.endswith("/{model}"):
-            # In front of the route that it calls, which the server does not hold itself but through its router.
-            both = with_endpoint(route, _with_both(route.endpoint), prefix=settings.MONAI_LABEL_API_STR)
-            server.router.routes.insert(0, both)
+        if isinstance(route, APIRoute):
+            endpoint = _with_files(route.endpoint, sessions)
+            router.routes.append(with_endpoint(route, endpoint, prefix=settings.MONAI_LABEL_API_STR))
+    return router
 
 
 def label_file_of(
@@ -51,21 +57,31 @@ def label_file_of(
     return path, active or None
 
 
-def _with_both(endpoint: Callable[..., Any]) -> Callable[..., Coroutine[Any, Any, Any]]:
+def _with_files(
+    endpoint: Callable[..., Any], sessions: VolumeSessions | None
+) -> Callable[..., Coroutine[Any, Any, Any]]:
     async def run(**arguments: Any) -> Any:
+        if arguments.get("output") == "dicom_seg":
+            raise HTTPException(400, "DICOM SEG needs a DICOM web store; ask for output=image or output=all")
+        params = json_object(arguments.get("params"))
+        # The route, and with it the role that may call it, was chosen by the path.
+        params.pop("model", None)
+        if arguments.get("session_id"):
+            if sessions is None:
+                raise HTTPException(404, "this server keeps no sessions; send the volume with the request")
+            arguments["image"] = str(sessions.find(arguments["session_id"]).image)
+        elif arguments.get("file") is not None:
+            arguments["image"] = str(stored_upload(arguments["file"], "upload"))
+        elif not arguments.get("image"):
+            raise HTTPException(400, "the request names no image; give an id, or upload it")
+        if arguments.get("session_id") or arguments.get("file") is not None:
+            params.pop("image", None)
         if arguments.get("label") is not None:
-            arguments["params"] = _moved(arguments.get("params"))
-        return await endpoint(**arguments)
+            if "label" in params:
+                params["active_label"] = params.pop("label")
+            params["label"] = str(stored_upload(arguments["label"], "label"))
+        return await endpoint(
+            **{**arguments, "params": json.dumps(params), "file": None, "label": None, "session_id": ""}
+        )
 
     return with_signature(run, endpoint)
-
-
-def _moved(params: Any) -> Any:
-    try:
-        values = json.loads(params or "{}")
-    except ValueError:
-        return params  # MONAI Label's own reading says what is wrong
-    if not isinstance(values, dict) or "label" not in values:
-        return params
-    values["active_label"] = values.pop("label")
-    return json.dumps(values)

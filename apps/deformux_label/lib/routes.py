@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from fastapi import APIRouter, BackgroundTasks, Depends, File, Form, HTTPException, Request, UploadFile
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, UploadFile
 from fastapi.responses import FileResponse
 from monailabel.config import settings
-from monailabel.endpoints import datastore as stock_datastore
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
 
+from .configs.server import ServerOptions
 from .datastore import CheckedDatastore
+from .label_file import inference_router
 from .leases import Leases, annotator_of
+from .requests.identifiers import checked_revision, checked_text, checked_version
+from .requests.json_text import json_object
+from .requests.options import CLIENT_OPTIONS, refuse_unknown
+from .requests.uploads import stored_upload
+from .server_routes import about_router, scoring_router
 from .sessions import Sessions
 from .strategies.choose import ADDRESS
 from .training_queue import AlreadyTraining, TrainingQueue
+from .upload_routes import MOST_INFO_BYTES, datastore_router, session_router
+from .volume_sessions import VolumeSessions
 
 __all__ = ["App", "routers"]
 
@@ -38,12 +45,22 @@ class App(Protocol):
     queue: TrainingQueue
     leases: Leases
     kept: Sessions
+    server_options: ServerOptions
+
+    def sessions(self) -> VolumeSessions | None:
+        """Volumes that clients uploaded for a while."""
 
     def datastore(self) -> Datastore:
         """The studies."""
 
     def versions(self) -> ModelVersions:
         """The project's models."""
+
+    def options_of(self, kind: str, name: str) -> set[str]:
+        """The options that a task of a kind (trainers or strategies) takes; 404 where there is no such task."""
+
+    def scoring_methods(self) -> Mapping[str, Any]:
+        """The scoring methods by name."""
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Raise HTTPException for a training that cannot work."""
@@ -54,6 +71,9 @@ class App(Protocol):
     def started_from(self, annotator: str, image_id: str) -> str | None:
         """The model whose proposal an annotator was shown."""
 
+    def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any] | None:
+        """A label was stored."""
+
     def submitted(self, image_id: str, tag: str) -> None:
         """A label was saved."""
 
@@ -63,13 +83,26 @@ class App(Protocol):
 
 def routers(app: App) -> list[APIRouter]:
     """Routers to put in front of MONAI Label's."""
-    return [_training(app), _samples(app), _labels(app), _leases(app), _sessions(app), _versions(app)]
+    return [
+        _training(app),
+        _samples(app),
+        _labels(app),
+        _leases(app),
+        _sessions(app),
+        _versions(app),
+        inference_router(app.sessions()),
+        datastore_router(app),
+        session_router(app),
+        scoring_router(app.scoring_methods),
+        about_router(),
+    ]
 
 
 def _training(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/train", tags=["Train"])
 
     def ask(model: str, options: dict[str, Any], run_sync: bool, enqueue: bool) -> dict[str, Any]:
+        refuse_unknown(options, app.options_of("trainers", model), "training")
         app.check_training(model, options)
         try:
             task = app.queue.add({**options, "model": model}, enqueue=enqueue)
@@ -78,8 +111,10 @@ def _training(app: App) -> APIRouter:
         return app.queue.wait(task["id"]) if run_sync else task
 
     def run_all(params: dict | None = None, run_sync: bool = False, user: User = _ADMIN) -> Any:
-        app.check_training(None, params or {})
+        refuse_unknown(params or {}, ["segmentation"], "training all models")
         options = (params or {}).get("segmentation") or {}
+        if not isinstance(options, dict):
+            raise HTTPException(400, "the options of a model to train must be an object")
         return {"segmentation": {"result": ask("segmentation", options, run_sync, enqueue=True), "detail": None}}
 
     def run_model(
@@ -100,9 +135,9 @@ def _training(app: App) -> APIRouter:
         return app.queue.stop()
 
     router.add_api_route("/", in_thread(run_all, threads=4), methods=["POST"], include_in_schema=False)
-    router.add_api_route("/{model}", in_thread(run_model, threads=4), methods=["POST"], include_in_schema=False)
-    router.add_api_route("/", in_thread(status, threads=4), methods=["GET"], include_in_schema=False)
-    router.add_api_route("/", in_thread(stop, threads=4), methods=["DELETE"], include_in_schema=False)
+    router.add_api_route("/{model}", in_thread(run_model, threads=4), methods=["POST"])
+    router.add_api_route("/", in_thread(status, threads=4), methods=["GET"])
+    router.add_api_route("/", in_thread(stop, threads=4), methods=["DELETE"])
     return router
 
 
@@ -111,11 +146,13 @@ def _samples(app: App) -> APIRouter:
 
     def sample(http_request: Request, strategy: str, params: dict | None = None, user: User = _USER) -> Any:
         # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
-        request = {**_with_user(params or {}, user), "strategy": strategy, ADDRESS: _address(http_request)}
+        refuse_unknown(params or {}, app.options_of("strategies", strategy), "active learning")
+        client = _with_client(params)
+        request = {**_with_user(client, user), "strategy": strategy, ADDRESS: _address(http_request)}
         chosen = app.next_sample(request)
         return {**chosen, **app.datastore().get_image_info(chosen["id"])} if "id" in chosen else chosen
 
-    router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"], include_in_schema=False)
+    router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"])
     return router
 
 
@@ -123,21 +160,20 @@ def _labels(app: App) -> APIRouter:
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR, tags=["Datastore"])
 
     def save(
-        background_tasks: BackgroundTasks,
         image: str,
         params: str = Form("{}"),
         tag: str = _FINAL,
         label: UploadFile = _LABEL_FILE,
         user: User = _ANNOTATOR,
     ) -> Any:
-        info = json.loads(params or "{}") if _is_object(params) else None
-        if info is not None:
-            info = _with_user(info, user)
-            info.setdefault("model_version", app.started_from(annotator_of(info), image))
-            params = json.dumps(info)
-        answer = stock_datastore.save_label(background_tasks, image, params, tag, label, user.username)
-        app.submitted(image, tag or _FINAL)
-        return answer
+        info = _with_client(json_object(params, most=MOST_INFO_BYTES))
+        info = _with_user(info, user)
+        info.setdefault("model_version", app.started_from(annotator_of(info), image))
+        tag = tag or _FINAL
+        saved = app.datastore().save_label(image, str(stored_upload(label, "label")), tag, info)
+        answer = app.on_save_label(image, saved)
+        app.submitted(image, tag)
+        return {**(answer or {}), "image": image, "label": saved}
 
     def revisions(image: str, tag: str = _FINAL, user: User = _USER) -> Any:
         history = _checked(app.datastore()).revisions.history(image, tag)
@@ -147,18 +183,18 @@ def _labels(app: App) -> APIRouter:
 
     def revision_file(image: str, revision: int, tag: str = _FINAL, user: User = _USER) -> Any:
         kept = _checked(app.datastore()).revisions
-        found = kept.get(image, tag, revision)
+        found = kept.get(image, tag, checked_revision(revision))
         if found is None or found.deleted:
             raise HTTPException(404, f"image {image!r} has no file for revision {revision} of its label {tag!r}")
         return FileResponse(kept.file(found), filename=f"{image}{found.suffix}")
 
     def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
-        annotator = annotator_of(_with_user({"client_id": client_id}, user))
-        restored = _checked(app.datastore()).restore_label(image, revision, annotator, tag)
+        annotator = annotator_of(_with_user(_with_client({"client_id": client_id}), user))
+        restored = _checked(app.datastore()).restore_label(image, checked_revision(revision), annotator, tag)
         app.submitted(image, tag)
         return restored.summary()
 
-    router.add_api_route("/datastore/label", in_thread(save, threads=8), methods=["PUT"], include_in_schema=False)
+    router.add_api_route("/datastore/label", in_thread(save, threads=8), methods=["PUT"])
     router.add_api_route("/deformux/labels/revisions", in_thread(revisions, threads=8), methods=["GET"])
     router.add_api_route("/deformux/labels/revision", in_thread(revision_file, threads=8), methods=["GET"])
     router.add_api_route("/deformux/labels/restore", in_thread(restore, threads=8), methods=["POST"])
@@ -208,11 +244,12 @@ def _versions(app: App) -> APIRouter:
             raise HTTPException(500, f"the versions cannot be listed: {error}") from error
 
     def show(name: str, user: User = _USER) -> Any:
-        return next(info.to_json() for info in app.versions().infos() if info.name == known(name))
+        known(name)
+        return next(info.to_json() for info in app.versions().infos() if info.name == name)
 
     def known(name: str) -> str:
         try:
-            app.versions().path(name)
+            app.versions().path(checked_version(name))
         except ValueError as error:
             raise HTTPException(404, str(error)) from error
         return name
@@ -258,12 +295,13 @@ def _address(request: Request) -> str:
     return "" if settings.MONAI_LABEL_AUTH_ENABLE or request.client is None else request.client.host
 
 
-def _is_object(text: str) -> bool:
-    """MONAI Label's own code refuses the rest."""
-    try:
-        return isinstance(json.loads(text or "{}"), dict)
-    except ValueError:
-        return False
+def _with_client(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The parameters, whose client id is text or left out."""
+    given = dict(params or {})
+    for name in CLIENT_OPTIONS:
+        if given.get(name) is not None:
+            checked_text(name, given[name])
+    return given
 
 
 def _checked(datastore: Datastore) -> CheckedDatastore:

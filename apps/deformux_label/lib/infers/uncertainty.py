@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deformux.grids import ScanGrid
 from deformux.uncertainty import find_uncertainty
+from deformux_label.web.request_folder import request_folder
 
 from ..datastore import UNCERTAINTY_TAG, CheckedDatastore
 from .writer import write_labels
@@ -31,7 +32,7 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
     ``store_uncertainty`` takes out again.
     """
     found = find_uncertainty(logits, image)
-    handle, path = tempfile.mkstemp(suffix=".nii.gz")
+    handle, path = tempfile.mkstemp(suffix=".nii.gz", dir=request_folder())
     os.close(handle)
     write_labels(Path(path), found.map, ScanGrid.of(image).affine, {})
     look_next = None if found.look_next is None else list(found.look_next)

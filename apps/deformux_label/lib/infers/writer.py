@@ -12,6 +12,8 @@ import nibabel as nib
 import nrrd
 import numpy as np
 
+from deformux_label.web.request_folder import request_folder
+
 __all__ = ["FORMATS", "write_labels", "write_result"]
 
 FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
@@ -25,7 +27,7 @@ def write_result(labels: np.ndarray, affine: np.ndarray, request: Mapping[str, A
     """
     image = str(request["image"])
     own = next((suffix for suffix in FORMATS if image.endswith(suffix)), FORMATS[0])
-    handle, path = tempfile.mkstemp(suffix=request.get("result_extension") or own)
+    handle, path = tempfile.mkstemp(suffix=request.get("result_extension") or own, dir=request_folder())
     os.close(handle)
     dtype = np.dtype(request.get("result_dtype") or "uint8")
     write_labels(Path(path), labels.astype(dtype, copy=False), affine, names)

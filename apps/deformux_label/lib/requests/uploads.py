@@ -1,0 +1,109 @@
+"""Uploaded files: where they lie while their request lasts, and what clears up after a server that was killed."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+from fastapi import HTTPException, UploadFile
+
+from deformux_label.web.multipart import StoredUpload
+
+__all__ = ["VOLUME_SUFFIXES", "own_folder", "private_uploads", "stored_upload", "volume_suffix"]
+
+logger = logging.getLogger(__name__)
+
+# The longest first.
+VOLUME_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
+_PREFIX = "deformux-label-"
+_LOCK = ".in-use"
+# A folder without a lock is of a server that has not locked it yet, or of an early one that is long gone.
+_SECONDS_TO_LOCK = 3600
+# The locks of this process, which end with it, however it ends.
+_held: list[int] = []
+
+
+def volume_suffix(name: str) -> str | None:
+    """Return the suffix, in lower case, by which the name of a file says that it holds a volume."""
+    return next((suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), None)
+
+
+def stored_upload(upload: UploadFile, name: str) -> Path:
+    """Return the path of an uploaded volume; of the name that the client gave it only the suffix is kept.
+
+    Args:
+        upload: a file of the request's form.
+        name: what to call it, in the folder of the request and in sentences about it.
+
+    Raises:
+        HTTPException: 422 for a suffix of no volume.
+    """
+    assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
+    suffix = volume_suffix(upload.filename or "")
+    if suffix is None:
+        raise HTTPException(
+            422,
+            f"the file {ascii(upload.filename or '')[:80]} cannot be a volume; send one of "
+            f"{', '.join(VOLUME_SUFFIXES)}",
+        )
+    return upload.path.rename(upload.path.with_name(f"{name}{suffix}"))
+
+
+def private_uploads() -> Path:
+    """Give this process a temporary folder of its own, where uploads land, and return it.
+
+    MONAI Label hands an upload to the app as a path, like any path that a request may name; only in a folder of its
+    own can the two be told apart. It also opens the names of deleted temporary files again, which is safe only where
+    nobody else can write.
+    """
+    folder = own_folder(Path(tempfile.gettempdir()))
+    tempfile.tempdir = str(folder)
+    return folder
+
+
+def own_folder(parent: Path) -> Path:
+    """Make a folder in ``parent`` that only this user can read and that goes with this process.
+
+    Folders of servers that were killed go now.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    _held.append(lock)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        try:
+            status = folder.lstat()
+            # A link, or what somebody else put into the shared temporary folder, is none of ours.
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and _is_left(folder, status.st_mtime):
+                shutil.rmtree(folder, ignore_errors=True)
+                logger.warning("Removed %s: files of a server that was killed", folder)
+        except OSError as error:
+            logger.warning("%s of an earlier server cannot be removed: %s", folder, error)
+
+
+def _is_left(folder: Path, changed: float) -> bool:
+    try:
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return time.time() - changed > _SECONDS_TO_LOCK
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True

@@ -1,0 +1,112 @@
+"""The routes about the server itself: its log, its GPU, its scoring, and what it does not exchange."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, HTTPException, Query
+from fastapi.responses import PlainTextResponse
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.utils.async_tasks.task import AsyncTask
+from monailabel.utils.async_tasks.utils import tasks
+
+from deformux_label.offloop import in_thread
+
+from .checks import known
+from .requests.options import refuse_unknown
+
+__all__ = ["about_router", "scoring_router"]
+
+_MOST_LINES = 10_000
+_MOST_LINE = 4_000
+# What a scoring method reads of its request.
+_OPTIONS = {"dice": ("y", "y_pred")}
+_ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
+_ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
+
+
+def about_router() -> APIRouter:
+    """The log, the GPU, and the models' files."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR, tags=["Others"])
+
+    def logs(lines: int = Query(300, ge=1, le=_MOST_LINES), user: User = _ADMIN) -> PlainTextResponse:
+        """Return the last lines of the log as plain text."""
+        file = Path(settings.MONAI_LABEL_APP_DIR, "logs", "app.log")
+        if not file.is_file():
+            raise HTTPException(404, "this server writes no log file")
+        with file.open(encoding="utf-8", errors="replace") as log:
+            last = deque(log, lines)
+        return PlainTextResponse("".join(line[:_MOST_LINE] for line in last))
+
+    def gpu(user: User = _ADMIN) -> PlainTextResponse:
+        """Return what nvidia-smi says."""
+        if shutil.which("nvidia-smi") is None:
+            raise HTTPException(404, "this server has no GPU: there is no nvidia-smi")
+        try:
+            done = subprocess.run(["nvidia-smi"], capture_output=True, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            raise HTTPException(404, "this server's GPU does not answer: nvidia-smi failed") from error
+        return PlainTextResponse(done.stdout.decode(errors="replace"))
+
+    def model(model: str, user: User = _ADMIN) -> None:
+        # MONAI Label's endpoints overwrite and delete the file in place, under the requests that it is serving.
+        raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")
+
+    router.add_api_route("/logs/", in_thread(logs, threads=2), methods=["GET"])
+    router.add_api_route("/logs/gpu", in_thread(gpu, threads=1), methods=["GET"])
+    for method in ("GET", "PUT", "DELETE"):
+        router.add_api_route(
+            "/model/{model}", in_thread(model, threads=1), methods=[method], name=f"{method.lower()}_model"
+        )
+    return router
+
+
+def scoring_router(methods: Callable[[], Mapping[str, Any]]) -> APIRouter:
+    """Scoring, of which one runs at a time.
+
+    Args:
+        methods: returns the scoring methods by name.
+    """
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/scoring", tags=["Scoring"])
+    # Two requests of one moment would both find that nothing runs.
+    asking = threading.Lock()
+
+    def start(requests: Mapping[str, Mapping[str, Any]], run_sync: bool) -> dict[str, Any]:
+        if run_sync:
+            raise HTTPException(400, "scoring runs in the background only; leave run_sync out and ask for its status")
+        for name, options in requests.items():
+            if not isinstance(options, dict):
+                raise HTTPException(400, "the options of a scoring method must be an object")
+            refuse_unknown(options, _OPTIONS.get(name, ()), f"the scoring method {name}")
+        with asking:
+            if any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("scoring")):
+                raise HTTPException(429, "scoring is running already; ask for its status, or stop it first")
+            return {
+                name: AsyncTask.run("scoring", request={"method": name}, params=dict(options), enqueue=True)[0]
+                for name, options in requests.items()
+            }
+
+    def run_all(params: dict | None = None, run_sync: bool = False, user: User = _ANNOTATOR) -> Any:
+        given = params or {}
+        refuse_unknown(given, methods(), "scoring")
+        started = start({name: given.get(name) or {} for name in methods()}, run_sync)
+        return {name: {"result": task, "detail": None} for name, task in started.items()}
+
+    def run_one(method: str, params: dict | None = None, run_sync: bool = False, user: User = _ANNOTATOR) -> Any:
+        known("scoring method", method, methods())
+        return start({method: params or {}}, run_sync)[method]
+
+    def stop(user: User = _ANNOTATOR) -> Any:
+        return AsyncTask.stop("scoring")
+
+    router.add_api_route("/", in_thread(run_all, threads=2), methods=["POST"], include_in_schema=False)
+    router.add_api_route("/{method}", in_thread(run_one, threads=2), methods=["POST"])
+    router.add_api_route("/", in_thread(stop, threads=2), methods=["DELETE"])
+    return router

@@ -1,0 +1,133 @@
+"""The routes by which volumes, sessions and information about them come in and go out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Depends, File, Form, HTTPException, Query, Request, UploadFile
+from fastapi.responses import FileResponse
+from monailabel.config import settings
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.datastore import Datastore
+from monailabel.utils.others.generic import file_checksum, get_mime_type
+
+from deformux_label.offloop import in_thread
+from deformux_label.web.request_folder import request_folder
+
+from .requests.json_text import json_object
+from .requests.uploads import stored_upload
+from .volume_sessions import VolumeSessions
+
+__all__ = ["MOST_INFO_BYTES", "datastore_router", "session_router"]
+
+# What is stored beside a volume or a label is sent with every listing.
+MOST_INFO_BYTES = 100_000
+_HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
+_MOST_CASES = 1_000_000
+_ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
+_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+_FILE = File(...)
+_FILES = File(...)
+_FORM = Form("{}")
+
+
+class _App(Protocol):
+    def datastore(self) -> Datastore: ...
+
+    def sessions(self) -> VolumeSessions | None: ...
+
+
+def datastore_router(app: _App) -> APIRouter:
+    """Uploads of images, information about images and labels, checksums, and the archive of all of it."""
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/datastore", tags=["Datastore"])
+
+    def add_image(image: str = "", params: str = _FORM, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
+        if not image:
+            raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
+        info = json_object(params, most=MOST_INFO_BYTES)
+        return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
+
+    def image_info(image: str, info: str = _FORM, user: User = _ANNOTATOR) -> Any:
+        return app.datastore().update_image_info(image, json_object(info, name="info", most=MOST_INFO_BYTES))
+
+    def label_info(label: str, tag: str, info: str = _FORM, user: User = _ANNOTATOR) -> Any:
+        return app.datastore().update_label_info(label, tag, json_object(info, name="info", most=MOST_INFO_BYTES))
+
+    def label_params(label: str, tag: str, params: str = _FORM, user: User = _ANNOTATOR) -> Any:
+        return app.datastore().update_label_info(label, tag, json_object(params, most=MOST_INFO_BYTES))
+
+    def check_image(image: str, check_sum: str | None = None, user: User = _USER) -> Any:
+        path = app.datastore().get_image_uri(image)
+        if not path or not os.path.isfile(path):
+            raise HTTPException(404, f"there is no image with the id {image!r}")
+        if check_sum is not None:
+            kind, digest = _checked_sum(check_sum)
+            if file_checksum(path, algo=kind) != f"{kind}:{digest}":
+                raise HTTPException(404, f"image {image!r} has another {kind}")
+        return {}
+
+    def dataset(limit_cases: int | None = Query(None, ge=1, le=_MOST_CASES), user: User = _ANNOTATOR) -> Any:
+        made = Path(app.datastore().get_dataset_archive(limit_cases))
+        folder = request_folder()
+        assert folder is not None, "this is a request"
+        return FileResponse(made.rename(folder / "dataset.zip"), media_type="application/zip", filename="dataset.zip")
+
+    router.add_api_route("/image", in_thread(add_image, threads=8), methods=["PUT"])
+    router.add_api_route("/", in_thread(add_image, threads=8), methods=["PUT"], include_in_schema=False)
+    router.add_api_route("/image", in_thread(check_image, threads=4), methods=["HEAD"])
+    router.add_api_route("/image/info", in_thread(image_info, threads=4), methods=["PUT"])
+    router.add_api_route("/label/info", in_thread(label_info, threads=4), methods=["PUT"])
+    router.add_api_route("/updatelabelinfo", in_thread(label_params, threads=4), methods=["PUT"], deprecated=True)
+    router.add_api_route("/dataset", in_thread(dataset, threads=2), methods=["GET"])
+    return router
+
+
+def session_router(app: _App) -> APIRouter:
+    """Volumes that are not of the studies."""
+    router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/session", tags=["Session"])
+
+    def sessions() -> VolumeSessions:
+        kept = app.sessions()
+        if kept is None:
+            raise HTTPException(404, "this server keeps no sessions; add the volume to its studies")
+        return kept
+
+    def create(
+        request: Request,
+        uncompress: bool = False,
+        expiry: int = Query(0, ge=0, le=10**9),
+        files: list[UploadFile] = _FILES,
+        user: User = _USER,
+    ) -> Any:
+        if uncompress:
+            raise HTTPException(400, "archives are not unpacked; send the volume itself, without uncompress")
+        client = request.client.host if request.client else ""
+        session = sessions().add(files, client=client, expiry_s=expiry)
+        return {"session_id": session.id, "session_info": session.to_json()}
+
+    def show(session_id: str, update_ts: bool = False, image: bool = False, user: User = _USER) -> Any:
+        session = sessions().find(session_id, touch=update_ts)
+        if not image:
+            return session.to_json()
+        if not session.image.is_file():
+            raise HTTPException(404, "the session holds a DICOM series, which is not sent back")
+        name = session.image.name
+        return FileResponse(session.image, media_type=get_mime_type(name), filename=name)
+
+    def remove(session_id: str, user: User = _USER) -> Any:
+        return sessions().remove(session_id).to_json()
+
+    router.add_api_route("/", in_thread(create, threads=4), methods=["PUT"])
+    router.add_api_route("/{session_id}", in_thread(show, threads=4), methods=["GET"])
+    router.add_api_route("/{session_id}", in_thread(remove, threads=4), methods=["DELETE"])
+    return router
+
+
+def _checked_sum(text: str) -> tuple[str, str]:
+    kind, _, digest = text.rpartition(":")
+    kind, digest = (kind or "SHA256").upper(), digest.lower()
+    if kind not in _HASHES or len(digest) != _HASHES[kind] or not set(digest) <= set("0123456789abcdef"):
+        raise HTTPException(400, "check_sum must be SHA256:, SHA512: or MD5: and the digits of a file's checksum")
+    return kind, digest

@@ -1,0 +1,156 @@
+"""Volumes that clients uploaded for a while, to segment them without adding them to the studies."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from fastapi import HTTPException, UploadFile
+
+from deformux.transforms import InvalidVolume, LoadVolumed
+from deformux_label.web.multipart import StoredUpload
+
+from .requests.uploads import own_folder, stored_upload
+
+__all__ = ["VolumeSession", "VolumeSessions"]
+
+_MOST_PER_CLIENT = 16
+_MOST = 128
+
+
+@dataclass
+class VolumeSession:
+    """One uploaded volume.
+
+    Args:
+        id: a UUID, which only the client knows.
+        image: the volume, or the folder of a DICOM series, in a folder of this session.
+        client: address of who sent it.
+        created: seconds since 1970.
+        used: seconds since 1970, of the last request that named it.
+        expiry: seconds after its last use until it goes.
+    """
+
+    id: str
+    image: Path
+    client: str
+    created: float
+    used: float
+    expiry: float
+
+    def to_json(self) -> dict[str, Any]:
+        """What a client is told, in MONAI Label's words."""
+        return {
+            "name": self.id,
+            "image": self.image.name,
+            "meta": {},
+            "create_ts": int(self.created),
+            "last_access_ts": int(self.used),
+            "expiry": int(self.expiry),
+        }
+
+
+class VolumeSessions:
+    """The sessions of this server, which end with it.
+
+    They are known by what this process remembers alone: nothing that lies in a folder is believed. MONAI Label's own
+    unpacks archives, and reads the path of a session's image from a file beside it.
+    """
+
+    def __init__(self, parent: Path, expiry_s: float) -> None:
+        self.store_path = own_folder(parent)
+        self._expiry_s = expiry_s
+        self._sessions: dict[str, VolumeSession] = {}
+        self._lock = threading.Lock()
+
+    def add(self, uploads: Sequence[UploadFile], *, client: str, expiry_s: int = 0) -> VolumeSession:
+        """Keep one uploaded volume, or the files of one DICOM series, and return its session.
+
+        Raises:
+            HTTPException: 422 for what is not one volume.
+        """
+        name = str(uuid4())
+        folder = self.store_path / name
+        folder.mkdir(mode=0o700)
+        try:
+            image = _kept(uploads, folder)
+            LoadVolumed("image")({"image": image})
+        except InvalidVolume as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise HTTPException(422, str(error)) from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        now = time.time()
+        expiry = min(expiry_s, self._expiry_s) if expiry_s > 0 else self._expiry_s
+        session = VolumeSession(name, image, client, now, now, expiry)
+        with self._lock:
+            self._sessions[name] = session
+            self._make_room(client)
+        return session
+
+    def find(self, name: str, *, touch: bool = True) -> VolumeSession:
+        """Return a session; raises HTTPException 404 where there is none, or no longer."""
+        self.remove_expired()
+        with self._lock:
+            session = self._sessions.get(name.lower())
+            if session is None:
+                raise HTTPException(404, "there is no such session, or it has expired; send the volume again")
+            if touch:
+                session.used = time.time()
+            return session
+
+    def remove(self, name: str) -> VolumeSession:
+        """Forget a session and delete its volume; raises HTTPException 404 where there is none."""
+        session = self.find(name)
+        with self._lock:
+            self._drop(session.id)
+        return session
+
+    def remove_expired(self) -> int:
+        """Remove the sessions that nobody used for longer than their expiry, and return how many."""
+        now = time.time()
+        with self._lock:
+            gone = [name for name, session in self._sessions.items() if session.used + session.expiry < now]
+            for name in gone:
+                self._drop(name)
+        return len(gone)
+
+    def _make_room(self, client: str) -> None:
+        """Drop the sessions that were used longest ago: of this client, or of all, where there are too many."""
+        own = [session for session in self._sessions.values() if session.client == client]
+        for sessions, most in ((own, _MOST_PER_CLIENT), (list(self._sessions.values()), _MOST)):
+            for session in sorted(sessions, key=lambda session: session.used)[: max(0, len(sessions) - most)]:
+                self._drop(session.id)
+
+    def _drop(self, name: str) -> None:
+        self._sessions.pop(name, None)
+        shutil.rmtree(self.store_path / name, ignore_errors=True)
+
+
+def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
+    if len(uploads) == 1 and not _is_dicom(uploads[0]):
+        received = stored_upload(uploads[0], "volume")
+        return Path(shutil.move(received, folder / received.name))
+    if not uploads or not all(_is_dicom(upload) for upload in uploads):
+        raise HTTPException(
+            422, f"a session takes one volume, or the DICOM files of one series; got {len(uploads)} files"
+        )
+    series = folder / "series"
+    series.mkdir()
+    for number, upload in enumerate(uploads):
+        assert isinstance(upload, StoredUpload)
+        shutil.move(upload.path, series / f"{number:04d}.dcm")
+    return series
+
+
+def _is_dicom(upload: UploadFile) -> bool:
+    assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
+    with upload.path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

@@ -1,0 +1,305 @@
+"""What every request passes first: whose server it calls, from which page, which route, and how much it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection
+from urllib.parse import unquote_to_bytes, urlsplit
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deformux_label.lib.requests.identifiers import is_text
+
+from .offered import OFFERED, offered
+from .request_folder import requests_folder
+
+__all__ = ["Perimeter", "host_names"]
+
+# Bytes of a body that is not a volume: JSON, or a form of fields.
+_MOST_BODY = 1_000_000
+# Beside a volume, its form holds fields.
+_MOST_FORM = 2_000_000
+_MOST_QUERY = 16_000
+_UPLOADS = (
+    ("PUT", "/session/"),
+    ("PUT", "/datastore/"),
+    ("PUT", "/datastore/image"),
+    ("PUT", "/datastore/label"),
+    ("POST", "/infer/{model}"),
+    ("POST", "/infer/segmentation"),
+)
+# A client that sends nothing for so long, or less than so many bytes a second on average after it, is dropped.
+_MOST_PAUSE_S = 20.0
+_LEAST_BYTES_PER_S = 2_000
+# A client that sends too much reads the refusal only after it has sent; so much of the rest is read and forgotten.
+_FORGOTTEN_BYTES = 64_000_000
+_FORGOTTEN_S = 5.0
+_SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"content-security-policy", b"frame-ancestors 'none'"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+_CLOSE = {"connection": "close"}
+
+
+class Perimeter:
+    """ASGI middleware in front of everything.
+
+    Args:
+        app: what is behind it.
+        hosts: names by which the server may be called, beside addresses; see ``host_names``.
+        origins: origins beside its own whose pages may call it.
+        max_upload_gb: most gigabytes of an uploaded volume.
+        prefix: path under which MONAI Label's routes lie.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, hosts: Collection[str], origins: Collection[str], max_upload_gb: float, prefix: str = ""
+    ) -> None:
+        self.app = app
+        self.hosts = hosts
+        self.origins = tuple(origin.lower() for origin in origins)
+        self.most_upload = int(max_upload_gb * 1e9)
+        self.prefix = prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = {name: value.decode("latin-1") for name, value in reversed(scope["headers"])}
+        origin = headers.get(b"origin")
+        cross = origin is not None and origin.lower() in self.origins
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_SECURITY_HEADERS]
+                if cross:
+                    assert origin is not None
+                    message["headers"] += _cors(origin)
+            await send(message)
+
+        body = _Body(receive, _declared(headers), self._most_body(scope), b"expect" in headers)
+        try:
+            self._check_host(headers)
+            self._check_origin(scope, headers, origin, cross)
+            if scope["method"] == "OPTIONS" and cross and b"access-control-request-method" in headers:
+                await _preflight(answer)
+                return
+            self._check_route(scope)
+            _check_query(scope["query_string"])
+            await body.check_declared()
+        except HTTPException as error:
+            await _refuse(error, answer)
+            return
+        with requests_folder():
+            await self.app(scope, body.receive, answer)
+
+    def _check_host(self, headers: dict[bytes, str]) -> None:
+        name = _host_name(headers.get(b"host", ""))
+        if name is None:
+            raise HTTPException(400, "the Host header must be the server's name and port")
+        if not _is_address(name) and name not in self.hosts:
+            raise HTTPException(
+                421,
+                f"this server is not called {ascii(name)[:80]}; use its address, or start it with "
+                "--allow-origin and the origin that has this name",
+            )
+
+    def _check_origin(self, scope: Scope, headers: dict[bytes, str], origin: str | None, cross: bool) -> None:
+        """Refuse what a page of another origin sends; browsers tell which origin that is."""
+        if origin is not None:
+            if not cross and origin.lower() != f"{scope['scheme']}://{headers[b'host']}".lower():
+                raise HTTPException(
+                    403, f"pages of {ascii(origin)[:80]} may not call this server; --allow-origin names those that may"
+                )
+            return
+        site = headers.get(b"sec-fetch-site", "none").lower()
+        visit = headers.get(b"sec-fetch-mode") == "navigate" and scope["method"] == "GET"
+        if site not in ("none", "same-origin") and not visit:
+            raise HTTPException(403, "pages of other origins may not call this server; --allow-origin names those")
+
+    def _check_route(self, scope: Scope) -> None:
+        path = self._path(scope)
+        if path is None or not is_text(path, _MOST_QUERY):
+            raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
+        if offered(scope["method"], path) is None:
+            methods = sorted({name for route in OFFERED for name in route.methods if offered(name, path)})
+            if methods:
+                raise HTTPException(
+                    405, f"this path takes {', '.join(methods)} only", headers={"allow": ", ".join(methods)}
+                )
+            raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
+
+    def _path(self, scope: Scope) -> str | None:
+        """The path of a request below the server's prefix, or None where it is not plain."""
+        try:
+            path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
+        except UnicodeError:
+            return None
+        prefix = scope.get("root_path", "").rstrip("/") + self.prefix
+        if not path.startswith(prefix + "/"):
+            return None
+        path = path[len(prefix) :]
+        inner = path.split("/")[1:-1]
+        return None if "" in inner or {".", ".."} & set(path.split("/")) or "\\" in path else path
+
+    def _most_body(self, scope: Scope) -> int:
+        path = self._path(scope)
+        route = offered(scope["method"], path) if path is not None else None
+        upload = route is not None and (scope["method"], route.path) in _UPLOADS
+        return self.most_upload + _MOST_FORM if upload else _MOST_BODY
+
+
+class _Body:
+    """A request's body, read as fast as it must come and up to its most bytes."""
+
+    def __init__(self, receive: Receive, declared: int, most: int, expects: bool) -> None:
+        self._receive = receive
+        self._declared = declared
+        self._most = most
+        self._expects = expects
+        self._read = 0
+        self._waited = 0.0
+        self._ended = False
+
+    async def check_declared(self) -> None:
+        if self._declared > self._most:
+            await self._forget()
+            raise self._too_large()
+
+    async def receive(self) -> Message:
+        if self._ended:
+            # What is awaited now is that the client leaves, which may take as long as it likes.
+            return await self._receive()
+        started = time.monotonic()
+        try:
+            message = await asyncio.wait_for(self._receive(), _MOST_PAUSE_S)
+        except (asyncio.TimeoutError, TimeoutError) as error:
+            raise self._too_slow() from error
+        self._waited += time.monotonic() - started
+        if message["type"] != "http.request":
+            return message
+        self._read += len(message.get("body", b""))
+        self._ended = not message.get("more_body", False)
+        if self._read > self._most:
+            await self._forget()
+            raise self._too_large()
+        if not self._ended and self._waited > _MOST_PAUSE_S + self._read / _LEAST_BYTES_PER_S:
+            raise self._too_slow()
+        return message
+
+    async def _forget(self) -> None:
+        """Read on for a moment: a client that is cut off while it sends sees a broken connection and no reason."""
+        left, end = _FORGOTTEN_BYTES, time.monotonic() + _FORGOTTEN_S
+        while not self._expects and not self._ended and left > 0 and time.monotonic() < end:
+            try:
+                message = await asyncio.wait_for(self._receive(), end - time.monotonic())
+            except (asyncio.TimeoutError, TimeoutError):
+                return
+            left -= len(message.get("body", b""))
+            self._ended = message["type"] != "http.request" or not message.get("more_body", False)
+
+    def _too_large(self) -> HTTPException:
+        return HTTPException(413, f"the body must be at most {self._most} bytes; send less", headers=_CLOSE)
+
+    def _too_slow(self) -> HTTPException:
+        return HTTPException(408, "the body came too slowly; send it again over a faster connection", headers=_CLOSE)
+
+
+def host_names(origins: Collection[str]) -> set[str]:
+    """Return the names by which this server may be called: this machine's, the one it listens on, the origins'.
+
+    The full name of the machine is added once it is known, which may take a name server's time.
+    """
+    names = {"localhost", socket.gethostname().lower()}
+    names |= {(urlsplit(origin).hostname or "").lower() for origin in origins}
+    names.add(_listened_host().lower())
+    names.discard("")
+    threading.Thread(target=lambda: names.add(socket.getfqdn().lower()), name="host-name", daemon=True).start()
+    return names
+
+
+def _listened_host() -> str:
+    """The host of MONAI Label's command line."""
+    for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        if flag in ("-i", "--host"):
+            return value
+        if flag.startswith("--host="):
+            return flag.partition("=")[2]
+    return ""
+
+
+def _host_name(host: str) -> str | None:
+    """The name of a Host header without its port, or None where it is none."""
+    try:
+        parts = urlsplit(f"//{host}")
+        name, _ = parts.hostname, parts.port
+    except ValueError:
+        return None
+    if not name or parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+        return None
+    return name.removesuffix(".")
+
+
+def _is_address(name: str) -> bool:
+    """An address is not looked up, so that no name server can point it elsewhere."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _declared(headers: dict[bytes, str]) -> int:
+    length = headers.get(b"content-length", "0")
+    return int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 10**20
+
+
+def _check_query(query: bytes) -> None:
+    if len(query) > _MOST_QUERY:
+        raise HTTPException(414, f"the query must be at most {_MOST_QUERY} bytes")
+    try:
+        text = unquote_to_bytes(query.replace(b"+", b" ")).decode()
+    except UnicodeDecodeError as error:
+        raise HTTPException(400, "the query must be UTF-8 with percent signs") from error
+    if not is_text(text, _MOST_QUERY):
+        raise HTTPException(400, "the query must not hold null bytes or other control characters")
+
+
+def _cors(origin: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"access-control-allow-origin", origin.encode("latin-1")),
+        (b"access-control-allow-credentials", b"true"),
+        (b"access-control-expose-headers", b"content-disposition"),
+        (b"vary", b"Origin"),
+    ]
+
+
+async def _preflight(send: Send) -> None:
+    headers = [
+        (b"access-control-allow-methods", b"GET, HEAD, POST, PUT, DELETE"),
+        (b"access-control-allow-headers", b"authorization, content-type"),
+        (b"access-control-max-age", b"600"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse(error: HTTPException, send: Send) -> None:
+    body = json.dumps({"detail": error.detail}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in (error.headers or {}).items()]
+    await send({"type": "http.response.start", "status": error.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,38 @@
+"""One temporary folder for each request that needs one, removed when the request has ended, however it ends."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+__all__ = ["request_folder", "requests_folder"]
+
+# A list that the request's threads share with the request: empty until the folder is needed.
+_folders: ContextVar[list[Path] | None] = ContextVar("folders", default=None)
+
+
+@contextmanager
+def requests_folder() -> Iterator[None]:
+    """Remove, at the end of this block, the folder that was made in it."""
+    made: list[Path] = []
+    token = _folders.set(made)
+    try:
+        yield
+    finally:
+        _folders.reset(token)
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def request_folder() -> Path | None:
+    """Return the folder of this request, made now if it is not there yet; None outside of any request."""
+    made = _folders.get()
+    if made is None:
+        return None
+    if not made:
+        made.append(Path(tempfile.mkdtemp(prefix="request-")))
+    return made[0]
