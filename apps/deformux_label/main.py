@@ -2,8 +2,10 @@
 
 import logging
 import os
+import sys
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import processes
 
 from deformux.versions import ModelVersions
+from deformux_label.web.caller import note, require, with_login
+from deformux_label.web.install import install_login
+from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +70,7 @@ class DeformUXLabel(MONAILabelApp):
         # Not ``sessions``, which are MONAI Label's uploads.
         self.kept = Sessions(int(self.project.cache_gb * 1e9))
         self.uploads: Path | None = None
+        self._login_warnings: Callable[[], list[str]] = list
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -105,10 +111,14 @@ class DeformUXLabel(MONAILabelApp):
         # Called in the server alone, when it is ready to answer.
         from monailabel.app import app as server
 
+        options = self.server_options
+        if reason := reason_not_to_start(host_of(sys.argv), options.users, insecure=options.insecure):
+            refuse_to_start(reason)
         # Waiting threads of a training would otherwise spin on the processors that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
         install(server, self)
+        self._login_warnings = install_login(server, self)
         self.queue.start()
         super().on_init_complete()
 
@@ -116,6 +126,8 @@ class DeformUXLabel(MONAILabelApp):
         info = super().info()
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
+        if warnings := self._login_warnings():
+            info["warnings"] = [*info.get("warnings", []), *warnings]
         return info
 
     def versions(self) -> ModelVersions:
@@ -124,11 +136,14 @@ class DeformUXLabel(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         datastore = datastore or self.datastore()
+        request = with_login(request)
         model = request.get("model")
         task = known("model", model, self._infers)
         options = inference_options(request)
         folders = [Path(self.studies), Path(self.sessions().store_path) if self.sessions() is not None else None]
         image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
+        if options["save_label"]:
+            require("annotator", "storing a segmentation (save_label)")
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         if hasattr(task, "options"):
@@ -144,7 +159,9 @@ class DeformUXLabel(MONAILabelApp):
                 self._proposals.popitem(last=False)
         label = file
         if options["save_label"] and image_id is not None:
-            label = datastore.save_label(image_id, file, options["label_tag"], {"model": model, "params": params})
+            info = with_login({"model": model, "params": params})
+            label = datastore.save_label(image_id, file, options["label_tag"], info)
+            note(what="store segmentation", image=image_id, tag=options["label_tag"], version=params["model_version"])
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
+from deformux_label.web.caller import note, with_login
 
 from .datastore import CheckedDatastore
 from .leases import Leases, annotator_of
@@ -110,8 +111,9 @@ def _samples(app: App) -> APIRouter:
 
     def sample(strategy: str, params: dict | None = None, user: User = _USER) -> Any:
         # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
-        request = {**_with_user(params or {}, user), "strategy": strategy}
+        request = {**with_login(params or {}), "strategy": strategy}
         chosen = app.next_sample(request)
+        note(image=chosen["id"] if chosen else None)
         return {**chosen, **app.datastore().get_image_info(chosen["id"])} if chosen else {}
 
     router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"], include_in_schema=False)
@@ -131,7 +133,7 @@ def _labels(app: App) -> APIRouter:
     ) -> Any:
         info = json.loads(params or "{}") if _is_object(params) else None
         if info is not None:
-            info = _with_user(info, user)
+            info = with_login(info)
             info.setdefault("model_version", app.started_from(annotator_of(info), image))
             params = json.dumps(info)
         answer = stock_datastore.save_label(background_tasks, image, params, tag, label, user.username)
@@ -152,7 +154,7 @@ def _labels(app: App) -> APIRouter:
         return FileResponse(kept.file(found), filename=f"{image}{found.suffix}")
 
     def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
-        annotator = annotator_of(_with_user({"client_id": client_id}, user))
+        annotator = annotator_of(with_login({"client_id": client_id}))
         restored = _checked(app.datastore()).restore_label(image, revision, annotator, tag)
         app.submitted(image, tag)
         return restored.summary()
@@ -222,6 +224,7 @@ def _versions(app: App) -> APIRouter:
         except ValueError as error:
             raise HTTPException(409, str(error)) from error
         app.model_changed()
+        note(version=app.versions().published())
         return {"published": app.versions().published(), "pinned": app.versions().pinned()}
 
     def publish(name: str, user: User = _ADMIN) -> Any:
@@ -245,11 +248,6 @@ def _versions(app: App) -> APIRouter:
     router.add_api_route("/{name}/publish", in_thread(publish, threads=2), methods=["POST"])
     router.add_api_route("/{name}/pin", in_thread(pin, threads=2), methods=["POST"])
     return router
-
-
-def _with_user(params: Mapping[str, Any], user: User) -> dict[str, Any]:
-    """With the login; without authentication everybody has the same one, which says nothing."""
-    return {**params, "user": user.username} if settings.MONAI_LABEL_AUTH_ENABLE else dict(params)
 
 
 def _is_object(text: str) -> bool:
