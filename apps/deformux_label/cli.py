@@ -5,8 +5,9 @@ from __future__ import annotations
 import getpass
 import os
 import socket
+import ssl
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from deformux_label.cli_admin import audit, users_app
+from deformux_label.cli_admin import refuse as _refuse
 
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
@@ -27,6 +31,8 @@ app = typer.Typer(
 
 labels_app = typer.Typer(help="Every label that was ever submitted.", no_args_is_help=True)
 app.add_typer(labels_app, name="labels")
+app.add_typer(users_app, name="users")
+app.command("audit")(audit)
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 _Tag = Annotated[str, typer.Option(help="Which label of a volume.")]
@@ -98,7 +104,9 @@ def serve(
     max_voxels: Annotated[str, typer.Option(help="Most voxels of a volume that is read.")] = "",
     users: Annotated[str, typer.Option(help="File with the users; a user in it switches the login on.")] = "",
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen to the network without a login.")] = False,
-    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network, without login.")] = "127.0.0.1",
+    ssl_cert: Annotated[str, typer.Option(help="Certificate file (PEM) for https; needs --ssl-key.")] = "",
+    ssl_key: Annotated[str, typer.Option(help="Key file (PEM) of the certificate, without a passphrase.")] = "",
+    host: Annotated[str, typer.Option(help="Address; 0.0.0.0 opens it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
 ) -> None:
     """Serve a folder of volumes to 3D Slicer and other MONAI Label clients."""
@@ -107,6 +115,7 @@ def serve(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deformux_label.lib.configs.project import InvalidOption, Project
     from deformux_label.lib.configs.server import ServerOptions
+    from deformux_label.web.listening import reason_not_to_start
 
     of_server = {
         "allow_origin": allow_origin,
@@ -127,23 +136,28 @@ def serve(
         "cache_gb": cache_gb,
     }
     try:
-        ServerOptions.from_conf(of_server)
+        options = ServerOptions.from_conf(of_server)
         project = Project.from_conf(conf)
     except InvalidOption as error:
         _refuse(str(error))
     if not studies or (not studies.startswith(("http://", "https://")) and Path(studies).is_file()):
         _refuse(f"studies must be a folder with volumes; got {studies!r}")
+    tls = _checked_tls(ssl_cert, ssl_key)
+    if reason := reason_not_to_start(host, options.users, insecure=options.insecure):
+        _refuse(reason)
     _check_free(host, port)
-    _start(studies, {**project.to_conf(), **{key: value for key, value in of_server.items() if value}}, host, port)
+    conf = {**project.to_conf(), **{key: value for key, value in of_server.items() if value}}
+    _start(studies, conf, host, port, tls)
 
 
-def _start(studies: str, conf: Mapping[str, str], host: str, port: int) -> None:
+def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Sequence[str]) -> None:
     """Become MONAI Label's own server."""
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
-    arguments += ["--uvicorn_app", "deformux_label.server:app"]
+    arguments += ["--uvicorn_app", "deformux_label.server:app", *tls]
     for key, value in conf.items():
         arguments += ["--conf", key, value]
-    typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address http://{host}:{port}")
+    scheme = "https" if tls else "http"
+    typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address {scheme}://{host}:{port}")
     sys.stdout.flush()
     # MLflow, where it is not switched off, refuses what MONAI Label sets up.
     os.environ.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
@@ -171,6 +185,36 @@ def app_folder() -> Path:
     return data
 
 
+def _checked_tls(certificate: str, key: str) -> list[str]:
+    """MONAI Label's arguments for a certificate and its key, which are tried first; none without them."""
+    if not certificate and not key:
+        return []
+    if not certificate or not key:
+        _refuse(f"https needs both --ssl-cert and --ssl-key; got only {'--ssl-cert' if certificate else '--ssl-key'}")
+    for option, path in (("--ssl-cert", certificate), ("--ssl-key", key)):
+        try:
+            Path(path).read_bytes()
+        except OSError as error:
+            _refuse(f"{option} {path} cannot be read: {error.strerror}")
+
+    def passphrase() -> str:
+        # Without this, OpenSSL would ask at the terminal, at each start.
+        raise ValueError("the key has a passphrase; remove it with openssl pkey and keep the file to yourself")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, passphrase)
+    except (OSError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) and not isinstance(error, ssl.SSLError) else _of_ssl(error)
+        _refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not make a pair for https: {reason}")
+    return ["--ssl_certfile", str(Path(certificate).resolve()), "--ssl_keyfile", str(Path(key).resolve())]
+
+
+def _of_ssl(error: Exception) -> str:
+    """OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; what is no PEM file has none."""
+    reason = getattr(error, "reason", None) or "they are not PEM files"
+    return str(reason).lower().replace("_", " ")
+
+
 def _check_free(host: str, port: int) -> None:
     if not 1 <= port <= 65535:
         _refuse(f"port must be between 1 and 65535; got {port}")
@@ -181,8 +225,3 @@ def _check_free(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         _refuse(f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port or --host")
-
-
-def _refuse(reason: str) -> None:
-    typer.echo(f"deformux-label: {reason}.", err=True)
-    raise typer.Exit(2)

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,9 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import processes
 
 from deformux.versions import ModelVersions
+from deformux_label.web.caller import note, require, with_login
+from deformux_label.web.install import install_login
+from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +76,7 @@ class DeformUXLabel(MONAILabelApp):
         # Not ``sessions``, which are MONAI Label's uploads.
         self.kept = Sessions(int(self.project.cache_gb * 1e9))
         self.uploads: Path | None = None
+        self._login_warnings: Callable[[], list[str]] = list
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -111,6 +117,9 @@ class DeformUXLabel(MONAILabelApp):
         # Called in the server alone, when it is ready to answer.
         from monailabel.app import app as server
 
+        options = self.server_options
+        if reason := reason_not_to_start(host_of(sys.argv), options.users, insecure=options.insecure):
+            refuse_to_start(reason)
         # Waiting threads of a training would otherwise spin on the processors that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
@@ -118,10 +127,11 @@ class DeformUXLabel(MONAILabelApp):
             parent = Path(settings.MONAI_LABEL_SESSION_PATH or self.uploads)
             self._sessions = VolumeSessions(parent, settings.MONAI_LABEL_SESSION_EXPIRY)
         install(server, self)
+        self._login_warnings = install_login(server, self)
         self.queue.start()
         super().on_init_complete()
 
-    def _load_sessions(self, load: bool = False) -> None:
+    def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002
         # MONAI Label's unpack archives; the server makes its own when it starts.
         return None
 
@@ -142,7 +152,8 @@ class DeformUXLabel(MONAILabelApp):
         # The leases and the queue share a file, and what is said of it.
         of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
         of_the_studies = self.waiting.now(self.datastore()).warnings()
-        info["warnings"] = list(dict.fromkeys([*info.get("warnings", []), *of_the_state, *of_the_studies]))
+        found = [*info.get("warnings", []), *self._login_warnings(), *of_the_state, *of_the_studies]
+        info["warnings"] = list(dict.fromkeys(found))
         return info
 
     def versions(self) -> ModelVersions:
@@ -151,11 +162,14 @@ class DeformUXLabel(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         datastore = datastore or self.datastore()
+        request = with_login(request)
         model = request.get("model")
         task = known("model", model, self._infers)
         options = inference_options(request)
         folders = [Path(self.studies), Path(self.sessions().store_path) if self.sessions() is not None else None]
         image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
+        if options["save_label"]:
+            require("annotator", "storing a segmentation (save_label)")
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         if hasattr(task, "options"):
@@ -171,7 +185,9 @@ class DeformUXLabel(MONAILabelApp):
                 self._proposals.popitem(last=False)
         label = file
         if options["save_label"] and image_id is not None:
-            label = datastore.save_label(image_id, file, options["label_tag"], {"model": model, "params": params})
+            info = with_login({"model": model, "params": params})
+            label = datastore.save_label(image_id, file, options["label_tag"], info)
+            note(what="store segmentation", image=image_id, tag=options["label_tag"], version=params["model_version"])
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:  # noqa: ARG002

@@ -47,7 +47,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._patience_s = patience_s
-        arguments = {**options, "host": "127.0.0.1", "port": str(self.port)}
+        # The users of whoever starts it are for their own servers: this one is for this program alone.
+        arguments = {"users": str(log.parent / "no-users.json"), **options}
+        arguments |= {"host": "127.0.0.1", "port": str(self.port)}
         # not the installed script: it need not be on the PATH
         self._command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve"]
         for name, value in arguments.items():

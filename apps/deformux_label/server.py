@@ -33,6 +33,7 @@ from monailabel.utils.others.generic import name_to_device
 
 from deformux_label.offloop import in_thread, watched, with_endpoint
 from deformux_label.turns import Turns
+from deformux_label.web.caller import current_user
 
 __all__ = ["app"]
 
@@ -90,7 +91,8 @@ def _device_and_client(arguments: Mapping[str, Any], request: Request) -> tuple[
         params = {}
     device = params.get("device")
     device = device[0] if isinstance(device, list) and device else device
-    client = params.get("client_id") or (request.client.host if request.client else "")
+    user = current_user()
+    client = user.name if user else params.get("client_id") or (request.client.host if request.client else "")
     return name_to_device(device if isinstance(device, str) else None), str(client)
 
 

@@ -61,13 +61,13 @@ def environment(folder: Path) -> dict[str, str]:
 class LiveServer:
     """A server in its own process group; ``stop`` ends it with everything that it started."""
 
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self.log = folder / f"server-{port}.log"
-        command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        command = [*command, "--host", host, "--port", str(port)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
@@ -88,7 +88,8 @@ class LiveServer:
         while time.monotonic() < end:
             assert self.process.poll() is None, f"the server ended by itself:\n{self.log.read_text()[-3000:]}"
             try:
-                if requests.get(f"{self.url}/info/", timeout=10).ok:
+                # Where a login is needed, that is an answer too.
+                if requests.get(f"{self.url}/info/", timeout=10, verify=False).status_code in (200, 401):
                     return
             except requests.ConnectionError:
                 time.sleep(0.2)
@@ -253,9 +254,8 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
     from deformux.network import DeformUXNet
     from deformux.versions import ModelVersions
     from deformux.weights import ModelCard
-    from deformux_label.lib.configs.project import Project
 
-    project = Project.from_conf(conf)
+    project = project_of(conf)
     versions = ModelVersions(project.state_folder(APP, str(studies)) / "versions")
     options = {} if guidance is None else {"guidance": True}
     network = DeformUXNet(1, len(project.labels) + 1, project.preset, **options)
@@ -276,6 +276,12 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
 
 def remove_state(studies: Path, conf: Mapping[str, str]) -> None:
     """Delete what a server kept for a project in the app's folder."""
-    from deformux_label.lib.configs.project import Project
+    shutil.rmtree(project_of(conf).state_folder(APP, str(studies)), ignore_errors=True)
 
-    shutil.rmtree(Project.from_conf(conf).state_folder(APP, str(studies)), ignore_errors=True)
+
+def project_of(conf: Mapping[str, str]) -> Any:
+    """The project that a server is started for with these options, of which some are the server's."""
+    from deformux_label.lib.configs.project import Project
+    from deformux_label.lib.configs.server import SERVER_OPTIONS
+
+    return Project.from_conf({key: value for key, value in conf.items() if key not in SERVER_OPTIONS})

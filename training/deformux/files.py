@@ -12,8 +12,11 @@ __all__ = ["replacing", "write_text"]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error."""
+def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error.
+
+    ``mode`` is the file's permissions, at no moment wider; without it they are those of any new file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays: some writers choose the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix="".join(path.suffixes))
@@ -24,16 +27,16 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files for the owner alone; a label must be readable as any other file is.
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~_umask() if mode is None else mode)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once."""
-    with replacing(path) as temporary:
+def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
+    """Replace a text file at once; ``mode`` as of ``replacing``."""
+    with replacing(path, mode=mode) as temporary:
         temporary.write_text(text)
 
 

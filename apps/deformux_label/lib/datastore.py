@@ -23,6 +23,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 
 from deformux.files import replacing
 from deformux.transforms import InvalidVolume, LoadVolumed
+from deformux_label.web.caller import note, with_login
 
 from .index import VOLUME_SUFFIXES, IndexFile
 from .labels import checked_labels
@@ -100,7 +101,7 @@ class CheckedDatastore(LocalDatastore):
             there = [str(r.number) for r in self.revisions.history(image_id, tag) if not r.deleted]
             known = f"there are {', '.join(there)}" if there else "there is none"
             raise HTTPException(404, f"no revision {number} of the label {tag!r} of {image_id!r}; {known}")
-        info = {**revision.info, "client_id": annotator, "model_version": revision.model_version}
+        info = {**revision.info, "user": annotator, "model_version": revision.model_version}
         image = Path(self.get_image_uri(image_id))
         # Kept labels hold the project's values, whatever the segments were numbered when they were sent.
         with checked_labels(self.revisions.file(revision), image, image_id, self.labels, {}) as checked:
@@ -129,6 +130,7 @@ class CheckedDatastore(LocalDatastore):
                     info=info,
                 )
                 info = {**info, "revision": revision.number}
+                note(revision=revision.number, annotator=revision.annotator)
             with replacing(self._label_file(image_id, tag, suffix)) as temporary:
                 shutil.copyfile(file, temporary)
             info = {**info, "ts": int(time.time()), "name": self._filename(image_id, suffix)}
@@ -185,7 +187,9 @@ class CheckedDatastore(LocalDatastore):
     def _delete_label(self, image_id: str, tag: str, label: DataModel) -> None:
         if tag not in _WITHOUT_REVISIONS:
             self._keep_if_unknown(image_id, tag, label)
-            self.revisions.add(image_id, tag, None, annotator="", info={})
+            author = with_login({})
+            gone = self.revisions.add(image_id, tag, None, annotator=author.get("user", ""), info=author)
+            note(revision=gone.number)
         self._label_file(image_id, tag, label.ext).unlink(missing_ok=True)
 
     def _keep_if_unknown(self, image_id: str, tag: str, label: DataModel | None) -> None:
@@ -217,7 +221,8 @@ class CheckedDatastore(LocalDatastore):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a label."""
-        more = _checked_info(info)
+        # Whose work a label is does not change with what others say about it.
+        more = {key: value for key, value in _checked_info(info).items() if key not in ("client_id", "user")}
         with self._changing() as objects:
             entry = self._entry(objects, label_id)
             label = self._label(label_id, label_tag)

@@ -276,9 +276,12 @@ def _fault(lease: Lease) -> str:
     return ""
 
 
-def annotator_of(request: Mapping[str, Any], user: str | None = None) -> str:
-    """Who asks: the client id that Slicer sends, else the login, else ``anonymous``."""
-    for name in (request.get("client_id"), request.get("user"), user):
+def annotator_of(request: Mapping[str, Any]) -> str:
+    """Who asks: the login, which only the server writes under ``user``, else the client id that Slicer sends.
+
+    ``anonymous`` where there is neither.
+    """
+    for name in (request.get("user"), request.get("client_id")):
         if isinstance(name, str) and name.strip():
             return name.strip()
     return ANONYMOUS

@@ -14,6 +14,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
+from deformux_label.web.caller import current_user, note, with_login
 
 from .configs.server import ServerOptions
 from .datastore import CheckedDatastore
@@ -148,8 +149,9 @@ def _samples(app: App) -> APIRouter:
         # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
         refuse_unknown(params or {}, app.options_of("strategies", strategy), "active learning")
         client = _with_client(params)
-        request = {**_with_user(client, user), "strategy": strategy, ADDRESS: _address(http_request)}
+        request = {**with_login(client), "strategy": strategy, ADDRESS: _address(http_request)}
         chosen = app.next_sample(request)
+        note(image=chosen.get("id"))
         return {**chosen, **app.datastore().get_image_info(chosen["id"])} if "id" in chosen else chosen
 
     router.add_api_route("/{strategy}", in_thread(sample, threads=8), methods=["POST"])
@@ -167,7 +169,7 @@ def _labels(app: App) -> APIRouter:
         user: User = _ANNOTATOR,
     ) -> Any:
         info = _with_client(json_object(params, most=MOST_INFO_BYTES))
-        info = _with_user(info, user)
+        info = with_login(info)
         info.setdefault("model_version", app.started_from(annotator_of(info), image))
         tag = tag or _FINAL
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), tag, info)
@@ -189,7 +191,7 @@ def _labels(app: App) -> APIRouter:
         return FileResponse(kept.file(found), filename=f"{image}{found.suffix}")
 
     def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
-        annotator = annotator_of(_with_user(_with_client({"client_id": client_id}), user))
+        annotator = annotator_of(with_login(_with_client({"client_id": client_id})))
         restored = _checked(app.datastore()).restore_label(image, checked_revision(revision), annotator, tag)
         app.submitted(image, tag)
         return restored.summary()
@@ -260,6 +262,7 @@ def _versions(app: App) -> APIRouter:
         except ValueError as error:
             raise HTTPException(409, str(error)) from error
         app.model_changed()
+        note(version=app.versions().published())
         return {"published": app.versions().published(), "pinned": app.versions().pinned()}
 
     def publish(name: str, user: User = _ADMIN) -> Any:
@@ -285,14 +288,9 @@ def _versions(app: App) -> APIRouter:
     return router
 
 
-def _with_user(params: Mapping[str, Any], user: User) -> dict[str, Any]:
-    """With the login; without authentication everybody has the same one, which says nothing."""
-    return {**params, "user": user.username} if settings.MONAI_LABEL_AUTH_ENABLE else dict(params)
-
-
 def _address(request: Request) -> str:
     """What leases are counted by beside the annotator: with a login that is enough, and a ward may share an address."""
-    return "" if settings.MONAI_LABEL_AUTH_ENABLE or request.client is None else request.client.host
+    return "" if current_user() is not None or request.client is None else request.client.host
 
 
 def _with_client(params: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class _CheckedRequest(Request):
                 self._checked_json = read_json(body)
         return self._checked_json
 
-    async def _get_form(self, **limits: Any) -> FormData:
+    async def _get_form(self, **limits: Any) -> FormData:  # noqa: ARG002
         """Read a form; Starlette's limits per form are replaced by those of ``read_multipart``."""
         if self._form is None:
             kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()

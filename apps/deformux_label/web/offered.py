@@ -31,6 +31,8 @@ OFFERED = (
     Offered(("GET",), "/auth/", None),
     Offered(("POST",), "/auth/token", None),
     Offered(("GET",), "/auth/token/valid", None),
+    Offered(("GET", "POST"), "/auth/login", None),
+    Offered(("POST",), "/auth/logout", None),
     # What can be called, and how the project stands.
     Offered(("GET",), "/", "reader"),
     Offered(("GET",), "/docs", "reader"),

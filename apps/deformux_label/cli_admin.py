@@ -1,0 +1,205 @@
+"""``deformux-label users`` and ``deformux-label audit``: who may log in, and what they did."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deformux_label.web.offered import ROLES
+
+if TYPE_CHECKING:
+    from deformux_label.web.audit import Record
+    from deformux_label.web.users import Users
+
+__all__ = ["audit", "refuse", "users_app"]
+
+_WIDEST = 20_000
+
+users_app = typer.Typer(
+    help="Who may log in to the server. A change takes effect at once, in servers that run too.", no_args_is_help=True
+)
+
+_Name = Annotated[str, typer.Argument(help="The user's name, as it stands in every record of their work.")]
+_Role = Annotated[str, typer.Option("--role", help=f"One of {', '.join(ROLES)}; each may do what those before it may.")]
+_File = Annotated[Path | None, typer.Option("--users", help="The users file, if it is not the default one.")]
+_Stdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from one line of standard input.")]
+
+
+@users_app.command("add")
+def add_user(name: _Name, role: _Role, file: _File = None, password_stdin: _Stdin = False) -> None:
+    """Add a user; the first one switches the login on."""
+    from deformux_label.web.users import checked_name
+
+    users = _users(file)
+    try:
+        # Before the password is asked for.
+        checked_name(name)
+        users.add(name, role, _password(password_stdin))
+    except ValueError as error:
+        refuse(str(error))
+    _noted(users, "add user", name, role=role)
+    typer.echo(f"{name} may log in as {role}.")
+
+
+@users_app.command("list")
+def list_users(file: _File = None) -> None:
+    """List the users with their roles."""
+    try:
+        found = _users(file).all()
+    except ValueError as error:
+        refuse(str(error))
+    table = Table("name", "role", box=None)
+    for user in found.values():
+        table.add_row(user.name, user.role)
+    Console().print(table)
+
+
+@users_app.command("remove")
+def remove_user(name: _Name, file: _File = None) -> None:
+    """Remove a user; what they did stays in their name."""
+    users = _users(file)
+    try:
+        users.remove(name)
+        left = len(users.all())
+    except ValueError as error:
+        refuse(str(error))
+    _noted(users, "remove user", name)
+    typer.echo(f"{name} cannot log in any more." + ("" if left else " No user is left: running servers let nobody in."))
+
+
+@users_app.command("passwd")
+def change_password(name: _Name, file: _File = None, password_stdin: _Stdin = False) -> None:
+    """Change a user's password; whoever is logged in with the old one must log in again."""
+    users = _users(file)
+    try:
+        users.named(name)
+        users.set_password(name, _password(password_stdin))
+    except ValueError as error:
+        refuse(str(error))
+    _noted(users, "change password", name)
+    typer.echo(f"{name} has a new password.")
+
+
+@users_app.command("role")
+def change_role(
+    name: _Name, role: Annotated[str, typer.Argument(help=f"One of {', '.join(ROLES)}.")], file: _File = None
+) -> None:
+    """Change what a user may do; they must log in again."""
+    users = _users(file)
+    try:
+        users.set_role(name, role)
+    except ValueError as error:
+        refuse(str(error))
+    _noted(users, "change role", name, role=role)
+    typer.echo(f"{name} has the role {role}.")
+
+
+def audit(
+    studies: Annotated[Path | None, typer.Option(help="The studies; shows what was done to them.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A project's state folder, which the server's log names.")] = None,
+    users: Annotated[Path | None, typer.Option(help="A users file; shows the changes made by commands.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON lines instead of a table.")] = False,
+) -> None:
+    """Show who did what and when, oldest first.
+
+    The log of a project is audit.jsonl in its state folder. With --studies, those of all projects of that folder, which
+    have different labels, are found by the path that each start of a server notes, and shown as one.
+    """
+    from deformux_label.web.audit import read_log
+
+    if sum(given is not None for given in (studies, state, users)) != 1:
+        refuse("give one of --studies, --state and --users")
+    if studies is not None:
+        logs = _logs_of(studies)
+    else:
+        logs = [state / "audit.jsonl" if state is not None else _log_beside(users or Path())]
+    records: list[Record] = []
+    for log in logs:
+        try:
+            found, damaged = read_log(log)
+        except OSError as error:
+            refuse(f"the audit log {log} cannot be read: {error.strerror}")
+        records += found
+        if damaged:
+            typer.echo(f"deformux-label: {damaged} lines of {log} cannot be read, and are left out.", err=True)
+    records.sort(key=lambda record: str(record.values["time"]))
+    if as_json:
+        for record in records:
+            typer.echo(json.dumps(dict(record.values)))
+    else:
+        _print(records)
+
+
+def refuse(reason: str) -> NoReturn:
+    """End a command with one sentence and exit code 2."""
+    typer.echo(f"deformux-label: {reason}.", err=True)
+    raise typer.Exit(2)
+
+
+def _users(file: Path | None) -> Users:
+    from deformux_label.web.users import Users, default_users_file
+
+    try:
+        return Users(file or default_users_file())
+    except ValueError as error:
+        refuse(str(error))
+
+
+def _noted(users: Users, what: str, name: str, **more: str) -> None:
+    """Record a change beside the users file: it may concern many projects, and perhaps no server runs."""
+    from deformux_label.web.audit import AuditLog
+
+    log = AuditLog(_log_beside(users.path))
+    log.record(what, user=getpass.getuser(), address="command line", name=name, **more)
+
+
+def _log_beside(users_file: Path) -> Path:
+    return users_file.with_name(f"{users_file.name}.audit.jsonl")
+
+
+def _password(from_stdin: bool) -> str:
+    if from_stdin:
+        return sys.stdin.readline().rstrip("\r\n")
+    if not sys.stdin.isatty():
+        refuse("a password is typed at a terminal; without one give --password-stdin")
+    password = getpass.getpass("Password: ")
+    if getpass.getpass("The same again: ") != password:
+        refuse("the two passwords differ; nothing was changed")
+    return password
+
+
+def _logs_of(studies: Path) -> list[Path]:
+    """The logs whose last server start was on this folder."""
+    from deformux_label.cli import app_folder
+    from deformux_label.web.audit import read_log
+
+    place = str(studies.resolve())
+    logs = sorted((app_folder() / "model").glob("*/audit.jsonl"))
+    found = [log for log in logs if any(record.values.get("studies") == place for record in read_log(log)[0])]
+    if not found:
+        refuse(f"no audit log of the studies {str(studies)!r} was found in {app_folder() / 'model'}; give --state")
+    return found
+
+
+def _print(records: Iterable[Record]) -> None:
+    table = Table("time", "user", "role", "address", "what", "status", "details", box=None)
+    for record in records:
+        values = record.values
+        seen = [_shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
+        table.add_row(*seen, " ".join(f"{key}={_shown(value)}" for key, value in record.details.items()))
+    # In a pipe, a record is a line.
+    Console(width=None if sys.stdout.isatty() else _WIDEST, markup=False, highlight=False).print(table)
+
+
+def _shown(value: Any) -> str:
+    """A value that cannot move the cursor or colour the terminal."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -1,0 +1,219 @@
+"""The audit log: who did what, when, to which image, revision or version. Lines are added and never changed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .caller import Caller, calling
+from .offered import offered
+
+__all__ = ["AUDITED", "AuditLog", "Audited", "Record", "read_log"]
+
+logger = logging.getLogger(__name__)
+
+# Method and route to what a call of it is called. What only looks is not here, unless patients' images or labels leave
+# the server. ``/infer/`` is recorded where it stores a label, which the app says with ``note(what=…)``.
+AUDITED: Mapping[tuple[str, str], str] = {
+    ("POST", "/auth/token"): "log in",
+    ("POST", "/auth/login"): "log in",
+    ("POST", "/auth/logout"): "log out",
+    ("POST", "/activelearning/{strategy}"): "lease image",
+    ("DELETE", "/deformux/leases"): "release image",
+    ("PUT", "/datastore/"): "upload image",
+    ("PUT", "/datastore/image"): "upload image",
+    ("DELETE", "/datastore/"): "delete image",
+    ("DELETE", "/datastore/image"): "delete image",
+    ("PUT", "/datastore/image/info"): "change image info",
+    ("PUT", "/datastore/label"): "submit label",
+    ("DELETE", "/datastore/label"): "delete label",
+    ("PUT", "/datastore/label/info"): "change label info",
+    ("PUT", "/datastore/updatelabelinfo"): "change label info",
+    ("POST", "/deformux/labels/restore"): "restore label",
+    ("GET", "/datastore/image"): "download image",
+    ("GET", "/datastore/label"): "download label",
+    ("GET", "/deformux/labels/revision"): "download label",
+    ("GET", "/datastore/dataset"): "download dataset",
+    ("POST", "/train/"): "start training",
+    ("POST", "/train/{model}"): "start training",
+    ("DELETE", "/train/"): "stop training",
+    ("POST", "/scoring/"): "start scoring",
+    ("POST", "/scoring/{method}"): "start scoring",
+    ("DELETE", "/scoring/"): "stop scoring",
+    ("POST", "/batch/infer/{model}"): "start batch inference",
+    ("DELETE", "/batch/infer"): "stop batch inference",
+    ("PUT", "/model/{model}"): "upload model",
+    ("DELETE", "/model/{model}"): "delete model",
+    ("POST", "/deformux/versions/{name}/publish"): "publish version",
+    ("POST", "/deformux/versions/{name}/pin"): "pin version",
+    ("POST", "/deformux/versions/rollback"): "roll back version",
+    ("POST", "/deformux/versions/unpin"): "unpin version",
+}
+# What a request's query says it is about: field of the log to names in the query.
+_QUERY = {"image": ("image", "id", "label"), "tag": ("tag",), "revision": ("revision",)}
+_FIRST = ("time", "what", "status", "user", "role", "address")
+_LONGEST_VALUE = 200
+_MOST_ITEMS = 50
+# Not the pool of the endpoints: a record must not wait for an upload.
+_THREADS = CapacityLimiter(4)
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the log, as far as it can be read."""
+
+    values: Mapping[str, Any]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What is known beside the fields that every line has."""
+        return {key: value for key, value in self.values.items() if key not in _FIRST}
+
+
+class AuditLog:
+    """JSON lines in a file of mode 600. Each is one write to its end, on the disk before ``record`` returns.
+
+    Nothing is ever taken away: whoever wants to keep less moves the file while no server runs. A line that a crash tore
+    is left as it is, and the next one begins on a line of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failure: str | None = None
+        # Re-entrant: a signal's handler may come in between.
+        self._lock = threading.RLock()
+
+    def record(self, what: str, **values: Any) -> None:
+        """Add a line; values are bounded, and what is no plain value becomes text.
+
+        A disk that is full must not keep a server from answering: then the log says so, and ``failure`` does.
+        """
+        line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "what": what}
+        line |= {key: _bounded(value) for key, value in values.items() if value is not None}
+        # In ASCII, so that no value can end the line or be invalid.
+        text = json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n"
+        try:
+            self._append(text)
+            self.failure = None
+        except OSError as error:
+            self.failure = f"the audit log cannot be written: {error.strerror or error}"
+            logger.error(
+                "The audit log %s cannot be written (%s); this is missing: %s", self.path, error, text.decode()
+            )
+
+    def _append(self, text: bytes) -> None:
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            try:
+                # Another process may be in the middle of a line.
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                size = os.fstat(handle).st_size
+                torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+                line = b"\n" + text if torn else text
+                if os.write(handle, line) != len(line):
+                    raise OSError(f"only a part of {len(line)} bytes was written")
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def read_log(path: Path) -> tuple[list[Record], int]:
+    """Return the records of a log, oldest first, and how many lines cannot be read."""
+    records, damaged = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            values = json.loads(line)
+            if not isinstance(values, dict) or not {"time", "what"} <= values.keys():
+                raise ValueError
+        except ValueError:
+            damaged += bool(line.strip())
+        else:
+            records.append(Record(values))
+    return records, damaged
+
+
+class Audited:
+    """ASGI middleware that notes who calls, and records what was done before the answer leaves.
+
+    Args:
+        app: what is called.
+        log: where the records go.
+    """
+
+    def __init__(self, app: ASGIApp, log: AuditLog) -> None:
+        self.app = app
+        self.log = log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        client = scope.get("client")
+        caller = Caller(address=str(client[0]) if client else "")
+        recorded = False
+
+        async def record(status: int) -> None:
+            nonlocal recorded
+            recorded = True
+            values = _of_request(scope, caller, status)
+            if values is not None:
+                await anyio.to_thread.run_sync(lambda: self.log.record(**values), limiter=_THREADS)
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start" and not recorded:
+                await record(message["status"])
+            await send(message)
+
+        with calling(caller):
+            try:
+                await self.app(scope, receive, sending)
+            except Exception:
+                if not recorded:
+                    await record(500)
+                raise
+
+
+def _of_request(scope: Scope, caller: Caller, status: int) -> dict[str, Any] | None:
+    route = offered(scope["method"], scope["path"])
+    what = AUDITED.get((scope["method"], route.path)) if route is not None else None
+    what = caller.done.get("what", what)
+    # Whoever has not logged in did nothing; who failed to is named by the login itself.
+    if what is None or (status == 401 and caller.user is None and "user" not in caller.done):
+        return None
+    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
+    found = {name: query[key][0] for name, keys in _QUERY.items() for key in reversed(keys) if key in query}
+    if route is not None and route.path.startswith("/deformux/versions/{name}"):
+        found["version"] = scope["path"].split("/")[3]
+    user = caller.user
+    who = {"user": user.name, "role": user.role} if user is not None else {}
+    return {"status": status, **who, "address": caller.address, **found, **caller.done, "what": what}
+
+
+def _bounded(value: Any) -> Any:
+    """A value that is short, finite and valid Unicode."""
+    if isinstance(value, bool | int) or (isinstance(value, float) and value == value and abs(value) < 1e300):
+        return value
+    if isinstance(value, Mapping):
+        return {_short(str(key)): _bounded(item) for key, item in list(value.items())[:_MOST_ITEMS]}
+    if isinstance(value, list | tuple):
+        return [_bounded(item) for item in value[:_MOST_ITEMS]]
+    return _short(str(value))
+
+
+def _short(text: str) -> str:
+    valid = text.encode("utf-8", "backslashreplace").decode()
+    return valid if len(valid) <= _LONGEST_VALUE else f"{valid[:_LONGEST_VALUE]}…"

@@ -1,0 +1,113 @@
+"""Putting login and audit log in front of a MONAI Label server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+from fastapi import FastAPI
+from monailabel.endpoints.user import auth
+from starlette.middleware import Middleware
+
+from .audit import Audited, AuditLog
+from .auth_routes import auth_router
+from .caller import current_user
+from .listening import UNSAFE, host_of, is_loopback
+from .login import Gate, Login
+from .users import User, Users, default_users_file
+
+__all__ = ["AUDIT_FILE", "install_login"]
+
+logger = logging.getLogger(__name__)
+
+AUDIT_FILE = "audit.jsonl"
+
+
+class _Options(Protocol):
+    @property
+    def users(self) -> Path | None: ...
+
+    @property
+    def insecure(self) -> bool: ...
+
+
+class _App(Protocol):
+    """What is needed of the app."""
+
+    server_options: _Options
+    state_folder: Path
+    studies: str
+
+
+def install_login(server: FastAPI, app: _App) -> Callable[[], list[str]]:
+    """Add the login and the audit log to a running server, inside of the middleware that it has.
+
+    Returns:
+        what is wrong with either now, in sentences for ``/info/``.
+    """
+    log = AuditLog(app.state_folder / AUDIT_FILE)
+    users = Users(app.server_options.users or default_users_file(), on_change=_recorder(log))
+    gate = Gate(users, insecure=app.server_options.insecure)
+    # MONAI Label's endpoints ask here who calls, and with its own login off are told the same for everybody.
+    auth.from_token = _user_of_request
+    server.router.routes[:0] = auth_router(gate).routes
+    server.user_middleware += [Middleware(Audited, log=log), Middleware(Login, gate=gate)]
+    server.middleware_stack = None
+    # The real path is how ``deformux-label audit --studies`` finds this file.
+    roles = {user.name: user.role for user in users.all().values()}
+    log.record("start server", studies=os.path.realpath(app.studies), process=os.getpid(), users=roles)
+    _record_the_end(log)
+    host = host_of(sys.argv)
+    lasting = []
+    if not gate.on and not is_loopback(host):
+        lasting.append(UNSAFE)
+    if gate.on and not is_loopback(host) and not _encrypted(sys.argv):
+        lasting.append("passwords and images cross the network unencrypted; give --ssl-cert and --ssl-key")
+    for warning in lasting:
+        logger.warning("%s.", warning)
+    return lambda: [*lasting, *([log.failure] if log.failure else [])]
+
+
+def _user_of_request(token: str) -> auth.User:  # noqa: ARG001
+    user = current_user()
+    return auth.DEFAULT_USER if user is None else auth.User(username=user.name, name=user.name, roles=[user.role])
+
+
+def _recorder(log: AuditLog) -> Callable[[Mapping[str, User], Mapping[str, User]], None]:
+    def changed(before: Mapping[str, User], after: Mapping[str, User]) -> None:
+        both = before.keys() & after.keys()
+        values: dict[str, Any] = {
+            "added": {name: after[name].role for name in sorted(after.keys() - before.keys())},
+            "removed": sorted(before.keys() - after.keys()),
+            "roles": {name: after[name].role for name in sorted(both) if before[name].role != after[name].role},
+            "passwords": sorted(name for name in both if before[name].password != after[name].password),
+        }
+        log.record("users changed", **{key: value for key, value in values.items() if value})
+
+    return changed
+
+
+def _record_the_end(log: AuditLog) -> None:
+    """Record the signal that ends the server, and leave it to the web server's own handler, which is there already."""
+    if threading.current_thread() is not threading.main_thread():
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        log.record("stop server", process=os.getpid(), signal=signal.Signals(number).name)
+        then[signal.Signals(number)](number, frame)
+
+    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    then = {number: known for number, known in present.items() if callable(known)}
+    for number in then:
+        signal.signal(number, handler)
+
+
+def _encrypted(arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] in ("--ssl_certfile", "--ssl-certfile") for argument in arguments)

@@ -1,0 +1,64 @@
+"""Whom a server may listen to without a login: programs on its own machine."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from .users import InvalidUsers, Users, default_users_file
+
+__all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "reason_not_to_start"]
+
+NO_LOGIN = "this server has no login, so it answers only programs on its own machine"
+UNSAFE = "the server listens to the network without a login (--insecure): whoever reaches it can read and change all"
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or every address of a name, is this machine's own to itself."""
+    try:
+        found = [ipaddress.ip_address(host.partition("%")[0])]
+    except ValueError:
+        try:
+            found = [ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in socket.getaddrinfo(host, None)]
+        except (OSError, ValueError, UnicodeError):
+            return False
+    mapped = [getattr(address, "ipv4_mapped", None) or address for address in found]
+    return bool(host) and bool(mapped) and all(address.is_loopback for address in mapped)
+
+
+def host_of(arguments: Sequence[str]) -> str:
+    """Return the address that a server with this command line listens on.
+
+    Of ``monailabel start_server`` (-i, by itself 0.0.0.0), or uvicorn's own command (by itself 127.0.0.1).
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-i", "--host")
+    known, _ = parser.parse_known_args(list(arguments))
+    stock = "start_server" in arguments
+    return str(known.host or ("0.0.0.0" if stock else "127.0.0.1"))
+
+
+def reason_not_to_start(host: str, users_file: Path | None, *, insecure: bool) -> str | None:
+    """Return in one sentence why a server must not start so, or None."""
+    if os.environ.get("MONAI_LABEL_AUTH_ENABLE", "false").strip().lower() in ("1", "true", "yes", "on", "t", "y"):
+        return (
+            "MONAI Label's own login is not supported; unset MONAI_LABEL_AUTH_ENABLE and add users with deformux-label "
+            "users add"
+        )
+    try:
+        users = Users(users_file or default_users_file())
+        if users.all():
+            users.secret()
+            return None
+    except InvalidUsers as error:
+        return str(error)
+    if insecure or is_loopback(host):
+        return None
+    return (
+        f"without a user the server listens only to its own machine, and the host is {host!r}; add one with "
+        f"deformux-label users add (to {users.path}), or give --host 127.0.0.1, or --insecure to let everybody in"
+    )

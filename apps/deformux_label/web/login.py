@@ -1,0 +1,218 @@
+"""The login in front of every route: as the stock Slicer extension speaks it, and with a cookie for browsers."""
+
+from __future__ import annotations
+
+import logging
+import time
+import unicodedata
+from collections import OrderedDict
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, quote
+
+import anyio.to_thread
+from anyio import CapacityLimiter
+from fastapi import HTTPException
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .attempts import Attempts, TooManyAttempts
+from .caller import Caller, calling_now, note
+from .listening import NO_LOGIN, is_loopback
+from .offered import offered
+from .tokens import Tokens
+from .users import InvalidUsers, User, Users, may, verified
+
+__all__ = ["CHALLENGE", "COOKIE", "LOGIN_PAGE", "OUT_OF_ORDER", "Gate", "Login", "token_of"]
+
+logger = logging.getLogger(__name__)
+
+COOKIE = "deformux-label"
+LOGIN_PAGE = "/auth/login"
+CHALLENGE = {"WWW-Authenticate": "Bearer"}
+OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
+_WRONG = "the user name or the password is wrong"
+_IMAGE = "/datastore/image"
+_SAMPLE = "/activelearning/{strategy}"
+# Each check of a password takes a processor for a quarter of a second.
+_CHECKS = CapacityLimiter(2)
+
+
+class Gate:
+    """Whether the login is on, and who comes with which token.
+
+    The login is on from the first user on. It then stays on until the server ends: a users file that is emptied,
+    deleted or damaged locks everybody out and lets nobody in.
+    """
+
+    def __init__(self, users: Users, *, insecure: bool = False) -> None:
+        self.users = users
+        self.insecure = insecure
+        self.tokens = Tokens(users)
+        self.attempts = Attempts()
+        self.handed_out = HandedOut()
+        self._was_on = False
+
+    @property
+    def on(self) -> bool:
+        """Whether a login is needed."""
+        if not self._was_on:
+            try:
+                self._was_on = bool(self.users.all())
+            except InvalidUsers:
+                return True
+        return self._was_on
+
+    def user_of(self, headers: Headers) -> User | None:
+        """Return who sends these headers; raises InvalidUsers."""
+        token = token_of(headers)
+        return self.tokens.user(token) if token else None
+
+    async def log_in(self, name: str, password: str, address: str) -> str:
+        """Return a token for a name and its password.
+
+        Raises:
+            HTTPException: 401 where they are wrong, 429 after too many that were.
+            InvalidUsers: the users file is damaged.
+        """
+        shown = ascii(name)[:80]
+        note(user=name)
+        try:
+            await self.attempts.wait(name, address)
+        except TooManyAttempts as error:
+            logger.warning("A login of %s from %s was refused: too many failed", shown, address)
+            raise HTTPException(429, str(error), headers={"Retry-After": str(error.seconds)}) from error
+        user = self.users.all().get(unicodedata.normalize("NFC", name))
+        if not await anyio.to_thread.run_sync(verified, user, password, limiter=_CHECKS) or user is None:
+            logger.warning("A login of %s from %s failed", shown, address)
+            raise HTTPException(401, _WRONG, headers=CHALLENGE)
+        self.attempts.succeeded(name, address)
+        note(role=user.role)
+        return self.tokens.make(user)
+
+
+class HandedOut:
+    """Images that Next Sample gave to somebody who then asks for the file without a token, as Slicer does.
+
+    Slicer's SampleData module downloads with no headers at all. So the address that a logged-in annotator called from
+    may fetch that one image, a few times, for some minutes.
+    """
+
+    _SECONDS = 300.0
+    _TIMES = 3
+    _MOST = 1_000
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._held: OrderedDict[tuple[str, str], tuple[str, float, int]] = OrderedDict()
+
+    def add(self, address: str, image: str, user: User) -> None:
+        """Let an address fetch an image in a user's name."""
+        self._held.pop((address, image), None)
+        self._held[address, image] = (user.name, self._clock() + self._SECONDS, self._TIMES)
+        if len(self._held) > self._MOST:
+            self._held.popitem(last=False)
+
+    def take(self, address: str, image: str) -> str | None:
+        """Return in whose name an address may fetch an image now, or None."""
+        name, until, times = self._held.pop((address, image), ("", 0.0, 0))
+        if until <= self._clock():
+            return None
+        if times > 1:
+            self._held[address, image] = (name, until, times - 1)
+        return name
+
+
+class Login:
+    """ASGI middleware that lets a request through if its caller may make it, and says who that is.
+
+    Pure ASGI: neither uploads nor downloads are held back. It must be inside of ``Audited``, and outside of all routes.
+    """
+
+    def __init__(self, app: ASGIApp, gate: Gate) -> None:
+        self.app = app
+        self.gate = gate
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            caller = calling_now()
+            refusal = self._refusal(scope, caller)
+            if refusal is not None:
+                await refusal(scope, receive, send)
+                return
+            await self.app(scope, receive, self._handing_out(scope, caller, send))
+        elif scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        else:
+            # No route of this server is a web socket.
+            await send({"type": "websocket.close", "code": 1008})
+
+    def _refusal(self, scope: Scope, caller: Caller) -> Response | None:
+        """Return the answer to a request that must go no further, or None, with ``caller.user`` set."""
+        if not self.gate.on:
+            server = scope.get("server")
+            if self.gate.insecure or server is None or is_loopback(str(server[0])) or server[1] is None:
+                return None
+            caller.done["what"] = None
+            return JSONResponse({"detail": NO_LOGIN}, 403)
+        route = offered(scope["method"], scope["path"])
+        if route is None:
+            return JSONResponse({"detail": "this server does not offer that"}, 404)
+        if route.role is None:
+            return None
+        headers = Headers(scope=scope)
+        try:
+            caller.user = self.gate.user_of(headers) or self._without_token(scope, headers, caller.address)
+        except InvalidUsers as error:
+            logger.error("Nobody can log in: %s", error)
+            return JSONResponse({"detail": OUT_OF_ORDER}, 503)
+        if caller.user is None:
+            return _log_in_first(scope, headers)
+        if not may(caller.user.role, route.role):
+            detail = f"this needs the role {route.role} or more; {caller.user.name!r} has the role {caller.user.role}"
+            return JSONResponse({"detail": detail}, 403)
+        return None
+
+    def _handing_out(self, scope: Scope, caller: Caller, send: Send) -> Send:
+        """Return ``send``, or for Next Sample one that lets the caller fetch the image that the answer names."""
+        route = offered(scope["method"], scope["path"])
+        user = caller.user
+        if route is None or route.path != _SAMPLE or user is None:
+            return send
+
+        async def sending(message: Message) -> None:
+            # The endpoint has noted it; before the answer leaves, for the next request may come at once.
+            image = caller.done.get("image")
+            if message["type"] == "http.response.start" and message["status"] == 200 and isinstance(image, str):
+                self.gate.handed_out.add(caller.address, image, user)
+            await send(message)
+
+        return sending
+
+    def _without_token(self, scope: Scope, headers: Headers, address: str) -> User | None:
+        if scope["method"] != "GET" or scope["path"] != _IMAGE or token_of(headers):
+            return None
+        images = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("image", [])
+        name = self.gate.handed_out.take(address, images[0]) if len(images) == 1 else None
+        return self.gate.users.all().get(name) if name is not None else None
+
+
+def token_of(headers: Headers) -> str:
+    """Return the token of a request: from the header, else from the cookie; empty where there is none."""
+    if (authorization := headers.get("authorization")) is not None:
+        scheme, _, token = authorization.partition(" ")
+        # What is no token is one that is wrong.
+        return token.strip() if scheme.lower() == "bearer" and token.strip() else "-"
+    try:
+        cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+    except CookieError:
+        return ""
+    return cookie.value if cookie is not None else ""
+
+
+def _log_in_first(scope: Scope, headers: Headers) -> Response:
+    """A browser that looks at a page is shown where to log in; every program gets 401."""
+    if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
+        return RedirectResponse(f"{LOGIN_PAGE}?next={quote(scope['path'])}", 303, {"Cache-Control": "no-store"})
+    return JSONResponse({"detail": "log in first, at /auth/token"}, 401, CHALLENGE)

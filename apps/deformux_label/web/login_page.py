@@ -1,0 +1,82 @@
+"""The page where a browser logs in: one file's worth of HTML, without scripts or anything from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+
+from starlette.responses import HTMLResponse
+
+__all__ = ["login_page"]
+
+_STYLE = """
+body { font: 16px/1.5 sans-serif; background: #f2f4f7; color: #1d2733; display: grid; place-items: center;
+  min-height: 90vh; margin: 0 }
+main { background: #fff; border: 1px solid #d5dbe3; border-radius: 8px; padding: 2rem; width: 20rem }
+h1 { font-size: 1.25rem; margin: 0 0 1rem }
+label { display: block; margin: .75rem 0 .25rem }
+input { font: inherit; width: 100%; box-sizing: border-box; padding: .5rem; border: 1px solid #8b97a6;
+  border-radius: 4px }
+button { font: inherit; width: 100%; margin-top: 1.25rem; padding: .5rem; border: 0; border-radius: 4px;
+  background: #1d5fa8; color: #fff }
+[role=alert] { color: #a3141d; margin: 0 }
+"""
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>DeformUX Label: log in</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+<h1>DeformUX Label</h1>
+{alert}<form method="post" action="{action}">
+<label for="username">User name</label>
+<input id="username" name="username" value="{name}" autocomplete="username" required autofocus>
+<label for="password">Password</label>
+<input id="password" name="password" type="password" autocomplete="current-password" required>
+<input type="hidden" name="next" value="{after}">
+<button>Log in</button>
+</form>
+</main>
+</body>
+</html>
+"""
+_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+_HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; form-action 'self'; frame-ancestors 'none'; "
+        "base-uri 'none'"
+    ),
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    # Not "no-referrer": then a browser sends the form with the origin "null", which is nobody's.
+    "Referrer-Policy": "same-origin",
+}
+
+
+def login_page(
+    action: str,
+    after: str,
+    *,
+    name: str = "",
+    error: str = "",
+    status: int = 200,
+    more: dict[str, str] | None = None,
+) -> HTMLResponse:
+    """Return the page; after a failure it says so and keeps the name.
+
+    Args:
+        action: where the form goes.
+        after: the path to go on to.
+        more: headers of the answer.
+    """
+    alert = f'<p role="alert">{html.escape(error)}</p>\n' if error else ""
+    page = _PAGE.format(
+        style=_STYLE, alert=alert, action=html.escape(action), name=html.escape(name), after=html.escape(after)
+    )
+    return HTMLResponse(page, status_code=status, headers={**_HEADERS, **(more or {})})

@@ -1,0 +1,279 @@
+"""The audit log: what a running server writes of what was done, and what survives of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from live import APP, CONF, LiveServer, Volume, project_of, publish_untrained, remove_state, stock_command, write_volume
+from logged_in import bearer, log_in, password
+from typer.testing import CliRunner
+
+from deformux_label.cli import app
+from deformux_label.web.audit import AUDITED, AuditLog, read_log
+from deformux_label.web.offered import OFFERED
+from deformux_label.web.users import Users
+
+# They change nothing that outlives the request, or what they change is recorded where the app does it.
+_NOT_RECORDED = {"/infer/segmentation", "/infer/{model}", "/session/", "/session/{session_id}"}
+
+
+def test_every_change_is_recorded() -> None:
+    offered = {(method, route.path) for route in OFFERED for method in route.methods}
+    assert set(AUDITED) <= offered
+    changes = {(method, path) for method, path in offered if method not in ("GET", "HEAD")}
+    assert {path for _, path in changes - set(AUDITED)} == _NOT_RECORDED
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Volume:
+    root = tmp_path_factory.mktemp("audited")
+    return write_volume(root / "studies" / "case_1.nii.gz", root / "truth" / "case_1.nii.gz", spacing=(4, 4, 4))
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory: pytest.TempPathFactory) -> Users:
+    return Users(tmp_path_factory.mktemp("nobody") / "users.json")
+
+
+@pytest.fixture(scope="module")
+def server(case: Volume, users: Users, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    """MONAI Label's own command, open to everybody, as somebody asked for it."""
+    conf = {**CONF, "users": str(users.path), "insecure": "true"}
+    publish_untrained(case.image.parent, conf)
+    server = LiveServer(stock_command(case.image.parent, conf), tmp_path_factory.mktemp("server"), host="0.0.0.0")
+    yield server
+    server.stop()
+    remove_state(case.image.parent, conf)
+
+
+@pytest.fixture(scope="module")
+def log(case: Volume) -> Path:
+    return project_of(CONF).state_folder(APP, str(case.image.parent)) / "audit.jsonl"
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def last(log: Path) -> dict[str, Any]:
+    """The newest line, without its time."""
+    return {key: value for key, value in lines(log)[-1].items() if key != "time"}
+
+
+def test_the_start_is_recorded_and_warned_of(server: LiveServer, log: Path, case: Volume) -> None:
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    start = last(log)
+    assert start.pop("process") > 0
+    assert start == {"what": "start server", "studies": str(case.image.parent.resolve()), "users": {}}
+    info = requests.get(f"{server.url}/info/", timeout=30).json()
+    assert "--insecure" in info["warnings"][0]
+    # With this, Slicer's extension would refuse the server.
+    assert not info.get("config")
+    assert "--insecure" in server.log.read_text()
+
+
+def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
+    here = {"status": 200, "address": "127.0.0.1"}
+
+    def did(method: str, path: str, expected: dict[str, Any], **more: Any) -> Any:
+        before = len(lines(log))
+        answer = requests.request(method, f"{server.url}{path}", timeout=60, **more)
+        assert len(lines(log)) == before + 1, answer.text
+        # In time: whoever has the answer can read of it.
+        assert last(log) == {**here, **expected}
+        return answer
+
+    label = {"image": case.id, "tag": "final"}
+    did("POST", "/activelearning/first", {"what": "lease image", "image": case.id}, json={"client_id": "eve"})
+    did("DELETE", f"/deformux/leases?image={case.id}", {"what": "release image", "image": case.id})
+    submitted = {"what": "submit label", "image": case.id, "revision": 1, "annotator": "eve"}
+    data = {"params": json.dumps({"client_id": "eve"})}
+    files = {"label": ("label.nii.gz", case.label.read_bytes())}
+    did("PUT", f"/datastore/label?image={case.id}", submitted, data=data, files=files)
+    query = f"image={case.id}&revision=1&client_id=rob"
+    restored = {"what": "restore label", "image": case.id, "revision": 2, "annotator": "rob"}
+    did("POST", f"/deformux/labels/restore?{query}", restored)
+    did("GET", f"/datastore/label?label={case.id}&tag=final", {"what": "download label", **label})
+    did("DELETE", f"/datastore/label?id={case.id}&tag=final", {"what": "delete label", **label, "revision": 3})
+    did("GET", f"/datastore/image?image={case.id}", {"what": "download image", "image": case.id})
+    upload = {"file": ("second.nii.gz", case.image.read_bytes())}
+    did("PUT", "/datastore/image?image=second", {"what": "upload image", "image": "second"}, files=upload)
+    did("DELETE", "/datastore/image?id=second", {"what": "delete image", "image": "second"})
+    did("DELETE", "/datastore/image?id=second", {"what": "delete image", "image": "second", "status": 404})
+    did("POST", "/train/segmentation", {"what": "start training", "status": 409}, json={})
+    did("DELETE", "/train/", {"what": "stop training"})
+    for verb, what in (("publish", "publish version"), ("pin", "pin version")):
+        did("POST", f"/deformux/versions/v0001/{verb}", {"what": what, "version": "v0001"})
+    did("POST", "/deformux/versions/unpin", {"what": "unpin version", "version": "v0001"})
+    params = {"params": (None, json.dumps({"save_label": True}))}
+    stored = {"what": "store segmentation", "image": case.id, "tag": "original", "version": "v0001"}
+    did("POST", f"/infer/segmentation?image={case.id}", stored, files=params)
+    before = len(lines(log))
+    requests.get(f"{server.url}/info/", timeout=30)
+    requests.post(f"{server.url}/infer/segmentation?image={case.id}", files={"params": (None, "{}")}, timeout=60)
+    assert len(lines(log)) == before, "nothing was changed"
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "%ed%a0%80", "a%0a%7b%22what%22:1%7d", "%1b[2J", "../../secret", "%00"])
+def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> None:
+    before = lines(log)
+    requests.delete(f"{server.url}/datastore/image?id={name}", timeout=30)
+    after = lines(log)
+    assert after[:-1] == before
+    assert after[-1]["what"] == "delete image"
+    assert log.read_bytes().isascii()
+    assert len(log.read_text().splitlines()[-1]) < 1_000
+    json.dumps(after[-1], ensure_ascii=False).encode()
+    shown = CliRunner().invoke(app, ["audit", "--state", str(log.parent)])
+    assert shown.exit_code == 0
+    assert "\x1b[2J" not in shown.output
+
+
+def test_the_command_finds_the_log_by_the_studies(server: LiveServer, log: Path, case: Volume, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["audit", "--studies", str(case.image.parent), "--json"])
+    assert [json.loads(line) for line in found.output.splitlines()] == lines(log)
+    table = CliRunner().invoke(app, ["audit", "--state", str(log.parent)]).output
+    assert len(table.splitlines()) == len(lines(log)) + 1
+    assert "submit label" in table
+    for arguments in ([], ["--studies", str(tmp_path)], ["--state", str(tmp_path)], ["--state", "a", "--studies", "b"]):
+        refused = CliRunner().invoke(app, ["audit", *arguments])
+        assert refused.exit_code == 2
+        assert refused.output.count("\n") == 1
+
+
+def test_a_first_user_closes_a_server_that_runs(server: LiveServer, log: Path, users: Users) -> None:
+    def auth() -> bool:
+        return requests.get(f"{server.url}/auth/", timeout=30).json()["enabled"]
+
+    def info(**headers: str) -> int:
+        return requests.get(f"{server.url}/info/", headers=headers, timeout=30).status_code
+
+    def users_command(*arguments: str, stdin: str | None = None) -> None:
+        result = CliRunner().invoke(app, ["users", *arguments, "--users", str(users.path)], input=stdin)
+        assert result.exit_code == 0, result.output
+
+    assert not auth()
+    assert info(Authorization="bearer x") == 200
+    # What MONAI Label answers a client that asks all the same.
+    assert log_in(server, "anna").json() == {"access_token": None, "token_type": None}
+    users_command("add", "anna", "--role", "annotator", "--password-stdin", stdin=f"{password('anna')}\n")
+    assert info() == 401
+    assert auth()
+    assert log_in(server, "anna", "a wrong one").status_code == 401
+    token = log_in(server, "anna").json()["access_token"]
+    headers = bearer(token)
+    assert requests.delete(f"{server.url}/datastore/image?id=case_1", headers=headers, timeout=30).status_code == 403
+    users_command("role", "anna", "reviewer")
+    assert info(**headers) == 401
+    users_command("remove", "anna")
+    assert info(**headers) == 401
+    seen = [{key: value for key, value in line.items() if key != "time"} for line in lines(log)]
+    who = {"user": "anna", "address": "127.0.0.1"}
+    assert seen[-6:] == [
+        {"what": "users changed", "added": {"anna": "annotator"}},
+        {"what": "log in", "status": 401, **who},
+        {"what": "log in", "status": 200, **who, "role": "annotator"},
+        {"what": "delete image", "status": 403, **who, "role": "annotator", "image": "case_1"},
+        {"what": "users changed", "roles": {"anna": "reviewer"}},
+        {"what": "users changed", "removed": ["anna"]},
+    ]
+    assert password("anna") not in log.read_text()
+    assert token not in log.read_text()
+    commands = CliRunner().invoke(app, ["audit", "--users", str(users.path), "--json"]).output.splitlines()
+    assert [json.loads(line)["what"] for line in commands] == ["add user", "change role", "remove user"]
+
+
+def test_the_end_is_recorded(server: LiveServer, log: Path) -> None:
+    os.kill(server.process.pid, signal.SIGTERM)
+    # The command is a shell script that waits for the server.
+    children = subprocess.run(["pgrep", "-g", str(server.process.pid)], capture_output=True, text=True, check=False)
+    for child in children.stdout.split():
+        os.kill(int(child), signal.SIGTERM)
+    end = time.monotonic() + 60
+    while last(log)["what"] != "stop server" and time.monotonic() < end:
+        time.sleep(0.1)
+    assert last(log)["signal"] == "SIGTERM"
+
+
+_WRITER = """
+import sys
+from pathlib import Path
+from deformux_label.web.audit import AuditLog
+log = AuditLog(Path(sys.argv[1]))
+number = 0
+while True:
+    log.record("submit label", number=number, writer=sys.argv[2])
+    print(number, flush=True)
+    number += 1
+"""
+
+
+def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    command = [sys.executable, "-c", _WRITER, str(path)]
+    writers = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(2)]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    time.sleep(0.5)
+    told = {}
+    for number, writer in enumerate(writers):
+        writer.kill()
+        told[str(number)] = int(writer.communicate()[0].splitlines()[-1])
+    records, damaged = read_log(path)
+    assert damaged == 0
+    for number, final in told.items():
+        assert final > 5
+        written = [record.values["number"] for record in records if record.values["writer"] == number]
+        assert written[: final + 1] == list(range(final + 1))
+
+
+@pytest.mark.parametrize("torn", [b'{"time": "2026', b'{"time": "x", "what": "\xff', b"\0\0\0\0", b"[]"])
+def test_a_torn_line_is_left_alone(tmp_path: Path, torn: bytes) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.record("submit label", image="a")
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + torn)
+    log.record("submit label", image="b")
+    assert log.path.read_bytes().startswith(whole + torn + b"\n{")
+    records, damaged = read_log(log.path)
+    assert [record.values["image"] for record in records] == ["a", "b"]
+    assert damaged == 1
+    shown = CliRunner().invoke(app, ["audit", "--state", str(tmp_path)])
+    assert shown.exit_code == 0
+    assert "1 lines" in shown.output
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "target").write_text("mine\n")
+    (tmp_path / "audit.jsonl").symlink_to(tmp_path / "target")
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.record("submit label", image="a")
+    assert log.failure is not None
+    assert "submit label" in caplog.text
+    assert (tmp_path / "target").read_text() == "mine\n"
+    (tmp_path / "audit.jsonl").unlink()
+    log.record("submit label", image="b")
+    assert log.failure is None
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), "\ud800", b"bytes", {"a": {1, 2}}, ["x" * 9_999] * 99, {"k" * 999: None}]
+)
+def test_any_value_is_bounded_and_valid(tmp_path: Path, value: Any) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.record("submit label", value=value)
+    text = log.path.read_text()
+    assert len(text) < 15_000
+    json.dumps(json.loads(text), ensure_ascii=False, allow_nan=False).encode()

@@ -1,0 +1,477 @@
+"""The login, on a running server: who may do what, whose tokens are good, and in whose name work is kept."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jwt
+import nibabel as nib
+import pytest
+import requests
+from live import (
+    CONF,
+    LABELS,
+    LiveServer,
+    Volume,
+    environment,
+    publish_untrained,
+    serve_command,
+    stock_command,
+    write_volume,
+)
+from logged_in import (
+    BY_ROLE,
+    bearer,
+    client_like_the_plugins,
+    headers_of,
+    log_in,
+    make_users,
+    password,
+    routes,
+)
+from monailabel.client import MONAILabelClient
+from monailabel.client.client import MONAILabelClientException
+from typer.testing import CliRunner
+
+from deformux_label.cli import app
+from deformux_label.web.offered import ROLES
+from deformux_label.web.users import Users, may
+
+# What a caller who may would really begin, in processes that outlive the test.
+_COSTLY = {("POST", "/scoring/")}
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Volume]:
+    root = tmp_path_factory.mktemp("logged_in")
+    made = {}
+    for number in range(8):
+        image, label = (root / kind / f"case_{number}.nii.gz" for kind in ("studies", "truth"))
+        made[f"case_{number}"] = write_volume(image, label, spacing=(4, 4, 4), seed=number)
+    return made
+
+
+@pytest.fixture(scope="module")
+def studies(cases: dict[str, Volume]) -> Path:
+    folder = cases["case_0"].image.parent
+    publish_untrained(folder, CONF)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def users(tmp_path_factory: pytest.TempPathFactory) -> Users:
+    return make_users(tmp_path_factory.mktemp("users") / "users.json")
+
+
+@pytest.fixture(scope="module")
+def server(start_here: Callable[..., LiveServer], studies: Path, users: Users) -> LiveServer:
+    return start_here(studies, {**CONF, "users": str(users.path)}, serve_command)
+
+
+@pytest.fixture(scope="module")
+def tokens(server: LiveServer) -> dict[str, dict[str, str]]:
+    return headers_of(server)
+
+
+def call(server: LiveServer, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
+    return requests.request(
+        method, f"{server.url}{path}", headers=headers, timeout=120, **{"allow_redirects": False, **more}
+    )
+
+
+def test_without_a_token_nothing_is_said(server: LiveServer) -> None:
+    for method, path, role in routes():
+        answer = call(server, method, path)
+        if role is None:
+            assert answer.status_code not in (403,), (method, path)
+        else:
+            assert answer.status_code == 401, (method, path)
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+    for method, path in (
+        ("POST", "/reload"),
+        ("GET", "/static/favicon.ico"),
+        ("GET", "/proxy/dicom/studies"),
+        ("PUT", "/x"),
+    ):
+        assert call(server, method, path).status_code in (401, 404, 405), path
+    assert call(server, "GET", "/auth/").json()["enabled"] is True
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_route_for_every_role(server: LiveServer, tokens: dict[str, dict[str, str]], role: str) -> None:
+    headers = tokens[BY_ROLE[role]]
+    for method, path, least in routes():
+        if least is None:
+            continue
+        if may(role, least):
+            if (method, path) not in _COSTLY:
+                answer = call(server, method, path, headers)
+                assert answer.status_code not in (401, 403), (method, path, answer.text)
+        else:
+            answer = call(server, method, path, headers)
+            assert answer.status_code == 403, (method, path)
+            assert f"needs the role {least} or more" in answer.json()["detail"]
+
+
+@pytest.fixture(params=["monailabel", "slicer"])
+def library(request: pytest.FixtureRequest, slicer_client: ModuleType) -> Any:
+    return MONAILabelClient if request.param == "monailabel" else slicer_client
+
+
+def _failures(library: Any) -> type[Exception]:
+    return library.client.MONAILabelClientException if isinstance(library, ModuleType) else MONAILabelClientException
+
+
+def test_the_stock_clients(
+    server: LiveServer, cases: dict[str, Volume], library: Any, tmp_path: Path, tokens: dict[str, dict[str, str]]
+) -> None:
+    def client(token: Any = None) -> Any:
+        return client_like_the_plugins(library, server, tmp_path, token)
+
+    assert client().auth_enabled()
+    for refused in (client().info, lambda: client().auth_token("anna", "wrong")):
+        with pytest.raises(_failures(library)) as error:
+            refused()
+        assert error.value.status_code == 401
+    assert not client().auth_valid_token()
+    token = client().auth_token("anna", password("anna"))
+    assert client(token).auth_valid_token()
+    assert client(token).info()["name"] == "DeformUX Label"
+    sample = client(token).next_sample("first", {})
+    # Slicer's SampleData: no header, no cookie, once the path that the server named is not there.
+    url = f"{server.url}/datastore/image?image={sample['id']}"
+    with urllib.request.urlopen(url) as answer:
+        assert answer.read() == cases[sample["id"]].image.read_bytes()
+    file, params = client(token).infer("segmentation", sample["id"], {"result_extension": ".nrrd"})
+    assert params["model_version"] == "v0001"
+    assert Path(file).is_file()
+    info = {"label_info": [{"name": name, "idx": number} for number, name in enumerate(LABELS, 1)]}
+    saved = client(token).save_label(sample["id"], str(cases[sample["id"]].label), "final", info)
+    assert saved["image"] == sample["id"]
+    assert Path(client(token).download_label(sample["id"], "final")).is_file()
+    assert client(token).datastore()["objects"][sample["id"]]["labels"]
+    assert not client(token).train_status(check_if_running=True)
+    name = f"new {library.__name__}"
+    assert client(token).upload_image(str(cases["case_7"].image), name)["image"] == name
+    session = client(token).create_session(str(cases["case_0"].image))["session_id"]
+    file, _ = client(token).infer("segmentation", "MRHead", {}, session_id=session)
+    assert nib.load(file).shape == cases["case_0"].truth.shape
+    client(token).remove_session(session)
+    with pytest.raises(_failures(library)) as error:
+        client(token).train_stop()
+    assert "needs the role admin" in error.value.msg
+    client(client().auth_token("ada", password("ada"))).train_stop()
+    for image in (name, sample["id"]):
+        kind = {"id": image} if image == name else {"id": image, "tag": "final"}
+        call(server, "DELETE", f"/datastore/{'image' if image == name else 'label'}", tokens["rob"], params=kind)
+
+
+def test_the_one_call_without_a_token(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    def fetch(image: str, **headers: str) -> int:
+        return call(server, "GET", "/datastore/image", headers, params={"image": image}).status_code
+
+    # A proxy on the same machine says for whom it asks.
+    elsewhere = {"X-Forwarded-For": "10.0.0.7"}
+    here = {"X-Forwarded-For": "10.0.0.8"}
+    assert fetch("case_3", **here) == 401
+    sample = call(server, "POST", "/activelearning/random", {**tokens["andy"], **here}, json={}).json()["id"]
+    other = next(f"case_{number}" for number in range(8) if f"case_{number}" != sample)
+    assert fetch(sample, **elsewhere) == 401, "another address"
+    assert fetch(other, **here) == 401, "another image"
+    assert call(server, "DELETE", "/datastore/image", here, params={"id": sample}).status_code == 401
+    assert call(server, "GET", f"/datastore/image?image={sample}&image={other}", here).status_code == 401
+    assert call(server, "GET", "/datastore/label", here, params={"label": sample, "tag": "final"}).status_code == 401
+    assert fetch(sample, **here, **bearer("forged")) == 401, "a wrong token is worse than none"
+    assert [fetch(sample, **here) for _ in range(4)] == [200, 200, 200, 401]
+    call(server, "DELETE", "/deformux/leases", tokens["andy"], params={"image": sample})
+
+
+def test_work_is_kept_in_the_name_of_the_login(
+    server: LiveServer, cases: dict[str, Volume], tokens: dict[str, dict[str, str]]
+) -> None:
+    spoof = {"client_id": "rob", "user": "rob"}
+    sample = call(server, "POST", "/activelearning/first", tokens["anna"], json=spoof).json()["id"]
+    leases = call(server, "GET", "/deformux/leases", tokens["rita"]).json()["leases"]
+    assert {lease["image"]: lease["annotator"] for lease in leases}[sample] == "anna"
+    # What was proposed to anna is what her label started from, whichever client ids she uses.
+    params = {"params": (None, json.dumps({**spoof, "client_id": "one"}))}
+    inferred = call(server, "POST", f"/infer/segmentation?image={sample}", tokens["anna"], files=params)
+    assert inferred.status_code == 200, inferred.text
+
+    def submit(name: str, **said: str) -> None:
+        answer = call(
+            server,
+            "PUT",
+            f"/datastore/label?image={sample}",
+            tokens[name],
+            data={"params": json.dumps(said)},
+            files={"label": ("label.nii.gz", cases[sample].label.read_bytes())},
+        )
+        assert answer.status_code == 200, answer.text
+
+    submit("anna", **{**spoof, "client_id": "two"})
+    submit("andy", client_id="anna")
+    query = {"image": sample, "revision": 1, "client_id": "anna"}
+    restored = call(server, "POST", "/deformux/labels/restore", tokens["rob"], params=query)
+    assert restored.json()["annotator"] == "rob"
+    # What others say about a label does not make it theirs.
+    label = {"label": sample, "tag": "final"}
+    claim = {"info": json.dumps({**spoof, "user": "andy", "note": "fine"})}
+    assert call(server, "PUT", "/datastore/label/info", tokens["andy"], params=label, data=claim).ok
+    known = call(server, "GET", "/datastore/label/info", tokens["rita"], params=label).json()
+    assert (known["user"], known["note"]) == ("rob", "fine")
+    gone = call(server, "DELETE", "/datastore/label", tokens["rob"], params={"id": sample, "tag": "final"})
+    assert gone.status_code == 200
+    history = call(server, "GET", "/deformux/labels/revisions", tokens["rita"], params={"image": sample}).json()
+    made = [(revision["annotator"], revision["model_version"]) for revision in history["revisions"]]
+    assert made[-4:] == [("anna", "v0001"), ("andy", None), ("rob", "v0001"), ("rob", None)]
+    assert call(server, "POST", "/deformux/versions/v0001/publish?client_id=x", tokens["ada"]).ok
+    assert call(server, "GET", "/deformux/versions", tokens["rita"]).json()["history"][-1]["by"] == "ada"
+
+
+def test_a_reader_stores_nothing(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    def infer(**params: Any) -> Any:
+        files = {"params": (None, json.dumps(params))}
+        return call(server, "POST", "/infer/segmentation?image=case_6", tokens["rita"], files=files)
+
+    assert infer().status_code == 200
+    refused = infer(save_label=True, label_tag="final")
+    assert refused.status_code == 403
+    assert "role annotator" in refused.json()["detail"]
+    objects = call(server, "GET", "/datastore/?output=all", tokens["rita"]).json()["objects"]
+    assert objects["case_6"]["labels"] == {}
+
+
+def test_turns_are_the_logins(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    """One login that asks under many client ids is still one, and does not come before the others."""
+    seen: set[str] = set()
+
+    def infer(number: int) -> int:
+        files = {"params": (None, json.dumps({"client_id": f"client {number}"}))}
+        return call(server, "POST", "/infer/segmentation?image=case_5", tokens["anna"], files=files).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(infer, number) for number in range(8)]
+        while not all(future.done() for future in running):
+            for device in call(server, "GET", "/deformux/inferences", tokens["rita"]).json().values():
+                seen |= {device["running"], *device["waiting"]}
+    assert [future.result() for future in running] == [200] * 8
+    assert seen == {"anna"}
+
+
+def claims_of(headers: dict[str, str]) -> dict[str, Any]:
+    return jwt.decode(headers["Authorization"].split()[1], options={"verify_signature": False})
+
+
+def test_forged_tokens(server: LiveServer, users: Users, tokens: dict[str, dict[str, str]]) -> None:
+    claims = claims_of(tokens["ada"])
+    assert claims["exp"] - claims["iat"] == 12 * 3600
+    secret = users.secret()
+    now = int(time.time())
+    header, payload, signature = tokens["ada"]["Authorization"].split()[1].split(".")
+    unsigned = base64.urlsafe_b64encode(b'{"alg":"none","typ":"JWT"}').rstrip(b"=").decode()
+    other = base64.urlsafe_b64encode(json.dumps({**claims, "sub": "rob"}).encode()).rstrip(b"=").decode()
+    forged = {
+        "no signature": f"{unsigned}.{payload}.",
+        "none with a signature": f"{unsigned}.{payload}.{signature}",
+        "another's claims": f"{header}.{other}.{signature}",
+        "another key": jwt.encode(claims, "0" * 32, "HS256"),
+        "a key of a null byte": jwt.encode(claims, "\0", "HS256"),
+        "the key as text": jwt.encode(claims, secret.hex(), "HS256"),
+        "another algorithm": jwt.encode(claims, secret, "HS512"),
+        "expired": jwt.encode({**claims, "iat": now - 100, "exp": now - 1}, secret, "HS256"),
+        "without an end": jwt.encode({key: claims[key] for key in claims if key != "exp"}, secret, "HS256"),
+        "the state of another user": jwt.encode({**claims, "sub": "rob"}, secret, "HS256"),
+        "nobody": jwt.encode({**claims, "sub": "eve"}, secret, "HS256"),
+        "not a text": jwt.encode({**claims, "state": 5}, secret, "HS256"),
+        "a password hash": users.all()["ada"].password,
+        "long": "x" * 5_000,
+        "nothing": "",
+        "a null": "null",
+    }
+    assert call(server, "GET", "/info/", bearer(jwt.encode(claims, secret, "HS256"))).status_code == 200
+    for name, token in forged.items():
+        for headers in (bearer(token), {"Cookie": f"deformux-label={token}"}):
+            assert call(server, "GET", "/info/", headers).status_code == 401, name
+            assert call(server, "GET", "/auth/token/valid", headers).status_code == 401, name
+    for value in (
+        "Basic YWRhOng=",
+        "bearer",
+        f"Token {header}",
+        "Bearer  ",
+        f"bearer {header}.{payload}.{signature} x",
+    ):
+        assert call(server, "GET", "/info/", {"Authorization": value}).status_code == 401, value
+
+
+def test_tokens_end_at_once(server: LiveServer, users: Users) -> None:
+    def users_command(*arguments: str, stdin: str | None = None) -> None:
+        result = CliRunner().invoke(app, ["users", *arguments, "--users", str(users.path)], input=stdin)
+        assert result.exit_code == 0, result.output
+
+    def add() -> dict[str, str]:
+        users_command("add", "eve", "--role", "reader", "--password-stdin", stdin=f"{password('eve')}\n")
+        return headers_of(server, "eve")["eve"]
+
+    def good(headers: dict[str, str]) -> bool:
+        return call(server, "GET", "/info/", headers).status_code == 200
+
+    first = add()
+    assert good(first)
+    users_command("remove", "eve")
+    assert not good(first)
+    assert log_in(server, "eve").status_code == 401
+    second = add()
+    assert good(second)
+    assert not good(first), "another user of the same name and password"
+    users_command("passwd", "eve", "--password-stdin", stdin="something else\n")
+    assert not good(second)
+    third = bearer(log_in(server, "eve", "something else").json()["access_token"])
+    assert good(third)
+    users_command("role", "eve", "admin")
+    assert not good(third)
+    users_command("remove", "eve")
+
+
+def test_guessing_is_slow_and_others_do_not_wait(
+    server: LiveServer, tokens: dict[str, dict[str, str]], users: Users
+) -> None:
+    attacker = {"X-Forwarded-For": "203.0.113.5"}
+    guesses = 0
+    waits: list[float] = []
+    deadline = time.monotonic() + 3
+
+    def guess() -> None:
+        nonlocal guesses
+        while time.monotonic() < deadline:
+            answer = log_in(server, "rob", "a wrong one", **attacker)
+            guesses += answer.status_code == 401
+            assert answer.status_code in (401, 429), answer.text
+            if answer.status_code == 429:
+                assert 1 <= int(answer.headers["Retry-After"]) <= 30
+                time.sleep(0.1)
+
+    with ThreadPoolExecutor(16) as pool:
+        running = [pool.submit(guess) for _ in range(16)]
+        while time.monotonic() < deadline:
+            begin = time.monotonic()
+            assert call(server, "GET", "/info/", tokens["rita"]).status_code == 200
+            waits.append(time.monotonic() - begin)
+            time.sleep(0.05)
+        # Where rob has logged in before, he still can, at once.
+        begin = time.monotonic()
+        assert log_in(server, "rob").status_code == 200
+        assert time.monotonic() - begin < 5
+        for future in running:
+            future.result()
+    # Three are free, then 0.5, 1, 2, 4 s; the address is let down later.
+    assert guesses <= 9
+    assert statistics.median(waits) < 0.5
+    log = server.log.read_text()
+    assert "'rob' from 203.0.113.5 failed" in log
+    assert "a wrong one" not in log
+
+
+def test_an_unknown_name_takes_as_long(server: LiveServer) -> None:
+    def seconds(name: str, address: str) -> float:
+        begin = time.perf_counter()
+        assert log_in(server, name, "a wrong one", **{"X-Forwarded-For": address}).status_code == 401
+        return time.perf_counter() - begin
+
+    # Below the number from which on attempts are slowed.
+    known = [
+        seconds(name, f"198.51.100.{n}") for n, name in enumerate(("anna", "andy", "rita", "anna", "andy", "rita"))
+    ]
+    unknown = [seconds(f"nobody {n}", f"198.51.100.{n}") for n in range(6)]
+    assert 0.4 < statistics.median(unknown) / statistics.median(known) < 2.5
+    assert min(unknown) > 0.5 * min(known)
+
+
+@pytest.mark.parametrize("name", ["anna\nINFO: all is well", "\u202eanna", "x" * 4_000, "\x1b[31m"])
+def test_names_cannot_forge_lines_of_the_log(server: LiveServer, name: str) -> None:
+    assert log_in(server, name, "a wrong one", **{"X-Forwarded-For": "192.0.2.9"}).status_code == 401
+    logged = [line for line in server.log.read_text().splitlines() if "from 192.0.2.9 failed" in line]
+    assert logged
+    assert all("A login of '" in line and line.isascii() and len(line) < 400 for line in logged)
+
+
+@pytest.mark.parametrize("content", [None, '{"users": {}}', "{"], ids=["deleted", "emptied", "damaged"])
+def test_without_its_users_file_the_server_stays_closed(
+    server: LiveServer, users: Users, tokens: dict[str, dict[str, str]], content: str | None, tmp_path: Path
+) -> None:
+    kept = shutil.copy2(users.path, tmp_path / "kept.json")
+    try:
+        if content is None:
+            users.path.unlink()
+        else:
+            users.path.write_text(content)
+        assert call(server, "GET", "/auth/").json()["enabled"] is True
+        for headers in ({}, tokens["ada"]):
+            answer = call(server, "GET", "/info/", headers)
+            assert answer.status_code in ((401, 503) if content == "{" else (401,))
+        assert log_in(server, "ada").status_code in ((503,) if content == "{" else (401,))
+    finally:
+        os.replace(kept, users.path)
+    assert call(server, "GET", "/info/", tokens["ada"]).status_code == 200
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("MONAI_LABEL_AUTH_ENABLE", raising=False)
+    return
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "no.such.host"])
+def test_no_start_on_the_network_without_a_user(tmp_path: Path, host: str) -> None:
+    result = CliRunner().invoke(app, [*serve_command(tmp_path, CONF)[1:], "--host", host])
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    for word in ("deformux-label users add", "--insecure", "127.0.0.1", str(tmp_path / "config")):
+        assert word in result.output
+
+
+@pytest.mark.usefixtures("clean")
+def test_no_start_with_a_damaged_users_file_or_the_stock_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users.json").write_text("{")
+    result = CliRunner().invoke(app, [*serve_command(tmp_path, CONF)[1:], "--users", str(tmp_path / "users.json")])
+    assert result.exit_code == 2
+    assert "is damaged" in result.output
+    assert result.output.count("\n") == 1
+    monkeypatch.setenv("MONAI_LABEL_AUTH_ENABLE", "true")
+    result = CliRunner().invoke(app, serve_command(tmp_path, CONF)[1:])
+    assert result.exit_code == 2
+    assert "deformux-label users add" in result.output
+
+
+@pytest.mark.parametrize("stock_login", [False, True])
+def test_monai_labels_own_command_does_not_start_either(tmp_path: Path, stock_login: bool) -> None:
+    """By itself it listens on all addresses."""
+    command = [*stock_command(tmp_path / "studies", CONF), "--port", "1"]
+    done = subprocess.run(
+        [*command, "--host", "127.0.0.1"] if stock_login else command,
+        capture_output=True,
+        text=True,
+        env={**environment(tmp_path), "MONAI_LABEL_AUTH_ENABLE": str(stock_login)},
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("deformux-label: ")
+    assert "deformux-label users add" in last
+    assert "Traceback" not in done.stdout + done.stderr

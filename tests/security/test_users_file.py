@@ -1,0 +1,218 @@
+"""The file with the users, and the commands that change it."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import bcrypt
+import pytest
+from typer.testing import CliRunner
+
+from deformux_label.cli import app
+from deformux_label.web.offered import ROLES
+from deformux_label.web.users import InvalidUsers, Users, may, verified
+
+PASSWORD = "correct horse"
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> Users:
+    return Users(tmp_path / "config" / "users.json")
+
+
+def command(*arguments: str | Path, stdin: str | None = None) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["users", *map(str, arguments)], input=stdin)
+    return result.exit_code, result.output
+
+
+def test_only_the_owner_can_read_it_whatever_the_umask(users: Users) -> None:
+    before = os.umask(0)
+    try:
+        users.add("anna", "annotator", PASSWORD)
+        users.secret()
+        users.set_role("anna", "reviewer")
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in users.path.parent.glob("users.json*")} == {
+        "users.json": 0o600,
+        "users.json.secret": 0o600,
+        "users.json.lock": stat.S_IMODE(users.path.with_name("users.json.lock").stat().st_mode),
+    }
+    assert stat.S_IMODE(users.path.parent.stat().st_mode) == 0o700
+    assert PASSWORD not in users.path.read_text()
+
+
+def test_each_role_may_what_those_before_it_may() -> None:
+    assert [[may(role, least) for least in ROLES] for role in ROLES] == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, True, True, False],
+        [True, True, True, True],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("password", "other"),
+    [
+        ("x" * 72 + "right", "x" * 72 + "wrong"),  # bcrypt itself ends at 72 bytes
+        ("before\0after1", "before\0after2"),
+        ("pässwörd", "password"),
+    ],
+)
+def test_every_character_of_a_password_counts(users: Users, password: str, other: str) -> None:
+    user = users.add("anna", "annotator", password)
+    assert verified(user, password)
+    assert not verified(user, other)
+    # As a keyboard sends it that composes the umlaut of two characters.
+    decomposed = password.replace("ä", "a\u0308").replace("ö", "o\u0308")
+    assert verified(user, decomposed)
+    assert not verified(None, password)
+    # An independent judge: it is a hash of bcrypt's, of what bcrypt reads to its end.
+    assert user.password.startswith("$2b$12$")
+    assert not bcrypt.checkpw(password.encode()[:72], user.password.encode())
+
+
+@pytest.mark.parametrize("password", ["", "       ", "        ", "seven77", "x" * 1_001, "\ud800" * 8])
+def test_bad_passwords(users: Users, password: str) -> None:
+    with pytest.raises(InvalidUsers, match="password"):
+        users.add("anna", "annotator", password)
+    assert not users.path.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["", " anna", "anna ", "an\na", "an/na", "x" * 65, "\ud800", "Anonymous", ".anna", "a:b"]
+)
+def test_bad_names(users: Users, name: str) -> None:
+    with pytest.raises(InvalidUsers, match="user name") as refused:
+        users.add(name, "annotator", PASSWORD)
+    str(refused.value).encode()
+
+
+@pytest.mark.parametrize("name", ["anna", "Eva Müller", "a.b@klinik.example", "आनंद", "肝臓", "x" * 64])
+def test_good_names(users: Users, name: str) -> None:
+    assert users.add(name, "reader", PASSWORD).name == name
+    assert list(Users(users.path).all()) == [name]
+
+
+def test_names_differ_by_more_than_capitals(users: Users) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    with pytest.raises(InvalidUsers, match="'anna' already"):
+        users.add("Anna", "admin", PASSWORD)
+
+
+def test_changes_at_the_same_time_are_all_kept(users: Users) -> None:
+    names = [f"user{number}" for number in range(8)]
+    threads = [threading.Thread(target=Users(users.path).add, args=(name, "reader", PASSWORD)) for name in names[:4]]
+    code = f"""
+import sys
+from pathlib import Path
+from deformux_label.web.users import Users
+for name in {names[4:]!r}:
+    Users(Path(sys.argv[1])).add(name, "reader", {PASSWORD!r})
+"""
+    users.path.parent.mkdir()
+    with subprocess.Popen([sys.executable, "-c", code, str(users.path)]) as other:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert other.returncode == 0
+    assert sorted(users.all()) == names
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        '{"users": []}',
+        '{"users": {"anna": {"role": "annotator"}}}',
+        '{"users": {"anna": {"role": "root", "password": "HASH"}}}',
+        '{"users": {"anna": {"role": "admin", "password": ""}}}',
+        '{"users": {"an/na": {"role": "admin", "password": "HASH"}}}',
+        '{"users": {"anna": null}}',
+        "\ud800",
+    ],
+)
+def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
+    users.add("other", "admin", PASSWORD)
+    known = json.loads(users.path.read_text())["users"]["other"]["password"]
+    users.path.write_bytes(content.replace("HASH", known).encode("utf-8", "surrogatepass"))
+    with pytest.raises(InvalidUsers, match="is damaged") as refused:
+        users.all()
+    assert "\n" not in str(refused.value)
+    code, output = command("list", "--users", users.path)
+    assert code == 2
+    assert output.startswith("deformux-label: the users file")
+    with pytest.raises(InvalidUsers, match="is damaged"):
+        users.add("third", "admin", PASSWORD)
+    assert users.path.read_bytes() == content.replace("HASH", known).encode("utf-8", "surrogatepass")
+
+
+def test_a_file_that_others_may_change_is_not_believed(users: Users) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    users.path.chmod(0o660)
+    with pytest.raises(InvalidUsers, match="chmod 600"):
+        users.all()
+
+
+@pytest.mark.parametrize("content", ["", "00", "g" * 64])
+def test_a_damaged_secret_signs_nothing(users: Users, content: str) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    users.secret()
+    secret = users.path.with_name("users.json.secret")
+    secret.write_text(content)
+    with pytest.raises(InvalidUsers, match="delete it"):
+        Users(users.path).secret()
+    secret.unlink()
+    assert len(Users(users.path).secret()) == 32
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    file = tmp_path / "users.json"
+    assert command("list", "--users", file)[1].split() == ["name", "role"]
+    added = command("add", "anna", "--role", "annotator", "--users", file, "--password-stdin", stdin=f"{PASSWORD}\n")
+    assert added == (0, "anna may log in as annotator.\n")
+    assert verified(Users(file).all()["anna"], PASSWORD)
+    assert command("role", "anna", "admin", "--users", file)[0] == 0
+    assert command("passwd", "anna", "--users", file, "--password-stdin", stdin="another one\n")[0] == 0
+    assert verified(Users(file).all()["anna"], "another one")
+    assert command("list", "--users", file)[1].split() == ["name", "role", "anna", "admin"]
+    code, output = command("remove", "anna", "--users", file)
+    assert code == 0
+    assert "No user is left" in output
+    assert Users(file).all() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        (("add", "anna", "--role", "root", "--password-stdin"), f"{PASSWORD}\n", "reader, annotator, reviewer, admin"),
+        (("add", "anna", "--role", "admin", "--password-stdin"), "short\n", "at least 8 characters"),
+        (("add", "anna", "--role", "admin"), "", "--password-stdin"),
+        (("add", "bob", "--role", "admin", "--password-stdin"), f"{PASSWORD}\n", "'bob' already"),
+        (("add", "a/b", "--role", "admin", "--password-stdin"), f"{PASSWORD}\n", "user name"),
+        (("remove", "carl"), None, "there are 'bob'"),
+        (("passwd", "carl", "--password-stdin"), f"{PASSWORD}\n", "there are 'bob'"),
+        (("role", "bob", "boss"), None, "reader, annotator, reviewer, admin"),
+    ],
+)
+def test_a_bad_command_ends_with_one_sentence(
+    tmp_path: Path, arguments: tuple[str, ...], stdin: str | None, words: str
+) -> None:
+    users = Users(tmp_path / "users.json")
+    users.add("bob", "reader", PASSWORD)
+    before = users.path.read_bytes()
+    code, output = command(*arguments, "--users", users.path, stdin=stdin)
+    assert code == 2
+    assert output.startswith("deformux-label: ")
+    assert output.count("\n") == 1
+    assert words in output
+    assert users.path.read_bytes() == before
