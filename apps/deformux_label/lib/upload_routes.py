@@ -28,9 +28,11 @@ _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
 _MOST_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+# One for each name: FastAPI writes the name of the parameter into it.
 _FILE = File(...)
 _FILES = File(...)
-_FORM = Form("{}")
+_PARAMS = Form("{}")
+_INFO = Form("{}")
 
 
 class _App(Protocol):
@@ -43,19 +45,19 @@ def datastore_router(app: _App) -> APIRouter:
     """Uploads of images, information about images and labels, checksums, and the archive of all of it."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/datastore", tags=["Datastore"])
 
-    def add_image(image: str = "", params: str = _FORM, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
+    def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
         if not image:
             raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
         info = json_object(params, most=MOST_INFO_BYTES)
         return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
 
-    def image_info(image: str, info: str = _FORM, user: User = _ANNOTATOR) -> Any:
+    def image_info(image: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
         return app.datastore().update_image_info(image, json_object(info, name="info", most=MOST_INFO_BYTES))
 
-    def label_info(label: str, tag: str, info: str = _FORM, user: User = _ANNOTATOR) -> Any:
+    def label_info(label: str, tag: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
         return app.datastore().update_label_info(label, tag, json_object(info, name="info", most=MOST_INFO_BYTES))
 
-    def label_params(label: str, tag: str, params: str = _FORM, user: User = _ANNOTATOR) -> Any:
+    def label_params(label: str, tag: str, params: str = _PARAMS, user: User = _ANNOTATOR) -> Any:
         return app.datastore().update_label_info(label, tag, json_object(params, most=MOST_INFO_BYTES))
 
     def check_image(image: str, check_sum: str | None = None, user: User = _USER) -> Any:

@@ -1,0 +1,64 @@
+"""What the attacks share: trees before and after, raw requests, and a server on small studies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import requests
+from live import write
+
+__all__ = ["children", "exchange", "refusal", "scan", "tree"]
+
+
+def scan(path: Path, *shape: int, seed: int = 0) -> Path:
+    """Write a small scan of noise."""
+    values = np.random.default_rng(seed).normal(0, 100, shape or (12, 10, 8)).astype(np.int16)
+    return write(path, values, np.eye(4))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every path below a folder with the hash of its content, or what else it is."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            what = f"link to {os.readlink(path)}"
+        else:
+            what = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
+def refusal(answer: requests.Response, status: int, *words: str) -> str:
+    """Return the one sentence of a refusal, which says the words."""
+    assert answer.status_code == status, f"{answer.status_code}: {answer.text[:500]}"
+    detail = answer.json()["detail"]
+    assert isinstance(detail, str)
+    assert "\n" not in detail
+    for word in words:
+        assert word in detail, detail
+    return detail
+
+
+def exchange(url: str, method: str, target: str, headers: Mapping[str, str] | None = None, body: bytes = b"") -> bytes:
+    """Send a request exactly as it is written, which no client library would, and return all of the answer."""
+    where = urlsplit(url)
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in (headers or {}).items())]
+    if not any(name.lower() == "host" for name in headers or {}):
+        lines.append(f"Host: {where.netloc}")
+    with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
+        connection.sendall("\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+def children(folder: Path) -> list[str]:
+    """The names of everything below a folder, but for locks."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".in-use")
