@@ -211,8 +211,8 @@ def _checked_tls(certificate: str, key: str) -> list[str]:
 
 def _of_ssl(error: Exception) -> str:
     """OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; what is no PEM file has none."""
-    reason = getattr(error, "reason", None) or "they are not PEM files"
-    return str(reason).lower().replace("_", " ")
+    reason = getattr(error, "reason", None)
+    return str(reason).lower().replace("_", " ") if reason else "they are not PEM files"
 
 
 def _check_free(host: str, port: int) -> None:

@@ -18,14 +18,22 @@ _PATIENCE_S = 10.0
 _MOST_WAITING = 64
 _FORGOTTEN_S = 900.0
 _MOST_REMEMBERED = 10_000
+# Refusals of an address are told once in so many seconds.
+_SILENT_S = 60.0
 
 
 class TooManyAttempts(Exception):
-    """Too many logins failed, or too many wait; ``seconds`` says when to come again."""
+    """Too many logins failed, or too many wait.
 
-    def __init__(self, seconds: float) -> None:
+    Args:
+        seconds: when to come again.
+        news: whether this has not just been told of the same address, so that a flood does not fill the logs.
+    """
+
+    def __init__(self, seconds: float, *, news: bool) -> None:
         super().__init__(f"too many logins failed; try again in {max(1, round(seconds))} seconds")
         self.seconds = max(1, round(seconds))
+        self.news = news
 
 
 @dataclass
@@ -35,6 +43,7 @@ class _Failed:
     count: int = 0
     free_at: float = 0.0
     last: float = 0.0
+    told: float = float("-inf")
 
 
 class Attempts:
@@ -60,11 +69,17 @@ class Attempts:
             TooManyAttempts: it would have to wait too long.
         """
         now = self._clock()
-        limits = {self._key(name, address): _FREE_FOR_NAME, ("address", address): _FREE_FOR_ADDRESS}
+        limits: dict[Hashable, int] = {
+            self._key(name, address): _FREE_FOR_NAME,
+            ("address", address): _FREE_FOR_ADDRESS,
+        }
         entries = {key: self._entry(key, now) for key in limits}
         begin = max(now, *(entry.free_at for entry in entries.values()))
         if begin - now > _PATIENCE_S or self._waiting >= _MOST_WAITING:
-            raise TooManyAttempts(begin - now)
+            source = entries["address", address]
+            news = now - source.told > _SILENT_S
+            source.told = now if news else source.told
+            raise TooManyAttempts(begin - now, news=news)
         for key, entry in entries.items():
             beyond = entry.count - limits[key]
             entry.count += 1

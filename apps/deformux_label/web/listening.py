@@ -11,23 +11,30 @@ from pathlib import Path
 
 from .users import InvalidUsers, Users, default_users_file
 
-__all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "reason_not_to_start"]
+__all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "is_own_address", "reason_not_to_start"]
 
 NO_LOGIN = "this server has no login, so it answers only programs on its own machine"
 UNSAFE = "the server listens to the network without a login (--insecure): whoever reaches it can read and change all"
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether an address, or every address of a name, is this machine's own to itself."""
+def is_own_address(text: str) -> bool:
+    """Return whether a text is an address at which a machine reaches only itself; no name is looked up."""
     try:
-        found = [ipaddress.ip_address(host.partition("%")[0])]
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
-        try:
-            found = [ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in socket.getaddrinfo(host, None)]
-        except (OSError, ValueError, UnicodeError):
-            return False
-    mapped = [getattr(address, "ipv4_mapped", None) or address for address in found]
-    return bool(host) and bool(mapped) and all(address.is_loopback for address in mapped)
+        return False
+    return bool((getattr(address, "ipv4_mapped", None) or address).is_loopback)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether an address, or every address of a name, is one at which this machine reaches only itself."""
+    if not host:
+        return False
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(map(is_own_address, found))
 
 
 def host_of(arguments: Sequence[str]) -> str:

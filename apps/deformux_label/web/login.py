@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .attempts import Attempts, TooManyAttempts
 from .caller import Caller, calling_now, note
-from .listening import NO_LOGIN, is_loopback
+from .listening import NO_LOGIN, is_own_address
 from .offered import offered
 from .tokens import Tokens
 from .users import InvalidUsers, User, Users, may, verified
@@ -33,6 +33,8 @@ LOGIN_PAGE = "/auth/login"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
 _WRONG = "the user name or the password is wrong"
+# More than any name has, so that none is met by cutting.
+_LONGEST_NAME = 200
 _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
 # Each check of a password takes a processor for a quarter of a second.
@@ -76,14 +78,18 @@ class Gate:
             HTTPException: 401 where they are wrong, 429 after too many that were.
             InvalidUsers: the users file is damaged.
         """
+        name = unicodedata.normalize("NFC", name)[:_LONGEST_NAME]
         shown = ascii(name)[:80]
         note(user=name)
         try:
             await self.attempts.wait(name, address)
         except TooManyAttempts as error:
-            logger.warning("A login of %s from %s was refused: too many failed", shown, address)
+            if error.news:
+                logger.warning("Logins from %s, now of %s, are refused: too many failed", address, shown)
+            else:
+                note(what=None)
             raise HTTPException(429, str(error), headers={"Retry-After": str(error.seconds)}) from error
-        user = self.users.all().get(unicodedata.normalize("NFC", name))
+        user = self.users.all().get(name)
         if not await anyio.to_thread.run_sync(verified, user, password, limiter=_CHECKS) or user is None:
             logger.warning("A login of %s from %s failed", shown, address)
             raise HTTPException(401, _WRONG, headers=CHALLENGE)
@@ -151,8 +157,7 @@ class Login:
     def _refusal(self, scope: Scope, caller: Caller) -> Response | None:
         """Return the answer to a request that must go no further, or None, with ``caller.user`` set."""
         if not self.gate.on:
-            server = scope.get("server")
-            if self.gate.insecure or server is None or is_loopback(str(server[0])) or server[1] is None:
+            if self.gate.insecure or _is_local(scope):
                 return None
             caller.done["what"] = None
             return JSONResponse({"detail": NO_LOGIN}, 403)
@@ -193,7 +198,7 @@ class Login:
     def _without_token(self, scope: Scope, headers: Headers, address: str) -> User | None:
         if scope["method"] != "GET" or scope["path"] != _IMAGE or token_of(headers):
             return None
-        images = parse_qs(scope.get("query_string", b"").decode("latin-1")).get("image", [])
+        images = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True).get("image", [])
         name = self.gate.handed_out.take(address, images[0]) if len(images) == 1 else None
         return self.gate.users.all().get(name) if name is not None else None
 
@@ -209,6 +214,14 @@ def token_of(headers: Headers) -> str:
     except CookieError:
         return ""
     return cookie.value if cookie is not None else ""
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether a request came over this machine's own address, and not through a proxy from another machine."""
+    server, client = scope.get("server"), scope.get("client")
+    # A socket file has no port.
+    here = server is None or server[1] is None or is_own_address(str(server[0]))
+    return here and (client is None or is_own_address(str(client[0])))
 
 
 def _log_in_first(scope: Scope, headers: Headers) -> Response:
