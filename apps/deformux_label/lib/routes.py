@@ -17,6 +17,8 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
 
+from .batch_inference import BatchInferences
+from .batch_routes import batch_router
 from .datastore import CheckedDatastore
 from .leases import Leases, annotator_of
 from .sessions import Sessions
@@ -37,6 +39,7 @@ class App(Protocol):
 
     queue: TrainingQueue
     leases: Leases
+    batches: BatchInferences
     kept: Sessions
 
     def datastore(self) -> Datastore:
@@ -47,6 +50,9 @@ class App(Protocol):
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Raise HTTPException for a training that cannot work."""
+
+    def check_batch_inference(self, model: str) -> None:
+        """Raise HTTPException for a batch inference that cannot work."""
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """What an active-learning strategy chose."""
@@ -63,7 +69,8 @@ class App(Protocol):
 
 def routers(app: App) -> list[APIRouter]:
     """Routers to put in front of MONAI Label's."""
-    return [_training(app), _samples(app), _labels(app), _leases(app), _sessions(app), _versions(app)]
+    own = [_training(app), _samples(app), _labels(app), _leases(app), _sessions(app), _versions(app)]
+    return [*own, batch_router(app)]
 
 
 def _training(app: App) -> APIRouter:
