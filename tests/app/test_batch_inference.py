@@ -139,7 +139,8 @@ def test_it_is_stopped_and_a_killed_server_says_so(
     server: LiveServer, studies: Path, start_here: Callable[..., LiveServer]
 ) -> None:
     # A minute of work, last by name.
-    write(studies / "z_large.nii.gz", np.zeros((96, 96, 96), np.int16), np.diag([4.0, 4, 4, 1]))
+    noise = np.random.default_rng(0).integers(-100, 200, (96, 96, 96)).astype(np.int16)
+    write(studies / "z_large.nii.gz", noise, np.diag([4.0, 4, 4, 1]))
     wait_for(lambda: "z_large" in server.objects(), "the large volume is seen")
     task = post(server, body={}, images="unlabeled").json()["id"]
     wait_for(lambda: status(server).json()["stored"] == 2, "the small ones are done")
