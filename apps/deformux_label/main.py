@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import HTTPException
 from filelock import FileLock
 from lib.api import install
+from lib.batch_inference import BatchInferences, images_of, run_batch
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.configs.server import SERVER_OPTIONS, ServerOptions
@@ -39,7 +40,7 @@ from lib.volume_sessions import VolumeSessions
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
-from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
@@ -70,6 +71,7 @@ class DeformUXLabel(MONAILabelApp):
         self.waiting = WaitingVolumes(self.scores)
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
         self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
+        self.batches = BatchInferences(self.state_folder)
         # Which model proposed what to whom, of late: (annotator, image) to version.
         self._proposals: OrderedDict[tuple[str, str], str | None] = OrderedDict()
         self.dice = DiceScoring(self.project)
@@ -153,7 +155,8 @@ class DeformUXLabel(MONAILabelApp):
         of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
         of_the_studies = self.waiting.now(self.datastore()).warnings()
         found = [*info.get("warnings", []), *self._login_warnings(), *of_the_state, *of_the_studies]
-        info["warnings"] = list(dict.fromkeys(found))
+        if found:
+            info["warnings"] = list(dict.fromkeys(found))
         return info
 
     def versions(self) -> ModelVersions:
@@ -189,6 +192,32 @@ class DeformUXLabel(MONAILabelApp):
             label = datastore.save_label(image_id, file, options["label_tag"], info)
             note(what="store segmentation", image=image_id, tag=options["label_tag"], version=params["model_version"])
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
+
+    def check_batch_inference(self, model: str) -> None:
+        """Refuse a batch inference that cannot work, before a process is started for it."""
+        task = known("model", model, self._infers)
+        if task.type != InferType.SEGMENTATION:
+            able = [name for name, other in self._infers.items() if other.type == InferType.SEGMENTATION]
+            raise HTTPException(400, f"{model!r} needs clicks or scribbles; batch inference runs {', '.join(able)}")
+        if self.models.current() is None:
+            raise HTTPException(409, UNTRAINED)
+
+    def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
+        # In a process of its own, which the server started.
+        end_with_the_server()
+        os.nice(10)  # whoever waits for the server comes first
+        leave_room_on_the_gpu()
+        self.uploads = private_uploads()
+        studies = datastore or self.datastore()
+        given: list[str] = [key for key in ("model", "device", "logging", "client_id") if key in request]
+        options = {key: request[key] for key in given}
+        options |= {"save_label": True, "label_tag": DefaultLabelTag.ORIGINAL.value}
+
+        def infer(image: str) -> None:
+            result = self.infer({**options, "image": image}, studies)
+            Path(result["file"]).unlink(missing_ok=True)
+
+        return run_batch(self.state_folder, request.get("task_id"), images_of(studies, request), infer)
 
     def infer_wsi(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:  # noqa: ARG002
         raise HTTPException(404, "this server segments volumes, not whole-slide images")

@@ -17,6 +17,8 @@ from deformux_label.offloop import in_thread
 from deformux_label.web.caller import current_user, note, with_login
 
 from .configs.server import ServerOptions
+from .batch_inference import BatchInferences
+from .batch_routes import batch_router
 from .datastore import CheckedDatastore
 from .label_file import inference_router
 from .leases import Leases, annotator_of
@@ -45,6 +47,7 @@ class App(Protocol):
 
     queue: TrainingQueue
     leases: Leases
+    batches: BatchInferences
     kept: Sessions
     server_options: ServerOptions
 
@@ -65,6 +68,9 @@ class App(Protocol):
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Raise HTTPException for a training that cannot work."""
+
+    def check_batch_inference(self, model: str) -> None:
+        """Raise HTTPException for a batch inference that cannot work."""
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         """What an active-learning strategy chose."""
@@ -96,6 +102,7 @@ def routers(app: App) -> list[APIRouter]:
         session_router(app),
         scoring_router(app.scoring_methods),
         about_router(),
+        batch_router(app),
     ]
 
 

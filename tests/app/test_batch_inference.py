@@ -1,0 +1,163 @@
+"""Batch inference on a CPU: with whatever body clients send, past damaged files, stopped, killed with its server."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+import requests
+from live import LABELS, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
+
+CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
+CASES = ("a", "b", "c")
+# What the documentation of the route shows, and MONAI Label's own server runs with.
+STOCK = {
+    "device": "cuda",
+    "multi_gpu": True,
+    "gpus": "all",
+    "logging": "WARNING",
+    "save_label": True,
+    "label_tag": "original",
+    "max_workers": 1,
+    "max_batch_size": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("batch")
+    for number, name in enumerate(CASES):
+        label = root / "labels" / f"{name}.nii.gz"
+        write_volume(root / "studies" / f"{name}.nii.gz", label, spacing=(4, 4, 4), seed=number)
+    (root / "studies" / "aa_broken.nii.gz").write_bytes((root / "studies" / "a.nii.gz").read_bytes()[:500])
+    return root / "studies"
+
+
+@pytest.fixture(scope="module")
+def server(start_here: Callable[..., LiveServer], studies: Path) -> LiveServer:
+    return start_here(studies, CONF, serve_command)
+
+
+def post(server: LiveServer, model: str = "segmentation", body: Any = None, **query: Any) -> requests.Response:
+    return requests.post(f"{server.url}/batch/infer/{model}", params=query, json=body, timeout=300)
+
+
+def status(server: LiveServer, **query: Any) -> requests.Response:
+    return requests.get(f"{server.url}/batch/infer", params=query, timeout=60)
+
+
+def followed(server: LiveServer, task: str) -> dict[str, Any]:
+    def ended() -> Any:
+        seen = status(server).json()
+        assert seen["id"] == task
+        assert isinstance(seen["details"][-1], str)
+        return seen if seen["status"] != "RUNNING" else None
+
+    return wait_for(ended, "the batch inference ends")
+
+
+def test_without_a_model_it_says_so_and_bad_options_are_refused(server: LiveServer, studies: Path) -> None:
+    assert status(server).status_code == 404
+    untrained = post(server)
+    assert (untrained.status_code, "no trained model yet" in untrained.json()["detail"]) == (409, True)
+    publish_untrained(studies, CONF)
+    for model, body, query, code, word in (
+        ("nobody", None, {}, 404, "segmentation"),
+        ("edit", None, {}, 400, "needs clicks"),
+        ("segmentation", None, {"images": "some"}, 400, "all, labeled, unlabeled"),
+        ("segmentation", {"images": ["a"]}, {}, 400, "all, labeled, unlabeled"),
+        ("segmentation", {"label_tag": "final"}, {}, 400, "submitted"),
+        ("segmentation", {"label_tag": "../../x"}, {}, 400, "label_tag must be original"),
+        ("segmentation", {"label_tag": {}, "device": "tpu"}, {}, 400, "device must be"),
+        ("segmentation", {"save_label": False}, {}, 400, "save_label must be true"),
+        ("segmentation", {"max_workers": -1}, {}, 400, "max_workers"),
+        ("segmentation", {"max_batch_size": "many"}, {}, 400, "max_batch_size"),
+        ("segmentation", {"gpus": "0; rm"}, {}, 400, "gpus must be all"),
+        ("segmentation", {"gpus": "\0"}, {}, 400, "gpus must be all"),
+        ("segmentation", {"multi_gpu": 7}, {}, 400, "multi_gpu"),
+        ("segmentation", {"logging": "LOUD"}, {}, 400, "logging"),
+        ("segmentation", {"model": "edit"}, {}, 400, "there is no option 'model'"),
+        ("segmentation", {"client_id": "\ud800"}, {}, 400, "Unicode"),
+    ):
+        refused = post(server, model, body, **query)
+        assert (refused.status_code, word in refused.json()["detail"]) == (code, True), refused.text
+    assert status(server).status_code == 404, "nothing was begun"
+    assert requests.delete(f"{server.url}/batch/infer", timeout=60).json() is None
+
+
+def test_an_empty_body_segments_every_volume_that_can_be_read(server: LiveServer, studies: Path) -> None:
+    # A label that somebody submitted stays what it is.
+    label = studies.parent / "labels" / "b.nii.gz"
+    assert server.submit("b", label).ok
+    submitted = (studies / "labels" / "final" / "b.nii.gz").read_bytes()
+    started = requests.post(f"{server.url}/batch/infer/segmentation", timeout=60)
+    assert started.status_code == 200, started.text
+    assert started.json()["status"] == "RUNNING"
+    again = post(server, body={})
+    assert (again.status_code, started.json()["id"] in again.json()["detail"]) == (429, True)
+    assert status(server, check_if_running="true").json()["id"] == started.json()["id"]
+    done = followed(server, started.json()["id"])
+    assert (done["status"], done["total"], done["stored"], done["failed"]) == ("DONE", 4, 3, 1), done
+    assert {name: done["images"][name] for name in CASES} == dict.fromkeys(CASES, "stored")
+    assert done["images"]["aa_broken"].startswith("failed: ")
+    assert "aa_broken" in done["images"]["aa_broken"]
+    wait_for(lambda: all("original" in server.objects()[name]["labels"] for name in CASES), "the server sees them")
+    for name in CASES:
+        query = {"label": name, "tag": "original"}
+        proposal = requests.get(f"{server.url}/datastore/label", params=query, timeout=60).content
+        assert np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(proposal)).dataobj).shape == (16, 16, 16)
+    info = server.objects()["a"]["labels"]["original"]["info"]
+    assert (info["model"], info["params"]["model_version"]) == ("segmentation", "v0001")
+    assert (studies / "labels" / "final" / "b.nii.gz").read_bytes() == submitted
+    revisions = requests.get(f"{server.url}/deformux/labels/revisions", params={"image": "b"}, timeout=60).json()
+    assert len(revisions["revisions"]) == 1
+    assert status(server, check_if_running="true").status_code == 404
+    assert "ZeroDivisionError" not in server.log.read_text()
+
+
+def test_as_many_as_are_asked_for(server: LiveServer) -> None:
+    body = {"max_batch_size": 2, "max_workers": 0, "multi_gpu": False, "images": "unlabeled"}
+    two = post(server, body=body, run_sync="true").json()
+    assert {name: result[:6] for name, result in two["images"].items()} == {"a": "stored", "aa_broken": "failed"}
+    assert [task["status"] for task in status(server, all="true").json()] == ["DONE"] * 2
+
+
+def processes_of(task: str) -> list[psutil.Process]:
+    alive = (p for p in psutil.process_iter(["cmdline", "status"]) if p.info["status"] != psutil.STATUS_ZOMBIE)
+    return [process for process in alive if any(task in part for part in process.info["cmdline"] or [])]
+
+
+def test_it_is_stopped_and_a_killed_server_says_so(
+    server: LiveServer, studies: Path, start_here: Callable[..., LiveServer]
+) -> None:
+    # A minute of work, last by name.
+    noise = np.random.default_rng(0).integers(-100, 200, (96, 96, 96)).astype(np.int16)
+    write(studies / "z_large.nii.gz", noise, np.diag([4.0, 4, 4, 1]))
+    wait_for(lambda: "z_large" in server.objects(), "the large volume is seen")
+    task = post(server, body={}, images="unlabeled").json()["id"]
+    wait_for(lambda: status(server).json()["stored"] == 2, "the small ones are done")
+    stopped = requests.delete(f"{server.url}/batch/infer", timeout=120).json()
+    assert (stopped["id"], stopped["status"], stopped["stored"]) == (task, "STOPPED", 2), stopped
+    assert "z_large" not in stopped["images"]
+    assert not processes_of(task)
+
+    task = post(server, body={}, images="unlabeled").json()["id"]
+    wait_for(lambda: status(server).json()["stored"] == 2, "the small ones are done")
+    os.kill(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    again = start_here(studies, CONF, serve_command)
+    wait_for(lambda: not processes_of(task), "it ends with its server")
+    lost = status(again).json()
+    assert (lost["id"], lost["status"], lost["stored"]) == (task, "ERROR", 2)
+    assert "interrupted when its server ended" in lost["error"]
+    assert "original" not in again.objects()["z_large"]["labels"]
+    labelled = post(again, body=STOCK, images="labeled", run_sync="true").json()
+    assert (labelled["status"], labelled["images"]) == ("DONE", {"b": "stored"}), labelled
