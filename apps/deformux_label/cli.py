@@ -77,8 +77,7 @@ def _open(studies: Path) -> CheckedDatastore:
     os.environ["MONAI_LABEL_DATASTORE_AUTO_RELOAD"] = "false"
     from deformux_label.lib.datastore import CheckedDatastore
 
-    # Kept labels were checked when they came; here any value is a label.
-    return CheckedDatastore(str(studies), labels=tuple(map(str, range(1, 256))))
+    return CheckedDatastore(str(studies), labels=None)
 
 
 @app.command()
@@ -131,7 +130,7 @@ def serve(
         project = Project.from_conf(conf)
     except InvalidOption as error:
         _refuse(str(error))
-    if not studies or (not studies.startswith(("http://", "https://")) and Path(studies).is_file()):
+    if not studies or studies.startswith(("http://", "https://")) or Path(studies).is_file():
         _refuse(f"studies must be a folder with volumes; got {studies!r}")
     _check_free(host, port)
     _start(studies, {**project.to_conf(), **{key: value for key, value in of_server.items() if value}}, host, port)

@@ -44,9 +44,7 @@ class ServerOptions:
         origins = tuple(part.strip().rstrip("/") for part in given.get("allow_origin", "").split(",") if part.strip())
         for origin in origins:
             if not _ORIGIN.fullmatch(origin):
-                raise InvalidOption(
-                    f"allow_origin must list origins such as https://viewer.org; got {origin!r}"
-                )
+                raise InvalidOption(f"allow_origin must list origins such as https://viewer.org; got {origin!r}")
         insecure = given.get("insecure", "false").lower()
         if insecure not in ("true", "false"):
             raise InvalidOption(f"insecure must be true or false; got {insecure!r}")
