@@ -83,8 +83,7 @@ def _open(studies: Path) -> CheckedDatastore:
     os.environ["MONAI_LABEL_DATASTORE_AUTO_RELOAD"] = "false"
     from deformux_label.lib.datastore import CheckedDatastore
 
-    # Kept labels were checked when they came; here any value is a label.
-    return CheckedDatastore(str(studies), labels=tuple(map(str, range(1, 256))))
+    return CheckedDatastore(str(studies), labels=None)
 
 
 @app.command()
@@ -140,7 +139,7 @@ def serve(
         project = Project.from_conf(conf)
     except InvalidOption as error:
         _refuse(str(error))
-    if not studies or (not studies.startswith(("http://", "https://")) and Path(studies).is_file()):
+    if not studies or studies.startswith(("http://", "https://")) or Path(studies).is_file():
         _refuse(f"studies must be a folder with volumes; got {studies!r}")
     tls = _checked_tls(ssl_cert, ssl_key)
     if reason := reason_not_to_start(host, options.users, insecure=options.insecure):

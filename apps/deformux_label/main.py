@@ -17,7 +17,7 @@ from lib.batch_inference import BatchInferences, images_of, run_batch
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.configs.server import SERVER_OPTIONS, ServerOptions
-from lib.datastore import CheckedDatastore
+from lib.datastore import CheckedDatastore, StudiesError
 from lib.infers.edit import Edit
 from lib.infers.scribbles import all_scribble_tasks
 from lib.infers.segmentation import Segmentation
@@ -95,8 +95,11 @@ class DeformUXLabel(MONAILabelApp):
 
     def init_datastore(self) -> Datastore:
         if self.studies.startswith(("http://", "https://")):
-            return super().init_datastore()
-        return CheckedDatastore(self.studies, labels=self.project.labels)
+            refuse_to_start(f"studies must be a folder with volumes, not a web address; got {self.studies!r}")
+        try:
+            return CheckedDatastore(self.studies, labels=self.project.labels)
+        except StudiesError as error:
+            refuse_to_start(str(error))
 
     def init_infers(self) -> dict[str, InferTask]:
         # Slicer runs the first one by itself on every new case.
@@ -149,6 +152,7 @@ class DeformUXLabel(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         info = super().info()
+        info["warnings"] = [*info.get("warnings", []), *self.datastore().warnings()]
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
         # The leases and the queue share a file, and what is said of it.

@@ -127,7 +127,10 @@ def test_the_map_survives_a_lost_index_and_goes_with_its_volume(tmp_path: Path) 
     assert datastore.revisions.known() == {}
     with pytest.raises(HTTPException, match="another"):
         datastore.save_label("a", str(volume.label), "uncertainty", {})
-    # A volume without any label may be replaced; the map of the old one is not one of the new one.
+    # The name goes to another volume only when this one is gone; its map is not one of the new one.
+    with pytest.raises(HTTPException, match="a-2"):
+        datastore.add_image("a", str(other.image), {})
+    datastore.remove_image("a")
     datastore.add_image("a", str(shutil.copy(other.image, tmp_path / "a.nii.gz")), {})
     datastore.refresh()
     assert datastore.get_labels_by_image_id("a") == {}

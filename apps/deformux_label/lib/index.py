@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from monailabel.datastore.local import LocalDatastoreModel
+from monailabel.datastore.local import ImageLabelModel, LocalDatastoreModel
 
-from deformux.files import replacing
+from .store.records import repaired
+from .store.volumes import VOLUME_SUFFIXES
 
-__all__ = ["VOLUME_SUFFIXES", "IndexFile", "volumes_in"]
+__all__ = ["VOLUME_SUFFIXES", "IndexFile"]
 
 logger = logging.getLogger(__name__)
-
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 
 class IndexFile:
@@ -25,32 +26,72 @@ class IndexFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, int, int] | None = None
+        # Whether what was read is not what the file says.
+        self.mended = False
 
     def changed(self) -> LocalDatastoreModel | None:
         """The index, if another process has replaced it since this one read or wrote it.
 
+        Entries that cannot be used are left out, and a copy of the whole is kept.
+
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged as a whole.
         """
         if (state := self._state()) is None or state == self._seen:
             return None
-        model = LocalDatastoreModel.model_validate_json(self.path.read_bytes())
+        content = self.path.read_bytes()
+        try:
+            model = LocalDatastoreModel.model_validate_json(content)
+            # Half a surrogate pair can be read but not written.
+            model.model_dump_json()
+        except (ValueError, RecursionError) as error:
+            model = self._what_is_left(content, error)
         self._seen = state
         return model
 
-    def write(self, model: LocalDatastoreModel) -> None:
-        """Replace the index."""
+    def write(self, model: LocalDatastoreModel, temporary: Path) -> None:
+        """Write the index to a file that will take its place."""
         # Pydantic writes ten thousand entries twenty times faster than the json module.
         text = model.model_dump_json(exclude={"base_path"}, indent=2, fallback=str)
-        with replacing(self.path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
+
+    def is_as_written(self) -> None:
+        """Take note that the file is what this process knows."""
         self._seen = self._state()
+        self.mended = False
 
     def put_aside(self) -> Path:
         """Keep a damaged index under another name, and return that."""
-        aside = self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        aside = self._aside()
         os.replace(self.path, aside)
         return aside
+
+    def _what_is_left(self, content: bytes, reason: Exception) -> LocalDatastoreModel:
+        try:
+            found: Any = repaired({**json.loads(content), "objects": {}})
+            objects = json.loads(content)["objects"].items()
+            model = LocalDatastoreModel.model_validate(found)
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            raise ValueError(str(reason).splitlines()[0]) from reason
+        bad = []
+        for image, entry in objects:
+            try:
+                model.objects[str(repaired(image))] = ImageLabelModel.model_validate(repaired(entry))
+            except (ValueError, RecursionError):
+                bad.append(image)
+        self.mended = True
+        aside = self._aside()
+        shutil.copyfile(self.path, aside)
+        logger.error(
+            "The index holds entries that cannot be used (%s); it is kept as %s, and %s",
+            str(reason).splitlines()[0],
+            aside,
+            f"those of {', '.join(map(ascii, bad[:20]))} are made anew of the files" if bad else "their text is mended",
+        )
+        return model
+
+    def _aside(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
 
     def _state(self) -> tuple[int, int, int] | None:
         try:
@@ -59,18 +100,3 @@ class IndexFile:
             return None
         # Two writes within the clock's step differ in their file's number.
         return status.st_mtime_ns, status.st_ino, status.st_size
-
-
-def volumes_in(folder: str | Path, suffixes: Sequence[str] = VOLUME_SUFFIXES) -> dict[str, str]:
-    """Id to suffix of each volume in a folder; hidden files are writes under way, or a Mac's companions."""
-    found: dict[str, str] = {}
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
-    except FileNotFoundError:
-        return {}
-    for name in names:
-        for suffix in suffixes:
-            if name.endswith(suffix):
-                found.setdefault(name.removesuffix(suffix), suffix)
-                break
-    return found

@@ -4,121 +4,189 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
-from deformux.files import replacing
+from .requests.identifiers import is_tag
+from .revisions import Revision, Revisions
+from .store.changes import Change
+from .store.label_states import PLAIN_TAGS, file_state, unchecked, why_unusable
+from .store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
 
-from .index import volumes_in
-from .revisions import Revision, Revisions, checksum
-
-__all__ = ["reconciled"]
+__all__ = ["Reconciled", "file_of", "label_entry", "of_revision", "reconciled", "restored"]
 
 logger = logging.getLogger(__name__)
 
 
-def reconciled(
-    model: LocalDatastoreModel, known: Mapping[str, ImageLabelModel], revisions: Revisions
-) -> dict[str, ImageLabelModel]:
+@dataclass
+class Reconciled:
     """The index entries of the volumes that are there, with the labels that are.
 
-    Files that were copied in or deleted by hand are noticed, a save that a crash interrupted after its revision was
-    written is finished, and an index that was lost comes back with what the revisions know. Unchanged entries are the
-    same objects. The caller holds the studies' lock.
+    Args:
+        objects: unchanged entries are the same objects.
+        found: the volumes, and what is not served.
+        to_check: (id, tag) of labels whose files are not known to be what the index says.
+        stray: ``tag/name`` to the reason, of files among the labels that are labels of nothing.
     """
-    images = volumes_in(model.image_path())
-    labels = {tag: volumes_in(model.label_path(tag)) for tag in _tags(Path(model.label_path(None)))}
-    objects = {image: _image(image, suffix, known.get(image)) for image, suffix in images.items()}
+
+    objects: dict[str, ImageLabelModel]
+    found: Found
+    to_check: list[tuple[str, str]] = field(default_factory=list)
+    stray: dict[str, str] = field(default_factory=dict)
+
+
+def reconciled(
+    model: LocalDatastoreModel,
+    known: Mapping[str, ImageLabelModel],
+    revisions: Revisions,
+    change: Change | None,
+    project: Sequence[str],
+) -> Reconciled:
+    """Compare the index with the files; the caller holds the studies' lock.
+
+    Files that were copied in or deleted by hand are noticed, and an index that was lost comes back with what the
+    revisions know. No label is read here: which must be, to see what it is, is left to ``to_check``.
+
+    Args:
+        change: takes the files that must change; None where nothing can be written.
+        project: the project's labels.
+    """
+    served = {file_of(image, entry): image for image, entry in known.items()}
+    found = find_volumes(Path(model.image_path()), served)
     with_revisions = revisions.known()
-    for image, entry in objects.items():
-        there = {tag: found[image] for tag, found in labels.items() if image in found}
-        tags = with_revisions.get(image, [])
-        if there.keys() == entry.labels.keys() and not tags:
+
+    def belongs(image: str, file: str) -> bool:
+        """Labels that are kept under an id must not come to lie on another volume."""
+        kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
+        return all(revision is None or revision.image_file in (None, file) for revision in kept)
+
+    volumes = with_ids(found, served, belongs)
+    result = Reconciled({image: _image(image, *at, known.get(image)) for image, at in volumes.items()}, found)
+    labels = {tag: labels_in(Path(model.label_path(tag))) for tag in _tags(Path(model.label_path(None)))}
+    for tag, (files, refused) in labels.items():
+        stray = {name: "there is no volume with this id" for name in files if name not in volumes}
+        result.stray |= {f"{tag}/{name}": reason for name, reason in {**refused, **stray}.items()}
+    for image, entry in result.objects.items():
+        there = {tag: files[image] for tag, (files, _) in labels.items() if image in files}
+        tags = [tag for tag in with_revisions.get(image, []) if is_tag(tag)]
+        if not there and not entry.labels and not tags:
             continue
+        one = _Labels(model, image, entry, revisions, change, list(project), result)
         updated = {}
-        for tag in sorted({*there, *entry.labels, *tags}):
-            held = entry.labels.get(tag)
-            label = _label(model, image, tag, there.get(tag), held, revisions if tag in tags else None)
+        for tag in sorted({*there, *filter(is_tag, entry.labels), *tags}):
+            label = one.label(tag, there.get(tag, {}), has_revisions=tag in tags)
             if label is not None:
                 updated[tag] = label
         if updated.keys() != entry.labels.keys() or any(updated[tag] is not entry.labels[tag] for tag in updated):
-            objects[image] = entry.model_copy(update={"labels": updated})
-    for image in known.keys() - objects.keys():
+            result.objects[image] = entry.model_copy(update={"labels": updated})
+    for image in known.keys() - result.objects.keys():
         logger.info("The volume of image %s is gone", image)
-    return objects
+    return result
+
+
+def file_of(image: str, entry: ImageLabelModel) -> str:
+    """Path of a volume in the studies; an index from before this was written down has the id and the suffix."""
+    file = entry.image.info.get("file")
+    return file if isinstance(file, str) else image + entry.image.ext
 
 
 def _tags(folder: Path) -> list[str]:
     try:
-        return sorted(item.name for item in os.scandir(folder) if item.is_dir() and not item.name.startswith("."))
+        return sorted(item.name for item in os.scandir(folder) if item.is_dir() and is_tag(item.name))
     except FileNotFoundError:
         return []
 
 
-def _image(image: str, suffix: str, known: ImageLabelModel | None) -> ImageLabelModel:
-    if known is not None:
+def _image(image: str, file: str, suffix: str, known: ImageLabelModel | None) -> ImageLabelModel:
+    if known is None:
+        info = {"ts": int(time.time()), "name": file.rsplit("/", 1)[-1], "file": file}
+        return ImageLabelModel(image=DataModel(info=info, ext=suffix))
+    if known.image.info.get("file") == file and known.image.ext == suffix:
         return known
-    return ImageLabelModel(image=DataModel(info={"ts": int(time.time()), "name": image + suffix}, ext=suffix))
+    info = {**known.image.info, "file": file}
+    return known.model_copy(update={"image": DataModel(info=info, ext=suffix)})
 
 
-def _label(
-    model: LocalDatastoreModel,
-    image: str,
-    tag: str,
-    suffix: str | None,
-    held: DataModel | None,
-    revisions: Revisions | None,
-) -> DataModel | None:
-    """The entry of one label: ``suffix`` is that of its file, None where there is no file; ``held`` is the index's."""
-    folder = Path(model.label_path(tag))
-    if held is not None and (folder / (image + held.ext)).is_file():
-        suffix = held.ext
-    else:
-        held = None if suffix is not None else held
-    number = held.info.get("revision") if held is not None else None
-    is_newest = revisions is not None and number is not None and number == revisions.last_number(image, tag)
-    if is_newest and suffix is not None:
-        return held
-    newest = revisions.newest(image, tag) if revisions is not None else None
-    if revisions is None or newest is None:
-        return None if suffix is None else held or _entry(image, suffix, {})
-    if held is None and suffix is None and newest.deleted:
-        return None
-    if is_newest:
-        logger.info("The file of label %s of image %s was deleted by hand", tag, image)
-        revisions.add(image, tag, None, annotator="", info={})
-        return None
-    if suffix is not None:
-        found = folder / (image + suffix)
-        content = checksum(found)
-        if content == newest.sha256:
-            return _of(newest, suffix)
-        earlier = next((r for r in reversed(revisions.history(image, tag)) if r.sha256 == content), None)
-        if earlier is None:
-            # Drawn or copied in without this server: newer than anything that it knows.
-            info = held.info if held else {}
-            return _of(revisions.add(image, tag, found, suffix=suffix, annotator="", info=info), suffix)
-    return _finished(folder, image, suffix, newest, revisions)
+@dataclass(frozen=True)
+class _Labels:
+    """The labels of one volume."""
+
+    model: LocalDatastoreModel
+    image: str
+    entry: ImageLabelModel
+    revisions: Revisions
+    change: Change | None
+    project: list[str]
+    result: Reconciled
+
+    def label(self, tag: str, files: Mapping[str, os.stat_result], *, has_revisions: bool) -> DataModel | None:
+        """The entry of one label; ``files`` are the suffixes that it is there with."""
+        held = self.entry.labels.get(tag)
+        if held is not None and split_suffix("x" + held.ext, (held.ext.lower(),)) is None:
+            held = None
+        number = held.info.get("revision") if held is not None else None
+        last = self.revisions.last_number(self.image, tag) if has_revisions else 0
+        if not files:
+            return self._without_file(tag, held, last)
+        suffix = held.ext if held is not None and held.ext in files else next(iter(files))
+        for other in files.keys() - {suffix}:
+            self.result.stray[f"{tag}/{self.image}{other}"] = f"the label of this id is {self.image}{suffix}"
+        if tag in PLAIN_TAGS:
+            return held if held is not None and held.ext == suffix else label_entry(self.image, suffix, {})
+        if held is not None and held.ext == suffix and self._is_known(held, file_state(files[suffix]), last):
+            return held
+        newest = self.revisions.newest(self.image, tag) if last else None
+        if newest is not None and newest.deleted and number is not None and number < last:
+            logger.warning("A crash interrupted the deletion of a label of image %s; finished now", self.image)
+            if self.change is not None:
+                self.change.remove(Path(self.model.label_path(tag)) / (self.image + suffix))
+            return None
+        self.result.to_check.append((self.image, tag))
+        if held is not None and number is not None and number == last:
+            return held if held.ext == suffix else held.model_copy(update={"ext": suffix})
+        if newest is not None and not newest.deleted:
+            return of_revision(newest, suffix)
+        return label_entry(self.image, suffix, unchecked(held.info if held is not None else {}))
+
+    def _is_known(self, held: DataModel, state: str, last: int) -> bool:
+        """Whether the file is the one that the index describes."""
+        if held.info.get("checked") != state or held.info.get("revision", last) != last:
+            return False
+        # What was of no use for another list of labels may be of use for this one.
+        return why_unusable(held.info) is None or held.info.get("labels") == self.project
+
+    def _without_file(self, tag: str, held: DataModel | None, last: int) -> DataModel | None:
+        newest = self.revisions.newest(self.image, tag) if last else None
+        if newest is None or newest.deleted or self.change is None:
+            return None
+        if held is not None and held.info.get("revision") == last:
+            logger.info("The file of label %s of image %s was deleted by hand", tag, self.image)
+            self.revisions.stage(self.change, self.image, tag, last + 1, None, annotator="", info={})
+            return None
+        logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
+        return restored(self.model, self.revisions, self.change, newest)
 
 
-def _finished(folder: Path, image: str, suffix: str | None, newest: Revision, revisions: Revisions) -> DataModel | None:
-    """Do what a crash left undone after ``newest`` was written."""
-    logger.warning("A crash interrupted the saving of revision %d of image %s; finished now", newest.number, image)
-    if not newest.deleted:
-        with replacing(folder / (image + newest.suffix)) as temporary:
-            shutil.copyfile(revisions.file(newest), temporary)
-    if suffix is not None and suffix != newest.suffix:
-        (folder / (image + suffix)).unlink(missing_ok=True)
-    return None if newest.deleted else _of(newest, newest.suffix)
+def restored(model: LocalDatastoreModel, revisions: Revisions, change: Change, revision: Revision) -> DataModel:
+    """Make the kept file of a revision the current one, and return its entry."""
+    target = Path(model.label_path(revision.tag)) / (revision.image + revision.suffix)
+    temporary = change.copy(revisions.file(revision), target)
+    return of_revision(revision, revision.suffix, checked=file_state(temporary.stat()))
 
 
-def _of(revision: Revision, suffix: str) -> DataModel:
-    return _entry(revision.image, suffix, {**revision.info, "revision": revision.number}, ts=revision.time)
+def of_revision(revision: Revision, suffix: str, checked: str | None = None) -> DataModel:
+    """The entry of a revision's label; ``checked`` is the state of its file, where that is known to be the label."""
+    names: dict[str, Any] = {} if revision.labels is None else {"labels": list(revision.labels)}
+    state = {} if checked is None else {"checked": checked}
+    info = {**revision.info, **names, **state, "revision": revision.number}
+    return label_entry(revision.image, suffix, info, time_s=revision.time)
 
 
-def _entry(image: str, suffix: str, info: Mapping[str, object], ts: float | None = None) -> DataModel:
-    return DataModel(info={**info, "ts": int(ts or time.time()), "name": image + suffix}, ext=suffix)
+def label_entry(image: str, suffix: str, info: Mapping[str, object], time_s: float | None = None) -> DataModel:
+    """An entry of the index for a label file."""
+    return DataModel(info={**info, "ts": int(time_s or time.time()), "name": image + suffix}, ext=suffix)

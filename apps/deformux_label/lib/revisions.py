@@ -5,18 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
+import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from deformux.files import replacing, write_text
+from fastapi import HTTPException
 
-__all__ = ["Revision", "Revisions", "checksum"]
+from .requests.identifiers import checked_image_id, checked_revision, checked_tag, is_image_id
+from .store.changes import WRITING, Change
+from .store.records import repaired
+from .store.volumes import LABEL_SUFFIXES
+
+__all__ = ["Revision", "Revisions", "checksum", "inside"]
 
 logger = logging.getLogger(__name__)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Revision:
         model_version: the model whose proposal was corrected, where that is known.
         restored_from: number of the revision that was restored.
         info: what the client said about the label.
+        labels: names of the values 1..N; None where the record is older than this field.
+        image_file: path of the volume in the studies; None where the record is older than this field.
     """
 
     image: str
@@ -45,6 +54,8 @@ class Revision:
     model_version: str | None = None
     restored_from: int | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
+    labels: list[str] | None = None
+    image_file: str | None = None
 
     @property
     def deleted(self) -> bool:
@@ -60,30 +71,35 @@ class Revisions:
     """Revisions in ``<folder>/<image>/<tag>/0001.nii.gz`` and ``0001.json``, both by rename, the second last.
 
     A file without its JSON was never acknowledged. Nothing is ever deleted here. The caller holds the studies' lock.
+    Ids, tags and numbers that are none are refused with HTTPException, wherever they come from.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Records that cannot be used, with the reason: told once, and listed for as long as they are there.
+        self.damaged: dict[str, str] = {}
 
-    def add(
+    def stage(
         self,
+        change: Change,
         image: str,
         tag: str,
+        number: int,
         file: Path | None,
         *,
         suffix: str = "",
         annotator: str,
         info: Mapping[str, Any],
-        model_version: str | None = None,
-        restored_from: int | None = None,
+        **more: Any,
     ) -> Revision:
-        """Keep a copy of ``file``, or record a deletion where it is None."""
-        number = self.last_number(image, tag) + 1
+        """Add a revision with a copy of ``file``, or of a deletion where it is None, to a change of files.
+
+        ``number`` is one more than that of the revision before; ``more`` are other fields of the revision.
+        """
+        stem = self._stem(image, tag, number)
         sha256 = ""
         if file is not None:
-            with replacing(self._stem(image, tag, number).with_name(f"{number:04d}{suffix}")) as temporary:
-                shutil.copyfile(file, temporary)
-                sha256 = checksum(temporary)
+            sha256 = checksum(change.copy(file, stem.with_name(stem.name + suffix)))
         revision = Revision(
             image=image,
             tag=tag,
@@ -92,11 +108,10 @@ class Revisions:
             annotator=annotator,
             suffix=suffix if file is not None else "",
             sha256=sha256,
-            model_version=model_version,
-            restored_from=restored_from,
             info=dict(info),
+            **more,
         )
-        write_text(self._stem(image, tag, number).with_suffix(".json"), json.dumps(asdict(revision), indent=1) + "\n")
+        change.write_text(stem.with_name(stem.name + ".json"), json.dumps(asdict(revision), indent=1) + "\n")
         return revision
 
     def history(self, image: str, tag: str) -> list[Revision]:
@@ -106,52 +121,127 @@ class Revisions:
 
     def get(self, image: str, tag: str, number: int) -> Revision | None:
         """One revision, or None."""
+        checked_revision(number)
         return self._read(image, tag, number) if number in self._numbers(image, tag) else None
 
     def newest(self, image: str, tag: str) -> Revision | None:
         """The last one, or None."""
-        for number in sorted(self._numbers(image, tag), reverse=True):
-            if (revision := self._read(image, tag, number)) is not None:
+        return next(self._backwards(image, tag), None)
+
+    def newest_intact(self, image: str, tag: str) -> Revision | None:
+        """The last one whose file is as it was kept; None where the last one is a deletion."""
+        for revision in self._backwards(image, tag):
+            if revision.deleted:
+                return None
+            if self.is_intact(revision):
                 return revision
         return None
 
+    def is_intact(self, revision: Revision) -> bool:
+        """Whether the kept file of a revision is as it was kept."""
+        try:
+            return not revision.deleted and checksum(self.file(revision)) == revision.sha256
+        except OSError:
+            return False
+
     def last_number(self, image: str, tag: str) -> int:
-        """Number of the newest revision, 0 where there is none."""
+        """Number of the newest revision, 0 where there is none; of damaged ones too, whose files stay."""
         return max(self._numbers(image, tag), default=0)
 
     def file(self, revision: Revision) -> Path:
         """The kept file of a revision that is no deletion."""
         stem = self._stem(revision.image, revision.tag, revision.number)
-        return stem.with_name(f"{revision.number:04d}{revision.suffix}")
+        return stem.with_name(stem.name + revision.suffix)
 
     def known(self) -> dict[str, list[str]]:
         """Tags with revisions, by image; images that are gone included."""
         if not self.folder.is_dir():
             return {}
         return {
-            image.name: sorted(tag.name for tag in image.iterdir() if tag.is_dir())
+            image.name: sorted(tag.name for tag in image.iterdir() if tag.is_dir() and not tag.name.startswith("."))
             for image in sorted(self.folder.iterdir())
-            if image.is_dir()
+            if is_image_id(image.name) and image.is_dir()
         }
 
+    def clean(self) -> None:
+        """Delete what a crash left half-written; the caller holds the studies' lock."""
+        for leftover in self.folder.glob(f"*/*/{WRITING}*"):
+            leftover.unlink(missing_ok=True)
+
+    def _folder_of(self, image: str, tag: str) -> Path:
+        return inside(self.folder, self.folder / checked_image_id(image, status=404) / checked_tag(tag))
+
     def _stem(self, image: str, tag: str, number: int) -> Path:
-        return self.folder / image / tag / f"{number:04d}"
+        return self._folder_of(image, tag) / f"{checked_revision(number):04d}"
 
     def _numbers(self, image: str, tag: str) -> list[int]:
-        folder = self.folder / image / tag
+        folder = self._folder_of(image, tag)
         if not folder.is_dir():
             return []
-        return [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+        return [int(path.stem) for path in folder.glob("*.json") if path.stem.isascii() and path.stem.isdigit()]
+
+    def _backwards(self, image: str, tag: str) -> Iterator[Revision]:
+        for number in sorted(self._numbers(image, tag), reverse=True):
+            if (revision := self._read(image, tag, number)) is not None:
+                yield revision
 
     def _read(self, image: str, tag: str, number: int) -> Revision | None:
         path = self._stem(image, tag, number).with_suffix(".json")
         try:
-            return Revision(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            logger.error("The record %s of a label's revision cannot be read: %s", path, error)
+            return _revision(json.loads(path.read_text(encoding="utf-8")), image, tag, number)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            where = f"{image}/{tag}/{path.name}"
+            if where not in self.damaged:
+                logger.error("The record %s of a label's revision cannot be used and is left out: %s", path, error)
+            self.damaged[where] = f"the record of revision {number} cannot be used: {error}"
             return None
+
+
+def _revision(record: Any, image: str, tag: str, number: int) -> Revision:
+    """The revision of a record.
+
+    Raises:
+        ValueError: it is not one of this label.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {type(record).__name__}")
+    known = {item.name for item in fields(Revision)}
+    revision = Revision(**{name: value for name, value in repaired(record).items() if name in known})
+    if (revision.image, revision.tag, revision.number) != (image, tag, number):
+        raise ValueError(f"it says that it is revision {revision.number!r} of {revision.image!r}, {revision.tag!r}")
+    texts = {"annotator": revision.annotator, "suffix": revision.suffix, "sha256": revision.sha256}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {value!r}")
+    if revision.sha256 and not _SHA256.fullmatch(revision.sha256):
+        raise ValueError("sha256 is not a checksum")
+    if revision.sha256 and revision.suffix.lower() not in LABEL_SUFFIXES:
+        raise ValueError(f"{revision.suffix!r} is not the suffix of a label")
+    if isinstance(revision.time, bool) or not isinstance(revision.time, int | float) or not 0 <= revision.time < 1e11:
+        raise ValueError(f"time must be seconds since 1970, got {revision.time!r}")
+    if not isinstance(revision.info, dict) or not isinstance(revision.labels, list | None):
+        raise ValueError("info must be an object and labels a list")
+    for optional in (revision.model_version, revision.image_file):
+        if not isinstance(optional, str | None):
+            raise ValueError(f"{optional!r} must be text")
+    return revision
+
+
+def inside(folder: Path, place: Path) -> Path:
+    """Return the folder ``place``, which must lie in ``folder`` when all links are followed.
+
+    Raises:
+        HTTPException: 409, so that nothing is read or written elsewhere.
+    """
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise HTTPException(409, f"{place.name!r} is a link out of the studies folder, which is not followed")
+    return place
 
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -16,9 +16,9 @@ from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
 from deformux_label.web.caller import current_user, note, with_login
 
-from .configs.server import ServerOptions
 from .batch_inference import BatchInferences
 from .batch_routes import batch_router
+from .configs.server import ServerOptions
 from .datastore import CheckedDatastore
 from .label_file import inference_router
 from .leases import Leases, annotator_of

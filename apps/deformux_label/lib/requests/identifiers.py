@@ -20,6 +20,7 @@ __all__ = [
     "checked_text",
     "checked_version",
     "is_image_id",
+    "is_tag",
     "is_text",
     "refuse_invalid_text",
 ]
@@ -66,9 +67,14 @@ def checked_image_id(value: object, *, status: int = 400) -> str:
     return str(value)
 
 
+def is_tag(value: object) -> bool:
+    """Return whether a value can be a label tag."""
+    return isinstance(value, str) and _TAG.fullmatch(value) is not None
+
+
 def checked_tag(value: object) -> str:
     """Return a label tag; raises HTTPException 400 for what cannot be one."""
-    if not isinstance(value, str) or not _TAG.fullmatch(value):
+    if not isinstance(value, str) or not is_tag(value):
         raise HTTPException(400, f"{_shown(value)} cannot be a label tag; use up to 64 letters, digits, - and _")
     return str(getattr(value, "value", value))
 

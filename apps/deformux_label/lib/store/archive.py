@@ -1,0 +1,33 @@
+"""All labelled volumes in one file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from .volumes import LABEL_SUFFIXES, split_suffix
+
+__all__ = ["write_archive"]
+
+
+def write_archive(cases: Mapping[str, tuple[str, str]], metadata: str) -> str:
+    """Write ``image/<id>…``, ``label/<id>…`` and ``metadata.json`` to a new zip file, and return its path.
+
+    ``cases`` are the paths of volume and label by id; volumes of different folders may have the same name.
+    """
+    handle, path = tempfile.mkstemp(suffix=".zip")
+    os.close(handle)
+    try:
+        with zipfile.ZipFile(path, mode="w") as archive:
+            for name, pair in cases.items():
+                for folder, file in zip(("image", "label"), pair, strict=True):
+                    suffix = (split_suffix(file, LABEL_SUFFIXES) or ("", ""))[1]
+                    archive.write(file, arcname=f"{folder}/{name}{suffix}")
+            archive.writestr("metadata.json", metadata)
+    except BaseException:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return path

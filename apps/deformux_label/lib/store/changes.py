@@ -1,0 +1,234 @@
+"""Changes of several files that all happen or none of them, whatever the disk still holds."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["WRITING", "Change", "all_or_nothing", "place"]
+
+logger = logging.getLogger(__name__)
+
+# Hidden, so that nobody takes it for a volume; whoever holds the studies' lock may delete what a crash left.
+WRITING = ".writing-"
+
+
+@dataclass
+class _Step:
+    """A rename: of a finished temporary file to its place, or of a file to another place (None: out of the way)."""
+
+    source: Path
+    target: Path
+    written: bool
+    new: bool = False
+    before: Path | None = None
+    done: bool = False
+
+
+@dataclass
+class Change:
+    """Renames that are made together at the end of ``all_or_nothing``, in the order in which they were asked for."""
+
+    _steps: list[_Step] = field(default_factory=list)
+    _hidden: list[Path] = field(default_factory=list)
+    _folders: list[Path] = field(default_factory=list)
+
+    def write(self, target: Path, *, new: bool = False) -> Path:
+        """Return a temporary path beside ``target`` to write to; what is written takes the place of ``target``.
+
+        Where it must be ``new``, the change fails if something is there.
+        """
+        temporary = self._temporary(target)
+        self._steps.append(_Step(temporary, target, written=True, new=new))
+        return temporary
+
+    def write_text(self, target: Path, text: str) -> None:
+        """Write a text file in the place of ``target``."""
+        self.write(target).write_text(text, encoding="utf-8")
+
+    def copy(self, source: Path, target: Path, *, new: bool = False) -> Path:
+        """Copy a file to ``target``, and return the temporary path of the copy."""
+        temporary = self.write(target, new=new)
+        shutil.copyfile(source, temporary)
+        return temporary
+
+    def move(self, source: Path, target: Path) -> None:
+        """Rename ``source``, which may be a link and is not followed, to ``target``, where nothing may be."""
+        self._make_folder(target.parent)
+        self._steps.append(_Step(source, target, written=False))
+
+    def remove(self, path: Path) -> None:
+        """Delete a file or a link, which is not followed."""
+        self._steps.append(_Step(path, self._temporary(path), written=False))
+
+    def _temporary(self, target: Path) -> Path:
+        self._make_folder(target.parent)
+        # The suffix stays: some writers choose the format by it.
+        suffix = "".join(target.suffixes)[-40:]
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=WRITING, suffix=suffix)
+        os.close(handle)
+        self._hidden.append(Path(name))
+        return Path(name)
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = [folder, *folder.parents]
+        missing = missing[: next(index for index, path in enumerate(missing) if path.is_dir())]
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            self._folders.append(path)
+
+    def _prepare(self) -> None:
+        """Do everything that may need room, while nothing has changed yet."""
+        for step in self._steps:
+            if step.written:
+                with step.source.open("rb") as written:
+                    os.fsync(written.fileno())
+                # mkstemp makes files for the owner alone; a label must be readable as any other file is.
+                step.source.chmod(0o666 & ~_umask())
+        for step in self._steps[:-1]:
+            if step.written and os.path.lexists(step.target):
+                step.before = _twin(step.target)
+                self._hidden.append(step.before)
+
+    def _commit(self) -> None:
+        try:
+            for step in self._steps:
+                if step.new:
+                    _place_new(step.source, step.target)
+                else:
+                    place(step.source, step.target, replace=step.written or step.target in self._hidden)
+                step.done = True
+        except BaseException:
+            for step in reversed(self._steps):
+                if step.done:
+                    try:
+                        _undo(step)
+                    except OSError as error:
+                        logger.error("%s could not be brought back: %s", step.target, error)
+            raise
+
+    def _clean(self, *, failed: bool) -> None:
+        for path in self._hidden:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        for folder in reversed(self._folders) if failed else ():
+            with suppress(OSError):  # somebody else put something there
+                folder.rmdir()
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[Change]:
+    """Collect changes of files, and make them at the end of the block, unless it raises.
+
+    New files are written completely, beside their places, before the first rename, so that a full disk is noticed
+    while nothing has changed yet. A rename that fails nevertheless undoes those before it, which needs no room. After
+    a crash in the middle of the renames the first of them are done, in the given order.
+    """
+    change = Change()
+    try:
+        yield change
+        change._prepare()
+        change._commit()
+    except BaseException:
+        change._clean(failed=True)
+        raise
+    change._clean(failed=False)
+
+
+def place(source: Path, target: Path, *, replace: bool = False) -> None:
+    """Rename a file or a link (not what it points to), also to another file system, and sync it to the disk.
+
+    Raises:
+        FileExistsError: something is at ``target`` and ``replace`` was not asked for.
+    """
+    if not replace and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "already exists", str(target))
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _copy_entry(source, target)
+        try:
+            source.unlink()
+        except OSError:
+            target.unlink(missing_ok=True)
+            raise
+    _sync_folder(target.parent)
+
+
+def _place_new(source: Path, target: Path) -> None:
+    """Give a file its name, which nothing may have; two at the same time cannot get the same one."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links
+        place(source, target)
+        return
+    _sync_folder(target.parent)
+
+
+def _copy_entry(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        target.unlink(missing_ok=True)
+        target.symlink_to(os.readlink(source))
+        return
+    try:
+        shutil.copy2(source, target)
+        with target.open("rb") as written:
+            os.fsync(written.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _twin(path: Path) -> Path:
+    """A second name of a file or link, under which it stays when the first is replaced; a copy where links fail."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
+    os.close(handle)
+    twin = Path(name)
+    try:
+        twin.unlink()
+        os.link(path, twin, follow_symlinks=False)
+    except OSError:
+        try:
+            _copy_entry(path, twin)
+        except OSError:
+            twin.unlink(missing_ok=True)
+            raise
+    return twin
+
+
+def _undo(step: _Step) -> None:
+    if not step.written:
+        place(step.target, step.source, replace=True)
+    elif step.before is not None:
+        place(step.before, step.target, replace=True)
+    else:
+        step.target.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself is lost with the power until its folder is on the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
+        return
+    with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

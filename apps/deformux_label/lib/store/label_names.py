@@ -1,0 +1,120 @@
+"""What the values of a stored label stand for, when the project's list of labels is another one than it was.
+
+Every label is stored with the names of its values 1..N, and stays as it was drawn. Where the project's list is
+another one, whoever uses the label (training, Dice, downloads, restoring) gets a copy with the values of the
+project's list, made when it is first asked for and kept under ``.deformux/mapped``. So nothing is lost by a start with
+another list, the former list brings everything back, and two servers with two lists can share a folder.
+
+- A label that both lists have gets its new value.
+- A label that the project's list does not have any more becomes background (0): such a voxel is certainly none of the
+  labels that were looked for and are still there. Where the project's list has labels that the old one did not, they
+  count as not looked for: ``annotated`` names the rest, and training does not take a 0 for the absence of the others.
+- Voxels of 255, which nobody labelled, stay 255. So do values beyond the list, of which nobody knows what they are.
+- A label with no name in common with the project's list says nothing to it, and counts as not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deformux.files import replacing
+from deformux.transforms import UNLABELLED
+
+from ..infers.writer import write_labels
+from ..labels import segment_values
+
+__all__ = ["MappedLabels", "looked_for", "mapped_info", "names_of", "value_table", "write_mapped"]
+
+
+def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a stored label's values; ``unnamed`` are those of labels from before names were kept."""
+    names = info.get("labels")
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        return tuple(names)
+    return tuple(unnamed)
+
+
+def looked_for(info: Mapping[str, Any], names: Sequence[str], project: Sequence[str]) -> list[str]:
+    """Return which labels of the project were looked for when a label of ``names`` was drawn."""
+    annotated = info.get("annotated")
+    known = {str(name) for name in annotated} if isinstance(annotated, list) else set(names)
+    return [name for name in project if name in names and name in known]
+
+
+def mapped_info(info: Mapping[str, Any], names: Sequence[str], project: Sequence[str]) -> dict[str, Any]:
+    """Return what is known about a label as it is for the project's list."""
+    if tuple(names) == tuple(project):
+        return dict(info)
+    rest = {key: value for key, value in info.items() if key not in ("annotated", "label_info")}
+    found = looked_for(info, names, project)
+    partly = {} if len(found) == len(project) else {"annotated": found}
+    return {**rest, **partly, "labels": list(project), "stored_labels": list(names)}
+
+
+def value_table(names: Sequence[str], project: Sequence[str]) -> np.ndarray:
+    """Return the project's value for each stored value 0..255, ``(256,)``, uint8."""
+    table = np.full(256, UNLABELLED, dtype=np.uint8)
+    table[0] = 0
+    for value, name in enumerate(names, start=1):
+        table[value] = project.index(name) + 1 if name in project else 0
+    return table
+
+
+def write_mapped(
+    label: Path, image: Path, image_id: str, names: Sequence[str], project: Sequence[str], target: Path
+) -> None:
+    """Write a stored label with the values of the project's list, in the order of its image's voxels.
+
+    Raises:
+        HTTPException: 422 where the label cannot be read or is not on its image's grid.
+    """
+    values, _, affine = segment_values(label, image, image_id)
+    values = value_table(names, project)[np.minimum(values, UNLABELLED)]
+    write_labels(target, values, affine, {name: value for value, name in enumerate(project, start=1)})
+
+
+class MappedLabels:
+    """Copies of labels with the values of another list, under ``<folder>/<list>/<tag>/<image>/<version>``."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def get(
+        self, label: Path, image: Path, image_id: str, tag: str, names: Sequence[str], project: Sequence[str]
+    ) -> Path:
+        """Return the copy of a label for the project's list, made where there is none of this version yet."""
+        status = label.stat()
+        version = _short([list(names), status.st_size, status.st_mtime_ns, status.st_ino])
+        place = self._root() / _short(list(project)) / tag / image_id
+        copy = place / version / f"{image_id}.nii.gz"
+        if not copy.is_file():
+            with replacing(copy) as temporary:
+                write_mapped(label, image, image_id, names, project, temporary)
+            for other in place.iterdir():
+                if other.name != version:
+                    shutil.rmtree(other, ignore_errors=True)
+        return copy
+
+    def forget(self, image_id: str) -> None:
+        """Delete the copies of a volume's labels."""
+        for place in self._folder.glob("*/*/*") if self._folder else ():
+            if place.name == image_id:
+                shutil.rmtree(place, ignore_errors=True)
+
+    def _root(self) -> Path:
+        # Studies that cannot be written to.
+        if self._folder is None:
+            self._folder = Path(tempfile.mkdtemp(prefix="mapped-"))
+        return self._folder
+
+
+def _short(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]

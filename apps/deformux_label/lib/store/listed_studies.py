@@ -1,0 +1,149 @@
+"""What a folder of studies holds, for whoever asks: volumes, labels, and what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from monailabel.datastore.local import DataModel, ImageLabelModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from .archive import write_archive
+from .label_names import looked_for, mapped_info, names_of
+from .label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
+from .notices import listed
+from .studies_folder import StudiesFolder
+from .summary import Summary
+
+__all__ = ["ListedStudies"]
+
+
+class ListedStudies(StudiesFolder):
+    """The part of MONAI Label's datastore that only reads."""
+
+    _summary: Summary | None = None
+
+    def get_image_uri(self, image_id: str) -> str:
+        """Path of a volume, in the studies also where that is a link; empty where there is none."""
+        entry = self._datastore.objects.get(image_id)
+        return "" if entry is None else str(self._image_file(image_id, entry))
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """Path of a label with the project's values; empty where there is none.
+
+        The stored file itself, unless the project's list of labels is another one than it was drawn for.
+        """
+        label = self._datastore.label(label_id, label_tag)
+        if label is None:
+            return ""
+        file = self._label_file(label_id, label_tag, label.ext)
+        if label_tag == UNCERTAINTY_TAG or not file.is_file():
+            return str(file)
+        if label_tag not in PLAIN_TAGS and label.info.get("checked") != file_state(file.stat()):
+            self._check([(label_id, label_tag)])
+            label = self._datastore.label(label_id, label_tag) or label
+            file = self._label_file(label_id, label_tag, label.ext)
+        names = names_of(label.info, self._unnamed)
+        if names == self.labels or not self.labels or why_unusable(label.info) or not set(names) & set(self.labels):
+            return str(file)
+        image = Path(self.get_image_uri(label_id))
+        return str(self._mapped.get(file, image, label_id, label_tag, names, self.labels))
+
+    def get_image_info(self, image_id: str) -> dict[str, Any]:
+        """What is known about a volume, with its ``path``."""
+        entry = self._image(image_id)
+        return {**entry.image.info, "path": str(self._image_file(image_id, entry))}
+
+    def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
+        """What is known about a label, for the project's list of labels."""
+        info = self._label(label_id, label_tag).info
+        return mapped_info(info, names_of(info, self._unnamed), self.labels) if self.labels else dict(info)
+
+    def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
+        """Tag to id of the labels of a volume that can be used."""
+        entry = self._datastore.objects.get(image_id)
+        return {tag: image_id for tag, label in entry.labels.items() if self._why_not(label) is None} if entry else {}
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the volumes with a submitted label that can be used."""
+        return list(self.summary().labelled)
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Ids of the volumes without one; those whose label is still being checked are in neither list."""
+        return list(self.summary().unlabelled)
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """Paths of the volumes with a submitted label, and of their labels."""
+        final = DefaultLabelTag.FINAL.value
+        return [
+            {"image": self.get_image_uri(image), "label": self.get_label_uri(image, final)}
+            for image in self.get_labeled_images()
+        ]
+
+    def summary(self) -> Summary:
+        """The volumes by whether they are labelled; made once for each state of the index."""
+        model, summary = self._datastore, self._summary
+        if summary is None or summary.objects is not model.objects:
+            summary = self._summary = Summary.of(model.objects, self._why_not)
+        return summary
+
+    def status(self) -> dict[str, Any]:
+        """How many volumes and labels there are, and what cannot be used, with the reasons."""
+        summary = self.summary()
+        return {
+            "total": len(self._datastore.objects),
+            "completed": len(summary.labelled),
+            "label_tags": dict(summary.tags),
+            "not_served": listed(self.not_served()),
+            "unusable_labels": listed(self.unusable_labels()),
+            "read_only": self.read_only,
+        }
+
+    def warnings(self) -> list[str]:
+        """Return what an operator must know, the latest last."""
+        damaged = [f"{record}: {reason}" for record, reason in list(self.revisions.damaged.items())[:20]]
+        return [*self.notices.warnings(), *damaged]
+
+    def not_served(self) -> dict[str, str]:
+        """Return the files that look like volumes and are not served, with the reasons."""
+        return dict(self._files.found.not_served) if self._files else {}
+
+    def unusable_labels(self) -> dict[str, str]:
+        """Return the label files (``tag/name``) that count for nothing, with the reasons."""
+        return {**(self._files.stray if self._files else {}), **self.summary().unusable}
+
+    def get_dataset_archive(self, limit_cases: int | None) -> str:
+        """Path of a zip file with all labelled volumes."""
+        images = self.get_labeled_images()
+        if not images:
+            raise HTTPException(404, "there is no submitted label yet, so there is nothing to download")
+        final = DefaultLabelTag.FINAL.value
+        chosen = images[:limit_cases] if limit_cases and limit_cases > 0 else images
+        cases = {image: (self.get_image_uri(image), self.get_label_uri(image, final)) for image in chosen}
+        return write_archive(cases, self._datastore.model_dump_json(exclude={"base_path"}))
+
+    def _why_not(self, label: DataModel) -> str | None:
+        """Why a label does not count for this project; None where it does."""
+        if reason := why_unusable(label.info):
+            return reason
+        names = names_of(label.info, self._unnamed)
+        if names == self.labels or not self.labels or looked_for(label.info, names, self.labels):
+            return None
+        return f"it was drawn for {', '.join(names)}, and none of these is a label of this project"
+
+    def _image(self, image_id: str) -> ImageLabelModel:
+        return self._entry(self._datastore.objects, image_id)
+
+    def _entry(self, objects: Mapping[str, ImageLabelModel], image_id: str) -> ImageLabelModel:
+        entry = objects.get(image_id)
+        if entry is None:
+            raise HTTPException(404, f"there is no image with the id {image_id!r}")
+        return entry
+
+    def _label(self, label_id: str, tag: str) -> DataModel:
+        label = self._image(label_id).labels.get(tag)
+        if label is None:
+            raise HTTPException(404, f"image {label_id!r} has no label with the tag {tag!r}")
+        return label

@@ -1,0 +1,66 @@
+"""For which labels a studies folder was served last: what labels that carry no names are taken to mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deformux.files import write_text
+
+__all__ = ["ProjectRecord"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProjectRecord:
+    """The record ``.deformux/project.json``.
+
+    Args:
+        labels: the list of the last start.
+        unnamed: the list that labels from before names were kept are taken to have; written once.
+    """
+
+    labels: tuple[str, ...]
+    unnamed: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> ProjectRecord | None:
+        """The record, or None where there is none; a damaged one is kept under another name."""
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return cls(_names(record["labels"]), _names(record["unnamed"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            logger.error("The record %s cannot be used, and is made anew: %s", path, error)
+            try:
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
+            except OSError as other:
+                logger.warning("It could not be set aside: %s", other)
+            return None
+
+    @classmethod
+    def begin(cls, path: Path, labels: Sequence[str], *, writable: bool) -> ProjectRecord:
+        """The record of a start with a list of labels, written where it says something new."""
+        before = cls.read(path)
+        record = cls(tuple(labels), before.unnamed if before else tuple(labels))
+        if before is not None and before.labels != record.labels:
+            logger.warning(
+                "The labels were %s at the last start and are %s now; stored labels are used by their names",
+                ", ".join(before.labels),
+                ", ".join(labels),
+            )
+        if record != before and writable:
+            write_text(path, json.dumps({"labels": list(labels), "unnamed": list(record.unnamed)}) + "\n")
+        return record
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
+        raise ValueError(f"expected a list of names, got {value!r}")
+    return tuple(value)

@@ -1,0 +1,32 @@
+"""Records of files that anybody may have edited: their text made such that it can be written and sent again."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["repaired"]
+
+_DEEPEST = 32
+
+
+def repaired(value: Any, depth: int = 0) -> Any:
+    """Return JSON in which every text is Unicode, and every number finite.
+
+    Half a surrogate pair becomes ``?``, as in a name that a client sent before that was refused; NaN and infinity
+    become None.
+
+    Raises:
+        ValueError: it is nested deeper than anything that this server writes.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {repaired(str(key), depth): repaired(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [repaired(item, depth + 1) for item in value]
+    return value

@@ -1,0 +1,312 @@
+"""A folder of studies as it lies on the disk: its index, its lock, and what changes in it by hand."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import HTTPException
+from filelock import FileLock
+from monailabel.config import settings
+from monailabel.datastore.local import ImageLabelModel, LocalDatastore, LocalDatastoreModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from ..index import IndexFile
+from ..reconcile import Reconciled, file_of, reconciled
+from ..requests.identifiers import checked_tag
+from ..revisions import Revisions, inside
+from . import label_check
+from .changes import WRITING, Change, all_or_nothing
+from .label_names import MappedLabels, names_of
+from .label_states import PLAIN_TAGS, file_state, why_unusable
+from .notices import Notices
+from .project_record import ProjectRecord
+from .trash import Trash
+from .volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
+from .watcher import StudiesWatcher
+
+__all__ = ["StudiesError", "StudiesFolder"]
+
+logger = logging.getLogger(__name__)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Seconds that a start waits for labels to be checked; the rest follows in the background.
+_WAIT_FOR_CHECKS_S = 5.0
+
+
+class StudiesError(ValueError):
+    """A folder cannot be served; the message is one sentence."""
+
+
+class StudiesFolder(LocalDatastore):
+    """The index of a folder, kept in step with the files and with what other processes write.
+
+    Args:
+        folder: the studies.
+        labels: the project's labels; None for tools, which take those of the last start.
+
+    Raises:
+        StudiesError: it cannot be read, or its labels are of another project.
+    """
+
+    _datastore: LocalDatastoreModel
+
+    def __init__(self, folder: str, *, labels: Sequence[str] | None) -> None:
+        # Not MONAI Label's own start, which writes at once, and lists the folder in its own way.
+        self._datastore_path = os.path.realpath(folder)
+        self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
+        self._lock_file = os.path.join(self._datastore_path, ".lock")
+        self._extensions = [f"*{suffix}" for suffix in VOLUME_SUFFIXES]
+        self._auto_reload = settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD
+        self.notices = Notices()
+        self.read_only = _cannot_write(self._datastore_path) or bool(settings.MONAI_LABEL_DATASTORE_READ_ONLY)
+        # One re-entrant lock: MONAI Label opens a new one for each step of a change.
+        self._lock: AbstractContextManager[Any] = threading.RLock() if self.read_only else FileLock(self._lock_file)
+        self._index = IndexFile(Path(self._datastore_config_path))
+        state = Path(self._datastore_path) / ".deformux"
+        self.revisions = Revisions(state / "revisions")
+        self.trash = Trash(state / "trash")
+        self._mapped = MappedLabels(None if self.read_only else state / "mapped")
+        self._checks = label_check.BackgroundChecks(self._check)
+        self._files: Reconciled | None = None
+        self._datastore = LocalDatastoreModel(
+            name="new-dataset", description="New Dataset", images_dir=".", base_path=self._datastore_path
+        )
+        self._open(state, labels)
+
+    def _open(self, state: Path, labels: Sequence[str] | None) -> None:
+        if self.read_only:
+            self.notices.warn(
+                f"the studies folder {self._datastore_path!r} cannot be written to: inference works, and labels, "
+                "uploads and training are refused"
+            )
+        else:
+            for tag in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
+                os.makedirs(self._label_folder(tag), exist_ok=True)
+            with self._lock:
+                # Whoever writes holds the lock, so these are what a crash left.
+                root = Path(self._datastore_path)
+                for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"labels/*/{WRITING}*")):
+                    leftover.unlink(missing_ok=True)
+                self.revisions.clean()
+        record = self._begin(state / "project.json", labels)
+        self.labels = record.labels
+        self._unnamed = record.unnamed
+        self._init_from_datastore_file()
+        self.refresh()
+        if labels is not None:
+            self._refuse_another_projects_labels()
+        if self._auto_reload and not self.read_only:
+            StudiesWatcher(
+                self._datastore_path,
+                self._datastore_config_path,
+                is_news=self._is_news,
+                refresh=self.refresh,
+                reload=self._init_from_datastore_file,
+            ).start()
+
+    def _begin(self, path: Path, labels: Sequence[str] | None) -> ProjectRecord:
+        if labels is None:
+            return ProjectRecord.read(path) or ProjectRecord((), ())
+        with self._lock:
+            try:
+                return ProjectRecord.begin(path, labels, writable=not self.read_only)
+            except OSError as error:
+                self.notices.warn(f"the project's labels could not be written down: {error.strerror or error}")
+                return ProjectRecord(tuple(labels), tuple(labels))
+
+    def _refuse_another_projects_labels(self) -> None:
+        stored = {
+            names_of(label.info, self._unnamed)
+            for entry in self._datastore.objects.values()
+            for tag, label in entry.labels.items()
+            if tag not in PLAIN_TAGS and why_unusable(label.info) is None
+        }
+        if stored and not any(set(names) & set(self.labels) for names in stored):
+            there = ", ".join(sorted({name for names in stored for name in names}))
+            raise StudiesError(
+                f"the labels stored in {self._datastore_path} are of {there}, and none of them is among the given "
+                f"labels {', '.join(self.labels)}; start with labels that they have, or with another studies folder"
+            )
+
+    # Paths.
+
+    def _image_file(self, image_id: str, entry: ImageLabelModel) -> Path:
+        """The file of a volume, or the link to it, in the studies."""
+        root = Path(self._datastore_path)
+        path = root / file_of(image_id, entry)
+        if ".." in path.parts:
+            raise HTTPException(409, f"the index places image {image_id!r} outside the studies folder")
+        return inside(root, path.parent) / path.name
+
+    def _label_folder(self, tag: str) -> Path:
+        """The folder of the labels of a tag."""
+        folder = Path(self._datastore.label_path(checked_tag(tag)))
+        return inside(Path(self._datastore_path), folder)
+
+    def _label_file(self, image_id: str, tag: str, suffix: str) -> Path:
+        if suffix.lower() not in LABEL_SUFFIXES:
+            raise HTTPException(409, f"the index gives the label {tag!r} of {image_id!r} the suffix {suffix!r}")
+        return self._label_folder(tag) / (image_id + suffix)
+
+    # Changes.
+
+    def _refuse_read_only(self) -> None:
+        if self.read_only:
+            raise HTTPException(
+                409, "the studies folder cannot be written to, so only inference works; nothing was changed"
+            )
+
+    @contextmanager
+    def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Change]]:
+        """Hold the lock, start from the index on disk, and make all changes of files and the index at the end, or none.
+
+        Entries are replaced, never changed in place.
+        """
+        self._refuse_read_only()
+        with self._lock:
+            self._init_from_datastore_file()
+            before = self._datastore.objects
+            objects = dict(before)
+            changed = None
+            with all_or_nothing() as change:
+                yield objects, change
+                unlike = any(objects[key] is not before[key] for key in objects.keys() & before.keys())
+                if objects.keys() != before.keys() or unlike or self._index.mended or not self._index.path.exists():
+                    changed = self._datastore.model_copy(update={"objects": objects})
+                    self._index.write(changed, change.write(self._index.path))
+            if changed is not None:
+                self._index.is_as_written()
+                self._datastore = changed
+
+    def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
+        with self._lock:
+            try:
+                model = self._index.changed()
+            except ValueError as error:
+                reason = str(error).splitlines()[0]
+                aside = self._index.path if self.read_only else self._index.put_aside()
+                self.notices.warn(f"the index was damaged, is kept as {aside}, and is made anew of the files: {reason}")
+                return
+            if model is not None:
+                model.base_path = self._datastore_path
+                self._datastore = model
+
+    def _update_datastore_file(self, lock: bool = True) -> None:
+        with self._lock, all_or_nothing() as change:
+            self._index.write(self._datastore, change.write(self._index.path))
+        self._index.is_as_written()
+
+    def refresh(self) -> None:
+        """Take note of files that came or went by hand; labels that came are looked at in the background."""
+        self._reconcile_datastore()
+        self._checks.wait(_WAIT_FOR_CHECKS_S)
+
+    def _reconcile_datastore(self) -> None:
+        try:
+            if self.read_only:
+                found = self._reconciled(self._datastore.objects, None)
+                self._datastore = self._datastore.model_copy(update={"objects": found.objects})
+            else:
+                with self._changing() as (objects, change):
+                    found = self._reconciled(objects, change)
+                    objects.clear()
+                    objects.update(found.objects)
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            self.notices.warn("the disk of the studies is full, so that files copied in by hand are not taken note of")
+            found = self._reconciled(self._datastore.objects, None)
+            self._datastore = self._datastore.model_copy(update={"objects": found.objects})
+        self._files = found
+        self.notices.tell("Not served", found.found.not_served)
+        self.notices.tell("A label of no volume", found.stray)
+        if self.labels and not self.read_only:
+            self._checks.add(found.to_check)
+
+    def _reconciled(self, objects: Mapping[str, ImageLabelModel], change: Change | None) -> Reconciled:
+        return reconciled(self._datastore, objects, self.revisions, change, self.labels)
+
+    def _check(self, labels: Sequence[tuple[str, str]]) -> None:
+        """Look at the files of labels that changed without this server, and bring the index in step with them."""
+        if self.read_only or not self.labels:
+            return
+        with ExitStack() as stack:
+            verdicts = []
+            for image_id, tag in labels:
+                entry = self._datastore.objects.get(image_id)
+                held = entry.labels.get(tag) if entry else None
+                if entry is None or held is None:
+                    continue
+                file = self._label_file(image_id, tag, held.ext)
+                if not file.is_file():
+                    continue
+                image = self._image_file(image_id, entry)
+                look = label_check.Look(tag, file, image_id, image, self.labels)
+                verdicts.append(label_check.judge(look, held, self.revisions, stack))
+            if not verdicts:
+                return
+            with self._changing() as (objects, change):
+                for verdict in verdicts:
+                    self._apply(verdict, objects, change)
+
+    def _apply(self, verdict: label_check.Verdict, objects: dict[str, ImageLabelModel], change: Change) -> None:
+        entry = objects.get(verdict.image)
+        held = entry.labels.get(verdict.tag) if entry else None
+        # Somebody saved another one meanwhile.
+        if entry is None or held is None or not verdict.file.is_file():
+            return
+        if file_state(verdict.file.stat()) != verdict.state:
+            return
+        studies = label_check.Studies(
+            self._datastore,
+            self.revisions,
+            self.trash,
+            change,
+            self.labels,
+            file_of(verdict.image, entry),
+            self.notices.warn,
+        )
+        label = label_check.apply(verdict, held, studies)
+        objects[verdict.image] = entry.model_copy(update={"labels": {**entry.labels, verdict.tag: label}})
+
+    def _is_news(self, kind: str, path: str) -> bool:
+        """Whether the index does not know yet that a file came, went or changed; its own writes are no news."""
+        parts = os.path.relpath(path, self._datastore_path).split(os.sep)
+        if parts[0] != "labels":
+            known = any(file_of(image, entry) == "/".join(parts) for image, entry in self._datastore.objects.items())
+            return kind != "modified" and known == (kind == "deleted")
+        image_id, suffix = split_suffix(parts[-1], LABEL_SUFFIXES) or ("", "")
+        entry = self._datastore.objects.get(image_id)
+        label = entry.labels.get(parts[1]) if entry and len(parts) == 3 else None
+        if label is None or label.ext != suffix or kind == "deleted":
+            return (label is not None and label.ext == suffix) == (kind == "deleted")
+        if parts[1] in PLAIN_TAGS:
+            return False
+        try:
+            return label.info.get("checked") != file_state(os.stat(path))
+        except OSError:
+            return False
+
+
+def _cannot_write(folder: str) -> bool:
+    """Whether a folder, made where it does not exist, cannot be written to.
+
+    Raises:
+        StudiesError: it is not a folder, or cannot be read.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with os.scandir(folder):
+            pass
+    except OSError as error:
+        raise StudiesError(
+            f"studies must be a folder that can be read; {folder!r} cannot: {error.strerror or error}"
+        ) from error
+    return not os.access(folder, os.W_OK | os.X_OK)

@@ -1,0 +1,58 @@
+"""The volumes of an index by whether they are labelled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from monailabel.datastore.local import DataModel, ImageLabelModel
+from monailabel.interfaces.datastore import DefaultLabelTag
+
+from .label_states import UNCERTAINTY_TAG
+
+__all__ = ["Summary"]
+
+_FINAL = DefaultLabelTag.FINAL.value
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What can be said of all entries at once.
+
+    Args:
+        objects: the entries that this was made of.
+        labelled, unlabelled: ids of volumes with and without a submitted label that counts; those whose label is still
+            being checked are in neither.
+        tags: number of labels that count, by tag.
+        unusable: ``tag/name`` to the reason, of the others.
+    """
+
+    objects: Mapping[str, ImageLabelModel]
+    labelled: tuple[str, ...]
+    unlabelled: tuple[str, ...]
+    tags: Mapping[str, int]
+    unusable: Mapping[str, str]
+
+    @classmethod
+    def of(cls, objects: Mapping[str, ImageLabelModel], why_not: Callable[[DataModel], str | None]) -> Summary:
+        """Sum up the entries; ``why_not`` says why a label does not count."""
+        labelled, unlabelled = [], []
+        tags: Counter[str] = Counter()
+        unusable = {}
+        for image, entry in objects.items():
+            counts, waits = False, False
+            for tag, label in entry.labels.items():
+                reason = why_not(label) if tag != UNCERTAINTY_TAG else None
+                if reason is not None:
+                    unusable[f"{tag}/{image}{label.ext}"] = reason
+                    waits |= tag == _FINAL and label.info.get("state") == "unchecked"
+                    continue
+                counts |= tag == _FINAL
+                tags[tag] += tag != UNCERTAINTY_TAG
+            if counts:
+                labelled.append(image)
+            elif not waits:
+                unlabelled.append(image)
+        tags.pop(UNCERTAINTY_TAG, None)
+        return cls(objects, tuple(labelled), tuple(unlabelled), dict(tags), unusable)

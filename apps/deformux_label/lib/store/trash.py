@@ -1,0 +1,124 @@
+"""What was deleted, kept under ``.deformux/trash`` until somebody brings it back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..requests.identifiers import is_image_id, is_tag
+from .changes import Change
+from .records import repaired
+
+__all__ = ["Trash", "Trashed"]
+
+logger = logging.getLogger(__name__)
+
+_KINDS = ("image", "label", "damaged label")
+
+
+@dataclass(frozen=True)
+class Trashed:
+    """Something that was deleted.
+
+    Args:
+        name: of its folder in the trash.
+        kind: ``image``, ``label``, or ``damaged label`` for a file that could not be read any more.
+        image: id of the volume.
+        time: of the deletion, seconds since 1970.
+        file: path of the volume's file in the studies; empty where only a label was deleted.
+        info: what was known about the volume.
+        labels: tag to the number of the revision that was the current label; 0 where there was none.
+    """
+
+    name: str
+    kind: str
+    image: str
+    time: float
+    file: str = ""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
+
+
+class Trash:
+    """Entries ``<folder>/<time>-<id>`` with the files and ``record.json``; the caller holds the studies' lock.
+
+    Files are moved here by renaming, so that of a link it is the link that goes, never what it points to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def stage(
+        self,
+        change: Change,
+        kind: str,
+        image: str,
+        *,
+        file: str = "",
+        info: Mapping[str, Any] | None = None,
+        labels: Mapping[str, int],
+    ) -> Path:
+        """Add a new entry to a change of files; its files are to be moved to the folder that is returned."""
+        place = self._free(f"{time.strftime('%Y%m%d-%H%M%S')}-{image}")
+        entry = Trashed(place.name, kind, image, time.time(), file, dict(info or {}), dict(labels))
+        change.write_text(place / "record.json", json.dumps(asdict(entry), indent=1) + "\n")
+        return place
+
+    def entries(self) -> list[Trashed]:
+        """Oldest first; what a crash left without its files is not listed."""
+        if not self.folder.is_dir():
+            return []
+        names = sorted(os.listdir(self.folder))
+        return [entry for entry in map(self.get, names) if entry is not None and self.files(entry)]
+
+    def get(self, name: str) -> Trashed | None:
+        """One entry, or None where there is none or its record cannot be used."""
+        if not name or name.startswith(".") or "/" in name or "\0" in name:
+            return None
+        path = self.folder / name / "record.json"
+        try:
+            entry = Trashed(**repaired(json.loads(path.read_text(encoding="utf-8"))))
+            if not (
+                entry.name == name and entry.kind in _KINDS and is_image_id(entry.image) and _is_inside(entry.file)
+            ):
+                raise ValueError("it does not describe what lies beside it")
+            if not all(is_tag(tag) and isinstance(number, int) for tag, number in entry.labels.items()):
+                raise ValueError("its labels are not tags with numbers")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+            logger.warning("The record %s of the trash cannot be used: %s", path, error)
+            return None
+        return entry
+
+    def files(self, entry: Trashed) -> dict[str, Path]:
+        """The files of an entry: ``image``, and labels by their tags."""
+        place = self.folder / entry.name
+        found = {}
+        for folder in (place / "image", *sorted((place / "labels").glob("*"))):
+            for file in folder.glob("[!.]*"):
+                found[folder.name] = file
+        return found
+
+    def forget(self, entry: Trashed) -> None:
+        """Delete an entry whose files were brought back."""
+        shutil.rmtree(self.folder / entry.name, ignore_errors=True)
+
+    def _free(self, name: str) -> Path:
+        place, number = self.folder / name, 1
+        while place.exists():
+            number += 1
+            place = self.folder / f"{name}-{number}"
+        return place
+
+
+def _is_inside(file: object) -> bool:
+    """Whether a path of a record stays below the folder that it is relative to."""
+    return isinstance(file, str) and "\0" not in file and not file.startswith("/") and ".." not in file.split("/")

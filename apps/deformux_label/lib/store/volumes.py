@@ -1,0 +1,181 @@
+"""Which files of a studies folder are volumes, and under which ids they are served."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..requests.identifiers import is_image_id
+
+__all__ = [
+    "LABEL_SUFFIXES",
+    "VOLUME_SUFFIXES",
+    "Found",
+    "find_volumes",
+    "free_id",
+    "labels_in",
+    "split_suffix",
+    "with_ids",
+]
+
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
+LABEL_SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES)
+_DEEPEST_FOLDER = 16
+# What people expect to be served; every other file, such as a text, is none of this server's business.
+_OTHER_KINDS = (
+    *(".dcm", ".ima", ".mhd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".nia", ".vti", ".img.gz"),
+    *(".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"),
+)
+
+
+@dataclass
+class Found:
+    """What a folder holds.
+
+    Args:
+        volumes: path relative to the folder, with ``/``, of every volume; in order of name.
+        not_served: relative path to the reason, of everything else that looks like one.
+    """
+
+    volumes: list[str] = field(default_factory=list)
+    not_served: dict[str, str] = field(default_factory=dict)
+
+
+def split_suffix(name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tuple[str, str] | None:
+    """Return stem and suffix of a volume's file name, the suffix as it is written; None for another file."""
+    lower = name.lower()
+    for suffix in suffixes:
+        if lower.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)], name[-len(suffix) :]
+    return None
+
+
+def find_volumes(folder: Path, known: Collection[str] = ()) -> Found:
+    """Look for volumes in a folder and the folders in it.
+
+    Hidden files and folders, and the ``labels``, are left out. Links to files are followed, as folders of hospitals
+    are full of them; links to folders are not. A relative path in ``known`` was served before, and stays a volume
+    whatever its name says.
+    """
+    found = Found()
+    _look_into(folder, "", 0, found, known)
+    found.volumes.sort()
+    return found
+
+
+def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Collection[str]) -> None:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        if depth:
+            found.not_served[inside.rstrip("/")] = f"the folder cannot be read: {error.strerror or error}"
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or (depth == 0 and entry.name == "labels"):
+            continue
+        path = inside + entry.name
+        if entry.is_dir(follow_symlinks=False):
+            if split_suffix(entry.name):
+                found.not_served[path] = "it is a folder, not a file"
+            if depth < _DEEPEST_FOLDER:
+                _look_into(Path(entry.path), f"{path}/", depth + 1, found, known)
+            else:
+                found.not_served[path] = f"it lies more than {_DEEPEST_FOLDER} folders deep"
+        elif reason := _refusal(entry, known=path in known):
+            found.not_served[path] = reason
+        elif split_suffix(entry.name):
+            found.volumes.append(path)
+
+
+def _refusal(entry: os.DirEntry[str], *, known: bool) -> str | None:
+    """Why something that is not a folder is not served; None for a volume, and for what nobody expects to be one."""
+    if entry.is_symlink() and entry.is_dir():
+        return "it is a link to a folder, which is not followed"
+    lower = entry.name.lower()
+    if lower.endswith(".seg.nrrd") and not known:
+        return "it is a segmentation, not a scan; labels belong into labels/final, under the id of their scan"
+    if not split_suffix(entry.name):
+        is_other = lower.endswith(_OTHER_KINDS)
+        return f"it is not one of the formats {', '.join(VOLUME_SUFFIXES)}" if is_other else None
+    if not entry.is_file():
+        return "it is a link to nothing" if entry.is_symlink() else "it is not a file"
+    if not os.access(entry.path, os.R_OK):
+        return "the server may not read it"
+    if entry.stat().st_size == 0:
+        return "it is empty"
+    return None
+
+
+def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str], bool]) -> dict[str, tuple[str, str]]:
+    """Return id to (relative path, suffix) of every volume; what can have no id is added to ``found.not_served``.
+
+    Args:
+        known: relative path to id of the volumes that have one, which they keep.
+        belongs: whether the labels that are kept under an id, if any, may be those of the volume at a relative path.
+    """
+    volumes = {known[path]: path for path in found.volumes if path in known}
+    for path in found.volumes:
+        if path in known:
+            continue
+        names = _candidates(path)
+        if not is_image_id(next(names)):
+            found.not_served[path] = "its name cannot be an id: at most 200 bytes of text, without control characters"
+            continue
+        chosen = next((n for n in _candidates(path) if is_image_id(n) and n not in volumes and belongs(n, path)), None)
+        if chosen is None:
+            found.not_served[path] = "other volumes have every id that it could have; rename it"
+        else:
+            volumes[chosen] = path
+    # In order of name, as volumes without a scan folder always were.
+    return {image: (volumes[image], suffix_of(volumes[image])) for image in sorted(volumes, key=volumes.__getitem__)}
+
+
+def suffix_of(path: str) -> str:
+    """Return the volume suffix of a path; empty where there is none."""
+    parts = split_suffix(path)
+    return parts[1] if parts else ""
+
+
+def _candidates(path: str) -> Iterator[str]:
+    """The ids of a file, the best first: its stem, then its whole name, then that with a number."""
+    stem, _ = split_suffix(path) or (path, "")
+    whole = path.replace("/", "__")
+    yield stem.replace("/", "__")
+    yield whole
+    for number in range(2, 100):
+        yield f"{whole}-{number}"
+
+
+def free_id(name: str, taken: Callable[[str], bool]) -> str:
+    """Return the first of ``name-2``, ``name-3``, … that is not taken."""
+    number = 2
+    while taken(f"{name}-{number}"):
+        number += 1
+    return f"{name}-{number}"
+
+
+def labels_in(folder: Path) -> tuple[dict[str, dict[str, os.stat_result]], dict[str, str]]:
+    """Return the label files of a tag's folder: id to {suffix: status}, and name to reason of what is no label.
+
+    Hidden files are writes under way, or a Mac's companions.
+    """
+    found: dict[str, dict[str, os.stat_result]] = {}
+    refused: dict[str, str] = {}
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, {}
+    for entry in entries:
+        parts = None if entry.name.startswith(".") else split_suffix(entry.name, LABEL_SUFFIXES)
+        if parts is None:
+            continue
+        try:
+            if not entry.is_file():
+                refused[entry.name] = "it is not a file"
+                continue
+            found.setdefault(parts[0], {})[parts[1]] = entry.stat()
+        except OSError as error:
+            refused[entry.name] = error.strerror or str(error)
+    return found, refused

@@ -1,0 +1,100 @@
+"""Noticing files that come and go by hand."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.observers import Observer
+from watchdog.observers.polling import PollingObserver
+
+from .volumes import LABEL_SUFFIXES, split_suffix
+
+__all__ = ["StudiesWatcher"]
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_S = 0.3
+
+
+class StudiesWatcher(FileSystemEventHandler):
+    """Calls ``refresh`` a moment after volumes or labels came or went, and ``reload`` when the index was replaced.
+
+    Args:
+        folder, index: the studies, and the path of their index.
+        is_news: whether the index does not know yet that a path was ``created``, ``modified`` or ``deleted``.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        index: str,
+        *,
+        is_news: Callable[[str, str], bool],
+        refresh: Callable[[], None],
+        reload: Callable[[], None],
+    ) -> None:
+        self._folder, self._index = folder, index
+        self._is_news, self._refresh, self._reload = is_news, refresh, reload
+        self._soon: threading.Timer | None = None
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to watch; on a mounted file system, where nobody tells of changes, by looking again and again."""
+        observer: Any = PollingObserver() if _is_on_mount(self._folder) else Observer()
+        try:
+            observer.schedule(self, path=self._folder, recursive=True)
+            observer.start()
+        except OSError as error:
+            logger.error("The studies cannot be watched, so that files copied in by hand are not noticed: %s", error)
+
+    def dispatch(self, event: FileSystemEvent) -> None:
+        """Of one event; only what happens to volumes, labels, folders and the index matters."""
+        kind = event.event_type
+        if kind == "moved":
+            self._happened("deleted", os.fsdecode(event.src_path), event.is_directory)
+            self._happened("created", os.fsdecode(event.dest_path), event.is_directory)
+        elif kind in ("created", "deleted", "modified"):
+            self._happened(kind, os.fsdecode(event.src_path), event.is_directory)
+
+    def _happened(self, kind: str, path: str, is_folder: bool) -> None:
+        if path == self._index:
+            if kind == "deleted":
+                self._refresh_soon()
+            else:
+                self._reload()
+            return
+        parts = os.path.relpath(path, self._folder).split(os.sep)
+        if any(part.startswith(".") for part in parts):
+            return
+        if is_folder:
+            # One that was moved here brings its files without an event for each.
+            if kind != "modified":
+                self._refresh_soon()
+        elif split_suffix(parts[-1], LABEL_SUFFIXES) and self._is_news(kind, path):
+            self._refresh_soon()
+
+    def _refresh_soon(self) -> None:
+        """Once for all files that are copied in the same moment: each time the whole folder is listed."""
+        with self._lock:
+            if self._soon is None:
+                self._soon = threading.Timer(_PAUSE_S, self._now)
+                self._soon.daemon = True
+                self._soon.start()
+
+    def _now(self) -> None:
+        with self._lock:
+            self._soon = None
+        self._refresh()
+
+
+def _is_on_mount(path: str) -> bool:
+    while path != os.path.dirname(path):
+        if os.path.ismount(path):
+            return True
+        path = os.path.dirname(path)
+    return False
