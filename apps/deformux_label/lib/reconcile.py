@@ -66,7 +66,7 @@ def reconciled(
         return all(revision is None or revision.image_file in (None, file) for revision in kept)
 
     volumes = with_ids(found, served, belongs)
-    result = Reconciled({image: _image(image, *at, known.get(image)) for image, at in volumes.items()}, found)
+    result = Reconciled({image: _image(*at, known.get(image)) for image, at in volumes.items()}, found)
     labels = {tag: labels_in(Path(model.label_path(tag))) for tag in _tags(Path(model.label_path(None)))}
     for tag, (files, refused) in labels.items():
         stray = {name: "there is no volume with this id" for name in files if name not in volumes}
@@ -102,7 +102,7 @@ def _tags(folder: Path) -> list[str]:
         return []
 
 
-def _image(image: str, file: str, suffix: str, known: ImageLabelModel | None) -> ImageLabelModel:
+def _image(file: str, suffix: str, known: ImageLabelModel | None) -> ImageLabelModel:
     if known is None:
         info = {"ts": int(time.time()), "name": file.rsplit("/", 1)[-1], "file": file}
         return ImageLabelModel(image=DataModel(info=info, ext=suffix))
