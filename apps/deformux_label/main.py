@@ -46,6 +46,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import processes
 
+from deformux.data.header import MAX_VOXELS_VARIABLE
 from deformux.versions import ModelVersions
 from deformux_label.web.caller import note, require, with_login
 from deformux_label.web.install import install_login
@@ -65,6 +66,8 @@ class DeformUXLabel(MONAILabelApp):
             self.project = Project.from_conf({key: conf[key] for key in conf if key not in SERVER_OPTIONS})
         except InvalidOption as error:
             refuse_to_start(str(error))
+        # Training and scoring are processes of their own.
+        os.environ[MAX_VOXELS_VARIABLE] = str(self.server_options.max_voxels)
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
         self.scores = SelectionScores(self.project, self.models, self.state_folder / "selection")

@@ -40,11 +40,6 @@ def random_scan(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 100, shape).astype(np.float32)
 
 
-def with_nan(array: np.ndarray) -> np.ndarray:
-    array[3, 4, 5] = np.nan
-    return array
-
-
 def truncated(path: Path) -> None:
     write(path, random_scan(20, 20, 20), np.eye(4))
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -60,8 +55,8 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty file": (lambda path: path.write_bytes(b""), "cannot be read"),
     "truncated": (truncated, "cannot be read"),
     "truncated inside gzip": (truncated_inside_gzip, "cannot be read"),
-    "4D": (lambda path: write(path, random_scan(12, 12, 12, 3), np.eye(4)), "expected one 3D volume"),
-    "NaN": (lambda path: write(path, with_nan(random_scan(12, 12, 12)), np.eye(4)), "NaN"),
+    "4D": (lambda path: write(path, random_scan(12, 12, 12, 3), np.eye(4)), "holds 3 time points"),
+    "NaN": (lambda path: write(path, np.full((12, 12, 12), np.nan, np.float32), np.eye(4)), "NaN"),
     "constant": (lambda path: write(path, np.full((12, 12, 12), 7, np.int16), np.eye(4)), "same intensity"),
 }
 

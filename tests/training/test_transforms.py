@@ -117,14 +117,12 @@ def broken_volumes(folder: Path) -> dict[str, tuple[Path, str]]:
     whole = save(folder / "whole.nii.gz", good, np.eye(4)).read_bytes()
     cut = folder / "cut.nii.gz"
     cut.write_bytes(whole[: len(whole) // 2])
-    with_nan = good.copy()
-    with_nan[3, 3, 3] = np.nan
     return {
         "text": (text, "cannot be read"),
         "cut": (cut, "cannot be read"),
         "line": (save(folder / "line.nii.gz", good[:, 0, 0], np.eye(4)), "1 dimensions"),
-        "series": (save(folder / "series.nii.gz", np.stack([good] * 3, axis=-1), np.eye(4)), "4 dimensions"),
-        "nan": (save(folder / "nan.nii.gz", with_nan, np.eye(4)), "NaN"),
+        "series": (save(folder / "series.nii.gz", np.stack([good] * 3, axis=-1), np.eye(4)), "holds 3 time points"),
+        "nan": (save(folder / "nan.nii.gz", np.full_like(good, np.nan), np.eye(4)), "NaN"),
         "constant": (save(folder / "constant.nii.gz", np.ones_like(good), np.eye(4)), "same intensity"),
         "missing": (folder / "missing.nii.gz", "cannot be read"),
     }

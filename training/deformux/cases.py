@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
+
 __all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "volume_id"]
 
-_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
@@ -51,10 +52,8 @@ class Case:
 
 def volume_id(path: Path) -> str:
     """File name without its volume suffix: ``liver_1.nii.gz`` is ``liver_1``."""
-    for suffix in _SUFFIXES:
-        if path.name.endswith(suffix):
-            return path.name.removesuffix(suffix)
-    return path.stem
+    suffix = volume_suffix(path.name)
+    return path.name.removesuffix(suffix) if suffix else path.stem
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -66,9 +65,9 @@ def find_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InvalidFolder(f"{folder} is not a folder")
     # Archives made on a Mac carry hidden companions with the same suffix.
-    found = sorted(p for p in folder.iterdir() if p.name.endswith(_SUFFIXES) and not p.name.startswith("."))
+    found = sorted(p for p in folder.iterdir() if volume_suffix(p.name) and not p.name.startswith("."))
     if not found:
-        raise InvalidFolder(f"{folder} holds no volume ({', '.join(_SUFFIXES)})")
+        raise InvalidFolder(f"{folder} holds no volume ({', '.join(VOLUME_SUFFIXES)})")
     return found
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
     ClipIntensityPercentilesd,
-    LoadImage,
     MapTransform,
     NormalizeIntensityd,
     Orientationd,
@@ -20,7 +20,12 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
+from monai.utils import SpaceKeys
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import io_orientation
 
+from deformux.data.header import max_voxels, shown_shape
+from deformux.data.volume_reader import InvalidVolume, Volume, open_volume
 from deformux.grids import ScanGrid
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "Preprocessing",
     "RestoreGridd",
     "apply",
+    "check_label_values",
     "geometry_difference",
     "inference_transforms",
     "label_grid_transforms",
@@ -44,10 +50,8 @@ MODALITIES = ("ct", "mr")
 UNLABELLED = 255
 # Positions that differ by less than this are the same position.
 GEOMETRY_TOLERANCE_MM = 1e-3
-
-
-class InvalidVolume(ValueError):
-    """A volume cannot be used; the message is one sentence that names the file, what is wrong and what is expected."""
+# Values of a label above this are not shown: they can be anything.
+_LARGEST_SHOWN = 65_535
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,11 @@ class Preprocessing:
 class LoadVolumed(MapTransform):
     """Read a single-channel volume as float32 ``(1, X, Y, Z)``; a 2D image is a volume of one slice.
 
+    Voxels that are NaN or infinite, such as those outside a scanner's field of view, get the lowest finite intensity;
+    ``meta["non_finite"]`` counts them.
+
     Raises:
-        InvalidVolume: unreadable, of other than 2 or 3 dimensions, not finite, or without any contrast.
+        InvalidVolume: unreadable, not one scalar volume, or without any contrast.
     """
 
     def __init__(self, keys: str | tuple[str, ...] = "image") -> None:
@@ -126,12 +133,16 @@ class LoadVolumed(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            volume = _load(Path(d[key]))
-            if not torch.isfinite(volume).all():
-                raise InvalidVolume(f"{Path(d[key]).name} holds NaN or infinite voxels; expected finite intensities")
-            if volume.min() == volume.max():
-                raise InvalidVolume(f"{Path(d[key]).name} has the same intensity everywhere; expected a scan")
-            d[key] = volume
+            path = Path(d[key])
+            with open_volume(path) as opened:
+                if opened.header.layers > 1:
+                    raise InvalidVolume(f"{path.name} is a segmentation of several layers; expected a scan")
+                opened.refuse_constant()
+                volume = opened.read()
+            non_finite = _fill_non_finite(volume, path.name)
+            if volume.values.min() == volume.values.max():
+                raise InvalidVolume(f"{path.name} has the same intensity everywhere; expected a scan")
+            d[key] = _tensor(volume, path, non_finite=non_finite)
         return d
 
 
@@ -162,24 +173,37 @@ class LoadLabeld(MapTransform):
         image = d[self.image_key]
         for key in self.key_iterator(d):
             path = Path(d[key])
-            label = _load(path)
-            difference = geometry_difference(image.shape[1:], image.affine, label.shape[1:], label.affine)
-            if difference:
-                raise InvalidVolume(f"label {path.name} is not on its image's grid: {difference}")
-            values = torch.unique(label)
-            if self.unlabelled:
-                values = values[values != UNLABELLED]
-            if len(values) == 0:
-                raise InvalidVolume(f"label {path.name} has no labelled voxel; expected at least one that is not 255")
-            if bool((values != values.round()).any()) or values.min() < 0 or values.max() > self.n_labels:
-                raise InvalidVolume(
-                    f"label {path.name} holds the values {_shorten(values.tolist())}; "
-                    f"expected whole numbers from 0 to {self.n_labels}"
-                )
+            with open_volume(path) as opened:
+                header = opened.header
+                difference = geometry_difference(image.shape[1:], image.affine, header.shape, header.affine)
+                # Before anything is decompressed.
+                if difference:
+                    raise InvalidVolume(f"label {path.name} is not on its image's grid: {difference}")
+                if header.layers > 1:
+                    raise InvalidVolume(f"label {path.name} has several layers of segments; expected one volume")
+                volume = opened.read()
+            check_label_values(path.name, volume.values, self.n_labels, unlabelled=self.unlabelled)
+            label = _tensor(volume, path)
             # The same file geometry, up to rounding in the header, so that both are resampled alike.
             label.affine = image.affine
             d[key] = label
         return d
+
+
+def check_label_values(name: str, values: npt.NDArray, n_labels: int, *, unlabelled: bool) -> None:
+    """Refuse a label with other values than 0..n_labels, and 255 where ``unlabelled`` says so.
+
+    Raises:
+        InvalidVolume: it has others, or nothing but 255.
+    """
+    found = _distinct(values)
+    if unlabelled:
+        found = found[found != UNLABELLED]
+    if len(found) == 0:
+        raise InvalidVolume(f"label {name} has no labelled voxel; expected at least one that is not 255")
+    # Not a number is not a whole one either.
+    if not (found == np.round(found)).all() or found.min() < 0 or found.max() > n_labels:
+        raise InvalidVolume(f"label {name} holds {_shown_values(found)}; expected whole numbers from 0 to {n_labels}")
 
 
 def geometry_difference(
@@ -221,13 +245,14 @@ class RestoreGridd(MapTransform):
 
 def inference_transforms(prep: Preprocessing) -> list[Transform]:
     """Dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32."""
-    return [LoadVolumed("image"), *_to_network_grid(prep, ("image",)), *_intensity(prep)]
+    return [LoadVolumed("image"), _BoundedGrid(prep), *_to_network_grid(prep, ("image",)), *_intensity(prep)]
 
 
 def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
     """As ``inference_transforms``, with the path under ``label`` on the same grid: the fixed part of training."""
     return [
         LoadVolumed("image"),
+        _BoundedGrid(prep),
         LoadLabeld("label", n_labels=n_labels, unlabelled=True),
         *_to_network_grid(prep, ("image", "label")),
         *_intensity(prep),
@@ -252,6 +277,27 @@ def restore_transforms() -> list[Transform]:
     return [RestoreGridd("pred")]
 
 
+class _BoundedGrid(Transform):
+    """Refuses a scan that would be too large once it is resampled, such as one whose voxels are metres wide."""
+
+    def __init__(self, prep: Preprocessing) -> None:
+        self.prep = prep
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        if self.prep.spacing_mm is not None:
+            ras = io_orientation(np.asarray(image.affine))[:, 0].astype(int)
+            extent = np.array(image.shape[1:]) * voxel_sizes(np.asarray(image.affine))
+            size = np.ceil(extent / np.array(self.prep.spacing_mm)[ras])
+            if size.prod() > max_voxels():
+                name, mm = Path(image.meta["filename_or_obj"]).name, shown_shape([f"{length:.4g}" for length in extent])
+                raise InvalidVolume(
+                    f"{name} measures {mm} mm, too large for the spacing of {shown_shape(self.prep.spacing_mm)} mm: "
+                    f"these are {size.prod():.2g} voxels, at most {max_voxels():,} are read (option max-voxels)"
+                )
+        return dict(data)
+
+
 def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
     axes = (("L", "R"), ("P", "A"), ("I", "S"))
     transforms: list[Transform] = [Orientationd(keys, axcodes="RAS", labels=axes)]
@@ -269,36 +315,43 @@ def _intensity(prep: Preprocessing) -> list[Transform]:
     return [ClipIntensityPercentilesd("image", lower=lower, upper=upper), NormalizeIntensityd("image")]
 
 
-def _load(path: Path) -> MetaTensor:
-    """A single-channel volume ``(1, X, Y, Z)``, float32, its affine in RAS millimetres."""
-    try:
-        volume = LoadImage(image_only=True, dtype=np.float32)(path)
-    except Exception as error:  # every reader fails in its own way, and all of them mean the same to a user
-        raise InvalidVolume(f"{path.name} cannot be read as a volume; the file is damaged or not an image") from error
-    if volume.ndim == 4 and volume.shape[-1] == 1:
-        volume = volume[..., 0]
-    if volume.ndim == 2:
-        volume = _one_slice(volume)
-    if volume.ndim != 3:
-        raise InvalidVolume(
-            f"{path.name} has {volume.ndim} dimensions {tuple(volume.shape)}; expected one 3D volume or one 2D image"
-        )
-    volume = volume.unsqueeze(0)
-    volume.meta["spatial_shape"] = np.array(volume.shape[1:])
-    return volume
+def _tensor(volume: Volume, path: Path, **meta: Any) -> MetaTensor:
+    """A volume ``(1, X, Y, Z)`` with its affine in RAS millimetres."""
+    meta |= {
+        "filename_or_obj": str(path),
+        "original_affine": volume.affine,
+        "spatial_shape": np.array(volume.values.shape),
+        "space": SpaceKeys.RAS,
+    }
+    return MetaTensor(torch.from_numpy(volume.values)[None], affine=torch.as_tensor(volume.affine), meta=meta)
 
 
-def _one_slice(image: MetaTensor) -> MetaTensor:
-    """A 2D image ``(X, Y)`` as a volume ``(X, Y, 1)``; some formats give it an affine for two axes only."""
-    affine = np.asarray(image.affine, dtype=float)
-    if affine.shape == (3, 3):
-        in_plane, affine = affine, np.eye(4)
-        affine[:2, :2], affine[:2, 3] = in_plane[:2, :2], in_plane[:2, 2]
-    meta = {**image.meta, "original_affine": affine}
-    del meta["affine"]
-    return MetaTensor(image.as_tensor()[..., None], affine=torch.as_tensor(affine), meta=meta)
+def _fill_non_finite(volume: Volume, name: str) -> int:
+    """Give voxels that are not finite the lowest intensity of the others, and return their number."""
+    if volume.header.is_whole:
+        return 0
+    values = volume.values
+    finite = np.isfinite(values)
+    n = values.size - int(finite.sum())
+    if n == values.size:
+        raise InvalidVolume(f"{name} has no voxel with a finite intensity, all are NaN or infinite; expected a scan")
+    if n:
+        values[~finite] = values.min(where=finite, initial=np.inf)
+    return n
 
 
-def _shorten(values: list[float], most: int = 6) -> str:
+def _distinct(values: npt.NDArray) -> npt.NDArray:
+    """The different values, without sorting where they are what labels have."""
+    with np.errstate(invalid="ignore"):
+        whole = values.astype(np.uint16)
+    if (whole == values).all():
+        return np.flatnonzero(np.bincount(whole.ravel())).astype(float)
+    return np.unique(values)
+
+
+def _shown_values(values: npt.NDArray, most: int = 6) -> str:
+    """The first values, where they can be those of a label."""
+    if not (values == np.round(values)).all() or np.abs(values).max() > _LARGEST_SHOWN:
+        return "values that no label has"
     text = ", ".join(f"{value:g}" for value in values[:most])
-    return text + (", …" if len(values) > most else "")
+    return f"the values {text}" + (", …" if len(values) > most else "")

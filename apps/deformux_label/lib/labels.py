@@ -5,18 +5,19 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from fastapi import HTTPException
-from monai.data import MetaTensor
-from monai.transforms import LoadImage
-from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation, ornt_transform
 
-from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, geometry_difference
+from deformux.data.header import VolumeHeader
+from deformux.data.nrrd import is_segmentation
+from deformux.data.seg_nrrd import labels_of_segments, segments_of
+from deformux.data.volume_reader import InvalidVolume, OpenVolume, open_volume, read_volume
+from deformux.transforms import GEOMETRY_TOLERANCE_MM, UNLABELLED, check_label_values, geometry_difference
 
 from .infers.writer import write_labels
 
@@ -26,6 +27,8 @@ __all__ = ["checked_labels", "label_array", "segment_values"]
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
 # In a file of segments that are not the project's labels.
 _MOST_SEGMENTS = 65_535
+# Layers of segments that are held in memory at a time, which each are as large as the scan.
+_MOST_LAYERS = 256
 
 
 @contextmanager
@@ -35,7 +38,9 @@ def checked_labels(
     """Path of a file with the label in this project's values 1..N: the given one, or a rewritten one.
 
     The Slicer extension numbers the segments it saves by their position and lists their names in ``label_info``. A
-    radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name.
+    radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name. A file
+    that names its segments itself, such as ``.seg.nrrd``, is read by these names: they belong to the values of the
+    file, while ``label_info`` counts positions.
 
     Voxels of 255 are unlabelled; ``annotated`` in ``info`` lists the labels that were looked for, if not all were.
 
@@ -51,8 +56,7 @@ def checked_labels(
 def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]) -> np.ndarray:
     """The values ``(X, Y, Z)``, uint8, of a label in the order of its image's voxels; as ``checked_labels``."""
     with checked_labels(label, image, image_id, names, info) as checked:
-        values = LoadImage(image_only=True, dtype=np.uint8)(checked).numpy()
-    return values.reshape(*values.shape[:3], *[1] * (3 - values.ndim))
+        return read_volume(checked, np.uint8).values
 
 
 def segment_values(
@@ -68,58 +72,165 @@ def segment_values(
         HTTPException: 422 where the file is unreadable, on another grid than its image, or has other values than
             whole numbers.
     """
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            found, ordered = _on_the_scan(label, image, image_id, _MOST_SEGMENTS, Path(folder), unlabelled=False)
-    except InvalidVolume as error:
-        raise HTTPException(422, str(error)) from error
-    affine = np.asarray(found.affine, dtype=float)
-    to_scan = np.eye(4)
-    if ordered is not None:
-        of_file = np.asarray(LoadImage(image_only=True)(label).affine, dtype=float)
-        to_scan = np.linalg.inv(affine) @ of_file
-    return found[0].numpy().astype(np.uint16), to_scan, affine
+    with _refused(label, image, image_id):
+        scan = _header(image)
+        with open_volume(label) as opened:
+            found = _values_on(scan, opened, _MOST_SEGMENTS, unlabelled=False)
+        return found.values.astype(np.uint16), found.placement.matrix, scan.affine
 
 
 def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent: Sequence[str], folder: Path) -> Path:
-    n_values = len(sent) if sent else len(names)
+    numbers = {name: value for value, name in enumerate(names, start=1)}
+    with _refused(label, image, image_id):
+        scan = _header(image)
+        with open_volume(label) as opened:
+            if is_segmentation(opened.header):
+                unchanged, values = _of_segments(scan, opened, numbers)
+            else:
+                unchanged, values = _of_values(scan, opened, names, sent)
+    if unchanged:
+        return label
+    rewritten = folder / "label.nii.gz"
+    write_labels(rewritten, values, scan.affine, numbers)
+    return rewritten
+
+
+def _of_values(
+    scan: VolumeHeader, opened: OpenVolume, names: Sequence[str], sent: Sequence[str]
+) -> tuple[bool, npt.NDArray[np.uint8]]:
+    """The project's values of a file that says nothing about its own; whether they are as in the file."""
+    listed = sent or names
     try:
-        found, ordered = _on_the_scan(label, image, image_id, n_values, folder, unlabelled=True)
+        found = _values_on(scan, opened, len(listed), unlabelled=True)
     except InvalidVolume as error:
-        valid = ", ".join(f"{value} {name}" for value, name in enumerate(sent or names, start=1))
-        message = str(error)
-        raise HTTPException(422, f"{message} ({valid})" if "whole numbers" in message else message) from error
-    values = found[0].numpy().astype(np.uint8)
+        valid = ", ".join(f"{value} {name}" for value, name in enumerate(listed, start=1))
+        raise InvalidVolume(f"{error} ({valid})" if "whole numbers" in str(error) else str(error)) from error
+    values = found.values.astype(np.uint8)
     to_project = np.zeros(256, dtype=np.uint8)
     to_project[UNLABELLED] = UNLABELLED
-    for value, name in enumerate(sent or names, start=1):
+    for value, name in enumerate(listed, start=1):
         if name in names:
             to_project[value] = names.index(name) + 1
         elif (values == value).any():
             raise HTTPException(422, f"segment {name!r} is not a label of this project, which has {', '.join(names)}")
-    if ordered is None and (to_project[: n_values + 1] == np.arange(n_values + 1)).all():
-        return label
-    rewritten = folder / "label.nii.gz"
-    affine = np.asarray(found.affine, dtype=float)
-    write_labels(rewritten, to_project[values], affine, {name: v for v, name in enumerate(names, start=1)})
-    return rewritten
+    same_values = bool((to_project[: len(listed) + 1] == np.arange(len(listed) + 1)).all())
+    return same_values and found.placement.is_identity, to_project[values]
 
 
-def _on_the_scan(
-    label: Path, image: Path, image_id: str, n_values: int, folder: Path, *, unlabelled: bool
-) -> tuple[MetaTensor, Path | None]:
-    """The label ``(1, X, Y, Z)`` on its image's grid, and the reordered copy in ``folder`` if there had to be one."""
-    ordered = None
+def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]) -> tuple[bool, npt.NDArray[np.uint8]]:
+    """The project's values of a file that names its segments, perhaps of a part of the scan; as ``_of_values``."""
+    segments = segments_of(opened.name, opened.header)
+    placement = _Placement.of(scan, opened)
+    if opened.header.layers > _MOST_LAYERS:
+        raise InvalidVolume(
+            f"{opened.name} has {opened.header.layers} layers of segments; at most {_MOST_LAYERS} are read"
+        )
+    stored = opened.read(opened.header.dtype.newbyteorder("=")).values
+    layers = stored if opened.header.layers > 1 else stored[None]
+    labels = labels_of_segments(opened.name, layers, segments, numbers)
+    check_label_values(opened.name, labels, len(numbers), unlabelled=True)
+    whole = placement.is_whole(scan, opened.header)
+    unchanged = whole and placement.is_identity and len(layers) == 1 and np.array_equal(labels, stored)
+    return unchanged, placement.place(opened.name, labels, scan.shape)
+
+
+@dataclass(frozen=True)
+class _OnTheScan:
+    values: npt.NDArray
+    placement: _Placement
+
+
+def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabelled: bool) -> _OnTheScan:
+    """The values of a file that covers the scan, in the order of the scan's voxels."""
+    placement = _Placement.of(scan, opened)
+    if not placement.is_whole(scan, opened.header):
+        raise _another_grid(scan, opened)
+    if opened.header.layers > 1:
+        raise InvalidVolume(f"{opened.name} has several layers of segments; expected one volume")
+    values = opened.read().values
+    check_label_values(opened.name, values, n_values, unlabelled=unlabelled)
+    return _OnTheScan(placement.place(opened.name, values, scan.shape), placement)
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where the voxels of a label lie on a scan's grid: ``matrix`` ``(4, 4)`` holds whole numbers.
+
+    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order; it may save
+    only the part of a scan in which there are segments.
+    """
+
+    matrix: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, scan: VolumeHeader, opened: OpenVolume) -> _Placement:
+        """Raises InvalidVolume where the voxels of the one lie between those of the other."""
+        label = opened.header
+        matrix = np.rint(np.linalg.inv(scan.affine) @ label.affine)
+        turns = np.abs(matrix[:3, :3])
+        permutes = bool((turns.sum(0) == 1).all() and (turns.sum(1) == 1).all())
+        snapped = scan.affine @ matrix
+        if not permutes or geometry_difference(label.shape, snapped, label.shape, label.affine, GEOMETRY_TOLERANCE_MM):
+            raise _another_grid(scan, opened)
+        return cls(matrix)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a voxel has the same index in both."""
+        return bool((self.matrix == np.eye(4)).all())
+
+    def is_whole(self, scan: VolumeHeader, label: VolumeHeader) -> bool:
+        """Whether the label has a voxel for each of the scan's, and no other."""
+        low, high = self._box(label.shape)
+        return bool((low == 0).all() and (high == scan.shape).all())
+
+    def place(self, name: str, values: npt.NDArray, shape: tuple[int, int, int]) -> npt.NDArray:
+        """Values ``(X, Y, Z)`` in the order of the scan's voxels, 0 beyond the label's.
+
+        Raises:
+            InvalidVolume: something is labelled outside the scan.
+        """
+        low, high = self._box(values.shape)
+        turns = self.matrix[:3, :3]
+        order = np.abs(turns).argmax(axis=1)  # the label's axis along each of the scan's
+        turned = values.transpose(order)
+        turned = turned[tuple(slice(None, None, int(turns[axis, own])) for axis, own in enumerate(order))]
+        if (low == 0).all() and (high == shape).all():
+            return np.ascontiguousarray(turned)
+        placed = np.zeros(shape, dtype=values.dtype)
+        begin, end = np.clip(low, 0, shape), np.clip(high, 0, shape)
+        inside = turned[tuple(slice(*ends) for ends in zip(begin - low, np.maximum(end, begin) - low, strict=True))]
+        if np.count_nonzero(inside) != np.count_nonzero(turned):
+            raise InvalidVolume(f"{name} has labelled voxels outside its image; expected segments within it")
+        placed[tuple(slice(*ends) for ends in zip(begin, np.maximum(end, begin), strict=True))] = inside
+        return placed
+
+    def _box(self, shape: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The label's voxels on the scan's grid: the first, and the one behind the last."""
+        corners = self.matrix[:3, :3] @ np.array([np.zeros(3), np.array(shape) - 1]).T + self.matrix[:3, 3:]
+        return corners.min(1).astype(int), corners.max(1).astype(int) + 1
+
+
+def _another_grid(scan: VolumeHeader, opened: OpenVolume) -> InvalidVolume:
+    label = opened.header
+    difference = geometry_difference(scan.shape, scan.affine, label.shape, label.affine)
+    return InvalidVolume(f"{opened.name} is not on its image's grid: {difference or 'its voxels lie elsewhere'}")
+
+
+def _header(image: Path) -> VolumeHeader:
+    with open_volume(image) as opened:
+        return opened.header
+
+
+@contextmanager
+def _refused(label: Path, image: Path, image_id: str) -> Iterator[None]:
+    """Answer what cannot be used with 422, in words that mean something to the sender of a file."""
     try:
-        scan = LoadVolumed("image")({"image": image})
-        ordered = _in_voxel_order_of(scan["image"], label, folder)
-        load = LoadLabeld("label", n_labels=n_values, unlabelled=unlabelled)
-        return load({**scan, "label": ordered or label})["label"], ordered
+        yield
     except InvalidVolume as error:
-        file = (ordered or label).name
-        message = str(error).replace(f"label {file}", file)
-        message = message.replace(file, f"the label for {image_id}").replace(image.name, f"image {image_id}")
-        raise InvalidVolume(message) from error
+        message = str(error).replace(f"label {label.name}", label.name)
+        message = message.replace(label.name, f"the label for {image_id}").replace(image.name, f"image {image_id}")
+        raise HTTPException(422, message) from error
 
 
 def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
@@ -127,29 +238,6 @@ def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
     if annotated is None or (isinstance(annotated, list) and annotated and set(map(str, annotated)) <= set(names)):
         return
     raise HTTPException(422, f"annotated must be a list of labels of {', '.join(names)}; got {annotated!r}")
-
-
-def _in_voxel_order_of(scan: MetaTensor, label: Path, folder: Path) -> Path | None:
-    """A copy of a label whose voxels lie where the scan's do but in another order; None where the order is the same.
-
-    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order.
-    """
-    try:
-        volume = LoadImage(image_only=True, dtype=np.float32)(label)
-    except Exception:  # the check that follows says so in a sentence
-        return None
-    if volume.ndim != 3:
-        return None
-    affine = np.asarray(volume.affine, dtype=float)
-    reorder = ornt_transform(io_orientation(affine), io_orientation(np.asarray(scan.affine, dtype=float)))
-    values = apply_orientation(volume.numpy(), reorder)
-    affine = affine @ inv_ornt_aff(reorder, volume.shape)
-    same_order = (reorder == [[0, 1], [1, 1], [2, 1]]).all()
-    if same_order or geometry_difference(scan.shape[1:], scan.affine, values.shape, affine):
-        return None
-    path = folder / f"{label.name.split('.')[0]}.reordered.nii.gz"
-    nib.save(nib.Nifti1Image(values, affine), path)
-    return path
 
 
 def _segment_names(info: dict[str, Any]) -> list[str]:

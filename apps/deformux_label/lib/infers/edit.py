@@ -31,7 +31,7 @@ from ..models import ServedModels
 from ..points import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
 from ..sessions import ClientEditor, Sessions, StudyKey
 from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, give_back_memory, in_a_sentence, volume_logits
+from .served import UNTRAINED, ServedNetwork, give_back_memory, in_a_sentence, sentences, volume_logits
 from .uncertainty import OPTION, uncertainty_reply
 from .writer import write_result
 
@@ -110,7 +110,7 @@ class Edit(InferTask):
             labels = np.zeros(image.shape[1:], dtype=np.uint8)
         for value, voxels in points.items():
             labels[tuple(np.transpose(voxels))] = value
-        return labels, affine, {"warning": UNTRAINED}
+        return labels, affine, {"warning": sentences(image, UNTRAINED)}
 
     def _edited(self, request: dict[str, Any], version: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         device = request["device"]
@@ -144,7 +144,7 @@ class Edit(InferTask):
         params = {"latencies": {"network": round(network_s + changed.network_s, 4)}, "windows": changed.windows}
         if request["uncertainty"]:
             params["uncertainty"] = uncertainty_reply(study.logits, study.image)
-        if text := " ".join(filter(None, dict.fromkeys(warnings))):
+        if text := sentences(study.image, *warnings):
             params["warning"] = text
         return changed.labels, np.asarray(study.image.meta["original_affine"], dtype=float), params
 

@@ -43,7 +43,7 @@ from .graph_cut import (
     from_network,
     from_scribbles,
 )
-from .served import UNTRAINED, in_a_sentence
+from .served import UNTRAINED, in_a_sentence, sentences
 from .writer import write_result
 
 __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
@@ -115,8 +115,8 @@ class GraphCut(InferTask):
         found = region.cut(log_odds, _cut_options(request), connected=True)
         mask = np.zeros(grid.size, dtype=np.uint8)
         _paste(mask, found, region, drawn)
-        params = {} if (drawn.scribbles == BACKGROUND).any() else {"warning": _no_background(request)}
-        return mask, grid.affine, params
+        warning = sentences(image, None if (drawn.scribbles == BACKGROUND).any() else _no_background(request))
+        return mask, grid.affine, {"warning": warning} if warning else {}
 
     def _by(self, request: dict[str, Any]) -> Evidence:
         numbers = request["numbers"]
@@ -168,6 +168,7 @@ class NetworkGraphCut(GraphCut):
         if request["roi"] is not None:
             mask[:] = 0
         _paste(mask, found, region, drawn)
+        warning = sentences(study.image, warning)
         return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
     def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:

@@ -18,7 +18,7 @@ from ..configs.project import Project
 from ..models import ServedModels
 from ..sessions import Sessions, StudyKey
 from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, in_a_sentence, volume_logits
+from .served import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
 from .uncertainty import OPTION, uncertainty_reply
 from .writer import write_result
 
@@ -102,7 +102,8 @@ class Segmentation(BasicInferTask):
             key = StudyKey.of(data["image_path"], data["model_version"], data["device"])
             self.sessions.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
-        if warning := UNTRAINED if data["model_version"] is None else data["warning"]:
+        warning = UNTRAINED if data["model_version"] is None else data["warning"]
+        if warning := sentences(data[self.input_key], warning):
             result["warning"] = warning
         if "uncertainty_reply" in data:
             result["uncertainty"] = data["uncertainty_reply"]

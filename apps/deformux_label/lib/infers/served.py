@@ -19,7 +19,7 @@ from deformux_label.offloop import raise_if_client_gone
 from ..models import ServedModels
 from .memory import Attempt
 
-__all__ = ["UNTRAINED", "ServedNetwork", "give_back_memory", "in_a_sentence", "volume_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "give_back_memory", "in_a_sentence", "sentences", "volume_logits"]
 
 UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
@@ -67,6 +67,16 @@ def give_back_memory(device: str) -> None:
     """Free what torch keeps of a GPU's memory for the next request: a training in its own process cannot use it."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
+
+
+def sentences(image: MetaTensor, *warnings: str | None) -> str | None:
+    """What a reply must warn of, each once: the warnings that there are, and what the scan ``image`` itself lacks."""
+    filled = int(image.meta.get("non_finite", 0))
+    lacks = None
+    if filled:
+        are = "1 voxel of this scan is" if filled == 1 else f"{filled} voxels of this scan are"
+        lacks = f"{are} NaN or infinite and taken for its lowest intensity."
+    return " ".join(filter(None, dict.fromkeys((*warnings, lacks)))) or None
 
 
 @contextmanager

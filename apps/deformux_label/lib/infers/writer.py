@@ -44,7 +44,9 @@ def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapp
         image = nib.Nifti1Image(labels, affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
-        image.set_qform(affine, code=1)
+        # A qform cannot hold a shear, and would count before a sform that has one.
+        directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+        image.set_qform(affine, code=int(np.allclose(directions.T @ directions, np.eye(3), atol=1e-4)))
         nib.save(image, path)
         return
     header: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Volumes and labels on disk."""

@@ -1,0 +1,174 @@
+"""What the header of a volume says, and which headers are refused before a voxel is read."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "LPS_TO_RAS",
+    "MAX_VOXELS_VARIABLE",
+    "InvalidVolume",
+    "VolumeHeader",
+    "affine_of",
+    "check_affine",
+    "check_shape",
+    "max_voxels",
+    "one_volume",
+    "shown_shape",
+]
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Carries the server's --max-voxels to the processes that train and score.
+MAX_VOXELS_VARIABLE = "DEFORMUX_MAX_VOXELS"
+_DEFAULT_MAX_VOXELS = 1_500_000_000
+# A whole-body scan at 0.25 mm has 8,000 slices; no detector row and no radiograph is longer.
+_LONGEST_AXIS = 10_000
+# The longest axis against the second longest one: of a scout view about 4. Beyond it the volume is a line.
+_MOST_ELONGATED = 64
+# Columns of an affine whose determinant is a smaller part of the product of their lengths lie in a plane.
+_SINGULAR = 1e-6
+
+
+class InvalidVolume(ValueError):
+    """A volume cannot be used; the message is one sentence that names the file, what is wrong and what is expected."""
+
+
+@dataclass(frozen=True)
+class VolumeHeader:
+    """Where the voxels of a file lie, in the file and in the patient.
+
+    Args:
+        shape: voxels along the three spatial axes, in the file's order; 1 along the third of a 2D image.
+        affine: from voxel indices to RAS millimetres, ``(4, 4)``.
+        file_shape: all axes of the file, the fastest one first.
+        dtype: of the stored numbers, with their byte order.
+        encoding: ``raw``, ``gzip``, ``zlib``, ``bzip2``, ``text`` or ``hex``.
+        start: byte of the file at which the encoded voxels begin.
+        skip: decoded bytes before the first voxel.
+        slope: factor of the stored numbers.
+        intercept: added after it.
+        layers: volumes of a segmentation that are stored together; its file has them along ``layer_axis``.
+        layer_axis: the axis of ``file_shape`` along which the layers lie.
+        fields: key/value pairs of a NRRD file.
+    """
+
+    shape: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+    file_shape: tuple[int, ...]
+    dtype: np.dtype
+    encoding: str
+    start: int
+    skip: int = 0
+    slope: float = 1.0
+    intercept: float = 0.0
+    layers: int = 1
+    layer_axis: int = 0
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_values(self) -> int:
+        """Numbers that are stored."""
+        return math.prod(self.file_shape)
+
+    @property
+    def n_bytes(self) -> int:
+        """Their bytes when decoded."""
+        return self.n_values * self.dtype.itemsize
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every voxel is a whole number by its type."""
+        return self.dtype.kind in "iu" and self.slope == 1 and self.intercept == 0
+
+
+def max_voxels() -> int:
+    """Most voxels of a volume that is read: of the environment, where the server puts its own bound."""
+    return int(os.environ.get(MAX_VOXELS_VARIABLE, _DEFAULT_MAX_VOXELS))
+
+
+def shown_shape(shape: Sequence[object]) -> str:
+    """A shape as people write it."""
+    return " x ".join(str(n) for n in shape)
+
+
+def check_shape(name: str, shape: Sequence[int]) -> None:
+    """Refuse sizes that no scan has, of all axes of a file.
+
+    A 2D image and a single slice are thin along one axis. What is thin along two is a line, each voxel of which would
+    cost as much as a patch.
+
+    Raises:
+        InvalidVolume: an axis without voxels, too many voxels, or a shape that no scan has.
+    """
+    if not shape or min(shape) < 1:
+        raise InvalidVolume(
+            f"{name} has no voxels: its size is {shown_shape(shape)}; expected at least one along each axis"
+        )
+    if math.prod(shape) > max_voxels():
+        raise InvalidVolume(
+            f"{name} has {shown_shape(shape)} voxels, which are {math.prod(shape):,}; "
+            f"at most {max_voxels():,} are read (option max-voxels)"
+        )
+    second, longest = sorted((1, *shape))[-2:]
+    if longest > _LONGEST_AXIS or longest > _MOST_ELONGATED * second:
+        raise InvalidVolume(
+            f"{name} has {shown_shape(shape)} voxels, a shape that no scan has; expected at most {_LONGEST_AXIS:,} "
+            f"along an axis, and at most {_MOST_ELONGATED} times as many as along the second longest"
+        )
+
+
+def check_affine(name: str, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return an affine that gives each voxel a place of its own.
+
+    Raises:
+        InvalidVolume: it is not finite, or singular.
+    """
+    if not np.isfinite(affine).all():
+        raise InvalidVolume(f"{name} has a position or direction that is not finite; expected an affine of numbers")
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if lengths.min() <= 0 or abs(np.linalg.det(affine[:3, :3] / np.maximum(lengths, 1e-300))) < _SINGULAR:
+        raise InvalidVolume(
+            f"{name} has a singular affine: its axes do not span three dimensions; expected three independent "
+            "directions and voxel sizes above 0"
+        )
+    return affine
+
+
+def affine_of(directions: npt.ArrayLike, origin: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """The affine ``(4, 4)`` of steps from voxel to voxel in its columns, for one to three axes.
+
+    Missing axes are 1 mm along their own direction, as in ITK's and Slicer's view of a 2D image.
+    """
+    steps, start = np.asarray(directions, dtype=float), np.asarray(origin, dtype=float)
+    affine = np.eye(4)
+    n = len(steps)
+    affine[:n, :n], affine[: len(start), 3] = steps, start
+    return affine
+
+
+def one_volume(
+    name: str, file_shape: Sequence[int], spatial: Sequence[int], others: str = "time points"
+) -> tuple[int, int, int]:
+    """The sizes of the spatial axes as three, where no other axis is longer than 1; ``others`` says what these hold.
+
+    Raises:
+        InvalidVolume: there is more than one volume, or less than an image.
+    """
+    sizes = [file_shape[axis] for axis in spatial]
+    rest = math.prod(n for axis, n in enumerate(file_shape) if axis not in spatial)
+    if rest != 1:
+        raise InvalidVolume(
+            f"{name} holds {rest} {others} ({shown_shape(file_shape)}); expected one 3D volume or one 2D image"
+        )
+    if not 2 <= len(sizes) <= 3:
+        raise InvalidVolume(
+            f"{name} has {len(sizes)} dimensions ({shown_shape(file_shape)}); expected one 3D volume or one 2D image"
+        )
+    x, y, z = (*sizes, 1)[:3]
+    return x, y, z

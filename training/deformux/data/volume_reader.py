@@ -1,0 +1,194 @@
+"""The one reader of volumes: scans and labels, in every format that is served.
+
+The header is read and judged before a voxel is. What it names must be in the file itself, and nothing of a file is
+repeated in a message. Positions are those that ITK and Slicer give the same file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from .header import InvalidVolume, VolumeHeader, check_affine
+from .metaimage import metaimage_header
+from .nifti import nifti_header
+from .nrrd import nrrd_header
+from .streams import Damaged, open_voxels
+
+__all__ = ["VOLUME_SUFFIXES", "InvalidVolume", "OpenVolume", "Volume", "open_volume", "read_volume", "volume_suffix"]
+
+VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
+# The first bytes of a NIfTI file that hold the header of either version.
+_NIFTI_START = 540
+_GZIP = b"\x1f\x8b"
+# Bytes that are decoded and converted at a time.
+_SLAB = 4 * 2**20
+# Scans, with their noise, compress to a tenth; masked ones to a hundredth. What compresses further holds no scan.
+_MOST_COMPRESSED_SCAN, _SMALL_SCAN = 250, 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Volume:
+    """The voxels of a file ``(X, Y, Z)``, or ``(L, X, Y, Z)`` of several layers, and its header."""
+
+    values: npt.NDArray
+    header: VolumeHeader
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """From voxels to RAS millimetres, ``(4, 4)``."""
+        return self.header.affine
+
+
+@dataclass(frozen=True)
+class OpenVolume:
+    """A file whose header has been read and found usable."""
+
+    name: str
+    header: VolumeHeader
+    file: BinaryIO
+    size: int
+
+    def refuse_constant(self) -> None:
+        """Refuse what is compressed so far that it cannot be a scan, without decompressing it.
+
+        Raises:
+            InvalidVolume: it is.
+        """
+        header = self.header
+        compressed = header.encoding in ("gzip", "zlib", "bzip2") and header.n_bytes > _SMALL_SCAN
+        if compressed and header.n_bytes > _MOST_COMPRESSED_SCAN * self.size:
+            raise InvalidVolume(
+                f"{self.name} is compressed {header.n_bytes // self.size} times, so that it has almost the same "
+                "intensity everywhere; expected a scan"
+            )
+
+    def read(self, dtype: npt.DTypeLike = np.float32) -> Volume:
+        """Read the voxels; memory is what they take in ``dtype``.
+
+        Raises:
+            InvalidVolume: they end too early, or are damaged.
+        """
+        header = self.header
+        try:
+            stream = open_voxels(self.file, self.size, header)
+            *within, last = header.file_shape
+            values = np.empty(header.file_shape, dtype=dtype)
+            row = math.prod(within) * header.dtype.itemsize
+            step = max(1, _SLAB // row)
+            buffer = bytearray(row * min(step, last))
+            for begin in range(0, last, step):
+                n = min(step, last - begin)
+                block = memoryview(buffer)[: n * row]
+                _fill(block, stream.read)
+                slab = np.frombuffer(block, dtype=header.dtype).reshape(n, *within[::-1])
+                values[..., begin : begin + n] = _scaled(slab, header).T
+            stream.finish()
+        except Damaged as error:
+            raise InvalidVolume(
+                f"{self.name} cannot be read: its voxels are damaged, or the file is cut off"
+            ) from error
+        if header.layers > 1:
+            values = np.moveaxis(values, header.layer_axis, 0)
+            return Volume(values.reshape(header.layers, *header.shape), header)
+        return Volume(values.reshape(header.shape), header)
+
+
+def volume_suffix(name: str) -> str | None:
+    """The suffix of a volume's file name as it is written, such as ``.NII.GZ``, or None if it has none."""
+    lower = name.lower()
+    return next((name[-len(suffix) :] for suffix in VOLUME_SUFFIXES if lower.endswith(suffix)), None)
+
+
+@contextmanager
+def open_volume(path: Path) -> Iterator[OpenVolume]:
+    """Open a file and read its header, by the format of its suffix.
+
+    Raises:
+        InvalidVolume: it cannot be opened, or its header describes nothing that can be used.
+    """
+    suffix = (volume_suffix(path.name) or "").lower()
+    if not suffix:
+        raise InvalidVolume(
+            f"{path.name} cannot be read as a volume; expected a file named {', '.join(VOLUME_SUFFIXES)}"
+        )
+    with _opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if suffix == ".nrrd":
+            header = nrrd_header(path.name, file, size)
+        elif suffix == ".mha":
+            header = metaimage_header(path.name, file, size)
+        else:
+            header = _nifti(path.name, file, suffix)
+        check_affine(path.name, header.affine)
+        yield OpenVolume(path.name, header, file, size)
+
+
+def read_volume(path: Path, dtype: npt.DTypeLike = np.float32) -> Volume:
+    """Read a file whole.
+
+    Raises:
+        InvalidVolume: it cannot be used.
+    """
+    with open_volume(path) as opened:
+        return opened.read(dtype)
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        # Not to wait for whoever writes into a pipe.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = os.fdopen(descriptor, "rb")
+    except (OSError, ValueError) as error:
+        what = "it is a folder" if isinstance(error, IsADirectoryError) else "there is no such file"
+        if isinstance(error, PermissionError):
+            what = "its permissions forbid it"
+        raise InvalidVolume(f"{path.name} cannot be read: {what}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InvalidVolume(f"{path.name} cannot be read: it is not a file")
+    return file
+
+
+def _nifti(name: str, file: BinaryIO, suffix: str) -> VolumeHeader:
+    start = file.read(_NIFTI_START)
+    compressed = start.startswith(_GZIP)
+    if compressed and suffix == ".nii":
+        raise InvalidVolume(f"{name} is compressed; rename it to end with .nii.gz, so that every viewer can read it")
+    if compressed:
+        file.seek(0)
+        whole = VolumeHeader((1, 1, 1), np.eye(4), (), np.dtype("u1"), "gzip", 0)
+        try:
+            stream = open_voxels(file, os.fstat(file.fileno()).st_size, whole)
+            start = b""
+            while len(start) < _NIFTI_START and (more := stream.read(_NIFTI_START - len(start))):
+                start += more
+        except Damaged as error:
+            raise InvalidVolume(f"{name} cannot be read: it is damaged, or not a NIfTI file") from error
+    return nifti_header(name, start, compressed=compressed)
+
+
+def _fill(block: memoryview, read: Callable[[int], bytes]) -> None:
+    done = 0
+    while done < len(block):
+        found = read(len(block) - done)
+        if not found:
+            raise Damaged
+        block[done : done + len(found)] = found
+        done += len(found)
+
+
+def _scaled(slab: npt.NDArray, header: VolumeHeader) -> npt.NDArray:
+    """Stored numbers as intensities; a slope or an intercept makes them 32-bit floats, as in ITK."""
+    if header.slope == 1 and header.intercept == 0:
+        return slab
+    return (slab * np.float64(header.slope) + header.intercept).astype(np.float32)
