@@ -277,5 +277,7 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
 def remove_state(studies: Path, conf: Mapping[str, str]) -> None:
     """Delete what a server kept for a project in the app's folder."""
     from deformux_label.lib.configs.project import Project
+    from deformux_label.lib.configs.server import SERVER_OPTIONS
 
+    conf = {key: value for key, value in conf.items() if key not in SERVER_OPTIONS}
     shutil.rmtree(Project.from_conf(conf).state_folder(APP, str(studies)), ignore_errors=True)
