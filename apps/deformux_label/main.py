@@ -26,7 +26,7 @@ from lib.infers.uncertainty import store_uncertainty
 from lib.leases import Leases, annotator_of
 from lib.models import ServedModels
 from lib.points import BACKGROUND
-from lib.requests.uploads import private_uploads
+from lib.requests.uploads import own_folder, private_uploads
 from lib.scoring.dice import DiceScoring
 from lib.scoring.selection import SelectionScores, SelectionScoring
 from lib.sessions import Sessions
@@ -132,8 +132,9 @@ class DeformUXLabel(MONAILabelApp):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
         if settings.MONAI_LABEL_SESSIONS:
-            parent = Path(settings.MONAI_LABEL_SESSION_PATH or self.uploads)
-            self._sessions = VolumeSessions(parent, settings.MONAI_LABEL_SESSION_EXPIRY)
+            path = settings.MONAI_LABEL_SESSION_PATH
+            folder = own_folder(Path(path)) if path else self.uploads
+            self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)
         install(server, self)
         self._login_warnings = install_login(server, self)
         self.queue.start()

@@ -16,7 +16,7 @@ from fastapi import HTTPException, UploadFile
 from deformux.transforms import InvalidVolume, LoadVolumed
 from deformux_label.web.multipart import StoredUpload
 
-from .requests.uploads import own_folder, stored_upload
+from .requests.uploads import stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
 
@@ -61,10 +61,14 @@ class VolumeSessions:
 
     They are known by what this process remembers alone: nothing that lies in a folder is believed. MONAI Label's own
     unpacks archives, and reads the path of a session's image from a file beside it.
+
+    Args:
+        folder: a folder of this process alone.
+        expiry_s: seconds after its last use until a session goes, and the most that a client may ask for.
     """
 
-    def __init__(self, parent: Path, expiry_s: float) -> None:
-        self.store_path = own_folder(parent)
+    def __init__(self, folder: Path, expiry_s: float) -> None:
+        self.store_path = folder
         self._expiry_s = expiry_s
         self._sessions: dict[str, VolumeSession] = {}
         self._lock = threading.Lock()

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import stat
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -69,9 +70,9 @@ def private_uploads() -> Path:
 
 
 def own_folder(parent: Path) -> Path:
-    """Make a folder in ``parent`` that only this user can read and that goes with this process.
+    """Make a folder in ``parent`` that only this user can read and that goes with this process, however that ends.
 
-    Folders of servers that were killed go now.
+    Folders that remain of a whole machine that was switched off, or a container that was killed, go now.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(parent)
@@ -80,7 +81,23 @@ def own_folder(parent: Path) -> Path:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     _held.append(lock)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _remove_afterwards(folder)
     return folder
+
+
+def _remove_afterwards(folder: Path) -> None:
+    """Leave a shell that waits for the end of this process: uvicorn ends by its signal, past any ``atexit``."""
+    try:
+        subprocess.Popen(
+            ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+    except OSError as error:
+        logger.warning("%s stays after a kill until the next start: %s", folder, error)
 
 
 def _remove_leftovers(parent: Path) -> None:

@@ -1,0 +1,166 @@
+"""Clients that hold the server up, by leaving requests unfinished or by opening too many, are dropped."""
+
+from __future__ import annotations
+
+import selectors
+import socket
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import requests
+from attacks import scan
+from live import CONF, LiveServer, serve_command, stock_command
+
+# The server's own limits are 15 s for headers and 20 s for a pause in a body.
+_PATIENCE_S = 40
+
+
+@pytest.fixture(scope="module", params=["deformux-label serve", "monailabel start_server"])
+def patient(
+    start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> LiveServer:
+    """A server started in each of the two ways."""
+    studies = tmp_path_factory.mktemp("patient") / "studies"
+    studies.mkdir()
+    scan(studies / "one.nii.gz")
+    # Larger than what the two sockets between server and client hold.
+    scan(studies / "large.nii", 200, 200, 300)
+    return start_here(studies, CONF, serve_command if request.param.endswith("serve") else stock_command)
+
+
+def connected(server: LiveServer, sent: bytes) -> socket.socket:
+    where = urlsplit(server.url)
+    connection = socket.create_connection((where.hostname, where.port), timeout=30)
+    connection.sendall(sent)
+    return connection
+
+
+def closed(connections: list[socket.socket], patience_s: float, trickle: bytes = b"") -> int:
+    """How many of the connections the server closes in time, each of which sends one byte a second."""
+    end = time.monotonic() + patience_s
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map() and time.monotonic() < end:
+            for key, _ in selector.select(timeout=1):
+                try:
+                    ended = not key.fileobj.recv(65536)  # type: ignore[union-attr]
+                except (BlockingIOError, InterruptedError):
+                    continue
+                except OSError:
+                    ended = True
+                if ended:
+                    selector.unregister(key.fileobj)
+            for key in list(selector.get_map().values()) if trickle else ():
+                try:
+                    key.fileobj.send(trickle)  # type: ignore[union-attr]
+                except OSError:
+                    continue
+        return len(connections) - len(selector.get_map())
+
+
+def process_of(server: LiveServer) -> psutil.Process:
+    """The process that listens."""
+    root = psutil.Process(server.process.pid)
+    return next(
+        process
+        for process in [root, *root.children(recursive=True)]
+        if any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections("tcp"))
+    )
+
+
+def upload(name: bytes, declared: int, sent: int) -> bytes:
+    head = b'--b\r\nContent-Disposition: form-data; name="' + name + b'"; filename="a.nii"\r\n\r\n' + b"\0" * sent
+    return (
+        b"Host: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\nContent-Length: %d\r\n\r\n" % declared
+    ) + head
+
+
+def half_requests(server: LiveServer) -> list[socket.socket]:
+    """Headers and bodies that end too early, each kind on several connections."""
+    chunked = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[1\r\n"
+    kinds = [
+        b"",
+        b"GET /info/ HTTP/1.1\r\nHost: localhost\r\n",
+        # After a request that was answered, on the same connection.
+        b"GET /auth/ HTTP/1.1\r\nHost: localhost\r\n\r\nGET /in",
+        b"PUT /session/ HTTP/1.1\r\n" + upload(b"files", 10**8, 10_000),
+        b"POST /infer/segmentation HTTP/1.1\r\n" + upload(b"file", 10**8, 10),
+        b"POST /train/x HTTP/1.1\r\nHost: localhost\r\n" + chunked,
+    ]
+    return [connected(server, kind) for kind in kinds for _ in range(25)]
+
+
+def test_unfinished_and_trickling_requests_end(patient: LiveServer) -> None:
+    """In the issue 400 half headers and 200 half uploads stayed for ever."""
+    process = process_of(patient)
+    before = process.num_fds()
+    half = half_requests(patient)
+    trickling = [
+        connected(patient, kind)
+        for kind in (
+            b"GET /info/ HTTP/1.1\r\nHost: localhost\r\nX: ",
+            b"PUT /session/ HTTP/1.1\r\n" + upload(b"files", 10**6, 10),
+        )
+        for _ in range(5)
+    ]
+    # Others are answered meanwhile.
+    assert requests.get(f"{patient.url}/info/", timeout=10).ok
+    # More than one address may have are refused at once.
+    more = [connected(patient, b"") for _ in range(460)]
+    assert closed(more, 3) >= 350
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(closed, [*half, *more], _PATIENCE_S)
+        dripping = pool.submit(closed, trickling, _PATIENCE_S, b"x")
+        assert waiting.result() == len(half) + len(more)
+        assert dripping.result() == len(trickling)
+    for connection in (*half, *trickling, *more):
+        connection.close()
+    time.sleep(1.5)
+    assert process.num_fds() <= before + 5
+    assert requests.get(f"{patient.url}/info/", timeout=10).ok
+
+
+def test_slow_but_honest_clients_are_served(patient: LiveServer, tmp_path: Path) -> None:
+    """An upload at 10 kB a second, and a client that reads slowly."""
+    volume = scan(tmp_path / "slow.nii", 40, 40, 40).read_bytes()
+    body = upload(b"files", 0, 0).partition(b"\r\n\r\n")[2] + volume + b"\r\n--b--\r\n"
+
+    def slowly() -> Iterator[bytes]:
+        for start in range(0, len(body), 10_000):
+            yield body[start : start + 10_000]
+            time.sleep(0.5)
+
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    answer = requests.put(f"{patient.url}/session/", data=slowly(), headers=kind, timeout=60)
+    assert answer.status_code == 200, answer.text
+    with requests.get(f"{patient.url}/datastore/image?image=large", stream=True, timeout=60) as answer:
+        size = 0
+        for part in answer.iter_content(2_000_000):
+            size += len(part)
+            time.sleep(0.5)
+    assert size == int(answer.headers["content-length"])
+
+
+@pytest.mark.slow
+def test_a_reply_that_nobody_reads_ends(patient: LiveServer) -> None:
+    """After a minute; its file is closed then."""
+    process = process_of(patient)
+    before = process.num_fds()
+    stalled = [
+        connected(patient, b"GET /datastore/image?image=large HTTP/1.1\r\nHost: localhost\r\n\r\n") for _ in range(5)
+    ]
+    time.sleep(5)
+    assert process.num_fds() >= before + 5
+    end = time.monotonic() + 90
+    while time.monotonic() < end and process.num_fds() > before:
+        time.sleep(1)
+    assert process.num_fds() <= before
+    for connection in stalled:
+        connection.close()
