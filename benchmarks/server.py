@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -18,9 +19,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,22 @@ import nibabel as nib
 import numpy as np
 import requests
 from _machine import machine_lines
+from _server_page import table
 
 from deformux.network import DeformUXNet
 from deformux.versions import ModelVersions
 from deformux.weights import ModelCard
 from deformux_label.cli import app_folder
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.leases import Leases
 
 HERE = Path(__file__).resolve().parent
 CONF = {"labels": "ball", "modality": "ct", "patch_size": "48,48,48"}
+# Options of the server that are not the project's.
+OF_SERVER: dict[str, str] = {}
+# Name and password of who asks, where the login is on; and the token of each server.
+LOGIN: list[str] = []
+TOKENS: dict[str, str] = {}
 LIMITS = {
     "info_p99_ms": 100,
     "next_sample_p99_ms": 100,
@@ -51,8 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=30, help="length of each measurement under load")
     parser.add_argument("--studies", type=int, default=10_000)
-    parser.add_argument("--samples", type=int, default=300)
+    parser.add_argument("--samples", type=int, default=300, help="Next Samples of each strategy and number of leases")
+    parser.add_argument("--users", default="", help="file of `deformux-label users`, which switches the login on")
+    parser.add_argument("--login", default="", help="NAME:PASSWORD of a user in it who may do everything")
     args = parser.parse_args()
+    if args.users:
+        OF_SERVER["users"] = str(Path(args.users).resolve())
+        LOGIN.extend(args.login.split(":", 1))
     with tempfile.TemporaryDirectory() as folder:
         studies = [Path(folder) / name / "studies" for name in ("load", "many")]
         try:
@@ -87,7 +99,7 @@ def under_load(studies: Path, seconds: float) -> dict[str, Any]:
         beside = count_of(lambda: infer(url), seconds)
         assert get(f"{url}/train/").json()["id"] == task["id"], "the training ended before the measurement did"
         assert get(f"{url}/train/").json()["status"] == "RUNNING", get(f"{url}/train/").json()
-        requests.delete(f"{url}/train/", timeout=120)
+        checked(requests.delete(f"{url}/train/", headers=headers(url), timeout=120))
         switches = [switch(url, studies) for _ in range(5)]
     return {
         "info_idle_ms": idle,
@@ -123,16 +135,45 @@ def at_scale(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
     with serving(studies) as (_, fresh_s, _):
         pass
     with serving(studies) as (url, start_s, _):
-        strategies = {
-            name: quantiles(
-                [
-                    timed(partial(post, f"{url}/activelearning/{name}", {"client_id": f"annotator {n % 8}"}))
-                    for n in range(args.samples)
-                ]
-            )
-            for name in get(f"{url}/info/").json()["strategies"]
-        }
-    return {"studies": args.studies, "start_fresh_s": fresh_s, "start_s": start_s, "next_sample_ms": strategies}
+        names = list(get(f"{url}/info/").json()["strategies"])
+        held = {number: leases_held(studies, number) for number in (0, args.studies // 2)}
+        samples = {number: next_samples(url, names, args.samples, hold) for number, hold in held.items()}
+        info = quantiles(times_of(lambda: get(f"{url}/info/"), args.seconds))
+    return {
+        "studies": args.studies,
+        "login": bool(LOGIN),
+        "start_fresh_s": fresh_s,
+        "start_s": start_s,
+        "next_sample_ms": {str(number): values for number, values in samples.items()},
+        "info_many_ms": info,
+    }
+
+
+def leases_held(studies: Path, number: int) -> Callable[[], None]:
+    """What makes others hold that many leases, of the volumes that come first by name."""
+
+    def hold() -> None:
+        leases = Leases(state_of(studies) / "leases.json", most=number)
+        cases = [f"case_{case:05d}" for case in range(number)]
+        for case in cases:
+            leases.claim("somebody else", [case])
+
+    return hold
+
+
+def next_samples(url: str, names: Sequence[str], samples: int, hold: Callable[[], None]) -> dict[str, Any]:
+    """Milliseconds of Next Sample by strategy, each time with the same leases: the strategies take turns at random."""
+    hold()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    rng = random.Random(0)
+    for number in range(samples):
+        for name in rng.sample(names, len(names)):
+            start = time.perf_counter()
+            answer = post(f"{url}/activelearning/{name}", {"client_id": f"annotator {number % 8}"})
+            times[name].append(1000 * (time.perf_counter() - start))
+            query = {"image": answer.json()["id"]}
+            checked(requests.delete(f"{url}/deformux/leases", params=query, headers=headers(url), timeout=300))
+    return {name: quantiles(values) for name, values in times.items()}
 
 
 def scan(path: Path, size: int, seed: int) -> Path:
@@ -168,8 +209,9 @@ def serving(studies: Path, conf: Mapping[str, str] = CONF) -> Iterator[tuple[str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    TOKENS.clear()
     command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve", "--studies", str(studies)]
-    for key, value in {**conf, "port": str(port)}.items():
+    for key, value in {**conf, **OF_SERVER, "port": str(port)}.items():
         command += [f"--{key.replace('_', '-')}", value]
     start = time.perf_counter()
     with (studies.parent / "server.log").open("wb") as log:
@@ -192,12 +234,24 @@ def serving(studies: Path, conf: Mapping[str, str] = CONF) -> Iterator[tuple[str
 
 def get(url: str) -> requests.Response:
     """A request that must succeed."""
-    return checked(requests.get(url, timeout=300))
+    return checked(requests.get(url, headers=headers(url), timeout=300))
 
 
 def post(url: str, body: dict[str, Any]) -> requests.Response:
     """A request that must succeed."""
-    return checked(requests.post(url, json=body, timeout=300))
+    return checked(requests.post(url, json=body, headers=headers(url), timeout=300))
+
+
+def headers(url: str) -> dict[str, str]:
+    """Who asks: empty without a login; each server is asked for a token once."""
+    if not LOGIN:
+        return {}
+    server = "/".join(url.split("/")[:3])
+    if server not in TOKENS:
+        name, password = LOGIN
+        form = {"username": name, "password": password, "grant_type": "password"}
+        TOKENS[server] = checked(requests.post(f"{server}/auth/token", data=form, timeout=300)).json()["access_token"]
+    return {"Authorization": f"bearer {TOKENS[server]}"}
 
 
 def checked(answer: requests.Response) -> requests.Response:
@@ -210,14 +264,15 @@ def checked(answer: requests.Response) -> requests.Response:
 def infer(url: str) -> requests.Response:
     """One inference on a volume of 96 x 96 x 96 voxels."""
     query = {"image": "case_5", "output": "json"}
-    return checked(requests.post(f"{url}/infer/segmentation", params=query, timeout=300))
+    return checked(requests.post(f"{url}/infer/segmentation", params=query, headers=headers(url), timeout=300))
 
 
 def submit(url: str, case: str, label: Path) -> None:
     """Submit a label."""
     with label.open("rb") as file:
         files = {"label": ("label.nii.gz", file)}
-        checked(requests.put(f"{url}/datastore/label", params={"image": case}, files=files, timeout=300))
+        query = {"image": case}
+        checked(requests.put(f"{url}/datastore/label", params=query, files=files, headers=headers(url), timeout=300))
 
 
 def timed(call: Callable[[], Any]) -> float:
@@ -273,61 +328,6 @@ def quantiles(values: list[float]) -> dict[str, float]:
     """Median, 99th percentile and maximum."""
     p99 = statistics.quantiles(values, n=100, method="inclusive")[98]
     return {"p50": statistics.median(values), "p99": p99, "max": max(values), "n": len(values)}
-
-
-def table(result: dict[str, Any]) -> str:
-    """The results as a page."""
-    limits = result["limits"]
-    samples = result["next_sample_ms"]
-    slowest = max(samples, key=lambda name: samples[name]["p99"])
-    rows = [
-        ("`GET /info/`, server idle, p99", f"{result['info_idle_ms']['p99']:.0f} ms", ""),
-        (
-            "`GET /info/` during an inference and a training, p99",
-            f"**{result['info_busy_ms']['p99']:.0f} ms** (p50 {result['info_busy_ms']['p50']:.0f}, "
-            f"max {result['info_busy_ms']['max']:.0f}, {result['info_busy_ms']['n']} requests)",
-            f"{limits['info_p99_ms']} ms",
-        ),
-        (
-            f"Next Sample of {result['studies']} studies, slowest strategy ({slowest}), p99",
-            f"**{samples[slowest]['p99']:.0f} ms** (p50 {samples[slowest]['p50']:.0f})",
-            f"{limits['next_sample_p99_ms']} ms",
-        ),
-        (
-            f"start with {result['studies']} studies, to the first answer",
-            f"**{result['start_s']:.1f} s** ({result['start_fresh_s']:.1f} s without an index)",
-            f"{limits['start_s']} s",
-        ),
-        (
-            "publishing a version: what its first inference takes more, worst of 5",
-            f"**{result['publish_s']:.2f} s**",
-            f"{limits['publish_s']} s",
-        ),
-        (
-            "inferences a minute during a CPU training, of those without",
-            f"**{100 * result['throughput_share']:.0f} %** ({result['inferences_per_minute_training']:.0f} of "
-            f"{result['inferences_per_minute_idle']:.0f})",
-            f"{100 * limits['throughput_share']:.0f} %",
-        ),
-    ]
-    lines = [
-        "# The server while it works",
-        "",
-        "Real servers (`deformux-label serve`) and real requests on one machine; preset `tiny`, windows of 48³ voxels,",
-        "a scan of 96³. MONAI Label's own server answered `GET /info/` in 4,320 ms during an inference of 4.35 s.",
-        "",
-        "| what | measured | target |",
-        "|---|---|---|",
-        *[f"| {what} | {measured} | {target} |" for what, measured, target in rows],
-        "",
-        "| Next Sample by strategy | p50 | p99 |",
-        "|---|---|---|",
-        *[f"| {name} | {values['p50']:.0f} ms | {values['p99']:.0f} ms |" for name, values in samples.items()],
-        "",
-        *[f"- {line}" for line in result["machine"]],
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def serve(
     spacing: Annotated[str, typer.Option(help="Voxel size in mm, such as 1.5,1.5,2; or native.")] = "",
     patch_size: Annotated[str, typer.Option(help="Voxels of a patch, such as 96,96,96.")] = "",
     pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "",
-    auto_train: Annotated[str, typer.Option(help="Train after so many submitted labels; 0 for never.")] = "",
+    auto_train: Annotated[str, typer.Option(help="Train after so many changed labels; 0 for never.")] = "",
     lease_minutes: Annotated[str, typer.Option(help="How long a handed-out volume is kept for its annotator.")] = "",
     cache_gb: Annotated[str, typer.Option(help="Gigabytes of memory that make the next click fast; 0 for none.")] = "",
     allow_origin: Annotated[str, typer.Option(help="Comma-separated origins whose pages may call the server.")] = "",
