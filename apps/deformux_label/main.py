@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import HTTPException
 from filelock import FileLock
 from lib.api import install, private_uploads
+from lib.background import end_background_with_this_server, end_with_the_parent
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.configs.server import SERVER_OPTIONS, ServerOptions
@@ -109,13 +110,16 @@ class DeformUXLabel(MONAILabelApp):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
         install(server, self)
+        end_background_with_this_server()
         self.queue.start()
+        threading.Thread(target=self.models.check, name="check of the models", daemon=True).start()
         super().on_init_complete()
 
     def info(self) -> dict[str, Any]:
         info = super().info()
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
+        info["warnings"] = [*info.get("warnings", []), *self.models.warnings()]
         return info
 
     def versions(self) -> ModelVersions:
@@ -202,6 +206,7 @@ class DeformUXLabel(MONAILabelApp):
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         known("scoring method", request.get("method"), self._scoring_methods)
         if not self._server_mode:
+            end_with_the_parent()
             os.nice(10)
         return super().scoring(request, datastore)
 
