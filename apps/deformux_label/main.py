@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import HTTPException
 from filelock import FileLock
 from lib.api import install
+from lib.background import end_background_with_this_server, end_with_the_parent
 from lib.batch_inference import BatchInferences, images_of, run_batch
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
@@ -137,7 +138,9 @@ class DeformUXLabel(MONAILabelApp):
             self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)
         install(server, self)
         self._login_warnings = install_login(server, self)
+        end_background_with_this_server()
         self.queue.start()
+        threading.Thread(target=self.models.check, name="check of the models", daemon=True).start()
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002
@@ -156,13 +159,13 @@ class DeformUXLabel(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         info = super().info()
-        info["warnings"] = [*info.get("warnings", []), *self.datastore().warnings()]
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
         # The leases and the queue share a file, and what is said of it.
         of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
         of_the_studies = self.waiting.now(self.datastore()).warnings()
-        found = [*info.get("warnings", []), *self._login_warnings(), *of_the_state, *of_the_studies]
+        of_the_studies += self.datastore().warnings()
+        found = [*self._login_warnings(), *self.models.warnings(), *of_the_state, *of_the_studies]
         if found:
             info["warnings"] = list(dict.fromkeys(found))
         return info
@@ -284,6 +287,7 @@ class DeformUXLabel(MONAILabelApp):
     def scoring(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         known("scoring method", request.get("method"), self._scoring_methods)
         if not self._server_mode:
+            end_with_the_parent()
             os.nice(10)
         return super().scoring(request, datastore)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,43 +15,15 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from deformux.publications import KINDS, LOST, Publication, Record, published_stack, worth_keeping
 from deformux.state_files import read_kept_twice, write_kept_twice
 from deformux.weights import InvalidModel, ModelCard, check_weights, read_card, remove_unfinished, save_model
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
-logger = logging.getLogger(__name__)
-
 _STATE = "publications.json"
-_KINDS = ("training", "publish", "rollback", "pin")
-_LOST = "rebuilt"
 # How far a rollback reaches.
 _KEEP_PUBLISHED = 10
-_NAME = re.compile(r"v\d+")
-
-
-@dataclass(frozen=True)
-class Publication:
-    """That a version became the published one.
-
-    Args:
-        version: its name.
-        kind: ``training`` (the gate let it through), ``publish``, ``rollback`` or ``pin`` (a person asked for it), or
-            ``rebuilt`` (the history was lost, and this version is the newest that may be served).
-        reason: one sentence.
-        by: who asked.
-        time: UTC, ISO 8601.
-    """
-
-    version: str
-    kind: str
-    reason: str
-    by: str
-    time: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -68,31 +40,6 @@ class VersionInfo:
         """Plain values, the card among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
         return values | {"card": json.loads(self.card.to_json())}
-
-
-@dataclass(frozen=True)
-class _State:
-    """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other.
-
-    ``fault`` says what was wrong with the file, and is not written.
-    """
-
-    last_number: int = 0
-    pinned: str | None = None
-    history: tuple[Publication, ...] = field(default=())
-    fault: str | None = field(default=None, compare=False)
-
-    def to_json(self) -> dict[str, Any]:
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "fault"}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> _State:
-        history = tuple(Publication(**entry) for entry in values["history"])
-        state = cls(int(values["last_number"]), values["pinned"], history)
-        for name in (state.pinned, *(entry.version for entry in history)):
-            if name is not None and not _NAME.fullmatch(name):
-                raise ValueError(f"{name!r} is not the name of a version")
-        return state
 
 
 class ModelVersions:
@@ -146,42 +93,71 @@ class ModelVersions:
             infos.append(VersionInfo(name, card, name == current, name == state.pinned, name in ever))
         return infos
 
-    def damaged(self) -> dict[str, str]:
-        """Every version that cannot be served, oldest first, and why: one sentence without folders."""
-        kept = _worth_keeping(self._state(), _KEEP_PUBLISHED)
+    def info(self, name: str) -> VersionInfo:
+        """What ``infos`` says of one version; raises ValueError where there is none of that name, or it is damaged."""
+        path = self.path(name)
+        found = next((info for info in self.infos() if info.name == name), None)
+        if found is None:
+            raise ValueError(self.fault(path.stem) or f"version {name} was deleted")
+        return found
+
+    def damaged(self, *, quick: bool = False) -> dict[str, str]:
+        """Every version that cannot be served, oldest first, and why: one sentence without folders.
+
+        ``quick`` reads no weights, and knows of damage inside them only what was found before.
+        """
+        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
         cards = {path.stem for path in self._numbered(".json")}
         weights = {path.stem for path in self._numbered(".safetensors")}
         # Any other card alone is of a version that is being written or deleted.
-        faults = {name: self.fault(name) for name in sorted(weights | (cards & kept), key=_number)}
+        faults = {name: self.fault(name, quick=quick) for name in sorted(weights | (cards & kept), key=_number)}
         return {name: fault for name, fault in faults.items() if fault}
 
-    def fault(self, name: str) -> str | None:
+    def fault(self, name: str, *, quick: bool = False) -> str | None:
         """Why a version cannot be served, in one sentence without folders; None where it can.
 
-        Its weights are read once, and again when their file has changed.
+        Its weights are read once, and again when their file has changed; with ``quick`` not at all.
         """
         path = self.root / f"{name}.safetensors"
         signature = _signature(path), _signature(path.with_suffix(".json"))
         known = self._faults.get(name)
-        if known is None or known[0] != signature:
-            known = signature, self._look_for_fault(name, path)
-            self._faults[name] = known
-        return known[1]
+        if known is not None and known[0] == signature:
+            return known[1]
+        fault = self._look_for_fault(name, path, quick=quick)
+        if not quick:
+            self._faults[name] = signature, fault
+        return fault
 
-    def _look_for_fault(self, name: str, path: Path) -> str | None:
+    def distrust(self, name: str, fault: str) -> None:
+        """Serve this version no more in this process, for a fault that showed in its use, until its files change."""
+        path = self.root / f"{name}.safetensors"
+        signature = _signature(path), _signature(path.with_suffix(".json"))
+        self._faults[name] = signature, self._without_folder(fault)
+
+    def _look_for_fault(self, name: str, path: Path, *, quick: bool) -> str | None:
         if not path.exists():
             return f"the weights of {name}, {path.name}, are missing"
         try:
-            check_weights(path, read_card(path))
+            card = read_card(path)
+            if not quick:
+                check_weights(path, card)
         except InvalidModel as error:
-            return str(error).replace(f"{path.parent}/", "")
+            return self._without_folder(str(error))
         return None
+
+    def _without_folder(self, text: str) -> str:
+        return text.replace(f"{self.root}{os.sep}", "")
 
     def warnings(self) -> list[str]:
         """What is wrong with what is served, or with the record of it; empty while all is well."""
         state = self._state()
         warning = self._served(state)[1]
         return [text for text in (state.fault, warning) if text]
+
+    def doubt(self) -> str | None:
+        """Why what is served may be another version than the published one; None where it is that."""
+        state = self._state()
+        return self._served(state)[1] or (state.fault if state.lost else None)
 
     def write(self, network: torch.nn.Module, card: ModelCard) -> str:
         """Store a new version and return its name; it is not served before ``publish``."""
@@ -223,9 +199,9 @@ class ModelVersions:
         history = self._state().history
         return history[-1].version if history else None
 
-    def _served(self, state: _State) -> tuple[str | None, str | None]:
+    def _served(self, state: Record) -> tuple[str | None, str | None]:
         """The version to serve, and a sentence where that is not the published one."""
-        stack = _stack(state.history)
+        stack = published_stack(state.history)
         if not stack:
             return None, None
         fault = self.fault(stack[-1])
@@ -242,7 +218,7 @@ class ModelVersions:
             ValueError: nothing was published before, or a version is pinned.
         """
         with self._lock():
-            *before, present = _stack(self._state().history) or ["now"]
+            *before, present = published_stack(self._state().history) or ["now"]
             target = next((name for name in reversed(before) if self.fault(name) is None), None)
             if target is None:
                 raise ValueError(f"nothing was published before {present}; there is nothing to roll back to")
@@ -285,7 +261,7 @@ class ModelVersions:
             self._remove_leftovers()
             state = self._state()
             names = self.names()
-            kept = {*names[-keep:], *_worth_keeping(state, keep_published), self._served(state)[0]}
+            kept = {*names[-keep:], *worth_keeping(state, keep_published), self._served(state)[0]}
             kept |= {info.card.gate.get("champion") for info in self.infos() if info.name in kept}
             gone = [name for name in names if name not in kept]
             for name in gone:
@@ -300,31 +276,31 @@ class ModelVersions:
                 raise ValueError(f"version {state.pinned} is pinned; unpin it before publishing {name}")
             self._write(self._with(state, name, kind, reason, by))
 
-    def _with(self, state: _State, name: str, kind: str, reason: str, by: str) -> _State:
-        assert kind in _KINDS
+    def _with(self, state: Record, name: str, kind: str, reason: str, by: str) -> Record:
+        assert kind in KINDS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if fault := self.fault(self.path(name).stem):
             raise ValueError(f"{name} cannot be published: {fault}")
         entry = Publication(name, kind, reason, by, now)
         return dataclasses.replace(state, history=(*state.history, entry))
 
-    def _write(self, state: _State) -> None:
+    def _write(self, state: Record) -> None:
         write_kept_twice(self._state_path, state.to_json(), indent=1)
 
-    def _state(self) -> _State:
+    def _state(self) -> Record:
         """The record of publications, or what can be made of the cards where it is lost."""
-        state, fault = read_kept_twice(self._state_path, _State.from_json)
+        state, fault = read_kept_twice(self._state_path, Record.from_json)
         if state is not None:
             return dataclasses.replace(state, fault=fault)
         names = self.names()
         if fault is None and not names:
-            return _State()
+            return Record()
         newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
         said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
         reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
         # The same at every look: nothing is written until somebody publishes.
-        history = (Publication(newest, _LOST, reason, "server", self.card(newest).created),) if newest else ()
-        return _State(_number(names[-1]) if names else 0, None, history, reason)
+        history = (Publication(newest, LOST, reason, "server", self.card(newest).created),) if newest else ()
+        return Record(_number(names[-1]) if names else 0, None, history, reason, True)
 
     def _may_be_served(self, name: str) -> bool:
         return self.fault(name) is None and self.card(name).gate.get("publish") is not False
@@ -340,17 +316,10 @@ class ModelVersions:
         """Only under the lock, under which nothing is being written."""
         remove_unfinished(self.root)
         # What would be kept and lost its weights keeps its card: they may come back from a backup.
-        kept = _worth_keeping(self._state(), _KEEP_PUBLISHED)
+        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
         for card in self._numbered(".json"):
             if card.stem not in kept and not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)
-
-
-def _worth_keeping(state: _State, published: int) -> set[str]:
-    """The last versions that were published, what a rollback would go to, and all that were ever pinned."""
-    latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
-    pinned = [entry.version for entry in state.history if entry.kind == "pin"]
-    return {*latest, *_stack(state.history)[-2:], *pinned}
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
@@ -364,15 +333,3 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
 
 def _number(name: str) -> int:
     return int(name[1:])
-
-
-def _stack(history: tuple[Publication, ...]) -> list[str]:
-    """What is published, above what it replaced; a rollback takes back what lay above its target."""
-    stack: list[str] = []
-    for entry in history:
-        if entry.kind == "rollback" and entry.version in stack:
-            while stack[-1] != entry.version:
-                stack.pop()
-        elif not stack or stack[-1] != entry.version:
-            stack.append(entry.version)
-    return stack

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from deformux.network import DeformUXNet
 from deformux.versions import ModelVersions
-from deformux.weights import ModelCard, load_model, pretrained_path, with_guidance
+from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, with_guidance
 
 from .configs.project import Project
 
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 class ServedModels:
     """The published version of a project, looked up at each call; before the first, the pretrained model.
 
+    Where the published version is damaged, the one before it answers, and ``warning`` and ``warnings`` say so.
     ``pretrained`` is the file of the latter, or None where it does not know this project's labels.
     """
 
@@ -29,21 +30,60 @@ class ServedModels:
         self.pretrained = _servable_pretrained(project)
         self._loaded: dict[str, tuple[str, DeformUXNet, ModelCard]] = {}
         self._lock = threading.Lock()
+        self._logged: set[str] = set()
 
     def current(self) -> str | None:
         """Name of the model to serve now, or None while there is none."""
-        try:
-            published = self.versions.published()
-        except ValueError as error:
-            logger.error("The published model cannot be served: %s", error)
-            published = None
+        published = self.versions.published()
         if published is not None:
             return published
-        return f"pretrained-{self.project.pretrained}" if self.pretrained else None
+        return self._pretrained_name if self.pretrained else None
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the models or with the record of them, a sentence each; a new one is logged once."""
+        found = self.versions.warnings()
+        if found and self.versions.published() is None:
+            found.append(self._instead())
+        # Those that are served, or would be, are named already.
+        faults = [fault for fault in self.versions.damaged(quick=True).values() if not any(fault in t for t in found)]
+        found += [f"a model version is damaged: {fault}" for fault in faults]
+        for text in found:
+            if text not in self._logged:
+                logger.error("The models: %s", text)
+        self._logged = set(found)
+        return found
+
+    def warning(self, name: str | None) -> str | None:
+        """What whoever is answered with a model must know: why it may not be the published one, else None."""
+        doubt = self.versions.doubt()
+        if doubt is None or name == self.versions.intended() != self.versions.published():
+            return None
+        return doubt if name is not None and name in self.versions.names() else f"{doubt}; {self._instead()}"
+
+    def check(self) -> None:
+        """Read all versions, so that damage is known, and logged, before somebody needs one of them."""
+        self.versions.damaged()
+        self.warnings()
+
+    def _instead(self) -> str:
+        answers = f"the pretrained model {self.project.pretrained} answers" if self.pretrained else "no model answers"
+        return f"no version of this project's own can be served: {answers}"
+
+    def _read(self, name: str, device: str) -> tuple[DeformUXNet, ModelCard]:
+        try:
+            return load_model(self.path(name), device=device)
+        except InvalidModel as error:
+            self.versions.distrust(name, str(error))
+            # Without the folder: it is sent to whoever asked.
+            raise InvalidModel(self.versions.fault(name) or str(error)) from error
+
+    @property
+    def _pretrained_name(self) -> str:
+        return f"pretrained-{self.project.pretrained}"
 
     def path(self, name: str) -> Path:
         """The model file behind a name that ``current`` gave."""
-        if self.pretrained and name == f"pretrained-{self.project.pretrained}":
+        if self.pretrained and name == self._pretrained_name:
             return self.pretrained
         return self.versions.path(name)
 
@@ -56,7 +96,7 @@ class ServedModels:
         with self._lock:
             held = self._loaded.get(device)
             if held is None or held[0] != name:
-                network, card = load_model(self.path(name), device=device)
+                network, card = self._read(name, device)
                 held = (name, with_guidance(network), card)
                 self._loaded[device] = held
                 logger.info("Serving model %s on %s", name, device)

@@ -242,19 +242,21 @@ def _versions(app: App) -> APIRouter:
 
     def listed(user: User = _USER) -> Any:
         versions = app.versions()
-        try:
-            return {
-                "published": versions.published(),
-                "pinned": versions.pinned(),
-                "versions": [info.to_json() for info in versions.infos()],
-                "history": [publication.to_json() for publication in versions.history()],
-            }
-        except ValueError as error:
-            raise HTTPException(500, f"the versions cannot be listed: {error}") from error
+        return {
+            "published": versions.published(),
+            "pinned": versions.pinned(),
+            "versions": [info.to_json() for info in versions.infos()],
+            "history": [publication.to_json() for publication in versions.history()],
+            "damaged": versions.damaged(),
+            "warnings": versions.warnings(),
+        }
 
     def show(name: str, user: User = _USER) -> Any:
         known(name)
-        return next(info.to_json() for info in app.versions().infos() if info.name == name)
+        try:
+            return app.versions().info(name).to_json()
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from error
 
     def known(name: str) -> str:
         try:

@@ -30,6 +30,6 @@ def read_features(path: Path) -> dict[str, Features]:
     try:
         with safe_open(path, framework="numpy") as file:
             rows, names = file.get_tensor("features"), json.loads(file.metadata()["volumes"])
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+            return dict(zip(names, rows, strict=True))
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return {}
-    return dict(zip(names, rows, strict=True))

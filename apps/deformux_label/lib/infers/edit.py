@@ -110,7 +110,7 @@ class Edit(InferTask):
             labels = np.zeros(image.shape[1:], dtype=np.uint8)
         for value, voxels in points.items():
             labels[tuple(np.transpose(voxels))] = value
-        return labels, affine, {"warning": sentences(image, UNTRAINED)}
+        return labels, affine, {"warning": sentences(image, self.models.warning(None), UNTRAINED)}
 
     def _edited(self, request: dict[str, Any], version: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         device = request["device"]
@@ -124,7 +124,7 @@ class Edit(InferTask):
             points, _ = _on_grid(request, image.shape[1:], image.affine)
         else:
             points, _ = _on_grid(request, held.labels.shape, held.image.meta["original_affine"])
-        warnings: list[str | None] = []
+        warnings: list[str | None] = [self.models.warning(version)]
         network_s = 0.0
 
         def compute() -> Study:

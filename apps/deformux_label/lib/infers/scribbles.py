@@ -154,7 +154,11 @@ class NetworkGraphCut(GraphCut):
         version = self.models.current()
         if version is None:
             mask, affine, params = super()._segment(request)
-            warnings = [f"{UNTRAINED} This segment comes from the scribbles alone.", params.get("warning")]
+            warnings = [
+                self.models.warning(None),
+                f"{UNTRAINED} This segment comes from the scribbles alone.",
+                params.get("warning"),
+            ]
             return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
         drawn = drawn_of(request, of_foreground=False)  # before a whole volume is segmented
         study, warning = self._study(request, version)
@@ -174,7 +178,7 @@ class NetworkGraphCut(GraphCut):
     def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:
         device = request["device"]
         _, card = self.models.load(version, device)
-        warnings: list[str | None] = []
+        warnings: list[str | None] = [self.models.warning(version)]
 
         def compute() -> Study:
             study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
@@ -183,7 +187,7 @@ class NetworkGraphCut(GraphCut):
 
         key = StudyKey.of(request["image"], version, device)
         study = self.sessions.study(key, compute) if request["keep"] else compute()
-        return study, warnings[0] if warnings else None
+        return study, " ".join(filter(None, warnings)) or None
 
 
 def all_scribble_tasks(project: Project, models: ServedModels, sessions: Sessions) -> dict[str, InferTask]:

@@ -102,8 +102,8 @@ class Segmentation(BasicInferTask):
             key = StudyKey.of(data["image_path"], data["model_version"], data["device"])
             self.sessions.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
-        warning = UNTRAINED if data["model_version"] is None else data["warning"]
-        if warning := sentences(data[self.input_key], warning):
+        short = UNTRAINED if data["model_version"] is None else data["warning"]
+        if warning := sentences(data[self.input_key], self.models.warning(data["model_version"]), short):
             result["warning"] = warning
         if "uncertainty_reply" in data:
             result["uncertainty"] = data["uncertainty_reply"]

@@ -87,6 +87,7 @@ def in_a_sentence() -> Iterator[None]:
     except InvalidVolume as error:
         raise HTTPException(422, str(error)) from error
     except InvalidModel as error:
-        raise HTTPException(500, f"the published model cannot be served: {error}") from error
+        # From now on the version before it answers.
+        raise HTTPException(409, f"{error}; send the request again, and the version before it answers") from error
     except MemoryError as error:
         raise HTTPException(507, str(error)) from error

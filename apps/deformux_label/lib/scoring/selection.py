@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -21,10 +20,10 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.utils.others.generic import name_to_device
 
-from deformux.files import write_text
 from deformux.network import DeformUXNet
 from deformux.selection import NEEDS_SCORES, VolumeScores, choose, encode, observe
 from deformux.selection.records import read_features, write_features
+from deformux.state_files import read_checked, write_checked
 from deformux.transforms import InvalidVolume, Preprocessing
 from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, remove_unfinished, warm_start
 
@@ -239,7 +238,7 @@ class _Update:
         unlabelled = [name for name in self.datastore.get_unlabeled_images() if self.scores.get(name) is not None]
         orders = self._orders(unlabelled, self.datastore.get_labeled_images())
         write_features(self.path.with_suffix(".safetensors"), self.features)
-        write_text(self.path, json.dumps({"model": self.model, "scores": self.scores, "orders": orders}))
+        write_checked(self.path, {"model": self.model, "scores": self.scores, "orders": orders})
 
     def _orders(self, unlabelled: Sequence[str], labelled: Sequence[str]) -> dict[str, list[str]]:
         if self.model == UNTRAINED:
@@ -300,7 +299,7 @@ def _read(path: Path) -> dict[str, Any]:
     nothing: dict[str, Any] = {"scores": {}, "orders": {}, "unreadable": frozenset(), "written": 0.0}
     try:
         written = path.stat().st_mtime
-        values = json.loads(path.read_text())
+        values = read_checked(path, dict)
         unreadable = frozenset(name for name, score in values["scores"].items() if score is None)
         orders = dict(values["orders"])
         return {"scores": dict(values["scores"]), "orders": orders, "unreadable": unreadable, "written": written}

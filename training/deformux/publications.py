@@ -1,0 +1,84 @@
+"""The record of which versions of a model were published, and what follows from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["KINDS", "LOST", "Publication", "Record", "published_stack", "worth_keeping"]
+
+KINDS = ("training", "publish", "rollback", "pin")
+LOST = "rebuilt"
+_NAME = re.compile(r"v\d+")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """That a version became the published one.
+
+    Args:
+        version: its name.
+        kind: ``training`` (the gate let it through), ``publish``, ``rollback`` or ``pin`` (a person asked for it), or
+            ``rebuilt`` (the history was lost, and this version is the newest that may be served).
+        reason: one sentence.
+        by: who asked.
+        time: UTC, ISO 8601.
+    """
+
+    version: str
+    kind: str
+    reason: str
+    by: str
+    time: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other.
+
+    ``fault`` says what was wrong with the file, and ``lost`` whether its copy was gone too; neither is written.
+    """
+
+    last_number: int = 0
+    pinned: str | None = None
+    history: tuple[Publication, ...] = ()
+    fault: str | None = None
+    lost: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        return {name: values[name] for name in ("last_number", "pinned", "history")}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        history = tuple(Publication(**entry) for entry in values["history"])
+        state = cls(int(values["last_number"]), values["pinned"], history)
+        for name in (state.pinned, *(entry.version for entry in history)):
+            if name is not None and not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a version")
+        return state
+
+
+def worth_keeping(state: Record, published: int) -> set[str]:
+    """The last versions that were published, what a rollback would go to, and all that were ever pinned."""
+    latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
+    pinned = [entry.version for entry in state.history if entry.kind == "pin"]
+    return {*latest, *published_stack(state.history)[-2:], *pinned}
+
+
+def published_stack(history: tuple[Publication, ...]) -> list[str]:
+    """What is published, above what it replaced; a rollback takes back what lay above its target."""
+    stack: list[str] = []
+    for entry in history:
+        if entry.kind == "rollback" and entry.version in stack:
+            while stack[-1] != entry.version:
+                stack.pop()
+        elif not stack or stack[-1] != entry.version:
+            stack.append(entry.version)
+    return stack
