@@ -16,6 +16,9 @@ import pytest
 import requests
 from live import LABELS, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
 
+from deformux_label.lib.batch_inference import images_of
+from deformux_label.lib.datastore import CheckedDatastore
+
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
 CASES = ("a", "b", "c")
 # What the documentation of the route shows, and MONAI Label's own server runs with.
@@ -123,11 +126,16 @@ def test_an_empty_body_segments_every_volume_that_can_be_read(server: LiveServer
     assert "ZeroDivisionError" not in server.log.read_text()
 
 
-def test_as_many_as_are_asked_for(server: LiveServer) -> None:
-    body = {"max_batch_size": 2, "max_workers": 0, "multi_gpu": False, "images": "unlabeled"}
-    two = post(server, body=body, run_sync="true").json()
-    assert {name: result[:6] for name, result in two["images"].items()} == {"a": "stored", "aa_broken": "failed"}
-    assert [task["status"] for task in status(server, all="true").json()] == ["DONE"] * 2
+def test_the_kinds_of_volumes_and_as_many_as_are_asked_for(studies: Path) -> None:
+    datastore = CheckedDatastore(str(studies), labels=LABELS)
+    for request, expected in (
+        ({}, ["a", "aa_broken", "b", "c"]),
+        ({"images": "labeled"}, ["b"]),
+        ({"images": "unlabeled"}, ["a", "aa_broken", "c"]),
+        ({"images": "unlabeled", "max_batch_size": 2}, ["a", "aa_broken"]),
+        ({"images": "all", "max_batch_size": 0}, ["a", "aa_broken", "b", "c"]),
+    ):
+        assert images_of(datastore, request) == expected
 
 
 def processes_of(task: str) -> list[psutil.Process]:
@@ -161,3 +169,4 @@ def test_it_is_stopped_and_a_killed_server_says_so(
     assert "original" not in again.objects()["z_large"]["labels"]
     labelled = post(again, body=STOCK, images="labeled", run_sync="true").json()
     assert (labelled["status"], labelled["images"]) == ("DONE", {"b": "stored"}), labelled
+    assert [task["status"] for task in status(again, all="true").json()] == ["DONE", "STOPPED", "ERROR", "DONE"]
