@@ -84,7 +84,10 @@ class Perimeter:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_SECURITY_HEADERS]
+                own = list(message.get("headers", ()))
+                # A page may be stricter, or need another policy, such as the login's form, which must send its origin.
+                present = {name.lower() for name, _ in own}
+                message["headers"] = own + [header for header in _SECURITY_HEADERS if header[0] not in present]
                 if cross:
                     assert origin is not None
                     message["headers"] += _cors(origin)
