@@ -98,4 +98,3 @@ def test_names_that_are_not_text_lease_nothing(server: LiveServer) -> None:
         )
         assert answer.status_code == 400, answer.text
     assert leases(server) == before
-    requests.get(f"{server.url}/train/", timeout=60)
