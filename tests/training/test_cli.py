@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import nibabel as nib
@@ -12,9 +13,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
+from typer.testing import CliRunner
 
 from deformux.cases import InvalidFolder, find_cases, label_names
+from deformux.cli import app
 from deformux.cli_support import ProgressBar
+from deformux.network import DeformUXNet
+from deformux.transforms import Preprocessing
+from deformux.versions_cli import app as versions_app
+from deformux.weights import ModelCard, save_model
 
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -67,7 +74,8 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("fit", "nowhere", "m.safetensors", "--labels", "a"), "nowhere must hold the folders images/ and labels/"),
+        (("fit", "nowhere", "m.safetensors", "--labels", "a"), "there is no folder nowhere"),
+        (("fit", ".", "m.safetensors", "--labels", "a"), ". must hold the folders images/ and labels/"),
         (("fit", ".", "m.safetensors"), "name the labels with --labels"),
         (("fit", ".", "m.safetensors", "--labels", "a", "--modality", "pet"), "modality must be one of ct, mr"),
         (("fit", ".", "m.safetensors", "--labels", "a", "--set", "stepz=1"), "images/"),
@@ -84,6 +92,149 @@ def test_a_mistake_ends_in_one_sentence(
     assert done.returncode == 2
     assert words in done.stdout
     assert "Traceback" not in done.stderr + done.stdout
+
+
+_LABELLED = ("--labels", "ball,box", "--patch-size", "16,16,16")
+_SHORT = ("--strategy", "random", "--rounds", "1", "--batch", "1", "--start", "2", "--seeds", "1", "--steps", "1")
+# Every path that a command takes: the command with {} in its place, and what the path is.
+_PATHS = [
+    (("fit", "{}", "new/m.safetensors", *_LABELLED), "data"),
+    (("fit", "{}", "new/m.safetensors"), "data without labels"),
+    (("fit", "cases", "{}", *_LABELLED), "new model"),
+    (("fit", "cases", "new/m.safetensors", *_LABELLED, "--start-from", "{}"), "start"),
+    (("predict", "{}", "cases/images", "new"), "model"),
+    (("predict", "model.safetensors", "{}", "new"), "images"),
+    (("predict", "model.safetensors", "cases/images", "{}"), "new folder"),
+    (("evaluate", "{}", "cases"), "model"),
+    (("evaluate", "model.safetensors", "{}"), "data"),
+    (("evaluate", "model.safetensors", "cases", "--csv", "{}"), "new file"),
+    (("clicks", "{}", "--model", "model.safetensors"), "data"),
+    (("clicks", "cases", "--model", "{}"), "model"),
+    (("clicks", "cases", "--model", "model.safetensors", "--output", "{}"), "new folder"),
+    (("simulate", "--data", "{}", "--output", "new", *_LABELLED, *_SHORT), "data"),
+    (("simulate", "--data", "cases", "--output", "{}", *_LABELLED, *_SHORT), "new folder"),
+    (("simulate", "--data", "cases", "--output", "new", *_LABELLED, *_SHORT, "--start-from", "{}"), "start"),
+    *(
+        (("versions", command, "{}", *name), "versions")
+        for command, name in [("list", ()), ("rollback", ()), ("unpin", ()), ("pin", ())]
+        + [(command, ("v0001",)) for command in ("show", "publish", "pin")]
+    ),
+]
+_EMPTY_DATA = "empty must hold the folders images/ and labels/"
+# What a path must not be, by its kind: the path, and the words that blame it.
+_WRONG = {
+    "data": [
+        ("nowhere", "there is no folder nowhere"),
+        ("file.txt", "file.txt is a file; a folder is expected"),
+        ("empty", _EMPTY_DATA),
+        ("hollow", "hollow/labels holds no volume"),
+    ],
+    "data without labels": [
+        ("nowhere", "there is no folder nowhere"),
+        ("empty", "empty has no dataset.json: name the labels"),
+        ("unreadable", "dataset.json cannot be read as JSON"),
+    ],
+    "images": [
+        ("nowhere", "there is no folder nowhere"),
+        ("empty", "empty holds no volume"),
+    ],
+    "model": [
+        ("nowhere.safetensors", "there is no model file nowhere.safetensors"),
+        ("folder/nowhere", "there is no model file folder/nowhere"),
+        ("brain", "'brain' is neither a model file (.safetensors) nor a shipped model; these are"),
+        ("./file.txt", "file.txt"),
+        ("empty", "empty is a folder; name a model file"),
+        ("bare.safetensors", "bare.safetensors needs its card bare.json beside it"),
+        ("damaged.safetensors", "damaged.safetensors is damaged: its checksum is not the one in its card"),
+        ("carded.safetensors", "carded.json is not a model card"),
+    ],
+    "start": [
+        ("nowhere.safetensors", "there is no model file nowhere.safetensors"),
+        ("brain", "'brain' is neither a model file (.safetensors) nor a shipped model; these are"),
+        ("damaged.safetensors", "damaged.safetensors is damaged: its checksum is not the one in its card"),
+    ],
+    "new model": [
+        ("file.txt/m.safetensors", "nothing can be written to file.txt: file.txt is a file, not a folder"),
+        ("file.txt/a/m.safetensors", "nothing can be written to file.txt/a: file.txt is a file, not a folder"),
+        ("new/model", "the name of new/model must end in .safetensors"),
+        ("folder.safetensors", "folder.safetensors is a folder; name a file to write"),
+    ],
+    "new folder": [
+        ("file.txt", "nothing can be written to file.txt: file.txt is a file, not a folder"),
+        ("file.txt/a", "nothing can be written to file.txt/a: file.txt is a file, not a folder"),
+    ],
+    "new file": [
+        ("file.txt/s.csv", "nothing can be written to file.txt: file.txt is a file, not a folder"),
+        ("empty", "empty is a folder; name a file to write"),
+    ],
+    "versions": [
+        ("nowhere", "there is no folder nowhere"),
+        ("file.txt", "file.txt is a file; a folder is expected"),
+        ("empty", "empty holds no versions"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders and files of every kind that a path may wrongly name."""
+    folder = tmp_path_factory.mktemp("workspace")
+    for name in ("empty", "hollow/images", "hollow/labels", "unreadable", "folder.safetensors"):
+        (folder / name).mkdir(parents=True)
+    (folder / "file.txt").write_text("no folder, and no model")
+    (folder / "unreadable" / "dataset.json").write_text("{")
+    for kind in ("images", "labels"):
+        (folder / "cases" / kind).mkdir(parents=True)
+        for number in range(8):
+            voxels = np.arange(512, dtype=np.uint8).reshape(8, 8, 8) % 3
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / "cases" / kind / f"c{number}.nii.gz")
+    network = DeformUXNet(1, 3, "tiny")
+    card = ModelCard(labels=("ball", "box"), preprocessing=Preprocessing(patch_size=(16, 16, 16)), preset="tiny")
+    for name in ("model", "bare", "damaged", "carded"):
+        save_model(folder / f"{name}.safetensors", network, card)
+    (folder / "bare.json").unlink()
+    (folder / "carded.json").write_text("[]")
+    with (folder / "damaged.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"?")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "words"),
+    [
+        pytest.param(arguments, path, words, id=f"{kind} of {' '.join(arguments[:2])}: {path}")
+        for arguments, kind in _PATHS
+        for path, words in _WRONG[kind]
+    ],
+)
+def test_a_wrong_path_is_what_is_blamed(
+    arguments: tuple[str, ...], path: str, words: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace)
+    before = sorted(workspace.rglob("*"))
+    given = [argument.replace("{}", path) for argument in arguments]
+    done = CliRunner().invoke(app, given, env={"COLUMNS": "300"})
+    assert done.exit_code == 2, done.output
+    *_, last = done.output.strip().splitlines()
+    assert last.startswith("error: ")
+    assert words in last
+    made = set(workspace.rglob("*")) - set(before)
+    assert all((workspace / "new") in (file, *file.parents) for file in made), made
+
+
+def test_the_list_of_paths_is_complete() -> None:
+    """Every argument and option of every command whose value is a path, or the name of a model file."""
+    commands = {("",): app.registered_commands, ("versions",): versions_app.registered_commands}
+    taken = [
+        (*group, command.name or command.callback.__name__.replace("_command", ""), name)
+        for group, registered in commands.items()
+        for command in registered
+        for name, hint in typing.get_type_hints(command.callback).items()
+        if hint in (Path, Path | None) or name in ("model", "start_from")
+    ]
+    tested = {(*(a[:2] if a[0] == "versions" else ("", a[0])), kind) for a, kind in _PATHS if "without" not in kind}
+    assert len(taken) == len(tested), (sorted(taken), sorted(tested))
 
 
 def test_cases_are_paired_by_name(write_case, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -104,10 +105,21 @@ def _subset(folder: Path, subset: str) -> list[str]:
     path = folder / "split.json"
     if not path.is_file():
         raise InvalidFolder(f"{folder} has no split.json to take the subset {subset!r} from")
-    split = json.loads(path.read_text())
+    split = _object(path)
     if subset not in split:
         raise InvalidFolder(f"{path} has no subset {subset!r}; it has {', '.join(sorted(split))}")
     return [str(name) for name in split[subset]]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; raises InvalidFolder where it is no object."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InvalidFolder(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidFolder(f"{path} must hold a JSON object")
+    return values
 
 
 def label_names(folder: Path) -> list[str] | None:
@@ -115,8 +127,11 @@ def label_names(folder: Path) -> list[str] | None:
     path = folder / "dataset.json"
     if not path.is_file():
         return None
-    names = json.loads(path.read_text()).get("labels", {})
-    values = sorted(int(value) for value in names)
+    names = _object(path).get("labels", {})
+    try:
+        values = sorted(int(value) for value in names)
+    except (TypeError, ValueError) as error:
+        raise InvalidFolder(f'{path}: "labels" must be such as {{"0": "background", "1": "liver"}}') from error
     if values[1:] != list(range(1, len(values))):
         raise InvalidFolder(f"{path}: label values must be 0..N without gaps, got {values}")
     return [str(names[str(value)]) for value in values[1:]]

@@ -28,11 +28,14 @@ from deformux.cli_support import (
     clear_errors,
     console,
     device_name,
+    existing_folder,
     model_path,
     named_labels,
     one_of,
     torch_device,
     use_threads,
+    writable_file,
+    writable_folder,
 )
 from deformux.clicks_cli import clicks_command
 from deformux.engine import Progress, fit
@@ -102,13 +105,14 @@ def fit_command(
     with clear_errors():
         use_threads(threads)
         where = torch_device(device)
-        names = named_labels(labels, data)
+        names = named_labels(labels, existing_folder(data))
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
         # Evenly through the list: neighbours in a folder often come from one site.
         held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
+        writable_file(output, suffix=".safetensors")
         plan = RECIPES[one_of("recipe", recipe, tuple(RECIPES))].replace(**assignments(set_ or []))
         torch.manual_seed(seed)
         network = DeformUXNet(1, len(names) + 1, preset, guidance=plan.clicks > 0)
@@ -172,7 +176,8 @@ def predict(
         use_threads(threads)
         where = torch_device(device)
         network, card = load_model(model_path(model))
-        paths = [images] if images.is_file() else find_images(images)
+        paths = [images] if images.is_file() else find_images(existing_folder(images))
+        writable_folder(output)
         failed = []
         with _bar("segmenting") as bar:
             task = bar.add_task("segmenting", total=len(paths))
@@ -206,7 +211,9 @@ def evaluate(
         use_threads(threads)
         where = torch_device(device)
         network, card = load_model(model_path(model))
-        cases = find_cases(data, subset=subset or None)
+        cases = find_cases(existing_folder(data), subset=subset or None)
+        if csv_file is not None:
+            writable_file(csv_file)
         with _bar("scoring") as bar:
             task = bar.add_task("scoring", total=len(cases))
             scores = evaluate_cases(

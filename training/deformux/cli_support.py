@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from rich.progress import Progress, ProgressColumn, TaskID
 from deformux.cases import InvalidFolder, label_names
 from deformux.engine import TrainingError
 from deformux.transforms import InvalidVolume
-from deformux.weights import InvalidModel, pretrained_path
+from deformux.weights import PRETRAINED, InvalidModel, pretrained_path
 
 __all__ = [
     "ProgressBar",
@@ -24,11 +25,14 @@ __all__ = [
     "clear_errors",
     "console",
     "device_name",
+    "existing_folder",
     "model_path",
     "named_labels",
     "one_of",
     "torch_device",
     "use_threads",
+    "writable_file",
+    "writable_folder",
 ]
 
 console = Console()
@@ -97,11 +101,57 @@ def device_name(device: str) -> str:
 def model_path(name: str) -> Path:
     """The model file of an option: a path, or the name of a shipped model."""
     path = Path(name)
-    if path.suffix == ".safetensors":
+    if path.is_dir():
+        raise InvalidModel(f"{path} is a folder; name a model file (.safetensors) in it")
+    if path.suffix == ".safetensors" or len(path.parts) > 1:
         if not path.is_file():
             raise InvalidModel(f"there is no model file {path}")
+        if path.suffix != ".safetensors":
+            raise InvalidModel(f"{path} is not a model file; those end in .safetensors")
         return path
-    return pretrained_path(name)
+    try:
+        return pretrained_path(name)
+    except ValueError as error:
+        raise InvalidModel(
+            f"{name!r} is neither a model file (.safetensors) nor a shipped model; these are {', '.join(PRETRAINED)}"
+        ) from error
+
+
+def existing_folder(path: Path) -> Path:
+    """The folder of an argument; raises InvalidFolder where there is none."""
+    if not path.exists():
+        raise InvalidFolder(f"there is no folder {path}")
+    if not path.is_dir():
+        raise InvalidFolder(f"{path} is a file; a folder is expected")
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """A folder for results, made where it is missing; raises ValueError where nothing can be written to it.
+
+    Asked before the work, which may take hours.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise ValueError(f"nothing can be written to {path}: {_reason(path, error)}") from error
+
+
+def writable_file(path: Path, *, suffix: str = "") -> Path:
+    """A file for results, its folder made where it is missing; raises ValueError where it cannot be written."""
+    if suffix and path.suffix != suffix:
+        raise ValueError(f"the name of {path} must end in {suffix}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file to write")
+    writable_folder(path.parent)
+    return path
+
+
+def _reason(path: Path, error: OSError) -> str:
+    file = next((part for part in (path, *path.parents) if part.is_file()), None)
+    return f"{file} is a file, not a folder" if file is not None else (error.strerror or str(error)).lower()
 
 
 def named_labels(option: str, data: Path) -> list[str]:

@@ -16,7 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.table import Table
 
 from deformux.cases import find_cases
-from deformux.cli_support import ProgressBar, clear_errors, console, device_name, model_path, torch_device, use_threads
+from deformux.cli_support import (
+    ProgressBar,
+    clear_errors,
+    console,
+    device_name,
+    existing_folder,
+    model_path,
+    torch_device,
+    use_threads,
+    writable_folder,
+)
 from deformux.clicks import COUNTS, THRESHOLDS, CaseResult, Robot, Summary, play_case, summarise
 from deformux.files import replacing, write_text
 from deformux.weights import load_model, with_guidance
@@ -48,7 +58,9 @@ def clicks_command(
         if not network.guidance_channels:
             console.print(f"{model} was not trained with clicks: a click changes little more than its own voxel")
             network = with_guidance(network).to(where).eval()
-        cases = find_cases(data, subset=subset or None)
+        cases = find_cases(existing_folder(data), subset=subset or None)
+        if output is not None:
+            writable_folder(output)
         if limit:
             cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(limit, len(cases))).astype(int))]
         robots = [Robot("centred"), Robot("jittered", jitter)]

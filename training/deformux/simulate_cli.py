@@ -18,10 +18,12 @@ from deformux.cli_support import (
     assignments,
     clear_errors,
     console,
+    existing_folder,
     model_path,
     named_labels,
     torch_device,
     use_threads,
+    writable_folder,
 )
 from deformux.engine import Progress
 from deformux.network import PRESETS
@@ -66,7 +68,7 @@ def simulate_command(
     """Compare strategies of choosing what to label, on a folder whose labels are all known."""
     with clear_errors():
         use_threads(threads)
-        names = named_labels(labels, data)
+        names = named_labels(labels, existing_folder(data))
         changes = assignments(set_ or [])
         recipe = short_recipe(steps).replace(**changes)
         plan = Plan(
@@ -84,7 +86,7 @@ def simulate_command(
             device=torch_device(device),
             continue_recipe=short_recipe(continue_steps, "continue").replace(**changes) if continue_steps else None,
         )
-        play(plan, data, output, subset=subset or None, test_fraction=test_fraction, console=console)
+        play(plan, data, writable_folder(output), subset=subset or None, test_fraction=test_fraction, console=console)
 
 
 def _strategies(text: str, *, several_samples: bool) -> tuple[str, ...]:

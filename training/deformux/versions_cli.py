@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deformux.cli_support import clear_errors
+from deformux.cli_support import clear_errors, existing_folder
 from deformux.versions import ModelVersions, VersionInfo
 from deformux.weights import ModelCard
 
@@ -97,6 +97,7 @@ def unpin(folder: Folder) -> None:
 
 def _open(folder: Path) -> ModelVersions:
     """The versions in a folder; opening a wrong one must not make it a folder of versions."""
+    existing_folder(folder)
     for root in (folder, folder / "versions"):
         versions = ModelVersions(root)
         if versions.names() or versions.damaged():
