@@ -125,7 +125,7 @@ class Fuzzer:
             "label": [*self.images, *mine],
             "tag": ("final", "original", "draft", "uncertainty", "a-b"),
             "session_id": (*self.sessions, "00000000-0000-0000-0000-000000000000"),
-            "model": ("segmentation", "edit", "Histogram+GraphCut", "GMM+GraphCut", "nobody"),
+            "model": ("segmentation", "edit", "histogram+graphcut", "gmm+graphcut", "network+graphcut", "nobody"),
             "strategy": ("random", "first", "adaptive", "uncertainty", "nobody"),
             "method": ("dice", "uncertainty", "nobody"),
             "name": ("v0001", "v0002", "v99999", "rollback"),
