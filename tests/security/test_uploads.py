@@ -210,7 +210,7 @@ def test_refused_uploads_leave_nothing(uploading: LiveServer, folders: dict[str,
             ("PUT", "datastore/label?image=one", "label"),
             ("POST", "infer/segmentation", "file"),
             ("POST", "infer/edit?image=one", "label"),
-            ("POST", "infer/Histogram+GraphCut?image=one", "label"),
+            ("POST", "infer/histogram+graphcut?image=one", "label"),
             ("PUT", "model/segmentation", "file"),
         ]:
             answer = requests.request(method, f"{uploading.url}/{path}", files={field: (name, data)}, timeout=60)
