@@ -5,7 +5,8 @@ A job has ``image``; and ``result`` with ``labels`` to import as the extension's
 ``export`` to save the imported segments as ``onSaveLabel`` does; or ``markups``, positions in RAS millimetres by label,
 to place as markups and read as voxels with the extension's own ``getControlPointsXYZ``; or ``roi``, centre and size in
 RAS millimetres, to read with its ``getROIPointsXYZ``; or ``probes``, positions at which the answer names the segment
-that is there.
+that is there; or ``array``, where to save the voxels as Slicer has them; or ``draw``, boxes of voxels by segment, to
+save as a segmentation of their own under ``segmentation``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import SimpleITK as sitk
 import slicer
 import slicer.util
 import vtk
+import vtk.util.numpy_support
 from trame_slicer.core import SlicerApp
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -117,6 +119,31 @@ def segment_at(node: Any, position: list[float]) -> str | None:
     return None
 
 
+def drawn(app: SlicerApp, volume: Any, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Draw segments, some of which are deleted again, save them as Slicer does, and say what Slicer reads back."""
+    node = app.scene.AddNewNodeByClass("vtkMRMLSegmentationNode")
+    node.SetReferenceImageGeometryParameterFromVolumeNode(volume)
+    shape = volume.GetImageData().GetDimensions()[::-1]
+    for name, boxes in job["draw"]:
+        if boxes is None:
+            node.GetSegmentation().RemoveSegment(node.GetSegmentation().GetSegmentIdBySegmentName(name))
+            continue
+        array = np.zeros(shape, dtype=np.uint8)
+        for low, high in boxes:
+            array[tuple(slice(a, b) for a, b in zip(low[::-1], high[::-1], strict=True))] = 1
+        label_map = app.scene.AddNewNodeByClass("vtkMRMLLabelMapVolumeNode")
+        slicer.util.updateVolumeFromArray(label_map, array)
+        label_map.CopyOrientation(volume)
+        image = slicer.vtkSlicerSegmentationsModuleLogic.CreateOrientedImageDataFromVolumeNode(label_map)
+        segment = node.GetSegmentation().AddEmptySegment("", name)
+        slicer.vtkSlicerSegmentationsModuleLogic.SetBinaryLabelmapToSegment(image, node, segment)
+    storage = slicer.vtkMRMLSegmentationStorageNode()
+    storage.SetCropToMinimumExtent(job.get("crop", False))
+    storage.SetFileName(job["segmentation"])
+    assert storage.WriteData(node)
+    return segments_of(app.segmentations_logic.LoadSegmentationFromFile(job["segmentation"], False))
+
+
 def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
     volume = app.io_manager.load_volumes(job["image"])[0]
     answer: dict[str, Any] = {"dimensions": volume.GetImageData().GetDimensions(), "matrix": matrix_of(volume)}
@@ -124,6 +151,10 @@ def run(app: SlicerApp, job: dict[str, Any]) -> dict[str, Any]:
         answer["points"] = {name: voxels_of(app, volume, positions) for name, positions in job["markups"].items()}
     if "roi" in job:
         answer["roi"] = bounds_of(app, volume, *job["roi"])
+    if "array" in job:
+        np.save(job["array"], vtk.util.numpy_support.vtk_to_numpy(volume.GetImageData().GetPointData().GetScalars()))
+    if "draw" in job:
+        answer["segments"] = drawn(app, volume, job)
     if "result" not in job:
         app.scene.Clear(0)
         return answer
