@@ -153,7 +153,8 @@ class CheckedDatastore(ListedStudies):
         label = entry.labels[tag]
         if tag not in PLAIN_TAGS:
             number = self._keep_if_unknown(change, image_id, tag, label, entry)
-            self.revisions.stage(change, image_id, tag, number + 1, None, annotator="", info={})
+            of = file_of(image_id, entry)
+            self.revisions.stage(change, image_id, tag, number + 1, None, annotator="", info={}, image_file=of)
         file = self._label_file(image_id, tag, label.ext)
         if os.path.lexists(file):
             change.move(file, place / "labels" / tag / file.name)
