@@ -18,6 +18,7 @@ from rich.table import Table
 
 from deformux_label.cli_admin import audit, users_app
 from deformux_label.cli_admin import refuse as _refuse
+from deformux_label.studies_cli import studies_app
 
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
@@ -33,6 +34,7 @@ labels_app = typer.Typer(help="Every label that was ever submitted.", no_args_is
 app.add_typer(labels_app, name="labels")
 app.add_typer(users_app, name="users")
 app.command("audit")(audit)
+app.add_typer(studies_app, name="studies")
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 _Tag = Annotated[str, typer.Option(help="Which label of a volume.")]
@@ -79,8 +81,7 @@ def restore_label(
 def _open(studies: Path) -> CheckedDatastore:
     if not studies.is_dir():
         _refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
-    # Read when MONAI Label is imported, which takes seconds: not for the other commands.
-    os.environ["MONAI_LABEL_DATASTORE_AUTO_RELOAD"] = "false"
+    # Its import of MONAI Label takes seconds: not for the other commands.
     from deformux_label.lib.datastore import CheckedDatastore
 
     return CheckedDatastore(str(studies), labels=None)

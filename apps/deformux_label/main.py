@@ -293,7 +293,11 @@ class DeformUXLabel(MONAILabelApp):
 
     def on_save_label(self, image_id: str, label_id: str) -> None:
         super().on_save_label(image_id, label_id)
-        self.dice.score(self.datastore(), image_id)
+        try:
+            self.dice.score(self.datastore(), image_id)
+        except (OSError, HTTPException) as error:
+            # The label is stored: an answer that it is not would be untrue.
+            logger.warning("No Dice for %s: %s", image_id, error)
 
     def submitted(self, image_id: str, tag: str) -> None:
         """A label was saved: its volume is in nobody's hands, and a training may be due."""

@@ -156,8 +156,8 @@ class CheckedDatastore(ListedStudies):
         if tag not in PLAIN_TAGS:
             number = self._keep_if_unknown(change, image_id, tag, label, entry)
             author = with_login({})
-            by = author.get("user", "")
-            gone = self.revisions.stage(change, image_id, tag, number + 1, None, annotator=by, info=author)
+            more = {"annotator": author.get("user", ""), "info": author, "image_file": file_of(image_id, entry)}
+            gone = self.revisions.stage(change, image_id, tag, number + 1, None, **more)
             note(revision=gone.number)
         file = self._label_file(image_id, tag, label.ext)
         if os.path.lexists(file):

@@ -62,6 +62,7 @@ def reconciled(
 
     def belongs(image: str, file: str) -> bool:
         """Labels that are kept under an id must not come to lie on another volume."""
+        # Deletions too say on which volume the label was.
         kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
         return all(revision is None or revision.image_file in (None, file) for revision in kept)
 
@@ -166,7 +167,8 @@ class _Labels:
             return None
         if held is not None and held.info.get("revision") == last:
             logger.info("The file of label %s of image %s was deleted by hand", tag, self.image)
-            self.revisions.stage(self.change, self.image, tag, last + 1, None, annotator="", info={})
+            file = file_of(self.image, self.entry)
+            self.revisions.stage(self.change, self.image, tag, last + 1, None, annotator="", info={}, image_file=file)
             return None
         logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
         return restored(self.model, self.revisions, self.change, newest)

@@ -42,7 +42,10 @@ class ListedStudies(StudiesFolder):
         if label_tag == UNCERTAINTY_TAG or not file.is_file():
             return str(file)
         if label_tag not in PLAIN_TAGS and label.info.get("checked") != file_state(file.stat()):
-            self._check([(label_id, label_tag)])
+            try:
+                self._check([(label_id, label_tag)])
+            except OSError as error:
+                self.notices.warn(f"the label {label_tag!r} of image {label_id!r} could not be checked: {error}")
             label = self._datastore.label(label_id, label_tag) or label
             file = self._label_file(label_id, label_tag, label.ext)
         names = names_of(label.info, self._unnamed)

@@ -102,7 +102,7 @@ class StudiesFolder(LocalDatastore):
         self.refresh()
         if labels is not None:
             self._refuse_another_projects_labels()
-        if self._auto_reload and not self.read_only:
+        if self._auto_reload and labels is not None:
             StudiesWatcher(
                 self._datastore_path,
                 self._datastore_config_path,
@@ -281,7 +281,7 @@ class StudiesFolder(LocalDatastore):
         parts = os.path.relpath(path, self._datastore_path).split(os.sep)
         if parts[0] != "labels":
             known = any(file_of(image, entry) == "/".join(parts) for image, entry in self._datastore.objects.items())
-            return kind != "modified" and known == (kind == "deleted")
+            return known == (kind == "deleted")
         image_id, suffix = split_suffix(parts[-1], LABEL_SUFFIXES) or ("", "")
         entry = self._datastore.objects.get(image_id)
         label = entry.labels.get(parts[1]) if entry and len(parts) == 3 else None

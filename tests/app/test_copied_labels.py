@@ -1,0 +1,183 @@
+"""Labels that were copied into the folder by hand: used where they can be, and named where they cannot."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from live import LABELS, Volume, rotation, write, write_volume
+from monailabel.config import settings
+
+from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.infers.writer import write_labels
+from deformux_label.lib.labels import label_array
+from deformux_label.lib.store import label_check, studies_folder
+
+
+@pytest.fixture(autouse=True)
+def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    axes = rotation(10, 20, 30)
+    return write_volume(tmp_path / "studies" / "scan.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 5), axes=axes)
+
+
+def opened(volume: Volume) -> CheckedDatastore:
+    return CheckedDatastore(str(volume.image.parent), labels=LABELS)
+
+
+def folder_of(volume: Volume, tag: str = "final") -> Path:
+    folder = volume.image.parent / "labels" / tag
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def third_axis_turned(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    affine = volume.affine @ np.diag([1.0, 1, -1, 1])
+    affine[:3, 3] = nib.affines.apply_affine(volume.affine, [0, 0, volume.truth.shape[2] - 1])
+    return np.ascontiguousarray(volume.truth[:, :, ::-1]), affine
+
+
+def moved(affine: np.ndarray, mm: float) -> np.ndarray:
+    return affine + np.array([[0, 0, 0, mm]] + [[0, 0, 0, 0]] * 3)
+
+
+@pytest.mark.parametrize("how", ["as it is", "turned", "turned nrrd", "5e-4 mm off", "seg.nrrd", "capitals", "linked"])
+def test_usable_labels_are_used(volume: Volume, how: str) -> None:
+    folder = folder_of(volume)
+    outside = volume.label.with_name("outside.nii.gz")
+    original = {
+        "as it is": lambda: write(folder / "scan.nii.gz", volume.truth, volume.affine),
+        "turned": lambda: write(folder / "scan.nii.gz", *third_axis_turned(volume)),
+        "turned nrrd": lambda: write(folder / "scan.nrrd", *third_axis_turned(volume)),
+        "5e-4 mm off": lambda: write(folder / "scan.nii.gz", volume.truth, moved(volume.affine, 5e-4)),
+        "seg.nrrd": lambda: segmentation(folder / "scan.seg.nrrd", volume),
+        "capitals": lambda: Path(shutil.copy(volume.label, folder / "scan.NII.GZ")),
+        "linked": lambda: linked(folder / "scan.nii.gz", write(outside, *third_axis_turned(volume))),
+    }[how]()
+    content = original.read_bytes()
+    store = opened(volume)
+    assert store.get_labeled_images() == ["scan"]
+    assert store.status()["unusable_labels"]["count"] == 0
+    uri = Path(store.get_label_uri("scan", "final"))
+    assert (label_array(uri, volume.image, "scan", LABELS, {}) == volume.truth).all()
+    if uri.suffix == ".gz":
+        assert (np.asarray(nib.load(uri).dataobj) == volume.truth).all()
+        np.testing.assert_allclose(nib.load(uri).affine, volume.affine, atol=1e-3)
+    history = store.revisions.history("scan", "final")
+    assert store.revisions.file(history[0]).read_bytes() == content, "the original is kept"
+    if how in ("as it is", "turned", "turned nrrd"):
+        assert len(history) == (1 if how == "as it is" else 2)
+    assert history[-1].labels == list(LABELS)
+    assert [path.name for path in folder.iterdir()] == [Path(store.get_label_uri("scan", "final")).name]
+    if how == "linked":
+        assert outside.read_bytes() == content
+    assert opened(volume).revisions.history("scan", "final") == history, "looked at once"
+
+
+def segmentation(path: Path, volume: Volume) -> Path:
+    write_labels(path, volume.truth, volume.affine, {"liver": 1, "spleen": 2})
+    return path
+
+
+def linked(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("how", ["another grid", "5 mm off", "foreign values", "half", "text", "a folder", "no volume"])
+def test_others_are_named(volume: Volume, how: str, caplog: pytest.LogCaptureFixture) -> None:
+    file = folder_of(volume) / "scan.nii.gz"
+    if how == "another grid":
+        write(file, volume.truth[:-1], volume.affine)
+    elif how == "5 mm off":
+        write(file, volume.truth, moved(volume.affine, 5.0))
+    elif how == "foreign values":
+        write(file, volume.truth * 5, volume.affine)
+    elif how == "half":
+        file.write_bytes(volume.label.read_bytes()[: volume.label.stat().st_size // 2])
+    elif how == "text":
+        file.write_text("nothing")
+    elif how == "a folder":
+        file.mkdir()
+    else:
+        shutil.copy(volume.label, file.with_name("other.nii.gz"))
+    store = opened(volume)
+    assert store.get_labeled_images() == []
+    assert store.get_unlabeled_images() == ["scan"]
+    status = store.status()
+    assert (status["completed"], status["label_tags"], status["unusable_labels"]["count"]) == (0, {}, 1)
+    (named,) = status["unusable_labels"]["first"]
+    assert named["file"] == ("final/other.nii.gz" if how == "no volume" else "final/scan.nii.gz").replace(
+        "other.nii.gz", "other"
+    )
+    assert named["reason"]
+    assert "scan.nii.gz" in caplog.text or "other" in caplog.text
+    assert store.revisions.known() == {}
+    assert opened(volume).status() == status
+    # A label that is submitted takes its place, and what was there is kept.
+    if how not in ("a folder", "no volume"):
+        content = file.read_bytes()
+        store.save_label("scan", str(volume.label), "final", {"client_id": "anna"})
+        assert store.get_labeled_images() == ["scan"]
+        history = store.revisions.history("scan", "final")
+        assert [r.annotator for r in history] == ["", "anna"]
+        assert store.revisions.file(history[0]).read_bytes() == content
+
+
+def test_a_file_that_changes_is_looked_at_again(volume: Volume) -> None:
+    file = folder_of(volume) / "scan.nii.gz"
+    file.write_text("nothing")
+    store = opened(volume)
+    assert store.get_labeled_images() == []
+    shutil.copy(volume.label, file)
+    store.refresh()
+    assert store.get_labeled_images() == ["scan"]
+
+
+def test_foreign_values_may_be_those_of_another_list(volume: Volume) -> None:
+    write(folder_of(volume) / "scan.nii.gz", volume.truth, volume.affine)
+    assert CheckedDatastore(str(volume.image.parent), labels=("liver",)).get_labeled_images() == []
+    assert opened(volume).get_labeled_images() == ["scan"]
+
+
+def test_two_files_for_one_label(volume: Volume) -> None:
+    store = opened(volume)
+    store.save_label("scan", str(volume.label), "final", {})
+    write(folder_of(volume) / "scan.nrrd", volume.truth, volume.affine)
+    store.refresh()
+    assert [item["file"] for item in store.status()["unusable_labels"]["first"]] == ["final/scan.nrrd"]
+
+
+def test_nobody_waits_for_the_checks(volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands may be copied in at once; a start waits a moment, and requests do not."""
+    folder = folder_of(volume)
+    for number in range(40):
+        shutil.copy(volume.image, volume.image.with_name(f"more_{number}.nii.gz"))
+        shutil.copy(volume.label, folder / f"more_{number}.nii.gz")
+    go, judge = threading.Event(), label_check.judge
+
+    def slow(*arguments: object) -> object:
+        go.wait(60)
+        return judge(*arguments)
+
+    monkeypatch.setattr(studies_folder, "_WAIT_FOR_CHECKS_S", 0.1)
+    monkeypatch.setattr(label_check, "judge", slow)
+    start = time.monotonic()
+    store = opened(volume)
+    assert time.monotonic() - start < 5
+    assert (store.get_labeled_images(), store.get_unlabeled_images()) == ([], ["scan"])
+    assert store.status()["unusable_labels"]["count"] == 40
+    store.save_label("scan", str(volume.label), "final", {})
+    go.set()
+    assert store._checks.wait(120)
+    assert len(store.get_labeled_images()) == 41
+    assert opened(volume).get_labeled_images() == store.get_labeled_images()

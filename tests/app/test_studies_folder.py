@@ -1,0 +1,239 @@
+"""Folders as hospitals have them: what is served under which id, what is not and why, and what cannot be written to."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import requests
+from fastapi import HTTPException
+from live import CONF, LABELS, LiveServer, Volume, serve_command, wait_for, write_volume
+from monailabel.config import settings
+from typer.testing import CliRunner
+
+from deformux_label.cli import app
+from deformux_label.lib.datastore import CheckedDatastore
+
+
+@pytest.fixture(autouse=True)
+def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Volume]:
+    folder = tmp_path_factory.mktemp("scans")
+    return {
+        suffix: write_volume(folder / f"scan{suffix}", folder / f"label_{n}.nii.gz", spacing=(8, 8, 8), seed=n)
+        for n, suffix in enumerate((".nii.gz", ".nii", ".nrrd"))
+    }
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    (tmp_path / "studies").mkdir()
+    return tmp_path / "studies"
+
+
+def put(volume: Volume, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(volume.image, path))
+
+
+def opened(studies: Path) -> CheckedDatastore:
+    return CheckedDatastore(str(studies), labels=LABELS)
+
+
+def ids(store: CheckedDatastore) -> dict[str, str]:
+    """Id to path in the studies."""
+    root = Path(store._datastore_path)
+    return {image: str(Path(store.get_image_uri(image)).relative_to(root)) for image in store.list_images()}
+
+
+def test_capitals_and_folders_and_both_of_a_stem(studies: Path, scans: dict[str, Volume]) -> None:
+    for name in ("a.NII.GZ", "b.NII", "ward/x/c.nii.gz", "ward/c.nii.gz", "d.nii.gz", "ward.x/.hidden/e.nii.gz"):
+        put(scans[".nii.gz" if name.lower().endswith(".gz") else ".nii"], studies / name)
+    put(scans[".nrrd"], studies / "d.nrrd")
+    put(scans[".nrrd"], studies / "ward__c.nrrd")
+    put(scans[".nii.gz"], studies / "labels" / "final" / "nobody.nii.gz")
+    store = opened(studies)
+    expected = {
+        "a": "a.NII.GZ",
+        "b": "b.NII",
+        "d": "d.nii.gz",
+        "d.nrrd": "d.nrrd",
+        "ward__c": "ward/c.nii.gz",
+        "ward__c.nrrd": "ward__c.nrrd",
+        "ward__x__c": "ward/x/c.nii.gz",
+    }
+    assert ids(store) == expected
+    for image in expected:
+        label = scans[".nrrd" if image.endswith(".nrrd") else ".nii" if image == "b" else ".nii.gz"].label
+        store.save_label(image, str(label), "final", {})
+        assert store.get_image_info(image)["path"] == store.get_image_uri(image)
+    assert sorted(store.get_labeled_images()) == sorted(expected)
+    again = opened(studies)
+    assert ids(again) == expected
+    with_archive = again.get_dataset_archive(None)
+    listed = subprocess.run(["python", "-m", "zipfile", "-l", with_archive], capture_output=True, text=True, check=True)
+    assert all(f"image/{image}." in listed.stdout for image in expected)
+    Path(with_archive).unlink()
+    # The first of two goes, even with the index: the second keeps its id, and its label.
+    (studies / "d.nii.gz").unlink()
+    assert ids(opened(studies))["d.nrrd"] == "d.nrrd"
+    (studies / "datastore_v2.json").unlink()
+    again = opened(studies)
+    assert ids(again) == {image: path for image, path in expected.items() if image != "d"}
+    assert again.get_label_info("d.nrrd", "final")["revision"] == 1
+    put(scans[".nii.gz"], studies / "d.nii.gz")
+    assert ids(opened(studies)) == expected
+
+
+def test_ids_of_existing_projects_stay(studies: Path, scans: dict[str, Volume]) -> None:
+    """An index from before files were written down in it."""
+    put(scans[".nii.gz"], studies / "d.nii.gz")
+    put(scans[".nrrd"], studies / "d.nrrd")
+    put(scans[".nrrd"], studies / "x.seg.nrrd")
+    entry = {"image": {"ext": ".nrrd", "info": {"ts": 1, "note": "kept"}}, "labels": {}}
+    content = {"name": "n", "description": "", "images_dir": ".", "labels_dir": "labels"}
+    (studies / "datastore_v2.json").write_text(json.dumps({**content, "objects": {"d": entry, "x.seg": entry}}))
+    store = opened(studies)
+    assert ids(store) == {"d": "d.nrrd", "d.nii.gz": "d.nii.gz", "x.seg": "x.seg.nrrd"}
+    assert store.get_image_info("d")["note"] == "kept"
+
+
+def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture) -> None:
+    put(scans[".nii.gz"], studies / "good.nii.gz")
+    (studies / "linked.nii.gz").symlink_to(scans[".nii.gz"].image)
+    (studies / "folder.nii.gz").mkdir()
+    put(scans[".nii"], studies / "folder.nii.gz" / "folder.nii")
+    (studies / "dead.nii.gz").symlink_to(studies.parent / "nowhere.nii.gz")
+    (studies.parent / "elsewhere").mkdir()
+    put(scans[".nii.gz"], studies.parent / "elsewhere" / "far.nii.gz")
+    (studies / "away").symlink_to(studies.parent / "elsewhere")
+    (studies / "empty.nii.gz").write_bytes(b"")
+    for name in ("slice.dcm", "raw.mhd", "notes.txt", "mask.seg.nrrd"):
+        (studies / name).write_text("x")
+    put(scans[".nii.gz"], studies / f"{'x' * 220}.nii.gz")
+    put(scans[".nii.gz"], studies / "line\nbreak.nii.gz")
+    bad = os.fsencode(studies) + b"/caf\xe9.nii.gz"
+    shutil.copy(scans[".nii.gz"].image, bad)
+    os.mkfifo(studies / "pipe.nii.gz")
+    deep = studies / "/".join(["deep"] * 20)
+    put(scans[".nii.gz"], deep / "down.nii.gz")
+    store = opened(studies)
+    assert set(store.list_images()) == {"good", "linked", "folder.nii.gz__folder"}
+    assert store.get_image_uri("linked") == str(studies / "linked.nii.gz")
+    reasons = {item["file"]: item["reason"] for item in store.status()["not_served"]["first"]}
+    expected = {
+        "folder.nii.gz": "folder",
+        "dead.nii.gz": "link to nothing",
+        "away": "link to a folder",
+        "empty.nii.gz": "empty",
+        "slice.dcm": "formats",
+        "raw.mhd": "formats",
+        "mask.seg.nrrd": "labels/final",
+        f"{'x' * 220}.nii.gz": "cannot be an id",
+        "line\nbreak.nii.gz": "cannot be an id",
+        "caf\\udce9.nii.gz": "cannot be an id",
+        "pipe.nii.gz": "not a file",
+        "/".join(["deep"] * 17): "deep",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, word in expected.items():
+        assert word in reasons[name], name
+    assert "dead.nii.gz" in caplog.text
+    caplog.clear()
+    store.refresh()
+    assert "dead.nii.gz" not in caplog.text, "it is told once"
+    listed = CliRunner().invoke(app, ["studies", "--studies", str(studies)])
+    assert listed.exit_code == 0, listed.output
+    assert "3 volumes are served" in listed.output
+    assert all(name in listed.output for name in ("dead.nii.gz", "slice.dcm", "caf\\udce9"))
+    assert CliRunner().invoke(app, ["studies"]).exit_code == 2
+
+
+def test_many_that_are_not_served_are_counted(studies: Path) -> None:
+    for number in range(300):
+        (studies / f"slice_{number:03d}.dcm").write_bytes(b"x")
+    found = opened(studies).status()["not_served"]
+    assert (found["count"], len(found["first"])) == (300, 50)
+
+
+def test_a_server_notices_nested_volumes(
+    start_here: Callable[..., LiveServer], studies: Path, scans: dict[str, Volume]
+) -> None:
+    server = start_here(studies, CONF, serve_command)
+    put(scans[".nii.gz"], studies.parent / "moved" / "inner" / "m.NII.GZ")
+    os.rename(studies.parent / "moved", studies / "moved")
+    put(scans[".nrrd"], studies / "new" / "folder" / "n.nrrd")
+    wait_for(lambda: set(server.objects()) == {"moved__inner__m", "new__folder__n"}, "both are served")
+    for image, suffix in (("moved__inner__m", ".nii.gz"), ("new__folder__n", ".nrrd")):
+        assert server.submit(image, scans[suffix].label).status_code == 200
+        answer = requests.get(f"{server.url}/datastore/image", params={"image": image}, timeout=60)
+        assert answer.content == scans[suffix].image.read_bytes()
+        assert server.infer(image).status_code == 200
+    (studies / "dead.nii.gz").symlink_to(studies / "nothing")
+    shutil.rmtree(studies / "new")
+    wait_for(lambda: set(server.objects()) == {"moved__inner__m"}, "a folder is gone")
+    info = requests.get(f"{server.url}/info/", timeout=60).json()
+    assert info["datastore"]["completed"] == 1
+
+
+@pytest.fixture
+def read_only(studies: Path, scans: dict[str, Volume]) -> Iterator[Path]:
+    """A folder that cannot be written to: for root only a file system can forbid it."""
+    put(scans[".nii.gz"], studies / "scan.nii.gz")
+    opened(studies).save_label("scan", str(scans[".nii.gz"].label), "final", {"client_id": "anna"})
+    put(scans[".nii"], studies / "fresh" / "new.nii")
+    if os.geteuid() != 0:
+        for path in (studies, *studies.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        yield studies
+        for path in (studies, *studies.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        return
+    for command in (["mount", "--bind"], ["mount", "-o", "remount,bind,ro"]):
+        done = subprocess.run([*command, str(studies), str(studies)], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"nothing can be mounted read-only here: {done.stderr.strip()}")
+    try:
+        yield studies
+    finally:
+        subprocess.run(["umount", "-l", str(studies)], check=True)
+
+
+def test_read_only_studies(start_here: Callable[..., LiveServer], read_only: Path, scans: dict[str, Volume]) -> None:
+    store = opened(read_only)
+    assert sorted(store.list_images()) == ["fresh__new", "scan"]
+    assert (np.asarray(nib.load(store.get_label_uri("scan", "final")).dataobj) == scans[".nii.gz"].truth).all()
+    swapped = CheckedDatastore(str(read_only), labels=LABELS[::-1])
+    assert np.asarray(nib.load(swapped.get_label_uri("scan", "final")).dataobj).max() == 2
+    for attempt in (
+        lambda: store.save_label("scan", str(scans[".nii.gz"].label), "final", {}),
+        lambda: store.remove_label("scan", "final"),
+        lambda: store.remove_image("scan"),
+        lambda: store.add_image("more", str(scans[".nii"].image), {}),
+        lambda: store.update_image_info("scan", {"x": 1}),
+        lambda: store.restore_label("scan", 1, "anna"),
+    ):
+        with pytest.raises(HTTPException, match="only inference works"):
+            attempt()
+    server = start_here(read_only, CONF, serve_command)
+    info = requests.get(f"{server.url}/info/", timeout=60).json()
+    assert info["datastore"]["read_only"]
+    assert [warning for warning in info["warnings"] if "cannot be written to" in warning]
+    for image in ("scan", "fresh__new"):
+        assert server.infer(image, uncertainty="on").status_code == 200
+    answer = server.submit("scan", scans[".nii.gz"].label)
+    assert (answer.status_code, "only inference works" in answer.json()["detail"]) == (409, True)
+    log = server.log.read_text()
+    assert log.count("cannot be written to") == 1
+    assert "Traceback" not in log
