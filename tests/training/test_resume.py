@@ -119,10 +119,11 @@ def test_the_command_goes_on_where_it_ended(write_case, tmp_path: Path) -> None:
     output = tmp_path / "model.safetensors"
     options = ["--labels", "ball,box", "--patch-size", "16,16,16", "--set", "steps=1", "--set", "epochs=1"]
     command = ["fit", str(tmp_path), str(output), *options, "--resume"]
-    # The model cannot be written, after all that training.
-    output.mkdir()
+    # The model cannot be written, after all that training: where its card belongs is a folder by now.
+    output.with_suffix(".json").mkdir()
     assert CliRunner().invoke(app, command).exit_code != 0
-    output.rmdir()
+    assert not output.exists()
+    output.with_suffix(".json").rmdir()
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert "went on after step 1" in done.output
