@@ -57,15 +57,26 @@ class Fuzzer:
         url: of the server.
         seed: of the requests.
         images: ids of images that must stay as they are: they are read, labelled, and never deleted.
-        volumes: whole files by suffix, to send as they are or spoilt.
+        volumes: whole scans by suffix, to send as they are or spoilt.
+        labels: whole labels on the images' grid, likewise.
         sessions: ids of sessions that exist.
     """
 
-    def __init__(self, url: str, seed: int, images: Sequence[str], volumes: Volumes, sessions: Sequence[str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        seed: int,
+        *,
+        images: Sequence[str],
+        volumes: Volumes,
+        labels: Volumes,
+        sessions: Sequence[str],
+    ) -> None:
         described = requests.get(f"{url}/openapi.json", timeout=60).json()
         self.seed = seed
         self.images = tuple(images)
         self.volumes = volumes
+        self.labels = labels
         self.sessions = tuple(sessions)
         self.routes: list[tuple[str, str, dict[str, Any]]] = [
             (method, route.path, _operation(described, method, route.path))
@@ -154,7 +165,7 @@ class Fuzzer:
             return rng.choice((b"", b"{", b"[1]", b"5", b'"x"', b"null", b"\xff\xfe", b'{"a":}', b"9" * 5000))
         if kind < 0.12:
             return json.dumps({"client_id": "x" * rng.choice((2_000, 300_000, 1_200_000))}).encode()
-        value = {rng.choice(OPTIONS): self._value(rng) for _ in range(rng.randrange(5))}
+        value = {rng.choice(OPTIONS): self._value(rng) for _ in range(rng.choice((0, 0, 0, 1, 2, 4)))}
         return json.dumps(value).encode()
 
     def _value(self, rng: random.Random) -> Any:
@@ -181,23 +192,23 @@ class Fuzzer:
         fields = ["params", "info"] if rng.random() < 0.8 else ["params", "params", "wsi", "x\0", ""]
         parts += [(name, None, self._json(rng)) for name in fields if rng.random() < 0.7]
         for name in {"/session/": ("files",), "/datastore/label": ("label",)}.get(path, ("file", "label")):
-            for _ in range(rng.choice((0, 1, 1, 1, 2))):
+            for _ in range(rng.choice((0, 1, 1, 1, 1, 1, 1, 2))):
                 parts.append((name, rng.choice(NAMES[:5]) if rng.random() < 0.7 else rng.choice(NAMES), b""))
         body = b""
         for name, filename, data in parts:
             head = f'Content-Disposition: form-data; name="{name}"'
             if filename is not None:
                 head += f'; filename="{filename}"'
-                data = self._file(rng, filename)
+                data = self._file(rng, filename, self.labels if name == "label" else self.volumes)
             body += b"--b\r\n" + head.encode(errors="replace") + b"\r\n\r\n" + data + b"\r\n"
         body += b"--b--\r\n"
         if rng.random() < 0.06:
             body = body[: rng.randrange(len(body))]
         return {"Content-Type": "multipart/form-data; boundary=b"}, body
 
-    def _file(self, rng: random.Random, name: str) -> bytes:
-        suffix = next((s for s in self.volumes if name.lower().endswith(s)), rng.choice(tuple(self.volumes)))
-        data = self.volumes[suffix]
+    def _file(self, rng: random.Random, name: str, whole: Volumes) -> bytes:
+        suffix = next((s for s in whole if name.lower().endswith(s)), rng.choice(tuple(whole)))
+        data = whole[suffix]
         return rng.choice(SPOILT)(data, rng) if rng.random() < 0.5 else data
 
 

@@ -194,9 +194,11 @@ SPOILT: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )
 
 
-def volumes_of(folder: Path) -> dict[str, bytes]:
-    """One small whole file of each suffix."""
-    image = sitk.GetImageFromArray(np.random.default_rng(0).normal(0, 50, (6, 7, 8)).astype(np.int16))
+def volumes_of(folder: Path, *, labels: bool = False) -> dict[str, bytes]:
+    """One small whole scan of each suffix, or one label of the same grid."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 3, (6, 7, 8)).astype(np.uint8) if labels else rng.normal(0, 50, (6, 7, 8)).astype(np.int16)
+    image = sitk.GetImageFromArray(values)
     made = {}
     for suffix in (".nii.gz", ".nii", ".nrrd", ".mha"):
         path = folder / f"whole{suffix}"

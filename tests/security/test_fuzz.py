@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from attacks import scan, tree
+from attacks import tree
 from fuzz import Fuzzer, fuzz
 from fuzz_values import volumes_of
 from live import APP, CONF, LiveServer, serve_command, stock_command, wait_for
@@ -36,15 +36,23 @@ def test_no_request_breaks_the_server(
     studies.mkdir(parents=True)
     canary.mkdir()
     (canary / "secret.raw").write_bytes(bytes(range(48, 112)) * 10)
-    originals = {scan(studies / f"{name}.nii.gz", seed=seed): b"" for seed, name in enumerate(IMAGES)}
-    originals = {path: path.read_bytes() for path in originals}
-    server = start_here(studies, {**CONF, "max_upload_gb": "0.01"}, command)
     volumes = volumes_of(tmp_path)
+    originals = {studies / f"{name}.nii.gz": volumes[".nii.gz"] for name in IMAGES}
+    for path, data in originals.items():
+        path.write_bytes(data)
+    server = start_here(studies, {**CONF, "max_upload_gb": "0.01"}, command)
     sessions = [
         requests.put(f"{server.url}/session/", files={"files": ("a.nii", volumes[".nii"])}, timeout=60).json()
         for _ in range(2)
     ]
-    fuzzer = Fuzzer(server.url, _SEED, IMAGES, volumes, [session["session_id"] for session in sessions])
+    fuzzer = Fuzzer(
+        server.url,
+        _SEED,
+        images=IMAGES,
+        volumes=volumes,
+        labels=volumes_of(tmp_path, labels=True),
+        sessions=[session["session_id"] for session in sessions],
+    )
     outside = surroundings(studies, tmp_path)
     process = listening(server)
     warm = count // 5
