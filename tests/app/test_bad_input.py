@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,11 +87,9 @@ def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kin
     make(path)
     name = path.name.removesuffix(".nii.gz")
     try:
-        for _ in range(100):
-            answer = server.infer(name)
-            if answer.status_code != 404:
-                break
-            time.sleep(0.1)  # the folder is watched, which takes a moment
+        # The folder is watched, which takes a moment.
+        wait_for(lambda: server.infer(name).status_code != 404, f"{name} came into the index")
+        answer = server.infer(name)
         refused(answer, name, expected, status=422)
     finally:
         path.unlink()
