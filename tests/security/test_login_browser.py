@@ -87,7 +87,10 @@ def test_the_way_back_stays_on_the_server(server: LiveServer, target: str) -> No
     answer = post(server, session, "/auth/login", username="anna", password=password("anna"), next=target)
     assert (answer.status_code, answer.headers["Location"]) == (303, "/")
     page = requests.get(f"{server.url}/auth/login", params={"next": target}, timeout=30)
-    assert 'name="next" value="/"' in page.text
+    if "\n" in target:
+        assert page.status_code == 400, "control characters do not pass the perimeter"
+    else:
+        assert 'name="next" value="/"' in page.text
 
 
 def test_what_is_typed_is_not_run(server: LiveServer) -> None:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, UploadFile
-from fastapi.responses import FileResponse
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -15,6 +14,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
 from deformux_label.web.caller import current_user, note, with_login
+from deformux_label.web.opened_file import OpenedFile
 
 from .batch_inference import BatchInferences
 from .batch_routes import batch_router
@@ -193,9 +193,10 @@ def _labels(app: App) -> APIRouter:
     def revision_file(image: str, revision: int, tag: str = _FINAL, user: User = _USER) -> Any:
         kept = _checked(app.datastore()).revisions
         found = kept.get(image, tag, checked_revision(revision))
+        missing = f"image {image!r} has no file for revision {revision} of its label {tag!r}"
         if found is None or found.deleted:
-            raise HTTPException(404, f"image {image!r} has no file for revision {revision} of its label {tag!r}")
-        return FileResponse(kept.file(found), filename=f"{image}{found.suffix}")
+            raise HTTPException(404, missing)
+        return OpenedFile(kept.file(found), missing=missing, filename=f"{image}{found.suffix}")
 
     def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
         annotator = annotator_of(with_login(_with_client({"client_id": client_id})))

@@ -11,9 +11,10 @@ from fastapi.responses import FileResponse
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore
-from monailabel.utils.others.generic import file_checksum, get_mime_type
+from monailabel.utils.others.generic import file_checksum
 
 from deformux_label.offloop import in_thread
+from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.request_folder import request_folder
 
 from .requests.json_text import json_object
@@ -70,6 +71,14 @@ def datastore_router(app: _App) -> APIRouter:
                 raise HTTPException(404, f"image {image!r} has another {kind}")
         return {}
 
+    def image_file(image: str, user: User = _USER) -> OpenedFile:
+        missing = f"there is no image with the id {image!r}"
+        return OpenedFile(app.datastore().get_image_uri(image) or "", missing=missing)
+
+    def label_file(label: str, tag: str, user: User = _USER) -> OpenedFile:
+        missing = f"image {label!r} has no label with the tag {tag!r}"
+        return OpenedFile(app.datastore().get_label_uri(label, tag) or "", missing=missing)
+
     def dataset(limit_cases: int | None = Query(None, ge=1, le=_MOST_CASES), user: User = _ANNOTATOR) -> Any:
         made = Path(app.datastore().get_dataset_archive(limit_cases))
         folder = request_folder()
@@ -79,6 +88,8 @@ def datastore_router(app: _App) -> APIRouter:
     router.add_api_route("/image", in_thread(add_image, threads=8), methods=["PUT"])
     router.add_api_route("/", in_thread(add_image, threads=8), methods=["PUT"], include_in_schema=False)
     router.add_api_route("/image", in_thread(check_image, threads=4), methods=["HEAD"])
+    router.add_api_route("/image", in_thread(image_file, threads=8), methods=["GET"], response_model=None)
+    router.add_api_route("/label", in_thread(label_file, threads=8), methods=["GET"], response_model=None)
     router.add_api_route("/image/info", in_thread(image_info, threads=4), methods=["PUT"])
     router.add_api_route("/label/info", in_thread(label_info, threads=4), methods=["PUT"])
     router.add_api_route("/updatelabelinfo", in_thread(label_params, threads=4), methods=["PUT"], deprecated=True)
@@ -115,8 +126,7 @@ def session_router(app: _App) -> APIRouter:
             return session.to_json()
         if not session.image.is_file():
             raise HTTPException(404, "the session holds a DICOM series, which is not sent back")
-        name = session.image.name
-        return FileResponse(session.image, media_type=get_mime_type(name), filename=name)
+        return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:
         return sessions().remove(session_id).to_json()
