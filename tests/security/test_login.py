@@ -202,7 +202,9 @@ def test_work_is_kept_in_the_name_of_the_login(
     server: LiveServer, cases: dict[str, Volume], tokens: dict[str, dict[str, str]]
 ) -> None:
     spoof = {"client_id": "rob", "user": "rob"}
-    sample = call(server, "POST", "/activelearning/first", tokens["anna"], json=spoof).json()["id"]
+    assert call(server, "POST", "/activelearning/first", tokens["anna"], json=spoof).status_code == 400
+    claimed = {"client_id": "rob"}
+    sample = call(server, "POST", "/activelearning/first", tokens["anna"], json=claimed).json()["id"]
     leases = call(server, "GET", "/deformux/leases", tokens["rita"]).json()["leases"]
     assert {lease["image"]: lease["annotator"] for lease in leases}[sample] == "anna"
     # What was proposed to anna is what her label started from, whichever client ids she uses.
