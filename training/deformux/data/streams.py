@@ -11,14 +11,14 @@ import numpy as np
 
 from .header import VolumeHeader
 
-__all__ = ["Damaged", "open_voxels"]
+__all__ = ["Damaged", "is_too_short", "open_voxels"]
 
 _CHUNK = 256 * 1024
 # Bytes behind the voxels that are decompressed to reach the checksum at the end of a stream.
 _TAIL = 64 * 1024
 _LONGEST_NUMBER = 64
-# Bytes of a stored block at its least: by how much a format can make a volume smaller at most.
-_MOST_INFLATION = {"raw": 1, "gzip": 1040, "zlib": 1040, "bzip2": 100_000, "hex": 1}
+# By how much a format can make a volume smaller at most: a block of bzip2 holds 46 MB of zeros in some 40 bytes.
+_MOST_INFLATION = {"raw": 1, "gzip": 1040, "zlib": 1040, "bzip2": 2_000_000, "hex": 1}
 
 
 class Damaged(Exception):
@@ -171,15 +171,19 @@ class _Text:
         """Nothing follows."""
 
 
+def is_too_short(size: int, header: VolumeHeader) -> bool:
+    """Whether a file of ``size`` bytes cannot hold its voxels, however well they are compressed."""
+    least = 2 * header.n_values - 1 if header.encoding == "text" else header.n_bytes
+    return (size - header.start) * _MOST_INFLATION.get(header.encoding, 1) < least
+
+
 def open_voxels(file: BinaryIO, size: int, header: VolumeHeader) -> _Compressed | _Plain | _Hex | _Text:
     """The decoded bytes of a file's voxels, from the first one on.
 
     Raises:
-        Damaged: the file is too short for them, however well they are compressed.
+        Damaged: the file is too short for them.
     """
-    stored = size - header.start
-    least = 2 * header.n_values - 1 if header.encoding == "text" else header.n_bytes
-    if stored * _MOST_INFLATION.get(header.encoding, 1) < least:
+    if is_too_short(size, header):
         raise Damaged
     file.seek(header.start)
     if header.encoding == "text":

@@ -22,7 +22,7 @@ from .header import InvalidVolume, VolumeHeader, check_affine
 from .metaimage import metaimage_header
 from .nifti import nifti_header
 from .nrrd import nrrd_header
-from .streams import Damaged, open_voxels
+from .streams import Damaged, is_too_short, open_voxels
 
 __all__ = ["VOLUME_SUFFIXES", "InvalidVolume", "OpenVolume", "Volume", "open_volume", "read_volume", "volume_suffix"]
 
@@ -66,7 +66,8 @@ class OpenVolume:
         """
         header = self.header
         compressed = header.encoding in ("gzip", "zlib", "bzip2") and header.n_bytes > _SMALL_SCAN
-        if compressed and header.n_bytes > _MOST_COMPRESSED_SCAN * self.size:
+        shrunk = header.n_bytes > _MOST_COMPRESSED_SCAN * self.size
+        if compressed and shrunk and not is_too_short(self.size, header):
             raise InvalidVolume(
                 f"{self.name} is compressed {header.n_bytes // self.size} times, so that it has almost the same "
                 "intensity everywhere; expected a scan"
