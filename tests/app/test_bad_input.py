@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_bad_images(server: LiveServer, tmp_path: Path, kind: str) -> None:
     assert server.objects() == before
 
 
-@pytest.mark.parametrize("kind", BAD_IMAGES)
+@pytest.mark.parametrize("kind", [kind for kind in BAD_IMAGES if kind != "empty file"])
 def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kind: str) -> None:
     """Nothing checks a file that is copied into the folder before it is asked for."""
     make, expected = BAD_IMAGES[kind]
@@ -94,6 +95,24 @@ def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kin
     finally:
         path.unlink()
     wait_for(lambda: name not in server.objects(), f"the removed {name} left the index")
+
+
+def test_an_empty_file_in_the_studies_folder_is_not_served_and_said_so(server: LiveServer, studies: Path) -> None:
+    """It may still be being copied: it is served as soon as there is something in it."""
+    path = studies / "found_empty.nii.gz"
+
+    def not_served() -> str:
+        return json.dumps(requests.get(f"{server.url}/info/", timeout=30).json()["datastore"].get("not_served"))
+
+    try:
+        path.write_bytes(b"")
+        wait_for(lambda: path.name in not_served(), "the empty file was noticed")
+        refused(server.infer("found_empty"), "found_empty", status=404)
+        write(path, random_scan(20, 20, 20), np.eye(4))
+        wait_for(lambda: server.infer("found_empty").status_code == 200, "what was copied is served")
+    finally:
+        path.unlink()
+    wait_for(lambda: "found_empty" not in server.objects(), "the removed file left the index")
 
 
 def test_unknown_names(server: LiveServer, volumes: dict[str, Volume]) -> None:

@@ -209,7 +209,7 @@ BAD_POINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative": ({"liver": [[1, -2, 3]]}, ("[1, -2, 3]", "outside")),
     "outside as Slicer counts": ({"liver": [[1, 2, -1]], "voxel_order": "slicer"}, ("outside",)),
     "not whole": ({"background": [[1, 2, 3.5]]}, ("background", "3.5", "whole")),
-    "NaN": ({"liver": [[1, 2, float("nan")]]}, ("whole",)),
+    "NaN": ({"liver": [[1, 2, float("nan")]]}, ("finite",)),
     "text": ({"liver": [["1", "2", "3"]]}, ("whole",)),
     "a boolean": ({"liver": [[True, 2, 3]]}, ("whole",)),
     "two indices": ({"liver": [[1, 2]]}, ("three",)),

@@ -94,12 +94,7 @@ def _check_field(name: str, value: str) -> None:
     except UnicodeEncodeError as error:
         raise HTTPException(400, f"the form's field {ascii(name)[:60]} must be valid Unicode") from error
     if name in ("params", "info") and value:
-        try:
-            read_json(value, name=name)
-        except HTTPException as error:
-            raise HTTPException(
-                error.status_code, f"the request's parameters must be one JSON object; {error.detail}"
-            ) from error
+        read_json(value, name=name)
 
 
 def _check_name(name: str, value: Any, path: str, upload: bool) -> None:
