@@ -84,7 +84,8 @@ def test_a_claim_writes_as_little_with_ten_thousand_leases(tmp_path: Path) -> No
         now = time.time()
         rows = [(case, f"a{n}", "", now, now + 3600, "first", None) for n, case in enumerate(cases[:held])]
         leases.state.change(lambda db: db.executemany("INSERT INTO leases VALUES (?, ?, ?, ?, ?, ?, ?)", rows))
-        leases.state.change(lambda db: db.execute("PRAGMA user_version"))
+        leases = Leases(folder / "leases.json")
+        leases.active()
         before = sum(file.stat().st_size for file in folder.glob("state.sqlite*"))
         assert leases.claim("new", cases) == cases[held]
         return sum(file.stat().st_size for file in folder.glob("state.sqlite*")) - before

@@ -264,8 +264,7 @@ class CheckedDatastore(ListedStudies):
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a volume."""
-        # Whose work a label is does not change with what others say about it.
-        more = {key: value for key, value in said(checked_info(info)).items() if key not in ("client_id", "user")}
+        more = said(checked_info(info))
         with self._changing() as (objects, _):
             entry = self._entry(objects, image_id)
             image = entry.image.model_copy(update={"info": {**entry.image.info, **more}})
@@ -273,7 +272,8 @@ class CheckedDatastore(ListedStudies):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a label; what was looked for is said when it is submitted."""
-        more = said(checked_info(info))
+        # Whose work a label is does not change with what others say about it.
+        more = {key: value for key, value in said(checked_info(info)).items() if key not in ("client_id", "user")}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):
