@@ -38,13 +38,15 @@ def leases(server: LiveServer) -> list[dict]:
 
 
 def test_an_address_with_changing_names_leases_a_bounded_number(server: LiveServer) -> None:
-    # What a client says of its address is not asked for.
-    own = [ask(server, client_id=f"name {number}", _address=f"10.0.0.{number}")["id"] for number in range(MOST_LEASES)]
+    # What a client says of its address is refused.
+    spoofed = requests.post(f"{server.url}/activelearning/first", json={"_address": "10.0.0.1"}, timeout=60)
+    assert spoofed.status_code == 400
+    own = [ask(server, client_id=f"name {number}")["id"] for number in range(MOST_LEASES)]
     assert len(set(own)) == MOST_LEASES
     before = {lease["image"] for lease in leases(server)}
     assert before == set(own)
     for number, strategy in enumerate(("first", "random", "adaptive") * 5):
-        taken = ask(server, strategy, client_id=f"other name {number}", _address="10.1.1.1", user="somebody")["id"]
+        taken = ask(server, strategy, client_id=f"other name {number}")["id"]
         assert taken == own[number], "the address's oldest come round"
     after = leases(server)
     assert {lease["image"] for lease in after} == before

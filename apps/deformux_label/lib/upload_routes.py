@@ -124,8 +124,6 @@ def session_router(app: _App) -> APIRouter:
         session = sessions().find(session_id, touch=update_ts)
         if not image:
             return session.to_json()
-        if not session.image.is_file():
-            raise HTTPException(404, "the session holds a DICOM series, which is not sent back")
         return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:

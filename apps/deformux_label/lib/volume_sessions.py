@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import nibabel as nib
+import numpy as np
 from fastapi import HTTPException, UploadFile
+from monai.transforms import LoadImage
 
 from deformux.transforms import InvalidVolume, LoadVolumed
 from deformux_label.web.multipart import StoredUpload
@@ -30,7 +33,7 @@ class VolumeSession:
 
     Args:
         id: a UUID, which only the client knows.
-        image: the volume, or the folder of a DICOM series, in a folder of this session.
+        image: the volume, which may have been made of a DICOM series, in a folder of this session.
         client: address of who sent it.
         created: seconds since 1970.
         used: seconds since 1970, of the last request that named it.
@@ -151,7 +154,22 @@ def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
     for number, upload in enumerate(uploads):
         assert isinstance(upload, StoredUpload)
         shutil.move(upload.path, series / f"{number:04d}.dcm")
-    return series
+    # From here on it is a volume like any other, whole in one file.
+    volume = folder / "series.nii.gz"
+    _convert(series, volume)
+    shutil.rmtree(series)
+    return volume
+
+
+def _convert(series: Path, target: Path) -> None:
+    """Write the DICOM files of a folder as one NIfTI; raises InvalidVolume where they are not one volume."""
+    try:
+        loaded = LoadImage(image_only=True)(series)
+    except Exception as error:  # each of MONAI's readers fails in its own way, and all mean the same to a user
+        raise InvalidVolume("the DICOM files cannot be read as the slices of one series") from error
+    image = nib.Nifti1Image(np.asarray(loaded), np.asarray(loaded.affine, dtype=float))
+    image.header.set_xyzt_units("mm")
+    nib.save(image, target)
 
 
 def _is_dicom(upload: UploadFile) -> bool:
