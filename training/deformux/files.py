@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["replacing", "write_text"]
+__all__ = ["replacing", "sync_folder", "umask", "write_text"]
 
 
 @contextmanager
@@ -27,9 +27,9 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         # mkstemp makes files for the owner alone; a label must be readable as any other file is.
-        temporary.chmod(0o666 & ~_umask() if mode is None else mode)
+        temporary.chmod(0o666 & ~umask() if mode is None else mode)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -40,20 +40,20 @@ def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
         temporary.write_text(text)
 
 
-def _sync_folder(folder: Path) -> None:
-    """The rename itself is lost with the power until its folder is on the disk."""
+def sync_folder(folder: Path) -> None:
+    """Put a rename on the disk: it is lost with the power until its folder is there."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        # Some network file systems refuse to sync a folder; the file itself is safe.
-        with suppress(OSError):
+    with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
             os.fsync(handle)
-    finally:
-        os.close(handle)
+        finally:
+            os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return what new files must not permit."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deformux_label.lib.requests.identifiers import is_text
 
+from .listening import host_of
 from .offered import OFFERED, offered
 from .request_folder import requests_folder
 
@@ -228,20 +229,10 @@ def host_names(origins: Collection[str]) -> set[str]:
     """
     names = {"localhost", socket.gethostname().lower()}
     names |= {(urlsplit(origin).hostname or "").lower() for origin in origins}
-    names.add(_listened_host().lower())
+    names.add(host_of(sys.argv).lower())
     names.discard("")
     threading.Thread(target=lambda: names.add(socket.getfqdn().lower()), name="host-name", daemon=True).start()
     return names
-
-
-def _listened_host() -> str:
-    """The host of MONAI Label's command line."""
-    for flag, value in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
-        if flag in ("-i", "--host"):
-            return value
-        if flag.startswith("--host="):
-            return flag.partition("=")[2]
-    return ""
 
 
 def _host_name(host: str) -> str | None:

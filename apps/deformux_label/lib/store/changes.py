@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deformux.files import sync_folder, umask
+
 __all__ = ["WRITING", "Change", "all_or_nothing", "place"]
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class Change:
                 with step.source.open("rb") as written:
                     os.fsync(written.fileno())
                 # mkstemp makes files for the owner alone; a label must be readable as any other file is.
-                step.source.chmod(0o666 & ~_umask())
+                step.source.chmod(0o666 & ~umask())
         for step in self._steps[:-1]:
             if step.written and os.path.lexists(step.target):
                 step.before = _twin(step.target)
@@ -161,7 +163,7 @@ def place(source: Path, target: Path, *, replace: bool = False) -> None:
         except OSError:
             target.unlink(missing_ok=True)
             raise
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _place_new(source: Path, target: Path) -> None:
@@ -173,7 +175,7 @@ def _place_new(source: Path, target: Path) -> None:
     except OSError:  # a file system without links
         place(source, target)
         return
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _copy_entry(source: Path, target: Path) -> None:
@@ -214,21 +216,3 @@ def _undo(step: _Step) -> None:
         place(step.before, step.target, replace=True)
     else:
         step.target.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself is lost with the power until its folder is on the disk."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
-        return
-    with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
