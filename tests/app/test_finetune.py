@@ -122,11 +122,27 @@ def test_a_training_that_cannot_work_says_why(
     folder, datastore, volumes = studies
     state = tmp_path / "state"
     datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
-    # Damaged after it was accepted.
-    shutil.copy(Path(__file__), folder / "labels" / "final" / f"{volumes[0].id}.nii.gz")
+    # The scan is damaged after its label was accepted; a damaged label comes back from its revision.
+    shutil.copy(Path(__file__), folder / volumes[0].image.name)
     failed = train(folder, state, steps=1)
     assert f"422 no label can be learnt from; {volumes[0].id}" in failed.communicate()[1]
     told = status(state)
     assert told["status"] == "failed"
-    assert "cannot be read as a volume" in told["error"]
+    assert "cannot be read: it is damaged" in told["error"]
     assert ModelVersions(state / "versions").published() is None
+
+
+def test_a_label_that_was_damaged_is_learnt_from_its_revision(
+    studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
+) -> None:
+    folder, datastore, volumes = studies
+    state = tmp_path / "state"
+    datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
+    label = folder / "labels" / "final" / f"{volumes[0].id}.nii.gz"
+    accepted = label.read_bytes()
+    shutil.copy(Path(__file__), label)
+    done = train(folder, state, steps=1)
+    said = done.communicate()[1]
+    assert done.returncode == 0, said
+    assert ModelVersions(state / "versions").published() == "v0001"
+    assert label.read_bytes() == accepted
