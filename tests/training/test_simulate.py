@@ -200,7 +200,10 @@ def test_snapshots_of_earlier_rounds_give_samples_that_disagree(cohort: Path, tm
         (["--test-fraction", "0"], "leaves nothing to test"),
         (["--strategy", "bald", "--set", "flip_axes=,"], "--snapshots 2"),
         (["--set", "flip_axes=none"], "flip_axes must be some of 0, 1, 2"),
-        (["--output", "/dev/null/results", "--seeds", "1"], "nothing can be written to /dev/null/results: not a directory"),
+        (
+            ["--output", "/dev/null/results", "--seeds", "1"],
+            "nothing can be written to /dev/null/results: not a directory",
+        ),
     ],
 )
 def test_what_cannot_be_simulated_is_said_in_a_sentence(
