@@ -51,6 +51,24 @@ def test_the_page_needs_nothing_from_elsewhere(server: LiveServer) -> None:
     assert not re.search(r"<script|<img|<link|@import|url\(|https?://", page.text)
 
 
+def test_the_pages_of_the_api_load_nothing_from_elsewhere(server: LiveServer) -> None:
+    session = requests.Session()
+    post(server, session, "/auth/login", username="anna", password=password("anna"))
+    for path in ("/", "/docs"):
+        page = session.get(f"{server.url}{path}", timeout=30)
+        assert page.status_code == 200
+        assert "'unsafe" not in page.headers["Content-Security-Policy"].split("style-src")[0]
+        loaded = re.findall(r"(?:src|href)=\"([^\"]*)\"", page.text)
+        assert loaded
+        for name in loaded:
+            assert "//" not in name
+            assert session.get(f"{server.url}/{name}", timeout=30).status_code == 200
+            if name != "favicon.ico":
+                assert requests.get(f"{server.url}/{name}", timeout=30).status_code == 401
+    for name in ("favicon.png", "..%2f__init__.py", "core.py", ""):
+        assert session.get(f"{server.url}/assets/{name}", timeout=30).status_code == 404
+
+
 def test_the_cookie(server: LiveServer) -> None:
     session = requests.Session()
     wrong = post(server, session, "/auth/login", username="anna", password="a wrong one", next="/docs")
@@ -124,6 +142,10 @@ def test_in_a_real_browser(server: LiveServer, tmp_path: Path) -> None:
             assert await page.value("document.cookie") == "", "no script can read it"
             (cookie,) = (await page.call("Network.getCookies", urls=[f"{server.url}/"]))["cookies"]
             assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+            await page.go(f"{server.url}/")
+            await page.until("document.querySelectorAll('.opblock').length > 20")
+            await page.go(f"{server.url}/docs")
+            await page.until("document.body.innerText.includes('/activelearning/{strategy}')")
             # The 401 of the wrong password is all that the browser complains of.
             assert all("401" in text or "favicon" in text for text in page.complaints), page.complaints
 

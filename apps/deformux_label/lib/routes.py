@@ -13,6 +13,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
+from deformux_label.web.api_pages import pages_router
 from deformux_label.web.caller import current_user, note, with_login
 from deformux_label.web.opened_file import OpenedFile
 
@@ -103,6 +104,7 @@ def routers(app: App) -> list[APIRouter]:
         scoring_router(app.scoring_methods),
         about_router(),
         batch_router(app),
+        pages_router(settings.MONAI_LABEL_PROJECT_NAME),
     ]
 
 

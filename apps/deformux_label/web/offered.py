@@ -36,6 +36,7 @@ OFFERED = (
     # What can be called, and how the project stands.
     Offered(("GET",), "/", "reader"),
     Offered(("GET",), "/docs", "reader"),
+    Offered(("GET",), "/assets/{name}", "reader"),
     Offered(("GET",), "/openapi.json", "reader"),
     Offered(("GET",), "/info/", "reader"),
     Offered(("GET",), "/logs/", "admin"),
