@@ -11,11 +11,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from nibabel.filebasedimages import ImageFileError
 
 from deformux.annotator import dense_labels
 from deformux.cases import Case, InvalidFolder, find_cases, label_names
+from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 from deformux.synthetic import LABELS, write_cohort
+from deformux.transforms import geometry_difference
 
 __all__ = ["Cohort", "Volume", "open_cohort", "synthetic_cohort"]
 
@@ -46,14 +47,16 @@ class Volume:
         return self.case.image.name
 
     def shape(self) -> tuple[int, ...]:
-        return tuple(nib.load(self.image).shape)
+        with open_volume(self.image) as opened:
+            return opened.header.shape
 
     def affine(self) -> npt.NDArray[np.float64]:
-        return np.asarray(nib.load(self.image).affine)
+        with open_volume(self.image) as opened:
+            return opened.header.affine
 
     def truth(self) -> Labels:
         """Return the true label with values 1..N, on the image's grid and in its axis order."""
-        return dense_labels(np.rint(np.asarray(nib.load(self.case.label).dataobj)), self.values)
+        return dense_labels(np.rint(read_volume(self.case.label).values), self.values)
 
     def canonical_truth(self) -> Labels:
         """Return the true label in RAS axes."""
@@ -99,7 +102,7 @@ def open_cohort(
     modality: str = "",
     seed: int = 0,
 ) -> Cohort:
-    """Choose at most `volumes` labelled NIfTI volumes of a folder with images/ and labels/.
+    """Choose at most `volumes` labelled volumes of a folder with images/ and labels/.
 
     With a split.json only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
     are scored. Raises InvalidFolder with one sentence when the folder, its layout, its grids or the names do not fit.
@@ -110,8 +113,8 @@ def open_cohort(
     if volumes < 1 or held_out < 0:
         raise InvalidFolder(f"volumes: got {volumes} and {held_out} held out, expected at least 1 and 0")
     split = _split(folder)
-    chosen = _sample(_nifti(find_cases(folder, subset="train" if "train" in split else None)), volumes, seed)
-    scored = _sample(_nifti(find_cases(folder, subset="val")), held_out, seed) if split >= {"train", "val"} else []
+    chosen = _sample(find_cases(folder, subset="train" if "train" in split else None), volumes, seed)
+    scored = _sample(find_cases(folder, subset="val"), held_out, seed) if split >= {"train", "val"} else []
     values = sorted(set().union(*(_values(case) for case in (*chosen, *scored))) - {0})
     if not values:
         raise InvalidFolder(f"the labels in {folder} are all background")
@@ -138,14 +141,6 @@ def _split(folder: Path) -> set[str]:
         raise InvalidFolder(f"{path} is not valid JSON: {error}") from error
 
 
-def _nifti(cases: list[Case]) -> list[Case]:
-    for case in cases:
-        for path in (case.image, case.label):
-            if not path.name.endswith((".nii", ".nii.gz")):
-                raise InvalidFolder(f"{path} is not a NIfTI file, which is all that the demo reads")
-    return cases
-
-
 def _sample(cases: list[Case], count: int, seed: int) -> list[Case]:
     chosen = random.Random(seed).sample(cases, min(count, len(cases)))
     return sorted(chosen, key=lambda case: case.id)
@@ -154,14 +149,16 @@ def _sample(cases: list[Case], count: int, seed: int) -> list[Case]:
 def _values(case: Case) -> set[int]:
     """Return the label values of a case; its label must be readable and lie on the image's grid."""
     try:
-        image, label = nib.load(case.image), nib.load(case.label)
-        values = np.unique(np.asarray(label.dataobj))
-    except (OSError, EOFError, ValueError, ImageFileError) as error:
-        raise InvalidFolder(f"case {case.id} cannot be read: {error}") from error
-    if image.ndim != 3 or image.shape != label.shape or not np.allclose(image.affine, label.affine, atol=1e-2):
-        raise InvalidFolder(
-            f"image and label of {case.id} must be 3D on one grid, got shapes {image.shape} and {label.shape}"
-        )
+        with open_volume(case.image) as opened:
+            image = opened.header
+        label = read_volume(case.label)
+    except InvalidVolume as error:
+        raise InvalidFolder(f"case {case.id} cannot be used: {error}") from error
+    if label.values.ndim != 3:
+        raise InvalidFolder(f"case {case.id} cannot be used: its label has several layers")
+    if difference := geometry_difference(image.shape, image.affine, label.header.shape, label.affine):
+        raise InvalidFolder(f"case {case.id} cannot be used: image and label must lie on one grid, but {difference}")
+    values = np.unique(label.values)
     return {int(v) for v in np.rint(values)}
 
 
@@ -187,14 +184,17 @@ def _modality(folder: Path, cases: Sequence[Case]) -> str:
         said = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()
         if said:
             return "ct" if "ct" in said else "mr"
-    lowest = np.median([np.min(np.asarray(nib.load(case.image).dataobj)) for case in cases[:3]])
+    lowest = np.median([np.nanmin(read_volume(case.image).values) for case in cases[:3]])
     return "ct" if lowest < -500 else "mr"
 
 
 def _grid(case: Case) -> tuple[list[float], list[float]]:
     """Return shape and spacing along the axes right, anterior, superior."""
-    image = nib.as_closest_canonical(nib.load(case.image))
-    return list(image.shape), [float(s) for s in image.header.get_zooms()[:3]]
+    with open_volume(case.image) as opened:
+        shape, affine = opened.header.shape, opened.header.affine
+    turn = nib.io_orientation(affine)[:, 0].astype(int)
+    order = np.argsort(turn)
+    return [shape[axis] for axis in order], [float(nib.affines.voxel_sizes(affine)[axis]) for axis in order]
 
 
 def _spacing(spacing: npt.NDArray[np.float64], shape: npt.NDArray[np.float64]) -> tuple[str, list[float]]:

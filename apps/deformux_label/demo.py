@@ -27,8 +27,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from deformux.annotator import WholeLabelAnnotator
 from deformux.cases import InvalidFolder
+from deformux.data.volume_reader import read_volume
 from deformux.files import write_text
 from deformux.metrics import dice_per_label, mean_dice
+from deformux.transforms import geometry_difference
 from deformux_label import report
 from deformux_label.cli import app_folder
 from deformux_label.cohort import Cohort, Volume, open_cohort, synthetic_cohort
@@ -197,10 +199,10 @@ class _Teaching:
 
 def _read_prediction(path: Path, volume: Volume) -> Labels:
     """Return the label the server sent; it must lie on the image's own grid."""
-    label = nib.load(path)
-    if label.shape != volume.shape() or not np.allclose(label.affine, volume.affine(), atol=1e-3):
-        raise PlayerError(f"the segmentation of {volume.id} does not lie on the image's grid")
-    return np.asarray(label.dataobj).astype(np.uint8)
+    label = read_volume(path)
+    if difference := geometry_difference(volume.shape(), volume.affine(), label.header.shape, label.affine):
+        raise PlayerError(f"the segmentation of {volume.id} does not lie on the image's grid: {difference}")
+    return label.values.astype(np.uint8)
 
 
 def run(cohort: Cohort, plan: Plan, options: dict[str, str], output: Path, console: Console) -> list[report.Round]:

@@ -19,6 +19,8 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from deformux.data.volume_reader import read_volume
+
 __all__ = [
     "Round",
     "Scan",
@@ -63,17 +65,22 @@ class Scan:
 
 
 def read_scan(path: Path, *, modality: str = "ct") -> Scan:
-    """Return the scan of a NIfTI file; CT gets a soft tissue window, other modalities their own percentiles."""
-    volume = nib.as_closest_canonical(nib.load(path))
-    image = np.asarray(volume.dataobj, np.float32)
+    """Return the scan of a file; CT gets a soft tissue window, other modalities their own percentiles."""
+    volume = _canonical(path)
+    image = np.nan_to_num(np.asarray(volume.dataobj, np.float32))
     spacing = tuple(float(s) for s in volume.header.get_zooms()[:3])
     low, high = (-160.0, 260.0) if modality == "ct" else (float(v) for v in np.percentile(image, (1, 99.5)))
     return Scan(image, (spacing[0], spacing[1], spacing[2]), (low, high))
 
 
 def read_label(path: Path) -> npt.NDArray[np.uint8]:
-    """Return the label (X, Y, Z) of a NIfTI file in RAS axes."""
-    return np.asarray(nib.as_closest_canonical(nib.load(path)).dataobj).astype(np.uint8)
+    """Return the label (X, Y, Z) of a file in RAS axes."""
+    return np.asarray(_canonical(path).dataobj).astype(np.uint8)
+
+
+def _canonical(path: Path) -> nib.Nifti1Image:
+    volume = read_volume(path)
+    return nib.as_closest_canonical(nib.Nifti1Image(volume.values, volume.affine))
 
 
 def label_colours(labels: Sequence[str]) -> dict[str, str]:

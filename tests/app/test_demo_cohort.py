@@ -6,9 +6,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from deformux.cases import InvalidFolder
 from deformux_label.cohort import open_cohort, synthetic_cohort
+from deformux_label.report import read_scan
 
 
 def write_folder(folder: Path, *, names=("images", "labels"), values=(5, 9), shape=(12, 10, 8), low=-1000) -> Path:
@@ -94,7 +96,35 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, change: dict, messa
 def test_label_on_another_grid_is_refused(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     nib.save(nib.Nifti1Image(np.ones((3, 3, 3), np.uint8), np.eye(4)), folder / "labels" / "case_1.nii.gz")
-    with pytest.raises(InvalidFolder, match=r"image and label of case_1 must be 3D on one grid"):
+    with pytest.raises(InvalidFolder, match=r"case_1 cannot be used: image and label must lie on one grid"):
+        open_cohort(folder, volumes=4)
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".NII"])
+def test_every_format_that_the_server_reads(tmp_path: Path, suffix: str) -> None:
+    folder = write_folder(tmp_path)
+    for file in sorted(folder.glob("*/*.nii.gz")):
+        image = sitk.ReadImage(str(file))
+        file.unlink()
+        plain = file.with_name(file.name.removesuffix(".nii.gz") + suffix.lower())
+        sitk.WriteImage(image, str(plain))
+        plain.rename(plain.with_suffix(suffix))
+    cohort = open_cohort(folder, volumes=4)
+    assert cohort.modality == "ct"
+    assert len(cohort.volumes) == 4
+    volume = cohort.volumes[0]
+    assert volume.shape() == (12, 10, 8)
+    # ITK stores left and posterior, so that these two axes are turned.
+    np.testing.assert_allclose(np.abs(volume.affine()[:3, :3]), np.diag([2.0, 2, 3]))
+    assert set(np.unique(volume.truth())) == {0, 1, 2}
+    assert read_scan(volume.image).image.shape == (12, 10, 8)
+
+
+def test_a_damaged_case_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    file = folder / "images" / "case_2.nii.gz"
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(InvalidFolder, match=r"case_2 cannot be used: case_2.nii.gz"):
         open_cohort(folder, volumes=4)
 
 
