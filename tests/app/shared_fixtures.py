@@ -28,6 +28,7 @@ from live import (
     stock_command,
     write_volume,
 )
+from monailabel.config import settings
 
 
 def _starting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
@@ -58,6 +59,18 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
 def start_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., LiveServer]]:
     """The same for the servers of one file: they would score volumes in the background while the next one's work."""
     yield from _starting(tmp_path_factory)
+
+
+@pytest.fixture
+def unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No watcher of the studies, which a server has: what must hold without it."""
+    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    """A small scan in a folder of studies, and its label outside."""
+    return write_volume(tmp_path / "studies" / "scan.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4))
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 from live import LABELS, Volume, rotation, write, write_volume
-from monailabel.config import settings
 
 from deformux_label.lib.datastore import CheckedDatastore
 from deformux_label.lib.infers.writer import write_labels
 from deformux_label.lib.labels import label_array
 from deformux_label.lib.store import label_check, studies_folder
 
-
-@pytest.fixture(autouse=True)
-def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 
 @pytest.fixture

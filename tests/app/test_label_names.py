@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import requests
 from fastapi import HTTPException
-from live import CONF, LiveServer, Volume, environment, remove_state, serve_command, write, write_volume
-from monailabel.config import settings
+from live import CONF, LiveServer, Volume, environment, remove_state, serve_command, write
 
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.datastore import CheckedDatastore, StudiesError
@@ -21,15 +20,7 @@ from deformux_label.lib.models import ServedModels
 from deformux_label.lib.scoring.dice import DiceScoring
 from deformux_label.lib.trainers.finetune import FineTune
 
-
-@pytest.fixture(autouse=True)
-def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Volume:
-    return write_volume(tmp_path / "studies" / "scan.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4))
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 
 def opened(volume: Volume, *labels: str) -> CheckedDatastore:
@@ -107,6 +98,21 @@ def test_dice_of_another_list(volume: Volume) -> None:
     again.save_label("scan", str(write_swapped(volume)), "original", {})
     score = DiceScoring(Project.from_conf({**CONF, "labels": "spleen,liver"})).score(again, "scan")
     assert score["dice_per_label"] == {"spleen": 1.0, "liver": 1.0}
+
+
+def test_dice_where_nobody_looked(volume: Volume, tmp_path: Path) -> None:
+    store = opened(volume, "liver", "spleen")
+    store.save_label("scan", str(volume.label), "original", {})
+    sent = volume.truth.copy()
+    sent[: len(sent) // 2] = 255
+    sent[sent == 2] = 0
+    label = write(tmp_path / "partly.nii.gz", sent, volume.affine)
+    store.save_label("scan", str(label), "final", {"annotated": ["liver"]})
+    score = DiceScoring(Project.from_conf({**CONF, "labels": "liver,spleen"})).score(store, "scan")
+    assert score == {"dice": 1.0, "dice_per_label": {"liver": 1.0, "spleen": None}}
+    # A proposal that was damaged since has no Dice, and stops nobody.
+    Path(store.get_label_uri("scan", "original")).write_bytes(b"x")
+    assert DiceScoring(Project.from_conf({**CONF, "labels": "liver,spleen"})).score(store, "scan") is None
 
 
 def write_swapped(volume: Volume) -> Path:

@@ -18,22 +18,13 @@ import numpy as np
 import pytest
 import requests
 from fastapi import HTTPException
-from live import LABELS, LiveServer, Volume, write, write_volume
-from monailabel.config import settings
+from live import LABELS, LiveServer, Volume, write
 from typer.testing import CliRunner
 
 from deformux_label.cli import app
 from deformux_label.lib.datastore import CheckedDatastore
 
-
-@pytest.fixture(autouse=True)
-def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
-
-
-@pytest.fixture
-def volume(tmp_path: Path) -> Volume:
-    return write_volume(tmp_path / "studies" / "scan.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4))
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 
 @pytest.fixture

@@ -10,17 +10,12 @@ from typing import Any
 import pytest
 import requests
 from live import CONF, LiveServer, Volume, serve_command, wait_for, write_volume
-from monailabel.config import settings
 from typer.testing import CliRunner
 
 from deformux_label.cli import app
 from deformux_label.lib.datastore import CheckedDatastore
 
-
-@pytest.fixture(autouse=True)
-def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process; the server watches."""
-    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 
 @pytest.fixture(scope="module")

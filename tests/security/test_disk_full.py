@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 from live import LABELS, write, write_volume
-from monailabel.config import settings
 
 from deformux_label.lib.datastore import CheckedDatastore
 
@@ -24,9 +23,7 @@ SPACE_CALLS = ((shutil, "copyfile"), (Path, "write_text"), (os, "fsync"), (tempf
 RENAMES = ((os, "replace"), (os, "link"))
 
 
-@pytest.fixture(autouse=True)
-def _unwatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "MONAI_LABEL_DATASTORE_AUTO_RELOAD", False)
+pytestmark = pytest.mark.usefixtures("unwatched")
 
 
 @pytest.fixture

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from logged_in import make_users
 
 from deformux_label.web.attempts import Attempts, TooManyAttempts
 from deformux_label.web.listening import host_of, is_loopback
 from deformux_label.web.login import Gate, HandedOut, Login
+from deformux_label.web.tokens import EndedTokens, Tokens
 from deformux_label.web.users import User, Users
 
 
@@ -145,3 +148,30 @@ def test_what_is_handed_out_is_bounded_and_ends() -> None:
     now = 301.0
     assert handed_out.take("10.0.0.1", "case 4999") is None
     assert handed_out.take("10.0.0.1", "case 4998") is None
+
+
+def test_a_logout_outlives_its_server(tmp_path: Path) -> None:
+    users = make_users(tmp_path / "users.json")
+    first, beside = Tokens(users), Tokens(Users(users.path))
+    ended, kept = (first.make(users.named(name)) for name in ("anna", "ada"))
+    assert beside.user(ended)
+    first.end(ended)
+    after = Tokens(Users(users.path))
+    for tokens in (first, beside, after):
+        assert tokens.user(ended) is None
+        assert tokens.user(kept) == users.named("ada")
+    assert (tmp_path / "users.json.ended").stat().st_mode & 0o777 == 0o600
+
+
+def test_logouts_are_forgotten_with_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = EndedTokens(tmp_path / "ended")
+    ended.add("old", time.time() - 1)
+    ended.add("new", time.time() + 100)
+    assert list(json.loads((tmp_path / "ended").read_text())) == ["new"]
+    (tmp_path / "ended").write_text("{")
+    assert "new" in ended
+    assert "new" not in EndedTokens(tmp_path / "ended")
+    ended.add("newer", time.time() + 100)
+    again = EndedTokens(tmp_path / "ended")
+    assert "new" in again
+    assert "newer" in again

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
+import logging
+import threading
 import time
 import uuid
-from collections import OrderedDict
+from pathlib import Path
 
 import jwt
+from filelock import FileLock
+
+from deformux.files import write_text
 
 from .users import User, Users
 
-__all__ = ["SECONDS", "Tokens"]
+__all__ = ["SECONDS", "EndedTokens", "Tokens"]
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 12 * 3600
 _ALGORITHM = "HS256"
@@ -31,8 +39,7 @@ class Tokens:
     def __init__(self, users: Users) -> None:
         self._users = users
         self._secret: bytes | None = None
-        # Of the tokens that a logout ended; after a restart they would be good for the rest of their hours.
-        self._ended: OrderedDict[str, float] = OrderedDict()
+        self._ended = EndedTokens(users.path.with_name(f"{users.path.name}.ended"))
 
     def make(self, user: User) -> str:
         """Return a token for somebody whose password was right."""
@@ -60,10 +67,7 @@ class Tokens:
         """End one token, as a logout does."""
         claims = self._claims(token)
         if claims is not None:
-            self._ended[str(claims["jti"])] = float(claims["exp"])
-        now = time.time()
-        while self._ended and (len(self._ended) > _MOST_ENDED or next(iter(self._ended.values())) < now):
-            self._ended.popitem(last=False)
+            self._ended.add(claims["jti"], float(claims["exp"]))
 
     def _claims(self, token: str) -> dict[str, str] | None:
         if len(token) > _LONGEST:
@@ -87,3 +91,51 @@ class Tokens:
         if self._secret is None:
             self._secret = self._users.secret()
         return self._secret
+
+
+class EndedTokens:
+    """Ids of the tokens that a logout ended, in a file beside the users: no restart and no other server revives one.
+
+    Each is kept for as long as its token would have been valid.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: dict[str, float] = {}
+        self._seen: tuple[int, int, int] | None = None
+        self._lock = threading.Lock()
+
+    def __contains__(self, token: str) -> bool:
+        with self._lock:
+            self._refresh()
+            return token in self._held
+
+    def add(self, token: str, until: float) -> None:
+        """End a token that would be valid ``until`` a time in seconds of the epoch."""
+        with self._lock:
+            self._held[token] = until
+            try:
+                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
+                    self._refresh()
+                    now = time.time()
+                    left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
+                    self._held = {name: end for end, name in left}
+                    write_text(self._path, json.dumps(self._held) + "\n", mode=0o600)
+            except OSError as error:
+                logger.warning(
+                    "A logout holds until this server ends only: %s cannot be written: %s", self._path, error
+                )
+
+    def _refresh(self) -> None:
+        """Add what the file holds, if it has changed."""
+        try:
+            status = self._path.stat()
+            version = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if version == self._seen:
+                return
+            self._seen = version
+            self._held |= {str(name): float(end) for name, end in json.loads(self._path.read_bytes()).items()}
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            logger.warning("The logouts in %s cannot be read, and are not known: %s", self._path, error)

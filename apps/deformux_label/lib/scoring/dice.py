@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
-from monai.transforms import Compose
+import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 from deformux.metrics import dice_per_label, mean_dice
-from deformux.transforms import InvalidVolume, LoadLabeld, LoadVolumed
+from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, apply
 
 from ..configs.project import Project
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 class DiceScoring(ScoringMethod):
     """Dice per label and its mean between two tags of a volume, kept in the volume's info.
 
-    ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``).
+    ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``). Voxels that nobody
+    labelled (255) do not count, and a label that was not looked for has no Dice.
     """
 
     def __init__(self, project: Project) -> None:
@@ -43,14 +45,24 @@ class DiceScoring(ScoringMethod):
         if truth not in tags or pred not in tags:
             return None
         n_labels = len(self.project.labels)
-        load = Compose([LoadVolumed("image"), LoadLabeld(("truth", "pred"), n_labels=n_labels)])
+        load = (LoadVolumed("image"), LoadLabeld(("truth", "pred"), n_labels=n_labels, unlabelled=True))
         paths = {tag: Path(datastore.get_label_uri(image_id, tag)) for tag in (truth, pred)}
         try:
-            volumes = load({"image": datastore.get_image_uri(image_id), "truth": paths[truth], "pred": paths[pred]})
+            given: dict[Hashable, Any] = {
+                "image": datastore.get_image_uri(image_id),
+                "truth": paths[truth],
+                "pred": paths[pred],
+            }
+            volumes = apply(load, given)
         except InvalidVolume as error:
             logger.warning("No Dice for %s: %s", image_id, error)
             return None
-        dice = dice_per_label(volumes["pred"][0], volumes["truth"][0], n_labels)
+        known = (volumes["truth"] != UNLABELLED) & (volumes["pred"] != UNLABELLED)
+        dice = dice_per_label((volumes["pred"] * known)[0], (volumes["truth"] * known)[0], n_labels)
+        for tag in (truth, pred):
+            annotated = datastore.get_label_info(image_id, tag).get("annotated")
+            if isinstance(annotated, list):
+                dice[[name not in annotated for name in self.project.labels]] = np.nan
         # A label that is in neither has no Dice, and JSON has no NaN.
         per_label = {name: _number(value) for name, value in zip(self.project.labels, dice, strict=True)}
         score = {"dice": _number(mean_dice(dice)), "dice_per_label": per_label}
