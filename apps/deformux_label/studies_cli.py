@@ -32,8 +32,9 @@ def show(
     if studies is None:
         _refuse("give the folder with the volumes as --studies")
     store = _open(studies)
+    unusable = store.check_scans()
     status = store.status()
-    typer.echo(f"{status['total']} volumes are served, {status['completed']} of them are labelled.")
+    typer.echo(f"{status['total'] - len(unusable)} volumes are served, {status['completed']} of them are labelled.")
     for title, reasons in (("not served", store.not_served()), ("label without use", store.unusable_labels())):
         if reasons:
             table = Table(title, "reason", box=None)

@@ -156,6 +156,32 @@ def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], cap
     assert CliRunner().invoke(app, ["studies"]).exit_code == 2
 
 
+def test_scans_that_nothing_can_use_are_said(
+    studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture
+) -> None:
+    put(scans[".nii.gz"], studies / "good.nii.gz")
+    (studies / "ward").mkdir()
+    (studies / "ward" / "text.nii").write_text("not a scan" * 100)
+    colour = nib.Nifti1Image(np.zeros((4, 4, 4, 1, 3), np.uint8), np.eye(4))
+    nib.save(colour, studies / "colour.nii.gz")
+    detached = "NRRD0004\ntype: short\ndimension: 3\nsizes: 4 4 4\ndata file: secret.raw\nencoding: raw\n\n"
+    (studies / "detached.nrrd").write_text(detached)
+    store = opened(studies)
+    store.check_scans()
+    reasons = {item["file"]: item["reason"] for item in store.status()["not_served"]["first"]}
+    assert reasons.keys() == {"ward/text.nii", "colour.nii.gz", "detached.nrrd"}
+    assert "another file" in reasons["detached.nrrd"]
+    assert "ward/text.nii" in caplog.text
+    listed = CliRunner().invoke(app, ["studies", "--studies", str(studies)])
+    assert "1 volumes are served" in listed.output
+    assert all(name in listed.output for name in reasons)
+    caplog.clear()
+    put(scans[".nii.gz"], studies / "colour.nii.gz")
+    store.refresh()
+    assert set(store.not_served()) == {"ward/text.nii", "detached.nrrd"}
+    assert not caplog.text, "it is told once"
+
+
 def test_many_that_are_not_served_are_counted(studies: Path) -> None:
     for number in range(300):
         (studies / f"slice_{number:03d}.dcm").write_bytes(b"x")
@@ -176,6 +202,20 @@ def test_a_server_notices_nested_volumes(
         answer = requests.get(f"{server.url}/datastore/image", params={"image": image}, timeout=60)
         assert answer.content == scans[suffix].image.read_bytes()
         assert server.infer(image).status_code == 200
+    # A scan that is copied slowly is listed as unusable no longer than it is.
+    whole = scans[".nii.gz"].image.read_bytes()
+
+    def listed() -> list[str]:
+        found = requests.get(f"{server.url}/info/", timeout=30).json()["datastore"]["not_served"]["first"]
+        return [item["file"] for item in found]
+
+    with (studies / "slow.nii.gz").open("wb") as slow:
+        slow.write(whole[:20])
+        slow.flush()
+        wait_for(lambda: listed() == ["slow.nii.gz"], "its header is not there yet")
+        slow.write(whole[20:])
+    wait_for(lambda: listed() == [], "it is whole")
+    (studies / "slow.nii.gz").unlink()
     (studies / "dead.nii.gz").symlink_to(studies / "nothing")
     shutil.rmtree(studies / "new")
     wait_for(lambda: set(server.objects()) == {"moved__inner__m"}, "a folder is gone")

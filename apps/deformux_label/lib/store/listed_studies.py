@@ -110,8 +110,9 @@ class ListedStudies(StudiesFolder):
         return [*self.notices.warnings(), *damaged]
 
     def not_served(self) -> dict[str, str]:
-        """Return the files that look like volumes and are not served, with the reasons."""
-        return dict(self._files.found.not_served) if self._files else {}
+        """Return the files that look like volumes and cannot be served, with the reasons."""
+        unusable = self._scans.reasons if self._scans else {}
+        return {**(self._files.found.not_served if self._files else {}), **unusable}
 
     def unusable_labels(self) -> dict[str, str]:
         """Return the label files (``tag/name``) that count for nothing, with the reasons."""

@@ -27,6 +27,7 @@ from .label_names import MappedLabels, names_of
 from .label_states import PLAIN_TAGS, file_state, why_unusable
 from .notices import Notices
 from .project_record import ProjectRecord
+from .scan_check import ScanChecks
 from .trash import Trash
 from .volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
 from .watcher import StudiesWatcher
@@ -74,6 +75,7 @@ class StudiesFolder(LocalDatastore):
         self.trash = Trash(state / "trash")
         self._mapped = MappedLabels(None if self.read_only else state / "mapped")
         self._checks = label_check.BackgroundChecks(self._check)
+        self._scans: ScanChecks | None = None
         self._files: Reconciled | None = None
         self._datastore = LocalDatastoreModel(
             name="new-dataset", description="New Dataset", images_dir=".", base_path=self._datastore_path
@@ -207,6 +209,22 @@ class StudiesFolder(LocalDatastore):
         """Take note of files that came or went by hand; labels that came are looked at in the background."""
         self._reconcile_datastore()
         self._checks.wait(_WAIT_FOR_CHECKS_S)
+        if self._scans is not None:
+            self.check_scans()
+
+    def check_scans(self) -> Mapping[str, str]:
+        """Read the headers of all scans, about a millisecond each, now and after each refresh.
+
+        Returns:
+            file to the reason, of those that nothing can use; they are logged once.
+        """
+        if self._scans is None:
+            self._scans = ScanChecks()
+        objects = self._datastore.objects
+        files = {file_of(image, entry): self._image_file(image, entry) for image, entry in objects.items()}
+        reasons = self._scans.look(files)
+        self.notices.tell("Not usable", reasons)
+        return reasons
 
     def _reconcile_datastore(self) -> None:
         try:
@@ -280,7 +298,10 @@ class StudiesFolder(LocalDatastore):
         """Whether the index does not know yet that a file came, went or changed; its own writes are no news."""
         parts = os.path.relpath(path, self._datastore_path).split(os.sep)
         if parts[0] != "labels":
-            known = any(file_of(image, entry) == "/".join(parts) for image, entry in self._datastore.objects.items())
+            file = "/".join(parts)
+            if self._scans is not None and file in self._scans.reasons:
+                return True
+            known = any(file_of(image, entry) == file for image, entry in self._datastore.objects.items())
             return known == (kind == "deleted")
         image_id, suffix = split_suffix(parts[-1], LABEL_SUFFIXES) or ("", "")
         entry = self._datastore.objects.get(image_id)

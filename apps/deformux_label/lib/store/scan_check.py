@@ -1,0 +1,43 @@
+"""Which of the scans that are served have a header that nothing can use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from deformux.data.volume_reader import InvalidVolume, open_volume
+
+from .label_states import file_state
+
+__all__ = ["ScanChecks"]
+
+
+class ScanChecks:
+    """Reads headers, each once for every state of its file."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[str, str | None]] = {}
+        self.reasons: Mapping[str, str] = {}
+        """Name of the file to what is wrong with it, as of the last look."""
+
+    def look(self, files: Mapping[str, Path]) -> Mapping[str, str]:
+        """Look at the files by name that are new or changed, and return what is wrong with any of them."""
+        seen: dict[str, tuple[str, str | None]] = {}
+        for name, path in files.items():
+            try:
+                state = file_state(path.stat())
+            except OSError:
+                continue
+            known = self._seen.get(name)
+            seen[name] = known if known is not None and known[0] == state else (state, _reason(path))
+        self._seen = seen
+        self.reasons = {name: reason for name, (_, reason) in seen.items() if reason is not None}
+        return self.reasons
+
+
+def _reason(path: Path) -> str | None:
+    try:
+        with open_volume(path):
+            return None
+    except InvalidVolume as error:
+        return str(error).removeprefix(f"{path.name} ")
