@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import nibabel as nib
-import numpy as np
 from fastapi import HTTPException, UploadFile
-from monai.transforms import LoadImage
 
 from deformux.transforms import InvalidVolume, LoadVolumed
 from deformux_label.web.multipart import StoredUpload
 
+from .requests.dicom_series import write_series
 from .requests.uploads import stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
@@ -156,20 +154,9 @@ def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
         shutil.move(upload.path, series / f"{number:04d}.dcm")
     # From here on it is a volume like any other, whole in one file.
     volume = folder / "series.nii.gz"
-    _convert(series, volume)
+    write_series(series, volume)
     shutil.rmtree(series)
     return volume
-
-
-def _convert(series: Path, target: Path) -> None:
-    """Write the DICOM files of a folder as one NIfTI; raises InvalidVolume where they are not one volume."""
-    try:
-        loaded = LoadImage(image_only=True)(series)
-    except Exception as error:  # each of MONAI's readers fails in its own way, and all mean the same to a user
-        raise InvalidVolume("the DICOM files cannot be read as the slices of one series") from error
-    image = nib.Nifti1Image(np.asarray(loaded), np.asarray(loaded.affine, dtype=float))
-    image.header.set_xyzt_units("mm")
-    nib.save(image, target)
 
 
 def _is_dicom(upload: UploadFile) -> bool:

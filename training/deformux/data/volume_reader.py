@@ -24,7 +24,16 @@ from .nifti import nifti_header
 from .nrrd import nrrd_header
 from .streams import Damaged, is_too_short, open_voxels
 
-__all__ = ["VOLUME_SUFFIXES", "InvalidVolume", "OpenVolume", "Volume", "open_volume", "read_volume", "volume_suffix"]
+__all__ = [
+    "VOLUME_SUFFIXES",
+    "InvalidVolume",
+    "OpenVolume",
+    "Volume",
+    "is_compressed_too_far",
+    "open_volume",
+    "read_volume",
+    "volume_suffix",
+]
 
 VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 # The first bytes of a NIfTI file that hold the header of either version.
@@ -65,9 +74,8 @@ class OpenVolume:
             InvalidVolume: it is.
         """
         header = self.header
-        compressed = header.encoding in ("gzip", "zlib", "bzip2") and header.n_bytes > _SMALL_SCAN
-        shrunk = header.n_bytes > _MOST_COMPRESSED_SCAN * self.size
-        if compressed and shrunk and not is_too_short(self.size, header):
+        compressed = header.encoding in ("gzip", "zlib", "bzip2")
+        if compressed and is_compressed_too_far(header.n_bytes, self.size) and not is_too_short(self.size, header):
             raise InvalidVolume(
                 f"{self.name} is compressed {header.n_bytes // self.size} times, so that it has almost the same "
                 "intensity everywhere; expected a scan"
@@ -102,6 +110,11 @@ class OpenVolume:
             values = np.moveaxis(values, header.layer_axis, 0)
             return Volume(values.reshape(header.layers, *header.shape), header)
         return Volume(values.reshape(header.shape), header)
+
+
+def is_compressed_too_far(n_bytes: int, size: int) -> bool:
+    """Whether what takes ``n_bytes`` in memory is no scan, as its file of ``size`` bytes is too small for its noise."""
+    return n_bytes > _SMALL_SCAN and n_bytes > _MOST_COMPRESSED_SCAN * size
 
 
 def volume_suffix(name: str) -> str | None:
