@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
+import selectors
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import requests
-from live import write
+from live import LiveServer, write
 
-__all__ = ["children", "exchange", "refusal", "scan", "tree"]
+__all__ = ["children", "closed", "connected", "exchange", "process_of", "refusal", "scan", "tree"]
 
 
 def scan(path: Path, *shape: int, seed: int = 0) -> Path:
@@ -62,3 +65,45 @@ def exchange(url: str, method: str, target: str, headers: Mapping[str, str] | No
 def children(folder: Path) -> list[str]:
     """The names of everything below a folder, but for locks."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".in-use")
+
+
+def connected(server: LiveServer, sent: bytes) -> socket.socket:
+    where = urlsplit(server.url)
+    connection = socket.create_connection((where.hostname, where.port), timeout=30)
+    connection.sendall(sent)
+    return connection
+
+
+def closed(connections: list[socket.socket], patience_s: float, trickle: bytes = b"") -> int:
+    """How many of the connections the server closes in time, each of which sends one byte a second."""
+    end = time.monotonic() + patience_s
+    with selectors.DefaultSelector() as selector:
+        for connection in connections:
+            connection.setblocking(False)
+            selector.register(connection, selectors.EVENT_READ)
+        while selector.get_map() and time.monotonic() < end:
+            for key, _ in selector.select(timeout=1):
+                try:
+                    ended = not key.fileobj.recv(65536)  # type: ignore[union-attr]
+                except (BlockingIOError, InterruptedError):
+                    continue
+                except OSError:
+                    ended = True
+                if ended:
+                    selector.unregister(key.fileobj)
+            for key in list(selector.get_map().values()) if trickle else ():
+                try:
+                    key.fileobj.send(trickle)  # type: ignore[union-attr]
+                except OSError:
+                    continue
+        return len(connections) - len(selector.get_map())
+
+
+def process_of(server: LiveServer) -> psutil.Process:
+    """The process that listens."""
+    root = psutil.Process(server.process.pid)
+    return next(
+        process
+        for process in [root, *root.children(recursive=True)]
+        if any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections("tcp"))
+    )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import psutil
 import pytest
 import requests
-from attacks import scan
+from attacks import closed, connected, process_of, scan
 from live import CONF, LiveServer, serve_command, stock_command
 
 # The server's own limits are 15 s for headers and 20 s for a pause in a body.
@@ -31,48 +28,6 @@ def patient(
     # Larger than what the two sockets between server and client hold.
     scan(studies / "large.nii", 200, 200, 300)
     return start_here(studies, CONF, serve_command if request.param.endswith("serve") else stock_command)
-
-
-def connected(server: LiveServer, sent: bytes) -> socket.socket:
-    where = urlsplit(server.url)
-    connection = socket.create_connection((where.hostname, where.port), timeout=30)
-    connection.sendall(sent)
-    return connection
-
-
-def closed(connections: list[socket.socket], patience_s: float, trickle: bytes = b"") -> int:
-    """How many of the connections the server closes in time, each of which sends one byte a second."""
-    end = time.monotonic() + patience_s
-    with selectors.DefaultSelector() as selector:
-        for connection in connections:
-            connection.setblocking(False)
-            selector.register(connection, selectors.EVENT_READ)
-        while selector.get_map() and time.monotonic() < end:
-            for key, _ in selector.select(timeout=1):
-                try:
-                    ended = not key.fileobj.recv(65536)  # type: ignore[union-attr]
-                except (BlockingIOError, InterruptedError):
-                    continue
-                except OSError:
-                    ended = True
-                if ended:
-                    selector.unregister(key.fileobj)
-            for key in list(selector.get_map().values()) if trickle else ():
-                try:
-                    key.fileobj.send(trickle)  # type: ignore[union-attr]
-                except OSError:
-                    continue
-        return len(connections) - len(selector.get_map())
-
-
-def process_of(server: LiveServer) -> psutil.Process:
-    """The process that listens."""
-    root = psutil.Process(server.process.pid)
-    return next(
-        process
-        for process in [root, *root.children(recursive=True)]
-        if any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections("tcp"))
-    )
 
 
 def upload(name: bytes, declared: int, sent: int) -> bytes:

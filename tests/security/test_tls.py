@@ -6,11 +6,14 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import requests
+from attacks import closed, connected, process_of
 from live import CONF, LiveServer, Volume, publish_untrained, remove_state, serve_command, write_volume
 from logged_in import client_like_the_plugins, log_in, make_users, password
+from requests.adapters import HTTPAdapter
 from typer.testing import CliRunner
 
 from deformux_label.cli import app
@@ -88,6 +91,38 @@ def test_the_cookie_does_not_leave_https(server: LiveServer, pair: tuple[Path, P
     assert answer.status_code == 303
     assert "; Secure" in answer.headers["Set-Cookie"]
     assert log_in(server, "anna").status_code == 200
+
+
+def test_connections_that_never_shake_hands_are_bounded(server: LiveServer, pair: tuple[Path, Path]) -> None:
+    process = process_of(server)
+    before = process.num_fds()
+    silent = [connected(server, b"") for _ in range(600)]
+    try:
+        # More than one address may have are refused at once, and others are answered: of another address here.
+        assert closed(silent, 3) >= 340
+        assert process.num_fds() < before + 270
+        here = {"timeout": 10, "verify": str(pair[0])}
+        with requests.Session() as session:
+            session.mount("https://", From("127.0.0.2"))
+            assert session.get(f"{server.url}/auth/", **here).json()["enabled"]
+        # Those that were let in are dropped when they stay silent.
+        assert closed(silent, 30) == len(silent)
+    finally:
+        for connection in silent:
+            connection.close()
+    assert requests.get(f"{server.url}/auth/", **here).ok
+    assert server.log.read_text().count("are refused") < 5
+
+
+class From(HTTPAdapter):
+    """Calls from an address of this machine."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, source_address=(self._address, 0), **options)
 
 
 def test_files_that_cannot_work_end_the_start(tmp_path: Path, pair: tuple[Path, Path]) -> None:

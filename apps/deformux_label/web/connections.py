@@ -7,7 +7,9 @@ import contextlib
 import logging
 import resource
 import time
+from asyncio import sslproto
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
@@ -16,7 +18,8 @@ __all__ = ["watch_connections"]
 
 logger = logging.getLogger(__name__)
 
-# Until a request's headers are complete, counted from the connection, or from the end of the request before.
+# Until a request's headers are complete, counted from the connection, or from the end of the request before; and until
+# a TLS handshake is.
 _MOST_HEADERS_S = 15.0
 # Of a reply, without a byte of it taken.
 _MOST_STALLED_S = 60.0
@@ -25,6 +28,8 @@ _MOST_FILES = 65_536
 # Files that the server itself has open.
 _OWN_FILES = 512
 _SECONDS_BETWEEN = 1.0
+# A flood must not fill the log.
+_SILENT_S = 10.0
 
 
 class _Watch:
@@ -33,20 +38,43 @@ class _Watch:
     def __init__(self) -> None:
         self._open: dict[Any, tuple[object, float]] = {}
         self._stalled: dict[Any, tuple[int, float]] = {}
+        # Connections below TLS to their addresses: the HTTP protocol hears of none before its handshake.
+        self._below: dict[Any, str] = {}
         self._most = _more_files() - _OWN_FILES
         self._running = False
+        self._told = float("-inf")
 
     def made(self, protocol: Any) -> bool:
         """Count a new connection; False where its address has too many."""
         address = _address(protocol)
-        count = Counter(_address(other) for other in self._open if not other.transport.is_closing())
-        if count[address] >= _MOST_PER_ADDRESS or count.total() >= self._most:
-            logger.warning("A connection of %s is refused: %d are open", address, count.total())
+        if self._too_many(address, (_address(other) for other in self._open if not other.transport.is_closing())):
             return False
         self._open[protocol] = (None, time.monotonic())
         if not self._running:
             self._running = True
             asyncio.get_running_loop().call_later(_SECONDS_BETWEEN, self._look)
+        return True
+
+    def made_below(self, protocol: Any, transport: asyncio.BaseTransport) -> bool:
+        """Count a new connection that begins with a TLS handshake; False where its address has too many."""
+        peer = transport.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        if self._too_many(address, self._below.values()):
+            return False
+        self._below[protocol] = address
+        return True
+
+    def lost_below(self, protocol: Any) -> None:
+        self._below.pop(protocol, None)
+
+    def _too_many(self, address: str, others: Iterable[str]) -> bool:
+        count = Counter(others)
+        if count[address] < _MOST_PER_ADDRESS and count.total() < self._most:
+            return False
+        now = time.monotonic()
+        if now - self._told > _SILENT_S:
+            logger.warning("Connections of %s, and maybe more, are refused: %d are open", address, count.total())
+            self._told = now
         return True
 
     def lost(self, protocol: Any) -> None:
@@ -109,6 +137,29 @@ def watch_connections() -> None:
     watched.connection_made = connection_made
     watched.connection_lost = connection_lost
     watched.deformux_watch = watch
+    _watch_handshakes(watch)
+
+
+def _watch_handshakes(watch: _Watch) -> None:
+    """Bound the connections that asyncio decrypts for a server, and the time until they can be decrypted."""
+    below: Any = sslproto.SSLProtocol
+    made, lost = below.connection_made, below.connection_lost
+
+    def connection_made(self: Any, transport: asyncio.Transport) -> None:
+        if not self._server_side:
+            made(self, transport)
+            return
+        self._ssl_handshake_timeout = min(self._ssl_handshake_timeout, _MOST_HEADERS_S)
+        made(self, transport)
+        if not watch.made_below(self, transport):
+            transport.abort()
+
+    def connection_lost(self: Any, error: Exception | None) -> None:
+        watch.lost_below(self)
+        lost(self, error)
+
+    below.connection_made = connection_made
+    below.connection_lost = connection_lost
 
 
 def _address(protocol: Any) -> str:
