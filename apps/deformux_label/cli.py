@@ -10,18 +10,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from deformux_label.cli_admin import audit, users_app
-from deformux_label.cli_admin import refuse as _refuse
+from deformux_label.cli_support import open_studies, print_table, refuse
 from deformux_label.studies_cli import studies_app
-
-if TYPE_CHECKING:
-    from deformux_label.lib.datastore import CheckedDatastore
 
 __all__ = ["app", "app_folder"]
 
@@ -47,18 +43,23 @@ def list_labels(
     tag: _Tag = "final",
 ) -> None:
     """List the revisions of labels, with who submitted them, when, and over which model's proposal."""
+    from fastapi import HTTPException
+
     table = Table("image", "revision", "time", "annotator", "model", "what", box=None)
-    revisions = _open(studies).revisions
+    revisions = open_studies(studies).revisions
     for name in [image] if image else revisions.known():
-        history = revisions.history(name, tag)
+        try:
+            history = revisions.history(name, tag)
+        except HTTPException as error:
+            refuse(error.detail)
         if image and not history:
-            _refuse(f"image {image!r} has no revisions of a label {tag!r}")
+            refuse(f"image {image!r} has no revisions of a label {tag!r}")
         for revision in history:
             what = "deleted" if revision.deleted else revision.sha256[:12]
             what += f", restored from {revision.restored_from}" if revision.restored_from else ""
             when = datetime.fromtimestamp(revision.time).isoformat(" ", "seconds")
             table.add_row(name, str(revision.number), when, revision.annotator, revision.model_version or "", what)
-    Console().print(table)
+    print_table(table)
 
 
 @labels_app.command("restore")
@@ -72,19 +73,10 @@ def restore_label(
     from fastapi import HTTPException
 
     try:
-        restored = _open(studies).restore_label(image, revision, getpass.getuser(), tag)
+        restored = open_studies(studies).restore_label(image, revision, getpass.getuser(), tag)
     except HTTPException as error:
-        _refuse(error.detail)
+        refuse(error.detail)
     typer.echo(f"Revision {revision} of image {image} is the current label again, as revision {restored.number}.")
-
-
-def _open(studies: Path) -> CheckedDatastore:
-    if not studies.is_dir():
-        _refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
-    # Its import of MONAI Label takes seconds: not for the other commands.
-    from deformux_label.lib.datastore import CheckedDatastore
-
-    return CheckedDatastore(str(studies), labels=None)
 
 
 @app.command()
@@ -139,12 +131,12 @@ def serve(
         options = ServerOptions.from_conf(of_server)
         project = Project.from_conf(conf)
     except InvalidOption as error:
-        _refuse(str(error))
+        refuse(str(error))
     if not studies or studies.startswith(("http://", "https://")) or Path(studies).is_file():
-        _refuse(f"studies must be a folder with volumes; got {studies!r}")
+        refuse(f"studies must be a folder with volumes; got {studies!r}")
     tls = _checked_tls(ssl_cert, ssl_key)
     if reason := reason_not_to_start(host, options.users, insecure=options.insecure):
-        _refuse(reason)
+        refuse(reason)
     _check_free(host, port)
     conf = {**project.to_conf(), **{key: value for key, value in of_server.items() if value}}
     _start(studies, conf, host, port, tls)
@@ -190,12 +182,12 @@ def _checked_tls(certificate: str, key: str) -> list[str]:
     if not certificate and not key:
         return []
     if not certificate or not key:
-        _refuse(f"https needs both --ssl-cert and --ssl-key; got only {'--ssl-cert' if certificate else '--ssl-key'}")
+        refuse(f"https needs both --ssl-cert and --ssl-key; got only {'--ssl-cert' if certificate else '--ssl-key'}")
     for option, path in (("--ssl-cert", certificate), ("--ssl-key", key)):
         try:
             Path(path).read_bytes()
         except OSError as error:
-            _refuse(f"{option} {path} cannot be read: {error.strerror}")
+            refuse(f"{option} {path} cannot be read: {error.strerror}")
 
     def passphrase() -> str:
         # Without this, OpenSSL would ask at the terminal, at each start.
@@ -205,7 +197,7 @@ def _checked_tls(certificate: str, key: str) -> list[str]:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, passphrase)
     except (OSError, ValueError) as error:
         reason = str(error) if isinstance(error, ValueError) and not isinstance(error, ssl.SSLError) else _of_ssl(error)
-        _refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not make a pair for https: {reason}")
+        refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not make a pair for https: {reason}")
     return ["--ssl_certfile", str(Path(certificate).resolve()), "--ssl_keyfile", str(Path(key).resolve())]
 
 
@@ -217,11 +209,11 @@ def _of_ssl(error: Exception) -> str:
 
 def _check_free(host: str, port: int) -> None:
     if not 1 <= port <= 65535:
-        _refuse(f"port must be between 1 and 65535; got {port}")
+        refuse(f"port must be between 1 and 65535; got {port}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
-        _refuse(f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port or --host")
+        refuse(f"cannot listen on {host}:{port}: {error.strerror or error}; give another --port or --host")

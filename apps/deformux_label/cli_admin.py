@@ -7,21 +7,20 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from deformux_label.cli_support import print_table, refuse
 from deformux_label.web.offered import ROLES
 
 if TYPE_CHECKING:
     from deformux_label.web.audit import Record
     from deformux_label.web.users import Users
 
-__all__ = ["audit", "refuse", "users_app"]
+__all__ = ["audit", "users_app"]
 
-_WIDEST = 20_000
 
 users_app = typer.Typer(
     help="Who may log in to the server. A change takes effect at once, in servers that run too.", no_args_is_help=True
@@ -59,7 +58,7 @@ def list_users(file: _File = None) -> None:
     table = Table("name", "role", box=None)
     for user in found.values():
         table.add_row(user.name, user.role)
-    Console().print(table)
+    print_table(table)
 
 
 @users_app.command("remove")
@@ -138,12 +137,6 @@ def audit(
         _print(records)
 
 
-def refuse(reason: str) -> NoReturn:
-    """End a command with one sentence and exit code 2."""
-    typer.echo(f"deformux-label: {reason}.", err=True)
-    raise typer.Exit(2)
-
-
 def _users(file: Path | None) -> Users:
     from deformux_label.web.users import Users, default_users_file
 
@@ -195,8 +188,7 @@ def _print(records: Iterable[Record]) -> None:
         values = record.values
         seen = [_shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
         table.add_row(*seen, " ".join(f"{key}={_shown(value)}" for key, value in record.details.items()))
-    # In a pipe, a record is a line.
-    Console(width=None if sys.stdout.isatty() else _WIDEST, markup=False, highlight=False).print(table)
+    print_table(table)
 
 
 def _shown(value: Any) -> str:

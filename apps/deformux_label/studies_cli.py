@@ -5,14 +5,12 @@ from __future__ import annotations
 import getpass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.cli_support import open_studies, print_table, refuse
 
 __all__ = ["studies_app"]
 
@@ -30,8 +28,8 @@ def show(
     if context.invoked_subcommand is not None:
         return
     if studies is None:
-        _refuse("give the folder with the volumes as --studies")
-    store = _open(studies)
+        refuse("give the folder with the volumes as --studies")
+    store = open_studies(studies)
     unusable = store.check_scans()
     status = store.status()
     typer.echo(f"{status['total'] - len(unusable)} volumes are served, {status['completed']} of them are labelled.")
@@ -40,7 +38,7 @@ def show(
             table = Table(title, "reason", box=None)
             for name, reason in sorted(reasons.items()):
                 table.add_row(_printable(name), _printable(reason))
-            Console(soft_wrap=True).print(table, markup=False)
+            print_table(table)
     for warning in store.warnings():
         typer.echo(f"Warning: {_printable(warning)}.")
 
@@ -49,10 +47,10 @@ def show(
 def list_trash(studies: _Studies) -> None:
     """List what was deleted and can be brought back."""
     table = Table("name", "what", "image", "deleted", "labels", box=None)
-    for entry in _open(studies).trash.entries():
+    for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")
         table.add_row(entry.name, entry.kind, entry.image, when, ", ".join(entry.labels))
-    Console(soft_wrap=True).print(table, markup=False)
+    print_table(table)
 
 
 @studies_app.command("restore")
@@ -63,28 +61,11 @@ def restore(
     from fastapi import HTTPException
 
     try:
-        image = _open(studies).bring_back(name, getpass.getuser())
+        image = open_studies(studies).bring_back(name, getpass.getuser())
     except HTTPException as error:
-        _refuse(error.detail)
+        refuse(error.detail)
     typer.echo(f"Image {image} is back.")
-
-
-def _open(studies: Path) -> CheckedDatastore:
-    if not studies.is_dir():
-        _refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
-    # Its import of MONAI Label takes seconds: not for the other commands.
-    from deformux_label.lib.datastore import CheckedDatastore, StudiesError
-
-    try:
-        return CheckedDatastore(str(studies), labels=None)
-    except StudiesError as error:
-        _refuse(str(error))
 
 
 def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _refuse(reason: str) -> NoReturn:
-    typer.echo(f"deformux-label: {reason}.", err=True)
-    raise typer.Exit(2)

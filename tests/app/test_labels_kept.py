@@ -195,6 +195,14 @@ def test_the_command_line_lists_and_restores(store: CheckedDatastore, volume: Vo
         assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [["../x"], ["scan", "--tag", "../final"], ["x" * 300]])
+def test_names_that_no_label_has_are_refused_by_the_command(volume: Volume, arguments: list[str]) -> None:
+    listed = CliRunner().invoke(app, ["labels", "list", "--studies", str(volume.image.parent), *arguments])
+    assert listed.exit_code == 2, listed.output
+    assert listed.output.startswith("deformux-label: ")
+    assert listed.output.count("\n") == 1
+
+
 def test_a_full_disk_leaves_the_earlier_label(server: LiveServer, volumes: dict[str, Volume], tmp_path: Path) -> None:
     volume = volumes["plain_nii"]
     assert server.submit(volume.id, volume.label).status_code == 200

@@ -1,0 +1,45 @@
+"""What the commands share: one sentence for what cannot be done, tables that are never cut, the studies."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from deformux_label.lib.datastore import CheckedDatastore
+
+__all__ = ["open_studies", "print_table", "refuse"]
+
+# Of a line in a file or a pipe, where nobody wraps lines.
+_WIDEST = 20_000
+
+
+def refuse(reason: str) -> NoReturn:
+    """End the command with one sentence."""
+    typer.echo(f"deformux-label: {reason}.", err=True)
+    raise typer.Exit(2)
+
+
+def print_table(table: Table) -> None:
+    """Print a table with every character of it: names in it are typed again, or read by programs."""
+    for column in table.columns:
+        column.overflow = "fold"
+    Console(width=None if sys.stdout.isatty() else _WIDEST, markup=False, highlight=False).print(table)
+
+
+def open_studies(studies: Path) -> CheckedDatastore:
+    """Open a studies folder as it is, or end the command."""
+    if not studies.is_dir():
+        refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
+    # Its import of MONAI Label takes seconds: not for the other commands.
+    from deformux_label.lib.datastore import CheckedDatastore, StudiesError
+
+    try:
+        return CheckedDatastore(str(studies), labels=None)
+    except StudiesError as error:
+        refuse(str(error))
