@@ -7,6 +7,8 @@ up loses its place. Nothing else changes: under MONAI Label's own ``start_server
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -64,8 +66,9 @@ def _off_the_loop() -> FastAPI:
     for module, threads in _THREADS.items():
         _replace(module.router, partial(in_thread, threads=threads))
     _replace(infer.router, partial(watched, turn=turn))
-    # Its import includes the routers.
-    from monailabel.app import app as server
+    # Its import includes the routers, and prints which origins it would allow: the perimeter decides that.
+    with contextlib.redirect_stdout(io.StringIO()):
+        from monailabel.app import app as server
 
     async def inferences() -> dict[str, dict[str, Any]]:
         """Per device, whose inference runs and whose wait, in the order in which they will run."""

@@ -125,6 +125,14 @@ def test_a_name_belongs_to_the_first_volume(running: LiveServer, studies: Path, 
     assert (studies / "gone.nii.gz").is_symlink()
 
 
+def test_what_was_deleted_is_not_segmented(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
+    assert upload(running, archive["c1"], "leaves").status_code == 200
+    assert delete(running, "image", id="leaves").status_code == 200
+    (kept,) = (studies / ".deformux" / "trash").glob("*-leaves/image/*")
+    answer = requests.post(f"{running.url}/infer/segmentation", params={"image": str(kept)}, timeout=60)
+    assert answer.status_code == 403, answer.text
+
+
 def test_labels_do_not_come_to_lie_on_another_volume(
     running: LiveServer, studies: Path, archive: dict[str, Volume]
 ) -> None:

@@ -32,7 +32,8 @@ def find_image(image: Any, datastore: Datastore, folders: Sequence[Path]) -> tup
     """Id (None for a bare file) and path of what a request calls its image.
 
     An id comes first: MONAI Label tries the name as a path on the server's disk before it looks for the id. Only paths
-    below ``folders`` are opened; links are followed before that is checked.
+    below ``folders`` are opened, and none in a hidden folder, such as that of what was deleted; links are followed
+    before that is checked.
     """
     if not isinstance(image, str) or not image:
         raise HTTPException(400, "the request names no image; give the id of one, or upload it")
@@ -41,11 +42,15 @@ def find_image(image: Any, datastore: Datastore, folders: Sequence[Path]) -> tup
     if "/" not in image and "\\" not in image:
         raise HTTPException(404, f"there is no image with the id {image!r}")
     resolved = None if "\0" in image else Path(image).resolve()
-    if resolved is None or not any(resolved.is_relative_to(folder.resolve()) for folder in folders):
+    if resolved is None or not any(_is_below(resolved, folder.resolve()) for folder in folders):
         raise HTTPException(403, "the image path is outside the studies folder; give the id of an image, or upload it")
     if not os.path.exists(resolved):
         raise HTTPException(404, f"there is no image at {image!r}")
     return None, str(resolved)
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.is_relative_to(folder) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
