@@ -1,7 +1,8 @@
 """What the annotation server answers while it works, and with ten thousand studies.
 
-``python benchmarks/server.py`` starts real servers with ``deformux-label serve`` and writes ``results/server.md`` and
-``results/server.json``. The weights are random and the labels are balls: neither changes anything about the times.
+``python benchmarks/server.py [--login]`` starts real servers with ``deformux-label serve`` and writes
+``results/server.md`` and ``results/server.json``, or ``results/server_login.*``. The weights are random and the labels
+are balls: neither changes anything about the times.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import socket
@@ -36,12 +38,13 @@ from deformux.weights import ModelCard
 from deformux_label.cli import app_folder
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.leases import Leases
+from deformux_label.web.users import Users
 
 HERE = Path(__file__).resolve().parent
 CONF = {"labels": "ball", "modality": "ct", "patch_size": "48,48,48"}
 # Options of the server that are not the project's.
 OF_SERVER: dict[str, str] = {}
-# Name and password of who asks, where the login is on; and the token of each server.
+# Name and password of who asks, where the login is on, and the token of each server.
 LOGIN: list[str] = []
 TOKENS: dict[str, str] = {}
 LIMITS = {
@@ -59,13 +62,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30, help="length of each measurement under load")
     parser.add_argument("--studies", type=int, default=10_000)
     parser.add_argument("--samples", type=int, default=300, help="Next Samples of each strategy and number of leases")
-    parser.add_argument("--users", default="", help="file of `deformux-label users`, which switches the login on")
-    parser.add_argument("--login", default="", help="NAME:PASSWORD of a user in it who may do everything")
+    parser.add_argument("--login", action="store_true", help="with the login on; the results go to server_login.*")
     args = parser.parse_args()
-    if args.users:
-        OF_SERVER["users"] = str(Path(args.users).resolve())
-        LOGIN.extend(args.login.split(":", 1))
     with tempfile.TemporaryDirectory() as folder:
+        if args.login:
+            LOGIN.extend(("ada", secrets.token_hex()))
+            OF_SERVER["users"] = str(Path(folder) / "users.json")
+            Users(Path(OF_SERVER["users"])).add(LOGIN[0], "admin", LOGIN[1])
         studies = [Path(folder) / name / "studies" for name in ("load", "many")]
         try:
             result = {**under_load(studies[0], args.seconds), **at_scale(studies[1], args)}
@@ -75,8 +78,9 @@ def main() -> None:
     result |= {"limits": LIMITS, "machine": machine_lines()}
     text = table(result)
     print(text)
-    (HERE / "results" / "server.md").write_text(text)
-    (HERE / "results" / "server.json").write_text(json.dumps(result, indent=2) + "\n")
+    name = "server_login" if args.login else "server"
+    (HERE / "results" / f"{name}.md").write_text(text)
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def under_load(studies: Path, seconds: float) -> dict[str, Any]:
@@ -211,7 +215,9 @@ def serving(studies: Path, conf: Mapping[str, str] = CONF) -> Iterator[tuple[str
         port = probe.getsockname()[1]
     TOKENS.clear()
     command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve", "--studies", str(studies)]
-    for key, value in {**conf, **OF_SERVER, "port": str(port)}.items():
+    # A developer's own users must not switch the login on.
+    nobody = {"users": str(studies.parent / "no-users.json")}
+    for key, value in {**conf, **nobody, **OF_SERVER, "port": str(port)}.items():
         command += [f"--{key.replace('_', '-')}", value]
     start = time.perf_counter()
     with (studies.parent / "server.log").open("wb") as log:
