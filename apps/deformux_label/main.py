@@ -141,7 +141,7 @@ class DeformUXLabel(MONAILabelApp):
         end_background_with_this_server()
         self.queue.start()
         threading.Thread(target=self.models.check, name="check of the models", daemon=True).start()
-        threading.Thread(target=self.datastore().check_scans, name="check of the scans", daemon=True).start()
+        threading.Thread(target=self.datastore().check_files, name="check of the studies", daemon=True).start()
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002

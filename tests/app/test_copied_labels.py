@@ -129,6 +129,41 @@ def test_others_are_named(volume: Volume, how: str, caplog: pytest.LogCaptureFix
         assert store.revisions.file(history[0]).read_bytes() == content
 
 
+@pytest.mark.parametrize("how", ["another grid", "foreign values", "half"])
+def test_what_was_of_no_use_comes_back_with_its_scan(volume: Volume, how: str) -> None:
+    file = folder_of(volume) / "scan.nii.gz"
+    if how == "half":
+        file.write_bytes(volume.label.read_bytes()[: volume.label.stat().st_size // 2])
+    else:
+        other = (volume.truth[:-1], 1) if how == "another grid" else (volume.truth, 5)
+        write(file, other[0] * other[1], volume.affine)
+    content, scan = file.read_bytes(), volume.image.read_bytes()
+    store = opened(volume)
+    before = store.status()
+    store.remove_image("scan")
+    (entry,) = store.trash.entries()
+    assert store.bring_back(entry.name, "anna") == "scan"
+    assert (file.read_bytes(), volume.image.read_bytes()) == (content, scan)
+    assert store.trash.entries() == []
+    assert store.status() == before
+    assert opened(volume).status() == before
+
+
+def test_a_scan_that_came_back_without_its_labels_gets_them(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(volume)
+    store.save_label("scan", str(volume.label), "final", {"client_id": "anna"})
+    store.remove_image("scan")
+    (entry,) = store.trash.entries()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckedDatastore, "restore_label", lambda *_: (_ for _ in ()).throw(OSError("the power fails")))
+        with pytest.raises(OSError, match="power"):
+            store.bring_back(entry.name, "anna")
+    again = opened(volume)
+    assert again.bring_back(entry.name, "anna") == "scan"
+    assert again.get_labeled_images() == ["scan"]
+    assert again.trash.entries() == []
+
+
 def test_a_file_that_changes_is_looked_at_again(volume: Volume) -> None:
     file = folder_of(volume) / "scan.nii.gz"
     file.write_text("nothing")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,33 @@ def test_a_damaged_label_is_restored(
     assert kept.kind == "damaged label"
     assert again.get_labeled_images() == ["scan"]
     assert opened(volume).warnings() == [], "told once"
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("found", ["at use", "after the start"])
+def test_a_flipped_bit_that_changes_no_date(volume: Volume, tmp_path: Path, suffix: str, found: str) -> None:
+    store = opened(volume)
+    label = write(tmp_path / f"drawn{suffix}", volume.truth, volume.affine)
+    store.save_label("scan", str(label), "final", {"client_id": "anna"})
+    file = volume.image.parent / "labels" / "final" / f"scan{suffix}"
+    before = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    again = opened(volume)
+    if found == "after the start":
+        again.check_files()
+        assert again._checks.wait(60)
+        assert file.read_bytes() == label.read_bytes()
+    assert (current(again) == volume.truth).all()
+    assert file.read_bytes() == label.read_bytes()
+    (warning,) = again.warnings()
+    assert "restored from its revision 1" in warning
+    assert "check the disk" in warning
+    assert len(again.revisions.history("scan", "final")) == 1
+    (kept,) = again.trash.entries()
+    assert kept.kind == "damaged label"
 
 
 def test_the_newest_intact_revision_is_restored(store: CheckedDatastore, volume: Volume) -> None:

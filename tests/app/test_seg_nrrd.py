@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,21 @@ def test_segments_beyond_the_scan(saved: dict[tuple[str, str], Saved], tmp_path:
     shifted[:3, 3] += 0.4
     with pytest.raises(HTTPException, match="not on its image's grid"):
         label_array(only.file, write(tmp_path / "b.nii.gz", np.asarray(image.dataobj), shifted), "scan", NAMES, {})
+
+
+def test_a_file_that_is_far_larger_than_its_scan_is_not_decompressed(tmp_path: Path) -> None:
+    image = write(tmp_path / "scan.nii.gz", np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
+    bomb = tmp_path / "bomb.seg.nrrd"
+    header = (
+        "NRRD0004\ntype: double\ndimension: 3\nspace: right-anterior-superior\nsizes: 600 600 600\n"
+        "space directions: (1,0,0) (0,1,0) (0,0,1)\nkinds: domain domain domain\nendian: little\nencoding: gzip\n"
+        "space origin: (0,0,0)\nSegment0_ID:=liver\nSegment0_Name:=liver\nSegment0_LabelValue:=1\n"
+        "Segment0_Layer:=0\n\n"
+    )
+    # Nothing behind the header: it is refused before that is read.
+    bomb.write_bytes(header.encode() + gzip.compress(b""))
+    with (
+        pytest.raises(HTTPException, match=r"1,728 MB of 600 x 600 x 600 values for an image of 12 x 14 x 16 voxels"),
+        checked_labels(bomb, image, "scan", NAMES, {}),
+    ):
+        pass

@@ -114,6 +114,8 @@ def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], cap
     (studies.parent / "elsewhere").mkdir()
     put(scans[".nii.gz"], studies.parent / "elsewhere" / "far.nii.gz")
     (studies / "away").symlink_to(studies.parent / "elsewhere")
+    (studies / "loop.nii.gz").symlink_to("loop.nii.gz")
+    (studies / "loop").symlink_to("loop")
     (studies / "empty.nii.gz").write_bytes(b"")
     for name in ("slice.dcm", "raw.mhd", "notes.txt", "mask.seg.nrrd"):
         (studies / name).write_text("x")
@@ -131,6 +133,8 @@ def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], cap
     expected = {
         "folder.nii.gz": "folder",
         "dead.nii.gz": "link to nothing",
+        "loop.nii.gz": "cannot be followed",
+        "loop": "cannot be followed",
         "away": "link to a folder",
         "empty.nii.gz": "empty",
         "slice.dcm": "formats",

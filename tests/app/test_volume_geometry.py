@@ -63,6 +63,21 @@ def test_a_sample_of_all_geometries(tmp_path: Path) -> None:
     compare([write_kind(tmp_path, kind, geometry) for kind, geometry in pairs])
 
 
+def test_one_volume_on_a_fourth_axis(tmp_path: Path) -> None:
+    """Slicer keeps no directions of such a file, but of NIfTI; what is drawn in it lies where it is shown."""
+    image = sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(5, 4, 3))
+    image.SetSpacing((1.5, 2.0, 3.0))
+    image.SetOrigin((5, -6, 7))
+    image.SetDirection((0, 1, 0, 1, 0, 0, 0, 0, -1))
+    files = [tmp_path / f"one{suffix}" for suffix in (".nrrd", ".mha", ".nii.gz")]
+    for file in files:
+        sitk.WriteImage(sitk.JoinSeries([image]), str(file))
+    for file, answer in zip(files, slicer([{"image": str(file)} for file in files]), strict=True):
+        own = read_volume(file)
+        assert own.header.shape == (3, 4, 5)
+        np.testing.assert_allclose(own.affine, answer["matrix"], atol=TOLERANCE_MM)
+
+
 @pytest.mark.slow
 def test_all_geometries(tmp_path: Path) -> None:
     pairs = itertools.product(all_kinds(), all_geometries())

@@ -173,6 +173,16 @@ def test_headers_of_metaimage(tmp_path: Path, fields: str) -> None:
     same_as_simpleitk(mha(tmp_path / "a.mha", RAW, fields))
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nii.gz"])
+def test_volumes_on_a_fourth_axis(tmp_path: Path, suffix: str) -> None:
+    image = sitk.GetImageFromArray(np.ascontiguousarray(VALUES.T.astype(np.int16)))
+    sitk.WriteImage(sitk.JoinSeries([image]), str(tmp_path / f"one{suffix}"))
+    same_as_simpleitk(tmp_path / f"one{suffix}")
+    sitk.WriteImage(sitk.JoinSeries([image, image]), str(tmp_path / f"two{suffix}"))
+    with pytest.raises(InvalidVolume, match="time points"):
+        read_volume(tmp_path / f"two{suffix}")
+
+
 def test_a_sheared_sform_alone_is_read_though_itk_refuses_it(tmp_path: Path) -> None:
     sheared = AFFINE.copy()
     sheared[0, 0] = 0.4

@@ -25,7 +25,7 @@ from .requests.identifiers import checked_image_id, checked_revision, checked_ta
 from .revisions import Revision, checksum
 from .store.changes import Change
 from .store.label_names import looked_for, mapped_info, write_mapped
-from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, said
+from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, said, unchecked
 from .store.listed_studies import ListedStudies
 from .store.studies_folder import StudiesError
 from .store.uploads import checked_info, checked_suffix, refuse_taken
@@ -241,7 +241,8 @@ class CheckedDatastore(ListedStudies):
             raise HTTPException(409, f"{name!r} is a damaged file; the label was restored from its revision")
         image_id = entry.image
         with self._changing() as (objects, change):
-            if entry.kind == "image":
+            # A call before this one may have ended after it.
+            if "image" in files:
                 target = Path(self._datastore_path) / entry.file
                 if image_id in objects or os.path.lexists(target):
                     raise HTTPException(409, f"another volume has the id or the place of {image_id!r} by now")
@@ -258,9 +259,23 @@ class CheckedDatastore(ListedStudies):
         for tag, number in entry.labels.items():
             if tag in files and tag not in PLAIN_TAGS and tag not in before.labels:
                 number = number or self.revisions.last_number(image_id, tag) - 1
-                self.restore_label(image_id, number, annotator, tag)
+                try:
+                    self.restore_label(image_id, number, annotator, tag)
+                except HTTPException as error:
+                    if error.status_code != 422:
+                        raise
+                    # It was of no use before it was deleted, either.
+                    self._bring_back_unusable(image_id, tag, files[tag])
         self.trash.forget(entry)
         return image_id
+
+    def _bring_back_unusable(self, image_id: str, tag: str, file: Path) -> None:
+        ext = checked_suffix(file.name)
+        with self._changing() as (objects, change):
+            change.move(file, self._label_file(image_id, tag, ext))
+            label = label_entry(image_id, ext, unchecked({}))
+            objects[image_id] = _with_label(self._entry(objects, image_id), tag, label)
+        self._check([(image_id, tag)])
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a volume."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import HTTPException
 
-from deformux.data.header import VolumeHeader
+from deformux.data.header import VolumeHeader, shown_shape
 from deformux.data.nrrd import is_segmentation
 from deformux.data.seg_nrrd import labels_of_segments, segments_of
 from deformux.data.volume_reader import InvalidVolume, OpenVolume, open_volume, read_volume
@@ -29,6 +30,9 @@ _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
 _MOST_SEGMENTS = 65_535
 # Layers of segments that are held in memory at a time, which each are as large as the scan.
 _MOST_LAYERS = 256
+# Of a file of segments for each voxel of its scan, whatever its layers and type; and what is read for any scan.
+_MOST_LABEL_BYTES = 16
+_SMALL_LABEL_BYTES = 2**28
 
 
 @contextmanager
@@ -125,6 +129,7 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
         raise InvalidVolume(
             f"{opened.name} has {opened.header.layers} layers of segments; at most {_MOST_LAYERS} are read"
         )
+    _check_size(scan, opened)
     stored = opened.read(opened.header.dtype.newbyteorder("=")).values
     layers = stored if opened.header.layers > 1 else stored[None]
     labels = labels_of_segments(opened.name, layers, segments, numbers)
@@ -132,6 +137,15 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
     whole = placement.is_whole(scan, opened.header)
     unchanged = whole and placement.is_identity and len(layers) == 1 and np.array_equal(labels, stored)
     return unchanged, placement.place(opened.name, labels, scan.shape)
+
+
+def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
+    """Refuse a file that would take far more memory than its scan: labels compress to nothing."""
+    if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MOST_LABEL_BYTES * math.prod(scan.shape)):
+        raise InvalidVolume(
+            f"{opened.name} holds {opened.header.n_bytes // 10**6:,} MB of {shown_shape(opened.header.file_shape)} "
+            f"values for an image of {shown_shape(scan.shape)} voxels; expected segments of about the image's size"
+        )
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ class _Header:
         directions = [axes.directions[axis] for axis in axes.spatial]
         steps = np.array([d for d in directions if d is not None])
         origin = self._vector(self.fields.get("spaceorigin", ""), steps.shape[1])
-        if _WITH_TIME.fullmatch(space):
+        if _WITH_TIME.fullmatch(space) or (steps.shape[1] == 4 and n == 3):
             # Slicer keeps the voxel sizes of a file with time, and no directions; labels that are drawn in it do too.
             return affine_of(np.diag(np.linalg.norm(steps[:, :3], axis=1)), origin[:3])
         if steps.shape[1] == 3 and n == 2:

@@ -28,7 +28,7 @@ from .label_states import file_state, said, unusable
 from .trash import Trash
 from .volumes import LABEL_SUFFIXES, split_suffix
 
-__all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "judge"]
+__all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "give_way", "judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,11 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
     content = checksum(file)
     if newest is not None and newest.sha256 == content:
         return Verdict(image_id, tag, file, state, revision=newest)
+    if newest is not None and held.info.get("checked") == state and held.info.get("revision") == newest.number:
+        kept = revisions.newest_intact(image_id, tag)
+        if kept is not None:
+            reason = "its file holds other bytes than were written, and nobody has changed it: check the disk"
+            return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
     # The index of an interrupted save does not know yet that its file was as it should be.
     interrupted = newest is not None and not newest.deleted and "checked" not in held.info
     if interrupted and any(revision.sha256 == content for revision in revisions.history(image_id, tag)):
@@ -159,6 +164,12 @@ def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, stu
     return of_revision(revision, new_suffix, checked=file_state(temporary.stat()))
 
 
+def give_way() -> None:
+    """Let whoever waits for the server come before this thread. Linux counts each thread as a process here."""
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 class BackgroundChecks:
     """A thread that checks labels, a few at a time, and ends when there are none left."""
 
@@ -184,9 +195,7 @@ class BackgroundChecks:
             return self._condition.wait_for(lambda: not self._running, timeout=seconds)
 
     def _run(self) -> None:
-        # Whoever waits for the server comes first. Linux counts each thread as a process here.
-        if hasattr(os, "setpriority"):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        give_way()
         start = time.monotonic()
         number = 0
         while True:

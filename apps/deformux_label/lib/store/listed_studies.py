@@ -41,7 +41,9 @@ class ListedStudies(StudiesFolder):
         file = self._label_file(label_id, label_tag, label.ext)
         if label_tag == UNCERTAINTY_TAG or not file.is_file():
             return str(file)
-        if label_tag not in PLAIN_TAGS and label.info.get("checked") != file_state(file.stat()):
+        if label_tag not in PLAIN_TAGS and (
+            label.info.get("checked") != file_state(file.stat()) or self._is_rotten(label_id, label_tag, label)
+        ):
             try:
                 self._check([(label_id, label_tag)])
             except OSError as error:

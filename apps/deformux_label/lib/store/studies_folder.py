@@ -14,13 +14,13 @@ from typing import Any
 from fastapi import HTTPException
 from filelock import FileLock
 from monailabel.config import settings
-from monailabel.datastore.local import ImageLabelModel, LocalDatastore, LocalDatastoreModel
+from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from ..index import IndexFile
 from ..reconcile import Reconciled, file_of, reconciled
 from ..requests.identifiers import checked_tag
-from ..revisions import Revisions, inside
+from ..revisions import Revisions, checksum, inside
 from . import label_check
 from .changes import WRITING, Change, all_or_nothing
 from .label_names import MappedLabels, names_of
@@ -225,6 +225,27 @@ class StudiesFolder(LocalDatastore):
         reasons = self._scans.look(files)
         self.notices.tell("Not usable", reasons)
         return reasons
+
+    def check_files(self) -> None:
+        """Read every scan's header and every label's bytes in this thread, which gives way to all others."""
+        label_check.give_way()
+        self.check_scans()
+        for image_id, entry in self._datastore.objects.items():
+            for tag, label in entry.labels.items():
+                if tag not in PLAIN_TAGS and self._is_rotten(image_id, tag, label):
+                    self._checks.add([(image_id, tag)])
+
+    def _is_rotten(self, image_id: str, tag: str, label: DataModel) -> bool:
+        """Whether a label that nobody wrote to has other bytes than its revision: a failing disk changes no date."""
+        if self.read_only or why_unusable(label.info) is not None:
+            return False
+        newest = self.revisions.newest(image_id, tag)
+        if newest is None or newest.deleted or newest.number != label.info.get("revision"):
+            return False
+        try:
+            return checksum(self._label_file(image_id, tag, label.ext)) != newest.sha256
+        except OSError:
+            return False
 
     def _reconcile_datastore(self) -> None:
         try:

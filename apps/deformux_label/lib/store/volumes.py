@@ -91,6 +91,15 @@ def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Colle
 
 def _refusal(entry: os.DirEntry[str], *, known: bool) -> str | None:
     """Why something that is not a folder is not served; None for a volume, and for what nobody expects to be one."""
+    try:
+        return _refusal_of(entry, known=known)
+    except OSError as error:
+        # Such as of a link to itself, or into a folder that the server may not enter.
+        what = "link" if entry.is_symlink() else "file"
+        return f"it is a {what} that cannot be followed: {error.strerror or error}"
+
+
+def _refusal_of(entry: os.DirEntry[str], *, known: bool) -> str | None:
     if entry.is_symlink() and entry.is_dir():
         return "it is a link to a folder, which is not followed"
     lower = entry.name.lower()
