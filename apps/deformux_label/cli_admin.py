@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from deformux_label.cli_support import print_table, refuse
+from deformux_label.cli_support import print_table, refuse, shown
 from deformux_label.web.offered import ROLES
 
 if TYPE_CHECKING:
@@ -186,12 +186,6 @@ def _print(records: Iterable[Record]) -> None:
     table = Table("time", "user", "role", "address", "what", "status", "details", box=None)
     for record in records:
         values = record.values
-        seen = [_shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
-        table.add_row(*seen, " ".join(f"{key}={_shown(value)}" for key, value in record.details.items()))
+        seen = [shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
+        table.add_row(*seen, " ".join(f"{key}={shown(value)}" for key, value in record.details.items()))
     print_table(table)
-
-
-def _shown(value: Any) -> str:
-    """A value that cannot move the cursor or colour the terminal."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
 
-__all__ = ["open_studies", "print_table", "refuse"]
+__all__ = ["open_studies", "print_table", "refuse", "shown"]
 
 # Of a line in a file or a pipe, where nobody wraps lines.
 _WIDEST = 20_000
@@ -43,3 +44,10 @@ def open_studies(studies: Path) -> CheckedDatastore:
         return CheckedDatastore(str(studies), labels=None)
     except StudiesError as error:
         refuse(str(error))
+
+
+def shown(value: Any) -> str:
+    """A value as text that can neither move the cursor nor colour the terminal."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    valid = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in valid)

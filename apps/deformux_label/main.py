@@ -211,6 +211,8 @@ class DeformUXLabel(MONAILabelApp):
         if task.type != InferType.SEGMENTATION:
             able = [name for name, other in self._infers.items() if other.type == InferType.SEGMENTATION]
             raise HTTPException(400, f"{model!r} needs clicks or scribbles; batch inference runs {', '.join(able)}")
+        if self.datastore().read_only:
+            raise HTTPException(409, "the studies folder cannot be written to, so no segmentation could be stored")
         if self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
 

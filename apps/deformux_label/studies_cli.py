@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli_support import open_studies, print_table, refuse
+from deformux_label.cli_support import open_studies, print_table, refuse, shown
 
 __all__ = ["studies_app"]
 
@@ -29,6 +30,8 @@ def show(
         return
     if studies is None:
         refuse("give the folder with the volumes as --studies")
+    # What the studies log is in the tables.
+    logging.getLogger("deformux_label").addHandler(logging.NullHandler())
     store = open_studies(studies)
     unusable = store.check_scans()
     status = store.status()
@@ -37,10 +40,10 @@ def show(
         if reasons:
             table = Table(title, "reason", box=None)
             for name, reason in sorted(reasons.items()):
-                table.add_row(_printable(name), _printable(reason))
+                table.add_row(shown(name), shown(reason))
             print_table(table)
     for warning in store.warnings():
-        typer.echo(f"Warning: {_printable(warning)}.")
+        typer.echo(f"Warning: {shown(warning)}.")
 
 
 @studies_app.command("trash")
@@ -49,7 +52,7 @@ def list_trash(studies: _Studies) -> None:
     table = Table("name", "what", "image", "deleted", "labels", box=None)
     for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")
-        table.add_row(entry.name, entry.kind, entry.image, when, ", ".join(entry.labels))
+        table.add_row(shown(entry.name), entry.kind, shown(entry.image), when, ", ".join(entry.labels))
     print_table(table)
 
 
@@ -65,7 +68,3 @@ def restore(
     except HTTPException as error:
         refuse(error.detail)
     typer.echo(f"Image {image} is back.")
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -142,8 +142,11 @@ def test_labels_from_before_names_were_kept(volume: Volume) -> None:
 
 def test_labels_of_another_project_end_the_start(volume: Volume, tmp_path: Path) -> None:
     opened(volume, "liver", "spleen").save_label("scan", str(volume.label), "final", {})
+    record = volume.image.parent / ".deformux" / "project.json"
+    before = record.read_bytes()
     with pytest.raises(StudiesError, match=r"liver, spleen, and none .* kidney"):
         opened(volume, "kidney")
+    assert record.read_bytes() == before, "a start that was refused changes nothing"
     conf = {**CONF, "labels": "kidney"}
     for studies, sentence in (
         (volume.image.parent, "are of liver, spleen"),

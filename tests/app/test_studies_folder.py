@@ -18,7 +18,7 @@ from live import CONF, LABELS, LiveServer, Volume, serve_command, wait_for, writ
 from typer.testing import CliRunner
 
 from deformux_label.cli import app
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.datastore import CheckedDatastore, StudiesError
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 
@@ -141,7 +141,7 @@ def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], cap
         "raw.mhd": "formats",
         "mask.seg.nrrd": "labels/final",
         f"{'x' * 220}.nii.gz": "cannot be an id",
-        "line\nbreak.nii.gz": "cannot be an id",
+        "line\\nbreak.nii.gz": "cannot be an id",
         "caf\\udce9.nii.gz": "cannot be an id",
         "pipe.nii.gz": "not a file",
         "/".join(["deep"] * 17): "deep",
@@ -227,6 +227,15 @@ def test_a_server_notices_nested_volumes(
     assert info["datastore"]["completed"] == 1
 
 
+def test_a_file_in_the_place_of_the_labels_ends_the_start(studies: Path) -> None:
+    (studies / "labels").write_text("a list of names")
+    with pytest.raises(StudiesError, match="labels/final"):
+        opened(studies)
+    listed = CliRunner().invoke(app, ["labels", "list", "--studies", str(studies)])
+    assert (listed.exit_code, listed.output.count("\n")) == (2, 1)
+    assert (studies / "labels").read_text() == "a list of names"
+
+
 @pytest.fixture
 def read_only(studies: Path, scans: dict[str, Volume]) -> Iterator[Path]:
     """A folder that cannot be written to: for root only a file system can forbid it."""
@@ -271,9 +280,12 @@ def test_read_only_studies(start_here: Callable[..., LiveServer], read_only: Pat
     assert info["datastore"]["read_only"]
     assert [warning for warning in info["warnings"] if "cannot be written to" in warning]
     for image in ("scan", "fresh__new"):
-        assert server.infer(image, uncertainty="on").status_code == 200
+        answer = server.infer(image, uncertainty="on")
+        assert answer.status_code == 200
     answer = server.submit("scan", scans[".nii.gz"].label)
     assert (answer.status_code, "only inference works" in answer.json()["detail"]) == (409, True)
+    answer = requests.post(f"{server.url}/batch/infer/segmentation", json={}, timeout=60)
+    assert (answer.status_code, "no segmentation could be stored" in answer.text) == (409, True), answer.text
     log = server.log.read_text()
     assert log.count("cannot be written to") == 1
     assert "Traceback" not in log

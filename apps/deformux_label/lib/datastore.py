@@ -62,10 +62,11 @@ class CheckedDatastore(ListedStudies):
             self._store_label(image_id, tag, checked, info)
         return image_id
 
-    def save_uncertainty(self, image_id: str, file: Path, info: dict[str, Any]) -> None:
-        """Store where a model is unsure of a volume, in the place of what was stored before."""
+    def save_uncertainty(self, image_id: str, file: Path, info: dict[str, Any]) -> bool:
+        """Store where a model is unsure of a volume, in the place of an earlier map; False where none can be stored."""
         if not self.read_only:
             self._store_label(image_id, UNCERTAINTY_TAG, file, checked_info(info))
+        return not self.read_only
 
     def restore_label(self, image_id: str, number: int, annotator: str, tag: str = "final") -> Revision:
         """Make an earlier revision of a label the current one again, as a new revision."""

@@ -42,7 +42,8 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
 def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> None:
     """Move the map of a task's reply, if it has one, into the studies, and say in the reply where it is.
 
-    The map of an image that is not among the studies, such as an upload, is kept nowhere; its tag stays None.
+    The map of an image that is not among the studies, such as an upload, or of studies that cannot be written to, is
+    kept nowhere; its tag stays None.
     """
     reply = params.get("uncertainty")
     if not isinstance(reply, dict):
@@ -50,7 +51,8 @@ def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[s
     file = Path(reply.pop("file"))
     try:
         if image_id is not None and isinstance(datastore, CheckedDatastore):
-            datastore.save_uncertainty(image_id, file, {**reply, "model_version": params.get("model_version")})
-            reply["tag"] = UNCERTAINTY_TAG
+            info = {**reply, "model_version": params.get("model_version")}
+            if datastore.save_uncertainty(image_id, file, info):
+                reply["tag"] = UNCERTAINTY_TAG
     finally:
         file.unlink(missing_ok=True)

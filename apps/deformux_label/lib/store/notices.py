@@ -39,7 +39,7 @@ class Notices:
         new = {name: reason for name, reason in reasons.items() if f"{what} {name} {reason}" not in self._told}
         self._told.update(f"{what} {name} {reason}" for name, reason in new.items())
         for name, reason in list(new.items())[:_MOST_LISTED]:
-            logger.warning("%s: %s: %s", what, _printable(name), reason)
+            logger.warning("%s: %s: %s", what, _printable(name), _printable(reason))
         if len(new) > _MOST_LISTED:
             logger.warning("%s: and %d more; `deformux-label studies` lists them", what, len(new) - _MOST_LISTED)
 
@@ -51,5 +51,6 @@ def listed(reasons: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _printable(text: str) -> str:
-    """Text that can be sent: file names may hold bytes that are no text."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    """Text of one line that can be sent: file names may hold line breaks, and bytes that are no text."""
+    valid = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in valid)

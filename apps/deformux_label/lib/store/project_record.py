@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,15 +29,16 @@ class ProjectRecord:
     unnamed: tuple[str, ...]
 
     @classmethod
-    def read(cls, path: Path) -> ProjectRecord | None:
-        """The record, or None where there is none; a damaged one is kept under another name."""
+    def read(cls, path: Path, warn: Callable[[str], None] = logger.error) -> ProjectRecord | None:
+        """The record, or None where there is none; a damaged one is kept under another name, and ``warn`` told."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             return cls(_names(record["labels"]), _names(record["unnamed"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            logger.error("The record %s cannot be used, and is made anew: %s", path, error)
+            logger.error("The record %s cannot be used: %s", path, error)
+            warn(f"the record {path} was damaged, and is made anew of the labels of this start")
             try:
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
             except OSError as other:
@@ -45,19 +46,21 @@ class ProjectRecord:
             return None
 
     @classmethod
-    def begin(cls, path: Path, labels: Sequence[str], *, writable: bool) -> ProjectRecord:
-        """The record of a start with a list of labels, written where it says something new."""
-        before = cls.read(path)
-        record = cls(tuple(labels), before.unnamed if before else tuple(labels))
-        if before is not None and before.labels != record.labels:
+    def begin(cls, path: Path, labels: Sequence[str], warn: Callable[[str], None]) -> ProjectRecord:
+        """The record of a start with a list of labels, not yet written: the start may be refused."""
+        before = cls.read(path, warn)
+        if before is not None and before.labels != tuple(labels):
             logger.warning(
                 "The labels were %s at the last start and are %s now; stored labels are used by their names",
                 ", ".join(before.labels),
                 ", ".join(labels),
             )
-        if record != before and writable:
-            write_text(path, json.dumps({"labels": list(labels), "unnamed": list(record.unnamed)}) + "\n")
-        return record
+        return cls(tuple(labels), before.unnamed if before else tuple(labels))
+
+    def write(self, path: Path) -> None:
+        """Write the record where it says something new."""
+        if self != ProjectRecord.read(path):
+            write_text(path, json.dumps({"labels": list(self.labels), "unnamed": list(self.unnamed)}) + "\n")
 
 
 def _names(value: object) -> tuple[str, ...]:

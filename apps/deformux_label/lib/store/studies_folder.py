@@ -90,7 +90,7 @@ class StudiesFolder(LocalDatastore):
             )
         else:
             for tag in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
-                os.makedirs(self._label_folder(tag), exist_ok=True)
+                self._make_label_folder(tag)
             with self._lock:
                 # Whoever writes holds the lock, so these are what a crash left.
                 root = Path(self._datastore_path)
@@ -104,6 +104,7 @@ class StudiesFolder(LocalDatastore):
         self.refresh()
         if labels is not None:
             self._refuse_another_projects_labels()
+            self._keep(record, state / "project.json")
         if self._auto_reload and labels is not None:
             StudiesWatcher(
                 self._datastore_path,
@@ -117,11 +118,25 @@ class StudiesFolder(LocalDatastore):
         if labels is None:
             return ProjectRecord.read(path) or ProjectRecord((), ())
         with self._lock:
+            return ProjectRecord.begin(path, labels, self.notices.warn)
+
+    def _keep(self, record: ProjectRecord, path: Path) -> None:
+        if self.read_only:
+            return
+        with self._lock:
             try:
-                return ProjectRecord.begin(path, labels, writable=not self.read_only)
+                record.write(path)
             except OSError as error:
                 self.notices.warn(f"the project's labels could not be written down: {error.strerror or error}")
-                return ProjectRecord(tuple(labels), tuple(labels))
+
+    def _make_label_folder(self, tag: str) -> None:
+        try:
+            os.makedirs(self._label_folder(tag), exist_ok=True)
+        except OSError as error:
+            raise StudiesError(
+                f"the studies must have a folder labels/{tag}, or room for it; it cannot be made: "
+                f"{error.strerror or error}"
+            ) from error
 
     def _refuse_another_projects_labels(self) -> None:
         stored = {
@@ -192,9 +207,9 @@ class StudiesFolder(LocalDatastore):
             try:
                 model = self._index.changed()
             except ValueError as error:
-                reason = str(error).splitlines()[0]
                 aside = self._index.path if self.read_only else self._index.put_aside()
-                self.notices.warn(f"the index was damaged, is kept as {aside}, and is made anew of the files: {reason}")
+                logger.error("The index cannot be read: %s", str(error).splitlines()[0])
+                self.notices.warn(f"the index was damaged, is kept as {aside}, and is made anew of the files")
                 return
             if model is not None:
                 model.base_path = self._datastore_path

@@ -130,7 +130,9 @@ def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str
             continue
         names = _candidates(path)
         if not is_image_id(next(names)):
-            found.not_served[path] = "its name cannot be an id: at most 200 bytes of text, without control characters"
+            found.not_served[path] = (
+                "its name cannot be an id: at most 200 bytes of text, without control characters, or blanks at its ends"
+            )
             continue
         chosen = next((n for n in _candidates(path) if is_image_id(n) and n not in volumes and belongs(n, path)), None)
         if chosen is None:
