@@ -196,6 +196,20 @@ def test_only_unreadable_volumes_are_left_until_one_is_repaired(desk: Desk, volu
     assert desk.waiting.now(desk.datastore).warnings() == []
 
 
+def test_a_header_that_nothing_can_use_is_handed_to_nobody_before_any_scoring(
+    desk: Desk, volumes: dict[str, Volume]
+) -> None:
+    for name in CASES[:2]:
+        (desk.studies / volumes[name].image.name).write_bytes(b"not a scan")
+    desk.datastore.check_scans()
+    given = {desk.next("first", str(turn)).get("id") for turn in range(len(CASES))}
+    assert given == {*CASES[2:], None}
+    assert "2 are unreadable: case_0, case_1" in desk.next("random", "late")["note"]
+    shutil.copy(volumes["case_0"].image, desk.studies)
+    desk.datastore.refresh()
+    assert desk.next("first", "later")["id"] == "case_0"
+
+
 SCORING = """
 import sys
 from pathlib import Path

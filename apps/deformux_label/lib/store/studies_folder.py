@@ -76,6 +76,7 @@ class StudiesFolder(LocalDatastore):
         self._mapped = MappedLabels(None if self.read_only else state / "mapped")
         self._checks = label_check.BackgroundChecks(self._check)
         self._scans: ScanChecks | None = None
+        self.unusable_scans: frozenset[str] = frozenset()
         self._files: Reconciled | None = None
         self._datastore = LocalDatastoreModel(
             name="new-dataset", description="New Dataset", images_dir=".", base_path=self._datastore_path
@@ -238,6 +239,7 @@ class StudiesFolder(LocalDatastore):
         objects = self._datastore.objects
         files = {file_of(image, entry): self._image_file(image, entry) for image, entry in objects.items()}
         reasons = self._scans.look(files)
+        self.unusable_scans = frozenset(image for image, entry in objects.items() if file_of(image, entry) in reasons)
         self.notices.tell("Not usable", reasons)
         return reasons
 

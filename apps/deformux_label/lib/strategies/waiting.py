@@ -25,7 +25,7 @@ class Waiting:
         listed: all of them, as the datastore lists them.
         images: those that can be handed out, by name.
         names: the same, to look one up.
-        unreadable: those that scoring could not read; they are not handed out.
+        unreadable: those that scoring could not read, or whose header nothing can use; they are not handed out.
         changed: those that it could not read either, but whose files have changed since.
     """
 
@@ -64,20 +64,21 @@ class WaitingVolumes:
 
     def __init__(self, scores: SelectionScores) -> None:
         self.scores = scores
-        self._last: tuple[tuple[frozenset[str], float], Waiting] | None = None
+        self._last: tuple[tuple[frozenset[str], float, frozenset[str]], Waiting] | None = None
 
     def now(self, datastore: Datastore, orders: Orders | None = None) -> Waiting:
         """The volumes that wait, as of these orders or the latest."""
         listed = datastore.get_unlabeled_images()
         orders = self.scores.latest_orders() if orders is None else orders
-        key = (orders.unreadable, orders.written)
+        unusable: frozenset[str] = getattr(datastore, "unusable_scans", frozenset())
+        key = (orders.unreadable, orders.written, unusable)
         last = self._last
         # Comparing lists of the same strings costs a hundredth of what sorting them does.
         if last is not None and last[0] == key and last[1].listed == listed:
-            suspects = sorted((*last[1].unreadable, *last[1].changed))
+            suspects = sorted({*last[1].unreadable, *last[1].changed} - unusable)
             if last[1].changed == tuple(changed_since(suspects, datastore, orders.written)):
                 return last[1]
-        found = _waiting(datastore, listed, orders)
+        found = _waiting(datastore, listed, orders, unusable)
         # Requests come in threads: each replaces the whole.
         self._last = (key, found)
         return found
@@ -89,10 +90,11 @@ def named(images: Sequence[str]) -> str:
     return f"{', '.join(images[:_NAMED])}{more}"
 
 
-def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders) -> Waiting:
-    suspects = sorted(orders.unreadable.intersection(listed))
+def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders, unusable: frozenset[str]) -> Waiting:
+    # A header was looked at since its file changed last, unlike what scoring read.
+    suspects = sorted((orders.unreadable - unusable).intersection(listed))
     changed = tuple(changed_since(suspects, datastore, orders.written))
-    unreadable = tuple(image for image in suspects if image not in changed)
+    unreadable = tuple(sorted({*suspects, *unusable.intersection(listed)}.difference(changed)))
     names = frozenset(listed).difference(unreadable)
     return Waiting(listed, sorted(names), names, unreadable, changed)
 
