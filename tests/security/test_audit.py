@@ -125,6 +125,62 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
     assert len(lines(log)) == before, "nothing was changed"
 
 
+@pytest.mark.parametrize(
+    ("method", "query"),
+    [
+        ("DELETE", "/datastore/image?id=a&id=b"),
+        ("DELETE", "/datastore/image?id=a&%69d=b"),
+        ("POST", "/deformux/labels/restore?image=a&image=b&revision=5&revision=1"),
+        ("GET", "/datastore/label?label=..&tag=original&tag=final&revision=77"),
+        ("GET", "/datastore/image?image=&image=case_1"),
+        ("POST", "/auth/logout?a=1&a="),
+    ],
+)
+def test_a_parameter_that_comes_twice_is_refused(server: LiveServer, log: Path, method: str, query: str) -> None:
+    before = len(lines(log))
+    answer = requests.request(method, f"{server.url}{query}", timeout=30, allow_redirects=False)
+    assert answer.status_code == 400
+    assert "more than once" in answer.json()["detail"]
+    assert len(lines(log)) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "expected"),
+    [
+        ("DELETE", "/datastore/label?id=a&tag=final&image=c", {"image": "a", "tag": "final"}),
+        ("DELETE", "/datastore/image?id=a&image=c&label=d&tag=final&revision=7", {"image": "a"}),
+        ("GET", "/datastore/label?label=a&tag=final&image=c&id=d", {"image": "a", "tag": "final"}),
+        ("GET", "/datastore/image?image=a&label=c&tag=final", {"image": "a"}),
+        ("PUT", "/datastore/label/info?label=a&tag=final&image=c", {"image": "a", "tag": "final"}),
+        ("DELETE", "/deformux/leases?image=a&id=c", {"image": "a"}),
+        ("POST", "/deformux/labels/restore?image=a&revision=5&label=c", {"image": "a", "revision": "5"}),
+        ("DELETE", "/train/?image=c", {}),
+    ],
+)
+def test_only_what_the_endpoint_reads_is_recorded(
+    server: LiveServer, log: Path, method: str, query: str, expected: dict[str, str]
+) -> None:
+    before = len(lines(log))
+    requests.request(method, f"{server.url}{query}", timeout=60)
+    assert len(lines(log)) == before + 1
+    line = last(log)
+    assert {key: line[key] for key in ("image", "tag", "revision") if key in line} == expected
+
+
+def test_the_log_knows_each_routes_own_parameters(server: LiveServer) -> None:
+    paths = requests.get(f"{server.url}/openapi.json", timeout=30).json()["paths"]
+    seen = 0
+    for (method, path), act in AUDITED.items():
+        operation = paths.get(path, {}).get(method.lower())
+        if operation is None:
+            continue
+        declared = {item["name"] for item in operation.get("parameters", ()) if item["in"] == "query"}
+        read = {name for name in (act.image, *act.more) if name is not None}
+        assert read == declared & {"image", "id", "label", "tag", "revision"}, (method, path)
+        seen += bool(read)
+    assert seen >= 10
+
+
 @pytest.mark.parametrize("name", ["x" * 5_000, "%ed%a0%80", "a%0a%7b%22what%22:1%7d", "%1b[2J", "../../secret", "%00"])
 def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> None:
     before = lines(log)
