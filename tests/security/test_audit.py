@@ -26,6 +26,7 @@ from deformux_label.web.users import Users
 
 # They change nothing that outlives the request, or what they change is recorded where the app does it.
 _NOT_RECORDED = {"/infer/segmentation", "/infer/{model}", "/session/", "/session/{session_id}"}
+_NOT_RECORDED |= {"/auth/token", "/auth/login", "/auth/logout"}
 
 
 def test_every_change_is_recorded() -> None:
@@ -249,6 +250,47 @@ def test_a_first_user_closes_a_server_that_runs(server: LiveServer, log: Path, u
     assert token not in log.read_text()
     commands = CliRunner().invoke(app, ["audit", "--users", str(users.path), "--json"]).output.splitlines()
     assert [json.loads(line)["what"] for line in commands] == ["add user", "change role", "remove user"]
+
+
+def test_a_stranger_adds_nothing(server: LiveServer, log: Path, users: Users) -> None:
+    def post(path: str, status: int, **more: Any) -> None:
+        answer = requests.post(f"{server.url}{path}", timeout=30, allow_redirects=False, **more)
+        assert answer.status_code == status, answer.text
+
+    users.add("mia", "reader", password("mia"))
+    mia = log_in(server, "mia").json()["access_token"]
+    before = lines(log)
+    assert before[-1]["what"] == "log in"
+    emoji = {"image": "\U0001f600" * 200, "tag": "\U0001f600" * 200}
+    for headers in ({}, bearer("forged"), {"Cookie": "deformux-label=forged"}):
+        post("/auth/logout", 303, params=emoji, headers=headers)
+    post("/auth/token?image=c1", 422)
+    post("/auth/token?image=c1", 422, data={"username": "mia"})
+    post("/auth/token?image=c1", 422, json={"username": "mia", "password": "x" * 8})
+    post("/auth/token?image=c1", 422, data={"username": "x" * 5_000, "password": "x" * 8})
+    post("/auth/login?image=c1", 422, data={"password": "x" * 8})
+    post("/auth/login?image=c1", 400, data=b"x", headers={"Content-Type": "multipart/form-data; boundary="})
+    page = {"Accept": "text/html"}
+    for headers in (page, bearer("forged"), {**page, **bearer("forged")}):
+        answer = requests.get(
+            f"{server.url}/datastore/image", params=emoji, headers=headers, timeout=30, allow_redirects=False
+        )
+        assert answer.status_code in (303, 401)
+    kept = users.path.read_bytes()
+    users.path.write_text("{")
+    try:
+        assert requests.delete(f"{server.url}/datastore/image?id=a", headers=bearer(mia), timeout=30).status_code == 503
+        assert log_in(server, "mia").status_code == 503
+    finally:
+        users.path.write_bytes(kept)
+    assert lines(log) == before
+    # Who has a token is recorded, once, and without what the query says.
+    for _ in range(3):
+        post("/auth/logout?image=c1&tag=final&revision=1", 303, headers=bearer(mia))
+    assert len(lines(log)) == len(before) + 1
+    here = {"status": 303, "address": "127.0.0.1"}
+    assert last(log) == {**here, "what": "log out", "user": "mia", "role": "reader"}
+    users.remove("mia")
 
 
 def test_the_end_is_recorded(server: LiveServer, log: Path) -> None:

@@ -35,6 +35,7 @@ OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
 _WRONG = "the user name or the password is wrong"
 # More than any name has, so that none is met by cutting.
 _LONGEST_NAME = 200
+_LONGEST_RECORDED = 64
 _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
 # Each check of a password takes a processor for a quarter of a second.
@@ -80,7 +81,10 @@ class Gate:
         """
         name = unicodedata.normalize("NFC", name)[:_LONGEST_NAME]
         shown = ascii(name)[:80]
-        note(user=name)
+        # With a damaged file nobody's password is tried.
+        self.users.all()
+        # No name of a user is longer.
+        note(what="log in", user=name[:_LONGEST_RECORDED])
         try:
             await self.attempts.wait(name, address)
         except TooManyAttempts as error:
@@ -145,6 +149,9 @@ class Login:
             caller = calling_now()
             refusal = self._refusal(scope, caller)
             if refusal is not None:
+                if caller.user is None:
+                    # Whoever has not logged in did nothing that is worth a record.
+                    caller.done["what"] = None
                 await refusal(scope, receive, send)
                 return
             await self.app(scope, receive, self._handing_out(scope, caller, send))
@@ -159,7 +166,6 @@ class Login:
         if not self.gate.on:
             if self.gate.insecure or _is_local(scope):
                 return None
-            caller.done["what"] = None
             return JSONResponse({"detail": NO_LOGIN}, 403)
         route = offered(scope["method"], scope["path"])
         if route is None:
