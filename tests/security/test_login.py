@@ -386,6 +386,37 @@ def test_guessing_is_slow_and_others_do_not_wait(
     assert "a wrong one" not in log
 
 
+def test_innocents_are_not_locked_out(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    """Not at an address from which somebody guesses names, nor elsewhere while somebody guesses their name."""
+    ward, attacker = {"X-Forwarded-For": "192.0.2.50"}, {"X-Forwarded-For": "192.0.2.66"}
+    assert log_in(server, "andy", **ward).status_code == 200
+    deadline = time.monotonic() + 3
+    seen: list[int] = []
+
+    def flood(number: int) -> None:
+        while time.monotonic() < deadline:
+            name, where = (f"nobody {number} {time.monotonic()}", ward) if number % 2 else ("ada", attacker)
+            seen.append(log_in(server, name, "a wrong one", **where).status_code)
+            if seen[-1] == 429:
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(40) as pool:
+        running = [pool.submit(flood, number) for number in range(16)]
+        time.sleep(1)
+        assert [log_in(server, "andy", **ward).status_code for _ in range(5)] == [200] * 5
+        elsewhere = [{"X-Forwarded-For": f"192.0.2.{number}"} for number in range(100, 108)]
+        begin = time.monotonic()
+        answers = list(pool.map(lambda headers: log_in(server, "ada", **headers).status_code, elsewhere))
+        assert answers == [200] * 8
+        assert time.monotonic() - begin < 15
+        # A user's own logins at once are no failures.
+        assert list(pool.map(lambda _: log_in(server, "rita").status_code, range(12))) == [200] * 12
+        for future in running:
+            future.result()
+    assert set(seen) <= {401, 429}
+    assert seen.count(401) < 40
+
+
 def test_an_unknown_name_takes_as_long(server: LiveServer) -> None:
     def seconds(name: str, address: str) -> float:
         begin = time.perf_counter()

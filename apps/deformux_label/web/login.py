@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .at_home import AtHome, place_of
 from .attempts import Attempts, TooManyAttempts
 from .caller import Caller, calling_now, note
 from .listening import NO_LOGIN, is_own_address
@@ -40,6 +41,8 @@ _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
 # Each check of a password takes a processor for a quarter of a second.
 _CHECKS = CapacityLimiter(2)
+# Nobody who is at home waits behind the guesses of strangers.
+_CHECKS_AT_HOME = CapacityLimiter(2)
 
 
 class Gate:
@@ -53,7 +56,7 @@ class Gate:
         self.users = users
         self.insecure = insecure
         self.tokens = Tokens(users)
-        self.attempts = Attempts()
+        self.attempts = Attempts(AtHome(users.path.with_name(f"{users.path.name}.home")))
         self.handed_out = HandedOut()
         self._was_on = False
 
@@ -86,18 +89,20 @@ class Gate:
         # No name of a user is longer.
         note(what="log in", user=name[:_LONGEST_RECORDED])
         try:
-            await self.attempts.wait(name, address)
+            async with self.attempts.attempt(name, address) as attempt:
+                user = self.users.all().get(name)
+                checks = _CHECKS_AT_HOME if attempt.at_home else _CHECKS
+                if not await anyio.to_thread.run_sync(verified, user, password, limiter=checks) or user is None:
+                    logger.warning("A login of %s from %s failed", shown, address)
+                    raise HTTPException(401, _WRONG, headers=CHALLENGE)
+                attempt.succeeded()
         except TooManyAttempts as error:
             if error.news:
                 logger.warning("Logins from %s, now of %s, are refused: too many failed", address, shown)
             else:
                 note(what=None)
             raise HTTPException(429, str(error), headers={"Retry-After": str(error.seconds)}) from error
-        user = self.users.all().get(name)
-        if not await anyio.to_thread.run_sync(verified, user, password, limiter=_CHECKS) or user is None:
-            logger.warning("A login of %s from %s failed", shown, address)
-            raise HTTPException(401, _WRONG, headers=CHALLENGE)
-        self.attempts.succeeded(name, address)
+        await anyio.to_thread.run_sync(self.attempts.home.add, name, place_of(address), limiter=_CHECKS_AT_HOME)
         note(role=user.role)
         return self.tokens.make(user)
 
