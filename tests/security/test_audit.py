@@ -277,10 +277,12 @@ def test_a_stranger_adds_nothing(server: LiveServer, log: Path, users: Users) ->
         )
         assert answer.status_code in (303, 401)
     kept = users.path.read_bytes()
-    users.path.write_text("{")
     try:
-        assert requests.delete(f"{server.url}/datastore/image?id=a", headers=bearer(mia), timeout=30).status_code == 503
-        assert log_in(server, "mia").status_code == 503
+        for damaged in (b"{", b"[" * 100_000, kept.replace(b"$12$", b"$99$")):
+            users.path.write_bytes(damaged)
+            refused = requests.delete(f"{server.url}/datastore/image?id=a", headers=bearer(mia), timeout=30)
+            assert refused.status_code == 503
+            assert log_in(server, "mia").status_code == 503
     finally:
         users.path.write_bytes(kept)
     assert lines(log) == before

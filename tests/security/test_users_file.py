@@ -139,12 +139,20 @@ for name in {names[4:]!r}:
         '{"users": {"an/na": {"role": "admin", "password": "HASH"}}}',
         '{"users": {"anna": null}}',
         "\ud800",
+        "[" * 100_000,
+        '{"users": {"anna": {"role": "admin", "password": "COST99"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "COST31"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "COST04"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "SALT"}}}',
     ],
 )
 def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
     users.add("other", "admin", PASSWORD)
     known = json.loads(users.path.read_text())["users"]["other"]["password"]
-    users.path.write_bytes(content.replace("HASH", known).encode("utf-8", "surrogatepass"))
+    content = content.replace("HASH", known).replace("SALT", f"{known[:28]}z{known[29:]}")
+    for cost in ("99", "31", "04"):
+        content = content.replace(f"COST{cost}", known.replace("$12$", f"${cost}$"))
+    users.path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(InvalidUsers, match="is damaged") as refused:
         users.all()
     assert "\n" not in str(refused.value)
@@ -153,7 +161,23 @@ def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
     assert output.startswith("deformux-label: the users file")
     with pytest.raises(InvalidUsers, match="is damaged"):
         users.add("third", "admin", PASSWORD)
-    assert users.path.read_bytes() == content.replace("HASH", known).encode("utf-8", "surrogatepass")
+    assert users.path.read_bytes() == content.encode("utf-8", "surrogatepass")
+
+
+def test_every_hash_that_is_accepted_can_be_checked(users: Users) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    text = users.path.read_text()
+    known = users.all()["anna"].password
+    for last in "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789":
+        users.path.write_text(text.replace(known, f"$2b$12${'A' * 21}{last}{'A' * 31}"))
+        try:
+            # With the least cost, which says the same of the salt.
+            bcrypt.hashpw(b"x", f"$2b$04${'A' * 21}{last}".encode())
+        except ValueError:
+            with pytest.raises(InvalidUsers, match="is damaged"):
+                Users(users.path).all()
+        else:
+            assert list(Users(users.path).all()) == ["anna"]
 
 
 def test_a_file_that_others_may_change_is_not_believed(users: Users) -> None:

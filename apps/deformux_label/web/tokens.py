@@ -137,5 +137,5 @@ class EndedTokens:
             self._held |= {str(name): float(end) for name, end in json.loads(self._path.read_bytes()).items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("The logouts in %s cannot be read, and are not known: %s", self._path, error)

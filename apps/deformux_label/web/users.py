@@ -36,6 +36,9 @@ _LONGEST_PASSWORD = 1_000
 _ROUNDS = 12
 # Checked instead of the hash of a user that does not exist: both answers take equally long.
 _NOBODY = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
+# What bcrypt can check in seconds: other costs are refused by it, take hours, or are guessed fast. Of the salt's last
+# character only two bits count, and bcrypt refuses the others.
+_HASH = re.compile(r"\$2[aby]\$1[0-6]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _OWNER_ONLY = 0o600
 _SECRET_BYTES = 32
 
@@ -256,10 +259,9 @@ def _parsed(content: bytes, path: Path) -> dict[str, User]:
         for user in users.values():
             checked_name(user.name)
             _checked_role(user.role)
-            # Raises ValueError for what is not a hash of bcrypt's.
-            if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", user.password):
+            if not _HASH.fullmatch(user.password):
                 raise ValueError(f"user {user.name!r} has no hash of a password")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(
             f"the users file {path} is damaged ({type(error).__name__}: {reason}); mend it, or delete it and add the "
