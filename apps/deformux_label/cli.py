@@ -18,6 +18,7 @@ from rich.table import Table
 
 from deformux_label.cli_admin import audit, users_app
 from deformux_label.cli_admin import refuse as _refuse
+from deformux_label.command_log import recorded
 from deformux_label.studies_cli import studies_app
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def restore_label(
     from fastapi import HTTPException
 
     try:
-        restored = _open(studies).restore_label(image, revision, getpass.getuser(), tag)
+        with recorded(studies, "restore label") as done:
+            restored = _open(studies).restore_label(image, revision, getpass.getuser(), tag)
+            done |= {"image": image, "tag": tag}
     except HTTPException as error:
         _refuse(error.detail)
     typer.echo(f"Revision {revision} of image {image} is the current label again, as revision {restored.number}.")

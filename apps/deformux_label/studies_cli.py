@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deformux_label.command_log import recorded
+
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
 
@@ -63,7 +65,9 @@ def restore(
     from fastapi import HTTPException
 
     try:
-        image = _open(studies).bring_back(name, getpass.getuser())
+        with recorded(studies, "restore from trash") as done:
+            image = _open(studies).bring_back(name, getpass.getuser())
+            done |= {"image": image, "trash": name}
     except HTTPException as error:
         _refuse(error.detail)
     typer.echo(f"Image {image} is back.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -103,7 +104,7 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
     files = {"label": ("label.nii.gz", case.label.read_bytes())}
     did("PUT", f"/datastore/label?image={case.id}", submitted, data=data, files=files)
     query = f"image={case.id}&revision=1&client_id=rob"
-    restored = {"what": "restore label", "image": case.id, "revision": 2, "annotator": "rob"}
+    restored = {"what": "restore label", "image": case.id, "revision": 2, "restored_from": 1, "annotator": "rob"}
     did("POST", f"/deformux/labels/restore?{query}", restored)
     did("GET", f"/datastore/label?label={case.id}&tag=final", {"what": "download label", **label})
     did("DELETE", f"/datastore/label?id={case.id}&tag=final", {"what": "delete label", **label, "revision": 3})
@@ -196,6 +197,33 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
     shown = CliRunner().invoke(app, ["audit", "--state", str(log.parent)])
     assert shown.exit_code == 0
     assert "\x1b[2J" not in shown.output
+
+
+@pytest.mark.usefixtures("unwatched")
+def test_what_commands_restore_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
+    studies = case.image.parent
+    who = {"user": getpass.getuser(), "address": "command line"}
+
+    def did(arguments: list[str], expected: dict[str, Any]) -> None:
+        before = len(lines(log))
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert len(lines(log)) == before + 1
+        assert last(log) == {**who, **expected}
+
+    restored = {"what": "restore label", "image": case.id, "tag": "final", "restored_from": 1, "revision": 4}
+    did(
+        ["labels", "restore", "--studies", str(studies), case.id, "1"],
+        {**restored, "annotator": getpass.getuser()},
+    )
+    trash = sorted(entry.name for entry in (studies / ".deformux" / "trash").iterdir() if "second" in entry.name)
+    back = {"what": "restore from trash", "image": "second", "trash": trash[0]}
+    did(["studies", "restore", "--studies", str(studies), trash[0]], back)
+    before = lines(log)
+    for refused in (["labels", "restore", case.id, "99"], ["studies", "restore", "none"]):
+        assert CliRunner().invoke(app, [*refused, "--studies", str(studies)]).exit_code == 2
+    assert lines(log) == before
+    assert not (studies / ".deformux" / "audit.jsonl").exists()
 
 
 def test_the_command_finds_the_log_by_the_studies(server: LiveServer, log: Path, case: Volume, tmp_path: Path) -> None:

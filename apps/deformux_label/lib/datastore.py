@@ -133,7 +133,7 @@ class CheckedDatastore(ListedStudies):
                     image_file=file_of(image_id, entry),
                 )
                 info["revision"] = revision.number
-                note(revision=revision.number, annotator=revision.annotator)
+                note(revision=revision.number, annotator=revision.annotator, restored_from=restored_from)
             temporary = change.copy(file, self._label_file(image_id, tag, suffix))
             if previous is not None and previous.ext != suffix:
                 change.remove(self._label_file(image_id, tag, previous.ext))
