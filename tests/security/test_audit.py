@@ -26,7 +26,7 @@ from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users
 
 # They change nothing that outlives the request, or what they change is recorded where the app does it.
-_NOT_RECORDED = {"/infer/segmentation", "/infer/{model}", "/session/", "/session/{session_id}"}
+_NOT_RECORDED = {"/infer/segmentation", "/infer/{model}"}
 _NOT_RECORDED |= {"/auth/token", "/auth/login", "/auth/logout"}
 
 
@@ -121,6 +121,15 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
     params = {"params": (None, json.dumps({"save_label": True}))}
     stored = {"what": "store segmentation", "image": case.id, "tag": "original", "version": "v0001"}
     did("POST", f"/infer/segmentation?image={case.id}", stored, files=params)
+    params = {"params": (None, json.dumps({"uncertainty": "on"}))}
+    unsure = {"what": "store uncertainty map", "image": case.id, "tag": "uncertainty", "version": "v0001"}
+    did("POST", f"/infer/segmentation?image={case.id}", unsure, files=params)
+    upload = {"files": ("patient.nii.gz", case.image.read_bytes())}
+    created = requests.put(f"{server.url}/session/", files=upload, timeout=60).json()["session_id"]
+    assert last(log) == {**here, "what": "upload session image", "session": created}
+    did("GET", f"/session/{created}?image=true", {"what": "download session image", "session": created})
+    did("DELETE", f"/session/{created}", {"what": "delete session image", "session": created})
+    did("GET", "/logs/", {"what": "read server log"})
     before = len(lines(log))
     requests.get(f"{server.url}/info/", timeout=30)
     requests.post(f"{server.url}/infer/segmentation?image={case.id}", files={"params": (None, "{}")}, timeout=60)

@@ -16,7 +16,7 @@ from deformux_label.web.audit import AuditLog
 
 
 @pytest.fixture
-def studies(volume: Volume, unwatched: None) -> Path:  # noqa: ARG001
+def studies(volume: Volume, unwatched: None) -> Path:
     """A folder with a label of two revisions."""
     folder = volume.image.parent
     store = CheckedDatastore(str(folder), labels=LABELS)

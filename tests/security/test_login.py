@@ -252,6 +252,9 @@ def test_a_reader_stores_nothing(server: LiveServer, tokens: dict[str, dict[str,
     refused = infer(save_label=True, label_tag="final")
     assert refused.status_code == 403
     assert "role annotator" in refused.json()["detail"]
+    refused = infer(uncertainty="on")
+    assert refused.status_code == 403
+    assert "role annotator" in refused.json()["detail"]
     objects = call(server, "GET", "/datastore/?output=all", tokens["rita"]).json()["objects"]
     assert objects["case_6"]["labels"] == {}
 

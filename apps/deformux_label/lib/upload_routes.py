@@ -14,6 +14,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
 from deformux_label.offloop import in_thread
+from deformux_label.web.caller import note
 from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.request_folder import request_folder
 
@@ -118,16 +119,20 @@ def session_router(app: _App) -> APIRouter:
             raise HTTPException(400, "archives are not unpacked; send the volume itself, without uncompress")
         client = request.client.host if request.client else ""
         session = sessions().add(files, client=client, expiry_s=expiry)
+        note(session=session.id)
         return {"session_id": session.id, "session_info": session.to_json()}
 
     def show(session_id: str, update_ts: bool = False, image: bool = False, user: User = _USER) -> Any:
         session = sessions().find(session_id, touch=update_ts)
         if not image:
             return session.to_json()
+        note(what="download session image", session=session.id)
         return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:
-        return sessions().remove(session_id).to_json()
+        removed = sessions().remove(session_id).to_json()
+        note(session=session_id)
+        return removed
 
     router.add_api_route("/", in_thread(create, threads=4), methods=["PUT"])
     router.add_api_route("/{session_id}", in_thread(show, threads=4), methods=["GET"])

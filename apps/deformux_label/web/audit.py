@@ -42,9 +42,10 @@ class Act:
 
 
 # Method and route to what a call of it is called. What only looks is not here, unless patients' images or labels leave
-# the server. Of the query nothing is read but what the endpoint reads too. ``/infer/`` is recorded where it stores a
-# label, and ``/auth/`` where somebody logged in or out or a password was tried, which they say with ``note(what=…)``:
-# what strangers send besides is not worth a line each.
+# the server, or its own log does. Of the query nothing is read but what the endpoint reads too. Where it depends on
+# more than the route, the app says what was done with ``note(what=…)``: ``/infer/`` where it stores a label, a session
+# where its image is fetched, and ``/auth/`` where somebody logged in or out or a password was tried. What strangers
+# send besides is not worth a line each.
 AUDITED: Mapping[tuple[str, str], Act] = {
     ("POST", "/activelearning/{strategy}"): Act("lease image"),
     ("DELETE", "/deformux/leases"): Act("release image", "image"),
@@ -62,6 +63,9 @@ AUDITED: Mapping[tuple[str, str], Act] = {
     ("GET", "/datastore/label"): Act("download label", "label", ("tag",)),
     ("GET", "/deformux/labels/revision"): Act("download label", "image", ("tag", "revision")),
     ("GET", "/datastore/dataset"): Act("download dataset"),
+    ("PUT", "/session/"): Act("upload session image"),
+    ("DELETE", "/session/{session_id}"): Act("delete session image"),
+    ("GET", "/logs/"): Act("read server log"),
     ("POST", "/train/"): Act("start training"),
     ("POST", "/train/{model}"): Act("start training"),
     ("DELETE", "/train/"): Act("stop training"),
