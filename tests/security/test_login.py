@@ -21,11 +21,13 @@ import nibabel as nib
 import pytest
 import requests
 from live import (
+    APP,
     CONF,
     LABELS,
     LiveServer,
     Volume,
     environment,
+    project_of,
     publish_untrained,
     serve_command,
     stock_command,
@@ -178,7 +180,16 @@ def test_the_stock_clients(
         call(server, "DELETE", f"/datastore/{'image' if image == name else 'label'}", tokens["rob"], params=kind)
 
 
-def test_the_one_call_without_a_token(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+@pytest.fixture(scope="module")
+def log(studies: Path) -> Path:
+    return project_of(CONF).state_folder(APP, str(studies)) / "audit.jsonl"
+
+
+def lines_of(log: Path, what: str) -> list[dict[str, Any]]:
+    return [line for line in map(json.loads, log.read_text().splitlines()) if line["what"] == what]
+
+
+def test_the_one_call_without_a_token(server: LiveServer, log: Path, tokens: dict[str, dict[str, str]]) -> None:
     def fetch(image: str, **headers: str) -> int:
         return call(server, "GET", "/datastore/image", headers, params={"image": image}).status_code
 
@@ -196,6 +207,22 @@ def test_the_one_call_without_a_token(server: LiveServer, tokens: dict[str, dict
     assert fetch(sample, **here, **bearer("forged")) == 401, "a wrong token is worse than none"
     assert [fetch(sample, **here) for _ in range(4)] == [200, 200, 200, 401]
     call(server, "DELETE", "/deformux/leases", tokens["andy"], params={"image": sample})
+    fetched = lines_of(log, "download image")[-3:]
+    assert [(line["user"], line["address"], line.get("without_token")) for line in fetched] == [
+        ("andy", "10.0.0.8", True)
+    ] * 3
+    assert fetch(sample, **here, **tokens["andy"]) == 200
+    assert "without_token" not in lines_of(log, "download image")[-1]
+
+
+def test_a_logout_ends_the_call_without_a_token(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    here = {"X-Forwarded-For": "10.0.0.18"}
+    token = headers_of(server, "anna")["anna"]
+    sample = call(server, "POST", "/activelearning/random", {**token, **here}, json={}).json()["id"]
+    assert call(server, "GET", "/datastore/image", here, params={"image": sample}).status_code == 200
+    assert call(server, "POST", "/auth/logout", token).status_code == 303
+    assert call(server, "GET", "/datastore/image", here, params={"image": sample}).status_code == 401
+    call(server, "DELETE", "/deformux/leases", tokens["rob"], params={"image": sample})
 
 
 def test_work_is_kept_in_the_name_of_the_login(

@@ -111,7 +111,7 @@ class HandedOut:
     """Images that Next Sample gave to somebody who then asks for the file without a token, as Slicer does.
 
     Slicer's SampleData module downloads with no headers at all. So the address that a logged-in annotator called from
-    may fetch that one image, a few times, for some minutes.
+    may fetch that one image, a few times, for some minutes, and no longer than that annotator's own token is good.
     """
 
     _SECONDS = 300.0
@@ -122,21 +122,21 @@ class HandedOut:
         self._clock = clock
         self._held: OrderedDict[tuple[str, str], tuple[str, float, int]] = OrderedDict()
 
-    def add(self, address: str, image: str, user: User) -> None:
-        """Let an address fetch an image in a user's name."""
+    def add(self, address: str, image: str, token: str) -> None:
+        """Let an address fetch an image as if it sent a token."""
         self._held.pop((address, image), None)
-        self._held[address, image] = (user.name, self._clock() + self._SECONDS, self._TIMES)
+        self._held[address, image] = (token, self._clock() + self._SECONDS, self._TIMES)
         if len(self._held) > self._MOST:
             self._held.popitem(last=False)
 
     def take(self, address: str, image: str) -> str | None:
-        """Return in whose name an address may fetch an image now, or None."""
-        name, until, times = self._held.pop((address, image), ("", 0.0, 0))
+        """Return the token with which an address may fetch an image now, or None."""
+        token, until, times = self._held.pop((address, image), ("", 0.0, 0))
         if until <= self._clock():
             return None
         if times > 1:
-            self._held[address, image] = (name, until, times - 1)
-        return name
+            self._held[address, image] = (token, until, times - 1)
+        return token
 
 
 class Login:
@@ -179,7 +179,7 @@ class Login:
             return None
         headers = Headers(scope=scope)
         try:
-            caller.user = self.gate.user_of(headers) or self._without_token(scope, headers, caller.address)
+            caller.user = self.gate.user_of(headers) or self._without_token(scope, headers, caller)
         except InvalidUsers as error:
             logger.error("Nobody can log in: %s", error)
             return JSONResponse({"detail": OUT_OF_ORDER}, 503)
@@ -193,25 +193,29 @@ class Login:
     def _handing_out(self, scope: Scope, caller: Caller, send: Send) -> Send:
         """Return ``send``, or for Next Sample one that lets the caller fetch the image that the answer names."""
         route = offered(scope["method"], scope["path"])
-        user = caller.user
-        if route is None or route.path != _SAMPLE or user is None:
+        token = token_of(Headers(scope=scope))
+        if route is None or route.path != _SAMPLE or caller.user is None:
             return send
 
         async def sending(message: Message) -> None:
             # The endpoint has noted it; before the answer leaves, for the next request may come at once.
             image = caller.done.get("image")
             if message["type"] == "http.response.start" and message["status"] == 200 and isinstance(image, str):
-                self.gate.handed_out.add(caller.address, image, user)
+                self.gate.handed_out.add(caller.address, image, token)
             await send(message)
 
         return sending
 
-    def _without_token(self, scope: Scope, headers: Headers, address: str) -> User | None:
+    def _without_token(self, scope: Scope, headers: Headers, caller: Caller) -> User | None:
         if scope["method"] != "GET" or scope["path"] != _IMAGE or token_of(headers):
             return None
         images = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True).get("image", [])
-        name = self.gate.handed_out.take(address, images[0]) if len(images) == 1 else None
-        return self.gate.users.all().get(name) if name is not None else None
+        token = self.gate.handed_out.take(caller.address, images[0]) if len(images) == 1 else None
+        user = self.gate.tokens.user(token) if token is not None else None
+        if user is not None:
+            # Whoever is at the address may have sent it, not only that user.
+            caller.done["without_token"] = True
+        return user
 
 
 def token_of(headers: Headers) -> str:
