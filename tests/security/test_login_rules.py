@@ -228,6 +228,23 @@ def test_a_logout_outlives_its_server(tmp_path: Path) -> None:
     assert (tmp_path / "users.json.ended").stat().st_mode & 0o777 == 0o600
 
 
+def test_a_role_that_is_changed_back_revives_no_token(tmp_path: Path) -> None:
+    users = make_users(tmp_path / "users.json")
+    # As it was written before changes were counted.
+    old = json.loads(users.path.read_text())
+    for user in old["users"].values():
+        user.pop("changes", None)
+    users.path.write_text(json.dumps(old))
+    tokens = Tokens(Users(users.path))
+    token = tokens.make(users.named("ada"))
+    assert tokens.user(token) is not None
+    users.set_role("ada", "reader")
+    users.set_role("ada", "admin")
+    for later in (tokens, Tokens(Users(users.path))):
+        assert later.user(token) is None
+    assert tokens.user(tokens.make(users.named("ada"))) is not None
+
+
 def test_logouts_are_forgotten_with_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = EndedTokens(tmp_path / "ended")
     ended.add("old", time.time() - 1)

@@ -12,7 +12,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bcrypt
@@ -55,11 +55,13 @@ class User:
         name: as the login and every record of their work show it.
         role: one of ``ROLES``.
         password: bcrypt's hash of the prepared password.
+        changes: how often role or password were changed, so that a role that is changed back is not the earlier state.
     """
 
     name: str
     role: str
     password: str
+    changes: int = 0
 
 
 class Users:
@@ -130,12 +132,12 @@ class Users:
     def set_password(self, name: str, password: str) -> None:
         """Change a password; the user's earlier tokens end at once."""
         hashed = _hashed(password)
-        self._change(lambda users: self._replace(users, name, lambda user: User(user.name, user.role, hashed)))
+        self._change(lambda users: self._replace(users, name, lambda user: replace(user, password=hashed)))
 
     def set_role(self, name: str, role: str) -> None:
         """Change a role; the user's earlier tokens end at once."""
         _checked_role(role)
-        self._change(lambda users: self._replace(users, name, lambda user: User(user.name, role, user.password)))
+        self._change(lambda users: self._replace(users, name, lambda user: replace(user, role=role)))
 
     def secret(self) -> bytes:
         """Return the key that signs the tokens, which is made at the first call and kept beside the users."""
@@ -164,15 +166,16 @@ class Users:
         return user
 
     def _replace(self, users: dict[str, User], name: str, changed: Callable[[User], User]) -> None:
-        user = changed(self._known(users, name))
-        users[user.name] = user
+        before = self._known(users, name)
+        users[before.name] = replace(changed(before), changes=before.changes + 1)
 
     def _change(self, change: Callable[[dict[str, User]], object]) -> None:
         try:
             with self._locked():
                 users = dict(self.all())
                 change(users)
-                listed = {user.name: {"role": user.role, "password": user.password} for user in users.values()}
+                kept = ("role", "password", "changes")
+                listed = {user.name: {key: getattr(user, key) for key in kept} for user in users.values()}
                 text = json.dumps({"version": 1, "users": listed}, indent=1)
                 write_text(self.path, text + "\n", mode=_OWNER_ONLY)
         except OSError as error:
@@ -255,12 +258,18 @@ def _checked_role(role: str) -> str:
 def _parsed(content: bytes, path: Path) -> dict[str, User]:
     try:
         listed = json.loads(content)["users"]
-        users = {name: User(name, item["role"], item["password"]) for name, item in listed.items()}
+        users = {
+            # A file from before changes were counted has none.
+            name: User(name, item["role"], item["password"], item.get("changes", 0))
+            for name, item in listed.items()
+        }
         for user in users.values():
             checked_name(user.name)
             _checked_role(user.role)
             if not _HASH.fullmatch(user.password):
                 raise ValueError(f"user {user.name!r} has no hash of a password")
+            if type(user.changes) is not int:
+                raise ValueError(f"the changes of user {user.name!r} are no number")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(
