@@ -510,6 +510,7 @@ def test_no_start_on_the_network_without_a_user(tmp_path: Path, host: str) -> No
 @pytest.mark.usefixtures("clean")
 def test_no_start_with_a_damaged_users_file_or_the_stock_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users.json").write_text("{")
+    (tmp_path / "users.json").chmod(0o600)
     result = CliRunner().invoke(app, [*serve_command(tmp_path, CONF)[1:], "--users", str(tmp_path / "users.json")])
     assert result.exit_code == 2
     assert "is damaged" in result.output

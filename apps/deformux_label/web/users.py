@@ -31,6 +31,12 @@ _IN_NAMES = "._@+- "
 _LONGEST_NAME = 64
 # Who works without a login is called so, in leases and revisions.
 _RESERVED = ("anonymous",)
+# Letters and marks that are drawn as nothing: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+# Alphabets of which many letters look the same: a name has letters of one of them.
+_ALIKE = ("ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN", "LISU")
 _LEAST_PASSWORD = 8
 _LONGEST_PASSWORD = 1_000
 _ROUNDS = 12
@@ -85,17 +91,18 @@ class Users:
         """Return the users by name.
 
         Raises:
-            InvalidUsers: the file cannot be read, is damaged, or may be changed by others.
+            InvalidUsers: the file cannot be read, is damaged, or may be read or changed by others.
         """
         try:
             status = self.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode)
             if self._seen is not None and self._seen[0] == version:
                 return self._seen[1]
-            if status.st_mode & 0o022:
+            if status.st_mode & 0o077:
+                # Hashes that others can read are passwords that others can guess, as fast as their machines are.
                 raise InvalidUsers(
-                    f"the users file {self.path} may be changed by others (mode {status.st_mode & 0o777:o}); make it "
-                    f"yours alone with chmod 600 {self.path}"
+                    f"the users file {self.path} may be read or changed by others (mode {status.st_mode & 0o777:o}); "
+                    f"make it yours alone with chmod 600 {self.path}"
                 )
             users = _parsed(self.path.read_bytes(), self.path)
         except FileNotFoundError:
@@ -118,7 +125,7 @@ class Users:
 
         def change(users: dict[str, User]) -> None:
             for present in users:
-                if present.casefold() == user.name.casefold():
+                if _folded(present) == _folded(user.name):
                     raise InvalidUsers(f"there is a user {present!r} already; remove it first, or take another name")
             users[user.name] = user
 
@@ -210,15 +217,35 @@ def verified(user: User | None, password: str) -> bool:
 def checked_name(name: str) -> str:
     """Return the name of a new user, in one Unicode form; raises InvalidUsers."""
     normal = unicodedata.normalize("NFC", name)
-    letters = all(character in _IN_NAMES or unicodedata.category(character)[0] in "LMN" for character in normal)
-    if not (letters and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
-        normal.casefold() in _RESERVED
+    good = all(character in _IN_NAMES or _is_shown(character) for character in normal)
+    if not (good and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
+        _folded(normal) in _RESERVED
     ):
         raise InvalidUsers(
-            f"a user name is 1 to {_LONGEST_NAME} letters, digits and . _ @ + - with blanks only inside, and not "
-            f"{_RESERVED[0]!r}; got {ascii(name)[:80]}"
+            f"a user name is 1 to {_LONGEST_NAME} visible letters, digits and . _ @ + - with blanks only inside, and "
+            f"not {_RESERVED[0]!r}; got {ascii(name)[:80]}"
+        )
+    if len(alike := {alphabet for character in normal if (alphabet := _alphabet(character)) in _ALIKE}) > 1:
+        raise InvalidUsers(
+            f"a user name has letters of one of {', '.join(sorted(alike))} only, which look alike; got "
+            f"{ascii(name)[:80]}"
         )
     return normal
+
+
+def _is_shown(character: str) -> bool:
+    """Whether a character is a letter, mark or digit that one sees."""
+    return unicodedata.category(character)[0] in "LMN" and not _INVISIBLE.fullmatch(character)
+
+
+def _folded(name: str) -> str:
+    """What two names have in common that differ in capitals or in the width or style of letters only."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _alphabet(character: str) -> str:
+    """The first word of a letter's name, such as LATIN; empty for what is no letter."""
+    return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
 
 
 def checked_password(password: str) -> str:
