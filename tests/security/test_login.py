@@ -250,17 +250,27 @@ def test_work_is_kept_in_the_name_of_the_login(
         )
         assert answer.status_code == 200, answer.text
 
-    submit("anna", **{**spoof, "client_id": "two"})
+    forged = {"annotator": "ada", "model_version": "v0999", "model": "mine", "revision": "77", "restored_from": "5"}
+    submit("anna", **{**spoof, "client_id": "two"}, **forged)
     submit("andy", client_id="anna")
     query = {"image": sample, "revision": 1, "client_id": "anna"}
     restored = call(server, "POST", "/deformux/labels/restore", tokens["rob"], params=query)
     assert restored.json()["annotator"] == "rob"
     # What others say about a label does not make it theirs.
     label = {"label": sample, "tag": "final"}
-    claim = {"info": json.dumps({**spoof, "user": "andy", "note": "fine"})}
+    claim = {"info": json.dumps({**spoof, **forged, "user": "andy", "note": "fine"})}
     assert call(server, "PUT", "/datastore/label/info", tokens["andy"], params=label, data=claim).ok
     known = call(server, "GET", "/datastore/label/info", tokens["rita"], params=label).json()
     assert (known["user"], known["note"]) == ("rob", "fine")
+    assert {name: known.get(name) for name in forged} == {
+        **dict.fromkeys(forged),
+        "revision": 3,
+        "model_version": "v0001",
+    }
+    claim = {"info": json.dumps({"user": "ada", "annotator": "ada", "seen": True})}
+    assert call(server, "PUT", "/datastore/image/info", tokens["andy"], params={"image": sample}, data=claim).ok
+    known = call(server, "GET", "/datastore/image/info", tokens["rita"], params={"image": sample}).json()
+    assert (known.get("user"), known.get("annotator"), known["seen"]) == (None, None, True)
     gone = call(server, "DELETE", "/datastore/label", tokens["rob"], params={"id": sample, "tag": "final"})
     assert gone.status_code == 200
     history = call(server, "GET", "/deformux/labels/revisions", tokens["rita"], params={"image": sample}).json()

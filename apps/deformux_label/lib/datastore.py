@@ -25,7 +25,7 @@ from .requests.identifiers import checked_image_id, checked_revision, checked_ta
 from .revisions import Revision, checksum
 from .store.changes import Change
 from .store.label_names import looked_for, mapped_info, write_mapped
-from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, said
+from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said
 from .store.listed_studies import ListedStudies
 from .store.studies_folder import StudiesError
 from .store.uploads import checked_info, checked_suffix, refuse_taken
@@ -273,7 +273,7 @@ class CheckedDatastore(ListedStudies):
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a label; what was looked for is said when it is submitted."""
         # Whose work a label is does not change with what others say about it.
-        more = {key: value for key, value in said(checked_info(info)).items() if key not in ("client_id", "user")}
+        more = {key: value for key, value in claimed(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):

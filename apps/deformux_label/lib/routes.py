@@ -29,6 +29,7 @@ from .requests.options import CLIENT_OPTIONS, refuse_unknown
 from .requests.uploads import stored_upload
 from .server_routes import about_router, scoring_router
 from .sessions import Sessions
+from .store.label_states import claimed
 from .strategies.choose import ADDRESS
 from .training_queue import AlreadyTraining, TrainingQueue
 from .upload_routes import MOST_INFO_BYTES, datastore_router, session_router
@@ -178,8 +179,8 @@ def _labels(app: App) -> APIRouter:
         user: User = _ANNOTATOR,
     ) -> Any:
         info = _with_client(json_object(params, most=MOST_INFO_BYTES))
-        info = with_login(info)
-        info.setdefault("model_version", app.started_from(annotator_of(info), image))
+        info = with_login(claimed(info))
+        info["model_version"] = app.started_from(annotator_of(info), image)
         tag = tag or _FINAL
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), tag, info)
         answer = app.on_save_label(image, saved)
