@@ -98,7 +98,7 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
 
     label = {"image": case.id, "tag": "final"}
     did("POST", "/activelearning/first", {"what": "lease image", "image": case.id}, json={"client_id": "eve"})
-    did("DELETE", f"/deformux/leases?image={case.id}", {"what": "release image", "image": case.id})
+    did("DELETE", f"/deformux/leases?image={case.id}", {"what": "release image", "image": case.id, "annotator": "eve"})
     submitted = {"what": "submit label", "image": case.id, "revision": 1, "annotator": "eve"}
     data = {"params": json.dumps({"client_id": "eve"})}
     files = {"label": ("label.nii.gz", case.label.read_bytes())}

@@ -280,6 +280,27 @@ def test_work_is_kept_in_the_name_of_the_login(
     assert call(server, "GET", "/deformux/versions", tokens["rita"]).json()["history"][-1]["by"] == "ada"
 
 
+def test_an_annotator_ends_no_other_ones_lease(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    def sample(name: str) -> str:
+        return call(server, "POST", "/activelearning/random", tokens[name], json={}).json()["id"]
+
+    def end(name: str, image: str) -> int:
+        return call(server, "DELETE", "/deformux/leases", tokens[name], params={"image": image}).status_code
+
+    def holders() -> dict[str, str]:
+        leases = call(server, "GET", "/deformux/leases", tokens["rita"]).json()["leases"]
+        return {lease["image"]: lease["annotator"] for lease in leases}
+
+    robs, annas = sample("rob"), sample("anna")
+    assert end("anna", robs) == 403
+    assert end("andy", annas) == 403
+    assert (holders()[robs], holders()[annas]) == ("rob", "anna")
+    assert end("rob", annas) == 200
+    assert end("rob", robs) == 200
+    assert end("anna", sample("anna")) == 200
+    assert end("ada", sample("andy")) == 200
+
+
 def test_a_reader_stores_nothing(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
     def infer(**params: Any) -> Any:
         files = {"params": (None, json.dumps(params))}
