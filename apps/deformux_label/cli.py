@@ -17,6 +17,7 @@ from rich.table import Table
 
 from deformux_label.cli_admin import audit, users_app
 from deformux_label.cli_support import open_studies, print_table, refuse
+from deformux_label.command_log import recorded
 from deformux_label.studies_cli import studies_app
 
 __all__ = ["app", "app_folder"]
@@ -73,7 +74,9 @@ def restore_label(
     from fastapi import HTTPException
 
     try:
-        restored = open_studies(studies).restore_label(image, revision, getpass.getuser(), tag)
+        with recorded(studies, "restore label") as done:
+            restored = open_studies(studies).restore_label(image, revision, getpass.getuser(), tag)
+            done |= {"image": image, "tag": tag}
     except HTTPException as error:
         refuse(error.detail)
     typer.echo(f"Revision {revision} of image {image} is the current label again, as revision {restored.number}.")

@@ -110,7 +110,8 @@ def audit(
     """Show who did what and when, oldest first.
 
     The log of a project is audit.jsonl in its state folder. With --studies, those of all projects of that folder, which
-    have different labels, are found by the path that each start of a server notes, and shown as one.
+    have different labels, are found by the path that each start of a server notes, and shown as one, with the log in
+    the studies of what commands did before there was a project.
     """
     from deformux_label.web.audit import read_log
 
@@ -170,13 +171,10 @@ def _password(from_stdin: bool) -> str:
 
 
 def _logs_of(studies: Path) -> list[Path]:
-    """The logs whose last server start was on this folder."""
     from deformux_label.cli import app_folder
-    from deformux_label.web.audit import read_log
+    from deformux_label.command_log import logs_of
 
-    place = str(studies.resolve())
-    logs = sorted((app_folder() / "model").glob("*/audit.jsonl"))
-    found = [log for log in logs if any(record.values.get("studies") == place for record in read_log(log)[0])]
+    found = logs_of(studies)
     if not found:
         refuse(f"no audit log of the studies {str(studies)!r} was found in {app_folder() / 'model'}; give --state")
     return found

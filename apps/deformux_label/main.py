@@ -18,7 +18,7 @@ from lib.batch_inference import BatchInferences, images_of, run_batch
 from lib.checks import checked_device, find_image, inference_options, known
 from lib.configs.project import InvalidOption, Project
 from lib.configs.server import SERVER_OPTIONS, ServerOptions
-from lib.datastore import CheckedDatastore, StudiesError
+from lib.datastore import UNCERTAINTY_TAG, CheckedDatastore, StudiesError
 from lib.infers.edit import Edit
 from lib.infers.scribbles import all_scribble_tasks
 from lib.infers.segmentation import Segmentation
@@ -49,8 +49,9 @@ from monailabel.utils.async_tasks.utils import processes
 
 from deformux.data.header import MAX_VOXELS_VARIABLE
 from deformux.versions import ModelVersions
-from deformux_label.web.caller import note, require, with_login
-from deformux_label.web.install import install_login
+from deformux_label.web.audit import AuditLog
+from deformux_label.web.caller import Caller, calling, note, require, with_login
+from deformux_label.web.install import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,8 @@ class DeformUXLabel(MONAILabelApp):
         image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
         if options["save_label"]:
             require("annotator", "storing a segmentation (save_label)")
+        if options["uncertainty"] and image_id is not None:
+            require("annotator", "storing where the model is unsure (uncertainty)")
         if options["save_label"] and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         if hasattr(task, "options"):
@@ -193,7 +196,9 @@ class DeformUXLabel(MONAILabelApp):
         keep = self.uploads is None or not Path(path).resolve().is_relative_to(self.uploads.resolve())
         options |= {"image": path, "image_id": image_id, "keep": keep}
         file, params = task({"model": model, "description": task.description, **options})
-        store_uncertainty(datastore, image_id, params)
+        with_map = store_uncertainty(datastore, image_id, params)
+        if with_map:
+            note(what="store uncertainty map", image=image_id, tag=UNCERTAINTY_TAG, version=params["model_version"])
         if image_id is not None and "model_version" in params:
             self._proposals[annotator_of(request), image_id] = params["model_version"]
             while len(self._proposals) > _REMEMBERED_PROPOSALS:
@@ -202,7 +207,8 @@ class DeformUXLabel(MONAILabelApp):
         if options["save_label"] and image_id is not None:
             info = with_login({"model": model, "params": params})
             label = datastore.save_label(image_id, file, options["label_tag"], info)
-            note(what="store segmentation", image=image_id, tag=options["label_tag"], version=params["model_version"])
+            stored = {"tag": options["label_tag"], "version": params["model_version"]}
+            note(what="store segmentation", image=image_id, **stored, uncertainty_map=with_map or None)
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def check_batch_inference(self, model: str) -> None:
@@ -227,8 +233,13 @@ class DeformUXLabel(MONAILabelApp):
         options = {key: request[key] for key in given}
         options |= {"save_label": True, "label_tag": DefaultLabelTag.ORIGINAL.value}
 
+        log = AuditLog(self.state_folder / AUDIT_FILE)
+        who = {"user": request.get("user"), "address": "batch inference", "task": request.get("task_id")}
+
         def infer(image: str) -> None:
-            result = self.infer({**options, "image": image}, studies)
+            with calling(Caller()) as caller:
+                result = self.infer({**options, "image": image}, studies)
+            log.record(**{**who, **caller.done})
             Path(result["file"]).unlink(missing_ok=True)
 
         return run_batch(self.state_folder, request.get("task_id"), images_of(studies, request), infer)

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from deformux_label.cli_support import open_studies, print_table, refuse, shown
+from deformux_label.command_log import recorded
 
 __all__ = ["studies_app"]
 
@@ -64,7 +65,9 @@ def restore(
     from fastapi import HTTPException
 
     try:
-        image = open_studies(studies).bring_back(name, getpass.getuser())
+        with recorded(studies, "restore from trash") as done:
+            image = open_studies(studies).bring_back(name, getpass.getuser())
+            done |= {"image": image, "trash": name}
     except HTTPException as error:
         refuse(error.detail)
     typer.echo(f"Image {image} is back.")

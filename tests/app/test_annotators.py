@@ -167,7 +167,9 @@ def check_labels(server: LiveServer, cohort: Cohort) -> None:
         query = {"label": case, "tag": "final"}
         current = requests.get(f"{server.url}/datastore/label", params=query, timeout=60)
         assert voxels_of(current.content) == kept[-1][1]
-        assert [revision["model_version"] is not None for revision in listed] == [True] * len(listed)
+        # Who submitted without a look at a proposal started from none, whatever their client says.
+        blind = ("early", "anna", "ben")
+        assert all((r["model_version"] is None) == (r["annotator"] in blind) for r in listed)
     assert sorted(kept) == sorted((case, voxels % 4000, name) for case, voxels, name in cohort.submitted)
 
 

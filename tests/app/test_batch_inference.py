@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import requests
-from live import LABELS, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
+from live import APP, LABELS, LiveServer, project_of, publish_untrained, serve_command, wait_for, write, write_volume
 
 from deformux_label.lib.batch_inference import images_of
 from deformux_label.lib.datastore import CheckedDatastore
@@ -123,6 +124,12 @@ def test_an_empty_body_segments_every_volume_that_can_be_read(server: LiveServer
     revisions = requests.get(f"{server.url}/deformux/labels/revisions", params={"image": "b"}, timeout=60).json()
     assert len(revisions["revisions"]) == 1
     assert status(server, check_if_running="true").status_code == 404
+    log = project_of(CONF).state_folder(APP, str(studies)) / "audit.jsonl"
+    recorded = [line for line in map(json.loads, log.read_text().splitlines()) if line["what"] == "store segmentation"]
+    assert [line["image"] for line in recorded] == sorted(CASES)
+    for line in recorded:
+        assert (line["tag"], line["version"], line["task"]) == ("original", "v0001", started.json()["id"])
+        assert line["address"] == "batch inference"
     assert "ZeroDivisionError" not in server.log.read_text()
 
 

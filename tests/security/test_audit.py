@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import signal
@@ -25,7 +26,8 @@ from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users
 
 # They change nothing that outlives the request, or what they change is recorded where the app does it.
-_NOT_RECORDED = {"/infer/segmentation", "/infer/{model}", "/session/", "/session/{session_id}"}
+_NOT_RECORDED = {"/infer/segmentation", "/infer/{model}"}
+_NOT_RECORDED |= {"/auth/token", "/auth/login", "/auth/logout"}
 
 
 def test_every_change_is_recorded() -> None:
@@ -96,13 +98,13 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
 
     label = {"image": case.id, "tag": "final"}
     did("POST", "/activelearning/first", {"what": "lease image", "image": case.id}, json={"client_id": "eve"})
-    did("DELETE", f"/deformux/leases?image={case.id}", {"what": "release image", "image": case.id})
+    did("DELETE", f"/deformux/leases?image={case.id}", {"what": "release image", "image": case.id, "annotator": "eve"})
     submitted = {"what": "submit label", "image": case.id, "revision": 1, "annotator": "eve"}
     data = {"params": json.dumps({"client_id": "eve"})}
     files = {"label": ("label.nii.gz", case.label.read_bytes())}
     did("PUT", f"/datastore/label?image={case.id}", submitted, data=data, files=files)
     query = f"image={case.id}&revision=1&client_id=rob"
-    restored = {"what": "restore label", "image": case.id, "revision": 2, "annotator": "rob"}
+    restored = {"what": "restore label", "image": case.id, "revision": 2, "restored_from": 1, "annotator": "rob"}
     did("POST", f"/deformux/labels/restore?{query}", restored)
     did("GET", f"/datastore/label?label={case.id}&tag=final", {"what": "download label", **label})
     did("DELETE", f"/datastore/label?id={case.id}&tag=final", {"what": "delete label", **label, "revision": 3})
@@ -119,10 +121,75 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
     params = {"params": (None, json.dumps({"save_label": True}))}
     stored = {"what": "store segmentation", "image": case.id, "tag": "original", "version": "v0001"}
     did("POST", f"/infer/segmentation?image={case.id}", stored, files=params)
+    params = {"params": (None, json.dumps({"uncertainty": "on"}))}
+    unsure = {"what": "store uncertainty map", "image": case.id, "tag": "uncertainty", "version": "v0001"}
+    did("POST", f"/infer/segmentation?image={case.id}", unsure, files=params)
+    upload = {"files": ("patient.nii.gz", case.image.read_bytes())}
+    created = requests.put(f"{server.url}/session/", files=upload, timeout=60).json()["session_id"]
+    assert last(log) == {**here, "what": "upload session image", "session": created}
+    did("GET", f"/session/{created}?image=true", {"what": "download session image", "session": created})
+    did("DELETE", f"/session/{created}", {"what": "delete session image", "session": created})
+    did("GET", "/logs/", {"what": "read server log"})
     before = len(lines(log))
     requests.get(f"{server.url}/info/", timeout=30)
     requests.post(f"{server.url}/infer/segmentation?image={case.id}", files={"params": (None, "{}")}, timeout=60)
     assert len(lines(log)) == before, "nothing was changed"
+
+
+@pytest.mark.parametrize(
+    ("method", "query"),
+    [
+        ("DELETE", "/datastore/image?id=a&id=b"),
+        ("DELETE", "/datastore/image?id=a&%69d=b"),
+        ("POST", "/deformux/labels/restore?image=a&image=b&revision=5&revision=1"),
+        ("GET", "/datastore/label?label=..&tag=original&tag=final&revision=77"),
+        ("GET", "/datastore/image?image=&image=case_1"),
+        ("POST", "/auth/logout?a=1&a="),
+    ],
+)
+def test_a_parameter_that_comes_twice_is_refused(server: LiveServer, log: Path, method: str, query: str) -> None:
+    before = len(lines(log))
+    answer = requests.request(method, f"{server.url}{query}", timeout=30, allow_redirects=False)
+    assert answer.status_code == 400
+    assert "more than once" in answer.json()["detail"]
+    assert len(lines(log)) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "query", "expected"),
+    [
+        ("DELETE", "/datastore/label?id=a&tag=final&image=c", {"image": "a", "tag": "final"}),
+        ("DELETE", "/datastore/image?id=a&image=c&label=d&tag=final&revision=7", {"image": "a"}),
+        ("GET", "/datastore/label?label=a&tag=final&image=c&id=d", {"image": "a", "tag": "final"}),
+        ("GET", "/datastore/image?image=a&label=c&tag=final", {"image": "a"}),
+        ("PUT", "/datastore/label/info?label=a&tag=final&image=c", {"image": "a", "tag": "final"}),
+        ("DELETE", "/deformux/leases?image=a&id=c", {"image": "a"}),
+        ("POST", "/deformux/labels/restore?image=a&revision=5&label=c", {"image": "a", "revision": "5"}),
+        ("DELETE", "/train/?image=c", {}),
+    ],
+)
+def test_only_what_the_endpoint_reads_is_recorded(
+    server: LiveServer, log: Path, method: str, query: str, expected: dict[str, str]
+) -> None:
+    before = len(lines(log))
+    requests.request(method, f"{server.url}{query}", timeout=60)
+    assert len(lines(log)) == before + 1
+    line = last(log)
+    assert {key: line[key] for key in ("image", "tag", "revision") if key in line} == expected
+
+
+def test_the_log_knows_each_routes_own_parameters(server: LiveServer) -> None:
+    paths = requests.get(f"{server.url}/openapi.json", timeout=30).json()["paths"]
+    seen = 0
+    for (method, path), act in AUDITED.items():
+        operation = paths.get(path, {}).get(method.lower())
+        if operation is None:
+            continue
+        declared = {item["name"] for item in operation.get("parameters", ()) if item["in"] == "query"}
+        read = {name for name in (act.image, *act.more) if name is not None}
+        assert read == declared & {"image", "id", "label", "tag", "revision"}, (method, path)
+        seen += bool(read)
+    assert seen >= 10
 
 
 @pytest.mark.parametrize("name", ["x" * 5_000, "%ed%a0%80", "a%0a%7b%22what%22:1%7d", "%1b[2J", "../../secret", "%00"])
@@ -139,6 +206,33 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
     shown = CliRunner().invoke(app, ["audit", "--state", str(log.parent)])
     assert shown.exit_code == 0
     assert "\x1b[2J" not in shown.output
+
+
+@pytest.mark.usefixtures("unwatched")
+def test_what_commands_restore_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
+    studies = case.image.parent
+    who = {"user": getpass.getuser(), "address": "command line"}
+
+    def did(arguments: list[str], expected: dict[str, Any]) -> None:
+        before = len(lines(log))
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert len(lines(log)) == before + 1
+        assert last(log) == {**who, **expected}
+
+    restored = {"what": "restore label", "image": case.id, "tag": "final", "restored_from": 1, "revision": 4}
+    did(
+        ["labels", "restore", "--studies", str(studies), case.id, "1"],
+        {**restored, "annotator": getpass.getuser()},
+    )
+    trash = sorted(entry.name for entry in (studies / ".deformux" / "trash").iterdir() if "second" in entry.name)
+    back = {"what": "restore from trash", "image": "second", "trash": trash[0]}
+    did(["studies", "restore", "--studies", str(studies), trash[0]], back)
+    before = lines(log)
+    for refused in (["labels", "restore", case.id, "99"], ["studies", "restore", "none"]):
+        assert CliRunner().invoke(app, [*refused, "--studies", str(studies)]).exit_code == 2
+    assert lines(log) == before
+    assert not (studies / ".deformux" / "audit.jsonl").exists()
 
 
 def test_the_command_finds_the_log_by_the_studies(server: LiveServer, log: Path, case: Volume, tmp_path: Path) -> None:
@@ -193,6 +287,49 @@ def test_a_first_user_closes_a_server_that_runs(server: LiveServer, log: Path, u
     assert token not in log.read_text()
     commands = CliRunner().invoke(app, ["audit", "--users", str(users.path), "--json"]).output.splitlines()
     assert [json.loads(line)["what"] for line in commands] == ["add user", "change role", "remove user"]
+
+
+def test_a_stranger_adds_nothing(server: LiveServer, log: Path, users: Users) -> None:
+    def post(path: str, status: int, **more: Any) -> None:
+        answer = requests.post(f"{server.url}{path}", timeout=30, allow_redirects=False, **more)
+        assert answer.status_code == status, answer.text
+
+    users.add("mia", "reader", password("mia"))
+    mia = log_in(server, "mia").json()["access_token"]
+    before = lines(log)
+    assert before[-1]["what"] == "log in"
+    emoji = {"image": "\U0001f600" * 200, "tag": "\U0001f600" * 200}
+    for headers in ({}, bearer("forged"), {"Cookie": "deformux-label=forged"}):
+        post("/auth/logout", 303, params=emoji, headers=headers)
+    post("/auth/token?image=c1", 422)
+    post("/auth/token?image=c1", 422, data={"username": "mia"})
+    post("/auth/token?image=c1", 422, json={"username": "mia", "password": "x" * 8})
+    post("/auth/token?image=c1", 422, data={"username": "x" * 5_000, "password": "x" * 8})
+    post("/auth/login?image=c1", 422, data={"password": "x" * 8})
+    post("/auth/login?image=c1", 400, data=b"x", headers={"Content-Type": "multipart/form-data; boundary="})
+    page = {"Accept": "text/html"}
+    for headers in (page, bearer("forged"), {**page, **bearer("forged")}):
+        answer = requests.get(
+            f"{server.url}/datastore/image", params=emoji, headers=headers, timeout=30, allow_redirects=False
+        )
+        assert answer.status_code in (303, 401)
+    kept = users.path.read_bytes()
+    try:
+        for damaged in (b"{", b"[" * 100_000, kept.replace(b"$12$", b"$99$")):
+            users.path.write_bytes(damaged)
+            refused = requests.delete(f"{server.url}/datastore/image?id=a", headers=bearer(mia), timeout=30)
+            assert refused.status_code == 503
+            assert log_in(server, "mia").status_code == 503
+    finally:
+        users.path.write_bytes(kept)
+    assert lines(log) == before
+    # Who has a token is recorded, once, and without what the query says.
+    for _ in range(3):
+        post("/auth/logout?image=c1&tag=final&revision=1", 303, headers=bearer(mia))
+    assert len(lines(log)) == len(before) + 1
+    here = {"status": 303, "address": "127.0.0.1"}
+    assert last(log) == {**here, "what": "log out", "user": "mia", "role": "reader"}
+    users.remove("mia")
 
 
 def test_the_end_is_recorded(server: LiveServer, log: Path) -> None:

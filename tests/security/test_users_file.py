@@ -19,6 +19,9 @@ from deformux_label.web.offered import ROLES
 from deformux_label.web.users import InvalidUsers, Users, may, verified
 
 PASSWORD = "correct horse"
+# Of the property Default_Ignorable_Code_Point in Unicode's DerivedCoreProperties.txt, one of each range.
+INVISIBLE = "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180d\u180e\u180f\u200b\u200d\u202e\u2060\u2065\u3164"
+INVISIBLE += "\ufe00\ufe0f\ufeff\uffa0\ufff0\U0001bca0\U0001d173\U000e0000\U000e0001\U000e0100\U000e01ef\U000e0fff"
 
 
 @pytest.fixture
@@ -94,7 +97,9 @@ def test_bad_names(users: Users, name: str) -> None:
     str(refused.value).encode()
 
 
-@pytest.mark.parametrize("name", ["anna", "Eva Müller", "a.b@klinik.example", "आनंद", "肝臓", "x" * 64])
+@pytest.mark.parametrize(
+    "name", ["anna", "Eva Müller", "Анна", "Ελένη", "O4 肝臓", "a.b@klinik.example", "आनंद", "肝臓", "x" * 64]
+)
 def test_good_names(users: Users, name: str) -> None:
     assert users.add(name, "reader", PASSWORD).name == name
     assert list(Users(users.path).all()) == [name]
@@ -139,12 +144,20 @@ for name in {names[4:]!r}:
         '{"users": {"an/na": {"role": "admin", "password": "HASH"}}}',
         '{"users": {"anna": null}}',
         "\ud800",
+        "[" * 100_000,
+        '{"users": {"anna": {"role": "admin", "password": "COST99"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "COST31"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "COST04"}}}',
+        '{"users": {"anna": {"role": "admin", "password": "SALT"}}}',
     ],
 )
 def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
     users.add("other", "admin", PASSWORD)
     known = json.loads(users.path.read_text())["users"]["other"]["password"]
-    users.path.write_bytes(content.replace("HASH", known).encode("utf-8", "surrogatepass"))
+    content = content.replace("HASH", known).replace("SALT", f"{known[:28]}z{known[29:]}")
+    for cost in ("99", "31", "04"):
+        content = content.replace(f"COST{cost}", known.replace("$12$", f"${cost}$"))
+    users.path.write_bytes(content.encode("utf-8", "surrogatepass"))
     with pytest.raises(InvalidUsers, match="is damaged") as refused:
         users.all()
     assert "\n" not in str(refused.value)
@@ -153,14 +166,56 @@ def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
     assert output.startswith("deformux-label: the users file")
     with pytest.raises(InvalidUsers, match="is damaged"):
         users.add("third", "admin", PASSWORD)
-    assert users.path.read_bytes() == content.replace("HASH", known).encode("utf-8", "surrogatepass")
+    assert users.path.read_bytes() == content.encode("utf-8", "surrogatepass")
 
 
-def test_a_file_that_others_may_change_is_not_believed(users: Users) -> None:
+def test_every_hash_that_is_accepted_can_be_checked(users: Users) -> None:
     users.add("anna", "annotator", PASSWORD)
-    users.path.chmod(0o660)
+    text = users.path.read_text()
+    known = users.all()["anna"].password
+    for last in "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789":
+        users.path.write_text(text.replace(known, f"$2b$12${'A' * 21}{last}{'A' * 31}"))
+        try:
+            # With the least cost, which says the same of the salt.
+            bcrypt.hashpw(b"x", f"$2b$04${'A' * 21}{last}".encode())
+        except ValueError:
+            with pytest.raises(InvalidUsers, match="is damaged"):
+                Users(users.path).all()
+        else:
+            assert list(Users(users.path).all()) == ["anna"]
+
+
+@pytest.mark.parametrize("mode", [0o660, 0o644, 0o640, 0o604, 0o602])
+def test_a_file_that_others_may_read_or_change_is_not_believed(users: Users, mode: int) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    users.path.chmod(mode)
     with pytest.raises(InvalidUsers, match="chmod 600"):
         users.all()
+    code, output = command("list", "--users", users.path)
+    assert (code, output.count("\n")) == (2, 1)
+    assert f"mode {mode:o}" in output
+    users.path.chmod(0o600)
+    assert list(users.all()) == ["anna"]
+
+
+@pytest.mark.parametrize("character", INVISIBLE)
+def test_no_name_holds_what_nobody_sees(users: Users, character: str) -> None:
+    for name in (f"an{character}na", f"anna{character}", character):
+        with pytest.raises(InvalidUsers, match="visible letters"):
+            users.add(name, "annotator", PASSWORD)
+
+
+@pytest.mark.parametrize("name", ["\u0430nna", "ann\u03b1", "\u0391nna", "a\u0578na"])
+def test_no_name_mixes_alphabets_that_look_alike(users: Users, name: str) -> None:
+    with pytest.raises(InvalidUsers, match="look alike"):
+        users.add(name, "annotator", PASSWORD)
+
+
+@pytest.mark.parametrize("name", ["Anna", "\uff41nna", "\U0001d41anna", "ANNA", "\uff21\uff2e\uff2e\uff21"])
+def test_no_name_is_another_one_written_otherwise(users: Users, name: str) -> None:
+    users.add("anna", "annotator", PASSWORD)
+    with pytest.raises(InvalidUsers, match=r"'anna' already|look alike"):
+        users.add(name, "admin", PASSWORD)
 
 
 @pytest.mark.parametrize("content", ["", "00", "g" * 64])

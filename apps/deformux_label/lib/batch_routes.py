@@ -10,6 +10,7 @@ from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
 
 from deformux_label.offloop import in_thread
+from deformux_label.web.caller import with_login
 
 from .batch_inference import BatchInferences, batch_options
 
@@ -33,7 +34,8 @@ def batch_router(app: _App) -> APIRouter:
     def run(model: str, images: str = "all", params: dict | None = None, run_sync: bool = False) -> Any:
         options = batch_options(images, params or {})
         app.check_batch_inference(model)
-        task = app.batches.start({**options, "model": model})
+        # Its process knows no login: by this the audit log says who had it stored.
+        task = app.batches.start(with_login({**options, "model": model}))
         return app.batches.wait(task["id"]) if run_sync else task
 
     def status(all: bool = False, check_if_running: bool = False) -> Any:

@@ -25,7 +25,7 @@ from .requests.identifiers import checked_image_id, checked_revision, checked_ta
 from .revisions import Revision, checksum
 from .store.changes import Change
 from .store.label_names import looked_for, mapped_info, write_mapped
-from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, said, unchecked
+from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
 from .store.listed_studies import ListedStudies
 from .store.studies_folder import StudiesError
 from .store.uploads import checked_info, checked_suffix, refuse_taken
@@ -134,7 +134,7 @@ class CheckedDatastore(ListedStudies):
                     image_file=file_of(image_id, entry),
                 )
                 info["revision"] = revision.number
-                note(revision=revision.number, annotator=revision.annotator)
+                note(revision=revision.number, annotator=revision.annotator, restored_from=restored_from)
             temporary = change.copy(file, self._label_file(image_id, tag, suffix))
             if previous is not None and previous.ext != suffix:
                 change.remove(self._label_file(image_id, tag, previous.ext))
@@ -289,7 +289,7 @@ class CheckedDatastore(ListedStudies):
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into what is known about a label; what was looked for is said when it is submitted."""
         # Whose work a label is does not change with what others say about it.
-        more = {key: value for key, value in said(checked_info(info)).items() if key not in ("client_id", "user")}
+        more = {key: value for key, value in claimed(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):

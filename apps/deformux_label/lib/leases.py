@@ -111,13 +111,19 @@ class Leases:
 
         return self._change(give)
 
-    def release(self, image: str) -> Lease | None:
-        """End the lease of a volume and return it; None where there was none."""
+    def release(self, image: str, *, check: Callable[[Lease], None] | None = None) -> Lease | None:
+        """End the lease of a volume and return it; None where there was none.
+
+        ``check`` gets the lease that would end, and raises where it must not.
+        """
         if image not in self.active():
             return None
 
         def end(db: sqlite3.Connection) -> Lease | None:
-            lease = self._held(db).drop(image)
+            held = self._held(db)
+            if check is not None and image in held.leases:
+                check(held.leases[image])
+            lease = held.drop(image)
             db.execute("DELETE FROM leases WHERE image = ?", (image,))
             return lease
 

@@ -14,7 +14,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from deformux.versions import ModelVersions
 from deformux_label.offloop import in_thread
 from deformux_label.web.api_pages import pages_router
-from deformux_label.web.caller import current_user, note, with_login
+from deformux_label.web.caller import current_user, note, require, with_login
 from deformux_label.web.opened_file import OpenedFile
 
 from .batch_inference import BatchInferences
@@ -22,13 +22,14 @@ from .batch_routes import batch_router
 from .configs.server import ServerOptions
 from .datastore import CheckedDatastore
 from .label_file import inference_router
-from .leases import Leases, annotator_of
+from .leases import Lease, Leases, annotator_of
 from .requests.identifiers import checked_revision, checked_text, checked_version
 from .requests.json_text import json_object
 from .requests.options import CLIENT_OPTIONS, refuse_unknown
 from .requests.uploads import stored_upload
 from .server_routes import about_router, scoring_router
 from .sessions import Sessions
+from .store.label_states import claimed
 from .strategies.choose import ADDRESS
 from .training_queue import AlreadyTraining, TrainingQueue
 from .upload_routes import MOST_INFO_BYTES, datastore_router, session_router
@@ -178,8 +179,8 @@ def _labels(app: App) -> APIRouter:
         user: User = _ANNOTATOR,
     ) -> Any:
         info = _with_client(json_object(params, most=MOST_INFO_BYTES))
-        info = with_login(info)
-        info.setdefault("model_version", app.started_from(annotator_of(info), image))
+        info = with_login(claimed(info))
+        info["model_version"] = app.started_from(annotator_of(info), image)
         tag = tag or _FINAL
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), tag, info)
         answer = app.on_save_label(image, saved)
@@ -220,9 +221,15 @@ def _leases(app: App) -> APIRouter:
         return {"leases": [asdict(lease) for lease in app.leases.active().values()]}
 
     def release(image: str, user: User = _ANNOTATOR) -> Any:
-        lease = app.leases.release(image)
+        def may_end(lease: Lease) -> None:
+            caller = current_user()
+            if caller is not None and lease.annotator != caller.name:
+                require("reviewer", "ending the lease of another annotator")
+
+        lease = app.leases.release(image, check=may_end)
         if lease is None:
             raise HTTPException(404, f"nobody has image {image!r}")
+        note(annotator=lease.annotator)
         return asdict(lease)
 
     router.add_api_route("", in_thread(active, threads=2), methods=["GET"])

@@ -14,11 +14,13 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
 from deformux_label.offloop import in_thread
+from deformux_label.web.caller import note, with_login
 from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.request_folder import request_folder
 
 from .requests.json_text import json_object
 from .requests.uploads import stored_upload
+from .store.label_states import claimed
 from .volume_sessions import VolumeSessions
 
 __all__ = ["MOST_INFO_BYTES", "datastore_router", "session_router"]
@@ -49,11 +51,12 @@ def datastore_router(app: _App) -> APIRouter:
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
         if not image:
             raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
-        info = json_object(params, most=MOST_INFO_BYTES)
+        info = with_login(claimed(json_object(params, most=MOST_INFO_BYTES)))
         return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
 
     def image_info(image: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
-        return app.datastore().update_image_info(image, json_object(info, name="info", most=MOST_INFO_BYTES))
+        more = claimed(json_object(info, name="info", most=MOST_INFO_BYTES))
+        return app.datastore().update_image_info(image, more)
 
     def label_info(label: str, tag: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
         return app.datastore().update_label_info(label, tag, json_object(info, name="info", most=MOST_INFO_BYTES))
@@ -118,16 +121,20 @@ def session_router(app: _App) -> APIRouter:
             raise HTTPException(400, "archives are not unpacked; send the volume itself, without uncompress")
         client = request.client.host if request.client else ""
         session = sessions().add(files, client=client, expiry_s=expiry)
+        note(session=session.id)
         return {"session_id": session.id, "session_info": session.to_json()}
 
     def show(session_id: str, update_ts: bool = False, image: bool = False, user: User = _USER) -> Any:
         session = sessions().find(session_id, touch=update_ts)
         if not image:
             return session.to_json()
+        note(what="download session image", session=session.id)
         return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:
-        return sessions().remove(session_id).to_json()
+        removed = sessions().remove(session_id).to_json()
+        note(session=session_id)
+        return removed
 
     router.add_api_route("/", in_thread(create, threads=4), methods=["PUT"])
     router.add_api_route("/{session_id}", in_thread(show, threads=4), methods=["GET"])

@@ -5,17 +5,25 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
-__all__ = ["Attempts", "TooManyAttempts"]
+from .at_home import AtHome, place_of
+
+__all__ = ["Attempt", "Attempts", "TooManyAttempts"]
 
 # Mistyping is free, then each wait is twice the last one.
 _FREE_FOR_NAME, _FREE_FOR_ADDRESS = 3, 10
 _FIRST_S, _LONGEST_S = 0.5, 8.0
 # Whoever would have to wait longer is sent away, so that nobody fills the server with waiting requests.
 _PATIENCE_S = 10.0
-_MOST_WAITING = 64
+# Failures of a name, wherever from, delay it at new places by so much, and never more: a stranger can make a user wait
+# there, but not lock them out.
+_LONGEST_ANYWHERE_S = 2.0
+# Attempts under way: of a name at an address, of an address, and of all addresses. Nobody who is at home counts in the
+# latter two.
+_MOST_OF_PAIR, _MOST_OF_ADDRESS, _MOST_IN_ALL = 16, 32, 1_000
 _FORGOTTEN_S = 900.0
 _MOST_REMEMBERED = 10_000
 # Refusals of an address are told once in so many seconds.
@@ -37,78 +45,136 @@ class TooManyAttempts(Exception):
 
 
 @dataclass
+class Attempt:
+    """One password to be checked; it has failed unless ``succeeded`` is called.
+
+    Args:
+        at_home: whether the user has logged in at this place before.
+    """
+
+    at_home: bool
+    good: bool = False
+
+    def succeeded(self) -> None:
+        """Say that the password was right."""
+        self.good = True
+
+
+@dataclass
 class _Failed:
-    """Attempts of a name or an address that failed or are under way, and when the next may begin."""
+    """Failures of a name, an address or both, and when the next attempt may be checked: one after the other."""
 
     count: int = 0
     free_at: float = 0.0
     last: float = 0.0
     told: float = float("-inf")
+    under_way: int = 0
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def add(self, free: int, now: float) -> None:
+        self.count += 1
+        self.last = now
+        self.free_at = now + _delay(self.count - free, _LONGEST_S)
 
 
 class Attempts:
-    """Delays that grow with the failures of a user name, and with those of an address. Lives on one event loop.
+    """Delays that grow with the failures of a user name at an address, and with those of an address.
 
-    Failures from elsewhere do not delay a name at an address where it has logged in before: a stranger cannot lock a
-    user out.
+    Only failures count: attempts of one name and address are checked one after the other, so that many at once are no
+    way around the delays, and many right ones are no failures. Where a user has logged in before, they are at home, and
+    what others do at the same address does not count for them. Lives on one event loop.
 
     Args:
+        home: where users have logged in before.
         clock: seconds from some moment on.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, home: AtHome | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.home = home or AtHome()
         self._clock = clock
-        self._failed: OrderedDict[Hashable, _Failed] = OrderedDict()
-        self._at_home: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._waiting = 0
+        self._failed: OrderedDict[tuple[str, ...], _Failed] = OrderedDict()
+        self._strangers = 0
 
-    async def wait(self, name: str, address: str) -> None:
-        """Wait until this attempt may be checked; it counts as failed until ``succeeded`` is called.
+    @asynccontextmanager
+    async def attempt(self, name: str, address: str) -> AsyncIterator[Attempt]:
+        """Wait until an attempt may be checked, which is done inside of the block.
 
         Raises:
             TooManyAttempts: it would have to wait too long.
         """
+        place = place_of(address)
+        attempt = Attempt((name, place) in self.home)
+        source = self._entry("address", place)
+        known = self._failed.get(("pair", name, place))
+        full = known is not None and known.under_way >= _MOST_OF_PAIR
+        if not attempt.at_home:
+            full |= source.under_way >= _MOST_OF_ADDRESS or self._strangers >= _MOST_IN_ALL
+        if full:
+            # Before anything is remembered of the name: a flood of names must not make others be forgotten.
+            raise self._refusal(source, source.free_at - self._clock())
+        pair, anywhere = self._entry("pair", name, place), self._entry("name", name)
+        limits = [(pair, _FREE_FOR_NAME)] if attempt.at_home else [(pair, _FREE_FOR_NAME), (source, _FREE_FOR_ADDRESS)]
+        with self._under_way([entry for entry, _ in limits], stranger=not attempt.at_home):
+            if not attempt.at_home:
+                await asyncio.sleep(_delay(anywhere.count - _FREE_FOR_ADDRESS, _LONGEST_ANYWHERE_S))
+            since = self._clock()
+            async with AsyncExitStack() as turns:
+                for entry, _ in limits:
+                    await turns.enter_async_context(entry.turn)
+                    now = self._clock()
+                    if entry.free_at > now and entry.free_at - since > _PATIENCE_S:
+                        raise self._refusal(source, entry.free_at - now)
+                    await asyncio.sleep(max(0.0, entry.free_at - now))
+                try:
+                    yield attempt
+                finally:
+                    self._ended(attempt, limits, anywhere)
+
+    def _ended(self, attempt: Attempt, limits: Sequence[tuple[_Failed, int]], anywhere: _Failed) -> None:
         now = self._clock()
-        limits: dict[Hashable, int] = {
-            self._key(name, address): _FREE_FOR_NAME,
-            ("address", address): _FREE_FOR_ADDRESS,
-        }
-        entries = {key: self._entry(key, now) for key in limits}
-        begin = max(now, *(entry.free_at for entry in entries.values()))
-        if begin - now > _PATIENCE_S or self._waiting >= _MOST_WAITING:
-            source = entries["address", address]
-            news = now - source.told > _SILENT_S
-            source.told = now if news else source.told
-            raise TooManyAttempts(begin - now, news=news)
-        for key, entry in entries.items():
-            beyond = entry.count - limits[key]
-            entry.count += 1
-            entry.last = begin
-            if beyond >= 0:
-                entry.free_at = begin + min(_LONGEST_S, _FIRST_S * 2 ** min(beyond, 10))
-        self._waiting += 1
+        if attempt.good:
+            # The failures of the address stay: it may have one good user.
+            pair, _ = limits[0]
+            pair.count, pair.free_at = 0, 0.0
+            return
+        for entry, free in limits:
+            entry.add(free, now)
+        if not attempt.at_home:
+            anywhere.add(_FREE_FOR_ADDRESS, now)
+
+    def _refusal(self, source: _Failed, seconds: float) -> TooManyAttempts:
+        now = self._clock()
+        news = now - source.told > _SILENT_S
+        source.told = now if news else source.told
+        return TooManyAttempts(seconds, news=news)
+
+    @contextmanager
+    def _under_way(self, entries: Iterable[_Failed], *, stranger: bool) -> Iterator[None]:
+        self._strangers += stranger
+        for entry in entries:
+            entry.under_way += 1
         try:
-            await asyncio.sleep(begin - now)
+            yield
         finally:
-            self._waiting -= 1
+            self._strangers -= stranger
+            for entry in entries:
+                entry.under_way -= 1
 
-    def succeeded(self, name: str, address: str) -> None:
-        """Forget the failures of a name; those of the address stay, less this attempt: it may have one good user."""
-        self._failed.pop(self._key(name, address), None)
-        if (entry := self._failed.get(("address", address))) is not None:
-            entry.count = max(0, entry.count - 1)
-        self._at_home[name, address] = None
-        if len(self._at_home) > _MOST_REMEMBERED:
-            self._at_home.popitem(last=False)
-
-    def _key(self, name: str, address: str) -> Hashable:
-        return ("home", name, address) if (name, address) in self._at_home else ("name", name)
-
-    def _entry(self, key: Hashable, now: float) -> _Failed:
+    def _entry(self, *key: str) -> _Failed:
+        now = self._clock()
         entry = self._failed.get(key)
-        if entry is None or now - entry.last > _FORGOTTEN_S:
-            entry = self._failed[key] = _Failed()
+        if entry is None:
+            entry = self._failed[key] = _Failed(last=now)
+        elif now - entry.last > _FORGOTTEN_S:
+            entry.count, entry.free_at = 0, 0.0
         self._failed.move_to_end(key)
         if len(self._failed) > _MOST_REMEMBERED:
-            self._failed.popitem(last=False)
+            oldest, known = self._failed.popitem(last=False)
+            if known.under_way:
+                self._failed[oldest] = known
         return entry
+
+
+def _delay(beyond: int, longest: float) -> float:
+    """Seconds to wait after so many failures more than are free."""
+    return min(longest, _FIRST_S * 2 ** min(beyond - 1, 10)) if beyond > 0 else 0.0

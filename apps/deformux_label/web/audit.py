@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qsl
 
 import anyio.to_thread
 from anyio import CapacityLimiter
@@ -21,49 +21,66 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .caller import Caller, calling
 from .offered import offered
 
-__all__ = ["AUDITED", "AuditLog", "Audited", "Record", "read_log"]
+__all__ = ["AUDITED", "Act", "AuditLog", "Audited", "Record", "read_log"]
 
 logger = logging.getLogger(__name__)
 
+
+@dataclass(frozen=True)
+class Act:
+    """What a call of a route is called in the log, and what its query says of it.
+
+    Args:
+        what: its name.
+        image: the query's parameter that names the image; the routes differ in that.
+        more: parameters that the log has under their own names.
+    """
+
+    what: str
+    image: str | None = None
+    more: tuple[str, ...] = ()
+
+
 # Method and route to what a call of it is called. What only looks is not here, unless patients' images or labels leave
-# the server. ``/infer/`` is recorded where it stores a label, which the app says with ``note(what=…)``.
-AUDITED: Mapping[tuple[str, str], str] = {
-    ("POST", "/auth/token"): "log in",
-    ("POST", "/auth/login"): "log in",
-    ("POST", "/auth/logout"): "log out",
-    ("POST", "/activelearning/{strategy}"): "lease image",
-    ("DELETE", "/deformux/leases"): "release image",
-    ("PUT", "/datastore/"): "upload image",
-    ("PUT", "/datastore/image"): "upload image",
-    ("DELETE", "/datastore/"): "delete image",
-    ("DELETE", "/datastore/image"): "delete image",
-    ("PUT", "/datastore/image/info"): "change image info",
-    ("PUT", "/datastore/label"): "submit label",
-    ("DELETE", "/datastore/label"): "delete label",
-    ("PUT", "/datastore/label/info"): "change label info",
-    ("PUT", "/datastore/updatelabelinfo"): "change label info",
-    ("POST", "/deformux/labels/restore"): "restore label",
-    ("GET", "/datastore/image"): "download image",
-    ("GET", "/datastore/label"): "download label",
-    ("GET", "/deformux/labels/revision"): "download label",
-    ("GET", "/datastore/dataset"): "download dataset",
-    ("POST", "/train/"): "start training",
-    ("POST", "/train/{model}"): "start training",
-    ("DELETE", "/train/"): "stop training",
-    ("POST", "/scoring/"): "start scoring",
-    ("POST", "/scoring/{method}"): "start scoring",
-    ("DELETE", "/scoring/"): "stop scoring",
-    ("POST", "/batch/infer/{model}"): "start batch inference",
-    ("DELETE", "/batch/infer"): "stop batch inference",
-    ("PUT", "/model/{model}"): "upload model",
-    ("DELETE", "/model/{model}"): "delete model",
-    ("POST", "/deformux/versions/{name}/publish"): "publish version",
-    ("POST", "/deformux/versions/{name}/pin"): "pin version",
-    ("POST", "/deformux/versions/rollback"): "roll back version",
-    ("POST", "/deformux/versions/unpin"): "unpin version",
+# the server, or its own log does. Of the query nothing is read but what the endpoint reads too. Where it depends on
+# more than the route, the app says what was done with ``note(what=…)``: ``/infer/`` where it stores a label, a session
+# where its image is fetched, and ``/auth/`` where somebody logged in or out or a password was tried. What strangers
+# send besides is not worth a line each.
+AUDITED: Mapping[tuple[str, str], Act] = {
+    ("POST", "/activelearning/{strategy}"): Act("lease image"),
+    ("DELETE", "/deformux/leases"): Act("release image", "image"),
+    ("PUT", "/datastore/"): Act("upload image", "image"),
+    ("PUT", "/datastore/image"): Act("upload image", "image"),
+    ("DELETE", "/datastore/"): Act("delete image", "id"),
+    ("DELETE", "/datastore/image"): Act("delete image", "id"),
+    ("PUT", "/datastore/image/info"): Act("change image info", "image"),
+    ("PUT", "/datastore/label"): Act("submit label", "image", ("tag",)),
+    ("DELETE", "/datastore/label"): Act("delete label", "id", ("tag",)),
+    ("PUT", "/datastore/label/info"): Act("change label info", "label", ("tag",)),
+    ("PUT", "/datastore/updatelabelinfo"): Act("change label info", "label", ("tag",)),
+    ("POST", "/deformux/labels/restore"): Act("restore label", "image", ("tag", "revision")),
+    ("GET", "/datastore/image"): Act("download image", "image"),
+    ("GET", "/datastore/label"): Act("download label", "label", ("tag",)),
+    ("GET", "/deformux/labels/revision"): Act("download label", "image", ("tag", "revision")),
+    ("GET", "/datastore/dataset"): Act("download dataset"),
+    ("PUT", "/session/"): Act("upload session image"),
+    ("DELETE", "/session/{session_id}"): Act("delete session image"),
+    ("GET", "/logs/"): Act("read server log"),
+    ("POST", "/train/"): Act("start training"),
+    ("POST", "/train/{model}"): Act("start training"),
+    ("DELETE", "/train/"): Act("stop training"),
+    ("POST", "/scoring/"): Act("start scoring"),
+    ("POST", "/scoring/{method}"): Act("start scoring"),
+    ("DELETE", "/scoring/"): Act("stop scoring"),
+    ("POST", "/batch/infer/{model}"): Act("start batch inference"),
+    ("DELETE", "/batch/infer"): Act("stop batch inference"),
+    ("PUT", "/model/{model}"): Act("upload model"),
+    ("DELETE", "/model/{model}"): Act("delete model"),
+    ("POST", "/deformux/versions/{name}/publish"): Act("publish version"),
+    ("POST", "/deformux/versions/{name}/pin"): Act("pin version"),
+    ("POST", "/deformux/versions/rollback"): Act("roll back version"),
+    ("POST", "/deformux/versions/unpin"): Act("unpin version"),
 }
-# What a request's query says it is about: field of the log to names in the query.
-_QUERY = {"image": ("image", "id", "label"), "tag": ("tag",), "revision": ("revision",)}
 _FIRST = ("time", "what", "status", "user", "role", "address")
 _LONGEST_VALUE = 200
 _MOST_ITEMS = 50
@@ -189,18 +206,23 @@ class Audited:
 
 def _of_request(scope: Scope, caller: Caller, status: int) -> dict[str, Any] | None:
     route = offered(scope["method"], scope["path"])
-    what = AUDITED.get((scope["method"], route.path)) if route is not None else None
-    what = caller.done.get("what", what)
-    # Whoever has not logged in did nothing; who failed to is named by the login itself.
-    if what is None or (status == 401 and caller.user is None and "user" not in caller.done):
+    act = AUDITED.get((scope["method"], route.path)) if route is not None else None
+    what = caller.done.get("what", act.what if act is not None else None)
+    if what is None:
         return None
-    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    found = {name: query[key][0] for name, keys in _QUERY.items() for key in reversed(keys) if key in query}
+    found = _asked(scope, act) if act is not None else {}
     if route is not None and route.path.startswith("/deformux/versions/{name}"):
         found["version"] = scope["path"].split("/")[3]
     user = caller.user
     who = {"user": user.name, "role": user.role} if user is not None else {}
     return {"status": status, **who, "address": caller.address, **found, **caller.done, "what": what}
+
+
+def _asked(scope: Scope, act: Act) -> dict[str, Any]:
+    """What the query says, read as the endpoints' framework reads it; no name comes twice through the perimeter."""
+    query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+    fields = {"image": act.image, **{name: name for name in act.more}}
+    return {field: query[name] for field, name in fields.items() if name is not None and query.get(name)}
 
 
 def _bounded(value: Any) -> Any:

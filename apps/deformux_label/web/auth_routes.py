@@ -81,7 +81,7 @@ def auth_router(gate: Gate) -> APIRouter:
         if gate.on and (token := token_of(request.headers)):
             user = _user_of(gate, request)
             if user is not None:
-                note(user=user.name, role=user.role)
+                note(what="log out", user=user.name, role=user.role)
             gate.tokens.end(token)
         answer = _redirect(LOGIN_PAGE)
         _set_cookie(answer, request, "", 0)

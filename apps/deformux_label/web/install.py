@@ -89,6 +89,9 @@ def _recorder(log: AuditLog) -> Callable[[Mapping[str, User], Mapping[str, User]
             "roles": {name: after[name].role for name in sorted(both) if before[name].role != after[name].role},
             "passwords": sorted(name for name in both if before[name].password != after[name].password),
         }
+        named = {*values["roles"], *values["passwords"]}
+        back = {name for name in both if before[name].changes != after[name].changes}
+        values["changed_back"] = sorted(back - named)
         log.record("users changed", **{key: value for key, value in values.items() if value})
 
     return changed

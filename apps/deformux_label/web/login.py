@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .at_home import AtHome, place_of
 from .attempts import Attempts, TooManyAttempts
 from .caller import Caller, calling_now, note
 from .listening import NO_LOGIN, is_own_address
@@ -35,10 +36,13 @@ OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
 _WRONG = "the user name or the password is wrong"
 # More than any name has, so that none is met by cutting.
 _LONGEST_NAME = 200
+_LONGEST_RECORDED = 64
 _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
 # Each check of a password takes a processor for a quarter of a second.
 _CHECKS = CapacityLimiter(2)
+# Nobody who is at home waits behind the guesses of strangers.
+_CHECKS_AT_HOME = CapacityLimiter(2)
 
 
 class Gate:
@@ -52,7 +56,7 @@ class Gate:
         self.users = users
         self.insecure = insecure
         self.tokens = Tokens(users)
-        self.attempts = Attempts()
+        self.attempts = Attempts(AtHome(users.path.with_name(f"{users.path.name}.home")))
         self.handed_out = HandedOut()
         self._was_on = False
 
@@ -80,20 +84,25 @@ class Gate:
         """
         name = unicodedata.normalize("NFC", name)[:_LONGEST_NAME]
         shown = ascii(name)[:80]
-        note(user=name)
+        # With a damaged file nobody's password is tried.
+        self.users.all()
+        # No name of a user is longer.
+        note(what="log in", user=name[:_LONGEST_RECORDED])
         try:
-            await self.attempts.wait(name, address)
+            async with self.attempts.attempt(name, address) as attempt:
+                user = self.users.all().get(name)
+                checks = _CHECKS_AT_HOME if attempt.at_home else _CHECKS
+                if not await anyio.to_thread.run_sync(verified, user, password, limiter=checks) or user is None:
+                    logger.warning("A login of %s from %s failed", shown, address)
+                    raise HTTPException(401, _WRONG, headers=CHALLENGE)
+                attempt.succeeded()
         except TooManyAttempts as error:
             if error.news:
                 logger.warning("Logins from %s, now of %s, are refused: too many failed", address, shown)
             else:
                 note(what=None)
             raise HTTPException(429, str(error), headers={"Retry-After": str(error.seconds)}) from error
-        user = self.users.all().get(name)
-        if not await anyio.to_thread.run_sync(verified, user, password, limiter=_CHECKS) or user is None:
-            logger.warning("A login of %s from %s failed", shown, address)
-            raise HTTPException(401, _WRONG, headers=CHALLENGE)
-        self.attempts.succeeded(name, address)
+        await anyio.to_thread.run_sync(self.attempts.home.add, name, place_of(address), limiter=_CHECKS_AT_HOME)
         note(role=user.role)
         return self.tokens.make(user)
 
@@ -102,7 +111,7 @@ class HandedOut:
     """Images that Next Sample gave to somebody who then asks for the file without a token, as Slicer does.
 
     Slicer's SampleData module downloads with no headers at all. So the address that a logged-in annotator called from
-    may fetch that one image, a few times, for some minutes.
+    may fetch that one image, a few times, for some minutes, and no longer than that annotator's own token is good.
     """
 
     _SECONDS = 300.0
@@ -113,21 +122,21 @@ class HandedOut:
         self._clock = clock
         self._held: OrderedDict[tuple[str, str], tuple[str, float, int]] = OrderedDict()
 
-    def add(self, address: str, image: str, user: User) -> None:
-        """Let an address fetch an image in a user's name."""
+    def add(self, address: str, image: str, token: str) -> None:
+        """Let an address fetch an image as if it sent a token."""
         self._held.pop((address, image), None)
-        self._held[address, image] = (user.name, self._clock() + self._SECONDS, self._TIMES)
+        self._held[address, image] = (token, self._clock() + self._SECONDS, self._TIMES)
         if len(self._held) > self._MOST:
             self._held.popitem(last=False)
 
     def take(self, address: str, image: str) -> str | None:
-        """Return in whose name an address may fetch an image now, or None."""
-        name, until, times = self._held.pop((address, image), ("", 0.0, 0))
+        """Return the token with which an address may fetch an image now, or None."""
+        token, until, times = self._held.pop((address, image), ("", 0.0, 0))
         if until <= self._clock():
             return None
         if times > 1:
-            self._held[address, image] = (name, until, times - 1)
-        return name
+            self._held[address, image] = (token, until, times - 1)
+        return token
 
 
 class Login:
@@ -145,6 +154,9 @@ class Login:
             caller = calling_now()
             refusal = self._refusal(scope, caller)
             if refusal is not None:
+                if caller.user is None:
+                    # Whoever has not logged in did nothing that is worth a record.
+                    caller.done["what"] = None
                 await refusal(scope, receive, send)
                 return
             await self.app(scope, receive, self._handing_out(scope, caller, send))
@@ -159,7 +171,6 @@ class Login:
         if not self.gate.on:
             if self.gate.insecure or _is_local(scope):
                 return None
-            caller.done["what"] = None
             return JSONResponse({"detail": NO_LOGIN}, 403)
         route = offered(scope["method"], scope["path"])
         if route is None:
@@ -168,7 +179,7 @@ class Login:
             return None
         headers = Headers(scope=scope)
         try:
-            caller.user = self.gate.user_of(headers) or self._without_token(scope, headers, caller.address)
+            caller.user = self.gate.user_of(headers) or self._without_token(scope, headers, caller)
         except InvalidUsers as error:
             logger.error("Nobody can log in: %s", error)
             return JSONResponse({"detail": OUT_OF_ORDER}, 503)
@@ -182,25 +193,29 @@ class Login:
     def _handing_out(self, scope: Scope, caller: Caller, send: Send) -> Send:
         """Return ``send``, or for Next Sample one that lets the caller fetch the image that the answer names."""
         route = offered(scope["method"], scope["path"])
-        user = caller.user
-        if route is None or route.path != _SAMPLE or user is None:
+        token = token_of(Headers(scope=scope))
+        if route is None or route.path != _SAMPLE or caller.user is None:
             return send
 
         async def sending(message: Message) -> None:
             # The endpoint has noted it; before the answer leaves, for the next request may come at once.
             image = caller.done.get("image")
             if message["type"] == "http.response.start" and message["status"] == 200 and isinstance(image, str):
-                self.gate.handed_out.add(caller.address, image, user)
+                self.gate.handed_out.add(caller.address, image, token)
             await send(message)
 
         return sending
 
-    def _without_token(self, scope: Scope, headers: Headers, address: str) -> User | None:
+    def _without_token(self, scope: Scope, headers: Headers, caller: Caller) -> User | None:
         if scope["method"] != "GET" or scope["path"] != _IMAGE or token_of(headers):
             return None
         images = parse_qs(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True).get("image", [])
-        name = self.gate.handed_out.take(address, images[0]) if len(images) == 1 else None
-        return self.gate.users.all().get(name) if name is not None else None
+        token = self.gate.handed_out.take(caller.address, images[0]) if len(images) == 1 else None
+        user = self.gate.tokens.user(token) if token is not None else None
+        if user is not None:
+            # Whoever is at the address may have sent it, not only that user.
+            caller.done["without_token"] = True
+        return user
 
 
 def token_of(headers: Headers) -> str:

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Collection
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import parse_qsl, unquote_to_bytes, urlsplit
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -270,6 +270,11 @@ def _check_query(query: bytes) -> None:
         raise HTTPException(400, "the query must be UTF-8 with percent signs") from error
     if not is_text(text, _MOST_QUERY):
         raise HTTPException(400, "the query must not hold null bytes or other control characters")
+    names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
+    if len(set(names)) < len(names):
+        # Which of them counts, the endpoint and whoever reads the request beside it may see differently.
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HTTPException(400, f"the query has the parameter {ascii(twice)[:60]} more than once; give it once")
 
 
 def _cors(origin: str) -> list[tuple[bytes, bytes]]:

@@ -31,8 +31,9 @@ _LONGEST = 4_096
 class Tokens:
     """JSON web tokens of the users in a file.
 
-    A token names a user and carries a digest of their role and password hash: when one of these changes, or the user
-    is removed, even if one of the same name is added again, the token ends at once. Nothing in it is believed beside
+    A token names a user and carries a digest of their role, password hash and count of changes: when one of these
+    changes, or the user is removed, even if it is changed back or one of the same name is added again, the token ends
+    at once and for good. Nothing in it is believed beside
     the name.
     """
 
@@ -83,7 +84,7 @@ class Tokens:
             return None
 
     def _state(self, user: User) -> str:
-        text = "\0".join((user.name, user.role, user.password))
+        text = "\0".join((user.name, user.role, user.password, str(user.changes)))
         return hmac.digest(self._key(), text.encode(), hashlib.sha256).hex()[:32]
 
     def _key(self) -> bytes:
@@ -137,5 +138,5 @@ class EndedTokens:
             self._held |= {str(name): float(end) for name, end in json.loads(self._path.read_bytes()).items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             logger.warning("The logouts in %s cannot be read, and are not known: %s", self._path, error)

@@ -12,7 +12,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import bcrypt
@@ -31,11 +31,20 @@ _IN_NAMES = "._@+- "
 _LONGEST_NAME = 64
 # Who works without a login is called so, in leases and revisions.
 _RESERVED = ("anonymous",)
+# Letters and marks that are drawn as nothing: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+# Alphabets of which many letters look the same: a name has letters of one of them.
+_ALIKE = ("ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN", "LISU")
 _LEAST_PASSWORD = 8
 _LONGEST_PASSWORD = 1_000
 _ROUNDS = 12
 # Checked instead of the hash of a user that does not exist: both answers take equally long.
 _NOBODY = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
+# What bcrypt can check in seconds: other costs are refused by it, take hours, or are guessed fast. Of the salt's last
+# character only two bits count, and bcrypt refuses the others.
+_HASH = re.compile(r"\$2[aby]\$1[0-6]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _OWNER_ONLY = 0o600
 _SECRET_BYTES = 32
 
@@ -52,11 +61,13 @@ class User:
         name: as the login and every record of their work show it.
         role: one of ``ROLES``.
         password: bcrypt's hash of the prepared password.
+        changes: how often role or password were changed, so that a role that is changed back is not the earlier state.
     """
 
     name: str
     role: str
     password: str
+    changes: int = 0
 
 
 class Users:
@@ -80,17 +91,18 @@ class Users:
         """Return the users by name.
 
         Raises:
-            InvalidUsers: the file cannot be read, is damaged, or may be changed by others.
+            InvalidUsers: the file cannot be read, is damaged, or may be read or changed by others.
         """
         try:
             status = self.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode)
             if self._seen is not None and self._seen[0] == version:
                 return self._seen[1]
-            if status.st_mode & 0o022:
+            if status.st_mode & 0o077:
+                # Hashes that others can read are passwords that others can guess, as fast as their machines are.
                 raise InvalidUsers(
-                    f"the users file {self.path} may be changed by others (mode {status.st_mode & 0o777:o}); make it "
-                    f"yours alone with chmod 600 {self.path}"
+                    f"the users file {self.path} may be read or changed by others (mode {status.st_mode & 0o777:o}); "
+                    f"make it yours alone with chmod 600 {self.path}"
                 )
             users = _parsed(self.path.read_bytes(), self.path)
         except FileNotFoundError:
@@ -113,7 +125,7 @@ class Users:
 
         def change(users: dict[str, User]) -> None:
             for present in users:
-                if present.casefold() == user.name.casefold():
+                if _folded(present) == _folded(user.name):
                     raise InvalidUsers(f"there is a user {present!r} already; remove it first, or take another name")
             users[user.name] = user
 
@@ -127,12 +139,12 @@ class Users:
     def set_password(self, name: str, password: str) -> None:
         """Change a password; the user's earlier tokens end at once."""
         hashed = _hashed(password)
-        self._change(lambda users: self._replace(users, name, lambda user: User(user.name, user.role, hashed)))
+        self._change(lambda users: self._replace(users, name, lambda user: replace(user, password=hashed)))
 
     def set_role(self, name: str, role: str) -> None:
         """Change a role; the user's earlier tokens end at once."""
         _checked_role(role)
-        self._change(lambda users: self._replace(users, name, lambda user: User(user.name, role, user.password)))
+        self._change(lambda users: self._replace(users, name, lambda user: replace(user, role=role)))
 
     def secret(self) -> bytes:
         """Return the key that signs the tokens, which is made at the first call and kept beside the users."""
@@ -161,15 +173,16 @@ class Users:
         return user
 
     def _replace(self, users: dict[str, User], name: str, changed: Callable[[User], User]) -> None:
-        user = changed(self._known(users, name))
-        users[user.name] = user
+        before = self._known(users, name)
+        users[before.name] = replace(changed(before), changes=before.changes + 1)
 
     def _change(self, change: Callable[[dict[str, User]], object]) -> None:
         try:
             with self._locked():
                 users = dict(self.all())
                 change(users)
-                listed = {user.name: {"role": user.role, "password": user.password} for user in users.values()}
+                kept = ("role", "password", "changes")
+                listed = {user.name: {key: getattr(user, key) for key in kept} for user in users.values()}
                 text = json.dumps({"version": 1, "users": listed}, indent=1)
                 write_text(self.path, text + "\n", mode=_OWNER_ONLY)
         except OSError as error:
@@ -204,15 +217,35 @@ def verified(user: User | None, password: str) -> bool:
 def checked_name(name: str) -> str:
     """Return the name of a new user, in one Unicode form; raises InvalidUsers."""
     normal = unicodedata.normalize("NFC", name)
-    letters = all(character in _IN_NAMES or unicodedata.category(character)[0] in "LMN" for character in normal)
-    if not (letters and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
-        normal.casefold() in _RESERVED
+    good = all(character in _IN_NAMES or _is_shown(character) for character in normal)
+    if not (good and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
+        _folded(normal) in _RESERVED
     ):
         raise InvalidUsers(
-            f"a user name is 1 to {_LONGEST_NAME} letters, digits and . _ @ + - with blanks only inside, and not "
-            f"{_RESERVED[0]!r}; got {ascii(name)[:80]}"
+            f"a user name is 1 to {_LONGEST_NAME} visible letters, digits and . _ @ + - with blanks only inside, and "
+            f"not {_RESERVED[0]!r}; got {ascii(name)[:80]}"
+        )
+    if len(alike := {alphabet for character in normal if (alphabet := _alphabet(character)) in _ALIKE}) > 1:
+        raise InvalidUsers(
+            f"a user name has letters of one of {', '.join(sorted(alike))} only, which look alike; got "
+            f"{ascii(name)[:80]}"
         )
     return normal
+
+
+def _is_shown(character: str) -> bool:
+    """Whether a character is a letter, mark or digit that one sees."""
+    return unicodedata.category(character)[0] in "LMN" and not _INVISIBLE.fullmatch(character)
+
+
+def _folded(name: str) -> str:
+    """What two names have in common that differ in capitals or in the width or style of letters only."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def _alphabet(character: str) -> str:
+    """The first word of a letter's name, such as LATIN; empty for what is no letter."""
+    return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
 
 
 def checked_password(password: str) -> str:
@@ -252,14 +285,19 @@ def _checked_role(role: str) -> str:
 def _parsed(content: bytes, path: Path) -> dict[str, User]:
     try:
         listed = json.loads(content)["users"]
-        users = {name: User(name, item["role"], item["password"]) for name, item in listed.items()}
+        users = {
+            # A file from before changes were counted has none.
+            name: User(name, item["role"], item["password"], item.get("changes", 0))
+            for name, item in listed.items()
+        }
         for user in users.values():
             checked_name(user.name)
             _checked_role(user.role)
-            # Raises ValueError for what is not a hash of bcrypt's.
-            if not re.fullmatch(r"\$2[aby]\$\d\d\$[./A-Za-z0-9]{53}", user.password):
+            if not _HASH.fullmatch(user.password):
                 raise ValueError(f"user {user.name!r} has no hash of a password")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if type(user.changes) is not int:
+                raise ValueError(f"the changes of user {user.name!r} are no number")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(
             f"the users file {path} is damaged ({type(error).__name__}: {reason}); mend it, or delete it and add the "

@@ -39,20 +39,24 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
     return {"tag": None, "look_next": look_next, "mean": round(found.mean, 2), "file": path}
 
 
-def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> None:
+def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> bool:
     """Move the map of a task's reply, if it has one, into the studies, and say in the reply where it is.
 
     The map of an image that is not among the studies, such as an upload, or of studies that cannot be written to, is
     kept nowhere; its tag stays None.
+
+    Returns:
+        whether a map was stored.
     """
     reply = params.get("uncertainty")
     if not isinstance(reply, dict):
-        return
+        return False
     file = Path(reply.pop("file"))
     try:
         if image_id is not None and isinstance(datastore, CheckedDatastore):
             info = {**reply, "model_version": params.get("model_version")}
             if datastore.save_uncertainty(image_id, file, info):
                 reply["tag"] = UNCERTAINTY_TAG
+        return reply["tag"] is not None
     finally:
         file.unlink(missing_ok=True)

@@ -8,7 +8,18 @@ from typing import Any
 
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-__all__ = ["OWN_FIELDS", "PLAIN_TAGS", "UNCERTAINTY_TAG", "file_state", "said", "unchecked", "unusable", "why_unusable"]
+__all__ = [
+    "OWN_FIELDS",
+    "PLAIN_TAGS",
+    "PROVENANCE",
+    "UNCERTAINTY_TAG",
+    "claimed",
+    "file_state",
+    "said",
+    "unchecked",
+    "unusable",
+    "why_unusable",
+]
 
 # Where the model was unsure, 0 to 100: it lies beside the labels, but nobody drew it and nothing learns from it.
 UNCERTAINTY_TAG = "uncertainty"
@@ -16,6 +27,13 @@ UNCERTAINTY_TAG = "uncertainty"
 PLAIN_TAGS = (DefaultLabelTag.ORIGINAL.value, UNCERTAINTY_TAG)
 # Written by the server alone: what a client sends under these names is left out.
 OWN_FIELDS = ("checked", "file", "labels", "name", "revision", "state", "stored_labels", "ts", "unusable")
+# Whose work it is, and over which model's proposal: the server knows that, and a client cannot say otherwise.
+PROVENANCE = ("annotator", "model", "model_version", "params", "restored_from", "user")
+
+
+def claimed(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a client may say about a volume or a label, of what it sent."""
+    return {name: value for name, value in said(info).items() if name not in PROVENANCE}
 
 
 def file_state(status: os.stat_result) -> str:

@@ -1,0 +1,94 @@
+"""Where users have logged in before: there, a stranger's guesses do not keep them out."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+from filelock import FileLock
+
+from deformux.files import write_text
+
+__all__ = ["AtHome", "place_of"]
+
+logger = logging.getLogger(__name__)
+
+# Of one user: whoever has a login cannot make the others' places be forgotten.
+_MOST_OF_A_NAME = 20
+_MOST = 10_000
+
+
+def place_of(address: str) -> str:
+    """Return what an address is counted as: itself, and of IPv6 its network of 64 bits, which one machine may have."""
+    try:
+        parsed = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return str(parsed)
+    if parsed.ipv4_mapped is not None:
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))
+
+
+class AtHome:
+    """Pairs of a user's name and a place where their password was right.
+
+    Args:
+        path: the file that keeps them over restarts, for its owner alone and written by rename; None for none.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
+        self._places: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._lock = threading.Lock()
+        self._read()
+
+    def __contains__(self, pair: tuple[str, str]) -> bool:
+        return pair in self._places
+
+    def add(self, name: str, place: str) -> None:
+        """Remember a place of a user; the file is written only if it is a new one."""
+        with self._lock:
+            if (name, place) in self._places:
+                self._places.move_to_end((name, place))
+                return
+            if self._path is None:
+                self._remember(name, place)
+                return
+            try:
+                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
+                    # Another server with these users may have added some.
+                    self._read()
+                    self._remember(name, place)
+                    write_text(self._path, json.dumps(list(self._places)) + "\n", mode=0o600)
+            except OSError as error:
+                self._remember(name, place)
+                logger.warning("Where users log in is known until this server ends only: %s: %s", self._path, error)
+
+    def _remember(self, name: str, place: str) -> None:
+        self._places[name, place] = None
+        of_name = [pair for pair in self._places if pair[0] == name]
+        for pair in of_name[:-_MOST_OF_A_NAME]:
+            del self._places[pair]
+        while len(self._places) > _MOST:
+            self._places.popitem(last=False)
+
+    def _read(self) -> None:
+        if self._path is None:
+            return
+        try:
+            listed = json.loads(self._path.read_bytes())
+            found = [(str(name), str(place)) for name, place in listed]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            logger.warning("Where users logged in before cannot be read, and is not known: %s: %s", self._path, error)
+            return
+        for name, place in found[-_MOST:]:
+            if (name, place) not in self._places:
+                self._remember(name, place)

@@ -1,0 +1,64 @@
+"""When a server does not start: open to the network without a user, with a damaged users file, with the stock login."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from live import CONF, environment, serve_command, stock_command
+from typer.testing import CliRunner
+
+from deformux_label.cli import app
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("MONAI_LABEL_AUTH_ENABLE", raising=False)
+    return
+
+
+@pytest.mark.usefixtures("clean")
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.1.2.3", "no.such.host"])
+def test_no_start_on_the_network_without_a_user(tmp_path: Path, host: str) -> None:
+    result = CliRunner().invoke(app, [*serve_command(tmp_path, CONF)[1:], "--host", host])
+    assert result.exit_code == 2
+    assert result.output.count("\n") == 1
+    for word in ("deformux-label users add", "--insecure", "127.0.0.1", str(tmp_path / "config")):
+        assert word in result.output
+
+
+@pytest.mark.usefixtures("clean")
+def test_no_start_with_a_damaged_users_file_or_the_stock_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users.json").write_text("{")
+    (tmp_path / "users.json").chmod(0o600)
+    result = CliRunner().invoke(app, [*serve_command(tmp_path, CONF)[1:], "--users", str(tmp_path / "users.json")])
+    assert result.exit_code == 2
+    assert "is damaged" in result.output
+    assert result.output.count("\n") == 1
+    monkeypatch.setenv("MONAI_LABEL_AUTH_ENABLE", "true")
+    result = CliRunner().invoke(app, serve_command(tmp_path, CONF)[1:])
+    assert result.exit_code == 2
+    assert "deformux-label users add" in result.output
+
+
+@pytest.mark.parametrize("stock_login", [False, True])
+def test_monai_labels_own_command_does_not_start_either(tmp_path: Path, stock_login: bool) -> None:
+    """By itself it listens on all addresses."""
+    command = [*stock_command(tmp_path / "studies", CONF), "--port", "1"]
+    done = subprocess.run(
+        [*command, "--host", "127.0.0.1"] if stock_login else command,
+        capture_output=True,
+        text=True,
+        env={**environment(tmp_path), "MONAI_LABEL_AUTH_ENABLE": str(stock_login)},
+        cwd=tmp_path,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("deformux-label: ")
+    assert "deformux-label users add" in last
+    assert "Traceback" not in done.stdout + done.stderr
