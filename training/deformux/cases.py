@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy.typing as npt
 
 from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
 
-__all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "volume_id"]
+__all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "result_names", "volume_id"]
 
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
@@ -55,6 +56,19 @@ def volume_id(path: Path) -> str:
     """File name without its volume suffix: ``liver_1.nii.gz`` is ``liver_1``."""
     suffix = volume_suffix(path.name)
     return path.name.removesuffix(suffix) if suffix else path.stem
+
+
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for the result of each volume, without a suffix; no two are the same.
+
+    The first volume of a stem has the stem, each other one its whole file name, with a number where that is taken too.
+    """
+    names: dict[str, None] = {}
+    for path in paths:
+        whole = path.name
+        candidates = itertools.chain((volume_id(path), whole), (f"{whole}-{number}" for number in itertools.count(2)))
+        names[next(name for name in candidates if name not in names)] = None
+    return list(names)
 
 
 def find_images(folder: Path) -> list[Path]:
