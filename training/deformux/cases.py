@@ -89,30 +89,58 @@ def find_images(folder: Path) -> list[Path]:
 def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
     """Cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``), paired by file name.
 
+    Where several files have one stem, such as ``a.nii.gz`` and ``a.nrrd``, the image and the label of one suffix count.
+
     Args:
         folder: the data set.
         subset: a key of ``split.json`` in that folder, such as ``train`` or ``val``; all cases without it.
 
     Raises:
-        InvalidFolder: no such layout, no image with a label, or no such subset.
+        InvalidFolder: no such layout, no image with a label, no such subset, or several files of one stem that
+            pair in more than one way.
     """
     for images, labels in _FOLDERS:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             break
     else:
         raise InvalidFolder(f"{folder} must hold the folders images/ and labels/ (or imagesTr/ and labelsTr/)")
-    label_of = {volume_id(path): path for path in find_images(folder / labels)}
-    image_of = {volume_id(path): path for path in find_images(folder / images)}
-    cases = [Case(name, image, label_of[name]) for name, image in image_of.items() if name in label_of]
+    labels_of = _by_stem(find_images(folder / labels))
+    images_of = _by_stem(find_images(folder / images))
+    names = [name for name in images_of if name in labels_of]
     if subset is not None:
         chosen = set(_subset(folder, subset))
-        cases = [case for case in cases if case.id in chosen]
+        names = [name for name in names if name in chosen]
+    cases = [Case(name, *_pair(images_of[name], labels_of[name])) for name in names]
     if not cases:
         raise InvalidFolder(
             f"no image in {folder / images} has a label of the same file name in {folder / labels}"
             + (f" in the subset {subset!r}" if subset else "")
         )
     return cases
+
+
+def _by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(volume_id(path), []).append(path)
+    return found
+
+
+def _pair(images: Sequence[Path], labels: Sequence[Path]) -> tuple[Path, Path]:
+    """The image and the label of a case, of the files of its stem."""
+    pairs = list(itertools.product(images, labels))
+    # Capitals in a suffix matter only where two files differ in nothing else.
+    for same in (str, str.lower):
+        equal = [pair for pair in pairs if len({same(volume_suffix(path.name) or "") for path in pair}) == 1]
+        if len(pairs) > 1 and equal:
+            pairs = equal
+    if len(pairs) > 1:
+        # The images that are left, unless it is one with several labels.
+        first, second, *_ = max((list(dict.fromkeys(files)) for files in zip(*pairs, strict=True)), key=len)
+        raise InvalidFolder(
+            f"{first} and {second} differ only in their suffix, and either may be meant: keep one of them there"
+        )
+    return pairs[0]
 
 
 def _subset(folder: Path, subset: str) -> list[str]:
