@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deformux.cases import InvalidFolder, find_cases, label_names
+from deformux.cases import InvalidFolder, find_cases, label_names, split_label_names
 
 
 def _folder(folder: Path, images: Sequence[str], labels: Sequence[str]) -> Path:
@@ -82,3 +82,16 @@ def test_label_names_come_from_a_decathlon_file(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"0": "background", "2": "tumour"}}))
     with pytest.raises(InvalidFolder, match="without gaps"):
         label_names(tmp_path)
+    for names, words in ((["liver", "liver"], "'liver' twice"), (["liver", " "], "label 2 has no name")):
+        listed = {"0": "background", **{str(value): name for value, name in enumerate(names, start=1)}}
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": listed}))
+        with pytest.raises(InvalidFolder, match=f"dataset.json: .*{words}"):
+            label_names(tmp_path)
+
+
+def test_label_names_of_an_option_are_a_list_of_different_names() -> None:
+    assert split_label_names(" left kidney , tumour (3)") == ("left kidney", "tumour (3)")
+    assert len(split_label_names(",".join(map(str, range(254))))) == 254
+    for text, words in (("a,b,a", "'a' twice"), ("a,,b", "without gaps"), (",".join(map(str, range(255))), "254")):
+        with pytest.raises(ValueError, match=words):
+            split_label_names(text)

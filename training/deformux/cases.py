@@ -14,8 +14,19 @@ import numpy.typing as npt
 
 from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
 
-__all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "result_names", "volume_id"]
+__all__ = [
+    "Case",
+    "InvalidFolder",
+    "find_cases",
+    "find_images",
+    "label_names",
+    "result_names",
+    "split_label_names",
+    "volume_id",
+]
 
+# Results are uint8, and of a label 255 means that nobody has labelled the voxel.
+_MOST_LABELS = 254
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
@@ -165,7 +176,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def label_names(folder: Path) -> list[str] | None:
-    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none."""
+    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none.
+
+    Raises:
+        InvalidFolder: the file does not give each of the labels 1..N a name of its own.
+    """
     path = folder / "dataset.json"
     if not path.is_file():
         return None
@@ -176,4 +191,33 @@ def label_names(folder: Path) -> list[str] | None:
         raise InvalidFolder(f'{path}: "labels" must be such as {{"0": "background", "1": "liver"}}') from error
     if values[1:] != list(range(1, len(values))):
         raise InvalidFolder(f"{path}: label values must be 0..N without gaps, got {values}")
-    return [str(names[str(value)]) for value in values[1:]]
+    found = [str(names[str(value)]) for value in values[1:]]
+    unnamed = [value for value, name in enumerate(found, start=1) if not name.strip()]
+    if unnamed:
+        raise InvalidFolder(f"{path}: label {unnamed[0]} has no name")
+    try:
+        _check_label_names(found)
+    except ValueError as error:
+        raise InvalidFolder(f"{path}: {error}") from error
+    return found
+
+
+def split_label_names(text: str) -> tuple[str, ...]:
+    """Names of labels 1..N from a comma-separated list.
+
+    Raises:
+        ValueError: a name is empty or there twice, or there are too many.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError(f"labels must be a comma-separated list of names without gaps; got {text!r}")
+    _check_label_names(names)
+    return names
+
+
+def _check_label_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"each label must have its own name; got {twice[0]!r} twice")
+    if len(names) > _MOST_LABELS:
+        raise ValueError(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")
