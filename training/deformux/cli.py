@@ -24,6 +24,8 @@ from rich.table import Table
 from deformux.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
 from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
+    LARGEST_SEED,
+    MOST_THREADS,
     ProgressBar,
     assignments,
     clear_errors,
@@ -63,7 +65,7 @@ app.add_typer(versions_app, name="versions")
 app.command(name="simulate")(simulate_command)
 app.command(name="clicks")(clicks_command)
 
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
@@ -98,7 +100,7 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:

@@ -20,6 +20,8 @@ from deformux.transforms import InvalidVolume
 from deformux.weights import PRETRAINED, InvalidModel, pretrained_path
 
 __all__ = [
+    "LARGEST_SEED",
+    "MOST_THREADS",
     "ProgressBar",
     "assignments",
     "clear_errors",
@@ -34,6 +36,11 @@ __all__ = [
     "writable_file",
     "writable_folder",
 ]
+
+# What numpy's and PyTorch's generators take, with room for the seeds that are counted up from it.
+LARGEST_SEED = 2**31 - 1
+# More than any machine has, and few enough that PyTorch can start them.
+MOST_THREADS = 1024
 
 console = Console()
 
