@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,19 @@ import numpy.typing as npt
 
 from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
 
-__all__ = ["Case", "InvalidFolder", "find_cases", "find_images", "label_names", "volume_id"]
+__all__ = [
+    "Case",
+    "InvalidFolder",
+    "find_cases",
+    "find_images",
+    "label_names",
+    "result_names",
+    "split_label_names",
+    "volume_id",
+]
 
+# Results are uint8, and of a label 255 means that nobody has labelled the voxel.
+_MOST_LABELS = 254
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
@@ -57,6 +69,19 @@ def volume_id(path: Path) -> str:
     return path.name.removesuffix(suffix) if suffix else path.stem
 
 
+def result_names(paths: Sequence[Path]) -> list[str]:
+    """Return a name for the result of each volume, without a suffix; no two are the same.
+
+    The first volume of a stem has the stem, each other one its whole file name, with a number where that is taken too.
+    """
+    names: dict[str, None] = {}
+    for path in paths:
+        whole = path.name
+        candidates = itertools.chain((volume_id(path), whole), (f"{whole}-{number}" for number in itertools.count(2)))
+        names[next(name for name in candidates if name not in names)] = None
+    return list(names)
+
+
 def find_images(folder: Path) -> list[Path]:
     """Volumes directly in a folder, by name.
 
@@ -75,30 +100,58 @@ def find_images(folder: Path) -> list[Path]:
 def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
     """Cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``), paired by file name.
 
+    Where several files have one stem, such as ``a.nii.gz`` and ``a.nrrd``, the image and the label of one suffix count.
+
     Args:
         folder: the data set.
         subset: a key of ``split.json`` in that folder, such as ``train`` or ``val``; all cases without it.
 
     Raises:
-        InvalidFolder: no such layout, no image with a label, or no such subset.
+        InvalidFolder: no such layout, no image with a label, no such subset, or several files of one stem that
+            pair in more than one way.
     """
     for images, labels in _FOLDERS:
         if (folder / images).is_dir() and (folder / labels).is_dir():
             break
     else:
         raise InvalidFolder(f"{folder} must hold the folders images/ and labels/ (or imagesTr/ and labelsTr/)")
-    label_of = {volume_id(path): path for path in find_images(folder / labels)}
-    image_of = {volume_id(path): path for path in find_images(folder / images)}
-    cases = [Case(name, image, label_of[name]) for name, image in image_of.items() if name in label_of]
+    labels_of = _by_stem(find_images(folder / labels))
+    images_of = _by_stem(find_images(folder / images))
+    names = [name for name in images_of if name in labels_of]
     if subset is not None:
         chosen = set(_subset(folder, subset))
-        cases = [case for case in cases if case.id in chosen]
+        names = [name for name in names if name in chosen]
+    cases = [Case(name, *_pair(images_of[name], labels_of[name])) for name in names]
     if not cases:
         raise InvalidFolder(
             f"no image in {folder / images} has a label of the same file name in {folder / labels}"
             + (f" in the subset {subset!r}" if subset else "")
         )
     return cases
+
+
+def _by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(volume_id(path), []).append(path)
+    return found
+
+
+def _pair(images: Sequence[Path], labels: Sequence[Path]) -> tuple[Path, Path]:
+    """The image and the label of a case, of the files of its stem."""
+    pairs = list(itertools.product(images, labels))
+    # Capitals in a suffix matter only where two files differ in nothing else.
+    for same in (str, str.lower):
+        equal = [pair for pair in pairs if len({same(volume_suffix(path.name) or "") for path in pair}) == 1]
+        if len(pairs) > 1 and equal:
+            pairs = equal
+    if len(pairs) > 1:
+        # The images that are left, unless it is one with several labels.
+        first, second, *_ = max((list(dict.fromkeys(files)) for files in zip(*pairs, strict=True)), key=len)
+        raise InvalidFolder(
+            f"{first} and {second} differ only in their suffix, and either may be meant: keep one of them there"
+        )
+    return pairs[0]
 
 
 def _subset(folder: Path, subset: str) -> list[str]:
@@ -123,7 +176,11 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def label_names(folder: Path) -> list[str] | None:
-    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none."""
+    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none.
+
+    Raises:
+        InvalidFolder: the file does not give each of the labels 1..N a name of its own.
+    """
     path = folder / "dataset.json"
     if not path.is_file():
         return None
@@ -134,4 +191,33 @@ def label_names(folder: Path) -> list[str] | None:
         raise InvalidFolder(f'{path}: "labels" must be such as {{"0": "background", "1": "liver"}}') from error
     if values[1:] != list(range(1, len(values))):
         raise InvalidFolder(f"{path}: label values must be 0..N without gaps, got {values}")
-    return [str(names[str(value)]) for value in values[1:]]
+    found = [str(names[str(value)]) for value in values[1:]]
+    unnamed = [value for value, name in enumerate(found, start=1) if not name.strip()]
+    if unnamed:
+        raise InvalidFolder(f"{path}: label {unnamed[0]} has no name")
+    try:
+        _check_label_names(found)
+    except ValueError as error:
+        raise InvalidFolder(f"{path}: {error}") from error
+    return found
+
+
+def split_label_names(text: str) -> tuple[str, ...]:
+    """Names of labels 1..N from a comma-separated list.
+
+    Raises:
+        ValueError: a name is empty or there twice, or there are too many.
+    """
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ValueError(f"labels must be a comma-separated list of names without gaps; got {text!r}")
+    _check_label_names(names)
+    return names
+
+
+def _check_label_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"each label must have its own name; got {twice[0]!r} twice")
+    if len(names) > _MOST_LABELS:
+        raise ValueError(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")

@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -17,12 +17,15 @@ import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deformux.cases import InvalidFolder, find_cases, find_images, volume_id
+from deformux.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
 from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
+    LARGEST_SEED,
+    MOST_THREADS,
     ProgressBar,
     assignments,
     clear_errors,
@@ -46,7 +49,7 @@ from deformux.metrics import mean_dice
 from deformux.network import PRESETS, DeformUXNet
 from deformux.recipe import RECIPES
 from deformux.simulate_cli import simulate_command
-from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing
+from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing, filled_voxels
 from deformux.versions_cli import app as versions_app
 from deformux.weights import ModelCard, load_model, network_options, save_model, warm_start
 
@@ -62,7 +65,7 @@ app.add_typer(versions_app, name="versions")
 app.command(name="simulate")(simulate_command)
 app.command(name="clicks")(clicks_command)
 
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
@@ -97,7 +100,7 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -178,20 +181,27 @@ def predict(
         network, card = load_model(model_path(model))
         paths = [images] if images.is_file() else find_images(existing_folder(images))
         writable_folder(output)
-        failed = []
+        names = result_names(paths)
+        failed, said = [], []
         with _bar("segmenting") as bar:
             task = bar.add_task("segmenting", total=len(paths))
-            for path in paths:
+            for path, name in zip(paths, names, strict=True):
                 try:
                     labels, _ = segment(network, path, card.preprocessing, device=where)
                 except InvalidVolume as error:
                     # One bad file must not cost the results of a folder.
                     failed.append(str(error))
                 else:
-                    _write_labels(output / f"{volume_id(path)}.nii.gz", labels[0].numpy(), labels.affine.numpy())
+                    _write_labels(output / f"{name}.nii.gz", labels[0].numpy(), labels.affine.numpy())
+                    if filled := filled_voxels(labels):
+                        said.append(f"{path.name}: {filled}")
+                    if (stem := volume_id(path)) != name:
+                        other = paths[names.index(stem)].name
+                        said.append(f"{path.name} is written as {name}.nii.gz: {stem}.nii.gz is for {other}")
                 bar.update(task, advance=1)
+        _say(said)
         for message in failed:
-            console.print(f"[red]skipped:[/red] {message}")
+            console.print(f"[red]skipped:[/red] {escape(message)}")
         console.print(f"{len(paths) - len(failed)} of {len(paths)} volumes written to {output}; labels {_legend(card)}")
         if failed:
             raise typer.Exit(1)
@@ -214,6 +224,7 @@ def evaluate(
         cases = find_cases(existing_folder(data), subset=subset or None)
         if csv_file is not None:
             writable_file(csv_file)
+        said: list[str] = []
         with _bar("scoring") as bar:
             task = bar.add_task("scoring", total=len(cases))
             scores = evaluate_cases(
@@ -223,7 +234,9 @@ def evaluate(
                 n_labels=len(card.labels),
                 device=where,
                 on_case=lambda *_: bar.update(task, advance=1),
+                on_warning=lambda case, filled: said.append(f"{case.image.name}: {filled}"),
             )
+        _say(said)
         per_case = np.array(list(scores.values()))
         table = Table("label", "mean Dice", "median", "worst", title=f"{model} on {len(cases)} volumes")
         for index, name in enumerate(card.labels):
@@ -255,6 +268,12 @@ def _bar(what: str) -> Iterator[ProgressBar]:
     )
     with ProgressBar(*columns) as bar:
         yield bar
+
+
+def _say(sentences: Sequence[str]) -> None:
+    """Print sentences about files, each in a line."""
+    for sentence in sentences:
+        console.print(escape(sentence), soft_wrap=True, highlight=False)
 
 
 def _write_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:

@@ -14,12 +14,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
 
-from deformux.cases import InvalidFolder, label_names
+from deformux.cases import InvalidFolder, label_names, split_label_names
 from deformux.engine import TrainingError
 from deformux.transforms import InvalidVolume
 from deformux.weights import PRETRAINED, InvalidModel, pretrained_path
 
 __all__ = [
+    "LARGEST_SEED",
+    "MOST_THREADS",
     "ProgressBar",
     "assignments",
     "clear_errors",
@@ -34,6 +36,11 @@ __all__ = [
     "writable_file",
     "writable_folder",
 ]
+
+# What numpy's and PyTorch's generators take, with room for the seeds that are counted up from it.
+LARGEST_SEED = 2**31 - 1
+# More than any machine has, and few enough that PyTorch can start them.
+MOST_THREADS = 1024
 
 console = Console()
 
@@ -155,8 +162,13 @@ def _reason(path: Path, error: OSError) -> str:
 
 
 def named_labels(option: str, data: Path) -> list[str]:
-    """Names of labels 1..N: those of an option, else those of the folder; raises InvalidFolder without either."""
-    names = [name.strip() for name in option.split(",") if name.strip()] or label_names(data)
+    """Names of labels 1..N: those of an option, else those of the folder.
+
+    Raises:
+        ValueError: the option is not a list of different names.
+        InvalidFolder: neither gives names.
+    """
+    names = list(split_label_names(option)) if option.strip() else label_names(data)
     if not names:
         raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
     return names

@@ -17,6 +17,8 @@ from rich.table import Table
 
 from deformux.cases import find_cases
 from deformux.cli_support import (
+    LARGEST_SEED,
+    MOST_THREADS,
     ProgressBar,
     clear_errors,
     console,
@@ -46,9 +48,9 @@ def clicks_command(
     jitter: Annotated[
         float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the second robot's jitter.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)] = 0,
 ) -> None:
     """Measure what clicks buy: robots correct a labelled folder, at the centres of errors and beside them."""
     with clear_errors():

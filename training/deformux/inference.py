@@ -21,6 +21,7 @@ from deformux.transforms import (
     LoadVolumed,
     Preprocessing,
     apply,
+    filled_voxels,
     inference_transforms,
     restore_transforms,
 )
@@ -114,11 +115,13 @@ def evaluate(
     labels: Sequence[str] = (),
     device: str | torch.device = "cpu",
     on_case: Callable[[Case, np.ndarray], None] | None = None,
+    on_warning: Callable[[Case, str], None] | None = None,
 ) -> dict[str, list[float]]:
     """Dice of each label of each case, on the scans' own grids: case id to ``n_labels`` values, NaN where absent.
 
     Voxels that nobody labelled (255) do not count, and a label for which a case was not annotated is NaN; for the
-    latter, the names of the ``labels`` 1..N must be given.
+    latter, the names of the ``labels`` 1..N must be given. ``on_case`` takes each case and its values, ``on_warning``
+    each case whose scan holds voxels that are not finite, and a sentence about them.
 
     Raises:
         InvalidVolume: a scan or a label is not usable.
@@ -127,6 +130,9 @@ def evaluate(
     scores: dict[str, list[float]] = {}
     for case in cases:
         found, _ = segment(network, case.image, prep, device=device)
+        filled = filled_voxels(found)
+        if filled and on_warning is not None:
+            on_warning(case, filled)
         truth = apply(load_truth, {"image": case.image, "label": case.label})["label"]
         known = truth != UNLABELLED
         dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)

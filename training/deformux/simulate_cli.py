@@ -14,6 +14,8 @@ from rich.table import Table
 from deformux.budget_curve import Round, Summary, plot, summarise, write_rounds, write_summary
 from deformux.cases import find_cases
 from deformux.cli_support import (
+    LARGEST_SEED,
+    MOST_THREADS,
     ProgressBar,
     assignments,
     clear_errors,
@@ -44,13 +46,17 @@ def simulate_command(
     rounds: Annotated[int, typer.Option(help="Trainings per strategy and seed.", min=1)] = 6,
     batch: Annotated[int, typer.Option(help="Volumes labelled after each.", min=1)] = 5,
     start: Annotated[int, typer.Option(help="Volumes labelled before the first.", min=1)] = 5,
-    seeds: Annotated[int, typer.Option(help="How often everything is repeated.", min=1)] = 5,
-    first_seed: Annotated[int, typer.Option(help="Share a folder between processes: give each other seeds.")] = 0,
+    seeds: Annotated[int, typer.Option(help="How often everything is repeated.", min=1, max=1000)] = 5,
+    first_seed: Annotated[
+        int, typer.Option(help="Share a folder between processes: give each other seeds.", min=0, max=LARGEST_SEED)
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
     continue_steps: Annotated[
         int, typer.Option(help="Go on from the round before in so many steps; 0: from scratch each time.", min=0)
     ] = 0,
-    test_fraction: Annotated[float, typer.Option(help="Part of the volumes that test, by a hash of their ids.")] = 0.25,
+    test_fraction: Annotated[
+        float, typer.Option(help="Part of the volumes that test, by a hash of their ids.", min=0, max=1)
+    ] = 0.25,
     subset: Annotated[str, typer.Option(help="Subset of split.json to play on, e.g. train.")] = "",
     labels: Annotated[
         str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")
@@ -63,7 +69,7 @@ def simulate_command(
     snapshots: Annotated[int, typer.Option(help="Models of the last rounds whose predictions compare.", min=1)] = 1,
     start_from: Annotated[str, typer.Option(help="Model file or shipped name that every training starts from.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU.")] = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)] = 0,
 ) -> None:
     """Compare strategies of choosing what to label, on a folder whose labels are all known."""
     with clear_errors():

@@ -38,6 +38,7 @@ __all__ = [
     "RestoreGridd",
     "apply",
     "check_label_values",
+    "filled_voxels",
     "geometry_difference",
     "inference_transforms",
     "label_grid_transforms",
@@ -188,6 +189,20 @@ class LoadLabeld(MapTransform):
             label.affine = image.affine
             d[key] = label
         return d
+
+
+def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
+    """How many voxels of a scan ``LoadVolumed`` gave an intensity, as a sentence without a full stop; None for none.
+
+    Args:
+        image: the scan, or what ``RestoreGridd`` made of it.
+        of: words that name the scan, such as ``of this scan``.
+    """
+    n = int(image.meta.get("non_finite", 0))
+    if not n:
+        return None
+    voxels = " ".join(filter(None, ("1 voxel" if n == 1 else f"{n} voxels", of)))
+    return f"{voxels} {'is' if n == 1 else 'are'} NaN or infinite and taken for its lowest intensity"
 
 
 def check_label_values(name: str, values: npt.NDArray, n_labels: int, *, unlabelled: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deformux.cases import split_label_names
 from deformux.network import PRESETS
 from deformux.transforms import Preprocessing
 from deformux.weights import PRETRAINED, ModelCard, pretrained_path
@@ -33,8 +34,6 @@ _RESERVED = frozenset(
         *("label_info", "lamda", "num_bins", "num_mixtures", "selected_label_name", "sigma", "uncertainty"),
     }
 )
-# Results are uint8, and Slicer asks for uint8; of a submitted label 255 means that nobody has labelled the voxel.
-_MOST_LABELS = 254
 
 
 class InvalidOption(ValueError):
@@ -139,17 +138,13 @@ def _pretrained(name: str) -> tuple[str | None, ModelCard | None]:
 
 
 def _labels(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    if not all(names):
-        raise InvalidOption(f"labels must be a comma-separated list of names without gaps; got {text!r}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InvalidOption(f"each label must have its own name; got {twice[0]!r} twice")
+    try:
+        names = split_label_names(text)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from error
     reserved = sorted(set(map(str.lower, names)) & _RESERVED)
     if reserved:
         raise InvalidOption(f"a label must not be named {', '.join(sorted(_RESERVED))}; got {reserved[0]!r}")
-    if len(names) > _MOST_LABELS:
-        raise InvalidOption(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")
     return names
 
 

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from deformux.inference import WindowInferer, mixed_precision
-from deformux.transforms import InvalidVolume
+from deformux.transforms import InvalidVolume, filled_voxels
 from deformux.weights import InvalidModel
 from deformux_label.offloop import raise_if_client_gone
 
@@ -71,12 +71,8 @@ def give_back_memory(device: str) -> None:
 
 def sentences(image: MetaTensor, *warnings: str | None) -> str | None:
     """What a reply must warn of, each once: the warnings that there are, and what the scan ``image`` itself lacks."""
-    filled = int(image.meta.get("non_finite", 0))
-    lacks = None
-    if filled:
-        are = "1 voxel of this scan is" if filled == 1 else f"{filled} voxels of this scan are"
-        lacks = f"{are} NaN or infinite and taken for its lowest intensity."
-    return " ".join(filter(None, dict.fromkeys((*warnings, lacks)))) or None
+    filled = filled_voxels(image, "of this scan")
+    return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
 
 
 @contextmanager

@@ -1,0 +1,85 @@
+"""What ``deformux predict`` writes and says: a result per scan, and which scans hold voxels without an intensity."""
+
+from pathlib import Path
+
+import nibabel as nib
+import nrrd
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from deformux.cases import result_names
+from deformux.cli import app
+from deformux.network import DeformUXNet
+from deformux.transforms import Preprocessing
+from deformux.weights import ModelCard, save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    card = ModelCard(labels=("ball",), preprocessing=Preprocessing(patch_size=(16, 16, 16)), preset="tiny")
+    save_model(path, DeformUXNet(1, 2, "tiny"), card)
+    return path
+
+
+def _scan(path: Path, shape: tuple[int, int, int], *, without_intensity: int = 0) -> None:
+    path.parent.mkdir(exist_ok=True)
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    values.reshape(-1)[:without_intensity] = np.nan
+    if path.suffix == ".nrrd":
+        nrrd.write(str(path), values)
+        return
+    written = path.parent / path.name.lower()
+    nib.save(nib.Nifti1Image(values, np.eye(4)), written)
+    written.rename(path)
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
+
+
+def test_every_scan_has_a_result_of_its_own(model: Path, tmp_path: Path) -> None:
+    scans, output = tmp_path / "scans", tmp_path / "out"
+    # Different patients, told apart by their shapes.
+    _scan(scans / "one.NII.GZ", (8, 9, 10))
+    _scan(scans / "one.nii.gz", (9, 9, 10))
+    _scan(scans / "two.nii.gz", (10, 9, 10))
+    _scan(scans / "two.nrrd", (11, 9, 10))
+    _scan(scans / "two.nrrd.nii", (12, 9, 10))
+    done = _run("predict", model, scans, output)
+    assert done.exit_code == 0, done.output
+    assert {path.name: nib.load(path).shape[0] for path in output.iterdir()} == {
+        "one.nii.gz": 8,
+        "one.nii.gz.nii.gz": 9,
+        "two.nii.gz": 10,
+        "two.nrrd.nii.gz": 11,
+        "two.nrrd.nii.nii.gz": 12,
+    }
+    assert "5 of 5 volumes written" in done.output
+    assert "two.nrrd is written as two.nrrd.nii.gz: two.nii.gz is for two.nii.gz" in done.output
+
+
+def test_a_result_never_takes_the_name_of_another() -> None:
+    given = ["a.nii", "a.nii.gz", "a.nii.nii.gz", "a.nii-2.mha", "b.NRRD"]
+    assert result_names([Path("scans") / name for name in given]) == ["a", "a.nii.gz", "a.nii", "a.nii-2", "b"]
+    assert result_names([Path("a.mha"), Path("a.mha.nii"), Path("a.nrrd")]) == ["a", "a.mha", "a.nrrd"]
+    crowded = [Path(name) for name in ("a.mha", "a.nii.mha", "a.nii", "a.nii.nrrd")]
+    assert result_names(crowded) == ["a", "a.nii", "a.nii-2", "a.nii.nrrd"]
+
+
+def test_a_scan_with_nan_is_named(model: Path, write_case, tmp_path: Path) -> None:
+    write_case("whole", size=(16, 16, 16))
+    case = write_case("torn", size=(16, 16, 16))
+    scan = nib.load(case.image)
+    values = scan.get_fdata(dtype=np.float32)
+    values[0, 0, :3] = (np.nan, np.inf, np.nan)
+    nib.save(nib.Nifti1Image(values, scan.affine), case.image)
+    nib.save(nib.Nifti1Image((np.asarray(nib.load(case.label).dataobj) == 1).astype(np.uint8), scan.affine), case.label)
+    whole = tmp_path / "labels" / "whole.nii.gz"
+    whole.write_bytes(case.label.read_bytes())
+    for command in (("predict", model, tmp_path / "images", tmp_path / "out"), ("evaluate", model, tmp_path)):
+        done = _run(*command)
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.output.splitlines() if "NaN" in line]
+        assert lines == ["torn.nii.gz: 3 voxels are NaN or infinite and taken for its lowest intensity"]
