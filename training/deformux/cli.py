@@ -180,8 +180,12 @@ def predict(
         where = torch_device(device)
         network, card = load_model(model_path(model))
         paths = [images] if images.is_file() else find_images(existing_folder(images))
-        writable_folder(output)
         names = result_names(paths)
+        scans = {path.resolve() for path in paths}
+        for name in names:
+            if (target := output / f"{name}.nii.gz").resolve() in scans:
+                raise InvalidFolder(f"a result would replace the scan {target}; give another folder than the scans'")
+        writable_folder(output)
         failed, said = [], []
         with _bar("segmenting") as bar:
             task = bar.add_task("segmenting", total=len(paths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from deformux.data.volume_reader import InvalidVolume, open_volume
 from .label_states import file_state
 
 __all__ = ["ScanChecks"]
+
+_PAUSE_S = 0.002
 
 
 class ScanChecks:
@@ -29,7 +32,11 @@ class ScanChecks:
             except OSError:
                 continue
             known = self._seen.get(name)
-            seen[name] = known if known is not None and known[0] == state else (state, _reason(path))
+            if known is None or known[0] != state:
+                known = (state, _reason(path))
+                # Requests are answered in between.
+                time.sleep(_PAUSE_S)
+            seen[name] = known
         self._seen = seen
         self.reasons = {name: reason for name, (_, reason) in seen.items() if reason is not None}
         return self.reasons

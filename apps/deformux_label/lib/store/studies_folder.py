@@ -229,7 +229,7 @@ class StudiesFolder(LocalDatastore):
             self.check_scans()
 
     def check_scans(self) -> Mapping[str, str]:
-        """Read the headers of all scans, about a millisecond each, now and after each refresh.
+        """Read the headers of all scans, some milliseconds each, now and after each refresh.
 
         Returns:
             file to the reason, of those that nothing can use; they are logged once.
