@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import requests
-from attacks import tree
+from attacks import process_of, tree
 from fuzz import Fuzzer, fuzz
 from fuzz_values import volumes_of
 from live import APP, CONF, LiveServer, serve_command, stock_command, wait_for
@@ -54,7 +54,7 @@ def test_no_request_breaks_the_server(
         sessions=[session["session_id"] for session in sessions],
     )
     outside = surroundings(studies, tmp_path)
-    process = listening(server)
+    process = process_of(server)
     warm = count // 5
     first = fuzz(server.url, fuzzer.request, range(warm))
     before = grown(process)
@@ -73,16 +73,6 @@ def test_no_request_breaks_the_server(
     assert requests.get(f"{server.url}/datastore/", params={"output": "all"}, timeout=60).ok
     log = server.log.read_text()
     assert "Traceback (most recent call last)" not in log, log[log.index("Traceback") - 500 :][:4000]
-
-
-def listening(server: LiveServer) -> psutil.Process:
-    """The process that listens."""
-    root = psutil.Process(server.process.pid)
-    return next(
-        process
-        for process in [root, *root.children(recursive=True)]
-        if any(connection.status == psutil.CONN_LISTEN for connection in process.net_connections("tcp"))
-    )
 
 
 def grown(process: psutil.Process) -> tuple[int, int]:
