@@ -35,7 +35,7 @@ from _server_page import table
 from deformux.network import DeformUXNet
 from deformux.versions import ModelVersions
 from deformux.weights import ModelCard
-from deformux_label.cli import app_folder
+from deformux_label.cli_support import app_folder
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.leases import Leases
 from deformux_label.web.users import Users

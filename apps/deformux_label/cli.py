@@ -16,11 +16,11 @@ import typer
 from rich.table import Table
 
 from deformux_label.cli_admin import audit, users_app
-from deformux_label.cli_support import open_studies, print_table, refuse
+from deformux_label.cli_support import app_folder, open_studies, print_table, refuse
 from deformux_label.command_log import recorded
 from deformux_label.studies_cli import studies_app
 
-__all__ = ["app", "app_folder"]
+__all__ = ["app"]
 
 app = typer.Typer(
     help="One-click segmentation with DeformUX-Net for 3D Slicer.", no_args_is_help=True, pretty_exceptions_enable=False
@@ -160,24 +160,6 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
 
     sys.argv = ["monailabel", *arguments]
     Main().run()
-
-
-def app_folder() -> Path:
-    """The installed app; where that cannot be written to, a folder of the user's that links to it.
-
-    MONAI Label keeps models and logs inside the app's folder.
-    """
-    installed = Path(__file__).resolve().parent
-    if os.access(installed, os.W_OK):
-        return installed
-    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "deformux-label"
-    data.mkdir(parents=True, exist_ok=True)
-    for part in ("main.py", "lib"):
-        link = data / part
-        if link.is_symlink():
-            link.unlink()
-        link.symlink_to(installed / part)
-    return data
 
 
 def _checked_tls(certificate: str, key: str) -> list[str]:

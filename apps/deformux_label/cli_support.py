@@ -1,8 +1,9 @@
-"""What the commands share: one sentence for what cannot be done, tables that are never cut, the studies."""
+"""What the commands share: the app's folder, one sentence for what cannot be done, tables that are never cut."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,10 +15,28 @@ from rich.table import Table
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
 
-__all__ = ["open_studies", "print_table", "refuse", "shown"]
+__all__ = ["app_folder", "open_studies", "print_table", "refuse", "shown"]
 
 # Of a line in a file or a pipe, where nobody wraps lines.
 _WIDEST = 20_000
+
+
+def app_folder() -> Path:
+    """The installed app; where that cannot be written to, a folder of the user's that links to it.
+
+    MONAI Label keeps models and logs inside the app's folder.
+    """
+    installed = Path(__file__).resolve().parent
+    if os.access(installed, os.W_OK):
+        return installed
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "deformux-label"
+    data.mkdir(parents=True, exist_ok=True)
+    for part in ("main.py", "lib"):
+        link = data / part
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(installed / part)
+    return data
 
 
 def refuse(reason: str) -> NoReturn:

@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from deformux_label.cli_support import app_folder
+
 __all__ = ["logs_of", "recorded"]
 
 
@@ -49,7 +51,6 @@ def _log_in(studies: Path) -> Path:
 
 def _logs_of_projects(studies: Path) -> list[Path]:
     """The logs in which a server's start notes this folder."""
-    from deformux_label.cli import app_folder
     from deformux_label.web.audit import read_log
 
     place = str(studies.resolve())

@@ -32,7 +32,7 @@ from deformux.files import write_text
 from deformux.metrics import dice_per_label, mean_dice
 from deformux.transforms import geometry_difference
 from deformux_label import report
-from deformux_label.cli import app_folder
+from deformux_label.cli_support import app_folder
 from deformux_label.cohort import Cohort, Volume, open_cohort, synthetic_cohort
 from deformux_label.lib.configs.project import InvalidOption, Project
 from deformux_label.player import AnnotationClient, PlayerError, Server

@@ -20,7 +20,7 @@ import typer
 from typer.testing import CliRunner
 
 from deformux.synthetic import LABELS
-from deformux_label.cli import app_folder
+from deformux_label.cli_support import app_folder
 from deformux_label.demo import main
 from deformux_label.lib.configs.project import Project
 
