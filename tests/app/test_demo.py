@@ -188,7 +188,7 @@ def damaged(folder: Path) -> str:
         write_case(folder / "data", name, label)
     path = folder / "data" / "labels" / "c.nii.gz"
     path.write_bytes(path.read_bytes()[:40])
-    return "case c cannot be read"
+    return "case c cannot be used"
 
 
 def too_few(folder: Path) -> str:
