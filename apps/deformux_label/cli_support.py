@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from deformux_label.lib.store.notices import printable
+
 if TYPE_CHECKING:
     from deformux_label.lib.datastore import CheckedDatastore
 
@@ -67,6 +69,4 @@ def open_studies(studies: Path) -> CheckedDatastore:
 
 def shown(value: Any) -> str:
     """A value as text that can neither move the cursor nor colour the terminal."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    valid = text.encode("utf-8", "backslashreplace").decode()
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in valid)
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
