@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from pathlib import Path
 
@@ -11,6 +9,8 @@ import fastapi_offline
 from fastapi import APIRouter, HTTPException
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
+
+from .content_policy import source_hash
 
 __all__ = ["pages_router"]
 
@@ -28,29 +28,33 @@ _ICON = "favicon.ico"
 def pages_router(title: str) -> APIRouter:
     """Return ``/`` (Swagger UI), ``/docs`` (ReDoc), and the three files that these load."""
     router = APIRouter(include_in_schema=False)
-    swagger = get_swagger_ui_html(
-        openapi_url=_OPENAPI,
-        title=title,
-        swagger_js_url="assets/swagger-ui-bundle.js",
-        swagger_css_url="assets/swagger-ui.css",
-        swagger_favicon_url=_ICON,
-        swagger_ui_parameters={"defaultModelsExpandDepth": -1},
+    swagger = _with_policy(
+        get_swagger_ui_html(
+            openapi_url=_OPENAPI,
+            title=title,
+            swagger_js_url="assets/swagger-ui-bundle.js",
+            swagger_css_url="assets/swagger-ui.css",
+            swagger_favicon_url=_ICON,
+            swagger_ui_parameters={"defaultModelsExpandDepth": -1},
+        )
     )
-    redoc = get_redoc_html(
-        openapi_url=_OPENAPI,
-        title=title,
-        redoc_js_url="assets/redoc.standalone.js",
-        redoc_favicon_url=_ICON,
-        with_google_fonts=False,
+    redoc = _with_policy(
+        get_redoc_html(
+            openapi_url=_OPENAPI,
+            title=title,
+            redoc_js_url="assets/redoc.standalone.js",
+            redoc_favicon_url=_ICON,
+            with_google_fonts=False,
+        )
     )
 
     @router.get("/")
     async def swagger_page() -> HTMLResponse:
-        return _with_policy(swagger)
+        return swagger
 
     @router.get("/docs")
     async def redoc_page() -> HTMLResponse:
-        return _with_policy(redoc)
+        return redoc
 
     @router.get("/assets/{name}")
     async def asset(name: str) -> FileResponse:
@@ -64,15 +68,9 @@ def pages_router(title: str) -> APIRouter:
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
     """Let a page load and call nothing but this server, and run no script but its own."""
     text = bytes(page.body).decode()
-    inline = "".join(
-        f" 'sha256-{_digest(script)}'" for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    )
+    inline = " ".join(source_hash(script) for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL))
     policy = (
-        f"default-src 'self'; script-src 'self'{inline}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+        f"default-src 'self'; script-src 'self' {inline}; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
         "worker-src blob:; base-uri 'none'; frame-ancestors 'none'"
     )
     return HTMLResponse(text, headers={"Content-Security-Policy": policy})
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
 
 from starlette.responses import HTMLResponse
+
+from .content_policy import source_hash
 
 __all__ = ["login_page"]
 
@@ -45,10 +45,9 @@ _PAGE = """<!DOCTYPE html>
 </body>
 </html>
 """
-_STYLE_HASH = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
 _HEADERS = {
     "Content-Security-Policy": (
-        f"default-src 'none'; style-src 'sha256-{_STYLE_HASH}'; form-action 'self'; frame-ancestors 'none'; "
+        f"default-src 'none'; style-src {source_hash(_STYLE)}; form-action 'self'; frame-ancestors 'none'; "
         "base-uri 'none'"
     ),
     "Cache-Control": "no-store",
