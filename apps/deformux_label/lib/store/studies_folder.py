@@ -237,9 +237,9 @@ class StudiesFolder(LocalDatastore):
         if self._scans is None:
             self._scans = ScanChecks()
         objects = self._datastore.objects
-        files = {file_of(image, entry): self._image_file(image, entry) for image, entry in objects.items()}
-        reasons = self._scans.look(files)
-        self.unusable_scans = frozenset(image for image, entry in objects.items() if file_of(image, entry) in reasons)
+        images = {file_of(image, entry): image for image, entry in objects.items()}
+        reasons = self._scans.look({file: self._image_file(image, objects[image]) for file, image in images.items()})
+        self.unusable_scans = frozenset(images[file] for file in reasons)
         self.notices.tell("Not usable", reasons)
         return reasons
 
