@@ -33,8 +33,9 @@ from deformux.weights import ModelCard, save_model, warm_start
 
 __all__ = ["Result", "Task", "Tell", "Trial", "affordable_steps", "model_file", "run_trial"]
 
-# Of a training whose steps are timed: the first ones compile, and fill caches.
-_WARM_UP, _TIMED = 5, 20
+# Of a training whose steps are timed: the first ones compile, and fill caches. On a GPU, where a step may take
+# milliseconds, also those whose patches were drawn ahead while it warmed up.
+_TIMES = {"cpu": (5, 20), "cuda": (60, 240)}
 _EPOCHS = 10
 
 # Told what is being done, and the part of the training that is done (0..1).
@@ -220,12 +221,13 @@ def affordable_steps(trial: Trial, folder: Path, tell: Tell) -> int:
     kept = folder / "steps" / f"{trial.pace_name}.txt"
     if not kept.is_file():
         torch.set_num_threads(trial.threads)
-        clock, recipe = _Clock(), trial.task.recipe.in_steps(_WARM_UP + _TIMED, epochs=1)
+        warm_up, timed = _TIMES[trial.device.partition(":")[0]]
+        clock, recipe = _Clock(), trial.task.recipe.in_steps(warm_up + timed, epochs=1)
         # No more volumes are read than are drawn.
         drawn = trial.task.train[: recipe.steps * recipe.batch_size]
         _fit(trial, drawn, _network(trial), recipe, clock, tell)
         # Steps with clicks take longer, and come in the later part of a run only.
-        pace = clock.seconds()[_WARM_UP - 1 :].sum() / (recipe.effort(recipe.steps) - recipe.effort(_WARM_UP))
+        pace = clock.seconds()[warm_up - 1 :].sum() / (recipe.effort(recipe.steps) - recipe.effort(warm_up))
         write_text(kept, str(max(1, int(trial.seconds / pace * recipe.steps / recipe.effort(recipe.steps)))))
     return int(kept.read_text())
 

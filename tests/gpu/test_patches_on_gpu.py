@@ -26,14 +26,24 @@ def test_they_are_those_of_the_cpu(case, device):
     recipe = sampling.Recipe(steps=6, noise_std=0.1, gamma=(0.7, 1.5), low_resolution=0.5, intensity_scale=0.1, **every)
     drawn = []
     for where in ("cpu", device):
-        patches = sampling.Patches([case], new=(), recipe=recipe, prep=prep, labels=("a",), device=where)
-        batches = iter(patches.loader(first_step=0, steps=recipe.steps, seed=0))
-        drawn.append([])
-        for step in range(recipe.steps):
-            patches.seed(0, step)
-            drawn[-1].append(next(batches))
+        patches = sampling.Patches([case], new=(), recipe=recipe, prep=prep, labels=("a",), device=where, workers=0)
+        drawn.append(list(patches.loader(first_step=0, steps=recipe.steps, seed=0)))
     for on_cpu, on_gpu in zip(*drawn, strict=True):
         assert on_gpu["image"].device == on_gpu["label"].device == torch.device(device)
         image, label = (on_gpu[key].cpu() for key in ("image", "label"))
         assert (image - on_cpu["image"]).abs().mean() < 1e-3
         assert (label != on_cpu["label"]).float().mean() < 1e-3, "but for voxels halfway between two"
+
+
+def test_processes_give_pinned_batches_that_are_those_of_the_cpu(case, device):
+    prep, recipe = sampling.Preprocessing("mr", patch_size=(32, 32, 32)), sampling.Recipe(steps=6)
+    drawn = []
+    for where, workers in (("cpu", 0), (device, 3)):
+        patches = sampling.Patches(
+            [case], new=(), recipe=recipe, prep=prep, labels=("a",), device=where, workers=workers
+        )
+        drawn.append(list(patches.loader(first_step=0, steps=recipe.steps, seed=0)))
+    for alone, together in zip(*drawn, strict=True):
+        for key, value in together.items():
+            assert value.is_pinned(), key
+            torch.testing.assert_close(value, alone[key], rtol=0, atol=1e-5, msg=key)

@@ -94,12 +94,12 @@ def test_clicks_follow_from_seed_and_step() -> None:
     assert not torch.equal(draw(0, 1), draw(0, 2))
     assert not torch.equal(draw(0, 1), draw(1, 1))
     rare = ClickTraining(net, EVERY_STEP.replace(click_probability=0.25), seed=0)
-    share = np.mean([rare.guidance(step, image, logits, label, everything) is not None for step in range(200)])
+    share = np.mean([rare.takes_part(step) for step in range(200)])
     assert 0.15 < share < 0.35
     late = ClickTraining(net, EVERY_STEP.replace(steps=8, click_start=0.25), seed=0)
-    assert [late.guidance(step, image, logits, label, everything) is not None for step in range(1, 5)] == [
-        False
-    ] * 2 + [True] * 2
+    assert [late.takes_part(step) for step in range(1, 5)] == [False] * 2 + [True] * 2
+    with pytest.raises(ValueError, match="step 2 has no clicks"):
+        late.guidance(2, image, logits, label, everything)
 
 
 def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:

@@ -236,3 +236,16 @@ def test_a_bad_argument_names_the_valid_ones(arguments: dict, words: list[str]) 
 def test_a_wrong_input_says_what_was_expected() -> None:
     with pytest.raises(ValueError, match=r"expected input \(N, 1, D, H, W\), got shape \(1, 2, 16, 16, 16\)"):
         DeformUXNet(1, 2, "tiny")(torch.zeros(1, 2, 16, 16, 16))
+
+
+def test_training_compiles_without_a_break() -> None:
+    """In double precision, where on a CPU too every convolution is PyTorch's own, as on a GPU."""
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 3, "tiny").double()
+    x = torch.randn(1, 1, 16, 16, 32, dtype=torch.float64)
+    expected = net(x)
+    compiled = torch.compile(net, fullgraph=True, backend="eager", dynamic=False)(x)
+    torch.testing.assert_close(compiled, expected)
+    (gradient,) = torch.autograd.grad(compiled.square().mean(), [net.stages[0][0].mixer.weight])
+    (wanted,) = torch.autograd.grad(expected.square().mean(), [net.stages[0][0].mixer.weight])
+    torch.testing.assert_close(gradient, wanted)

@@ -56,8 +56,12 @@ class ClickTraining:
         self.network, self.recipe, self.seed = network, recipe, seed
         self.n_labels = network.out_channels - 1
 
-    def guidance(self, step: int, image: Tensor, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor | None:
-        """Guidance ``(N, guidance channels, D, H, W)`` for a step, or None for a step without clicks.
+    def takes_part(self, step: int) -> bool:
+        """Whether a step, from 1, has clicks."""
+        return self._drawn(step) is not None
+
+    def guidance(self, step: int, image: Tensor, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+        """Guidance ``(N, guidance channels, D, H, W)``, on the image's device, for a step that has clicks.
 
         Args:
             step: of the training, from 1.
@@ -65,10 +69,13 @@ class ClickTraining:
             logits: what the network says without clicks, ``(N, classes, D, H, W)``.
             label: ``(N, 1, D, H, W)``, 255 where unlabelled.
             annotated: ``(N, classes)``, which classes were looked for.
+
+        Raises:
+            ValueError: the step has no clicks.
         """
-        rng = np.random.default_rng(np.random.SeedSequence([self.seed, step, _STREAM]))
-        if step <= self.recipe.click_start * self.recipe.steps or rng.random() >= self.recipe.click_probability:
-            return None
+        rng = self._drawn(step)
+        if rng is None:
+            raise ValueError(f"step {step} has no clicks")
         truths = [truth.astype(np.uint8) for truth in label[:, 0].cpu().numpy()]
         known = list(annotated.cpu().numpy().astype(bool))
         foreign = rng.random() < _FOREIGN_MASK
@@ -87,6 +94,13 @@ class ClickTraining:
             if rng.random() < _SAVED_BETWEEN:
                 start = result
         return self._encode(clicks, start, image)
+
+    def _drawn(self, step: int) -> np.random.Generator | None:
+        """The random numbers of a step with clicks, or None for a step without."""
+        rng = np.random.default_rng(np.random.SeedSequence([self.seed, step, _STREAM]))
+        if step <= self.recipe.click_start * self.recipe.steps or rng.random() >= self.recipe.click_probability:
+            return None
+        return rng
 
     def _clicks(
         self, truth: Labels, shown: Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator

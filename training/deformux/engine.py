@@ -12,30 +12,31 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import TerminateOnNan
 from monai.engines import SupervisedTrainer
-from monai.engines.utils import IterationEvents
 from monai.handlers import LrScheduleHandler
-from monai.utils import CommonKeys, set_determinism
+from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deformux.cases import Case
 from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.click_training import ClickTraining
+from deformux.compilation import Compilation
 from deformux.inference import evaluate
-from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
-from deformux.optimization import MixedPrecision, make_average, make_optimizer, make_schedule
+from deformux.optimization import make_average, make_optimizer, make_schedule
 from deformux.recipe import Recipe
-from deformux.sample_threads import SampleThreads
-from deformux.sampling import Patches
+from deformux.sampling import Patches, seed_everything
+from deformux.training_step import LossReader, TrainingStep
 from deformux.transforms import InvalidVolume, Preprocessing
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 
 logger = logging.getLogger(__name__)
+
+# The steps by whose time it is judged whether compiling pays; the first ones compile kernels and capture graphs.
+_PACE_FROM, _PACE_TO = 20, 60
 
 
 class TrainingError(RuntimeError):
@@ -91,6 +92,8 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     stop: Callable[[], bool] | None = None,
+    capture: bool = True,
+    compile_cache: Path | None = None,
 ) -> FitResult:
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
@@ -110,6 +113,9 @@ def fit(
             other cases, labels, weights or another recipe is ignored. It stays when the run is over.
         checkpoint_seconds: least time between two checkpoints.
         stop: asked after each step whether to stop; the checkpoint then holds that step.
+        capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time; and compile
+            the network where the run is long enough to pay for it, which rounds otherwise.
+        compile_cache: folder that keeps what was compiled for the next run.
 
     Raises:
         TrainingStopped: ``stop`` said so.
@@ -126,7 +132,22 @@ def fit(
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
         patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device)
-        return _Run(network, patches, recipe, prep, labels, val_cases, device, seed, on_progress, saved, stop).run()
+        run = _Run(
+            network,
+            patches,
+            recipe,
+            prep,
+            labels,
+            val_cases,
+            device,
+            seed,
+            on_progress,
+            saved,
+            stop,
+            capture,
+            compile_cache,
+        )
+        return run.run()
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)
         if reason is None:
@@ -159,6 +180,8 @@ class _Run:
         on_progress: Callable[[Progress], None] | None,
         saved: CheckpointFile | None,
         stop: Callable[[], bool] | None,
+        capture: bool,
+        compile_cache: Path | None,
     ) -> None:
         self.network = network.to(device)
         self.patches, self.recipe, self.prep, self.labels, self.val_cases = patches, recipe, prep, labels, val_cases
@@ -184,6 +207,14 @@ class _Run:
         self.ema = make_average(network, recipe)
         guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
         self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
+        self.step = TrainingStep(
+            network, self.optimizer, self.ema, recipe, clicks=self.clicks, device=self.device, capture=capture
+        )
+        self.loss_reader = LossReader(self.device)
+        # What compiling saves is known of this network alone; another may not be compiled without a break.
+        compiles = capture and self.device.type == "cuda" and isinstance(network, DeformUXNet)
+        self.compiler = Compilation(_identity(network, recipe, prep), cache=compile_cache) if compiles else None
+        self.pace_began = 0.0
 
     def run(self) -> FitResult:
         checkpoint = self.saved.load() if self.saved is not None else None
@@ -207,37 +238,24 @@ class _Run:
         return self.ema.module if self.ema is not None else self.network
 
     def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
-        recipe = self.recipe
-        loss, network = PartialDiceCELoss(), self._in_training()
         trainer = SupervisedTrainer(
             device=self.device,
             max_epochs=self.epochs,
             train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
             epoch_length=self.epoch_length,
-            network=network,
+            network=self.network,
             optimizer=self.optimizer,
-            loss_function=lambda logits, targets: loss(logits, *targets),
-            prepare_batch=_prepare_batch,
+            loss_function=None,  # it is part of the step
+            iteration_update=self._take_step,
             decollate=False,
-            optim_set_to_none=True,
         )
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.values["engine"])
         trainer.add_event_handler(
-            Events.GET_BATCH_STARTED, lambda engine: self.patches.seed(self.seed, engine.state.iteration)
+            Events.GET_BATCH_STARTED, lambda engine: seed_everything(self.seed, engine.state.iteration)
         )
-        if self.clicks is not None:
-            trainer.add_event_handler(
-                IterationEvents.BACKWARD_COMPLETED, self._learn_clicks, self.clicks, network, loss
-            )
-        if recipe.gradient_clip is not None:
-            trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip_gradient, recipe.gradient_clip)
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
             LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False).attach(trainer)
-        if self.ema is not None:
-            trainer.add_event_handler(Events.ITERATION_COMPLETED, self.ema.update_parameters, self.network)
-        stop_on_nan = TerminateOnNan(output_transform=lambda output: output["loss"])
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, stop_on_nan)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
         if isinstance(self.schedule, ReduceLROnPlateau):
@@ -249,35 +267,40 @@ class _Run:
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
         return trainer
 
-    def _in_training(self) -> nn.Module:
-        network: nn.Module = MixedPrecision(self.network, self.recipe.mixed_precision)
-        workers = min(self.recipe.batch_size, torch.get_num_threads())
-        # In others a sample may know of the rest of its batch, as with batch normalisation.
-        if self.device.type == "cpu" and workers > 1 and isinstance(self.network, DeformUXNet):
-            return SampleThreads(network, workers)
-        return network
-
-    def _learn_clicks(self, engine: Engine, clicks: ClickTraining, network: nn.Module, loss: PartialDiceCELoss) -> None:
-        """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""
-        output = engine.state.output
-        image, targets = output[CommonKeys.IMAGE], output[CommonKeys.LABEL]
-        logits = output[CommonKeys.PRED].detach()
-        guidance = clicks.guidance(engine.state.iteration, image, logits, *targets)
-        if guidance is not None:
-            # Of what the network says with clicks, only what is near to them is ever used.
-            near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
-            loss(network(image, guidance), *targets, near).backward()
-
-    def _clip_gradient(self, _: Engine, largest: float) -> None:
-        nn.utils.clip_grad_norm_(self.network.parameters(), largest)
+    def _take_step(self, engine: Engine, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        loss = self.step(engine.state.iteration, batch["image"], batch["label"], batch["annotated"])
+        return {"loss": loss}
 
     def _after_step(self, engine: Engine) -> None:
-        self.loss = float(engine.state.output["loss"].detach())
-        self.epoch_loss += self.loss / self.epoch_length
+        self._count(engine, self.loss_reader.add(engine.state.output["loss"]))
+        if self.compiler is not None:
+            self._consider_compiling(engine.state.iteration)
         if time.monotonic() - self.last_report >= 1:
             self._report(engine)
 
+    def _count(self, engine: Engine, losses: Sequence[float]) -> None:
+        for self.loss in losses:
+            self.epoch_loss += self.loss / self.epoch_length
+            if not math.isfinite(self.loss):
+                engine.terminate()
+
+    def _consider_compiling(self, step: int) -> None:
+        """Compile, once, where the steps so far say that this pays for the rest."""
+        taken = step - self.first_step
+        if taken == _PACE_FROM:
+            self.pace_began = time.monotonic()
+        elif taken == _PACE_TO:
+            assert self.compiler is not None
+            pace = (time.monotonic() - self.pace_began) / (_PACE_TO - _PACE_FROM)
+            if self.compiler.pays(pace * (self.steps - step)):
+                self.compiler.begin()
+                self.step.compile()
+        elif taken == _PACE_TO + 1 and self.step.compiled:
+            assert self.compiler is not None
+            self.compiler.end()
+
     def _after_epoch(self, engine: Engine) -> None:
+        self._count(engine, self.loss_reader.rest())
         self.losses.append(self.epoch_loss)
         self.epoch_loss = 0.0
         if self.val_cases:
@@ -316,8 +339,10 @@ class _Run:
         self._keep(engine)
 
     def _keep(self, engine: Engine) -> None:
-        if self.saved is not None and math.isfinite(self.loss) and (self.done or self.stopped or self.saved.due):
-            self.saved.save(self._checkpoint(engine))
+        if self.saved is not None and (self.done or self.stopped or self.saved.due):
+            self._count(engine, self.loss_reader.rest())
+            if math.isfinite(self.loss):
+                self.saved.save(self._checkpoint(engine))
         if self.stopped:
             # Stopped in the last step, it is over all the same.
             self.stopped = not self.done
@@ -391,10 +416,7 @@ class _Run:
 _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
 
 
-def _prepare_batch(
-    batch: Mapping[str, Tensor], device: torch.device, non_blocking: bool, **_: Any
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    image, label, annotated = (
-        batch[key].to(device, non_blocking=non_blocking) for key in ("image", "label", "annotated")
-    )
-    return image, (label, annotated)
+def _identity(network: DeformUXNet, recipe: Recipe, prep: Preprocessing) -> dict[str, Any]:
+    """What a compiled network is made for."""
+    channels = (network.in_channels, network.out_channels, network.guidance_channels)
+    return {"preset": network.preset, "channels": channels, "batch": recipe.batch_size, "patch": prep.patch_size}

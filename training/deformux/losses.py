@@ -26,34 +26,37 @@ class PartialDiceCELoss(nn.Module):
         super().__init__()
         self.dice = DiceLoss(include_background=False, batch=True)
 
-    def forward(self, logits: Tensor, label: Tensor, annotated: Tensor, emphasis: Tensor | None = None) -> Tensor:
-        """The loss, a scalar; 0 where nothing is labelled.
+    def forward(
+        self, logits: Tensor, label: Tensor, annotated: Tensor | None = None, emphasis: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar; 0 where nothing is labelled. Asks a GPU nothing, so that it can be captured in a graph.
 
         Args:
             logits: ``(N, C, D, H, W)``, class 0 is background.
             label: ``(N, 1, D, H, W)`` with values 0..C-1 and ``UNLABELLED``.
-            annotated: ``(N, C)``, whether a class was annotated in a volume; class 0 always counts as annotated.
+            annotated: ``(N, C)``, whether a class was annotated in a volume; class 0 always counts as annotated. None
+                says that all were, which spares the sums over the others.
             emphasis: weights ``(N, 1, D, H, W)`` of a second cross entropy, their weighted mean, which is added.
         """
         target = label.long()
         known = target != UNLABELLED
-        classes = annotated.to(logits.device, torch.bool).clone()
-        classes[:, 0] = True
-        log_probabilities = _marginal(logits.log_softmax(1), classes)
+        log_probabilities, mask = logits.log_softmax(1), known
+        if annotated is not None:
+            classes = annotated.to(logits.device, torch.bool).clone()
+            classes[:, 0] = True
+            log_probabilities = _marginal(log_probabilities, classes)
+            mask = known & classes[:, :, None, None, None]
         chosen = torch.where(known, target, 0)
         nll = torch.where(known, -log_probabilities.gather(1, chosen), 0.0)
         cross_entropy = nll.sum() / known.sum().clamp(min=1)
         if emphasis is not None:
             cross_entropy = cross_entropy + (emphasis * nll).sum() / (emphasis * known).sum().clamp(min=1)
-        mask = known & classes[:, :, None, None, None]
         truth = one_hot(chosen, logits.shape[1]) * mask
         return self.dice(torch.where(mask, log_probabilities.exp(), 0.0), truth) + cross_entropy
 
 
 def _marginal(log_probabilities: Tensor, classes: Tensor) -> Tensor:
     """Log probabilities with the classes that are not in ``classes`` (N, C) merged into class 0."""
-    if bool(classes.all()):
-        return log_probabilities
     here = classes[:, :, None, None, None]
     merged = here.clone()
     merged[:, 0] = False

@@ -26,6 +26,8 @@ Mlp = Literal["dense", "depthwise", "none"]
 # The deepest stage sees 1/16 of the resolution.
 _STRIDE = 16
 _TAPS = 27
+# On a GPU up to this many are all convolved, whether they hold anything or not.
+_FEW_GUIDANCE_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,9 @@ class DeformableMixer(nn.Module):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_inference_mode_enabled() and len(self.axes) == 3 and self.offset.kernel_size == (1, 1, 1):
+        # Without gradients; torch.compile cannot trace the question for inference mode.
+        inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if inference and len(self.axes) == 3 and self.offset.kernel_size == (1, 1, 1):
             # Spares the 81 channels of offsets where a kernel can compute them as it goes.
             return deform_conv3d_fused_offset(x, self.offset.weight, self.offset.bias, self.weight, self.bias)
         offset = self.offset(x)
@@ -181,11 +185,11 @@ class GuidedConv3d(Conv3d):
         return guided.train(convolution.training)
 
     def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels`` out of all."""
+        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels``, or all of them."""
         y = super().forward(x)
-        if guidance is None or channels is None or not guidance.shape[1]:
+        if guidance is None or not guidance.shape[1]:
             return y
-        weight = self.guidance[:, channels]
+        weight = self.guidance if channels is None else self.guidance[:, channels]
         return y + conv3d(guidance, weight, None, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
 
@@ -374,13 +378,19 @@ class DeformUXNet(nn.Module):
         return self.head(self._run(self.fuse, z))
 
     def _used(self, guidance: Tensor | None) -> tuple[Tensor, ...]:
-        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers."""
+        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers.
+
+        Without their numbers: all of them.
+        """
         if guidance is None:
             return ()
         if not self.guidance_channels:
             raise ValueError("this network takes no guidance; build it with guidance=True")
         if guidance.shape[1] != self.guidance_channels:
             raise ValueError(f"expected {self.guidance_channels} channels of guidance, got {guidance.shape[1]}")
+        if guidance.is_cuda and self.guidance_channels <= _FEW_GUIDANCE_CHANNELS:
+            # Asking a GPU which of them hold anything takes longer, and no graph can be captured while it is asked.
+            return (_pad(guidance, "constant"),)
         # Most labels have no click: with 40 of them, convolving zeros would cost more than everything else.
         channels = guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
         return _pad(guidance[:, channels], "constant"), channels

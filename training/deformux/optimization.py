@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from monai.optimizers import WarmupCosineSchedule
@@ -22,7 +23,7 @@ _GUIDANCE_RATE = 5.0
 class MixedPrecision(nn.Module):
     """The network under autocast with float32 logits: MONAI's own ``amp`` knows CUDA only."""
 
-    def __init__(self, network: nn.Module, enabled: bool) -> None:
+    def __init__(self, network: Callable[..., Tensor], enabled: bool) -> None:
         super().__init__()
         self.network = network
         self.enabled = enabled

@@ -1,14 +1,18 @@
 """Which volume is drawn when, and how it is varied: a function of the seed and the step alone.
 
-Nothing random is carried from step to step, so that a resumed training draws what an uninterrupted one would have.
+Nothing random is carried from step to step, so that a resumed training draws what an uninterrupted one would have, and
+several processes draw what one does, up to rounding.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import os
 import random
+import sys
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +24,14 @@ from deformux.cases import Case
 from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing, labelled_transforms
 
-__all__ = ["Patches", "draw_order"]
+__all__ = ["Patches", "draw_order", "seed_everything"]
 
 logger = logging.getLogger(__name__)
+
+# Processes that draw patches for a GPU: more do not help, and fewer than two cannot keep up with it.
+_MOST_WORKERS, _FEWEST_WORKERS = 12, 2
+# Batches that each of them has ready.
+_PREFETCH = 2
 
 
 def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int, draws: int, seed: int) -> list[int]:
@@ -43,7 +52,17 @@ class Patches:
     """Training patches of labelled volumes, from one step of a run to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
-    Image and label of a patch come on ``device``.
+    For a GPU, processes of their own draw and vary patches ahead of time on the cores that are there, and what they
+    give lies in pinned memory on the CPU. With too few cores patches are varied on the GPU, and stay there.
+
+    Args:
+        cases: volumes to draw from.
+        new: ids of those that are drawn more often.
+        recipe: how patches are drawn and varied.
+        prep: how volumes become network input.
+        labels: names of labels 1..N.
+        device: where the network trains.
+        workers: processes; None for as many as this machine has cores and shared memory for, none on a CPU.
     """
 
     def __init__(
@@ -55,6 +74,7 @@ class Patches:
         prep: Preprocessing,
         labels: Sequence[str],
         device: str | torch.device = "cpu",
+        workers: int | None = None,
     ) -> None:
         self.recipe = recipe
         self.cases = cases
@@ -68,7 +88,11 @@ class Patches:
             }
             for case in cases
         ]
-        augmentation = training_augmentation(prep, recipe, device=device)
+        device = torch.device(device)
+        batch_bytes = 5 * recipe.batch_size * int(np.prod(prep.patch_size))
+        self.workers = _workers(device, batch_bytes) if workers is None else workers
+        self._pinned = device.type == "cuda" and self.workers > 0
+        augmentation = training_augmentation(prep, recipe, device="cpu" if self.workers else device)
         transforms: list[Transform] = [*labelled_transforms(prep, n_labels=n_labels), *augmentation]
         fixed = list(itertools.takewhile(lambda t: not isinstance(t, RandomizableTrait), transforms))
         # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
@@ -77,6 +101,8 @@ class Patches:
         keep = int(recipe.cache_gb * 1e9 / each)
         logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
         self._dataset = CacheDataset(files, transforms, cache_num=keep, num_workers=1, progress=False)
+        if self.workers:
+            logger.info("drawing patches in %d processes", self.workers)
 
     def loader(self, *, first_step: int, steps: int, seed: int) -> DataLoader:
         """Batches for the steps ``first_step`` to ``steps`` - 1."""
@@ -85,22 +111,58 @@ class Patches:
         order = draw_order(
             ids, self.new, oversampling=self.recipe.oversampling, draws=steps * volumes, seed=_mixed(seed, steps)
         )
+        processes: dict[str, Any] = {}
+        if self.workers:
+            # Forked, they share the volumes in memory.
+            processes = {"num_workers": self.workers, "prefetch_factor": _PREFETCH, "multiprocessing_context": "fork"}
         # A generator of its own: the loader would otherwise draw from the global one at moments of its choice.
         return DataLoader(
-            self._dataset,
-            batch_size=volumes,
-            sampler=order[first_step * volumes :],
-            num_workers=0,
+            _Batches(self._dataset, seed),
+            batch_sampler=[
+                [(step, volume) for volume in order[step * volumes : (step + 1) * volumes]]
+                for step in range(first_step, steps)
+            ],
             generator=torch.Generator(),
+            pin_memory=self._pinned,
+            **processes,
         )
 
-    def seed(self, seed: int, step: int) -> None:
-        """Make every random choice of the coming step follow from ``seed`` and ``step``."""
-        mixed = _mixed(seed, step)
-        random.seed(mixed)
-        np.random.seed(mixed)  # noqa: NPY002 - what libraries below may use
-        torch.manual_seed(mixed)
-        self._dataset.transform.set_random_state(seed=mixed)
+
+class _Batches(torch.utils.data.Dataset):
+    """The volumes of a batch, every random choice in which follows from the seed and its step."""
+
+    def __init__(self, dataset: CacheDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Any]:
+        """What the transforms make of each (step, volume) of one step."""
+        seed_everything(self.seed, draws[0][0])
+        self.dataset.transform.set_random_state(seed=_mixed(self.seed, draws[0][0]))
+        return [self.dataset[volume] for _, volume in draws]
+
+
+def seed_everything(seed: int, step: int) -> None:
+    """Make every random choice of the coming step, in this process, follow from ``seed`` and ``step``."""
+    mixed = _mixed(seed, step)
+    random.seed(mixed)
+    np.random.seed(mixed)  # noqa: NPY002 - what libraries below may use
+    torch.manual_seed(mixed)
+
+
+def _workers(device: torch.device, batch_bytes: int) -> int:
+    """The number of processes that draw patches; 0 where this one does."""
+    if device.type != "cuda" or sys.platform != "linux":
+        return 0
+    # One core is for the training, one for whatever else there is.
+    cores = len(os.sched_getaffinity(0)) - 2
+    # Batches travel through it; a container has 64 MB by default.
+    memory = os.statvfs("/dev/shm")
+    room = memory.f_bavail * memory.f_frsize // (2 * (_PREFETCH + 1) * batch_bytes)
+    count = min(cores, room, _MOST_WORKERS)
+    return count if count >= _FEWEST_WORKERS else 0
 
 
 def _mixed(seed: int, step: int) -> int:

@@ -1,0 +1,84 @@
+"""Work on a GPU that is captured in a CUDA graph once and replayed: one launch instead of thousands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CaptureFailed", "CapturedCall"]
+
+# Passes before the capture, in which libraries choose algorithms and kernels are compiled.
+_WARM_UP = 2
+
+
+class CaptureFailed(RuntimeError):
+    """The work cannot be captured; the message says why. Nothing that it would have changed is half changed."""
+
+
+class CapturedCall:
+    """A function of tensors on a GPU, replayed on inputs of the same shapes and dtypes.
+
+    The results are the same tensors in every call, overwritten by the next. The function may also write to tensors
+    that stay where they are, such as gradients; it runs twice, eagerly, before it is captured.
+
+    Args:
+        work: takes as many tensors as there are ``inputs``; returns tensors, in any nesting.
+        inputs: of the first call, on the GPU.
+        pool: memory that graphs share which are never replayed at the same time
+            (``torch.cuda.graph_pool_handle()``).
+
+    Raises:
+        CaptureFailed: the work waits for the GPU, or does what cannot be captured, or memory is short.
+    """
+
+    def __init__(self, work: Callable[..., Any], inputs: Sequence[Tensor], *, pool: Any = None) -> None:
+        self.inputs = tuple(tensor.clone() for tensor in inputs)
+        self._graph = torch.cuda.CUDAGraph()
+        device = self.inputs[0].device
+        try:
+            self._warm_up(work, device)
+            self.results = self._captured(work, device, pool)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Replay on these inputs, on the current stream; return the results, which the next call overwrites."""
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.replay()
+        return self.results
+
+    def replay(self) -> None:
+        """Replay on the inputs of the last call."""
+        self._graph.replay()
+
+    def _warm_up(self, work: Callable[..., Any], device: torch.device) -> None:
+        """Run the work as it will be captured; raise where it waits for the GPU, which a capture would not survive."""
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        before = torch.cuda.get_sync_debug_mode()
+        with torch.cuda.stream(stream):
+            for last in (False,) * (_WARM_UP - 1) + (True,):
+                # Compiling, in the first pass, may wait.
+                torch.cuda.set_sync_debug_mode("error" if last else before)
+                try:
+                    work(*self.inputs)
+                finally:
+                    torch.cuda.set_sync_debug_mode(before)
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+    def _captured(self, work: Callable[..., Any], device: torch.device, pool: Any) -> Any:
+        generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
+        kept = generator.clone_state()
+        try:
+            # Of this thread alone: others, such as one that pins memory for batches to come, go on.
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                return work(*self.inputs)
+        except BaseException:
+            # What a broken capture leaves can draw no random numbers any more.
+            generator.graphsafe_set_state(kept)
+            raise

@@ -1,0 +1,238 @@
+"""A step of a training: gradients, clicks, clipping, AdamW, moving average; on a GPU its gradients are a CUDA graph.
+
+A step of a small network is over two thousand launches, which Python queues more slowly than a GPU does the work. A
+graph queues them at once. AdamW stays outside: a one-cycle schedule changes the decay rates of its moments, which its
+fused kernel takes by value; it is one launch for many tensors, queued while the GPU is still at work on the gradients.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from deformux.click_training import ClickTraining
+from deformux.cuda_graphs import CapturedCall, CaptureFailed
+from deformux.losses import PartialDiceCELoss
+from deformux.network import DeformUXNet
+from deformux.optimization import MixedPrecision
+from deformux.recipe import Recipe
+from deformux.sample_threads import SampleThreads
+
+__all__ = ["LossReader", "TrainingStep"]
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingStep:
+    """Takes the steps of one training.
+
+    Args:
+        network: in training, on ``device``.
+        optimizer: of its parameters.
+        average: the moving average of its weights, or None.
+        recipe: how to train.
+        clicks: what steps with clicks learn from, or None.
+        device: where the network is.
+        capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. Where that fails, one
+            warning says why and steps are queued launch by launch.
+        combine: called when the gradients of a batch are complete, before they are clipped.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Optimizer,
+        average: AveragedModel | None,
+        recipe: Recipe,
+        *,
+        clicks: ClickTraining | None,
+        device: torch.device,
+        capture: bool = True,
+        combine: Callable[[], None] | None = None,
+    ) -> None:
+        self.network, self.optimizer, self.average, self.recipe = network, optimizer, average, recipe
+        self.clicks, self.device, self.combine = clicks, device, combine
+        self.compiled = False
+        self._loss = PartialDiceCELoss()
+        self._with_clicks = self._without_clicks = _in_training(network, recipe, device)
+        self._capture = capture and device.type == "cuda"
+        self._captured: dict[Any, tuple[CapturedCall, list[Tensor | None]]] = {}
+        self._captured_clicks: dict[Any, CapturedCall] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._capture else None
+        # Those of the guidance stay where they are, for a graph that adds to them.
+        self._guidance = [p for name, p in network.named_parameters() if name.endswith(".guidance")]
+        self._guidance_gradients: list[Tensor] = []
+
+    def __call__(self, step: int, image: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+        """Take one step; return the loss of the batch before it, a scalar on the device.
+
+        Args:
+            step: of the training, from 1.
+            image: ``(N, channels, D, H, W)``.
+            label: ``(N, 1, D, H, W)``, 255 where unlabelled.
+            annotated: ``(N, classes)``, on the CPU.
+        """
+        self.network.train()
+        with_clicks = self.clicks is not None and self.clicks.takes_part(step)
+        some = () if bool(annotated.all()) else (annotated,)
+        batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in (image, label, *some))
+        clip_at_once = self.combine is None and not with_clicks
+        loss, logits, key = self._gradients(batch, clip_at_once)
+        if with_clicks:
+            assert self.clicks is not None
+            guidance = self.clicks.guidance(step, batch[0], logits, label, annotated)
+            self._add_clicks(batch, guidance, key)
+        if self.combine is not None:
+            self.combine()
+        if not clip_at_once:
+            self._clip()
+        self.optimizer.step()
+        if self.average is not None:
+            self._update_average(self.average)
+        return loss
+
+    def compile(self) -> None:
+        """Compile the network for batches without clicks, at the next step, which takes a minute or two.
+
+        Steps go on with the network as it is, and a warning, where it cannot be compiled.
+        """
+        self._use(torch.compile(self.network, dynamic=False, fullgraph=True))
+        self.compiled = True
+
+    def _use(self, network: Callable[..., Tensor]) -> None:
+        self._without_clicks = MixedPrecision(network, self.recipe.mixed_precision)
+        self._captured.clear()
+        self._captured_clicks.clear()
+
+    def _gradients(self, batch: tuple[Tensor, ...], clip: bool) -> tuple[Tensor, Tensor, Any]:
+        """Set the gradients of a batch; return its loss, its logits and the key of its graph, None without one."""
+
+        def work(image: Tensor, label: Tensor, *annotated: Tensor) -> tuple[Tensor, Tensor]:
+            self.optimizer.zero_grad(set_to_none=True)
+            logits = self._without_clicks(image)
+            loss = self._loss(logits, label, *annotated)
+            loss.backward()
+            if clip:
+                self._clip()
+            return loss.detach(), logits.detach()
+
+        # An optimizer's state begins with its first step.
+        if not self._capture or not self.optimizer.state:
+            return *work(*batch), None
+        key = (*((t.shape, t.dtype) for t in batch), clip)
+        if key not in self._captured:
+            try:
+                call = CapturedCall(work, batch, pool=self._pool)
+            except CaptureFailed as error:
+                self._give_up(error)
+                return self._gradients(batch, clip)
+            self._captured[key] = call, [p.grad for p in self.network.parameters()]
+        call, gradients = self._captured[key]
+        loss, logits = call(*batch)
+        for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return loss, logits, key
+
+    def _add_clicks(self, batch: tuple[Tensor, ...], guidance: Tensor, key: Any) -> None:
+        """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""
+
+        def work(guidance: Tensor, image: Tensor, *targets: Tensor) -> tuple[()]:
+            label, annotated = (*targets, None)[:2]
+            # Of what the network says with clicks, only what is near to them is ever used.
+            near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
+            for gradient in self._guidance_gradients:
+                gradient.zero_()
+            self._loss(self._with_clicks(image, guidance), label, annotated, near).backward()
+            return ()
+
+        if not self._guidance_gradients:
+            self._guidance_gradients = [torch.zeros_like(p) for p in self._guidance]
+        for parameter, gradient in zip(self._guidance, self._guidance_gradients, strict=True):
+            parameter.grad = gradient
+        if key is None or not self._capture:
+            work(guidance, *batch)
+            return
+        if key not in self._captured_clicks:
+            try:
+                self._captured_clicks[key] = CapturedCall(work, (guidance, *batch), pool=self._pool)
+            except CaptureFailed as error:
+                self._capture = False
+                self._warn(error)
+            # Whether it could be captured or not, trying has added to the gradients.
+            self._captured[key][0].replay()
+            if not self._capture:
+                work(guidance, *batch)
+                return
+        self._captured_clicks[key](guidance, *batch)
+
+    def _give_up(self, error: CaptureFailed) -> None:
+        if self.compiled:
+            self.compiled = False
+            self._use(self.network)
+            warnings.warn(f"Training goes on without compiling the network: {error}", stacklevel=2)
+            return
+        self._capture = False
+        self._warn(error)
+
+    def _warn(self, error: CaptureFailed) -> None:
+        warnings.warn(f"Training goes on without CUDA graphs, which are several times as fast: {error}", stacklevel=2)
+
+    def _clip(self) -> None:
+        if self.recipe.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.recipe.gradient_clip)
+
+    def _update_average(self, average: AveragedModel) -> None:
+        if self.device.type == "cpu" or not average.n_averaged or average.multi_avg_fn is None:
+            average.update_parameters(self.network)
+            return
+        # As above, but for a copy of the counter from the CPU, for which a GPU would be waited for.
+        with torch.no_grad():
+            average.multi_avg_fn(list(average.module.parameters()), list(self.network.parameters()), average.n_averaged)
+            for own, current in zip(average.module.buffers(), self.network.buffers(), strict=True):
+                own.copy_(current)
+        average.n_averaged += 1
+
+
+class LossReader:
+    """Losses as numbers: on a GPU one step late, so that it has the next step to work on while it is asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._waits = device.type == "cuda"
+        self._pending: list[tuple[Tensor, Any]] = []
+
+    def add(self, loss: Tensor) -> list[float]:
+        """Add that of a step; return those that are known by now and were not returned before, in order."""
+        if not self._waits:
+            return [float(loss)]
+        number = torch.empty((), dtype=loss.dtype, pin_memory=True)
+        number.copy_(loss, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        known = self.rest()
+        self._pending.append((number, event))
+        return known
+
+    def rest(self) -> list[float]:
+        """Wait for those that were added, and return what ``add`` did not."""
+        pending, self._pending = self._pending, []
+        values = []
+        for number, event in pending:
+            event.synchronize()
+            values.append(float(number))
+        return values
+
+
+def _in_training(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    mixed: nn.Module = MixedPrecision(network, recipe.mixed_precision)
+    workers = min(recipe.batch_size, torch.get_num_threads())
+    # In others a sample may know of the rest of its batch, as with batch normalisation.
+    if device.type == "cpu" and workers > 1 and isinstance(network, DeformUXNet):
+        return SampleThreads(mixed, workers)
+    return mixed
