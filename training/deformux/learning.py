@@ -157,6 +157,7 @@ class Learner:
                 checkpoint=self.run_state.checkpoint(part),
                 checkpoint_seconds=options.checkpoint_seconds,
                 stop=stop,
+                compile_cache=self.root / "compiled",
             )
             _check_finite(network)
             return network, result

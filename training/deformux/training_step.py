@@ -42,7 +42,8 @@ class TrainingStep:
         device: where the network is.
         capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. Where that fails, one
             warning says why and steps are queued launch by launch.
-        combine: called when the gradients of a batch are complete, before they are clipped.
+        combine: called with the loss when the gradients of a batch are complete, before they are clipped; returns the
+            loss to report.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class TrainingStep:
         clicks: ClickTraining | None,
         device: torch.device,
         capture: bool = True,
-        combine: Callable[[], None] | None = None,
+        combine: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.network, self.optimizer, self.average, self.recipe = network, optimizer, average, recipe
         self.clicks, self.device, self.combine = clicks, device, combine
@@ -90,7 +91,7 @@ class TrainingStep:
             guidance = self.clicks.guidance(step, batch[0], logits, label, annotated)
             self._add_clicks(batch, guidance, key)
         if self.combine is not None:
-            self.combine()
+            loss = self.combine(loss)
         if not clip_at_once:
             self._clip()
         self.optimizer.step()
