@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from deformux.captured_inference import prepared
 from deformux.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
 from deformux.checkpoint import label_checksum
 from deformux.cli_support import (
@@ -179,6 +180,7 @@ def predict(
         use_threads(threads)
         where = torch_device(device)
         network, card = load_model(model_path(model))
+        ready = prepared(network, where)
         paths = [images] if images.is_file() else find_images(existing_folder(images))
         names = result_names(paths)
         scans = {path.resolve() for path in paths}
@@ -191,7 +193,7 @@ def predict(
             task = bar.add_task("segmenting", total=len(paths))
             for path, name in zip(paths, names, strict=True):
                 try:
-                    labels, _ = segment(network, path, card.preprocessing, device=where)
+                    labels, _ = segment(ready, path, card.preprocessing, device=where)
                 except InvalidVolume as error:
                     # One bad file must not cost the results of a folder.
                     failed.append(str(error))

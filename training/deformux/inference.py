@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -13,8 +12,10 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from deformux.captured_inference import BatchedNetwork, CapturedNetwork, prepared
 from deformux.cases import Case
 from deformux.metrics import dice_per_label
+from deformux.precision import mixed_precision
 from deformux.transforms import (
     UNLABELLED,
     LoadLabeld,
@@ -28,13 +29,8 @@ from deformux.transforms import (
 
 __all__ = ["WindowInferer", "evaluate", "mixed_precision", "segment", "sliding_window", "volume_logits"]
 
-
-def mixed_precision(device: str | torch.device) -> AbstractContextManager[Any]:
-    """Autocast to bfloat16 where the device computes it natively, else nothing."""
-    kind = torch.device(device).type
-    # Without the instructions a CPU emulates bfloat16, which is slower than float32.
-    native = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=native)
+# A network, or what ``prepared`` made of one, for several volumes.
+Network: TypeAlias = nn.Module | CapturedNetwork
 
 
 class WindowInferer(Inferer):
@@ -55,11 +51,15 @@ class WindowInferer(Inferer):
         self.progress = progress
 
     def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        plain = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        at_once = 1
+        if isinstance(network, BatchedNetwork):
+            at_once = min(network.batch_size(self.window), self._count(plain.shape[2:]) * len(plain))
         # A volume smaller than the window is padded as in training, about its centre and with its border: the network
         # has learnt what a margin looks like, and on the hippocampus data loses 0.02 Dice without one.
         slide = SlidingWindowInferer(
             self.window,
-            sw_batch_size=1,
+            sw_batch_size=at_once,
             overlap=self.overlap,
             mode="gaussian",
             padding_mode="replicate",
@@ -67,10 +67,22 @@ class WindowInferer(Inferer):
         )
 
         def run(patch: Tensor) -> Tensor:
+            count = len(patch)
+            if count < at_once:
+                # The last ones: a network that captures its calls knows the full number.
+                patch = torch.cat([patch, patch[-1:].expand(at_once - count, *patch.shape[1:])])
             with mixed_precision(patch.device):
-                return network(patch, *args, **kwargs).float()
+                return network(patch, *args, **kwargs)[:count].float()
 
-        return slide(inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs, run)
+        return slide(plain, run)
+
+    def _count(self, size: Sequence[int]) -> int:
+        """The number of windows that cover a volume."""
+        count = 1
+        for length, window in zip(size, self.window, strict=True):
+            step = max(1, int(window * (1 - self.overlap)))
+            count *= 1 + max(0, -(-(length - window) // step))
+        return count
 
 
 def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool = False) -> WindowInferer:
@@ -80,7 +92,7 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
 
 @torch.inference_mode()
 def volume_logits(
-    network: nn.Module, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
     """A preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
 
@@ -88,13 +100,12 @@ def volume_logits(
         InvalidVolume: the file is not a usable scan.
     """
     image = apply(inference_transforms(prep), {"image": image_path})["image"]
-    network = network.to(device).eval()
-    return image, sliding_window(prep)(image[None].to(device), network)[0]
+    return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 
 @torch.inference_mode()
 def segment(
-    network: nn.Module, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
     """Labels ``(1, X, Y, Z)``, uint8, on the scan's own grid, and probabilities ``(C, x, y, z)`` on the network's.
 
@@ -107,7 +118,7 @@ def segment(
 
 
 def evaluate(
-    network: nn.Module,
+    network: Network,
     cases: Sequence[Case],
     prep: Preprocessing,
     *,
@@ -128,6 +139,7 @@ def evaluate(
     """
     load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
     scores: dict[str, list[float]] = {}
+    network = prepared(network, device)
     for case in cases:
         found, _ = segment(network, case.image, prep, device=device)
         filled = filled_voxels(found)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from deform3d import deform_conv3d, deform_conv3d_fused_offset
 from deformux.convolution import Conv3d, adopt, conv3d
 
-__all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset"]
+__all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset", "used_channels"]
 
 Convolution = Literal["depthwise", "dense"]
 OffsetPlanes = Literal["xyz", "xy", "xz", "yz"]
@@ -26,8 +26,6 @@ Mlp = Literal["dense", "depthwise", "none"]
 # The deepest stage sees 1/16 of the resolution.
 _STRIDE = 16
 _TAPS = 27
-# On a GPU up to this many are all convolved, whether they hold anything or not.
-_FEW_GUIDANCE_CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -185,11 +183,11 @@ class GuidedConv3d(Conv3d):
         return guided.train(convolution.training)
 
     def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels``, or all of them."""
+        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels`` out of all."""
         y = super().forward(x)
-        if guidance is None or not guidance.shape[1]:
+        if guidance is None or channels is None or not guidance.shape[1]:
             return y
-        weight = self.guidance if channels is None else self.guidance[:, channels]
+        weight = self.guidance[:, channels]
         return y + conv3d(guidance, weight, None, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
 
 
@@ -331,22 +329,24 @@ class DeformUXNet(nn.Module):
         for layer in (block.conv1, block.conv3) if block.downsample else (block.conv1,):
             layer.conv = GuidedConv3d.of(layer.conv, self.guidance_channels)
 
-    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
         """Logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
 
         Args:
             x: the scan.
             guidance: ``(N, guidance_channels, D, H, W)``: a map of clicks for each class, then the mask to start from
                 as one channel for each class but the background (``deformux.guidance.encode_guidance``).
+            channels: numbers of the channels that ``guidance`` holds, where it holds only some: all others are zero.
 
         Raises:
             ValueError: an input is not 5-dimensional or has another number of channels or voxels, or the network takes
                 no guidance.
         """
         size = x.shape[2:]
-        return self.decode(self.encode(x, guidance), guidance)[:, :, : size[0], : size[1], : size[2]]
+        features = self.encode(x, guidance, channels)
+        return self.decode(features, guidance, channels)[:, :, : size[0], : size[1], : size[2]]
 
-    def encode(self, x: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
+    def encode(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> list[Tensor]:
         """The scan, padded to a size that divides by 16, and the normalised output of each of the four stages.
 
         Raises:
@@ -359,7 +359,7 @@ class DeformUXNet(nn.Module):
         x = _pad(x)
         features = [x]
         z = x
-        used = self._used(guidance)
+        used = self._used(guidance, channels)
         for downsample, stage, norm in zip(self.downsample, self.stages, self.stage_norms, strict=True):
             z = downsample(z, *used)
             used = ()
@@ -368,31 +368,27 @@ class DeformUXNet(nn.Module):
             features.append(norm(z))
         return features
 
-    def decode(self, features: list[Tensor], guidance: Tensor | None = None) -> Tensor:
+    def decode(self, features: list[Tensor], guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
         """Logits, at the padded size, of what ``encode`` gave for the same guidance."""
-        skips = [self._call(self.skips[0], features[0], *self._used(guidance))]
+        skips = [self._call(self.skips[0], features[0], *self._used(guidance, channels))]
         skips += [self._run(skip, feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)]
         z = skips.pop()
         for up in self.ups:
             z = self._run(up, z, skips.pop())
         return self.head(self._run(self.fuse, z))
 
-    def _used(self, guidance: Tensor | None) -> tuple[Tensor, ...]:
-        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers.
-
-        Without their numbers: all of them.
-        """
+    def _used(self, guidance: Tensor | None, channels: Tensor | None) -> tuple[Tensor, ...]:
+        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers."""
         if guidance is None:
             return ()
         if not self.guidance_channels:
             raise ValueError("this network takes no guidance; build it with guidance=True")
+        if channels is not None:
+            return _pad(guidance, "constant"), channels
         if guidance.shape[1] != self.guidance_channels:
             raise ValueError(f"expected {self.guidance_channels} channels of guidance, got {guidance.shape[1]}")
-        if guidance.is_cuda and self.guidance_channels <= _FEW_GUIDANCE_CHANNELS:
-            # Asking a GPU which of them hold anything takes longer, and no graph can be captured while it is asked.
-            return (_pad(guidance, "constant"),)
         # Most labels have no click: with 40 of them, convolving zeros would cost more than everything else.
-        channels = guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
+        channels = used_channels(guidance)
         return _pad(guidance[:, channels], "constant"), channels
 
     def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -408,6 +404,11 @@ class DeformUXNet(nn.Module):
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(module, *inputs, use_reentrant=False)
         return module(*inputs)
+
+
+def used_channels(guidance: Tensor) -> Tensor:
+    """Numbers of the channels of guidance ``(N, channels, D, H, W)`` that hold anything; a GPU makes the host wait."""
+    return guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
 
 
 def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:

@@ -7,7 +7,6 @@ fused kernel takes by value; it is one launch for many tensors, queued while the
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,8 @@ from deformux.sample_threads import SampleThreads
 
 __all__ = ["LossReader", "TrainingStep"]
 
-logger = logging.getLogger(__name__)
+# On a GPU up to this many channels of guidance are all convolved, whether they hold anything or not.
+_MOST_GUIDANCE = 32
 
 
 class TrainingStep:
@@ -67,6 +67,11 @@ class TrainingStep:
         self._captured: dict[Any, tuple[CapturedCall, list[Tensor | None]]] = {}
         self._captured_clicks: dict[Any, CapturedCall] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self._capture else None
+        guidance = getattr(network, "guidance_channels", 0)
+        # All of them, so that it need not be asked of the GPU which hold anything.
+        self._channels: tuple[Tensor, ...] = ()
+        if device.type == "cuda" and 0 < guidance <= _MOST_GUIDANCE:
+            self._channels = (torch.arange(guidance, device=device),)
         # Those of the guidance stay where they are, for a graph that adds to them.
         self._guidance = [p for name, p in network.named_parameters() if name.endswith(".guidance")]
         self._guidance_gradients: list[Tensor] = []
@@ -89,7 +94,7 @@ class TrainingStep:
         if with_clicks:
             assert self.clicks is not None
             guidance = self.clicks.guidance(step, batch[0], logits, label, annotated)
-            self._add_clicks(batch, guidance, key)
+            self._add_clicks(batch, guidance, key if self._channels else None)
         if self.combine is not None:
             loss = self.combine(loss)
         if not clip_at_once:
@@ -150,14 +155,15 @@ class TrainingStep:
             near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
             for gradient in self._guidance_gradients:
                 gradient.zero_()
-            self._loss(self._with_clicks(image, guidance), label, annotated, near).backward()
+            logits = self._with_clicks(image, guidance, *self._channels)
+            self._loss(logits, label, annotated, near).backward()
             return ()
 
         if not self._guidance_gradients:
             self._guidance_gradients = [torch.zeros_like(p) for p in self._guidance]
         for parameter, gradient in zip(self._guidance, self._guidance_gradients, strict=True):
             parameter.grad = gradient
-        if key is None or not self._capture:
+        if key is None:
             work(guidance, *batch)
             return
         if key not in self._captured_clicks:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
+from deformux.captured_inference import CapturedNetwork, prepared
 from deformux.network import DeformUXNet
 from deformux.versions import ModelVersions
 from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, with_guidance
@@ -29,6 +33,7 @@ class ServedModels:
         self.versions = ModelVersions(state_folder / "versions")
         self.pretrained = _servable_pretrained(project)
         self._loaded: dict[str, tuple[str, DeformUXNet, ModelCard]] = {}
+        self._prepared: dict[str, tuple[DeformUXNet, Callable[..., Tensor]]] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
 
@@ -101,6 +106,26 @@ class ServedModels:
                 self._loaded[device] = held
                 logger.info("Serving model %s on %s", name, device)
             return held[1], held[2]
+
+    def network(self, name: str, device: str) -> Callable[..., Tensor]:
+        """The network of a model as inference calls it on a device: captured on a GPU; the last one of each stays.
+
+        Raises:
+            InvalidModel: a file is missing or damaged.
+        """
+        network, _ = self.load(name, device)
+        with self._lock:
+            held = self._prepared.get(device)
+            if held is None or held[0] is not network:
+                held = self._prepared[device] = (network, prepared(network, device))
+            return held[1]
+
+    def give_back_memory(self, device: str) -> None:
+        """Drop what the network on a device keeps of its memory beyond what clicks need."""
+        with self._lock:
+            held = self._prepared.get(device)
+        if held is not None and isinstance(held[1], CapturedNetwork):
+            held[1].give_back()
 
 
 def _servable_pretrained(project: Project) -> Path | None:

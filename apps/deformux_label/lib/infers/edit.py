@@ -31,7 +31,7 @@ from ..models import ServedModels
 from ..points import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
 from ..sessions import ClientEditor, Sessions, StudyKey
 from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, give_back_memory, in_a_sentence, sentences, volume_logits
+from .served import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
 from .uncertainty import OPTION, uncertainty_reply
 from .writer import write_result
 
@@ -172,7 +172,7 @@ class Edit(InferTask):
             try:
                 labels = client.editor.apply(points)
             finally:
-                give_back_memory(attempt.device)
+                client.network.give_back_memory()
             return _Edited(labels, client.editor.windows_computed, client.network.seconds - before)
 
     def _mask(self, request: dict[str, Any]) -> np.ndarray | None:

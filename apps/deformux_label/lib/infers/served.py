@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from fastapi import HTTPException
 from monai.data import MetaTensor
 from torch import Tensor
 
+from deformux.captured_inference import BatchedNetwork
 from deformux.inference import WindowInferer, mixed_precision
 from deformux.transforms import InvalidVolume, filled_voxels
 from deformux.weights import InvalidModel
@@ -19,7 +20,10 @@ from deformux_label.offloop import raise_if_client_gone
 from ..models import ServedModels
 from .memory import Attempt
 
-__all__ = ["UNTRAINED", "ServedNetwork", "give_back_memory", "in_a_sentence", "sentences", "volume_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "volume_logits"]
+
+# Freeing these and taking them again would cost a click more than others gain by them.
+_FEW_BYTES = 256 * 2**20
 
 UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
@@ -41,9 +45,9 @@ class ServedNetwork:
     def __call__(self, patch: Tensor, guidance: Tensor | None = None) -> Tensor:
         """Logits ``(N, C, D, H, W)``, float32, where the attempt keeps the volume; adds its time to ``seconds``."""
         raise_if_client_gone()
-        network, _ = self.models.load(self.version, self.attempt.device)
-        start = time.perf_counter()
         device = self.attempt.device
+        network = self.models.network(self.version, device)
+        start = time.perf_counter()
         with mixed_precision(device):
             logits = network(patch.to(device), None if guidance is None else guidance.to(device))
         logits = logits.float().to(self.attempt.volume_device)
@@ -51,6 +55,20 @@ class ServedNetwork:
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - start
         return logits
+
+    def batch_size(self, window: Sequence[int]) -> int:
+        """How many windows of so many voxels it should be given at once."""
+        network = self.models.network(self.version, self.attempt.device)
+        return network.batch_size(window) if isinstance(network, BatchedNetwork) else 1
+
+    def give_back_memory(self) -> None:
+        """Free what it and torch keep of a GPU's memory: a training in its own process cannot use it."""
+        device = self.attempt.device
+        if not device.startswith("cuda"):
+            return
+        self.models.give_back_memory(device)
+        if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > _FEW_BYTES:
+            torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -60,13 +78,7 @@ def volume_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
     try:
         return WindowInferer(attempt.window)(image[None].to(attempt.volume_device), network)[0]
     finally:
-        give_back_memory(attempt.device)
-
-
-def give_back_memory(device: str) -> None:
-    """Free what torch keeps of a GPU's memory for the next request: a training in its own process cannot use it."""
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
+        network.give_back_memory()
 
 
 def sentences(image: MetaTensor, *warnings: str | None) -> str | None:

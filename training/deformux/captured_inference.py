@@ -1,0 +1,356 @@
+"""Inference on a GPU: the kernels of a call are recorded in a CUDA graph once, and then launched all together.
+
+Launching them one by one from Python takes longer than a small window takes the card. The weights of convolutions and
+linear layers lie ready in bfloat16, to which autocast would otherwise cast them anew in every call.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from deformux.network import PRESETS, DeformableMixer, DeformUXNet, used_channels
+from deformux.precision import computes_bfloat16, mixed_precision
+
+__all__ = ["BatchedNetwork", "CaptureOptions", "CapturedNetwork", "prepared"]
+
+logger = logging.getLogger(__name__)
+
+# What replays a recorded call, and where it leaves the result.
+Recording: TypeAlias = tuple[Callable[[], None], Tensor]
+# Records a call on a device; the last argument is a memory pool, which recordings of scans of one shape share.
+Recorder: TypeAlias = Callable[[Callable[[], Tensor], torch.device, Any], Recording]
+
+# Windows of fewer voxels together leave a large card idle; more of them gain nothing.
+_VOXELS_AT_ONCE = 2 * 96**3
+_MOST_WINDOWS = 16
+# Tensors of the first stage's width and the window's size that a call needs at a time, generously.
+_LIVE_TENSORS = 16
+# Part of the memory that windows may take, of what is free; and a recording, of the whole card, as it keeps it.
+_SHARE = 0.25
+# Part of the card that a recording may keep between requests.
+_SMALL_SHARE = 1 / 64
+# Guidance channels are filled up with empty ones to a multiple of this, so that few recordings serve all clicks.
+_CHANNELS = 8
+
+
+@runtime_checkable
+class BatchedNetwork(Protocol):
+    """A network that computes several windows at once as well as one by one."""
+
+    def batch_size(self, window: Sequence[int]) -> int:
+        """How many windows of so many voxels it should be given at once."""
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """How a network is captured.
+
+    Args:
+        calls_before: calls of a kind that are computed without recording: a recording costs more than it spares them.
+        most: recordings that are kept; beyond it, the one that was not used for longest is dropped.
+        half: compute everything in bfloat16 instead of under autocast, which keeps normalisation, the residual path of
+            the encoder and the deformable convolution in float32.
+        channels_last: give cuDNN weights and scan in channels-last memory.
+        try_algorithms: let cuDNN measure its algorithms, which may then differ from one process to the next.
+        compiled: compile the network with ``torch.compile`` first, which takes a minute or more for each kind of call.
+    """
+
+    calls_before: int = 2
+    most: int = 8
+    half: bool = False
+    channels_last: bool = False
+    try_algorithms: bool = False
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Calls that one recording serves: shape of the scan, number of guidance channels, or None without guidance."""
+
+    shape: tuple[int, ...]
+    channels: int | None
+
+
+@dataclass
+class _Call:
+    """What is known of one kind of call: how often it came, and its recording, once there is one."""
+
+    seen: int = 0
+    refused: bool = False
+    recording: Recording | None = None
+    inputs: tuple[Tensor, ...] = ()
+    kept_bytes: int = 0
+
+
+class CapturedNetwork:
+    """A network as inference calls it on a GPU; for any thread.
+
+    Its results are those of the network under ``mixed_precision``, but for guidance whose empty channels fill up the
+    others. Where recording fails, or would keep too much memory, calls are computed one kernel after another, and one
+    warning says so.
+
+    Args:
+        network: in evaluation mode. Changes of its weights in place are noticed, unless a CUDA graph makes them.
+        device: a GPU.
+        options: how to capture.
+        recorder: what records a call.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: str | torch.device,
+        *,
+        options: CaptureOptions = CaptureOptions(),
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.network = network
+        self.device = torch.device(device)
+        self.options = options
+        self._record = recorder or _record_graph
+        self._lock = threading.Lock()
+        self._calls: OrderedDict[_Kind, _Call] = OrderedDict()
+        self._pools: dict[tuple[int, ...], Any] = {}
+        self._warned = False
+        self._done: torch.cuda.Event | None = None
+        self._weights: tuple[tuple[int, int], ...] = ()
+        self._resident: Callable[..., Tensor] = network
+        self._dtype = torch.float32
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        """Logits ``(N, classes, D, H, W)``, float32, on the device, of tensors that may be elsewhere."""
+        used = None if guidance is None else used_channels(guidance)
+        if used is None or len(used) == 0:
+            guidance = used = None
+        with self._lock, self._on_device():
+            self._refresh()
+            kind = _kind(x, guidance, used)
+            call = self._call(kind)
+            try:
+                if call.recording is None and call.seen > self.options.calls_before and not call.refused:
+                    self._record_call(kind, call)
+                if call.recording is not None:
+                    return self._replayed(call, x, guidance, used)
+                inputs: tuple[Tensor, ...] = (self._moved(x),)
+                if guidance is not None and used is not None:
+                    inputs += (self._moved(guidance.index_select(1, used)), used.to(self.device))
+                return self._run(*inputs).float()
+            except torch.OutOfMemoryError:
+                # Whoever tries again with less needs what the recordings keep.
+                self._forget(self._calls)
+                raise
+
+    def give_back(self) -> None:
+        """Drop recordings that keep more of the card's memory than others should have to miss between requests."""
+        with self._lock:
+            most = _SMALL_SHARE * _card_bytes(self.device)
+            self._forget([kind for kind, call in self._calls.items() if call.kept_bytes > most])
+
+    def batch_size(self, window: Sequence[int]) -> int:
+        """How many windows fill the card, and fit into its memory."""
+        voxels = math.prod(window)
+        wanted = max(1, min(_MOST_WINDOWS, _VOXELS_AT_ONCE // voxels))
+        if self.device.type != "cuda" or not isinstance(self.network, DeformUXNet):
+            return wanted
+        width = PRESETS[self.network.preset].channels[0]
+        each = voxels * (_LIVE_TENSORS * width * 2 + 8 * self.network.out_channels)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return max(1, min(wanted, int(_SHARE * free) // each))
+
+    def _call(self, kind: _Kind) -> _Call:
+        call = self._calls.setdefault(kind, _Call())
+        self._calls.move_to_end(kind)
+        if len(self._calls) > self.options.most:
+            self._forget([next(iter(self._calls))])
+        call.seen += 1
+        return call
+
+    def _replayed(self, call: _Call, x: Tensor, guidance: Tensor | None, used: Tensor | None) -> Tensor:
+        replay, result = cast(Recording, call.recording)
+        # The call before, which another thread's stream may be computing, has its tensors in the same memory.
+        if self._done is not None:
+            self._done.wait()
+        call.inputs[0].copy_(x)
+        if guidance is not None and used is not None:
+            _, given, channels = call.inputs
+            given[:, : len(used)].copy_(guidance.index_select(1, used))
+            given[:, len(used) :].zero_()
+            channels[: len(used)].copy_(used)
+        replay()
+        logits = result.to(torch.float32, copy=True)
+        if self.device.type == "cuda":
+            self._done = torch.cuda.current_stream().record_event()
+        return logits
+
+    def _record_call(self, kind: _Kind, call: _Call) -> None:
+        held = _reserved_bytes(self.device)
+        try:
+            if kind.shape not in self._pools and self.device.type == "cuda":
+                self._pools[kind.shape] = torch.cuda.graph_pool_handle()
+            inputs = self._fixed_inputs(kind)
+            recording = self._record(lambda: self._run(*inputs), self.device, self._pools.get(kind.shape))
+            kept = _reserved_bytes(self.device) - held
+            if kept > _SHARE * _card_bytes(self.device):
+                raise RuntimeError(f"a recording would keep {kept / 2**30:.1f} GiB of the GPU's memory")
+            call.recording, call.inputs, call.kept_bytes = recording, inputs, kept
+        except RuntimeError as error:
+            call.refused = True
+            self._drop_empty_pools()
+            if not self._warned:
+                logger.warning("Calls of the network are not captured in CUDA graphs, so slower: %s", _first(error))
+            self._warned = True
+
+    def _fixed_inputs(self, kind: _Kind) -> tuple[Tensor, ...]:
+        """Memory for the inputs of recorded calls of one kind."""
+        image = torch.zeros(kind.shape, dtype=self._dtype, device=self.device)
+        image = image.contiguous(memory_format=self._layout)
+        if kind.channels is None:
+            return (image,)
+        guidance = image.new_zeros(kind.shape[0], kind.channels, *kind.shape[2:])
+        return image, guidance, torch.zeros(kind.channels, dtype=torch.int64, device=self.device)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.to(self.device, self._dtype).contiguous(memory_format=self._layout)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last_3d if self.options.channels_last else torch.contiguous_format
+
+    def _forget(self, kinds: Iterable[_Kind]) -> None:
+        if self._done is not None:
+            # Its memory is not free before it has been computed.
+            self._done.synchronize()
+        for kind in list(kinds):
+            del self._calls[kind]
+        self._drop_empty_pools()
+
+    def _drop_empty_pools(self) -> None:
+        # A pool ends with the last recording in it, and cannot be begun again.
+        used = {kind.shape for kind, call in self._calls.items() if call.recording is not None}
+        self._pools = {shape: pool for shape, pool in self._pools.items() if shape in used}
+
+    def _run(self, *inputs: Tensor) -> Tensor:
+        with self._precision(), self._algorithms():
+            return self._resident(*inputs)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.options.half:
+            return torch.autocast(self.device.type, enabled=False)
+        # A cast that is kept beyond a recording would lie in memory that is not the recording's.
+        return mixed_precision(self.device, keep_casts=False)
+
+    def _algorithms(self) -> AbstractContextManager[Any]:
+        if not self.options.try_algorithms:
+            return nullcontext()
+        now = torch.backends.cudnn
+        return now.flags(
+            enabled=now.enabled, benchmark=True, deterministic=now.deterministic, allow_tf32=now.allow_tf32
+        )
+
+    def _refresh(self) -> None:
+        """Copy the weights if there is no copy yet or they have changed, and drop recordings of the earlier copy."""
+        weights = tuple((t.data_ptr(), _version(t)) for t in (*self.network.parameters(), *self.network.buffers()))
+        if weights == self._weights:
+            return
+        self._forget(self._calls)
+        resident = _with_resident_weights(self.network, self.device, half=self.options.half)
+        if self.options.channels_last:
+            resident = resident.to(memory_format=torch.channels_last_3d)
+        self._dtype = torch.bfloat16 if self.options.half and computes_bfloat16(self.device) else torch.float32
+        self._resident = torch.compile(resident, dynamic=False) if self.options.compiled else resident
+        self._weights = weights
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def _kind(x: Tensor, guidance: Tensor | None, used: Tensor | None) -> _Kind:
+    if guidance is None or used is None:
+        return _Kind(tuple(x.shape), None)
+    channels = -(-len(used) // _CHANNELS) * _CHANNELS
+    return _Kind(tuple(x.shape), min(channels, guidance.shape[1]))
+
+
+def prepared(network: Any, device: str | torch.device) -> Any:
+    """The network on a device as inference calls it, in evaluation mode: captured on a GPU, else itself.
+
+    It holds as long as the weights stay what they are. What is no module, such as a captured network, stays what it is.
+    """
+    if not isinstance(network, nn.Module):
+        return network
+    network = network.to(device).eval()
+    return CapturedNetwork(network, device) if torch.device(device).type == "cuda" else network
+
+
+def _with_resident_weights(network: nn.Module, device: torch.device, *, half: bool) -> nn.Module:
+    """A copy whose weights need no cast: those that autocast would cast, or with ``half`` all, are bfloat16."""
+    # Inference tensors cannot become parameters of another type.
+    with torch.inference_mode(False), torch.no_grad():
+        resident = copy.deepcopy(network).to(device).eval().requires_grad_(False)
+        if not computes_bfloat16(device):
+            return resident
+        if half:
+            return resident.to(torch.bfloat16)
+        # The operator computes offsets and samples in float32.
+        exact = {id(module.offset) for module in resident.modules() if isinstance(module, DeformableMixer)}
+        for module in resident.modules():
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | nn.Linear) and id(module) not in exact:
+                module.to(torch.bfloat16)
+        return resident
+
+
+def _record_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Recording:
+    """Record a call in a CUDA graph.
+
+    Raises:
+        RuntimeError: it cannot be recorded, or memory is short.
+    """
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    before = generator.clone_state()
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # Libraries compile and take their workspace now, which they may not while recording.
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads of a server go on copying meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+            result = run()
+    except Exception as error:
+        # Otherwise the generator takes itself for one that is being recorded, and draws no more numbers.
+        generator.graphsafe_set_state(before)
+        torch.cuda.empty_cache()
+        raise RuntimeError(_first(error)) from error
+    return graph.replay, result
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+
+def _card_bytes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; inference tensors do not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,28 @@
+"""The arithmetic of a device: bfloat16 where it is native, else float32."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+__all__ = ["computes_bfloat16", "mixed_precision"]
+
+
+def computes_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device computes bfloat16 natively."""
+    # Without the instructions a CPU emulates bfloat16, which is slower than float32.
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+
+
+def mixed_precision(device: str | torch.device, *, keep_casts: bool = True) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 where the device computes it natively, else nothing.
+
+    Args:
+        device: where the computation is.
+        keep_casts: cast each weight once until the end of the context.
+    """
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=computes_bfloat16(device), cache_enabled=keep_casts)
