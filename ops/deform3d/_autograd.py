@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -28,6 +29,13 @@ _LIBRARY.define(
     "-> Tensor"
 )
 
+OPERATOR = torch.ops.deform3d.deform_conv3d.default
+BACKWARD = torch.ops.deform3d.deform_conv3d_backward.default
+FUSED_OFFSET = torch.ops.deform3d.deform_conv3d_fused_offset.default
+
+_Key = torch._C.DispatchKey
+_BACKEND_KEYS = (_Key.CPU, _Key.CUDA)
+
 _Triple = Sequence[int]
 
 
@@ -50,6 +58,18 @@ def _forward(
     backend: str | None,
 ) -> Tensor:
     geometry = check(input, offset, weight, bias, mask, stride, padding, dilation)
+    return _convolve(input, offset, weight, bias, mask, geometry, backend)
+
+
+def _convolve(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    geometry: Geometry,
+    backend: str | None,
+) -> Tensor:
     output = _module(input, backend).forward(input, offset, weight, bias, mask, geometry)
     return output.contiguous(memory_format=_format_of(input))
 
@@ -66,8 +86,7 @@ def _forward_fake(
     backend: str | None,  # noqa: ARG001 - the operator's own signature
 ) -> Tensor:
     geometry = check(input, offset, weight, bias, mask, stride, padding, dilation)
-    shape = (geometry.batch, geometry.out_channels, *geometry.out)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_format_of(input))
+    return torch.empty(geometry.out_shape, dtype=input.dtype, device=input.device, memory_format=_format_of(input))
 
 
 def _backward(
@@ -82,13 +101,29 @@ def _backward(
     backend: str | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    geometry = _check_grad(grad, input, offset, weight, mask, stride, padding, dilation)
+    geometry = check(input, offset, weight, None, mask, stride, padding, dilation)
+    _check_grad(grad, input, geometry)
+    gradients = _gradients(grad, input, offset, weight, mask, geometry, backend, needs)
+    # An operator cannot return None for a gradient that is not needed.
+    return tuple(input.new_empty((0,)) if gradient is None else gradient for gradient in gradients)
+
+
+def _gradients(
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    geometry: Geometry,
+    backend: str | None,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
     gradients = _module(input, backend).backward(grad, input, offset, weight, mask, geometry, needs)
     formats = _gradient_formats(input, offset, mask)
-    return tuple(
-        input.new_empty((0,)) if gradient is None else gradient.contiguous(memory_format=layout)
+    return [
+        None if gradient is None else gradient.contiguous(memory_format=layout)
         for gradient, layout in zip(gradients, formats, strict=True)
-    )
+    ]
 
 
 def _backward_fake(
@@ -103,7 +138,8 @@ def _backward_fake(
     backend: str | None,  # noqa: ARG001 - the operator's own signature
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    geometry = _check_grad(grad, input, offset, weight, mask, stride, padding, dilation)
+    geometry = check(input, offset, weight, None, mask, stride, padding, dilation)
+    _check_grad(grad, input, geometry)
     mask_shape = (0,) if mask is None else mask.shape
     shapes = (input.shape, offset.shape, weight.shape, (geometry.out_channels,), mask_shape)
     formats = _gradient_formats(input, offset, mask)
@@ -131,22 +167,13 @@ def _fused_fake(
     return torch.empty(input.shape, dtype=input.dtype, device=input.device, memory_format=_format_of(input))
 
 
-def _check_grad(
-    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *convolution: _Triple
-) -> Geometry:
-    geometry = check(input, offset, weight, None, mask, *convolution)
-    shape = (geometry.batch, geometry.out_channels, *geometry.out)
+def _check_grad(grad: Tensor, input: Tensor, geometry: Geometry) -> None:
+    shape = geometry.out_shape
     if grad.shape != shape or grad.dtype != input.dtype or grad.device != input.device:
         raise ValueError(
             f"grad: got shape {tuple(grad.shape)}, {grad.dtype} on {grad.device}, "
             f"expected {shape}, {input.dtype} on {input.device}."
         )
-    return geometry
-
-
-def _none_like(input: Tensor) -> Tensor:
-    """Stands for a gradient that is not needed: an operator cannot return None."""
-    return torch.empty((0,), dtype=input.dtype, device=input.device)
 
 
 def _gradient_formats(input: Tensor, offset: Tensor, mask: Tensor | None) -> tuple[torch.memory_format, ...]:
@@ -155,24 +182,74 @@ def _gradient_formats(input: Tensor, offset: Tensor, mask: Tensor | None) -> tup
 
 
 def _module(input: Tensor, backend: str | None) -> Any:
-    chosen = choose_backend(input.device, input.dtype, backend)
+    return _imported(choose_backend(input.device, input.dtype, backend))
+
+
+@functools.cache
+def _imported(backend: str) -> Any:
     # The backends' libraries are large, or missing: a module is imported when it is first used.
-    return reference if chosen == "reference" else importlib.import_module(f"deform3d.{chosen}")
+    return reference if backend == "reference" else importlib.import_module(f"deform3d.{backend}")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - called by these names
-    input, offset, weight, bias, mask, *ctx.options = inputs
-    ctx.save_for_backward(input, offset, weight, mask)
-    ctx.has_bias = bias is not None
+def _with_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+    """Run the forward, recorded where a gradient may be asked for.
+
+    `torch.library.register_autograd` does the same in a way that fits any operator, and costs more than the smallest
+    kernels. Where what is next is a backend, and not a mode or a subclass, this goes there directly.
+    """
+    below = keys & torch._C._after_autograd_keyset
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:5]):
+        return _Convolution.apply(below, *arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*arguments) if _is_direct(below) else OPERATOR.redispatch(below, *arguments)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:5])
-    # Subclasses with behaviour of their own, such as MONAI's MetaTensor, are tensors like any other here.
-    with torch._C.DisableTorchFunctionSubclass():
-        input, offset, weight, mask = ctx.saved_tensors
-        gradients = torch.ops.deform3d.deform_conv3d_backward(grad, input, offset, weight, mask, *ctx.options, needs)
-    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *(None,) * 4
+def _is_direct(keys: torch._C.DispatchKeySet) -> bool:
+    """Return whether the kernel that the dispatcher would choose next is `_forward`."""
+    return keys.highestPriorityTypeId() in _BACKEND_KEYS
+
+
+class _Convolution(torch.autograd.Function):
+    """The operator in a recorded graph."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
+        input, offset, weight, bias, mask, *options = arguments
+        ctx.save_for_backward(input, offset, weight, mask)
+        ctx.options = options
+        with torch._C._AutoDispatchBelowAutograd():
+            if not _is_direct(keys):
+                ctx.geometry = None
+                return OPERATOR.redispatch(keys, *arguments)
+            *convolution, backend = options
+            ctx.geometry = check(input, offset, weight, bias, mask, *convolution)
+            return _convolve(input, offset, weight, bias, mask, ctx.geometry, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[1:6]
+        # Subclasses with behaviour of their own, such as MONAI's MetaTensor, are tensors like any other here.
+        with torch._C.DisableTorchFunctionSubclass():
+            input, offset, weight, mask = ctx.saved_tensors
+            gradients: Sequence[Tensor | None]
+            if ctx.geometry is not None and _is_plain(grad):
+                _check_grad(grad, input, ctx.geometry)
+                gradients = _gradients(grad, input, offset, weight, mask, ctx.geometry, ctx.options[-1], needs)
+            else:
+                gradients = BACKWARD(grad, input, offset, weight, mask, *ctx.options, list(needs))
+                gradients = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+        return None, *gradients, None, None, None, None
+
+
+def _is_plain(grad: Tensor) -> bool:
+    """Return whether nobody waits for the call of the backward operator: no mode, profiler, or second backward."""
+    keys = (torch._C._dispatch_keys(grad) & torch._C._after_autograd_keyset).remove(_Key.ADInplaceOrView)
+    return _is_direct(keys) and not (
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.is_autocast_enabled(grad.device.type)
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _refuse_second_backward(_ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
@@ -183,37 +260,44 @@ def _refuse_second_backward(_ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
     )
 
 
-def _autocast(device_type: str, name: str) -> Callable[..., Tensor]:
+def _autocast(device_type: str, operator: Any) -> Callable[..., Tensor]:
     """Compute in float32 and answer in the input's dtype, as torchvision's deform_conv2d does under autocast."""
+    casts = _autocast_keys(device_type)
 
     def run(input: Tensor, *others: Any) -> Tensor:
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         arguments = [a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in (input, *others)]
-        with torch.autocast(device_type, enabled=False):
-            return getattr(torch.ops.deform3d, name)(*arguments).to(input.dtype)
+        with torch._C._ExcludeDispatchKeyGuard(casts):
+            return operator(*arguments).to(input.dtype)
 
     return run
 
 
 def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
     """The forward has cast already; keep autocast out of what the reference calls."""
+    casts = _autocast_keys(device_type)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
-        with torch.autocast(device_type, enabled=False):
-            return torch.ops.deform3d.deform_conv3d_backward(*arguments)
+        with torch._C._ExcludeDispatchKeyGuard(casts):
+            return BACKWARD(*arguments)
 
     return run
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("deform_conv3d", _forward, _key)
-    _LIBRARY.impl("deform_conv3d_backward", _backward, _key)
-    _LIBRARY.impl("deform_conv3d", _autocast(_key.lower(), "deform_conv3d"), f"Autocast{_key}")
-    _LIBRARY.impl("deform_conv3d_backward", _autocast_backward(_key.lower()), f"Autocast{_key}")
+def _autocast_keys(device_type: str) -> torch._C.DispatchKeySet:
+    """Return what `torch.autocast(device_type, enabled=False)` excludes; to enter that takes longer than a kernel."""
+    return torch._C.DispatchKeySet(getattr(_Key, f"Autocast{device_type.upper()}"))
+
+
+for _name in ("CPU", "CUDA"):
+    _LIBRARY.impl("deform_conv3d", _forward, _name)
+    _LIBRARY.impl("deform_conv3d_backward", _backward, _name)
+    _LIBRARY.impl("deform_conv3d", _autocast(_name.lower(), OPERATOR), f"Autocast{_name}")
+    _LIBRARY.impl("deform_conv3d_backward", _autocast_backward(_name.lower()), f"Autocast{_name}")
 _LIBRARY.impl("deform_conv3d_fused_offset", _fused, "CUDA")
-_LIBRARY.impl("deform_conv3d_fused_offset", _autocast("cuda", "deform_conv3d_fused_offset"), "AutocastCUDA")
+_LIBRARY.impl("deform_conv3d_fused_offset", _autocast("cuda", FUSED_OFFSET), "AutocastCUDA")
+_LIBRARY.impl("deform_conv3d", _with_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("deform3d::deform_conv3d_fused_offset", _fused_fake, lib=_LIBRARY)
 torch.library.register_fake("deform3d::deform_conv3d", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("deform3d::deform_conv3d_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("deform3d::deform_conv3d", _differentiate, setup_context=_save, lib=_LIBRARY)
 torch.library.register_autograd("deform3d::deform_conv3d_backward", _refuse_second_backward, lib=_LIBRARY)

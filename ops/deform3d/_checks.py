@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 AXES = ("d", "h", "w")
@@ -13,6 +15,8 @@ AXES = ("d", "h", "w")
 
 def triple(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
     """Return `value` as one integer per spatial axis (d, h, w); one integer counts for all three."""
+    if type(value) is int:
+        return value, value, value
     values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
     try:
         integers = tuple(operator.index(v) for v in values)
@@ -39,26 +43,39 @@ class Geometry:
     groups: int
     offset_groups: int
 
-    @property
+    def __hash__(self) -> int:
+        # What is planned for a call is kept by its geometry: the hash of these fields would cost more than the look-up.
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, entry.name) for entry in fields(self)))
+
+    @functools.cached_property
     def taps(self) -> int:
         return self.kernel[0] * self.kernel[1] * self.kernel[2]
 
-    @property
+    @functools.cached_property
     def sampled_together(self) -> int:
         """Channels that share their sampling positions: those of one offset group."""
         return self.in_channels // self.offset_groups
 
-    @property
+    @functools.cached_property
     def voxels(self) -> int:
         """Input voxels per sample."""
         return self.size[0] * self.size[1] * self.size[2]
 
-    @property
+    @functools.cached_property
     def out_voxels(self) -> int:
         """Output voxels per sample."""
         return self.out[0] * self.out[1] * self.out[2]
 
-    @property
+    @functools.cached_property
+    def out_shape(self) -> tuple[int, int, int, int, int]:
+        """(N, C_out, D_out, H_out, W_out)."""
+        return self.batch, self.out_channels, *self.out
+
+    @functools.cached_property
     def depthwise(self) -> bool:
         """One weight per channel and tap, and all channels sampled at the same places: the fast path."""
         return self.groups == self.in_channels == self.out_channels and self.offset_groups == 1
@@ -76,13 +93,38 @@ def check(
 ) -> Geometry:
     """Check one call and return its sizes; raises ValueError (shapes, devices) or TypeError (dtypes)."""
     _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    shapes = (
+        input.shape,
+        offset.shape,
+        weight.shape,
+        None if bias is None else bias.shape,
+        None if mask is None else mask.shape,
+    )
+    convolution = tuple(stride), tuple(padding), tuple(dilation)
+    try:
+        return _geometry(*shapes, *convolution)
+    except TypeError:  # symbols, a compiler's sizes that are not numbers yet, cannot be looked up
+        return _geometry.__wrapped__(*shapes, *convolution)
 
-    batch, in_channels, *size = input.shape
-    out_channels, group_channels, *kernel = weight.shape
+
+@functools.lru_cache(maxsize=1024)
+def _geometry(
+    input: torch.Size,
+    offset: torch.Size,
+    weight: torch.Size,
+    bias: torch.Size | None,
+    mask: torch.Size | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Geometry:
+    """Return the sizes of a call with tensors of these shapes; raises ValueError."""
+    batch, in_channels, *size = input
+    out_channels, group_channels, *kernel = weight
     if in_channels < 1 or min(size) < 1:
-        raise ValueError(f"input: got shape {_shape(input)}, expected at least one channel and one voxel per axis.")
-    if min(weight.shape) < 1:
-        raise ValueError(f"weight: got shape {_shape(weight)}, expected no size of zero.")
+        raise ValueError(f"input: got shape {tuple(input)}, expected at least one channel and one voxel per axis.")
+    if min(weight) < 1:
+        raise ValueError(f"weight: got shape {tuple(weight)}, expected no size of zero.")
     if in_channels % group_channels:
         raise ValueError(
             f"weight: got {group_channels} input channels per group, expected a divisor of the input's {in_channels}."
@@ -93,8 +135,8 @@ def check(
             f"weight: got {out_channels} output channels, expected a multiple of the {groups} groups "
             f"({in_channels} input channels / {group_channels} per group)."
         )
-    if bias is not None and bias.shape[0] != out_channels:
-        raise ValueError(f"bias: got shape {_shape(bias)}, expected ({out_channels},), one per output channel.")
+    if bias is not None and bias[0] != out_channels:
+        raise ValueError(f"bias: got shape {tuple(bias)}, expected ({out_channels},), one per output channel.")
     for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if len(values) != 3 or min(values) < least:
             raise ValueError(f"{name}: got {tuple(values)}, expected three integers of at least {least}.")
@@ -108,21 +150,21 @@ def check(
             )
 
     taps = kernel[0] * kernel[1] * kernel[2]
-    offset_channels = offset.shape[1]
+    offset_channels = offset[1]
     offset_groups = offset_channels // (3 * taps)
     if offset_groups < 1 or offset_channels % (3 * taps) or in_channels % offset_groups:
         raise ValueError(
             f"offset: got {offset_channels} channels, expected 3 * offset_groups * {taps} (three axes, "
             f"{taps} kernel taps) with offset_groups dividing the input's {in_channels} channels, such as {3 * taps}."
         )
-    if offset.shape[0] != batch or offset.shape[2:] != (*out,):
+    if offset[0] != batch or offset[2:] != (*out,):
         raise ValueError(
-            f"offset: got shape {_shape(offset)}, expected {(batch, offset_channels, *out)}: the input's batch size "
+            f"offset: got shape {tuple(offset)}, expected {(batch, offset_channels, *out)}: the input's batch size "
             f"and the output's spatial size."
         )
-    if mask is not None and mask.shape != (batch, offset_groups * taps, *out):
+    if mask is not None and mask != (batch, offset_groups * taps, *out):
         raise ValueError(
-            f"mask: got shape {_shape(mask)}, expected {(batch, offset_groups * taps, *out)}: one value per "
+            f"mask: got shape {tuple(mask)}, expected {(batch, offset_groups * taps, *out)}: one value per "
             f"offset group, tap and output voxel."
         )
     return Geometry(
@@ -161,23 +203,33 @@ def check_fused_offset(
     return check(input, stand_in, weight, bias, None, (1, 1, 1), tuple(length // 2 for length in kernel), (1, 1, 1))
 
 
-def _check_tensors(*, input: Tensor, **others: Tensor | None) -> None:
-    """Raise where a tensor's device, dtype or number of dimensions does not fit."""
-    for name, tensor in {"input": input, **others}.items():
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Raise where the device, dtype or number of dimensions of a tensor does not fit; `input` comes first."""
+    input = tensors["input"]
+    assert input is not None
+    dtype, device, floating = input.dtype, input.device, input.dtype.is_floating_point
+    for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.device != input.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."
-            )
-        if not input.dtype.is_floating_point or tensor.dtype != input.dtype:
-            expected = "a floating-point dtype" if tensor is input else f"{input.dtype} as input"
-            if not input.dtype.is_floating_point and tensor is not input:
-                continue
-            raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}; convert it or use autocast.")
-        dims = 1 if name in ("bias", "offset_bias") else 5
-        if tensor.dim() != dims:
-            raise ValueError(f"{name}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {dims}{_LAYOUT[name]}.")
+        if floating and tensor.dtype == dtype and tensor.device == device and tensor.dim() == _dims(name):
+            continue
+        _refuse(name, tensor, input)
+
+
+def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Raise what is wrong with a tensor beside the input."""
+    if tensor.device != input.device:
+        raise ValueError(
+            f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."
+        )
+    if not tensor.dtype.is_floating_point or tensor.dtype != input.dtype:
+        expected = "a floating-point dtype" if tensor is input else f"{input.dtype} as input"
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {expected}; convert it or use autocast.")
+    raise ValueError(f"{name}: got {tensor.dim()} dimensions {_shape(tensor)}, expected {_dims(name)}{_LAYOUT[name]}.")
+
+
+def _dims(name: str) -> int:
+    return 1 if name.endswith("bias") else 5
 
 
 _LAYOUT = {

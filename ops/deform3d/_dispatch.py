@@ -43,8 +43,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
     run. Raises ValueError for an unknown name and RuntimeError where the backend asked for cannot run.
     """
     source = "backend"
-    if backend is None and ENVIRONMENT in os.environ:
-        backend, source = os.environ[ENVIRONMENT], ENVIRONMENT
+    if backend is None:
+        backend = os.environ.get(ENVIRONMENT)
+        source = source if backend is None else ENVIRONMENT
     check_backend(backend, source)
     return _choose(device.type, dtype, backend, source)
 

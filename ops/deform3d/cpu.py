@@ -10,6 +10,7 @@ matrix product per tap, which PyTorch already does well, and the samples are sha
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,9 @@ from . import reference
 from ._checks import Geometry
 from .reference import Gradients
 
+# Of what one call samples, channels times taps times output voxels: 0.1 to 0.2 ms of one core's work.
+_SHARED_FROM = 2**17
+
 
 def forward(
     input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, g: Geometry
@@ -37,9 +41,8 @@ def forward(
     offset = offset.to(dtype)
     mask = None if mask is None else mask.to(dtype)
     bias = torch.zeros(g.out_channels, dtype=dtype) if bias is None else bias.to(dtype).contiguous()
-    shape = (g.batch, g.out_channels, *g.out)
-    output = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last_3d)
-    if output.numel():
+    output = torch.empty(g.out_shape, dtype=dtype, memory_format=torch.channels_last_3d)
+    if g.batch:
         inputs = (
             _flat(x, dtype),
             _flat(offset, dtype),
@@ -48,7 +51,9 @@ def forward(
             _flat(bias, dtype),
         )
         arguments = (*inputs, _flat(output, dtype), _sizes(x, offset, mask, g))
-        _share(lambda first, last: kernels.forward(*arguments, first, last), _split(_rows(g), 4 * _threads()))
+        threads = _threads(g)
+        units = _split(_rows(g), 4 * threads if threads > 1 else 1)
+        _share(lambda first, last: kernels.forward(*arguments, first, last), units, threads)
     return output.to(input.dtype)
 
 
@@ -101,14 +106,15 @@ def _sample_gradients(
     x = _channels_last(input, dtype)
     chunks = _split(_rows(g), min(64, max(2, g.batch * g.out_voxels // (4 * g.taps))))
     parts = torch.zeros(len(chunks), 0 if grad_taps is None else grad_taps.numel(), dtype=dtype)
+    rows = parts.numpy()
     inputs = _flat(x, dtype), _flat(offset, dtype), _flat(mask, dtype), taps_first, _flat(grad, dtype)
     outputs = _flat(grad_offset, dtype), _flat(grad_mask, dtype)
     sizes = _sizes(x, offset, mask, g)
 
     def work(part: int, first: int, last: int) -> None:
-        kernels.grad_samples(*inputs, *outputs, parts[part].numpy(), sizes, first, last)
+        kernels.grad_samples(*inputs, *outputs, rows[part], sizes, first, last)
 
-    _share(work, [(part, *chunk) for part, chunk in enumerate(chunks)])
+    _share(work, [(part, *chunk) for part, chunk in enumerate(chunks)], _threads(g))
     if grad_taps is not None:
         # In the order of the chunks, whose number depends on the shapes alone: equal bits for any thread count.
         torch.sum(parts, 0, out=grad_taps.view(-1))
@@ -120,11 +126,13 @@ def _input_gradient(
     dtype = grad.dtype
     total = torch.empty(input.shape, dtype=dtype, memory_format=torch.channels_last_3d).zero_()
     sizes = _sizes(total, offset, mask, g)
-    low, high = np.empty(_rows(g), np.int64), np.empty(_rows(g), np.int64)
+    low, high = np.empty((2, _rows(g)), np.int64)
     flat = (_flat(offset, dtype), _flat(mask, dtype), taps_first, _flat(grad, dtype), low, high, _flat(total, dtype))
-    _share(lambda first, last: kernels.reach(flat[0], sizes, first, last, low, high), _split(_rows(g), _threads()))
+    threads = _threads(g)
+    reaches = _split(_rows(g), threads)
+    _share(lambda first, last: kernels.reach(flat[0], sizes, first, last, low, high), reaches, threads)
     # Whole samples first, then channels in whole cache lines, then slices, which near their borders repeat work.
-    wanted = -(-_threads() // max(g.batch, 1))
+    wanted = -(-threads // max(g.batch, 1))
     by_channel = min(wanted, max(1, g.in_channels // 64))
     by_slice = min(-(-wanted // by_channel), g.size[0])
     units = [
@@ -133,7 +141,7 @@ def _input_gradient(
         for slices in _split(g.size[0], by_slice)
         for c_first, c_last in _split(-(-g.in_channels // 16), by_channel)
     ]
-    _share(lambda *unit: kernels.grad_volume(*flat, sizes, *unit), units)
+    _share(lambda *unit: kernels.grad_volume(*flat, sizes, *unit), units, threads)
     return total.to(input.dtype)
 
 
@@ -154,15 +162,23 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _taps_first(weight: Tensor, dtype: torch.dtype) -> Any:
     """Depthwise weight (C, 1, kD, kH, kW) -> flat (taps, C)."""
-    return weight.to(dtype).reshape(weight.shape[0], -1).t().contiguous().view(-1).numpy()
+    rows = weight.detach().to(dtype).numpy().reshape(weight.shape[0], -1)
+    return np.ascontiguousarray(rows.T).reshape(-1)
 
 
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Any:
     """Return the tensor's memory from its first element to its last as a flat array; none is an empty one."""
     if tensor is None or not tensor.numel():
-        return torch.empty(0, dtype=dtype).numpy()
-    span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+        return _nothing(dtype)
+    span = tensor.numel()
+    if not (tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last_3d)):
+        span = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.as_strided((span,), (1,)).numpy()
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype) -> Any:
+    return torch.empty(0, dtype=dtype).numpy()
 
 
 def _rows(g: Geometry) -> int:
@@ -192,8 +208,9 @@ def _split(count: int, parts: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(count * i // parts for i in range(parts + 1)))
 
 
-def _threads() -> int:
-    return torch.get_num_threads()
+def _threads(g: Geometry) -> int:
+    """Return how many threads share a call; to wake a second one takes longer than a small call."""
+    return torch.get_num_threads() if g.batch * g.out_voxels * g.taps * g.in_channels >= _SHARED_FROM else 1
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -209,9 +226,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_pool)
 
 
-def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]]) -> None:
-    """Call `work` once per unit, on as many threads as torch may use; this thread is one of them."""
+def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]], threads: int) -> None:
+    """Call `work` once per unit, on as many threads; this thread is one of them."""
     global _pool
+    helpers = min(threads, len(units)) - 1
+    if helpers < 1:
+        for unit in units:
+            work(*unit)
+        return
     left = list(reversed(units))
 
     def take() -> None:
@@ -222,10 +244,9 @@ def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]]) -> None:
                 return
             work(*unit)
 
-    helpers = min(_threads(), len(units)) - 1
-    if helpers > 0 and _pool is None:
+    if _pool is None:
         _pool = ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="deform3d")
-    waiting = [_pool.submit(take) for _ in range(helpers)] if _pool else []
+    waiting = [_pool.submit(take) for _ in range(helpers)]
     take()
     for helper in waiting:
         # One that has not started, because torch's own threads still spin on its core, has nothing left to do.

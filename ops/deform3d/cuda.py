@@ -6,8 +6,10 @@ tensor arrives, and `can_run_cuda` says in one sentence what is wrong and what t
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import struct
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -38,6 +40,10 @@ log = logging.getLogger("deform3d")
 _OLDEST_CAPABILITY = (7, 5)
 
 
+# As many as any kernel takes, and some.
+_MOST_ARGUMENTS = 64
+
+
 class CupyRuntime:
     """Compiles each kernel once per device and keeps it.
 
@@ -48,6 +54,7 @@ class CupyRuntime:
     def __init__(self, tuning: Tuning | None = None) -> None:
         self.tuning = tuning or Tuning()
         self._functions: dict[tuple[int, Kernel], Any] = {}
+        self._started = _Started()
         self._lock = threading.Lock()
 
     def launch(
@@ -60,20 +67,43 @@ class CupyRuntime:
         args: Sequence[int],
     ) -> None:
         """Start `grid` blocks on the device's current stream; each argument is a 64-bit integer or an address."""
+        current = torch.cuda.current_device()
+        index = current if device.index is None else device.index
+        if index == current:
+            self._launch(index, kernel, grid, block, shared_bytes, args)
+        else:
+            with torch.cuda.device(index):
+                self._launch(index, kernel, grid, block, shared_bytes, args)
+
+    def _launch(
+        self, index: int, kernel: Kernel, grid: int, block: tuple[int, int], shared_bytes: int, args: Sequence[int]
+    ) -> None:
+        """Start a kernel on the current device, `index`."""
+        function, started = self._functions.get((index, kernel)), self._started
+        if function is None or index not in started.devices:
+            self._launch_first(index, kernel, grid, block, shared_bytes, args)
+            return
+        # CuPy's own call makes three objects of each argument; the driver reads them from one array and keeps a copy.
+        struct.pack_into(f"{len(args)}q", started.arguments, 0, *args)
+        # Looked up at every launch: on another stream than PyTorch's, a CUDA graph would stay empty without error.
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        started.start(function.ptr, grid, 1, 1, *block, 1, shared_bytes, stream, started.addresses_at, 0)
+
+    def _launch_first(
+        self, index: int, kernel: Kernel, grid: int, block: tuple[int, int], shared_bytes: int, args: Sequence[int]
+    ) -> None:
+        """Start a kernel not yet compiled, or this thread's first, for which CuPy prepares the device's context."""
         import cupy
 
-        index = torch.cuda.current_device() if device.index is None else device.index
         # CuPy and PyTorch share the driver's current device, but CuPy compiles for the one that it set itself.
-        with torch.cuda.device(index), cupy.cuda.Device(index):
+        with cupy.cuda.Device(index), _external_stream(torch.cuda.current_stream(index).cuda_stream):
             function = self._functions.get((index, kernel)) or self._compile(index, kernel)
-            # Looked up at every launch: on another stream than PyTorch's, a CUDA graph would stay empty without error.
-            with _external_stream(torch.cuda.current_stream(index).cuda_stream):
-                function((grid,), block, tuple(args), shared_mem=shared_bytes)
+            function((grid,), block, tuple(args), shared_mem=shared_bytes)
+        self._started.devices.add(index)
 
     def multiprocessors(self, device: torch.device) -> int:
         """Return the number of multiprocessors of the device."""
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return torch.cuda.get_device_properties(index).multi_processor_count
+        return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
     def _compile(self, index: int, kernel: Kernel) -> Any:
         import cupy
@@ -81,9 +111,29 @@ class CupyRuntime:
         with self._lock:
             if (index, kernel) not in self._functions:
                 module = cupy.RawModule(code=source(kernel.unit), options=("-std=c++17", *kernel.options))
-                self._functions[index, kernel] = module.get_function(kernel.name)
+                # Of the current device; it keeps its module loaded.
+                self._functions[index, kernel] = module.get_function(kernel.name).kernel
                 log.debug("compiled %s %s for cuda:%d", kernel.name, " ".join(kernel.options), index)
             return self._functions[index, kernel]
+
+
+class _Started(threading.local):
+    """What one thread launches with: its devices that are ready, and the array of addresses that the driver reads."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.devices: set[int] = set()
+        self.arguments = (ctypes.c_int64 * _MOST_ARGUMENTS)()
+        first, size = ctypes.addressof(self.arguments), ctypes.sizeof(ctypes.c_int64)
+        self.addresses = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(first + size * i for i in range(_MOST_ARGUMENTS)))
+        self.addresses_at = ctypes.addressof(self.addresses)
+        self.start = cupy.cuda.driver.launchKernel
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def _external_stream(pointer: int) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _autograd  # noqa: F401  (registers the operators)
+from ._autograd import FUSED_OFFSET, OPERATOR
 from ._checks import triple
 from ._dispatch import can_fuse, check_backend
 
@@ -59,7 +59,7 @@ def deform_conv3d(
     ConvNets v2, CVPR 2019, section 3.2; depthwise in 3D is Lee et al., DeformUX-Net, arXiv 2310.00199, section 3.
     """
     check_backend(backend, "backend")
-    return torch.ops.deform3d.deform_conv3d(
+    return OPERATOR(
         input,
         offset,
         weight,
@@ -107,7 +107,7 @@ def deform_conv3d_fused_offset(
     tensors = (input, offset_weight, offset_bias, weight, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if not needs_grad and can_fuse(input, weight, backend):
-        return torch.ops.deform3d.deform_conv3d_fused_offset(*tensors)
+        return FUSED_OFFSET(*tensors)
     padding = tuple(length // 2 for length in weight.shape[2:])
     return deform_conv3d(
         input, F.conv3d(input, offset_weight, offset_bias), weight, bias, padding=padding, backend=backend

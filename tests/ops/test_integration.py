@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from deform3d import DeformConv3d, _dispatch, deform_conv3d
 from tolerances import assert_near
@@ -122,6 +123,53 @@ def test_autocast_network_trains(backend, device):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
 
 
+class Named(TorchDispatchMode):
+    """Lists this package's operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "deform3d":
+            self.names.append(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_forward_and_backward(make_problem, backend):
+    """Eager calls leave the dispatcher out where nobody listens."""
+    p = make_problem().map(lambda t: t.requires_grad_())
+    with Named() as mode:
+        p.run(backend=backend).sum().backward()
+    assert mode.names == ["deform_conv3d", "deform_conv3d_backward"]
+    output = p.run(backend=backend).sum()
+    with Named() as mode:
+        output.backward()
+    assert mode.names == ["deform_conv3d_backward"]
+
+
+def test_a_profile_names_forward_and_backward(make_problem, backend):
+    p = make_problem().map(lambda t: t.requires_grad_())
+    with torch.profiler.profile() as profile:
+        p.run(backend=backend).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"deform3d::deform_conv3d", "deform3d::deform_conv3d_backward"} <= names
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_several_gradients_at_once(make_problem, backend):
+    """`vmap` over the backward, as `torch.autograd.functional.jacobian(vectorize=True)` does, one after the other."""
+    p = make_problem().map(lambda t: t.requires_grad_())
+    inputs = list(p.tensors().values())
+    output = p.run(backend=backend)
+    directions = torch.randn(2, *output.shape, dtype=output.dtype, device=output.device)
+    together = torch.autograd.grad(output, inputs, directions, retain_graph=True, is_grads_batched=True)
+    for i, direction in enumerate(directions):
+        alone = torch.autograd.grad(output, inputs, direction, retain_graph=True)
+        for one, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(one[i], expected, rtol=1e-9, atol=1e-9)
+
+
 def test_several_python_threads_at_once(make_problem, backend):
     """The server infers from several threads, each call itself using several."""
     torch.set_num_threads(2)
@@ -140,7 +188,7 @@ FORKED = """
 import os, sys, torch
 from deform3d import deform_conv3d
 torch.set_num_threads(2)
-arguments = torch.randn(1, 16, 6, 6, 6), torch.randn(1, 81, 6, 6, 6), torch.randn(16, 1, 3, 3, 3)
+arguments = torch.randn(1, 16, 9, 9, 9), torch.randn(1, 81, 9, 9, 9), torch.randn(16, 1, 3, 3, 3)
 def run():
     return deform_conv3d(*arguments, padding=1, backend="cpu")
 expected = run()

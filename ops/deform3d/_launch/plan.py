@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,14 @@ class Kernel:
     unit: str
     name: str
     defines: tuple[tuple[str, int], ...]
+
+    def __hash__(self) -> int:
+        # Looked up at every launch.
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.unit, self.name, self.defines))
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -99,6 +108,7 @@ def instances() -> Iterator[Kernel]:
                 yield sort_kernel(name, dtype, cube)
 
 
+@functools.cache
 def kernel(unit: str, name: str, dtype: torch.dtype, vector: int, cube: bool, **more: int) -> Kernel:
     """Return the instance of a kernel for a dtype, a number of channels per load, and the 3x3x3 case or any."""
     return Kernel(unit, name, (("DTYPE", DTYPES[dtype]), ("VECTOR", vector), ("CUBE", int(cube)), *more.items()))
@@ -134,6 +144,7 @@ def vector_of(channels: int, *tensors: Tensor | None, most: int = _VECTOR_BYTES)
     raise AssertionError("one channel can always be loaded")
 
 
+@functools.lru_cache(maxsize=1024)
 def check_sizes(g: Geometry) -> None:
     """Raise ValueError where a number that the kernels hold in 32 bits would not fit: voxels of one sample, an axis."""
     for name, voxels in (("input", g.voxels), ("output", g.out_voxels)):
@@ -184,7 +195,7 @@ def sizes(g: Geometry) -> tuple[int, ...]:
 
 def pointers(*tensors: Tensor | None) -> tuple[int, ...]:
     """Return the address of each tensor's first element; 0 for none."""
-    return tuple(0 if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return tuple([0 if tensor is None else tensor.data_ptr() for tensor in tensors])
 
 
 class Field(NamedTuple):
@@ -198,8 +209,11 @@ class Field(NamedTuple):
         """Take a contiguous or channels-last tensor as it is, any other as a contiguous copy."""
         if tensor is None:
             return cls(None, (0, 0, 0))
-        channels, voxels = tensor.shape[1], tensor.shape[2:].numel()
-        if tensor.is_contiguous(memory_format=LAST) and not tensor.is_contiguous():
+        _, channels, d, h, w = tensor.shape
+        voxels = d * h * w
+        if tensor.is_contiguous():
+            return cls(tensor, (channels * voxels, voxels, 1))
+        if tensor.is_contiguous(memory_format=LAST):
             return cls(tensor, (channels * voxels, 1, channels))
         return cls(tensor.contiguous(), (channels * voxels, voxels, 1))
 
