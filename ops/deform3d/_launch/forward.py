@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ from .plan import (
     SHARED_BYTES,
     Chunk,
     Field,
+    Kernel,
     Runtime,
     Tile,
+    Tuning,
+    _vectors,
     blocks_for,
     check_sizes,
     chunks,
@@ -31,6 +36,7 @@ from .plan import (
     taps_first,
     vector_of,
 )
+from .walk import THREADS, walk_of
 
 COLUMN_THREADS = 256
 
@@ -94,6 +100,17 @@ def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> i
     return samples_bytes(dtype, voxels * taps, False) + computed * real_bytes(dtype)
 
 
+class _Plan(NamedTuple):
+    """A launch without its pointers."""
+
+    kernel: Kernel
+    grid: int
+    block: tuple[int, int]
+    shared_bytes: int
+    numbers: tuple[int, ...]  # what follows the pointers in the kernel's arguments
+    walks: bool  # takes the weight as it lies in memory, and no offset branch
+
+
 def _depthwise(
     runtime: Runtime,
     input: Tensor,
@@ -106,35 +123,73 @@ def _depthwise(
     output: Tensor,
     g: Geometry,
 ) -> None:
-    tuning, dtype = runtime.tuning, input.dtype
-    shifts, factors, taps = Field.of(offset), Field.of(mask), taps_first(weight)
+    shifts, factors = Field.of(offset), Field.of(mask)
     bias = None if bias is None else bias.contiguous()
     offset_bias = None if offset_bias is None else offset_bias.contiguous()
-    vector = vector_of(g.in_channels, input, taps, bias, output)
+    first, last, start = pointers(input, output, bias)
+    vector = _aligned_vector(g.in_channels, input.dtype, (first | last | start) % 16)
+    plan = plan_depthwise(
+        g,
+        input.dtype,
+        vector,
+        shifts.strides,
+        None if mask is None else factors.strides,
+        offset_weight is not None,
+        runtime.tuning,
+        runtime.multiprocessors(input.device),
+    )
+    factor = weight.contiguous() if plan.walks else taps_first(weight)
+    addresses = (first, *pointers(shifts.tensor, factor), start, *pointers(factors.tensor), last)
+    if not plan.walks:
+        addresses += pointers(offset_weight, offset_bias)
+    runtime.launch(
+        input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers)
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_depthwise(
+    g: Geometry,
+    dtype: torch.dtype,
+    vector: int,
+    offset_strides: tuple[int, int, int],
+    mask_strides: tuple[int, int, int] | None,
+    fused: bool,
+    tuning: Tuning,
+    multiprocessors: int,
+) -> _Plan:
+    """Return the launch of one kind of call; kept, because a network makes the same few calls again and again."""
+    strides = (*offset_strides, *(mask_strides or (0, 0, 0)))
+    walk = None if fused else walk_of(g, dtype, vector, tuning, multiprocessors)
+    if walk:
+        tiles = walk.tiles(g)
+        numbers = (*g.size, *strides, tiles)
+        grid = min(tiles, multiprocessors)
+        return _Plan(walk.kernel(tuning), grid, (THREADS, 1), walk.shared_bytes, numbers, True)
     lanes = min(g.in_channels // vector, tuning.forward_threads)
     at_once = taps_at_once(g, tuning)
 
     def shared(voxels: int) -> int:
-        if offset_weight is not None:
+        if fused:
             return _fused_bytes(dtype, voxels, g.taps, g.in_channels)
-        return samples_bytes(dtype, voxels * at_once, mask is not None)
+        return samples_bytes(dtype, voxels * at_once, mask_strides is not None)
 
     most = min(tuning.forward_voxels, tuning.forward_threads // lanes)
-    busy = runtime.multiprocessors(input.device)
-    tile = Tile.of(g.out, g.batch, most, busy, lambda voxels: shared(voxels) <= SHARED_BYTES)
-    fused = int(offset_weight is not None)
-    runtime.launch(
-        input.device,
-        kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=fused),
+    tile = Tile.of(g.out, g.batch, most, multiprocessors, lambda voxels: shared(voxels) <= SHARED_BYTES)
+    return _Plan(
+        kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=int(fused)),
         blocks_for(tile.count, 1),
         (lanes, tile.voxels),
         shared(tile.voxels),
-        (
-            *pointers(input, shifts.tensor, taps, bias, factors.tensor, output, offset_weight, offset_bias),
-            *sizes(g),
-            *(g.in_channels, *shifts.strides, *factors.strides, *tile.arguments, at_once),
-        ),
+        (*sizes(g), g.in_channels, *strides, *tile.arguments, at_once),
+        False,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _aligned_vector(channels: int, dtype: torch.dtype, address: int) -> int:
+    """Return how many channels can be loaded at once from tensors whose addresses have these last four bits."""
+    return next(n for n in _vectors(dtype) if channels % n == 0 and address % (n * dtype.itemsize) == 0)
 
 
 def _by_columns(

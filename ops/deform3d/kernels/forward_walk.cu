@@ -1,0 +1,373 @@
+// Depthwise 3x3x3 forward of volumes large enough to keep every multiprocessor busy: the sums of `deform_forward`, by
+// blocks that stay.
+//
+// One block per multiprocessor walks a run of neighbouring tiles, so that what two tiles share is still in the L1 cache:
+// nine of ten misses of a grid of small blocks are of that kind. Its threads form groups, each with a barrier of its own,
+// that take the tiles in turn: while one group computes sampling positions, the others gather. A gather is served for
+// eight threads at a time, in one step if what these read lies in different banks: where a voxel's channels do not fill
+// whole lines of 128 bytes, its neighbours w and w + 1 are read in the order that brings this about most often.
+//
+// Every load of a corner is made, without a test: a corner outside the volume repeats one that is inside, with weight 0,
+// and a sample wholly outside reads the first voxel with weight 0. That is the same sum as long as it is finite. A voxel
+// whose sum is not is computed again as `deform_forward` does, from the corners inside alone.
+//
+//   CHANNELS     of the volume; a multiple of VECTOR, with 16 bytes per VECTOR
+//   ARITHMETIC   in what the eight corners are summed, before taps are summed in float32:
+//                0 float32; 1 pairs of float16 (DTYPE 0)
+
+#ifdef DEFORM3D_EMULATED
+#define GROUP_BARRIER(number, threads) emulated::synchronize_group(number, threads, __LINE__)
+#define COMPUTE_HERE(value)
+#else
+#define GROUP_BARRIER(number, threads) asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory")
+// Keeps what follows from `value` from being computed before the loop and held in registers that the gather needs.
+#define COMPUTE_HERE(value) asm volatile("" : "+r"(value))
+#endif
+
+constexpr int VOXEL_BYTES = CHANNELS * sizeof(Scalar);
+constexpr int LANES = CHANNELS / VECTOR;  // threads that carry one voxel together
+constexpr int THREADS = 768;
+constexpr int GROUP = LANES % 3 ? 128 : 192;
+constexpr int GROUPS = THREADS / GROUP;
+constexpr int VOXELS = GROUP / LANES;  // of a tile, one per LANES threads of a group
+static_assert(sizeof(Pack) == 16 && CHANNELS % VECTOR == 0, "a thread loads 16 bytes");
+static_assert(GROUP % LANES == 0 && (VOXELS & (VOXELS - 1)) == 0, "a tile's sides are powers of two");
+
+__device__ constexpr int logarithm(int value) { return value > 1 ? 1 + logarithm(value / 2) : 0; }
+constexpr int LOG_VOXELS = logarithm(VOXELS);
+constexpr int LOG_W = LOG_VOXELS > 2 ? 2 : (LOG_VOXELS + 1) / 2;
+constexpr int LOG_H = LOG_VOXELS > 3 ? 2 : LOG_VOXELS - LOG_W;
+constexpr int LOG_D = LOG_VOXELS - LOG_W - LOG_H;
+
+// The samples of so many taps are in shared memory together: fewer where a group has many voxels, because shared memory
+// is taken from the L1 cache.
+constexpr int TAPS_AT_ONCE = LANES < 6 ? 3 : 9;
+constexpr int SAMPLES = VOXELS * TAPS_AT_ONCE;
+constexpr int SAMPLES_EACH = (SAMPLES + GROUP - 1) / GROUP;  // that a thread computes
+
+// 16-bit channels need twice the registers: copies of the loop would not fit.
+constexpr int TAPS_UNROLLED = DTYPE == 2 ? 3 : 1;
+
+// The address bit in which the two orders of reading w and w + 1 differ; 7 if none matters: voxels of whole lines.
+constexpr int ORDER_BIT = VOXEL_BYTES % 128 == 0 ? 7 : VOXEL_BYTES % 64 == 0 ? 6 : VOXEL_BYTES % 32 == 0 ? 5 : 4;
+// Threads of two voxels that are served together read different parts of one tap's weights. Where these would lie in
+// the same banks, every second voxel reads a copy that lies 64 bytes further on.
+constexpr int WEIGHT_COPIES = VOXEL_BYTES > 128 && VOXEL_BYTES % 128 == 64 ? 2 : 1;
+constexpr int WEIGHT_BYTES = 27 * VOXEL_BYTES;
+constexpr int COPY_BYTES = WEIGHT_COPIES == 1 ? WEIGHT_BYTES : (WEIGHT_BYTES + 127) / 128 * 128 + 64;
+
+// The distances along d and h from the lower corners, and the weights of the voxel read first and second along w, which
+// carry the mask.
+struct __align__(16) Cell {
+    float d, h, first, second;
+};
+
+// How shared memory is divided; the launcher asks for as much.
+struct Workspace {
+    unsigned char* weights;  // [copy][tap][channel]
+    Cell* cells;             // [group][voxel][tap]
+    // Of each cell the byte, counted from its sample's first, of the voxel read first; in bits 0 and 1 the step to the
+    // second along w, -1, 0 or 1; in bits 2 and 3 whether there are steps along h and d. A step of 0 repeats a corner.
+    unsigned* places;
+    int* taken;  // tiles of the block's run
+    int* tile;   // [group]: the tile that it works on
+};
+
+__device__ __forceinline__ Workspace workspace_in(unsigned char* shared) {
+    Workspace work;
+    work.weights = shared;
+    work.cells = reinterpret_cast<Cell*>(shared + (WEIGHT_COPIES * COPY_BYTES + 127) / 128 * 128);
+    work.places = reinterpret_cast<unsigned*>(work.cells + GROUPS * SAMPLES);
+    work.taken = reinterpret_cast<int*>(work.places + GROUPS * SAMPLES);
+    work.tile = work.taken + 1;
+    return work;
+}
+
+// Tiles along d first: their samples overlap most, because a tile is thin along d.
+__device__ __forceinline__ Tile walked_tile(int number, int D, int H, int W) {
+    int along_d = (D + (1 << LOG_D) - 1) >> LOG_D;
+    int along_w = (W + (1 << LOG_W) - 1) >> LOG_W;
+    int along_h = (H + (1 << LOG_H) - 1) >> LOG_H;
+    Tile tile;
+    tile.log_h = LOG_H;
+    tile.log_w = LOG_W;
+    tile.d = number % along_d << LOG_D;
+    number /= along_d;
+    tile.w = number % along_w << LOG_W;
+    number /= along_w;
+    tile.h = number % along_h << LOG_H;
+    tile.n = number / along_h;
+    return tile;
+}
+
+// One axis of a cell: keeps the corners inside. Where one of two is outside, its weight leaves with `scale`, and the
+// other counts whole. Returns whether there is a step to a second corner.
+__device__ __forceinline__ bool clamp_axis(int& low, int size, float& fraction, float& scale) {
+    if (low >= 0 && low + 1 < size) return true;
+    scale *= low < 0 ? fraction : 1 - fraction;
+    low = low < 0 ? 0 : low;
+    fraction = 0;
+    return false;
+}
+
+// The cell of a tap of voxel (d, h, w) after a shift, for the threads of the tile's voxel `slot`.
+__device__ __forceinline__ unsigned place_cell(
+    const Convolution& v, int d, int h, int w, int tap, const float (&shift)[3], float factor, int slot, Cell& cell
+) {
+    int low_d = 0, low_h = 0, low_w = 0;
+    float along_w;
+    bool near = place(shift[0], d - 1 + tap / 9, v.D, cell.d, low_d);
+    near = place(shift[1], h - 1 + tap / 3 % 3, v.H, cell.h, low_h) && near;
+    near = place(shift[2], w - 1 + tap % 3, v.W, along_w, low_w) && near;
+    if (!near) {
+        cell = {};
+        return 0;
+    }
+    unsigned bits = clamp_axis(low_d, v.D, cell.d, factor) ? 8u : 0u;
+    bits |= clamp_axis(low_h, v.H, cell.h, factor) ? 4u : 0u;
+    const bool two = clamp_axis(low_w, v.W, along_w, factor);
+    unsigned at = (unsigned)((low_d * v.H + low_h) * v.W + low_w) * VOXEL_BYTES;
+    const bool swap = two && ORDER_BIT < 7 && ((at >> ORDER_BIT ^ (unsigned)slot) & 1u);
+    const float lower = (1 - along_w) * factor, upper = along_w * factor;
+    cell.first = swap ? upper : lower;
+    cell.second = swap ? lower : upper;
+    if (swap) at += VOXEL_BYTES;
+    return at | bits | (swap ? 3u : two ? 1u : 0u);
+}
+
+// The weights of the corners that load_cell reads, in its order.
+__device__ __forceinline__ void cell_weights(const Cell& cell, float (&weight)[8]) {
+    const float first_h = cell.h * cell.first, second_h = cell.h * cell.second;
+    const float first = cell.first - first_h, second = cell.second - second_h;
+    weight[4] = cell.d * first;
+    weight[5] = cell.d * second;
+    weight[6] = cell.d * first_h;
+    weight[7] = cell.d * second_h;
+    weight[0] = first - weight[4];
+    weight[1] = second - weight[5];
+    weight[2] = first_h - weight[6];
+    weight[3] = second_h - weight[7];
+}
+
+__device__ __forceinline__ void load_cell(
+    const Scalar* origin, unsigned where, unsigned row, unsigned plane, Pack (&corner)[8]
+) {
+    const int64 step = ((int)(where << 30) >> 30) * VOXEL_BYTES;
+    const unsigned along_h = where & 4u ? row : 0, along_d = where & 8u ? plane : 0;
+    const Scalar* lowest = moved(origin, where & ~15u);
+#pragma unroll
+    for (int k = 0; k < 8; k += 2) {
+        const Scalar* far = k & 4 ? moved(lowest, along_d) : lowest;
+        const Scalar* first = k & 2 ? moved(far, along_h) : far;
+        corner[k] = load(first);
+        corner[k + 1] = load(moved(first, step));
+    }
+}
+
+// sum += tap_weight * (sum over corners of weight * corner)
+#if ARITHMETIC == 0
+__device__ __forceinline__ void add_tap(
+    const Pack (&corner)[8], const float (&weight)[8], const Pack& tap_weight, Real (&sum)[VECTOR]
+) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        float value = weight[0] * part(corner[0], i);
+#pragma unroll
+        for (int k = 1; k < 8; ++k) value = fma_(weight[k], part(corner[k], i), value);
+        sum[i] = fma_(part(tap_weight, i), value, sum[i]);
+    }
+}
+#else
+#ifdef DEFORM3D_EMULATED
+__device__ __forceinline__ unsigned half_pair(float low, float high) {
+    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
+}
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    const float low = half_to_float(a & 0xffffu) * half_to_float(b & 0xffffu) + half_to_float(c & 0xffffu);
+    return half_pair(low, half_to_float(a >> 16) * half_to_float(b >> 16) + half_to_float(c >> 16));
+}
+#else
+__device__ __forceinline__ unsigned half_pair(float low, float high) {
+    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
+}
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+#endif
+__device__ __forceinline__ void add_tap(
+    const Pack (&corner)[8], const float (&weight)[8], const Pack& tap_weight, Real (&sum)[VECTOR]
+) {
+    unsigned factor[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) factor[k] = half_pair(weight[k], weight[k]);
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; ++i) {
+        unsigned pair = 0;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) pair = multiply_add_pairs(factor[k], corner[k].pair[i], pair);
+        sum[2 * i] = fma_(part(tap_weight, 2 * i), half_to_float((unsigned short)(pair & 0xffffu)), sum[2 * i]);
+        sum[2 * i + 1] = fma_(part(tap_weight, 2 * i + 1), half_to_float((unsigned short)(pair >> 16)), sum[2 * i + 1]);
+    }
+}
+#endif
+
+// The voxel and the tap, counted from the first of those at once, of a thread's sample. Neighbouring threads have
+// neighbours in memory, in whichever order the shifts lie there.
+__device__ __forceinline__ bool sample_of(int member, int e, bool taps_first, const Convolution& v, const Tile& tile,
+                                          int& voxel, int& tap, int& d, int& h, int& w) {
+    int i = member + e * GROUP;
+    COMPUTE_HERE(i);
+    voxel = taps_first ? i / TAPS_AT_ONCE : i % VOXELS;
+    tap = taps_first ? i % TAPS_AT_ONCE : i / VOXELS;
+    voxel_of(tile, voxel, d, h, w);
+    return i < SAMPLES && d < v.D && h < v.H && w < v.W;
+}
+
+__device__ __forceinline__ void fetch_shifts(
+    const StoredShifts& shifts, const Convolution& v, const Tile& tile, int member, int first_tap,
+    float (&ahead)[SAMPLES_EACH][3]
+) {
+#pragma unroll
+    for (int e = 0; e < SAMPLES_EACH; ++e) {
+        int voxel, tap, d, h, w;
+        ahead[e][0] = 2e9f;  // so far out that it samples nothing
+        if (!sample_of(member, e, shifts.stride_c == 1, v, tile, voxel, tap, d, h, w)) continue;
+        shifts.read(tile.n, d, h, w, first_tap + tap, ahead[e]);
+    }
+}
+
+__device__ __forceinline__ void place_cells(
+    const StoredShifts& shifts, const Convolution& v, const Tile& tile, int member, int first_tap,
+    const float (&ahead)[SAMPLES_EACH][3], Cell* cells, unsigned* places
+) {
+#pragma unroll
+    for (int e = 0; e < SAMPLES_EACH; ++e) {
+        if (SAMPLES % GROUP && member + e * GROUP >= SAMPLES) break;
+        int voxel, tap, d, h, w;
+        const bool exists = sample_of(member, e, shifts.stride_c == 1, v, tile, voxel, tap, d, h, w);
+        const float factor = exists ? shifts.factor(tile.n, d, h, w, first_tap + tap) : 0;
+        Cell cell;
+        const int to = voxel * TAPS_AT_ONCE + tap;
+        places[to] = place_cell(v, d, h, w, first_tap + tap, ahead[e], factor, voxel, cell);
+        cells[to] = cell;
+    }
+}
+
+// Whether all are finite: what is infinite or not a number is not equal to itself after subtraction.
+__device__ __forceinline__ bool all_finite(const Real (&sum)[VECTOR]) {
+    bool finite = true;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) finite = finite && sum[i] - sum[i] == 0;
+    return finite;
+}
+
+// The sum of one voxel's taps from the corners inside alone. One corner after the other: where this is rarely needed,
+// it must not take registers from the gather.
+__device__ __forceinline__ void sum_inside(
+    const Convolution& v, const StoredShifts& shifts, const Scalar* origin, const unsigned char* weights,
+    int n, int d, int h, int w, Real (&sum)[VECTOR]
+) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) sum[i] = 0;
+#pragma unroll 1
+    for (int tap = 0; tap < 27; ++tap) {
+        COMPUTE_HERE(tap);
+        Real shift[3], value[VECTOR] = {};
+        Sample s;
+        int low_d, low_h, low_w;
+        const Real factor = shifts(n, d, h, w, 0, tap, shift);
+        const unsigned inside = locate(v, d, h, w, tap, shift[0], shift[1], shift[2], s, low_d, low_h, low_w);
+        if (!inside) continue;
+#pragma unroll 1
+        for (int k = 0; k < 8; ++k) {
+            if (!(inside >> k & 1u)) continue;
+            const int voxel = s.base + ((k & 4 ? v.H : 0) + (k & 2 ? 1 : 0)) * v.W + (k & 1);
+            const Pack corner = load(moved(origin, (int64)voxel * VOXEL_BYTES));
+            const Real weight = (k & 4 ? s.d : 1 - s.d) * (k & 2 ? s.h : 1 - s.h) * (k & 1 ? s.w : 1 - s.w) * factor;
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) value[i] = fma_(weight, part(corner, i), value[i]);
+        }
+        const Pack tap_weight = *reinterpret_cast<const Pack*>(weights + tap * VOXEL_BYTES);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) sum[i] = fma_(part(tap_weight, i), value[i], sum[i]);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(768, 1) deform_forward_walk(
+    const Scalar* __restrict__ input, const Scalar* __restrict__ offset, const Scalar* __restrict__ weight,
+    const Scalar* __restrict__ bias, const Scalar* __restrict__ mask, Scalar* __restrict__ output, int64 depth,
+    int64 height, int64 width, int64 offset_n, int64 offset_c, int64 offset_v, int64 mask_n, int64 mask_c,
+    int64 mask_v, int64 tiles
+) {
+    const int D = (int)depth, H = (int)height, W = (int)width;
+    const Convolution v = {D, H, W, D, H, W, 27, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    const Steps step(CHANNELS, H, W);
+    const StoredShifts shifts = {offset, mask, offset_n, offset_c, offset_v, mask_n, mask_c, mask_v, H, W};
+    const int thread = threadIdx.x, group = thread / GROUP, member = thread % GROUP;
+    const int slot = member / LANES, c = member % LANES * VECTOR;
+
+    SHARED_MEMORY(shared);
+    const Workspace work = workspace_in(shared);
+    // (C, 1, 3, 3, 3) as it lies in memory; for the shared copies, one voxel's channels after the other.
+    for (int i = thread; i < 27 * CHANNELS; i += THREADS) {
+        const Scalar value = weight[i % CHANNELS * 27 + i / CHANNELS];
+#pragma unroll
+        for (int copy = 0; copy < WEIGHT_COPIES; ++copy) {
+            reinterpret_cast<Scalar*>(work.weights + copy * COPY_BYTES)[i] = value;
+        }
+    }
+    if (thread == 0) *work.taken = 0;
+    __syncthreads();
+
+    Cell* cells = work.cells + group * SAMPLES;
+    unsigned* places = work.places + group * SAMPLES;
+    const unsigned char* weights = work.weights + slot % WEIGHT_COPIES * COPY_BYTES + c * sizeof(Scalar);
+    const int first_tile = (int)(tiles * blockIdx.x / gridDim.x), last_tile = (int)(tiles * (blockIdx.x + 1) / gridDim.x);
+
+    while (true) {
+        if (member == 0) work.tile[group] = first_tile + atomicAdd(work.taken, 1);
+        GROUP_BARRIER(group + 1, GROUP);  // and the previous tile's samples have been read
+        const int number = work.tile[group];
+        if (number >= last_tile) break;
+        const Tile tile = walked_tile(number, D, H, W);
+        const Scalar* origin = moved(input, (int64)tile.n * D * step.d) + c;
+
+        Real sum[VECTOR] = {};
+        float ahead[SAMPLES_EACH][3];
+        fetch_shifts(shifts, v, tile, member, 0, ahead);
+#pragma unroll 1
+        for (int first_tap = 0; first_tap < 27; first_tap += TAPS_AT_ONCE) {
+            if (first_tap) GROUP_BARRIER(group + 1, GROUP);
+            place_cells(shifts, v, tile, member, first_tap, ahead, cells, places);
+            GROUP_BARRIER(group + 1, GROUP);
+            // On their way while this thread gathers.
+            if (first_tap + TAPS_AT_ONCE < 27) fetch_shifts(shifts, v, tile, member, first_tap + TAPS_AT_ONCE, ahead);
+#pragma unroll (TAPS_UNROLLED)
+            for (int tap = 0; tap < TAPS_AT_ONCE; ++tap) {
+                const Cell cell = cells[slot * TAPS_AT_ONCE + tap];
+                Pack corner[8];
+                load_cell(origin, places[slot * TAPS_AT_ONCE + tap], (unsigned)step.h, (unsigned)step.d, corner);
+                const Pack tap_weight = *reinterpret_cast<const Pack*>(weights + (first_tap + tap) * VOXEL_BYTES);
+                float trilinear[8];
+                cell_weights(cell, trilinear);
+                add_tap(corner, trilinear, tap_weight, sum);
+            }
+        }
+
+        int voxel = slot, d, h, w;
+        COMPUTE_HERE(voxel);
+        voxel_of(tile, voxel, d, h, w);
+        if (d < D && h < H && w < W) {
+            if (!all_finite(sum)) sum_inside(v, shifts, origin, weights, tile.n, d, h, w, sum);
+            if (bias) {
+                const Pack start = load(bias + c);
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) sum[i] += part(start, i);
+            }
+            const int64 at = (((int64)tile.n * D + d) * H + h) * W + w;
+            store(output + at * CHANNELS + c, sum);
+        }
+    }
+}
