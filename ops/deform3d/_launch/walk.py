@@ -12,7 +12,9 @@ from .plan import CUBE_TAPS, INT32_MAX, Kernel, Tuning, is_cube, kernel
 
 # What the network's presets have: each is an instance of its own, compiled when it is first used.
 CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# In what the corners of a sample are summed: ARITHMETIC of the kernel.
+ARITHMETICS = {torch.float16: (0, 1), torch.bfloat16: (0, 2), torch.float32: (0,)}
+DTYPES = tuple(ARITHMETICS)
 THREADS = 768
 _LOAD_BYTES = 16
 _CELL_BYTES = 16 + 4
@@ -64,8 +66,9 @@ class Walk:
         return count
 
     def kernel(self, tuning: Tuning) -> Kernel:
-        """Return the instance; float16 can sum corners in pairs."""
-        return _instance(self, int(self.dtype == torch.float16 and tuning.walk_float16_pairs))
+        """Return the instance that sums corners as the tuning says."""
+        arithmetic = {torch.float16: tuning.walk_float16, torch.bfloat16: tuning.walk_bfloat16}
+        return _instance(self, arithmetic.get(self.dtype, 0))
 
 
 def walk_of(
@@ -92,7 +95,7 @@ def instances() -> Iterator[Kernel]:
     """Yield every instance that can be asked for."""
     for dtype in DTYPES:
         for channels in CHANNELS:
-            for arithmetic in (0, 1) if dtype == torch.float16 else (0,):
+            for arithmetic in ARITHMETICS[dtype]:
                 yield _instance(Walk(channels, dtype), arithmetic)
 
 

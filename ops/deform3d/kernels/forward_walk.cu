@@ -13,7 +13,10 @@
 //
 //   CHANNELS     of the volume; a multiple of VECTOR, with 16 bytes per VECTOR
 //   ARITHMETIC   in what the eight corners are summed, before taps are summed in float32:
-//                0 float32; 1 pairs of float16 (DTYPE 0)
+//                0 float32
+//                1 pairs of 16 bits, four corners at a time
+//                2 half of them in pairs of 16 bits, two at a time
+//                bfloat16 has no pairs before sm_80, where it is summed in float32
 
 #ifdef DEFORM3D_EMULATED
 #define GROUP_BARRIER(number, threads) emulated::synchronize_group(number, threads, __LINE__)
@@ -120,7 +123,7 @@ __device__ __forceinline__ unsigned place_cell(
     near = place(shift[1], h - 1 + tap / 3 % 3, v.H, cell.h, low_h) && near;
     near = place(shift[2], w - 1 + tap % 3, v.W, along_w, low_w) && near;
     if (!near) {
-        cell = {};
+        cell = {0, 0, 0 * factor, 0 * factor};  // not a number where the mask is none
         return 0;
     }
     unsigned bits = clamp_axis(low_d, v.D, cell.d, factor) ? 8u : 0u;
@@ -164,11 +167,70 @@ __device__ __forceinline__ void load_cell(
     }
 }
 
+#if DTYPE == 1 && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#undef ARITHMETIC
+#define ARITHMETIC 0
+#endif
+#if ARITHMETIC
+// Two 16-bit channels at once, each sum rounded to 16 bits.
+#if defined(DEFORM3D_EMULATED)
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float factors = real_from_bits((unsigned short)(a >> shift)) * real_from_bits((unsigned short)(b >> shift));
+        result |= (unsigned)bits_from_real(factors + real_from_bits((unsigned short)(c >> shift))) << shift;
+    }
+    return result;
+}
+__device__ __forceinline__ unsigned twice(float value) { return bits_from_real(value) * 0x10001u; }
+#elif DTYPE == 0
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+__device__ __forceinline__ unsigned twice(float value) {
+    const unsigned short bits = bits_from_real(value);
+    unsigned result;
+    asm("mov.b32 %0, {%1, %1};" : "=r"(result) : "h"(bits));
+    return result;
+}
+#else
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+    unsigned result;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
+}
+__device__ __forceinline__ unsigned twice(float value) {
+    unsigned result;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %1;" : "=r"(result) : "f"(value));
+    return result;
+}
+#endif
+
+__device__ __forceinline__ Real lower_part(unsigned pair) {
+#if DTYPE == 1
+    return float_from_bits(pair << 16);
+#else
+    return real_from_bits((unsigned short)(pair & 0xffffu));
+#endif
+}
+__device__ __forceinline__ Real upper_part(unsigned pair) {
+#if DTYPE == 1
+    return float_from_bits(pair & 0xffff0000u);
+#else
+    return real_from_bits((unsigned short)(pair >> 16));
+#endif
+}
+#endif
+
 // sum += tap_weight * (sum over corners of weight * corner)
-#if ARITHMETIC == 0
 __device__ __forceinline__ void add_tap(
-    const Pack (&corner)[8], const float (&weight)[8], const Pack& tap_weight, Real (&sum)[VECTOR]
+    const Cell& cell, const Pack (&corner)[8], const Pack& tap_weight, Real (&sum)[VECTOR]
 ) {
+#if ARITHMETIC == 0
+    float weight[8];
+    cell_weights(cell, weight);
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
         float value = weight[0] * part(corner[0], i);
@@ -176,42 +238,50 @@ __device__ __forceinline__ void add_tap(
         for (int k = 1; k < 8; ++k) value = fma_(weight[k], part(corner[k], i), value);
         sum[i] = fma_(part(tap_weight, i), value, sum[i]);
     }
-}
-#else
-#ifdef DEFORM3D_EMULATED
-__device__ __forceinline__ unsigned half_pair(float low, float high) {
-    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
-}
-__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
-    const float low = half_to_float(a & 0xffffu) * half_to_float(b & 0xffffu) + half_to_float(c & 0xffffu);
-    return half_pair(low, half_to_float(a >> 16) * half_to_float(b >> 16) + half_to_float(c >> 16));
-}
-#else
-__device__ __forceinline__ unsigned half_pair(float low, float high) {
-    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
-}
-__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
-    unsigned result;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
-    return result;
-}
-#endif
-__device__ __forceinline__ void add_tap(
-    const Pack (&corner)[8], const float (&weight)[8], const Pack& tap_weight, Real (&sum)[VECTOR]
-) {
+#elif ARITHMETIC == 1
+    float weight[8];
     unsigned factor[8];
+    cell_weights(cell, weight);
 #pragma unroll
-    for (int k = 0; k < 8; ++k) factor[k] = half_pair(weight[k], weight[k]);
+    for (int k = 0; k < 8; ++k) factor[k] = twice(weight[k]);
 #pragma unroll
     for (int i = 0; i < VECTOR / 2; ++i) {
-        unsigned pair = 0;
+        unsigned near = 0, far = 0;
 #pragma unroll
-        for (int k = 0; k < 8; ++k) pair = multiply_add_pairs(factor[k], corner[k].pair[i], pair);
-        sum[2 * i] = fma_(part(tap_weight, 2 * i), half_to_float((unsigned short)(pair & 0xffffu)), sum[2 * i]);
-        sum[2 * i + 1] = fma_(part(tap_weight, 2 * i + 1), half_to_float((unsigned short)(pair >> 16)), sum[2 * i + 1]);
+        for (int k = 0; k < 4; ++k) {
+            near = multiply_add_pairs(factor[k], corner[k].pair[i], near);
+            far = multiply_add_pairs(factor[k + 4], corner[k + 4].pair[i], far);
+        }
+        const float lower = lower_part(near) + lower_part(far), upper = upper_part(near) + upper_part(far);
+        sum[2 * i] = fma_(part(tap_weight, 2 * i), lower, sum[2 * i]);
+        sum[2 * i + 1] = fma_(part(tap_weight, 2 * i + 1), upper, sum[2 * i + 1]);
     }
-}
+#else
+    // Along w in pairs at the far rows, where distances are weights; the near rows have their eight weights in float32.
+    const unsigned first = twice(cell.first), second = twice(cell.second);
+    const float far[2] = {cell.d * (1 - cell.h), cell.d * cell.h};
+    float weight[8];
+    cell_weights(cell, weight);
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; ++i) {
+        float lower = 0, upper = 0;
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            lower = fma_(weight[k], part(corner[k], 2 * i), lower);
+            upper = fma_(weight[k], part(corner[k], 2 * i + 1), upper);
+        }
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const unsigned along_w = multiply_add_pairs(first, corner[4 + 2 * row].pair[i], 0);
+            const unsigned value = multiply_add_pairs(second, corner[5 + 2 * row].pair[i], along_w);
+            lower = fma_(far[row], lower_part(value), lower);
+            upper = fma_(far[row], upper_part(value), upper);
+        }
+        sum[2 * i] = fma_(part(tap_weight, 2 * i), lower, sum[2 * i]);
+        sum[2 * i + 1] = fma_(part(tap_weight, 2 * i + 1), upper, sum[2 * i + 1]);
+    }
 #endif
+}
 
 // The voxel and the tap, counted from the first of those at once, of a thread's sample. Neighbouring threads have
 // neighbours in memory, in whichever order the shifts lie there.
@@ -279,19 +349,18 @@ __device__ __forceinline__ void sum_inside(
         int low_d, low_h, low_w;
         const Real factor = shifts(n, d, h, w, 0, tap, shift);
         const unsigned inside = locate(v, d, h, w, tap, shift[0], shift[1], shift[2], s, low_d, low_h, low_w);
-        if (!inside) continue;
 #pragma unroll 1
         for (int k = 0; k < 8; ++k) {
             if (!(inside >> k & 1u)) continue;
             const int voxel = s.base + ((k & 4 ? v.H : 0) + (k & 2 ? 1 : 0)) * v.W + (k & 1);
             const Pack corner = load(moved(origin, (int64)voxel * VOXEL_BYTES));
-            const Real weight = (k & 4 ? s.d : 1 - s.d) * (k & 2 ? s.h : 1 - s.h) * (k & 1 ? s.w : 1 - s.w) * factor;
+            const Real weight = (k & 4 ? s.d : 1 - s.d) * (k & 2 ? s.h : 1 - s.h) * (k & 1 ? s.w : 1 - s.w);
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) value[i] = fma_(weight, part(corner, i), value[i]);
         }
         const Pack tap_weight = *reinterpret_cast<const Pack*>(weights + tap * VOXEL_BYTES);
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) sum[i] = fma_(part(tap_weight, i), value[i], sum[i]);
+        for (int i = 0; i < VECTOR; ++i) sum[i] = fma_(part(tap_weight, i), value[i] * factor, sum[i]);
     }
 }
 
@@ -350,9 +419,7 @@ extern "C" __global__ void __launch_bounds__(768, 1) deform_forward_walk(
                 Pack corner[8];
                 load_cell(origin, places[slot * TAPS_AT_ONCE + tap], (unsigned)step.h, (unsigned)step.d, corner);
                 const Pack tap_weight = *reinterpret_cast<const Pack*>(weights + (first_tap + tap) * VOXEL_BYTES);
-                float trilinear[8];
-                cell_weights(cell, trilinear);
-                add_tap(corner, trilinear, tap_weight, sum);
+                add_tap(cell, corner, tap_weight, sum);
             }
         }
 
