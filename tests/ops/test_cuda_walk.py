@@ -30,14 +30,16 @@ def runtime(kernel_compiler):
 
 
 def forward(runtime, p):
-    g = check(*(p.input, p.offset, p.weight, p.bias, p.mask), *(p.options[n] for n in ("stride", "padding", "dilation")))
+    g = check(
+        *(p.input, p.offset, p.weight, p.bias, p.mask), *(p.options[n] for n in ("stride", "padding", "dilation"))
+    )
     output = _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, g)
     assert runtime.launches[-1].kernel.name == "deform_forward_walk"
     return output
 
 
 def expected_of(p):
-    """The float64 reference on a volume with a margin of zeros, two wide: a sample outside reads the first cell of it."""
+    """The float64 reference on a volume with a margin of zeros, two wide: it reads the first cell for those outside."""
     q = p.oracle()
     fields = (F.pad(q.input, (2,) * 6), F.pad(q.offset, (1,) * 6))
     mask = None if q.mask is None else F.pad(q.mask, (1,) * 6)
@@ -136,9 +138,11 @@ def test_small_calls_and_other_convolutions_are_another_kernels(make_problem, ru
         p = make_problem(**{**walked, **change})
         runtime.tuning = _launch.Tuning(walk_tiles=tiles)
         options = (p.options[n] for n in ("stride", "padding", "dilation"))
-        _launch.forward(runtime, *(p.input, p.offset, p.weight, p.bias, p.mask), check(
-            p.input, p.offset, p.weight, p.bias, p.mask, *options
-        ))
+        _launch.forward(
+            runtime,
+            *(p.input, p.offset, p.weight, p.bias, p.mask),
+            check(p.input, p.offset, p.weight, p.bias, p.mask, *options),
+        )
         assert runtime.launches[-1].kernel.name == "deform_forward"
     runtime.tuning = _launch.Tuning(walk_tiles=10)
     forward(runtime, make_problem(**walked))

@@ -142,9 +142,7 @@ def _depthwise(
     addresses = (first, *pointers(shifts.tensor, factor), start, *pointers(factors.tensor), last)
     if not plan.walks:
         addresses += pointers(offset_weight, offset_bias)
-    runtime.launch(
-        input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers)
-    )
+    runtime.launch(input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers))
 
 
 @functools.lru_cache(maxsize=1024)

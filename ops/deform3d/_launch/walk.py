@@ -1,4 +1,4 @@
-"""The forward by blocks that stay: for which calls it runs, and the sizes that `kernels/forward_walk.cu` computes too."""
+"""The forward by blocks that stay: which calls it runs, and the sizes that `kernels/forward_walk.cu` computes too."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ class Walk:
         return _instance(self, arithmetic.get(self.dtype, 0))
 
 
-def walk_of(
-    g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning, multiprocessors: int
-) -> Walk | None:
+def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning, multiprocessors: int) -> Walk | None:
     """Return how blocks walk, or None where the call is too small for that, or another kernel's.
 
     Args:
