@@ -58,7 +58,7 @@ def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
     Two convolutions are faster, and so run wherever their memory can be had: the kernel is for calls whose offsets, 81
     channels, would take more than half of the GPU's free memory, PyTorch's own reserve included.
     """
-    if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5:
+    if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5 or torch.compiler.is_compiling():
         return False
     dtype = input.dtype
     if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
@@ -73,7 +73,7 @@ def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a tensor on this GPU could still take: free, or held by PyTorch and not in use."""
+    """Return the bytes that tensors on this GPU could still take: free, or held by PyTorch and not in use."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
