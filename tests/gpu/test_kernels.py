@@ -5,7 +5,8 @@ import torch
 from gpu_layers import assert_all_near, leaves_on, make_grad, make_layer, oracle, run
 from torch.nn import functional as F
 
-from deform3d import _dispatch, deform_conv3d, deform_conv3d_fused_offset
+from deform3d import _dispatch, cuda, deform_conv3d, deform_conv3d_fused_offset
+from deform3d._launch import Tuning, walk
 from tolerances import assert_near
 
 LAST = torch.channels_last_3d
@@ -20,6 +21,25 @@ def test_agrees_with_the_oracle(device, dtype, channels, layout):
     layer = make_layer(channels, (7, 9, 13), dtype=dtype, layout=layout)
     grad = make_grad(layer)
     assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
+
+
+@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("channels", walk.CHANNELS)
+@pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
+def test_blocks_that_stay(device, monkeypatch, dtype, channels, layout):
+    """Every instance of the forward for large volumes, where some positions and voxels are not finite."""
+    layer = make_layer(channels, (9, 14, 19), spread=2, dtype=dtype, layout=layout)
+    layer["offset"][0, 3, :2] = torch.nan
+    layer["offset"][1, 40, 3] = torch.tensor(1e30).to(dtype)
+    expected = deform_conv3d(*(t.double() for t in layer.values()), padding=1, backend="reference")
+    monkeypatch.setattr(cuda.runtime(), "tuning", Tuning(walk_tiles=0))
+    given = [t.to(device) for t in layer.values()]
+    output = deform_conv3d(*given, padding=1, backend="cuda")
+    assert_near(output, expected)
+    given[0][0, 5, 4, 7, 9] = torch.inf
+    hit = ~deform_conv3d(*given, padding=1, backend="cuda").isfinite()
+    assert hit[0, 5].any()
+    assert hit.sum() == hit[0, 5].sum()
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 40, 3), (33, 2, 5), (20, 21, 22)])
@@ -93,8 +113,8 @@ def test_fused_offset_is_convolution_then_operator(device, dtype, channels, bias
 @pytest.mark.parametrize("short", [False, True])
 def test_offsets_are_fused_where_memory_is_short(device, monkeypatch, short):
     """The faster two steps run while their offsets fit; nothing is allocated for those where they would not."""
-    layer = make_layer(48, (96, 96, 96), dtype=torch.float32)
-    x, weight, bias = (layer[name].to(device) for name in ("input", "weight", "bias"))
+    x = torch.randn(2, 48, 96, 96, 96, device=device).contiguous(memory_format=LAST)
+    weight, bias = torch.randn(48, 1, 3, 3, 3).to(x), torch.randn(48).to(x)
     offset_weight = torch.randn(81, 48, 1, 1, 1).to(x) / 48**0.5
     offsets = x.shape[0] * 81 * 96**3 * 4
     monkeypatch.setattr(_dispatch, "free_memory", lambda _device: 2 * offsets - 2 * short)
