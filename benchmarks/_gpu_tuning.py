@@ -20,6 +20,8 @@ from deform3d.cuda import CupyRuntime
 _FEWER, _ANY = (0.25, 1 / 3, 0.5, 0.75), (0.25, 0.5, 2.0, 4.0)
 # Has no effect on 3 x 3 x 3 kernels.
 _IRRELEVANT = ("taps_at_once",)
+# Choices rather than sizes: `--compare-forward` shows what they are worth.
+_CHOICES = ("walk_tiles", "walk_float16", "walk_bfloat16")
 
 
 def candidates(tuning: Tuning, field: str) -> list[Tuning]:
@@ -41,7 +43,7 @@ def tune(watch: Stopwatch, cases: Sequence[Sequence[Tensor]]) -> dict[str, list[
     runtime = CupyRuntime()
     passes = {"forward": [_forward(runtime, case) for case in cases]}
     passes["backward"] = [_backward(runtime, case) for case in cases]
-    names = [field.name for field in dataclasses.fields(Tuning) if field.name not in _IRRELEVANT]
+    names = [field.name for field in dataclasses.fields(Tuning) if field.name not in (*_IRRELEVANT, *_CHOICES)]
     fields = {"forward": [name for name in names if name.startswith("forward_")]}
     fields["backward"] = [name for name in names if name not in fields["forward"]]
     progress = Progress(sum(len(candidates(Tuning(), name)) for name in names))

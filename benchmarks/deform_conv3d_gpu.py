@@ -2,10 +2,12 @@
 
     python benchmarks/deform_conv3d_gpu.py [--parts operator peers ...] [--results FOLDER]
     python benchmarks/deform_conv3d_gpu.py --tune
+    python benchmarks/deform_conv3d_gpu.py --compare-forward
 
 The shapes are DeformUX-Net's four stages at two patches of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1. Each part is
 written to FOLDER/deform_conv3d_gpu.{md,json} as soon as it is measured; what earlier runs on the same machine left
-there stays. `--tune` tries launch shapes instead.
+there stays. `--tune` tries launch shapes instead; `--compare-forward` prints the times and errors of the forward's
+kernels at every stage, large and small.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from _machine import machine_lines
 from torch import Tensor
 from torch.nn import functional as F
 
-from deform3d import deform_conv3d, deform_conv3d_fused_offset
+from deform3d import deform_conv3d
 
 BATCH = 2
 STAGES = ((48, 48), (96, 24), (192, 12), (384, 6))
@@ -187,7 +189,8 @@ def _both_and_fused(
     offset_bias = torch.zeros(81).to(input)
     return (
         lambda: operator(input, F.conv3d(input, offset_weight, offset_bias), weight, bias),
-        lambda: deform_conv3d_fused_offset(input, offset_weight, offset_bias, weight, bias, backend="cuda"),
+        # The operator itself: the function in front takes it only where memory is short.
+        lambda: torch.ops.deform3d.deform_conv3d_fused_offset(input, offset_weight, offset_bias, weight, bias),
     )
 
 
@@ -213,9 +216,18 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each measurement")
     parser.add_argument("--tune", action="store_true", help="try launch shapes instead")
+    parser.add_argument(
+        "--compare-forward", action="store_true", help="time the forward's kernels side by side instead"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("deform_conv3d_gpu.py: got no CUDA device, expected one; run it on a machine with an NVIDIA GPU.")
+    if options.compare_forward:
+        from _gpu_forward import compare
+
+        print(*machine_lines(), sep="\n")
+        list(compare(Stopwatch(options.seconds / 8)))
+        return
     results = Results.resume(options.results, machine_lines())
     if options.tune:
         from _gpu_tuning import tune

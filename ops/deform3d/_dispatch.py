@@ -17,6 +17,9 @@ BACKENDS = ("cpu", "cuda", "reference")
 ENVIRONMENT = "DEFORM3D_BACKEND"
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
+# Offsets of this size fit beside any network: asking how much memory is free would only cost time.
+_FUSE_NEVER_BYTES = 2**28
+
 log = logging.getLogger("deform3d")
 
 
@@ -51,16 +54,29 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
 
 
 def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
-    """Return whether a kernel computes the offsets of this call itself; logs the first time that one does."""
-    if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5:
+    """Return whether a kernel computes the offsets of this call itself; logs the first time that one does.
+
+    Two convolutions are faster, and so run wherever their memory can be had: the kernel is for calls whose offsets, 81
+    channels, would take more than half of the GPU's free memory, PyTorch's own reserve included.
+    """
+    if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5 or torch.compiler.is_compiling():
         return False
     dtype = input.dtype
     if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
         dtype = torch.float32  # what the operator computes in then
+    offset_bytes = input.shape[0] * 3 * weight.shape[2:].numel() * input.shape[2:].numel() * dtype.itemsize
+    if offset_bytes <= _FUSE_NEVER_BYTES or offset_bytes <= free_memory(input.device) // 2:
+        return False
     if choose_backend(input.device, dtype, backend) != "cuda" or not can_fuse_offset(dtype, input.shape, weight.shape):
         return False
     _log_fusion(str(dtype))
     return True
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that tensors on this GPU could still take: free, or held by PyTorch and not in use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 @functools.cache

@@ -81,11 +81,12 @@ def deform_conv3d_fused_offset(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Convolve a volume with offsets from a 1x1x1 convolution of itself, where possible without ever storing them.
+    """Convolve a volume with offsets from a 1x1x1 convolution of itself, without storing them where memory is short.
 
-    Equals ``deform_conv3d(input, conv3d(input, offset_weight, offset_bias), weight, bias, padding=kernel // 2)``. On a
-    GPU, outside of training and for a depthwise 3x3x3 weight, the kernel computes the offsets of a few voxels at a
-    time: that spares 81 channels of memory. Everywhere else the two convolutions run one after the other.
+    Equals ``deform_conv3d(input, conv3d(input, offset_weight, offset_bias), weight, bias, padding=kernel // 2)``. The
+    two convolutions run one after the other where there is memory for the offsets, because that is faster. On a GPU,
+    outside of training and for a depthwise 3x3x3 weight, where the offsets would take more than half of the free
+    memory, the kernel computes those of a few voxels at a time instead: that spares 81 channels.
 
     Args:
         input: (N, C, D, H, W), any floating dtype.

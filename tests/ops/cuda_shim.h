@@ -39,7 +39,8 @@ namespace emulated {
 constexpr int WARP = 32;
 constexpr size_t STACK = DEFORM3D_STACK_BYTES;
 constexpr uint64_t UNTOUCHED = 0x5ca1ab1e0ddba11;
-enum Wait { NOTHING, BLOCK, SYNCWARP, SHUFFLE, FINISHED };
+enum Wait { NOTHING, BLOCK, GROUP, SYNCWARP, SHUFFLE, FINISHED };
+constexpr int BARRIERS = 16;
 
 #if defined(__x86_64__)
 // swapcontext makes a system call for the signal mask; this saves what the ABI says a callee keeps, and no more.
@@ -92,6 +93,11 @@ struct Fiber {
   Dim3 index;
   Wait waits;
   unsigned shuffles;
+  int barrier;  // that it waits at, if it waits for a group
+};
+// A barrier of a part of the block, by its number.
+struct GroupBarrier {
+  int threads, arrived, line;
 };
 struct Warp {
   int threads, arrived;
@@ -104,6 +110,7 @@ static Fiber *fibers, *current;
 static Warp* warps;
 static Context scheduler;
 static int block_threads, block_arrived, block_line;
+static GroupBarrier group_barriers[BARRIERS];
 // Of the running block: heap memory of the requested size, so that a sanitizer guards it.
 static unsigned char* shared_memory;
 static char message[512];
@@ -138,6 +145,27 @@ __attribute__((noinline)) static inline void synchronize_block(int line) {
   if (++block_arrived < block_threads) return leave(BLOCK);
   block_arrived = 0;
   for (int i = 0; i < block_threads; i++) fibers[i].waits = fibers[i].waits == BLOCK ? NOTHING : fibers[i].waits;
+}
+
+// bar.sync with a number and a count of threads: whole warps, which are the same from first to last.
+__attribute__((noinline)) static inline void synchronize_group(int number, int threads, int line) {
+  if (number < 1 || number >= BARRIERS || threads < 1 || threads % WARP || threads > block_threads) {
+    fail("barrier %d of %d threads in line %d, which no GPU has", number, threads, line);
+    give_up();
+  }
+  GroupBarrier& barrier = group_barriers[number];
+  if (barrier.arrived && (line != barrier.line || threads != barrier.threads)) {
+    fail("barrier %d of %d threads in line %d reached while others wait for %d threads in line %d", number, threads, line,
+         barrier.threads, barrier.line);
+    give_up();
+  }
+  barrier.threads = threads;
+  barrier.line = line;
+  current->barrier = number;
+  if (++barrier.arrived < threads) return leave(GROUP);
+  barrier.arrived = 0;
+  for (int i = 0; i < block_threads; i++)
+    if (fibers[i].waits == GROUP && fibers[i].barrier == number) fibers[i].waits = NOTHING;
 }
 
 __attribute__((noinline)) static inline void synchronize_warp(Wait kind) {
@@ -219,6 +247,7 @@ static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes
     warp.arrived = 0;
   }
   block_arrived = 0;
+  memset(group_barriers, 0, sizeof group_barriers);
   // A warp runs until its threads wait for the block, which leaves the others as far behind as they may be.
   const unsigned all = (block_threads + WARP - 1) / WARP;
   for (bool moved = true; moved && !message[0];) {
@@ -229,8 +258,9 @@ static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes
   int waiting[FINISHED + 1] = {};
   for (int i = 0; i < block_threads; i++) waiting[fibers[i].waits]++;
   if (waiting[FINISHED] < block_threads)
-    fail("deadlock: %d threads wait at __syncthreads() in line %d, %d at __syncwarp(), %d in a shuffle, %d returned",
-         waiting[BLOCK], block_line, waiting[SYNCWARP], waiting[SHUFFLE], waiting[FINISHED]);
+    fail("deadlock: %d threads wait at __syncthreads() in line %d, %d at barriers of groups, %d at __syncwarp(), "
+         "%d in a shuffle, %d returned",
+         waiting[BLOCK], block_line, waiting[GROUP], waiting[SYNCWARP], waiting[SHUFFLE], waiting[FINISHED]);
   free(shared_memory);
 }
 

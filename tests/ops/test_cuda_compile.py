@@ -93,7 +93,8 @@ def test_fast_path(compiled, architecture):
         assert usage.spill_bytes <= (0 if measured else 128), f"{kernel}: {usage}"
 
 
-GATHERING = [kernel for kernel in FAST_PATH if kernel.name in ("deform_forward", "deform_backward_samples")]
+GATHERING_NAMES = ("deform_forward", "deform_forward_walk", "deform_backward_samples")
+GATHERING = [kernel for kernel in FAST_PATH if kernel.name in GATHERING_NAMES]
 
 
 @pytest.mark.parametrize("kernel", GATHERING, ids=lambda kernel: " ".join((kernel.name, *kernel.options)))

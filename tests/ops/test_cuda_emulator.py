@@ -71,6 +71,36 @@ extern "C" __global__ void two_barriers(int64 threads) {
     }
 }
 
+// Groups of 64 threads take rows in turn, each with a barrier of its own, and sum them; BARRIER 0: without those.
+extern "C" __global__ void __launch_bounds__(256) sum_rows_in_groups(const float* values, float* sums, int64 rows) {
+    SHARED_MEMORY(shared);
+    int* taken = reinterpret_cast<int*>(shared);
+    const int group = threadIdx.x / 64, member = threadIdx.x % 64;
+    float* partial = reinterpret_cast<float*>(shared) + 8 + 64 * group;
+    if (threadIdx.x == 0) *taken = 0;
+    __syncthreads();
+    while (true) {
+        if (member == 0) taken[1 + group] = atomicAdd(taken, 1);
+        emulated::synchronize_group(1 + group, 64, __LINE__);
+        const int row = taken[1 + group];
+        if (row >= rows) break;
+        partial[member] = values[row * 64 + member];
+        for (int half = 32; half; half /= 2) {
+#if BARRIER
+            emulated::synchronize_group(1 + group, 64, __LINE__);
+#endif
+            if (member < half) partial[member] += partial[member + half];
+        }
+        if (member == 0) sums[row] = partial[0];
+        emulated::synchronize_group(1 + group, 64, __LINE__);
+    }
+}
+
+extern "C" __global__ void group_barriers(int64 stops, int64 number, int64 second_warp) {
+    if (linear() < stops) return;
+    emulated::synchronize_group((int)number, linear() < 32 ? 64 : (int)second_warp, __LINE__);
+}
+
 extern "C" __global__ void write_shared(int64 at) {
     SHARED_MEMORY(shared);
     shared[at] = 1;
@@ -130,6 +160,40 @@ def test_a_missing_barrier_shows(kernel_compiler):
         launch(runtime, Toy("sum_rows", options=("-DBARRIER=0",)), 1, (64, 1), 256, values, sums, 64)
         wrong += not torch.allclose(sums, values.sum(1))
     assert wrong
+
+
+def test_barriers_of_groups(runtime):
+    values = torch.randn(11, 64)
+    sums = torch.full((12,), torch.nan)
+    launch(runtime, "sum_rows_in_groups", 1, (256, 1), 4 * (8 + 4 * 64), values, sums, 11)
+    torch.testing.assert_close(sums[:11], values.sum(1))
+    assert sums[11].isnan()
+
+
+def test_a_missing_barrier_of_a_group_shows(kernel_compiler):
+    values, sums = torch.randn(11, 64), torch.empty(11)
+    wrong = 0
+    for order in (FORWARD, REVERSE):
+        runtime = EmulatedRuntime(kernel_compiler, lambda _unit: TOYS, order=order)
+        toy = Toy("sum_rows_in_groups", options=("-DBARRIER=0",))
+        launch(runtime, toy, 1, (256, 1), 4 * (8 + 4 * 64), values, sums, 11)
+        wrong += not torch.allclose(sums, values.sum(1))
+    assert wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, 1, 64), "deadlock.* 60 at barriers of groups"),
+        ((0, 16, 64), "barrier 16 of 64 threads in line .*, which no GPU has"),
+        ((0, 1, 33), "barrier 1 of 33 threads in line .*, which no GPU has"),
+        ((0, 1, 32), "barrier 1 of .* reached while others wait for"),
+    ],
+)
+def test_wrong_barriers_of_groups_are_errors(kernel_compiler, arguments, message):
+    runtime = EmulatedRuntime(kernel_compiler, lambda _unit: TOYS)
+    with pytest.raises(KernelError, match=message):
+        launch(runtime, "group_barriers", 1, (64, 1), 0, *arguments)
 
 
 @pytest.mark.parametrize("block", [(64, 1), (4, 16), (40, 1)])

@@ -86,6 +86,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {**CUBE, "channels": 35, "dtype": torch.float32},
         {"forward_threads": 16, "gather_threads": 16, "samples_warps": 2, "samples_voxels": 8},
     ),
+    "3x3x3, blocks that stay, float32": ({**CUBE, "channels": 48, "dtype": torch.float32}, {"walk_tiles": 0}),
+    "3x3x3, blocks that stay, bfloat16": (
+        {**CUBE, "channels": 24, "dtype": torch.bfloat16, "mask": False},
+        {"walk_tiles": 0},
+    ),
     "3x3x3, parts of a sample": ({**CUBE, "channels": 16, "dtype": torch.float32}, {"chunk_bytes": 20_000}),
     "3x3x3, whole samples": ({**CUBE, "channels": 8, "dtype": torch.bfloat16}, {"chunk_bytes": 400_000}),
     "many taps": ({**MANY_TAPS, "channels": 6}, {}),
@@ -167,7 +172,8 @@ def test_under_sanitizers():
     environment = cuda_emulator.sanitizer_environment()
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")
-    heart = "smaller or (computed and True) or (impossible and (nan or 2147483648))"
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", __file__, "-k", heart]
+    heart = "smaller or (computed and True) or (impossible and (nan or 2147483648)) or (finite and dtype1)"
+    files = [__file__, __file__.replace("kernels", "walk")]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", *files, "-k", heart]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert not done.returncode, done.stdout[-4000:] + done.stderr[-8000:]

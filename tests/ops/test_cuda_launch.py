@@ -77,7 +77,9 @@ def test_kernels_do_not_depend_on_shapes(make_problem, dtype, layer, determinist
 def test_instances_are_distinct():
     kernels = list(_launch.instances())
     assert len(set(kernels)) == len(kernels)
-    assert {kernel.unit for kernel in kernels} == {"forward", "backward_samples", "backward_input", "columns"}
+    assert {kernel.unit for kernel in kernels} == {
+        *("forward", "forward_walk", "backward_samples", "backward_input", "columns")
+    }
     for kernel in kernels:
         assert f" {kernel.name}(" in _launch.source(kernel.unit)
         assert kernel.options == tuple(f"-D{name}={value}" for name, value in kernel.defines)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +18,11 @@ from .plan import (
     SHARED_BYTES,
     Chunk,
     Field,
+    Kernel,
     Runtime,
     Tile,
+    Tuning,
+    _vectors,
     blocks_for,
     check_sizes,
     chunks,
@@ -31,8 +36,10 @@ from .plan import (
     taps_first,
     vector_of,
 )
+from .walk import THREADS, Walk, walk_of
 
 COLUMN_THREADS = 256
+PAD_THREADS = 256
 
 
 def forward(
@@ -94,6 +101,17 @@ def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> i
     return samples_bytes(dtype, voxels * taps, False) + computed * real_bytes(dtype)
 
 
+class _Plan(NamedTuple):
+    """A launch without its pointers."""
+
+    kernel: Kernel
+    grid: int
+    block: tuple[int, int]
+    shared_bytes: int
+    numbers: tuple[int, ...]  # what follows the pointers in the kernel's arguments
+    walk: Walk | None  # takes the weight as it lies in memory, and no offset branch
+
+
 def _depthwise(
     runtime: Runtime,
     input: Tensor,
@@ -106,35 +124,91 @@ def _depthwise(
     output: Tensor,
     g: Geometry,
 ) -> None:
-    tuning, dtype = runtime.tuning, input.dtype
-    shifts, factors, taps = Field.of(offset), Field.of(mask), taps_first(weight)
+    shifts, factors = Field.of(offset), Field.of(mask)
     bias = None if bias is None else bias.contiguous()
     offset_bias = None if offset_bias is None else offset_bias.contiguous()
-    vector = vector_of(g.in_channels, input, taps, bias, output)
+    first, last, start = pointers(input, output, bias)
+    vector = _aligned_vector(g.in_channels, input.dtype, (first | last | start) % 16)
+    plan = plan_depthwise(
+        g,
+        input.dtype,
+        vector,
+        shifts.strides,
+        None if mask is None else factors.strides,
+        offset_weight is not None,
+        runtime.tuning,
+        runtime.multiprocessors(input.device),
+    )
+    factor = weight.contiguous() if plan.walk else taps_first(weight)
+    addresses = (first, *pointers(shifts.tensor, factor), start, *pointers(factors.tensor), last)
+    if not plan.walk:
+        addresses += pointers(offset_weight, offset_bias)
+    elif plan.walk.tensor_cores:
+        padded = _with_margin(runtime, input, plan.walk, g)
+        addresses = (first, padded.data_ptr(), *addresses[1:])
+    runtime.launch(input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers))
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_depthwise(
+    g: Geometry,
+    dtype: torch.dtype,
+    vector: int,
+    offset_strides: tuple[int, int, int],
+    mask_strides: tuple[int, int, int] | None,
+    fused: bool,
+    tuning: Tuning,
+    multiprocessors: int,
+) -> _Plan:
+    """Return the launch of one kind of call; kept, because a network makes the same few calls again and again."""
+    strides = (*offset_strides, *(mask_strides or (0, 0, 0)))
+    walk = None if fused else walk_of(g, dtype, vector, tuning, multiprocessors)
+    if walk:
+        tiles = walk.tiles(g)
+        name, numbers = "deform_forward_walk", (*g.size, *strides, tiles)
+        if walk.tensor_cores:
+            name, numbers = "deform_forward_tensor", (*numbers, *walk.margin(g)[:2])
+        grid = min(tiles, multiprocessors)
+        return _Plan(walk.kernel(name), grid, (THREADS, 1), walk.shared_bytes, numbers, walk)
     lanes = min(g.in_channels // vector, tuning.forward_threads)
     at_once = taps_at_once(g, tuning)
 
     def shared(voxels: int) -> int:
-        if offset_weight is not None:
+        if fused:
             return _fused_bytes(dtype, voxels, g.taps, g.in_channels)
-        return samples_bytes(dtype, voxels * at_once, mask is not None)
+        return samples_bytes(dtype, voxels * at_once, mask_strides is not None)
 
     most = min(tuning.forward_voxels, tuning.forward_threads // lanes)
-    busy = runtime.multiprocessors(input.device)
-    tile = Tile.of(g.out, g.batch, most, busy, lambda voxels: shared(voxels) <= SHARED_BYTES)
-    fused = int(offset_weight is not None)
-    runtime.launch(
-        input.device,
-        kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=fused),
+    tile = Tile.of(g.out, g.batch, most, multiprocessors, lambda voxels: shared(voxels) <= SHARED_BYTES)
+    return _Plan(
+        kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=int(fused)),
         blocks_for(tile.count, 1),
         (lanes, tile.voxels),
         shared(tile.voxels),
-        (
-            *pointers(input, shifts.tensor, taps, bias, factors.tensor, output, offset_weight, offset_bias),
-            *sizes(g),
-            *(g.in_channels, *shifts.strides, *factors.strides, *tile.arguments, at_once),
-        ),
+        (*sizes(g), g.in_channels, *strides, *tile.arguments, at_once),
+        None,
     )
+
+
+def _with_margin(runtime: Runtime, input: Tensor, walk: Walk, g: Geometry) -> Tensor:
+    """Return the volume with zeros around it, as the tensor cores' kernel reads it."""
+    row, plane, units = walk.margin(g)
+    padded = input.new_empty(units * walk.vector)
+    runtime.launch(
+        input.device,
+        walk.kernel("deform_pad"),
+        min(blocks_for(units, PAD_THREADS), 32 * runtime.multiprocessors(input.device)),
+        (PAD_THREADS, 1),
+        0,
+        (*pointers(input, padded), g.batch, *g.size, row, plane, units),
+    )
+    return padded
+
+
+@functools.lru_cache(maxsize=1024)
+def _aligned_vector(channels: int, dtype: torch.dtype, address: int) -> int:
+    """Return how many channels can be loaded at once from tensors whose addresses have these last four bits."""
+    return next(n for n in _vectors(dtype) if channels % n == 0 and address % (n * dtype.itemsize) == 0)
 
 
 def _by_columns(

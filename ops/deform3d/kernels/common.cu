@@ -356,12 +356,21 @@ struct StoredShifts {
     int64 stride_n, stride_c, stride_v, mask_n, mask_c, mask_v;
     int out_H, out_W;
 
-    __device__ __forceinline__ Real operator()(int n, int d, int h, int w, int, int tap, Real (&shift)[3]) const {
+    __device__ __forceinline__ void read(int n, int d, int h, int w, int tap, Real (&shift)[3]) const {
         int64 voxel = ((int64)d * out_H + h) * out_W + w;
         const Scalar* at = offset + n * stride_n + voxel * stride_v + 3 * tap * stride_c;
 #pragma unroll
         for (int axis = 0; axis < 3; ++axis) shift[axis] = to_real(at[axis * stride_c]);
+    }
+
+    __device__ __forceinline__ Real factor(int n, int d, int h, int w, int tap) const {
+        int64 voxel = ((int64)d * out_H + h) * out_W + w;
         return mask ? to_real(mask[n * mask_n + voxel * mask_v + tap * mask_c]) : Real(1);
+    }
+
+    __device__ __forceinline__ Real operator()(int n, int d, int h, int w, int, int tap, Real (&shift)[3]) const {
+        read(n, d, h, w, tap, shift);
+        return factor(n, d, h, w, tap);
     }
 };
 
