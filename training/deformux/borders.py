@@ -19,14 +19,14 @@ from scipy import ndimage
 
 from deformux.grids import triple
 
-__all__ = ["border_evidence"]
+__all__ = ["REACH", "border_evidence"]
 
 Logits = npt.NDArray[np.float32]
 Voxels = npt.NDArray[np.int64]
 
 # Standard deviation of the Gaussian by which errors resemble each other, in voxels; and where it ends.
 _LENGTH = 6.0
-_REACH = 15
+REACH = 15
 # Where there are more clicks than these, what is left is smaller: it shrinks with the root of their density.
 _FEW = 3
 # How much the error of a border resembles that of one at right angles to it; none that of one that faces it.
@@ -61,7 +61,7 @@ def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, L
     places = np.concatenate(list(unique.values()))
     kernels = []
     for label, voxel in zip(labels, places, strict=True):
-        near = np.count_nonzero(((places - voxel) ** 2).sum(1) <= _REACH**2)
+        near = np.count_nonzero(((places - voxel) ** 2).sum(1) <= REACH**2)
         kernels.append(_kernel(logits, int(label), voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
     shared = np.array([kernel.at(places) for kernel in kernels])
     amounts = _amounts(logits[(slice(None), *places.T)].astype(np.float64), labels, shared)
@@ -91,8 +91,8 @@ class _Kernel:
 
 
 def _kernel(logits: Logits, label: int, voxel: Voxels, length: float) -> _Kernel:
-    low = np.maximum(voxel - _REACH, 0)
-    part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, voxel + _REACH + 1, strict=True)))]
+    low = np.maximum(voxel - REACH, 0)
+    part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, voxel + REACH + 1, strict=True)))]
     centre = triple(voxel - low)
     facing = _facing(_lead(part, label))
     own = facing[(slice(None), *centre)]

@@ -20,9 +20,9 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deformux.borders import border_evidence
+from deformux.borders import REACH, border_evidence
 from deformux.changes import Change, find_changes, mix, pieces, settle
-from deformux.grids import Box, Index, ScanGrid, slices, triple
+from deformux.grids import Box, Index, ScanGrid, highest, slices, triple
 from deformux.guidance import encode_guidance
 from deformux.inference import mixed_precision, volume_logits
 from deformux.lattice import Lattice, edit_window
@@ -76,7 +76,7 @@ def study_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[
         labels: these restored to the scan's grid ``(X, Y, Z)``, where that has been done already.
     """
     restored = ScanGrid.of(image).labels(logits.float()).numpy() if labels is None else labels
-    classes = logits.argmax(0).to("cpu", torch.uint8).numpy()
+    classes = highest(logits).to("cpu", torch.uint8).numpy()
     return Study(
         image=image.cpu(),
         logits=_halved(logits, classes),
@@ -180,37 +180,42 @@ class Editor:
         # Beyond the volume the network has learnt to see the scan's border repeated, and an empty mask.
         image = self.study.image.as_tensor()[(slice(None), *slices(box))]
         image = F.pad(image[None], margins, mode="replicate").to(self.device)
-        mask = F.pad(torch.from_numpy(self._start[slices(box)]), margins)
+        mask = F.pad(torch.from_numpy(self._start[slices(box)]), margins).to(self.device)
         guidance = encode_guidance(seen, mask, n_labels=self.n_labels, size=triple(size), origin=triple(origin))
         with mixed_precision(self.device):
-            logits = self.network(image, guidance[None].to(self.device))[0].float()
+            logits = self.network(image, guidance[None])[0].float()
         inner = tuple(slice(int(a), int(a + b - c)) for a, b, c in zip(before, stop, start, strict=True))
-        read = self._with_borders(logits[(slice(None), *inner)].cpu().numpy(), box, seen)
+        # The network may have kept the tensor.
+        read = self._with_borders(logits[(slice(None), *inner)].clone(), box, seen)
         changes = find_changes(read, self._start[slices(box)], seen, triple(start), self._lattice.weights(cell))
         self._windows[key] = changes
         return changes
 
-    def _with_borders(
-        self, logits: npt.NDArray[np.float32], box: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
-    ) -> npt.NDArray[np.float32]:
-        """The network's logits ``(C, x, y, z)`` of a box, but where the clicks by themselves move a border."""
-        start, classes = self._starting_box(box), self._start[slices(box)]
+    def _with_borders(self, logits: Tensor, box: Box, clicks: Mapping[int, npt.NDArray[np.int64]]) -> Tensor:
+        """Replace, in place, the network's logits ``(C, x, y, z)`` of a box where clicks alone move a border."""
+        here = {label: _inside(voxels, box) for label, voxels in clicks.items()}
+        places = np.concatenate([*here.values(), np.empty((0, 3), np.int64)])
+        if not len(places):
+            return logits
+        low = np.maximum(places.min(0) - REACH, box[0])
+        near: Box = (triple(low), triple(np.minimum(places.max(0) + REACH + 1, box[1])))
+        start, classes = self._starting_box(near), self._start[slices(near)]
         # With many classes several times as fast as numpy's.
-        highest = start.amax(0).numpy()
+        most = start.amax(0).numpy()
         values = start.numpy()
-        here = {label: _inside(voxels, box) - box[0] for label, voxels in clicks.items()}
         moved = np.zeros(classes.shape, dtype=bool)
-        evidence = border_evidence(values, here)
+        evidence = border_evidence(values, {label: voxels - low for label, voxels in here.items()})
         for label, added in evidence.items():
             raised = values[label] + added
-            wins = raised > highest
+            wins = raised > most
             moved = np.where(wins, classes != label, moved)
-            highest = np.where(wins, raised, highest)
-        result = logits.copy()
-        result[:, moved] = values[:, moved]
+            most = np.where(wins, raised, most)
+        corrected = values[:, moved]
         for label, added in evidence.items():
-            result[label, moved] += added[moved]
-        return result
+            corrected[label] += added[moved]
+        x, y, z = (torch.from_numpy(index).to(logits.device) for index in (np.argwhere(moved) + (low - box[0])).T)
+        logits[:, x, y, z] = torch.from_numpy(corrected).to(logits.device)
+        return logits
 
     def _edit(
         self, piece: Sequence[Change], clicks: Mapping[int, npt.NDArray[np.int64]], result: npt.NDArray[np.uint8]
@@ -308,7 +313,7 @@ def _on_network_grid(mask: npt.NDArray[np.uint8], study: Study, prep: Preprocess
 def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
     """The logits in float16, the highest still the same: rounding makes ties of small differences."""
     halved = logits.to(torch.float16)
-    x, y, z = np.nonzero((halved.argmax(0) != logits.argmax(0)).cpu().numpy())
+    x, y, z = np.nonzero((highest(halved) != highest(logits)).cpu().numpy())
     halved = halved.cpu()
     values = halved.numpy()
     values[classes[x, y, z], x, y, z] = np.nextafter(values[:, x, y, z].max(0, initial=-np.inf), np.float16("inf"))

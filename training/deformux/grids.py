@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Box", "Index", "ScanGrid", "bounding_box", "slices", "triple"]
+__all__ = ["Box", "Index", "ScanGrid", "bounding_box", "grown", "highest", "slices", "triple"]
 
 Index = tuple[int, int, int]
 # The first voxel of a box, and the one after its last along every axis.
@@ -52,6 +53,10 @@ class ScanGrid:
             to_network=np.linalg.inv(np.asarray(image.affine, dtype=float)) @ affine,
         )
 
+    @cached_property
+    def _from_network(self) -> npt.NDArray[np.float64]:
+        return np.linalg.inv(self.to_network)
+
     def nearest(self, voxels: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The voxels of the network's grid nearest to voxels ``(n, 3)`` of the file."""
         index = np.asarray(voxels, dtype=float).reshape(-1, 3)
@@ -63,7 +68,7 @@ class ScanGrid:
         # One voxel for interpolation; where the box touches the border, one more for what lies beyond it.
         low = [start - (2 if start == 0 else 1) for start in box[0]]
         high = [stop + (stop == n) for stop, n in zip(box[1], self.network_size, strict=True)]
-        return _moved_box((low, high), np.linalg.inv(self.to_network), self.size, margin=0)
+        return _moved_box((low, high), self._from_network, self.size, margin=0)
 
     def needed(self, box: Box) -> Box:
         """The box of the network's grid that interpolation in a box of the file reads."""
@@ -87,13 +92,15 @@ class ScanGrid:
             origin: the voxel of the network's grid at which the values begin.
         """
         start, stop = box or ((0, 0, 0), self.size)
-        found = torch.empty([b - a for a, b in zip(start, stop, strict=True)], dtype=torch.uint8)
+        # On the values' device, so that a GPU makes the host wait once.
+        size = [b - a for a, b in zip(start, stop, strict=True)]
+        found = torch.empty(size, dtype=torch.uint8, device=values.device)
         step = max(1, _SLAB_VOXELS // max(1, found[0].numel()))
         sample = self._same_voxels(values, origin) or self._between_voxels(values, origin)
         for done in range(0, len(found), step):
             part = ((start[0] + done, *start[1:]), (min(start[0] + done + step, stop[0]), *stop[1:]))
-            found[done : done + step] = finish(sample(part).float()).to("cpu", torch.uint8)
-        return found
+            found[done : done + step] = finish(sample(part).float()).to(torch.uint8)
+        return found.cpu()
 
     def _same_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor] | None:
         """How to read values in a box where the grids differ in the order and direction of axes only; exact."""
@@ -138,13 +145,27 @@ class ScanGrid:
         They are interpolated first and compared afterwards, so that edges stay smooth where the scan is finer than
         the network's spacing.
         """
-        return self.interpolate(logits, lambda sampled: sampled.argmax(0), box=box, origin=origin)
+        return self.interpolate(logits, highest, box=box, origin=origin)
+
+
+def highest(values: Tensor) -> Tensor:
+    """The index ``(x, y, z)`` of the highest of values ``(C, x, y, z)``, the first of equal ones, as ``argmax(0)``."""
+    # On a CPU it takes a fifth of the time of argmax along the outermost axis; on a GPU it may name any of equal ones.
+    return values.argmax(0) if values.is_cuda else values.max(0).indices
 
 
 def slices(box: Box) -> tuple[slice, slice, slice]:
     """A box as an index of an array."""
     (a, b, c), (d, e, f) = box
     return slice(a, d), slice(b, e), slice(c, f)
+
+
+def grown(box: Box, margin: int, size: Sequence[int]) -> Box:
+    """A box with a margin on all sides, as far as there is volume."""
+    start, stop = box
+    return triple(max(0, a - margin) for a in start), triple(
+        min(n, b + margin) for b, n in zip(stop, size, strict=True)
+    )
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:

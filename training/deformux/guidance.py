@@ -40,19 +40,22 @@ def encode_guidance(
     size = tuple(int(n) for n in size)
     if mask is not None and tuple(mask.shape) != size:
         raise ValueError(f"mask: got shape {tuple(mask.shape)}, expected the window's {size}")
-    guidance = torch.zeros(2 * n_labels + 1, *size)
+    guidance = torch.zeros(2 * n_labels + 1, *size, device=None if mask is None else mask.device)
     for value, points in clicks.items():
         if not 0 <= value <= n_labels:
             raise ValueError(f"clicks: got label {value}, expected 0 (background) to {n_labels}")
         voxels = np.asarray(points)
         if voxels.size and (voxels.ndim != 2 or voxels.shape[1] != 3):
             raise ValueError(f"clicks of label {value}: got shape {voxels.shape}, expected (n, 3)")
+        # Drawn on the CPU: each of these small steps would wait for a GPU.
+        channel = torch.zeros(size) if guidance.is_cuda else guidance[value]
         for voxel in voxels.reshape(-1, 3):
-            _mark(guidance[value], [int(v) - int(o) for v, o in zip(voxel, origin, strict=True)])
+            _mark(channel, [int(v) - int(o) for v, o in zip(voxel, origin, strict=True)])
+        if guidance.is_cuda and voxels.size:
+            guidance[value].copy_(channel)
     if mask is None:
         return guidance
     values = torch.arange(1, n_labels + 1, device=mask.device)[:, None, None, None]
-    guidance = guidance.to(mask.device)
     guidance[n_labels + 1 :] = mask == values
     return guidance
 
