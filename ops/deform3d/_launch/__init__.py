@@ -5,9 +5,12 @@ Depthwise convolution with one offset group is one fused kernel forward and a fe
 samples out as the rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
 """
 
+from collections.abc import Iterator
+
+from . import backward_cells, backward_taps, plan
 from .backward import backward
 from .forward import can_fuse_offset, forward, forward_fused_offset
-from .plan import Kernel, Runtime, Tuning, instances, source
+from .plan import Kernel, Runtime, Tuning, source
 
 __all__ = [
     "Kernel",
@@ -20,3 +23,10 @@ __all__ = [
     "instances",
     "source",
 ]
+
+
+def instances() -> Iterator[Kernel]:
+    """Yield every kernel that can be asked for."""
+    yield from plan.instances()
+    yield from backward_taps.instances()
+    yield from backward_cells.instances()
