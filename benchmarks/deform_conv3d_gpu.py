@@ -2,10 +2,11 @@
 
     python benchmarks/deform_conv3d_gpu.py [--parts operator peers ...] [--results FOLDER]
     python benchmarks/deform_conv3d_gpu.py --tune
+    python benchmarks/deform_conv3d_gpu.py --tune-backward
 
 The shapes are DeformUX-Net's four stages at two patches of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1. Each part is
 written to FOLDER/deform_conv3d_gpu.{md,json} as soon as it is measured; what earlier runs on the same machine left
-there stays. `--tune` tries launch shapes instead.
+there stays. `--tune` tries launch shapes instead, `--tune-backward` prints the backward's kernel by kernel.
 """
 
 from __future__ import annotations
@@ -213,9 +214,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each measurement")
     parser.add_argument("--tune", action="store_true", help="try launch shapes instead")
+    parser.add_argument("--tune-backward", action="store_true", help="time the backward's kernels instead")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("deform_conv3d_gpu.py: got no CUDA device, expected one; run it on a machine with an NVIDIA GPU.")
+    if options.tune_backward:
+        from _gpu_backward import tune_backward
+
+        tune_backward(options.seconds / 8)
+        return
     results = Results.resume(options.results, machine_lines())
     if options.tune:
         from _gpu_tuning import tune

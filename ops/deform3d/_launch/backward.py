@@ -122,7 +122,8 @@ class _Call:
             if plan is None:
                 grad_weight = self._samples(taps, grad_offset, grad_mask, need_weight)
             else:
-                if cells is not None and not torch.are_deterministic_algorithms_enabled():
+                counts = self.runtime.tuning.count_in_taps and not torch.are_deterministic_algorithms_enabled()
+                if cells is not None and counts:
                     counted = empty_counts(cells, taps.device)
                 grad_weight, grad_bias = self._taps(plan, taps, grad_offset, grad_mask, counted, need_weight, need_bias)
         if need_bias and grad_bias is None:

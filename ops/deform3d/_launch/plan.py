@@ -36,6 +36,7 @@ class Tuning:
     taps_warps: int = 16  # of a block; 8 make two blocks per multiprocessor
     taps_voxels: int = 64  # of a tile, at most
     fast_samples: bool = True  # by `backward_taps`, where it has an instance
+    count_in_taps: bool = True  # samples by cell, which otherwise takes a launch
     cells_threads: int = 640  # of the one block per multiprocessor
     cells_unroll: int = 2  # samples that a thread has under way
     cells_band: int = 8  # neighbouring rows of cells that a block walks along together
