@@ -7,21 +7,24 @@ extern "C" __global__ void __launch_bounds__(256) deform_sum_rows(
     SHARED_MEMORY(shared);
     Real* sums = reinterpret_cast<Real*>(shared);  // [slice][column]
     const int columns = (int)((taps + (grad_bias ? 1 : 0)) * channels);
-    const int column = blockIdx.x * 8 + threadIdx.x;
-    Real sum = 0;
-    if (column < columns) {
+    for (int first = blockIdx.x * 8; first < columns; first += gridDim.x * 8) {
+        const int column = first + threadIdx.x;
+        Real sum = 0;
+        if (column < columns) {
 #pragma unroll 4
-        for (int64 tile = threadIdx.y; tile < tiles; tile += 32) sum += partial[tile * columns + column];
-    }
-    sums[threadIdx.y * 8 + threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.y || column >= columns) return;
+            for (int64 tile = threadIdx.y; tile < tiles; tile += 32) sum += partial[tile * columns + column];
+        }
+        __syncthreads();  // the previous columns' sums have been read
+        sums[threadIdx.y * 8 + threadIdx.x] = sum;
+        __syncthreads();
+        if (threadIdx.y || column >= columns) continue;
 #pragma unroll
-    for (int slice = 1; slice < 32; ++slice) sum += sums[slice * 8 + threadIdx.x];
-    const int tap = column / (int)channels, c = column % (int)channels;
-    if (tap < taps) {
-        grad_weight[c * taps + tap] = to_scalar(sum);
-    } else {
-        grad_bias[c] = to_scalar(sum);
+        for (int slice = 1; slice < 32; ++slice) sum += sums[slice * 8 + threadIdx.x];
+        const int tap = column / (int)channels, c = column % (int)channels;
+        if (tap < taps) {
+            grad_weight[c * taps + tap] = to_scalar(sum);
+        } else {
+            grad_bias[c] = to_scalar(sum);
+        }
     }
 }
