@@ -18,9 +18,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_WARPS = 16
 _WARP = 32
 _LOAD_BYTES = 16
-# (lanes, rounds) of as many loads as the channels take: 3 * 2**k and 2**k of the network's presets.
-_SPLITS = {1 << k: ((1 << k) // 2, 2) if k >= 3 else (1 << k, 1) for k in range(1, 7)}
-_SPLITS |= {3 << k: (1 << k, 3) for k in range(6)}
+# What the network's presets have: each is an instance of its own, compiled when it is first used.
+CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
 # What a warp does once for a tile and once for 32 voxels, in passes over as many voxels as it takes at once.
 _TASK_PASSES, _BATCH_PASSES = 0.3, 0.5
 # More tiles would make the rows of partial sums, one per tile and tap, larger than they need be.
@@ -39,8 +38,8 @@ class TapsPlan(NamedTuple):
 def instances() -> Iterator[Kernel]:
     """Yield every kernel that can be asked for."""
     for dtype in DTYPES:
-        for split in _SPLITS.values():
-            yield _taps_kernel(dtype, split, Tuning())
+        for channels in CHANNELS:
+            yield _taps_kernel(dtype, channels, Tuning())
     for dtype in (*DTYPES, torch.float64):
         yield _sums_kernel(dtype)
 
@@ -57,16 +56,16 @@ def plan_taps(
     multiprocessors: int,
 ) -> TapsPlan | None:
     """Return the launches for a depthwise convolution, or None where another kernel's instance has to do."""
-    split = _SPLITS.get(g.in_channels // vector) if vector * dtype.itemsize == _LOAD_BYTES else None
-    if not (tuning.fast_samples and split and is_cube(g) and dtype in DTYPES):
+    known = dtype in DTYPES and g.in_channels in CHANNELS and vector * dtype.itemsize == _LOAD_BYTES
+    if not (tuning.fast_samples and known and is_cube(g) and g.depthwise):
         return None
     rows = g.taps + with_bias
     blocks = multiprocessors * (MOST_WARPS // tuning.taps_warps)
-    tile = _tile(g, _WARP // split[0], rows, blocks, tuning)
+    tile = _tile(g, _WARP // _split(g.in_channels // vector)[0], rows, blocks, tuning)
     if tile.count * rows > INT32_MAX or g.batch * max(g.voxels, g.out_voxels) > INT32_MAX:
         return None
     step = Step(
-        _taps_kernel(dtype, split, tuning),
+        _taps_kernel(dtype, g.in_channels, tuning),
         min(tile.count * rows, blocks),
         (_WARP * tuning.taps_warps, 1),
         tuning.taps_warps * _warp_bytes(dtype),
@@ -88,9 +87,17 @@ def plan_sums(dtype: torch.dtype, tiles: int, taps: int, channels: int, with_bia
     )
 
 
-def _taps_kernel(dtype: torch.dtype, split: tuple[int, int], tuning: Tuning) -> Kernel:
-    more = {"LANES": split[0], "ROUNDS": split[1], "WARPS": tuning.taps_warps}
-    return kernel("backward_taps", "deform_backward_taps", dtype, _LOAD_BYTES // dtype.itemsize, True, **more)
+def _split(vectors: int) -> tuple[int, int]:
+    """Return (lanes, rounds) for as many loads of 16 bytes: few lanes, because sums over them take shuffles."""
+    rounds = 3 if vectors % 3 == 0 else 2 if vectors >= 8 else 1
+    return vectors // rounds, rounds
+
+
+def _taps_kernel(dtype: torch.dtype, channels: int, tuning: Tuning) -> Kernel:
+    vector = _LOAD_BYTES // dtype.itemsize
+    lanes, rounds = _split(channels // vector)
+    more = {"LANES": lanes, "ROUNDS": rounds, "WARPS": tuning.taps_warps}
+    return kernel("backward_taps", "deform_backward_taps", dtype, vector, True, **more)
 
 
 def _sums_kernel(dtype: torch.dtype) -> Kernel:
