@@ -30,8 +30,8 @@ from .steps import Step
 Strides = tuple[int, int, int]
 _THREADS = 256
 _WARP = 32
-# Of a place, 8 bytes, and an id; of a key, its sorted copy, an id of 8 bytes, and what PyTorch's sort needs as much of.
-_SAMPLE_BYTES, _DETERMINISTIC_BYTES = 12, 32
+# Of a cell's number and an id; of a key, its sorted copy, an id of 8 bytes, and what PyTorch's sort needs as much of.
+_SAMPLE_BYTES, _DETERMINISTIC_BYTES = 8, 32
 # What a segment of a row costs beyond its cells.
 _SEGMENT_CELLS = 0.5
 
@@ -181,7 +181,7 @@ def sorted_ids(
         runtime: starts kernels.
         plan: of the call.
         offset: as the plan's strides say.
-        counted: counts of cells and places of samples, where another kernel has filled them.
+        counted: counts of cells and cells of samples, where another kernel has filled them.
     """
     device = offset.device
     if torch.are_deterministic_algorithms_enabled():
@@ -191,20 +191,20 @@ def sorted_ids(
         numbers = torch.arange(plan.rows * plan.numbers + 1, dtype=torch.int32, device=device)
         return ids, torch.searchsorted(keys, numbers, out_int32=True)
     if counted is None:
-        counts, places = counted = empty_counts(plan, device)
-        plan.keys.start(runtime, device, offset.data_ptr(), counts.data_ptr(), places.data_ptr(), 0)
-    counts, places = counted
+        counts, cells = counted = empty_counts(plan, device)
+        plan.keys.start(runtime, device, offset.data_ptr(), counts.data_ptr(), cells.data_ptr(), 0)
+    counts, cells = counted
     starts = torch.empty(plan.rows * plan.numbers, dtype=torch.int32, device=device)
     plan.starts.start(runtime, device, counts.data_ptr(), starts.data_ptr())
     ids = torch.empty(plan.samples, dtype=torch.int32, device=device)
-    plan.place.start(runtime, device, places.data_ptr(), starts.data_ptr(), ids.data_ptr())
+    plan.place.start(runtime, device, cells.data_ptr(), starts.data_ptr(), ids.data_ptr())
     return ids, starts
 
 
 def empty_counts(plan: CellsPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return counts of zero, and unwritten places (cell, rank) of samples."""
+    """Return counts of zero, and unwritten numbers of samples' cells."""
     counts = torch.zeros(plan.rows * plan.numbers + 1, dtype=torch.int32, device=device)
-    return counts, torch.empty((plan.samples, 2), dtype=torch.int32, device=device)
+    return counts, torch.empty(plan.samples, dtype=torch.int32, device=device)
 
 
 def gather(

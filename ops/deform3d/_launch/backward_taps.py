@@ -18,6 +18,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_WARPS = 16
 _WARP = 32
 _LOAD_BYTES = 16
+# Ten integers and what aligns the next warp's samples.
+_TASK_BYTES = 48
 # What the network's presets have: each is an instance of its own, compiled when it is first used.
 CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
 # What a warp does once for a tile and once for 32 voxels, in passes over as many voxels as it takes at once.
@@ -106,7 +108,7 @@ def _sums_kernel(dtype: torch.dtype) -> Kernel:
 
 def _warp_bytes(dtype: torch.dtype) -> int:
     """Return the size of the kernel's `WarpSamples`."""
-    return _WARP * (record_bytes(dtype) + real_bytes(dtype) + 4 + 1)
+    return _WARP * (record_bytes(dtype) + real_bytes(dtype) + 4 + 1) + _TASK_BYTES
 
 
 def _tile(g: Geometry, slots: int, rows: int, blocks: int, tuning: Tuning) -> Tile:

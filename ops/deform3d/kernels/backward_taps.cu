@@ -12,8 +12,7 @@
 // reads its two corners along w in the order that keeps neighbouring slots in different memory banks; where it is an
 // even number, odd slots take the rounds in another order.
 //
-// With `counts`, the samples of each cell are counted on the way, and each sample's cell and rank are kept for
-// `deform_cell_place`: see backward_sort.cu.
+// With `counts`, the samples of each cell are counted on the way, and each sample's cell is kept: see backward_sort.cu.
 
 constexpr int SLOTS = 32 / LANES, CHANNELS = LANES * ROUNDS * VECTOR, VOXEL_BYTES = CHANNELS * sizeof(Scalar);
 constexpr int PIECE_BYTES = LANES * VECTOR * sizeof(Scalar);
@@ -39,16 +38,19 @@ __device__ __forceinline__ Tile walked_tile(
     return tile;
 }
 
+// What a warp works on: a tap of a tile. In shared memory, because its registers are needed elsewhere.
+struct Task {
+    int number, end, tap, first;  // the first of its voxels that are worked on now
+    Tile tile;
+};
+
 // A warp's samples of one tap and 32 voxels.
 struct WarpSamples {
     Sample at[32];
     Real factor[32];
     int voxel[32];            // its number within the batch, -1 beyond the tile or the volume
     unsigned char inside[32];
-};
-
-struct Place {
-    int cell, rank;
+    Task task;
 };
 
 // What the lanes of a warp do for one sample each, or for a part of its channels.
@@ -199,10 +201,45 @@ __device__ __forceinline__ void write_row(const Real (&sums)[ROUNDS][VECTOR], co
     }
 }
 
+// Finds where a tap samples from 32 voxels of the tile, one to a lane; returns as bits those with all corners inside.
+__device__ __forceinline__ unsigned find_samples(
+    WarpSamples& own, const Lane& me, const Convolution& v, const StoredShifts& shifts, int voxels, int* counts,
+    int* cells, int64 samples
+) {
+    const Tile tile = own.task.tile;
+    int d, h, w, voxel = -1, cell = -1;
+    voxel_of(tile, own.task.first + me.number, d, h, w);
+    Sample s = {};
+    Real factor = 1;
+    unsigned inside = 0;
+    if (own.task.first + me.number < voxels && d < v.out_D && h < v.out_H && w < v.out_W) {
+        int low_d, low_h, low_w;
+        Real shift[3];
+        factor = shifts(tile.n, d, h, w, 0, own.task.tap, shift);
+        inside = locate(v, d, h, w, own.task.tap, shift[0], shift[1], shift[2], s, low_d, low_h, low_w);
+        s.base += tile.n * v.D * v.H * v.W;
+        voxel = ((tile.n * v.out_D + d) * v.out_H + h) * v.out_W + w;
+        if (inside) cell = ((tile.n * (v.D + 1) + low_d + 1) * (v.H + 1) + low_h + 1) * (v.W + 2) + low_w + 1;
+    }
+    own.at[me.number] = s;
+    own.factor[me.number] = factor;
+    own.voxel[me.number] = voxel;
+    if (counts && voxel >= 0) {
+        if (inside) atomicAdd(counts + cell, 1);
+        cells[own.task.tap * samples * v.out_D * v.out_H * v.out_W + voxel] = cell;
+    }
+    own.inside[me.number] = (unsigned char)inside;
+    unsigned whole = (inside == 0xffu ? 1u : 0u) << me.number;
+#pragma unroll
+    for (int other = 16; other; other /= 2) whole |= __shfl_xor_sync(0xffffffffu, whole, other);
+    __syncwarp();
+    return whole;
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_backward_taps(
     const Scalar* __restrict__ input, const Scalar* __restrict__ offset, const Scalar* __restrict__ weight,
     const Scalar* __restrict__ mask, const Scalar* __restrict__ grad, Scalar* __restrict__ grad_offset,
-    Scalar* __restrict__ grad_mask, Real* __restrict__ partial, int* __restrict__ counts, Place* __restrict__ places,
+    Scalar* __restrict__ grad_mask, Real* __restrict__ partial, int* __restrict__ counts, int* __restrict__ cells,
     CONVOLUTION_ARGUMENTS, int64 offset_n, int64 offset_c, int64 offset_v, int64 mask_n, int64 mask_c, int64 mask_v,
     int64 samples, int64 tiles, int64 log_d, int64 log_h, int64 log_w, int64 with_bias
 ) {
@@ -211,94 +248,77 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
     const int lane_number = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Lane me = {lane_number, lane_number / LANES, lane_number % LANES};
     const int voxels = 1 << (int)(log_d + log_h + log_w);
-    const int in_voxels = v.D * v.H * v.W, out_voxels = v.out_D * v.out_H * v.out_W;
-    const int64 all_voxels = samples * out_voxels;
+    const int out_voxels = v.out_D * v.out_H * v.out_W;
     const StoredShifts shifts = {offset, mask, offset_n, offset_c, offset_v, mask_n, mask_c, mask_v, v.out_H, v.out_W};
     SHARED_MEMORY(shared);
     WarpSamples& own = reinterpret_cast<WarpSamples*>(shared)[warp];
 
     // A task is a tap of a tile, or the bias's gradient there, which comes after the taps.
     const int rows = v.taps + (with_bias ? 1 : 0);
-    const int64 tasks = tiles * rows;
-    const int end = (int)(tasks * (blockIdx.x + 1) / gridDim.x);
-    for (int task = (int)(tasks * blockIdx.x / gridDim.x) + warp; task < end; task += WARPS) {
-        const int tap = task % rows;
-        const Tile tile = walked_tile(task / rows, v.out_D, v.out_H, v.out_W, (int)log_d, (int)log_h, (int)log_w);
+    if (me.number == 0) {
+        own.task.number = (int)(tiles * rows * blockIdx.x / gridDim.x) + warp;
+        own.task.end = (int)(tiles * rows * (blockIdx.x + 1) / gridDim.x);
+    }
+    __syncwarp();
+    while (own.task.number < own.task.end) {
+        if (me.number == 0) {
+            own.task.tap = own.task.number % rows;
+            own.task.first = 0;
+            const int64 tile = own.task.number / rows;
+            own.task.tile = walked_tile(tile, v.out_D, v.out_H, v.out_W, (int)log_d, (int)log_h, (int)log_w);
+        }
+        __syncwarp();
         Real sums[ROUNDS][VECTOR] = {};
-        if (tap < v.taps) {
+        if (own.task.tap < v.taps) {
             Pack tap_weight[ROUNDS];
 #pragma unroll
             for (int round = 0; round < ROUNDS; ++round) {
-                tap_weight[round] = load(weight + tap * CHANNELS + me.channel(round));
+                tap_weight[round] = load(weight + own.task.tap * CHANNELS + me.channel(round));
             }
-            for (int first = 0; first < voxels; first += 32) {
-                const int count = voxels - first < 32 ? voxels - first : 32;
-                // ------------------------------------------------------------- a sample to a lane: where it is
-                int d, h, w, low_d, low_h, low_w;
-                voxel_of(tile, first + me.number, d, h, w);
-                const bool exists = me.number < count && d < v.out_D && h < v.out_H && w < v.out_W;
-                Sample computed = {};
-                Real factor = 1, shift[3];
-                unsigned inside = 0;
-                if (exists) {
-                    factor = shifts(tile.n, d, h, w, 0, tap, shift);
-                    inside = locate(v, d, h, w, tap, shift[0], shift[1], shift[2], computed, low_d, low_h, low_w);
-                    computed.base += tile.n * in_voxels;
-                }
-                unsigned whole = (inside == 0xffu ? 1u : 0u) << me.number;
-#pragma unroll
-                for (int other = 16; other; other /= 2) whole |= __shfl_xor_sync(0xffffffffu, whole, other);
-                __syncwarp();
-                own.at[me.number] = computed;
-                own.factor[me.number] = factor;
-                own.voxel[me.number] = exists ? tile.n * out_voxels + (d * v.out_H + h) * v.out_W + w : -1;
-                own.inside[me.number] = (unsigned char)inside;
-                __syncwarp();
-                if (places && exists) {
-                    Place place = {-1, 0};
-                    if (inside) {
-                        place.cell = ((tile.n * (v.D + 1) + low_d + 1) * (v.H + 1) + low_h + 1) * (v.W + 2) + low_w + 1;
-                        place.rank = atomicAdd(counts + place.cell, 1);
-                    }
-                    places[tap * all_voxels + own.voxel[me.number]] = place;
-                }
-                // --------------------------------------------------------- a sample to a slot: what its channels say
+            while (own.task.first < voxels) {
+                const unsigned whole = find_samples(own, me, v, shifts, voxels, counts, cells, samples);
+                const int count = voxels < 32 ? voxels : 32;  // powers of two
 #pragma unroll 1
                 for (int pass = 0; pass < count; pass += SLOTS) {
                     const int at = pass + me.slot;
                     const Sample s = own.at[at];
-                    const Real own_factor = own.factor[at];
-                    const int own_voxel = own.voxel[at];
-                    const Scalar* direction = moved(grad, (int64)own_voxel * VOXEL_BYTES);
+                    const Scalar* direction = moved(grad, (int64)own.voxel[at] * VOXEL_BYTES);
                     Real slope[4] = {};
                     if ((whole >> pass & SLOT_BITS) == SLOT_BITS) {
                         sample_gradients<true>(
-                            me, input, direction, s, 0xffu, own_factor, step, tap_weight, sums, slope,
+                            me, input, direction, s, 0xffu, own.factor[at], step, tap_weight, sums, slope,
                             mask != nullptr
                         );
                     } else if (own.inside[at]) {
                         sample_gradients<false>(
-                            me, input, direction, s, own.inside[at], own_factor, step, tap_weight, sums, slope,
+                            me, input, direction, s, own.inside[at], own.factor[at], step, tap_weight, sums, slope,
                             mask != nullptr
                         );
                     }
                     int axis;
                     const int held = sum_slot(slope, me.lane, axis);
-                    if (own_voxel < 0 || (LANES > 4 && me.lane % (LANES > 4 ? LANES / 4 : 1))) continue;
-                    const int voxel = own_voxel - tile.n * out_voxels;
-                    Scalar* to = grad_offset + tile.n * offset_n + (int64)voxel * offset_v + 3 * tap * offset_c;
+                    if (own.voxel[at] < 0 || (LANES > 4 && me.lane % (LANES > 4 ? LANES / 4 : 1))) continue;
+                    const int n = own.task.tile.n, tap = own.task.tap;
+                    const int64 voxel = own.voxel[at] - n * out_voxels;
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         if (i >= held) continue;
                         if (axis + i < 3) {
-                            if (grad_offset) to[(axis + i) * offset_c] = to_scalar(slope[i]);
+                            const int64 channel = 3 * tap + axis + i;
+                            if (grad_offset) {
+                                grad_offset[n * offset_n + voxel * offset_v + channel * offset_c] = to_scalar(slope[i]);
+                            }
                         } else if (grad_mask) {
-                            grad_mask[tile.n * mask_n + (int64)voxel * mask_v + tap * mask_c] = to_scalar(slope[i]);
+                            grad_mask[n * mask_n + voxel * mask_v + tap * mask_c] = to_scalar(slope[i]);
                         }
                     }
                 }
+                __syncwarp();
+                if (me.number == 0) own.task.first += 32;
+                __syncwarp();
             }
         } else {
+            const Tile tile = own.task.tile;
             for (int at = me.slot; at < voxels; at += SLOTS) {
                 int d, h, w;
                 voxel_of(tile, at, d, h, w);
@@ -314,6 +334,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
                 }
             }
         }
-        if (partial) write_row(sums, me, partial + (int64)task * CHANNELS);
+        if (partial) write_row(sums, me, partial + (int64)own.task.number * CHANNELS);
+        __syncwarp();
+        if (me.number == 0) own.task.number += WARPS;
+        __syncwarp();
     }
 }
