@@ -18,7 +18,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_WARPS = 16
 _WARP = 32
 _LOAD_BYTES = 16
-# Ten integers and what aligns the next warp's samples.
+# Eleven integers and what aligns the next warp's samples.
 _TASK_BYTES = 48
 # What the network's presets have: each is an instance of its own, compiled when it is first used.
 CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)

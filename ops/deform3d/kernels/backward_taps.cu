@@ -40,7 +40,9 @@ __device__ __forceinline__ Tile walked_tile(
 
 // What a warp works on: a tap of a tile. In shared memory, because its registers are needed elsewhere.
 struct Task {
-    int number, end, tap, first;  // the first of its voxels that are worked on now
+    int number, end, tap;
+    int first;       // of its voxels, the first that is worked on now
+    unsigned whole;  // as bits, which of those samples have all corners inside the volume
     Tile tile;
 };
 
@@ -75,7 +77,7 @@ __device__ __forceinline__ void sample_gradients(
     const Real across[4] = {d0 * h0, d0 * s.h, s.d * h0, s.d * s.h};
     Real trilinear[8], dot[8] = {};
 #pragma unroll
-    for (int k = 0; k < 8; ++k) trilinear[k] = across[k / 2] * factor * (k & 1 ? w1 : w0);
+    for (int k = 0; k < 8; ++k) trilinear[k] = across[k / 2] * (k & 1 ? w1 : w0);
     const int along_w = flip ? -VOXEL_BYTES : VOXEL_BYTES;
     const Scalar* corner_at[8];
     corner_at[0] = moved(input, (int64)(s.base + flip) * VOXEL_BYTES);
@@ -109,7 +111,7 @@ __device__ __forceinline__ void sample_gradients(
                 value = k ? fma_(trilinear[k], x, value) : trilinear[k] * x;
                 dot[k] = fma_(pull, x, dot[k]);
             }
-            grad_weight[round][i] = fma_(part(towards, i), value, grad_weight[round][i]);
+            grad_weight[round][i] = fma_(part(towards, i) * factor, value, grad_weight[round][i]);
         }
     }
     Real difference[4], along[4];
@@ -201,8 +203,8 @@ __device__ __forceinline__ void write_row(const Real (&sums)[ROUNDS][VECTOR], co
     }
 }
 
-// Finds where a tap samples from 32 voxels of the tile, one to a lane; returns as bits those with all corners inside.
-__device__ __forceinline__ unsigned find_samples(
+// Finds where a tap samples from 32 voxels of the tile, one to a lane.
+__device__ __forceinline__ void find_samples(
     WarpSamples& own, const Lane& me, const Convolution& v, const StoredShifts& shifts, int voxels, int* counts,
     int* cells, int64 samples
 ) {
@@ -232,8 +234,8 @@ __device__ __forceinline__ unsigned find_samples(
     unsigned whole = (inside == 0xffu ? 1u : 0u) << me.number;
 #pragma unroll
     for (int other = 16; other; other /= 2) whole |= __shfl_xor_sync(0xffffffffu, whole, other);
+    if (me.number == 0) own.task.whole = whole;
     __syncwarp();
-    return whole;
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_backward_taps(
@@ -276,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
                 tap_weight[round] = load(weight + own.task.tap * CHANNELS + me.channel(round));
             }
             while (own.task.first < voxels) {
-                const unsigned whole = find_samples(own, me, v, shifts, voxels, counts, cells, samples);
+                find_samples(own, me, v, shifts, voxels, counts, cells, samples);
                 const int count = voxels < 32 ? voxels : 32;  // powers of two
 #pragma unroll 1
                 for (int pass = 0; pass < count; pass += SLOTS) {
@@ -284,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
                     const Sample s = own.at[at];
                     const Scalar* direction = moved(grad, (int64)own.voxel[at] * VOXEL_BYTES);
                     Real slope[4] = {};
-                    if ((whole >> pass & SLOT_BITS) == SLOT_BITS) {
+                    if ((own.task.whole >> pass & SLOT_BITS) == SLOT_BITS) {
                         sample_gradients<true>(
                             me, input, direction, s, 0xffu, own.factor[at], step, tap_weight, sums, slope,
                             mask != nullptr
