@@ -3,11 +3,12 @@
     python benchmarks/deform_conv3d_gpu.py [--parts operator peers ...] [--results FOLDER]
     python benchmarks/deform_conv3d_gpu.py --tune
     python benchmarks/deform_conv3d_gpu.py --compare-forward
+    python benchmarks/deform_conv3d_gpu.py --tune-backward
 
 The shapes are DeformUX-Net's four stages at two patches of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1. Each part is
 written to FOLDER/deform_conv3d_gpu.{md,json} as soon as it is measured; what earlier runs on the same machine left
 there stays. `--tune` tries launch shapes instead; `--compare-forward` prints the times and errors of the forward's
-kernels at every stage, large and small.
+kernels at every stage, large and small, and `--tune-backward` the backward's kernel by kernel.
 """
 
 from __future__ import annotations
@@ -219,6 +220,7 @@ def main() -> None:
     parser.add_argument(
         "--compare-forward", action="store_true", help="time the forward's kernels side by side instead"
     )
+    parser.add_argument("--tune-backward", action="store_true", help="time the backward's kernels instead")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("deform_conv3d_gpu.py: got no CUDA device, expected one; run it on a machine with an NVIDIA GPU.")
@@ -227,6 +229,11 @@ def main() -> None:
 
         print(*machine_lines(), sep="\n")
         list(compare(Stopwatch(options.seconds / 8)))
+        return
+    if options.tune_backward:
+        from _gpu_backward import tune_backward
+
+        tune_backward(options.seconds / 8)
         return
     results = Results.resume(options.results, machine_lines())
     if options.tune:

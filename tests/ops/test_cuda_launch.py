@@ -11,6 +11,7 @@ from cuda_emulator import MOST_SHARED_BYTES, Launch
 
 from deform3d import _launch
 from deform3d._checks import check
+from deform3d._launch import backward_cells, backward_taps
 
 ALL = (True,) * 5
 LAST = torch.channels_last_3d
@@ -77,9 +78,8 @@ def test_kernels_do_not_depend_on_shapes(make_problem, dtype, layer, determinist
 def test_instances_are_distinct():
     kernels = list(_launch.instances())
     assert len(set(kernels)) == len(kernels)
-    assert {kernel.unit for kernel in kernels} == {
-        *("forward", "forward_walk", "backward_samples", "backward_input", "columns")
-    }
+    fast = {"forward_walk", "backward_taps", "backward_sums", "backward_sort", "backward_cells"}
+    assert {kernel.unit for kernel in kernels} == {"forward", "backward_samples", "backward_input", "columns", *fast}
     for kernel in kernels:
         assert f" {kernel.name}(" in _launch.source(kernel.unit)
         assert kernel.options == tuple(f"-D{name}={value}" for name, value in kernel.defines)
@@ -139,18 +139,56 @@ def test_offsets_are_read_where_they_are(make_problem, last):
     assert launch.args[:6].count(0) == 2
 
 
+SORTED = {"deform_cell_starts", "deform_cell_place", "deform_cell_gather", "deform_add_edges"}
+
+
 @pytest.mark.parametrize(
     ("needs", "names"),
     [
         ((False, False, False, True, False), set()),
-        ((True, False, False, False, False), {"deform_count", "deform_place", "deform_gather"}),
-        ((False, True, False, False, False), {"deform_backward_samples"}),
-        ((False, False, True, True, True), {"deform_backward_samples"}),
+        ((True, False, False, False, False), {"deform_cell_keys", *SORTED}),
+        ((False, True, False, False, False), {"deform_backward_taps"}),
+        ((False, False, True, True, True), {"deform_backward_taps", "deform_sum_rows"}),
+        ((True, True, True, True, True), {"deform_backward_taps", "deform_sum_rows", *SORTED}),
     ],
 )
 def test_nothing_is_launched_for_what_is_not_needed(make_problem, needs, names):
-    recorded = launches(make_problem(channels=8, **CUBE), needs)
+    recorded = launches(make_problem(channels=48, dtype=torch.float32, **CUBE), needs)
     assert {launch.kernel.name for launch in recorded} == {"deform_forward", *names}
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        # A number of channels that few lanes do not divide evenly: only the sums over them are another kernel's.
+        ({**CUBE, "channels": 35}, {"deform_backward_samples", "deform_cell_keys", *SORTED}),
+        ({"channels": 48}, {"deform_backward_samples", "deform_count", "deform_place", "deform_gather"}),
+    ],
+)
+def test_general_kernels_of_the_backward(make_problem, change, names):
+    recorded = launches(make_problem(dtype=torch.float32, **change))
+    assert {launch.kernel.name for launch in recorded} == {"deform_forward", *names}
+
+
+@pytest.mark.parametrize("channels", [16, 24, 32, 48, 64, 96, 128, 192, 384])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_presets_take_the_fast_backward(make_problem, channels, dtype):
+    (launch,) = named(launches(make_problem(channels=channels, dtype=dtype, **CUBE)), "deform_backward_taps")
+    defines = dict(launch.kernel.defines)
+    assert defines["LANES"] * defines["ROUNDS"] * defines["VECTOR"] == channels
+    assert defines["LANES"] in (1, 2, 4, 8, 16, 32)
+
+
+def test_launches_are_chosen_once(make_problem):
+    """Later calls of a kind only fill in addresses."""
+    p = make_problem(channels=48, dtype=torch.float32, **CUBE)
+    launches(p)
+    plans = backward_taps.plan_taps, backward_cells.plan_cells
+    before = [plan.cache_info() for plan in plans]
+    launches(p)
+    for plan, info in zip(plans, before, strict=True):
+        assert plan.cache_info().misses == info.misses
+        assert plan.cache_info().hits == info.hits + 1
 
 
 def test_nothing_is_launched_for_an_empty_batch(make_problem):
@@ -166,7 +204,7 @@ def test_sizes_of_launches(make_problem, channels, dtype):
     recorded = launches(p)
     for launch in recorded:
         threads = launch.block[0] * launch.block[1]
-        assert 0 < threads <= 512
+        assert 0 < threads <= 640
         assert 0 < launch.grid < 2**31
         assert launch.shared_bytes <= MOST_SHARED_BYTES
     (forward,) = named(recorded, "deform_forward")

@@ -7,7 +7,7 @@ samples out as the rows of a matrix, in chunks of bounded size, and leaves the s
 
 from collections.abc import Iterator
 
-from . import plan, walk
+from . import backward_cells, backward_taps, plan, walk
 from .backward import backward
 from .forward import can_fuse_offset, forward, forward_fused_offset
 from .plan import Kernel, Runtime, Tuning, source
@@ -29,3 +29,5 @@ def instances() -> Iterator[Kernel]:
     """Yield every kernel that can be asked for."""
     yield from plan.instances()
     yield from walk.instances()
+    yield from backward_taps.instances()
+    yield from backward_cells.instances()

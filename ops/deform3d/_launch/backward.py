@@ -11,6 +11,8 @@ from torch import Tensor
 from .._checks import Geometry
 from ..reference import Gradients, compute_dtype
 from . import columns as matrices
+from .backward_cells import CellsPlan, empty_counts, gather, plan_cells, sorted_ids
+from .backward_taps import TapsPlan, plan_taps
 from .forward import COLUMN_THREADS, column_arguments, write_columns
 from .plan import (
     GATHER_VECTOR,
@@ -53,17 +55,9 @@ def backward(
 ) -> Gradients:
     """Return the gradients that `needs` (input, offset, weight, bias, mask) asks for."""
     check_sizes(g)
-    need_input, need_offset, need_weight, need_bias, need_mask = needs
-    grad_bias = grad.sum((0, 2, 3, 4), dtype=compute_dtype(grad.dtype)).to(grad.dtype) if need_bias else None
     if not grad.numel():
-        # Nothing was put out: what the other gradients sum over is empty.
-        return Gradients(
-            torch.zeros_like(input) if need_input else None,
-            torch.zeros_like(offset) if need_offset else None,
-            torch.zeros_like(weight) if need_weight else None,
-            grad_bias,
-            torch.zeros_like(mask) if need_mask and mask is not None else None,
-        )
+        return _of_nothing(input, offset, weight, mask, g, needs)
+    need_input, need_offset, need_weight, need_bias, need_mask = needs
     call = _Call(
         runtime,
         grad.contiguous(memory_format=LAST),
@@ -75,14 +69,26 @@ def backward(
     )
     grad_offset = call.shifts.like() if need_offset else None
     grad_mask = call.factors.like() if need_mask else None
-    if not g.depthwise:
-        grad_input, grad_weight = call.by_columns(grad_offset, grad_mask, need_input, need_weight)
+    if g.depthwise:
+        grad_input, grad_weight, grad_bias = call.depthwise(grad_offset, grad_mask, need_input, need_weight, need_bias)
     else:
-        wanted = need_offset or need_weight or grad_mask is not None
-        taps = taps_first(weight)
-        grad_weight = call.samples(taps, grad_offset, grad_mask, need_weight) if wanted else None
-        grad_input = call.input_gradient(taps) if need_input else None
+        grad_input, grad_weight = call.by_columns(grad_offset, grad_mask, need_input, need_weight)
+        grad_bias = call.bias_gradient() if need_bias else None
     return Gradients(grad_input, grad_offset, grad_weight, grad_bias, grad_mask)
+
+
+def _of_nothing(
+    input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, g: Geometry, needs: Sequence[bool]
+) -> Gradients:
+    """Return the gradients where nothing was put out: what they sum over is empty."""
+    bias = weight.new_empty((g.out_channels,))
+    leaves = (input, offset, weight, bias, mask)
+    return Gradients(
+        *(
+            torch.zeros_like(leaf) if need and leaf is not None else None
+            for leaf, need in zip(leaves, needs, strict=True)
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,105 @@ class _Call:
 
     # ------------------------------------------------------------------------------------------------ depthwise
 
-    def samples(
+    def depthwise(
+        self,
+        grad_offset: Tensor | None,
+        grad_mask: Tensor | None,
+        need_input: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Write the gradients of offset and mask; return those of input, weight and bias."""
+        taps = taps_first(self.weight)
+        cells = self._plan_cells(taps) if need_input else None
+        counted = grad_weight = grad_bias = grad_input = None
+        if grad_offset is not None or need_weight or grad_mask is not None:
+            plan = self._plan_taps(taps, need_weight and need_bias)
+            if plan is None:
+                grad_weight = self._samples(taps, grad_offset, grad_mask, need_weight)
+            else:
+                counts = self.runtime.tuning.count_in_taps and not torch.are_deterministic_algorithms_enabled()
+                if cells is not None and counts:
+                    counted = empty_counts(cells, taps.device)
+                grad_weight, grad_bias = self._taps(plan, taps, grad_offset, grad_mask, counted, need_weight, need_bias)
+        if need_bias and grad_bias is None:
+            grad_bias = self.bias_gradient()
+        if cells is not None:
+            grad_input = self._by_cells(cells, taps, counted)
+        elif need_input:
+            grad_input = self._input_gradient(taps)
+        return grad_input, grad_weight, grad_bias
+
+    def bias_gradient(self) -> Tensor:
+        """Return the sum of the output's gradient over all voxels."""
+        return self.grad.sum((0, 2, 3, 4), dtype=compute_dtype(self.grad.dtype)).to(self.grad.dtype)
+
+    def _plan_taps(self, taps: Tensor, with_bias: bool) -> TapsPlan | None:
+        g = self.g
+        return plan_taps(
+            g,
+            taps.dtype,
+            vector_of(g.in_channels, self.input, self.grad, taps),
+            self.shifts.strides,
+            self.factors.strides,
+            with_bias,
+            self.runtime.tuning,
+            self.runtime.multiprocessors(taps.device),
+        )
+
+    def _taps(
+        self,
+        plan: TapsPlan,
+        taps: Tensor,
+        grad_offset: Tensor | None,
+        grad_mask: Tensor | None,
+        counted: tuple[Tensor, Tensor] | None,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Write the gradients of offset and mask; return those of weight and, if both are needed, bias."""
+        device, partial, grad_weight, grad_bias = taps.device, None, None, None
+        if need_weight:
+            partial = torch.empty(plan.partial_shape, dtype=compute_dtype(taps.dtype), device=device)
+            grad_weight = torch.empty_like(self.weight, memory_format=torch.contiguous_format)
+            grad_bias = taps.new_empty((self.g.out_channels,)) if need_bias else None
+        tensors = (
+            self.input,
+            self.shifts.tensor,
+            taps,
+            self.factors.tensor,
+            self.grad,
+            grad_offset,
+            grad_mask,
+            partial,
+        )
+        plan.step.start(self.runtime, device, *pointers(*tensors, *(counted or (None, None))))
+        if partial is not None:
+            plan.sums.start(self.runtime, device, *pointers(partial, grad_weight, grad_bias))
+        return grad_weight, grad_bias
+
+    def _plan_cells(self, taps: Tensor) -> CellsPlan | None:
+        return plan_cells(
+            self.g,
+            taps.dtype,
+            vector_of(self.g.in_channels, self.grad, taps, most=GATHER_VECTOR),
+            self.shifts.strides,
+            self.factors.strides,
+            torch.are_deterministic_algorithms_enabled(),
+            self.runtime.tuning,
+            self.runtime.multiprocessors(taps.device),
+        )
+
+    def _by_cells(self, plan: CellsPlan, taps: Tensor, counted: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the gradient of the input."""
+        offset = self.shifts.tensor
+        assert offset is not None
+        ids, starts = sorted_ids(self.runtime, plan, offset, counted)
+        grad_input = torch.empty(self.input.shape, dtype=taps.dtype, device=taps.device, memory_format=LAST)
+        gather(self.runtime, plan, ids, starts, offset, taps, self.grad, self.factors.tensor, grad_input)
+        return grad_input
+
+    def _samples(
         self, taps: Tensor, grad_offset: Tensor | None, grad_mask: Tensor | None, need_weight: bool
     ) -> Tensor | None:
         """Write the gradients of offset and mask; return the weight's."""
@@ -137,7 +241,7 @@ class _Call:
             return None
         return partial.sum(0).t().reshape(self.weight.shape).to(dtype)
 
-    def input_gradient(self, taps: Tensor) -> Tensor:
+    def _input_gradient(self, taps: Tensor) -> Tensor:
         """Return the gradient of the input, gathered from the samples sorted by cell."""
         grad_input: Tensor | None = None
         for chunk in self._chunks(0):

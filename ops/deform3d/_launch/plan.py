@@ -37,6 +37,16 @@ class Tuning:
     samples_warps: int = 9  # divides the 27 taps evenly
     samples_voxels: int = 32
     samples_blocks: int = 2  # per multiprocessor, each with a row of partial weight gradients
+    taps_warps: int = 16  # of a block; 8 make two blocks per multiprocessor
+    taps_voxels: int = 64  # of a tile, at most
+    fast_samples: bool = True  # by `backward_taps`, where it has an instance
+    count_in_taps: bool = True  # samples by cell, which otherwise takes a launch
+    cells_threads: int = 640  # of the one block per multiprocessor
+    cells_unroll: int = 2  # samples that a thread has under way
+    cells_band: int = 8  # neighbouring rows of cells that a block walks along together
+    cells_segment: int = 0  # voxels of a row that a thread walks along; 0: as keeps all threads busy
+    cells_bytes: int = 2**30  # of what sorting takes, at most
+    fast_cells: bool = True  # the input's gradient by `backward_cells`, where it has an instance
     gather_threads: int = 128
     gather_blocks: int = 4  # per multiprocessor, at least, where there are rows enough
     gather_segment: int = 8  # voxels of a row that a thread walks along

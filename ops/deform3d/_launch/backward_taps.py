@@ -1,0 +1,141 @@
+"""Launches of `kernels/backward_taps.cu`: the gradients of offset, mask, weight and bias of the network's layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .._checks import Geometry
+from .plan import INT32_MAX, Kernel, Tile, Tuning, is_cube, kernel, real_bytes, record_bytes, sizes
+from .steps import Step
+
+Strides = tuple[int, int, int]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Registers for so many warps per multiprocessor.
+MOST_WARPS = 16
+_WARP = 32
+_LOAD_BYTES = 16
+# Eleven integers and what aligns the next warp's samples.
+_TASK_BYTES = 48
+# What the network's presets have: each is an instance of its own, compiled when it is first used.
+CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
+# What a warp does once for a tile and once for 32 voxels, in passes over as many voxels as it takes at once.
+_TASK_PASSES, _BATCH_PASSES = 0.3, 0.5
+# More tiles would make the rows of partial sums, one per tile and tap, larger than they need be.
+_MANY_TILES = 16384
+_SUM_COLUMNS, _SUM_SLICES = 8, 32
+
+
+class TapsPlan(NamedTuple):
+    """The launch, and the one that sums its rows of partial gradients."""
+
+    step: Step
+    partial_shape: tuple[int, int, int]  # (tiles, rows, C)
+    sums: Step
+
+
+def instances() -> Iterator[Kernel]:
+    """Yield every kernel that can be asked for."""
+    for dtype in DTYPES:
+        for channels in CHANNELS:
+            yield _taps_kernel(dtype, channels, Tuning())
+    for dtype in (*DTYPES, torch.float64):
+        yield _sums_kernel(dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_taps(
+    g: Geometry,
+    dtype: torch.dtype,
+    vector: int,
+    offset_strides: Strides,
+    mask_strides: Strides,
+    with_bias: bool,
+    tuning: Tuning,
+    multiprocessors: int,
+) -> TapsPlan | None:
+    """Return the launches for a depthwise convolution, or None where another kernel's instance has to do."""
+    known = dtype in DTYPES and g.in_channels in CHANNELS and vector * dtype.itemsize == _LOAD_BYTES
+    if not (tuning.fast_samples and known and is_cube(g) and g.depthwise):
+        return None
+    rows = g.taps + with_bias
+    blocks = multiprocessors * (MOST_WARPS // tuning.taps_warps)
+    tile = _tile(g, _WARP // _split(g.in_channels // vector)[0], rows, blocks, tuning)
+    if tile.count * rows > INT32_MAX or g.batch * max(g.voxels, g.out_voxels) > INT32_MAX:
+        return None
+    step = Step(
+        _taps_kernel(dtype, g.in_channels, tuning),
+        min(tile.count * rows, blocks),
+        (_WARP * tuning.taps_warps, 1),
+        tuning.taps_warps * _warp_bytes(dtype),
+        (*sizes(g), *offset_strides, *mask_strides, g.batch, *tile.arguments, int(with_bias)),
+    )
+    return TapsPlan(
+        step, (tile.count, rows, g.in_channels), plan_sums(dtype, tile.count, g.taps, g.in_channels, with_bias)
+    )
+
+
+def plan_sums(dtype: torch.dtype, tiles: int, taps: int, channels: int, with_bias: bool) -> Step:
+    """Return the launch that sums rows of partial gradients of weight and bias."""
+    return Step(
+        _sums_kernel(dtype),
+        -(-(taps + with_bias) * channels // _SUM_COLUMNS),
+        (_SUM_COLUMNS, _SUM_SLICES),
+        _SUM_COLUMNS * _SUM_SLICES * real_bytes(dtype),
+        (tiles, taps, channels),
+    )
+
+
+def _split(vectors: int) -> tuple[int, int]:
+    """Return (lanes, rounds) for as many loads of 16 bytes: few lanes, because sums over them take shuffles."""
+    rounds = 3 if vectors % 3 == 0 else 2 if vectors >= 8 else 1
+    return vectors // rounds, rounds
+
+
+def _taps_kernel(dtype: torch.dtype, channels: int, tuning: Tuning) -> Kernel:
+    vector = _LOAD_BYTES // dtype.itemsize
+    lanes, rounds = _split(channels // vector)
+    more = {"LANES": lanes, "ROUNDS": rounds, "WARPS": tuning.taps_warps}
+    return kernel("backward_taps", "deform_backward_taps", dtype, vector, True, **more)
+
+
+def _sums_kernel(dtype: torch.dtype) -> Kernel:
+    return kernel("backward_sums", "deform_sum_rows", dtype, 1, True)
+
+
+def _warp_bytes(dtype: torch.dtype) -> int:
+    """Return the size of the kernel's `WarpSamples`."""
+    return _WARP * (record_bytes(dtype) + real_bytes(dtype) + 4 + 1) + _TASK_BYTES
+
+
+def _tile(g: Geometry, slots: int, rows: int, blocks: int, tuning: Tuning) -> Tile:
+    """Return the tile for which the busiest warp has least to do, the largest of equals."""
+    best, least = None, 0.0
+    for log in range(max(tuning.taps_voxels, 1).bit_length()):
+        tile = _box(g, log)
+        if tile.voxels != 1 << log:
+            break
+        passes = -(-tile.voxels // slots) + _BATCH_PASSES * -(-tile.voxels // _WARP) + _TASK_PASSES
+        tasks = -(-tile.count * rows // blocks)
+        cost = -(-tasks // tuning.taps_warps) * passes
+        if best is None or cost <= least or best.count > _MANY_TILES:
+            best, least = tile, cost
+    assert best is not None
+    return best
+
+
+def _box(g: Geometry, log: int) -> Tile:
+    """Return the nearly cubic box of 2**log voxels, of fewer where the output is smaller; along w it grows first."""
+    logs = [0, 0, 0]
+    while sum(logs) < log:
+        free = [axis for axis in (2, 1, 0) if 1 << logs[axis] < g.out[axis]]
+        if not free:
+            break
+        logs[min(free, key=lambda axis: logs[axis])] += 1
+    count = g.batch
+    for length, axis_log in zip(g.out, logs, strict=True):
+        count *= -(-length // (1 << axis_log))
+    return Tile((logs[0], logs[1], logs[2]), count)
