@@ -99,7 +99,7 @@ def volume_logits(
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    image = apply(inference_transforms(prep), {"image": image_path})["image"]
+    image = apply(inference_transforms(prep, device=device), {"image": image_path})["image"]
     return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 

@@ -258,9 +258,15 @@ class RestoreGridd(MapTransform):
         return d
 
 
-def inference_transforms(prep: Preprocessing) -> list[Transform]:
-    """Dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32."""
-    return [LoadVolumed("image"), _BoundedGrid(prep), *_to_network_grid(prep, ("image",)), *_intensity(prep)]
+def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:
+    """Dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
+
+    On a GPU all but the reading is computed there and the result stays there, if there is enough memory.
+    """
+    steps = [*_to_network_grid(prep, ("image",)), *_intensity(prep)]
+    if torch.device(device).type == "cuda":
+        steps = [_OnDevice(steps, device)]
+    return [LoadVolumed("image"), _BoundedGrid(prep), *steps]
 
 
 def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
@@ -290,6 +296,19 @@ def apply(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> dict
 def restore_transforms() -> list[Transform]:
     """Dictionary transforms that turn the logits under ``pred`` into labels on the original grid of ``image``."""
     return [RestoreGridd("pred")]
+
+
+class _OnDevice(Transform):
+    """Runs other transforms of an image on a GPU, or where it is if the GPU has too little memory."""
+
+    def __init__(self, steps: Sequence[Transform], device: str | torch.device) -> None:
+        self.steps, self.device = steps, device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        try:
+            return apply(self.steps, {**data, "image": data["image"].to(self.device)})
+        except torch.OutOfMemoryError:
+            return apply(self.steps, data)
 
 
 class _BoundedGrid(Transform):

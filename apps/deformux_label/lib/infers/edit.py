@@ -190,7 +190,7 @@ def open_study(
     models: ServedModels, version: str, path: str, prep: Preprocessing, device: str
 ) -> tuple[Study, str | None, float]:
     """Segment a volume for its edits: the study, a sentence if memory was short, and the network's seconds."""
-    image = apply(inference_transforms(prep), {"image": path})["image"]
+    image = apply(inference_transforms(prep, device=device), {"image": path})["image"]
     networks: list[ServedNetwork] = []
 
     def logits(attempt: Attempt) -> torch.Tensor:

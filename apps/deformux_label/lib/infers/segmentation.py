@@ -58,7 +58,8 @@ class Segmentation(BasicInferTask):
             return super().__call__({**request, "model_version": self.models.current()}, callbacks)
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
-        return inference_transforms(self._preprocessing(data or {}))
+        data = data or {}
+        return inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))
 
     def run_inferer(
         self,

@@ -1,0 +1,264 @@
+"""Inference of the published network on a GPU: calls captured and not, and an automatic segmentation by stages.
+
+    python benchmarks/inference_gpu.py
+    python benchmarks/inference_gpu.py --device cpu --preset tiny --size 96,96,64 --only segmentation    # to try it
+
+The weights are untrained, with offsets as after some training: their values change nothing about the time. A call
+is timed as a click makes it (64³ voxels with guidance) and as a segmentation does (96³ without). Needs neither the app
+nor MONAI Label. Writes results/inference_gpu.md and .json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from _machine import machine_lines
+from torch import Tensor
+
+from deformux.captured_inference import CapturedNetwork, CaptureOptions
+from deformux.inference import WindowInferer, mixed_precision
+from deformux.network import PRESETS, DeformableMixer, DeformUXNet
+from deformux.transforms import Preprocessing, apply, inference_transforms, restore_transforms
+
+HERE = Path(__file__).resolve().parent
+CLICK, WINDOW = (64, 64, 64), (96, 96, 96)
+LIMIT_S = 5.0
+# Guidance channels that a click fills: two labels' clicks, and as many labels in the mask.
+CHANNELS = (0, 2, 15, 16, 20)
+VARIANTS = {
+    "captured": {},
+    "all in bfloat16": {"half": True},
+    "cuDNN measures": {"try_algorithms": True},
+    "cuDNN measures, channels-last": {"try_algorithms": True, "channels_last": True},
+    "all in bfloat16, cuDNN measures": {"half": True, "try_algorithms": True},
+    "all in bfloat16, cuDNN measures, channels-last": {"half": True, "try_algorithms": True, "channels_last": True},
+}
+COMPILED = {"compiled": {"compiled": True}, "all in bfloat16, compiled": {"half": True, "compiled": True}}
+
+
+def main() -> None:
+    """Measure, print, and keep the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
+    parser.add_argument("--classes", type=int, default=14, help="background included")
+    parser.add_argument("--size", default="512,512,300", help="voxels of the scan")
+    parser.add_argument("--only", choices=("calls", "segmentation"))
+    parser.add_argument("--compiled", action="store_true", help="compiled networks too: minutes more")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    args = parser.parse_args()
+    network = untrained(args.preset, args.classes).to(args.device).eval()
+    result: dict[str, Any] = {"preset": args.preset, "classes": args.classes, "device": args.device}
+    if args.only != "segmentation":
+        result["calls"] = calls(network, args.device, compiled=args.compiled)
+    if args.only != "calls":
+        size = tuple(int(n) for n in args.size.split(","))
+        result["segmentation"] = segmentation(network, size, args.device)
+    result["machine"] = machine_lines()
+    text = table(result)
+    print(text)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "inference_gpu.md").write_text(text)
+    (args.results / "inference_gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def untrained(preset: str, classes: int) -> DeformUXNet:
+    """A network whose offsets and guidance are not zero, as they are at initialisation."""
+    torch.manual_seed(0)
+    network = DeformUXNet(1, classes, preset, guidance=True)
+    for module in network.modules():
+        if isinstance(module, DeformableMixer):
+            torch.nn.init.normal_(module.offset.weight, std=0.3 / module.offset.in_channels**0.5)
+    for name, parameter in network.named_parameters():
+        if name.endswith("guidance"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def calls(network: DeformUXNet, device: str, *, compiled: bool) -> list[dict[str, Any]]:
+    """Milliseconds and differences of each way to call the network."""
+    x = torch.rand(4, 1, *WINDOW, device=device)
+    click = torch.rand(1, 1, *CLICK, device=device)
+    guidance = torch.zeros(1, network.guidance_channels, *CLICK, device=device)
+    used = [channel for channel in CHANNELS if channel < network.guidance_channels]
+    guidance[:, used] = torch.rand(1, len(used), *CLICK, device=device).gt(0.5).float()
+    kinds: dict[str, tuple[Tensor, ...]] = {
+        "click": (click, guidance),
+        "window": (x[:1],),
+        "2 windows": (x[:2],),
+        "4 windows": (x,),
+    }
+
+    @torch.inference_mode()
+    def eager(*inputs: Tensor) -> Tensor:
+        with mixed_precision(device):
+            return network(*inputs).float()
+
+    rows = [row("one kernel after another", eager, kinds, eager)]
+    for name, options in (VARIANTS | (COMPILED if compiled else {})).items():
+        captured = CapturedNetwork(network, device, options=CaptureOptions(calls_before=0, **options))
+        # Only some are worth compiling for a minute each.
+        some = {kind: kinds[kind] for kind in ("click", "2 windows")} if "compiled" in name else kinds
+        rows.append(row(name, captured, some, eager))
+        print(rows[-1], flush=True)
+        del captured
+        torch.cuda.empty_cache()
+    return rows
+
+
+def row(
+    name: str, run: Callable[..., Tensor], kinds: dict[str, tuple[Tensor, ...]], expected: Callable[..., Tensor]
+) -> dict[str, Any]:
+    """One way to call the network, for all kinds of calls."""
+    result: dict[str, Any] = {"name": name}
+    for kind, inputs in kinds.items():
+        began = time.perf_counter()
+        actual = run(*inputs)
+        synchronize()
+        first_s = time.perf_counter() - began
+        exact = expected(*inputs)
+        found: dict[str, Any] = {
+            "first_s": first_s,
+            "distance": float((actual - exact).norm() / exact.norm()),
+            "classes_differ": float((actual.argmax(1) != exact.argmax(1)).float().mean()),
+        }
+        del actual, exact
+        for _ in range(2):
+            run(*inputs)
+        found["ms"] = 1000 * statistics.median(seconds(lambda: run(*inputs)) for _ in range(10))  # noqa: B023 - at once
+        result[kind] = found
+    return result
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """How long something takes, the GPU's work included."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def segmentation(network: DeformUXNet, size: tuple[int, ...], device: str) -> dict[str, Any]:
+    """Seconds of each stage, captured and not, from a compressed file to a compressed file."""
+    prep = Preprocessing("ct", patch_size=WINDOW)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scan.nii.gz"
+        nib.save(nib.Nifti1Image(phantom(size), np.diag([-0.8, -0.8, 1.5, 1.0])), path)
+        ways: dict[str, Callable[[], Callable[..., Tensor]]] = {
+            "captured": lambda: CapturedNetwork(network, device),
+            "one kernel after another": lambda: network,
+        }
+        if not device.startswith("cuda"):
+            del ways["captured"]
+        # The first run of all warms up what later ones share, such as files in memory.
+        stages(next(iter(ways.values()))(), path, prep, device)
+        return {"voxels": list(size), **{name: stages(make(), path, prep, device) for name, make in ways.items()}}
+
+
+@torch.inference_mode()
+def stages(network: Callable[..., Tensor], path: Path, prep: Preprocessing, device: str) -> dict[str, Any]:
+    """One segmentation of a file; recording the calls is part of it."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    found: dict[str, Any] = {}
+    began = time.perf_counter()
+
+    def note(stage: str) -> None:
+        nonlocal began
+        synchronize()
+        found[stage], began = time.perf_counter() - began, time.perf_counter()
+
+    read, *rest = inference_transforms(prep, device=device)
+    loaded = apply([read], {"image": path})
+    note("read")
+    image = apply(rest, loaded)["image"]
+    note("prepare")
+    logits = WindowInferer(WINDOW)(image[None].to(device), network)[0]
+    note("windows")
+    labels = apply(restore_transforms(), {"image": image, "pred": logits})["pred"]
+    note("restore")
+    target = path.with_name("labels.nii.gz")
+    nib.save(nib.Nifti1Image(labels[0].numpy(), labels.affine.numpy()), target)
+    note("write")
+    result: dict[str, Any] = {"total_s": sum(found.values()), "stages_s": found}
+    if device.startswith("cuda"):
+        result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return result
+
+
+def phantom(size: tuple[int, ...]) -> np.ndarray:
+    """A body in air, with a scanner's noise, which is what compression works on; int16."""
+    rng = np.random.default_rng(0)
+    x, y = np.ogrid[: size[0], : size[1]]
+    body = ((x / size[0] - 0.5) / 0.41) ** 2 + ((y / size[1] - 0.5) / 0.32) ** 2 < 1
+    noise = rng.normal(0, 20, (*size[:2], 16)).astype(np.int16)
+    layers = np.resize(np.arange(16), size[2])
+    return np.where(body[..., None], 40, -1000).astype(np.int16) + noise[..., layers]
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Inference on a GPU",
+        "",
+        f"`DeformUXNet`, preset `{result['preset']}`, {result['classes']} classes, bfloat16 autocast; {result['device']}.",
+        "",
+    ]
+    if "calls" in result:
+        kinds = [kind for kind in result["calls"][0] if kind != "name"]
+        lines += [
+            "Milliseconds of a call (median of 10); in brackets, how far the logits are from those of the first row, and "
+            "the part of the voxels whose class differs; untrained networks are undecided nearly everywhere.",
+            "",
+            f"| | {' | '.join(kinds)} | first call of a kind |",
+            f"|---{'|---' * len(kinds)}|---|",
+        ]
+        for each in result["calls"]:
+            cells = [
+                f"{each[kind]['ms']:.2f} ({each[kind]['distance']:.0e}, {100 * each[kind]['classes_differ']:.2f} %)"
+                if kind in each
+                else ""
+                for kind in kinds
+            ]
+            first = max(each[kind]["first_s"] for kind in kinds if kind in each)
+            lines.append(f"| {each['name']} | {' | '.join(cells)} | {first:.2f} s |")
+        lines.append("")
+    if "segmentation" in result:
+        found = result["segmentation"]
+        ways = [name for name in found if name != "voxels"]
+        lines += [
+            f"Automatic segmentation of {'×'.join(map(str, found['voxels']))} voxels, from a `.nii.gz` to a `.nii.gz`, "
+            f"windows of {'×'.join(map(str, WINDOW))}; target {LIMIT_S:.0f} s.",
+            "",
+            "| | total | read | prepare | windows | restore | write | peak memory |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for name in ways:
+            each = found[name]
+            parts = " | ".join(f"{value:.2f} s" for value in each["stages_s"].values())
+            peak = f"{each['peak_gb']:.1f} GB" if "peak_gb" in each else ""
+            lines.append(f"| {name} | **{each['total_s']:.2f} s** | {parts} | {peak} |")
+        lines.append("")
+    return "\n".join([*lines, *(f"- {line}" for line in result["machine"])]) + "\n"
+
+
+if __name__ == "__main__":
+    main()
