@@ -165,7 +165,7 @@ def plan_depthwise(
     walk = None if fused else walk_of(g, dtype, vector, tuning, multiprocessors)
     if walk:
         tiles = walk.tiles(g)
-        name, numbers = "deform_forward_walk", (*g.size, *strides, tiles)
+        name, numbers = "deform_forward_walk", tuple((*g.size, *strides, tiles))
         if walk.tensor_cores:
             name, numbers = "deform_forward_tensor", (*numbers, *walk.margin(g)[:2])
         grid = min(tiles, multiprocessors)
