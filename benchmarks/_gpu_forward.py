@@ -24,6 +24,7 @@ SHAPES = (
     (2, 16, 16, 24, 16),
     (2, 32, 8, 12, 8),
 )
+_NETWORK_DTYPES = (torch.float32, torch.bfloat16)
 # More blocks than any card has: no call is large enough for blocks that stay.
 _NEVER = 2**31
 
@@ -53,13 +54,12 @@ def compare(watch: Stopwatch) -> Iterator[Timing]:
     runtime = CupyRuntime()
     count = torch.cuda.get_device_properties().multi_processor_count
     for shape in SHAPES:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if shape == SHAPES[0] else _NETWORK_DTYPES:
             tensors = _tensors(shape, dtype)
             g = check(*tensors, None, (1, 1, 1), (1, 1, 1), (1, 1, 1))
             expected = deform_conv3d(*(t.double() for t in tensors), padding=1, backend="reference")
             floor = gather_floor_ms(shape[1], 1, g.batch * g.voxels, dtype.itemsize, count, watch.clock_hz)
-            tiles = Walk(shape[1], dtype).tiles(g) / count
-            for name, tuning in _variants(dtype):
+            for name, tuning in _variants(dtype, shape):
                 runtime.tuning = tuning
                 try:
                     actual = _forward(runtime, tensors, g)
@@ -68,16 +68,28 @@ def compare(watch: Stopwatch) -> Iterator[Timing]:
                     print(f"{shape} {dtype} {name}: refused ({error})", flush=True)
                     continue
                 error = float((actual.double() - expected).norm() / expected.norm())
-                timing = Timing(shape, str(dtype).removeprefix("torch."), name, tiles, ms, floor, error)
+                timing = Timing(
+                    shape, str(dtype).removeprefix("torch."), name, _tiles(g, dtype, tuning) / count, ms, floor, error
+                )
                 print(timing, flush=True)
                 yield timing
 
 
-def _variants(dtype: torch.dtype) -> Iterator[tuple[str, Tuning]]:
+def _variants(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[tuple[str, Tuning]]:
+    """Every arithmetic on the first shape, and on the others the most different: each takes a second to build."""
     yield "block per tile", Tuning(walk_tiles=_NEVER)
+    first = shape == SHAPES[0]
     for arithmetic in ARITHMETICS[dtype]:
+        walk = Walk(shape[1], dtype, arithmetic)
+        if arithmetic and not first and not walk.tensor_cores:
+            continue
         tuning = replace(Tuning(), walk_tiles=0, walk_float16=arithmetic, walk_bfloat16=arithmetic)
         yield f"staying, arithmetic {arithmetic}", tuning
+
+
+def _tiles(g: Geometry, dtype: torch.dtype, tuning: Tuning) -> int:
+    arithmetic = tuning.walk_bfloat16 if dtype == torch.bfloat16 else tuning.walk_float16
+    return Walk(g.in_channels, dtype, 0 if dtype == torch.float32 else arithmetic).tiles(g)
 
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

@@ -165,9 +165,8 @@ def plan_depthwise(
     walk = None if fused else walk_of(g, dtype, vector, tuning, multiprocessors)
     if walk:
         tiles = walk.tiles(g)
-        name, numbers = "deform_forward_walk", tuple((*g.size, *strides, tiles))
-        if walk.tensor_cores:
-            name, numbers = "deform_forward_tensor", (*numbers, *walk.margin(g)[:2])
+        margin = walk.margin(g)[:2] if walk.tensor_cores else ()
+        name, numbers = walk.entry, (*g.size, *strides, tiles, *margin)
         grid = min(tiles, multiprocessors)
         return _Plan(walk.kernel(name), grid, (THREADS, 1), walk.shared_bytes, numbers, walk)
     lanes = min(g.in_channels // vector, tuning.forward_threads)

@@ -45,6 +45,11 @@ class Walk:
         return self.arithmetic == TENSOR_CORES and self.lanes >= 4
 
     @property
+    def entry(self) -> str:
+        """Name of the kernel."""
+        return "deform_forward_tensor" if self.tensor_cores else "deform_forward_walk"
+
+    @property
     def vector(self) -> int:
         return _LOAD_BYTES // self.dtype.itemsize
 
@@ -132,10 +137,9 @@ def instances() -> Iterator[Kernel]:
             for arithmetic in ARITHMETICS[dtype]:
                 walk = Walk(channels, dtype, arithmetic)
                 if walk.tensor_cores:
-                    yield walk.kernel("deform_forward_tensor")
                     yield walk.kernel("deform_pad")
-                elif arithmetic != TENSOR_CORES:
-                    yield walk.kernel("deform_forward_walk")
+                if walk.tensor_cores or arithmetic != TENSOR_CORES:
+                    yield walk.kernel(walk.entry)
 
 
 def _off(size: int, remainder: int) -> int:
