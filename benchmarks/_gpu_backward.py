@@ -39,7 +39,7 @@ CHANGES: tuple[dict[str, Any], ...] = (
         for threads, unroll in ((512, 4), (512, 2), (640, 1), (768, 1))
     ),
     *({"cells_band": band} for band in (4, 16)),
-    *({"cells_segment": segment} for segment in (6, 12, 48)),
+    *({"cells_segment": segment} for segment in (6, 8, 16, 24, 48)),
 )
 _PROFILED = 5
 

@@ -41,6 +41,7 @@ from .plan import (
 
 _SORT_THREADS = 256
 _WARP = 32
+_LOAD_BYTES = 16
 
 
 def backward(
@@ -143,7 +144,7 @@ class _Call:
         return plan_taps(
             g,
             taps.dtype,
-            vector_of(g.in_channels, self.input, self.grad, taps),
+            (self.input.data_ptr() | self.grad.data_ptr() | taps.data_ptr()) % _LOAD_BYTES,
             self.shifts.strides,
             self.factors.strides,
             with_bias,
@@ -186,7 +187,7 @@ class _Call:
         return plan_cells(
             self.g,
             taps.dtype,
-            vector_of(self.g.in_channels, self.grad, taps, most=GATHER_VECTOR),
+            (self.grad.data_ptr() | taps.data_ptr()) % _LOAD_BYTES,
             self.shifts.strides,
             self.factors.strides,
             torch.are_deterministic_algorithms_enabled(),

@@ -25,7 +25,7 @@ from .plan import (
     real_bytes,
     sizes,
 )
-from .steps import Step
+from .steps import Step, loaded_at_once
 
 Strides = tuple[int, int, int]
 _THREADS = 256
@@ -72,14 +72,26 @@ def instances() -> Iterator[Kernel]:
 def plan_cells(
     g: Geometry,
     dtype: torch.dtype,
-    vector: int,
+    addresses: int,
     offset_strides: Strides,
     mask_strides: Strides,
     deterministic: bool,
     tuning: Tuning,
     multiprocessors: int,
 ) -> CellsPlan | None:
-    """Return the launches for a depthwise convolution, or None where it has to be done in parts or more generally."""
+    """Return the launches for a depthwise convolution, or None where it has to be done in parts or more generally.
+
+    Args:
+        g: sizes of the call.
+        dtype: of its tensors.
+        addresses: the last four bits of those of the output's gradient and the weights, or-ed together.
+        offset_strides: of the offset (sample, channel, voxel).
+        mask_strides: of the mask, zeros without one.
+        deterministic: whether a sum must have the same order every time.
+        tuning: sizes of launches.
+        multiprocessors: of the device.
+    """
+    vector = loaded_at_once(g.in_channels, dtype, addresses, GATHER_VECTOR)
     samples, rows, numbers = g.batch * g.out_voxels * g.taps, g.batch * (g.size[0] + 1) * (g.size[1] + 1), g.size[2] + 2
     bytes_needed = samples * (_DETERMINISTIC_BYTES if deterministic else _SAMPLE_BYTES)
     fits = max(samples, rows * numbers + 1) <= INT32_MAX and bytes_needed <= tuning.cells_bytes
@@ -144,7 +156,7 @@ def _slab(
     _, height, width = g.size
     lanes = min(g.in_channels // vector, tuning.cells_threads)
     slots = tuning.cells_threads // lanes
-    band = min(tuning.cells_band, height + 1)
+    band = _band(height + 1, tuning.cells_band)
     rows = g.batch * (depth + 1) * -(-(height + 1) // band) * band
 
     def cost(segment: int) -> float:
@@ -157,7 +169,7 @@ def _slab(
     id_words = 2 if deterministic else 1  # PyTorch's sort numbers in 64 bits
     gather = Step(
         _vector_kernel("deform_cell_gather", dtype, vector, tuning),
-        min(blocks_for(rows * -(-width // segment), slots), multiprocessors),
+        min(rows * -(-width // segment), multiprocessors),
         (lanes, slots),
         0,
         (*sizes(g), g.in_channels, *strides, g.batch, first_d, depth, segment, band, id_words),
@@ -170,6 +182,12 @@ def _slab(
         (g.batch, within // vector, g.voxels * g.in_channels),
     )
     return Slab(first_d, (4, g.batch, depth, height, width, g.in_channels), gather, add)
+
+
+def _band(rows: int, most: int) -> int:
+    """Return how many neighbouring rows of cells to walk along together: of numbers near `most`, the one that fits."""
+    near = range(max(1, most - most // 2), most + 1)
+    return min(near, key=lambda band: (-(-rows // band) * band, -band))
 
 
 def sorted_ids(

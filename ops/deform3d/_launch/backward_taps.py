@@ -10,7 +10,7 @@ import torch
 
 from .._checks import Geometry
 from .plan import INT32_MAX, Kernel, Tile, Tuning, is_cube, kernel, real_bytes, record_bytes, sizes
-from .steps import Step
+from .steps import Step, loaded_at_once
 
 Strides = tuple[int, int, int]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,14 +50,26 @@ def instances() -> Iterator[Kernel]:
 def plan_taps(
     g: Geometry,
     dtype: torch.dtype,
-    vector: int,
+    addresses: int,
     offset_strides: Strides,
     mask_strides: Strides,
     with_bias: bool,
     tuning: Tuning,
     multiprocessors: int,
 ) -> TapsPlan | None:
-    """Return the launches for a depthwise convolution, or None where another kernel's instance has to do."""
+    """Return the launches for a depthwise convolution, or None where another kernel has to do it.
+
+    Args:
+        g: sizes of the call.
+        dtype: of its tensors.
+        addresses: the last four bits of those of volumes and weights, or-ed together.
+        offset_strides: of the offset (sample, channel, voxel).
+        mask_strides: of the mask, zeros without one.
+        with_bias: whether the bias's gradient is summed too.
+        tuning: sizes of launches.
+        multiprocessors: of the device.
+    """
+    vector = loaded_at_once(g.in_channels, dtype, addresses, _LOAD_BYTES)
     known = dtype in DTYPES and g.in_channels in CHANNELS and vector * dtype.itemsize == _LOAD_BYTES
     if not (tuning.fast_samples and known and is_cube(g) and g.depthwise):
         return None
