@@ -219,13 +219,13 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Inference on a GPU",
         "",
-        f"`DeformUXNet`, preset `{result['preset']}`, {result['classes']} classes, bfloat16 autocast; {result['device']}.",
+        f"`DeformUXNet`, preset `{result['preset']}`, {result['classes']} classes, bfloat16 autocast.",
         "",
     ]
     if "calls" in result:
         kinds = [kind for kind in result["calls"][0] if kind != "name"]
         lines += [
-            "Milliseconds of a call (median of 10); in brackets, how far the logits are from those of the first row, and "
+            "Milliseconds of a call (median of 10); in brackets, how far the logits are from the first row's, and "
             "the part of the voxels whose class differs; untrained networks are undecided nearly everywhere.",
             "",
             f"| | {' | '.join(kinds)} | first call of a kind |",
