@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from deformux.cases import Case
 from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.click_training import ClickTraining
+from deformux.distributed import ALONE, Ranks
 from deformux.inference import evaluate
 from deformux.losses import PartialDiceCELoss
 from deformux.metrics import mean_dice
@@ -91,6 +92,7 @@ def fit(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     stop: Callable[[], bool] | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
@@ -110,10 +112,13 @@ def fit(
             other cases, labels, weights or another recipe is ignored. It stays when the run is over.
         checkpoint_seconds: least time between two checkpoints.
         stop: asked after each step whether to stop; the checkpoint then holds that step.
+        ranks: this process among those that train together, all of which call this with the same arguments but
+            ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.
 
     Raises:
         TrainingStopped: ``stop`` said so.
         TrainingError: no cases, an unusable scan or label, or a loss that is no longer finite.
+        ValueError: the volumes of a step cannot be divided among the processes.
     """
     if not cases:
         raise TrainingError("there are no labelled volumes to train on")
@@ -122,11 +127,12 @@ def fit(
     set_determinism(seed)
     try:
         saved = None
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.is_writer:
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
-        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device)
-        return _Run(network, patches, recipe, prep, labels, val_cases, device, seed, on_progress, saved, stop).run()
+        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks)
+        run = _Run(network, patches, recipe, prep, labels, val_cases, device, seed, on_progress, saved, stop, ranks)
+        return run.run()
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)
         if reason is None:
@@ -159,8 +165,11 @@ class _Run:
         on_progress: Callable[[Progress], None] | None,
         saved: CheckpointFile | None,
         stop: Callable[[], bool] | None,
+        ranks: Ranks,
     ) -> None:
         self.network = network.to(device)
+        self.ranks = ranks
+        ranks.broadcast(self.network)
         self.patches, self.recipe, self.prep, self.labels, self.val_cases = patches, recipe, prep, labels, val_cases
         self.device = torch.device(device)
         self.seed, self.on_progress, self.saved, self.stop = seed, on_progress, saved, stop
@@ -186,7 +195,7 @@ class _Run:
         self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
 
     def run(self) -> FitResult:
-        checkpoint = self.saved.load() if self.saved is not None else None
+        checkpoint = self.ranks.from_writer(lambda: self.saved.load() if self.saved is not None else None)
         if checkpoint is not None:
             self._restore(checkpoint)
         if not self.done:
@@ -230,6 +239,8 @@ class _Run:
             trainer.add_event_handler(
                 IterationEvents.BACKWARD_COMPLETED, self._learn_clicks, self.clicks, network, loss
             )
+        if self.ranks.size > 1:
+            trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._average)
         if recipe.gradient_clip is not None:
             trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip_gradient, recipe.gradient_clip)
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
@@ -251,7 +262,7 @@ class _Run:
 
     def _in_training(self) -> nn.Module:
         network: nn.Module = MixedPrecision(self.network, self.recipe.mixed_precision)
-        workers = min(self.recipe.batch_size, torch.get_num_threads())
+        workers = min(self.recipe.batch_size // self.ranks.size, torch.get_num_threads())
         # In others a sample may know of the rest of its batch, as with batch normalisation.
         if self.device.type == "cpu" and workers > 1 and isinstance(self.network, DeformUXNet):
             return SampleThreads(network, workers)
@@ -267,6 +278,10 @@ class _Run:
             # Of what the network says with clicks, only what is near to them is ever used.
             near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
             loss(network(image, guidance), *targets, near).backward()
+
+    def _average(self, engine: Engine) -> None:
+        output = engine.state.output
+        output[CommonKeys.LOSS] = self.ranks.average(self.network.parameters(), output[CommonKeys.LOSS])
 
     def _clip_gradient(self, _: Engine, largest: float) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), largest)
@@ -292,9 +307,10 @@ class _Run:
 
     def _validate(self) -> None:
         network = self._candidate()
-        scores = evaluate(
-            network, self.val_cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device
-        )
+        cases = self.ranks.part(self.val_cases)
+        own = evaluate(network, cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device)
+        each = {case: dice for part in self.ranks.gather(own) for case, dice in part.items()}
+        scores = {case.id: each[case.id] for case in self.val_cases}
         self.dice = mean_dice(list(scores.values()))
         self.stale_epochs += 1
         # The first counts even where it is NaN, because validation volumes hold none of the labels.
@@ -305,7 +321,7 @@ class _Run:
             self.stale_epochs = 0
 
     def _keep_step(self, engine: Engine) -> None:
-        if self.stop is not None and self.stop():
+        if self.stop is not None and self.ranks.agree(self.stop()):
             self.stopped = True
         within_epoch = engine.state.iteration % self.epoch_length != 0
         if within_epoch:
@@ -367,7 +383,7 @@ class _Run:
 
     def _report(self, engine: Engine) -> None:
         self.last_report = time.monotonic()
-        if self.on_progress is None:
+        if self.on_progress is None or not self.ranks.is_writer:
             return
         step = engine.state.iteration
         effort = self.recipe.effort if self.clicks is not None else float

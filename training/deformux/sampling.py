@@ -17,6 +17,7 @@ from monai.transforms import RandomizableTrait, Transform
 
 from deformux.augmentation import training_augmentation
 from deformux.cases import Case
+from deformux.distributed import ALONE, Ranks
 from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing, labelled_transforms
 
@@ -43,7 +44,7 @@ class Patches:
     """Training patches of labelled volumes, from one step of a run to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
-    Image and label of a patch come on ``device``.
+    Image and label of a patch come on ``device``. Of the volumes of a step each of several processes draws an equal part.
     """
 
     def __init__(
@@ -55,8 +56,12 @@ class Patches:
         prep: Preprocessing,
         labels: Sequence[str],
         device: str | torch.device = "cpu",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe = recipe
+        self.ranks = ranks
+        self.volumes = recipe.batch_size // recipe.patches_per_volume
+        self.own_volumes = ranks.share(self.volumes, "batch_size / patches_per_volume")
         self.cases = cases
         self.new = new
         n_labels = len(labels)
@@ -74,34 +79,35 @@ class Patches:
         # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
         first = CacheDataset(files[:1], fixed, cache_rate=1.0, progress=False)[0]
         each = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
-        keep = int(recipe.cache_gb * 1e9 / each)
+        keep = int(recipe.cache_gb * 1e9 / ranks.local / each)
         logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
         self._dataset = CacheDataset(files, transforms, cache_num=keep, num_workers=1, progress=False)
 
     def loader(self, *, first_step: int, steps: int, seed: int) -> DataLoader:
         """Batches for the steps ``first_step`` to ``steps`` - 1."""
-        volumes = self.recipe.batch_size // self.recipe.patches_per_volume
         ids = [case.id for case in self.cases]
+        draws = steps * self.volumes
         order = draw_order(
-            ids, self.new, oversampling=self.recipe.oversampling, draws=steps * volumes, seed=_mixed(seed, steps)
+            ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps)
         )
         # A generator of its own: the loader would otherwise draw from the global one at moments of its choice.
         return DataLoader(
             self._dataset,
-            batch_size=volumes,
-            sampler=order[first_step * volumes :],
+            batch_size=self.own_volumes,
+            sampler=self.ranks.part(order[first_step * self.volumes :]),
             num_workers=0,
             generator=torch.Generator(),
         )
 
     def seed(self, seed: int, step: int) -> None:
-        """Make every random choice of the coming step follow from ``seed`` and ``step``."""
-        mixed = _mixed(seed, step)
+        """Make every random choice of the coming step follow from ``seed``, ``step`` and the process."""
+        mixed = _mixed(seed, step, self.ranks.rank)
         random.seed(mixed)
         np.random.seed(mixed)  # noqa: NPY002 - what libraries below may use
         torch.manual_seed(mixed)
         self._dataset.transform.set_random_state(seed=mixed)
 
 
-def _mixed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def _mixed(seed: int, step: int, rank: int = 0) -> int:
+    # A single process draws as it did before there were several.
+    return int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])
