@@ -69,7 +69,12 @@ class ProgressBar(Progress):
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         # The last state is printed by the bar itself when it ends.
-        if self.disable or self.console.is_terminal or self.finished or time.monotonic() - self._last_line < self._line_seconds:
+        if (
+            self.disable
+            or self.console.is_terminal
+            or self.finished
+            or time.monotonic() - self._last_line < self._line_seconds
+        ):
             return
         self._last_line = time.monotonic()
         self.console.print(self.get_renderable())

@@ -87,9 +87,7 @@ class Patches:
         """Batches for the steps ``first_step`` to ``steps`` - 1."""
         ids = [case.id for case in self.cases]
         draws = steps * self.volumes
-        order = draw_order(
-            ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps)
-        )
+        order = draw_order(ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps))
         # A generator of its own: the loader would otherwise draw from the global one at moments of its choice.
         return DataLoader(
             self._dataset,
