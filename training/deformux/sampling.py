@@ -44,7 +44,7 @@ class Patches:
     """Training patches of labelled volumes, from one step of a run to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
-    Image and label of a patch come on ``device``. Of the volumes of a step each of several processes draws an equal part.
+    Image and label of a patch come on ``device``. Each of several processes draws an equal part of a step's volumes.
     """
 
     def __init__(
