@@ -87,22 +87,22 @@ def test_a_step_is_that_of_the_mean_gradient(cases: list[Case]) -> None:
     drawn = []
     for rank in range(2):
         patches = Patches(cases[:2], new=(), recipe=recipe, ranks=Ranks(rank, 2), **OPTIONS)
-        patches.seed(0, 1)
-        batch = next(iter(patches.loader(first_step=0, steps=1, seed=0)))
+        batches = iter(patches.loader(first_step=0, steps=1, seed=0))
+        patches.seed(0, 0)
+        batch = next(batches)
         drawn.append(batch["image"])
         loss = PartialDiceCELoss()(expected(batch["image"]), batch["label"], batch["annotated"])
         (loss / 2).backward()
     assert [len(image) for image in drawn] == [1, 1]
     assert not torch.equal(*drawn)
     options = {"lr": recipe.learning_rate, "weight_decay": recipe.weight_decay, "betas": recipe.betas}
-    # A step of Adam is the sign of the gradient where that is not near to eps.
     torch.optim.AdamW(expected.parameters(), eps=recipe.eps, **options).step()
-    before, total, same = network().state_dict(), 0, 0
-    for name, value in expected.state_dict().items():
-        assert (trained.state_dict()[name] - before[name]).abs().max() <= 1.01 * (recipe.learning_rate * 1.1)
-        total += value.numel()
-        same += int(torch.isclose(trained.state_dict()[name], value, rtol=0, atol=0.01 * recipe.learning_rate).sum())
-    assert same > 0.99 * total
+    close = [
+        torch.isclose(trained.state_dict()[name], value, rtol=0, atol=0.01 * recipe.learning_rate).flatten()
+        for name, value in expected.state_dict().items()
+    ]
+    # The first step of Adam is about the sign of the gradient, which rounding may turn where that is nearly zero.
+    assert torch.cat(close).float().mean() > 0.999
 
 
 def test_what_cannot_be_divided_is_refused(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
