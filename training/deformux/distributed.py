@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -163,4 +164,7 @@ def connected(ranks: Ranks, store: dist.Store | None = None) -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
-        dist.destroy_process_group()
+        # Ignite remembers these processes, and would greet the next ones in some of them only, which would then wait.
+        idist.finalize()
+        if dist.is_initialized():
+            dist.destroy_process_group()
