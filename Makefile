@@ -37,7 +37,8 @@ serve: $(READY)
 		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
 		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
 		$(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") $(if $(LEASE),--lease-minutes "$(LEASE)") \
-		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") \
+		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(TRAIN_DEVICES),--train-devices "$(TRAIN_DEVICES)") \
+		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") \
 		$(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.

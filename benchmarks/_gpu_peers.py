@@ -1,6 +1,6 @@
-"""What the CUDA operator is compared with: the published algorithm, and `grid_sample`, in PyTorch's own operations.
+"""Peers of the CUDA operator: the published algorithm and `grid_sample` in PyTorch's own operations, and `tvdcn`.
 
-Both compute the 3 x 3 x 3 depthwise deformable convolution with padding 1, on any device.
+All compute the 3 x 3 x 3 depthwise deformable convolution with padding 1, on any device.
 """
 
 from __future__ import annotations
@@ -173,3 +173,55 @@ def grid_samples(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) ->
         sampled = F.grid_sample(input, torch.stack(coordinates, -1), padding_mode="zeros", align_corners=True)
         output = output + sampled * weight[:, 0, tap // 9, tap // 3 % 3, tap % 3].view(1, -1, 1, 1, 1)
     return output
+
+
+class _Tvdcn(torch.autograd.Function):
+    """The forward and backward of `tvdcn`, whose own autograd function fails where there is no mask or no bias."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        output: Tensor = torch.ops.tvdcn.deform_conv3d(*_tvdcn_arguments(*tensors))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        arguments = _tvdcn_arguments(*ctx.saved_tensors)
+        with torch._C._AutoDispatchBelowAutograd():
+            by_input, by_weight, by_offset, _, by_bias = torch.ops.tvdcn._deform_conv3d_backward(*grads, *arguments)
+        return by_input, by_offset, by_weight, by_bias
+
+
+def _tvdcn_arguments(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> tuple[Any, ...]:
+    ones = (1, 1, 1)
+    return input, weight, offset, None, bias, ones, ones, ones, weight.shape[0]
+
+
+def tvdcn_operator() -> Operator:
+    """Return the operator of `tvdcn` (github.com/inspiros/tvdcn, MIT licence), which has no bfloat16.
+
+    The wheels of 1.1.0 are linked against PyTorch 2.7 and CUDA 12.8. With PyTorch 2.11 their library lacks three
+    symbols, `torch::autograd::_wrap_outputs` among them, and with a PyTorch for CUDA 13 the package refuses to load; it
+    takes part where it was built from its repository against the installed PyTorch (the source distribution has no
+    headers).
+
+    Raises:
+        ImportError: it is not installed, or it cannot be loaded; the message says which.
+    """
+    try:
+        import tvdcn
+    except ModuleNotFoundError as error:
+        raise ImportError("tvdcn is not installed") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(f"tvdcn cannot be loaded: {error}") from error
+    if not tvdcn.has_ops():
+        raise ImportError(
+            f"tvdcn {tvdcn.__version__} cannot be loaded: its compiled library was not built for "
+            f"PyTorch {torch.__version__}; build it from its repository"
+        )
+
+    def run(*tensors: Tensor) -> Tensor:
+        output: Tensor = _Tvdcn.apply(*tensors)
+        return output
+
+    return run

@@ -10,7 +10,7 @@ from typing import Any
 
 from deformux.files import write_text
 
-OURS, IM2COL, GRID = "deform3d", "im2col + GEMM per group", "27 grid_sample"
+OURS, IM2COL, GRID, TVDCN = "deform3d", "im2col + GEMM per group", "27 grid_sample", "tvdcn"
 COMPILED = ", compiled"
 PEERS = (IM2COL, IM2COL + COMPILED, GRID, GRID + COMPILED)
 # The size that the targets are for: the network's first stage.
@@ -161,7 +161,9 @@ def page(machine: Sequence[str], parts: Mapping[str, Any]) -> str:
     )
     text += _operator(rows_of(parts, "operator"), "Operator")
     text += _operator(rows_of(parts, "deterministic"), "With `torch.use_deterministic_algorithms(True)`")
-    text += _against(rows_of(parts, "operator"), rows_of(parts, "peers", "compiled-peers"))
+    tvdcn = parts.get("tvdcn", {})
+    peers = [*rows_of(parts, "peers", "compiled-peers"), *rows_of(tvdcn, "rows")]
+    text += _against(rows_of(parts, "operator"), peers, tvdcn.get("skipped"))
     if "fused" in parts:
         text += ["## Offsets computed inside the kernel, against convolution then operator", ""]
         text += _table(
@@ -201,9 +203,9 @@ def _operator(rows: Sequence[Row], title: str) -> list[str]:
     return [f"## {title}", "", *_table((*head, "forward + backward ms", "/ forward"), lines)]
 
 
-def _against(operator: Sequence[Row], peers: Sequence[Row]) -> list[str]:
+def _against(operator: Sequence[Row], peers: Sequence[Row], skipped: str | None) -> list[str]:
     """Peers take contiguous tensors, the operator the network's channels-last ones."""
-    if not peers:
+    if not peers and skipped is None:
         return []
     ours = {row.case: row for row in operator}
     lines = []
@@ -217,7 +219,8 @@ def _against(operator: Sequence[Row], peers: Sequence[Row]) -> list[str]:
         times = f"{peer.forward_ms:.3f}", ratios[0], f"{peer.training_ms:.3f}", ratios[1]
         lines.append((peer.shape, peer.dtype, peer.implementation, *times))
     head = ("input", "dtype", "implementation", "forward ms", "over ours", "forward + backward ms", "over ours")
-    return ["## Against other implementations", "", *_table(head, lines)]
+    note = [] if skipped is None else [f"Not measured: {skipped}.", ""]
+    return ["## Against other implementations", "", *_table(head, lines), *note]
 
 
 def _network(part: Mapping[str, Any]) -> list[str]:

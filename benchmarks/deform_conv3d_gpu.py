@@ -1,4 +1,4 @@
-"""The CUDA operator against the published algorithm, `grid_sample` and the card's L1 floor; the network's step.
+"""The CUDA operator against the published algorithm, `grid_sample`, `tvdcn` and its L1 floor; the network's step.
 
     python benchmarks/deform_conv3d_gpu.py [--parts operator peers ...] [--results FOLDER]
     python benchmarks/deform_conv3d_gpu.py --tune
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_peers import Operator, compiled_kernels, grid_samples, im2col_gemm
-from _gpu_results import COMPILED, GRID, IM2COL, OURS, Results, Row
+from _gpu_peers import Operator, compiled_kernels, grid_samples, im2col_gemm, tvdcn_operator
+from _gpu_results import COMPILED, GRID, IM2COL, OURS, TVDCN, Results, Row
 from _gpu_timing import Progress, Stopwatch, gather_floor_ms, kernel_times, peak_bytes, profiled
 from _machine import machine_lines
 from torch import Tensor
@@ -124,17 +124,24 @@ class Benchmark:
         finally:
             torch.use_deterministic_algorithms(False)
 
-    def _peers(self, functions: dict[str, Operator]) -> list[dict[str, Any]]:
+    def _peers(self, functions: dict[str, Operator], dtypes: Sequence[torch.dtype] = DTYPES) -> list[dict[str, Any]]:
         check_agreement(functions)
         return [
             {**self.row(name, function, *stage, dtype, "contiguous", 1.0), "layout": ""}
-            for dtype in DTYPES
+            for dtype in dtypes
             for name, function in functions.items()
             for stage in STAGES
         ]
 
     def peers(self) -> list[dict[str, Any]]:
         return self._peers({IM2COL: im2col_gemm(), GRID: grid_samples})
+
+    def tvdcn(self) -> dict[str, Any]:
+        try:
+            function = tvdcn_operator()
+        except ImportError as error:
+            return {"skipped": str(error)}
+        return {"rows": self._peers({TVDCN: function}, [torch.float32])}
 
     def compiled_peers(self) -> list[dict[str, Any]]:
         fused = {IM2COL: im2col_gemm(compiled_kernels()), GRID: torch.compile(grid_samples, dynamic=True)}
@@ -207,6 +214,7 @@ PARTS = {
     "kernels": 8,
     "network": 2,
     "peers": 16,
+    "tvdcn": 4,
     "compiled-peers": 16,
 }
 

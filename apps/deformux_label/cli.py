@@ -94,6 +94,7 @@ def serve(
     auto_train: Annotated[str, typer.Option(help="Train after so many changed labels; 0 for never.")] = "",
     lease_minutes: Annotated[str, typer.Option(help="How long a handed-out volume is kept for its annotator.")] = "",
     cache_gb: Annotated[str, typer.Option(help="Gigabytes of memory that make the next click fast; 0 for none.")] = "",
+    train_devices: Annotated[str, typer.Option(help="one, auto for all GPUs, or a list such as cuda:0,cuda:1.")] = "",
     allow_origin: Annotated[str, typer.Option(help="Comma-separated origins whose pages may call the server.")] = "",
     max_upload_gb: Annotated[str, typer.Option(help="Most gigabytes of an uploaded volume.")] = "",
     max_voxels: Annotated[str, typer.Option(help="Most voxels of a volume that is read.")] = "",
@@ -129,6 +130,7 @@ def serve(
         "auto_train": auto_train,
         "lease_minutes": lease_minutes,
         "cache_gb": cache_gb,
+        "train_devices": train_devices,
     }
     try:
         options = ServerOptions.from_conf(of_server)

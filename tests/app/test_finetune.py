@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from live import LABELS, Volume, write_volume
 
 from deformux.versions import ModelVersions
 from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.trainers.status import TrainingStatus
 
 # A network of a hundredth of the size, under the name of an ordinary one: what is tested happens around it.
 PROGRAM = """
@@ -33,7 +35,8 @@ from deformux_label.lib.models import ServedModels
 from deformux_label.lib.trainers.finetune import FineTune
 logging.basicConfig(level=logging.INFO)
 folder, state, labels, request = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), json.loads(sys.argv[4])
-project = Project(tuple(labels), "tiny", Preprocessing("ct", (3.0, 3.0, 3.0), (16, 16, 16)))
+prep = Preprocessing("ct", (3.0, 3.0, 3.0), (16, 16, 16))
+project = Project(tuple(labels), "tiny", prep, train_devices=sys.argv[5])
 task = FineTune(project, ServedModels(project, state), state)
 try:
     task(request, CheckedDatastore(str(folder), labels=labels))
@@ -52,8 +55,8 @@ def studies(tmp_path: Path) -> tuple[Path, CheckedDatastore, list[Volume]]:
     return folder, CheckedDatastore(str(folder), labels=LABELS), volumes
 
 
-def train(folder: Path, state: Path, **request: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PROGRAM, folder, state, ",".join(LABELS), json.dumps(request)]
+def train(folder: Path, state: Path, devices: str = "one", **request: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PROGRAM, folder, state, ",".join(LABELS), json.dumps(request), devices]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -114,6 +117,53 @@ def test_stopped_by_sigterm_it_goes_on(studies: tuple[Path, CheckedDatastore, li
     assert (told["status"], told["version"], told["published"]) == ("rejected", "v0002", False)
     assert "v0001 is pinned" in told["reason"]
     assert versions.published() == "v0001"
+
+
+def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
+    studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
+) -> None:
+    folder, datastore, volumes = studies
+    state = tmp_path / "state"
+    datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
+    request = {"steps": 1_000_000, "batch_size": 2}
+
+    def started(after: int) -> tuple[subprocess.Popen[str], list[psutil.Process], int]:
+        process = train(folder, state, "cpu,cpu,cpu", **request)
+        while not (told := status(state)).get("step", 0) > after or told["status"] != "running":
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.1)
+        others = [p for p in psutil.Process(process.pid).children() if "deformux.rank_processes" in p.cmdline()]
+        assert len(others) == 1, "three devices cannot share two volumes of a step, two can"
+        return process, others, told["step"]
+
+    # Cancelled, as the queue does it.
+    process, others, steps = started(0)
+    process.send_signal(signal.SIGTERM)
+    assert "Training on 2 of 3 devices" in process.communicate()[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert status(state)["status"] == "stopped"
+    assert not any(other.is_running() for other in others)
+    # One of the two is killed: the other does not wait for it for ever.
+    process, others, steps = started(steps)
+    others[0].kill()
+    log = process.communicate(timeout=60)[1]
+    assert "resuming after" in log
+    assert "422 the process that trained on cpu was killed (SIGKILL)" in log
+    told = status(state)
+    assert told["status"] == "failed"
+    assert "goes on from the last checkpoint" in told["error"]
+    # The first is killed, with which the queue began: the other ends, and the status says so when it is read.
+    process, others, steps = started(steps)
+    process.kill()
+    assert "resuming after" in process.communicate(timeout=60)[1]
+    psutil.wait_procs(others, timeout=20)
+    assert not any(other.is_running() for other in others)
+    assert TrainingStatus(state / "training.json").read()["status"] == "stopped"
+    assert ModelVersions(state / "versions").names() == []
+    done = train(folder, state, "cpu,cpu", steps=2, batch_size=2)
+    assert done.wait() == 0
+    assert (status(state)["status"], status(state)["version"]) == ("done", "v0001")
+    assert ModelVersions(state / "versions").card("v0001").device == "cpu, cpu"
 
 
 def test_a_training_that_cannot_work_says_why(

@@ -33,6 +33,9 @@ BAD = [
     ("lease_minutes", "nan", ("number", "0")),
     ("lease_minutes", "soon", ("number", "0")),
     ("cache_gb", "-0.5", ("number", "0")),
+    ("train_devices", "gpu", ("one", "auto", "cuda:0,cuda:1")),
+    ("train_devices", "cpu,cuda:0", ("one", "auto", "cuda:0,cuda:1")),
+    ("train_devices", "cuda:1,cuda:1", ("each GPU once",)),
     ("labels", "a,,b", ("comma-separated",)),
     ("labels", "a,b,a", ("'a' twice",)),
     ("labels", "liver,background", ("background",)),
@@ -61,10 +64,12 @@ def test_every_option() -> None:
         "auto_train": "3",
         "lease_minutes": "7.5",
         "cache_gb": "0.25",
+        "train_devices": "cuda:0, cuda:2",
     }
     project = Project.from_conf(conf)
     assert project.labels == ("left kidney", "tumour (3)")
     assert (project.auto_train, project.lease_minutes, project.cache_gb) == (3, 7.5, 0.25)
+    assert project.train_devices == "cuda:0,cuda:2"
     assert project.preprocessing.spacing_mm == (1.5, 1.5, 2.0)
     assert project.preprocessing.patch_size == (64, 48, 32)
     assert Project.from_conf(project.to_conf()) == project

@@ -29,7 +29,7 @@ def load(repository, monkeypatch) -> Callable[[str], ModuleType]:
     return load
 
 
-@pytest.mark.parametrize("peer", ["published algorithm", "grid_sample"])
+@pytest.mark.parametrize("peer", ["published algorithm", "grid_sample", "tvdcn"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_peers_compute_the_same(load, make_problem, peer, channels_last):
     peers = load("_gpu_peers")
@@ -39,7 +39,13 @@ def test_peers_compute_the_same(load, make_problem, peer, channels_last):
     )
     if channels_last:
         p = p.map(lambda t: t.contiguous(memory_format=torch.channels_last_3d) if t.dim() == 5 else t)
-    run = peers.im2col_gemm() if peer == "published algorithm" else peers.grid_samples
+    if peer == "tvdcn":
+        try:
+            run = peers.tvdcn_operator()
+        except ImportError as error:
+            pytest.skip(str(error))
+    else:
+        run = peers.im2col_gemm() if peer == "published algorithm" else peers.grid_samples
     leaves = p.map(lambda t: t.detach().requires_grad_()).tensors()
     exact = p.oracle().map(lambda t: t.requires_grad_()).tensors()
     grad = torch.randn(p.input.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
@@ -85,6 +91,34 @@ def test_page_has_the_targets_beside_what_was_measured(load, tmp_path):
     assert "| 2×48×48³ | float32 | channels-last | 1 | 0.500 | 0.250 | 2.00 | 3.000 | 6.0 |" in page
     assert "| 2×48×48³ | float32 | im2col + GEMM per group, compiled | 4.000 | 8.0× | 20.000 | 6.7× |" in page
     assert "| off | 80.0 | 21.00 | 8.0 | 10.0 % |" in page
+
+
+def test_a_peer_that_cannot_be_loaded_says_why(load, tmp_path, monkeypatch):
+    peers, results = load("_gpu_peers"), load("_gpu_results")
+    monkeypatch.setitem(sys.modules, "tvdcn", None)
+    with pytest.raises(ImportError, match="tvdcn is not installed") as caught:
+        peers.tvdcn_operator()
+    package = tmp_path / "tvdcn" / "__init__.py"
+    package.parent.mkdir()
+    # As its wheel does where it was built for another PyTorch, and for another CUDA.
+    for source, reason in (
+        ("__version__ = '1.1.0'\ndef has_ops(): return False", "its compiled library was not built for PyTorch"),
+        ("raise RuntimeError('PyTorch and Extension were compiled with different CUDA versions')", "different CUDA"),
+    ):
+        package.write_text(source)
+        monkeypatch.delitem(sys.modules, "tvdcn", raising=False)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(ImportError, match=reason):
+            peers.tvdcn_operator()
+    kept = results.Results.resume(tmp_path, ["date: today"])
+    kept.keep("tvdcn", {"skipped": str(caught.value)})
+    assert "Not measured: tvdcn is not installed." in (tmp_path / "deform_conv3d_gpu.md").read_text()
+    rows = [row(results, results.TVDCN, "float32", 12.0, 50.0, layout="")]
+    kept.keep("tvdcn", {"rows": rows})
+    kept.keep("operator", [row(results, "deform3d", "float32", 0.5, 3.0)])
+    page = (tmp_path / "deform_conv3d_gpu.md").read_text()
+    assert "| 2×48×48³ | float32 | tvdcn | 12.000 | 24.0× | 50.000 | 16.7× |" in page
+    assert "Not measured" not in page
 
 
 def test_parts_of_an_earlier_run_stay_on_the_same_machine_only(load, tmp_path):

@@ -16,10 +16,11 @@ import pytest
 
 from deformux.cases import Case, find_cases
 from deformux.checkpoint import label_checksum
-from deformux.engine import FitResult, TrainingError, TrainingStopped, fit
+from deformux.engine import FitResult, TrainingError, TrainingStopped
 from deformux.learning import Learner, Outcome, Round
 from deformux.network import PRESETS, Preset
 from deformux.quality import coherence
+from deformux.rank_processes import fit_on
 from deformux.recipe import RECIPES
 from deformux.transforms import Preprocessing
 from deformux.versions import ModelVersions
@@ -143,7 +144,7 @@ class Falling:
         self.dice = list(dice)
 
     def __call__(self, *arguments: Any, **options: Any) -> FitResult:
-        result = fit(*arguments, **options)
+        result = fit_on(*arguments, **options)
         dice = self.dice.pop(0)
         return dataclasses.replace(result, best_dice=dice, per_case={case: [dice, dice] for case in result.per_case})
 
@@ -152,7 +153,7 @@ def steered(
     cases: list[Case], state: Path, dice: list[float], monkeypatch: pytest.MonkeyPatch, options: Round = QUICK
 ) -> list[Outcome]:
     """What rounds on the same cases give, each by a learner of its own, as in processes of their own."""
-    monkeypatch.setattr("deformux.learning.fit", Falling(dice))
+    monkeypatch.setattr("deformux.learning.fit_on", Falling(dice))
     return [learner(state).learn(cases, options) for _ in dice]
 
 

@@ -42,6 +42,7 @@ from deformux.cli_support import (
     writable_folder,
 )
 from deformux.clicks_cli import clicks_command
+from deformux.distributed import joined
 from deformux.engine import Progress, fit
 from deformux.files import replacing, write_text
 from deformux.inference import evaluate as evaluate_cases
@@ -105,10 +106,10 @@ def fit_command(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train a network on a labelled folder."""
-    with clear_errors():
+    """Train a network on a labelled folder; under torchrun, in several processes together."""
+    with clear_errors(), joined(torch_device(device)) as ranks:
         use_threads(threads)
-        where = torch_device(device)
+        where = ranks.device
         names = named_labels(labels, existing_folder(data))
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
@@ -116,7 +117,8 @@ def fit_command(
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
         # Evenly through the list: neighbours in a folder often come from one site.
         held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
-        writable_file(output, suffix=".safetensors")
+        if ranks.is_writer:
+            writable_file(output, suffix=".safetensors")
         plan = RECIPES[one_of("recipe", recipe, tuple(RECIPES))].replace(**assignments(set_ or []))
         torch.manual_seed(seed)
         network = DeformUXNet(1, len(names) + 1, preset, guidance=plan.clicks > 0)
@@ -125,7 +127,7 @@ def fit_command(
         train_cases = [case for i, case in enumerate(cases) if i not in held_out]
         # A folder of its own: what a killed process was writing goes with it.
         kept = output.with_suffix(".resume")
-        with _bar("training") as bar:
+        with _bar("training", shown=ranks.is_writer) as bar:
             task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
 
             def show(p: Progress) -> None:
@@ -143,7 +145,10 @@ def fit_command(
                 on_progress=show,
                 seed=seed,
                 checkpoint=kept / "checkpoint.safetensors" if resume else None,
+                ranks=ranks,
             )
+        if not ranks.is_writer:
+            return
         card = ModelCard(
             labels=tuple(names),
             preprocessing=prep,
@@ -262,7 +267,7 @@ def evaluate(
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[ProgressBar]:
+def _bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),
@@ -272,7 +277,7 @@ def _bar(what: str) -> Iterator[ProgressBar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with ProgressBar(*columns) as bar:
+    with ProgressBar(*columns, disable=not shown) as bar:
         yield bar
 
 

@@ -52,17 +52,29 @@ class ProgressBar(Progress):
         columns: of the bar, and of a line.
         console: where to show it.
         line_seconds: least time between two lines.
+        disable: show nothing.
     """
 
-    def __init__(self, *columns: ProgressColumn, console: Console = console, line_seconds: float = 30.0) -> None:
-        super().__init__(*columns, console=console)
+    def __init__(
+        self,
+        *columns: ProgressColumn,
+        console: Console = console,
+        line_seconds: float = 30.0,
+        disable: bool = False,
+    ) -> None:
+        super().__init__(*columns, console=console, disable=disable)
         self._line_seconds = line_seconds
         self._last_line = time.monotonic()
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
         # The last state is printed by the bar itself when it ends.
-        if self.console.is_terminal or self.finished or time.monotonic() - self._last_line < self._line_seconds:
+        if (
+            self.disable
+            or self.console.is_terminal
+            or self.finished
+            or time.monotonic() - self._last_line < self._line_seconds
+        ):
             return
         self._last_line = time.monotonic()
         self.console.print(self.get_renderable())

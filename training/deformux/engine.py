@@ -22,6 +22,7 @@ from deformux.cases import Case
 from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.click_training import ClickTraining
 from deformux.compilation import Compilation
+from deformux.distributed import ALONE, Ranks
 from deformux.inference import evaluate
 from deformux.metrics import mean_dice
 from deformux.network import DeformUXNet
@@ -94,6 +95,7 @@ def fit(
     stop: Callable[[], bool] | None = None,
     capture: bool = True,
     compile_cache: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
@@ -116,10 +118,13 @@ def fit(
         capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time; and compile
             the network where the run is long enough to pay for it, which rounds otherwise.
         compile_cache: folder that keeps what was compiled for the next run.
+        ranks: this process among those that train together, all of which call this with the same arguments but
+            ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.
 
     Raises:
         TrainingStopped: ``stop`` said so.
         TrainingError: no cases, an unusable scan or label, or a loss that is no longer finite.
+        ValueError: the volumes of a step cannot be divided among the processes.
     """
     if not cases:
         raise TrainingError("there are no labelled volumes to train on")
@@ -128,10 +133,10 @@ def fit(
     set_determinism(seed)
     try:
         saved = None
-        if checkpoint is not None:
+        if checkpoint is not None and ranks.is_writer:
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
-        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device)
+        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks)
         run = _Run(
             network,
             patches,
@@ -146,6 +151,7 @@ def fit(
             stop,
             capture,
             compile_cache,
+            ranks,
         )
         return run.run()
     except (InvalidVolume, RuntimeError) as error:
@@ -182,8 +188,11 @@ class _Run:
         stop: Callable[[], bool] | None,
         capture: bool,
         compile_cache: Path | None,
+        ranks: Ranks,
     ) -> None:
         self.network = network.to(device)
+        self.ranks = ranks
+        ranks.broadcast(self.network)
         self.patches, self.recipe, self.prep, self.labels, self.val_cases = patches, recipe, prep, labels, val_cases
         self.device = torch.device(device)
         self.seed, self.on_progress, self.saved, self.stop = seed, on_progress, saved, stop
@@ -208,7 +217,15 @@ class _Run:
         guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
         self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
         self.step = TrainingStep(
-            network, self.optimizer, self.ema, recipe, clicks=self.clicks, device=self.device, capture=capture
+            network,
+            self.optimizer,
+            self.ema,
+            recipe,
+            clicks=self.clicks,
+            device=self.device,
+            capture=capture,
+            samples=recipe.batch_size // ranks.size,
+            combine=(lambda loss: ranks.average(network.parameters(), loss)) if ranks.size > 1 else None,
         )
         self.loss_reader = LossReader(self.device)
         # What compiling saves is known of this network alone; another may not be compiled without a break.
@@ -217,7 +234,7 @@ class _Run:
         self.pace_began = 0.0
 
     def run(self) -> FitResult:
-        checkpoint = self.saved.load() if self.saved is not None else None
+        checkpoint = self.ranks.from_writer(lambda: self.saved.load() if self.saved is not None else None)
         if checkpoint is not None:
             self._restore(checkpoint)
         if not self.done:
@@ -252,7 +269,7 @@ class _Run:
         if checkpoint is not None:
             trainer.load_state_dict(checkpoint.values["engine"])
         trainer.add_event_handler(
-            Events.GET_BATCH_STARTED, lambda engine: seed_everything(self.seed, engine.state.iteration)
+            Events.GET_BATCH_STARTED, lambda engine: seed_everything(self.seed, engine.state.iteration, self.ranks.rank)
         )
         if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
             LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False).attach(trainer)
@@ -292,7 +309,7 @@ class _Run:
         elif taken == _PACE_TO:
             assert self.compiler is not None
             pace = (time.monotonic() - self.pace_began) / (_PACE_TO - _PACE_FROM)
-            if self.compiler.pays(pace * (self.steps - step)):
+            if self.ranks.agree(self.compiler.pays(pace * (self.steps - step))):
                 self.compiler.begin()
                 self.step.compile()
         elif taken == _PACE_TO + 1 and self.step.compiled:
@@ -315,9 +332,10 @@ class _Run:
 
     def _validate(self) -> None:
         network = self._candidate()
-        scores = evaluate(
-            network, self.val_cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device
-        )
+        cases = self.ranks.part(self.val_cases)
+        own = evaluate(network, cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device)
+        each = {case: dice for part in self.ranks.gather(own) for case, dice in part.items()}
+        scores = {case.id: each[case.id] for case in self.val_cases}
         self.dice = mean_dice(list(scores.values()))
         self.stale_epochs += 1
         # The first counts even where it is NaN, because validation volumes hold none of the labels.
@@ -328,7 +346,7 @@ class _Run:
             self.stale_epochs = 0
 
     def _keep_step(self, engine: Engine) -> None:
-        if self.stop is not None and self.stop():
+        if self.stop is not None and self.ranks.agree(self.stop()):
             self.stopped = True
         within_epoch = engine.state.iteration % self.epoch_length != 0
         if within_epoch:
@@ -392,7 +410,7 @@ class _Run:
 
     def _report(self, engine: Engine) -> None:
         self.last_report = time.monotonic()
-        if self.on_progress is None:
+        if self.on_progress is None or not self.ranks.is_writer:
             return
         step = engine.state.iteration
         effort = self.recipe.effort if self.clicks is not None else float

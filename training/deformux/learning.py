@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 
 from deformux.cases import Case
 from deformux.checkpoint import label_checksum
-from deformux.engine import FitResult, Progress, TrainingError, fit
+from deformux.engine import FitResult, Progress, TrainingError
 from deformux.gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
 from deformux.network import DeformUXNet
 from deformux.quality import LabelFacts
+from deformux.rank_processes import fit_on
 from deformux.rounds import Outcome, Round
 from deformux.run_state import RunState
 from deformux.scorebook import ScoreBook
@@ -143,7 +144,8 @@ class Learner:
 
         def train(part: int) -> tuple[DeformUXNet, FitResult]:
             network = self._network(plan.parent_path if part == 0 else None, seed, guidance=parts[part].clicks > 0)
-            result = fit(
+            result = fit_on(
+                options.devices or (device,),
                 network,
                 plan.training,
                 recipe=parts[part],
@@ -151,7 +153,7 @@ class Learner:
                 labels=self.labels,
                 val_cases=plan.validation,
                 new=plan.new if part == 0 and plan.parent else (),
-                device=device,
+                memory_share=options.memory_share,
                 on_progress=_part_of(on_progress, [p.steps for p in parts], [p.epochs for p in parts], part),
                 seed=seed,
                 checkpoint=self.run_state.checkpoint(part),
@@ -191,7 +193,7 @@ class Learner:
             scratch_cases=last if plan.parent and last and not doubled else len(plan.training),
             run=run_id,
             seconds=seconds,
-            device=device,
+            device=", ".join(options.devices) or device,
         )
         try:
             name = self.versions.write(network, card)

@@ -25,6 +25,8 @@ class Round:
         from_scratch: start from random weights in any case.
         from_start: start from ``start`` even where a version is published.
         device: where to compute.
+        devices: where to train, by a process on each; empty for ``device`` alone.
+        memory_share: most of a GPU's memory for each process that a training on several devices starts.
         seed: of every random choice.
         checkpoint_seconds: least time between two checkpoints.
     """
@@ -36,6 +38,8 @@ class Round:
     from_scratch: bool = False
     from_start: bool = False
     device: str = "cpu"
+    devices: tuple[str, ...] = ()
+    memory_share: float = 1.0
     seed: int = 0
     checkpoint_seconds: float = 30.0
 

@@ -21,6 +21,7 @@ from monai.transforms import RandomizableTrait, Transform
 
 from deformux.augmentation import training_augmentation
 from deformux.cases import Case
+from deformux.distributed import ALONE, Ranks
 from deformux.recipe import Recipe
 from deformux.transforms import Preprocessing, labelled_transforms
 
@@ -54,6 +55,7 @@ class Patches:
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
     For a GPU, processes of their own draw and vary patches ahead of time on the cores that are there, and what they
     give lies in pinned memory on the CPU. With too few cores patches are varied on the GPU, and stay there.
+    Each of several processes that train together draws an equal part of a step's volumes.
 
     Args:
         cases: volumes to draw from.
@@ -62,7 +64,8 @@ class Patches:
         prep: how volumes become network input.
         labels: names of labels 1..N.
         device: where the network trains.
-        workers: processes; None for as many as this machine has cores and shared memory for, none on a CPU.
+        workers: processes that draw; None for as many as this machine has cores and shared memory for, none on a CPU.
+        ranks: this process among those that train together.
     """
 
     def __init__(
@@ -75,8 +78,12 @@ class Patches:
         labels: Sequence[str],
         device: str | torch.device = "cpu",
         workers: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.recipe = recipe
+        self.ranks = ranks
+        self.volumes = recipe.batch_size // recipe.patches_per_volume
+        self.own_volumes = ranks.share(self.volumes, "batch_size / patches_per_volume")
         self.cases = cases
         self.new = new
         n_labels = len(labels)
@@ -90,7 +97,7 @@ class Patches:
         ]
         device = torch.device(device)
         batch_bytes = 5 * recipe.batch_size * int(np.prod(prep.patch_size))
-        self.workers = _workers(device, batch_bytes) if workers is None else workers
+        self.workers = _workers(device, batch_bytes, ranks.local) if workers is None else workers
         self._pinned = device.type == "cuda" and self.workers > 0
         augmentation = training_augmentation(prep, recipe, device="cpu" if self.workers else device)
         transforms: list[Transform] = [*labelled_transforms(prep, n_labels=n_labels), *augmentation]
@@ -98,7 +105,7 @@ class Patches:
         # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
         first = CacheDataset(files[:1], fixed, cache_rate=1.0, progress=False)[0]
         each = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
-        keep = int(recipe.cache_gb * 1e9 / each)
+        keep = int(recipe.cache_gb * 1e9 / ranks.local / each)
         logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
         self._dataset = CacheDataset(files, transforms, cache_num=keep, num_workers=1, progress=False)
         if self.workers:
@@ -106,20 +113,18 @@ class Patches:
 
     def loader(self, *, first_step: int, steps: int, seed: int) -> DataLoader:
         """Batches for the steps ``first_step`` to ``steps`` - 1."""
-        volumes = self.recipe.batch_size // self.recipe.patches_per_volume
         ids = [case.id for case in self.cases]
-        order = draw_order(
-            ids, self.new, oversampling=self.recipe.oversampling, draws=steps * volumes, seed=_mixed(seed, steps)
-        )
+        draws = steps * self.volumes
+        order = draw_order(ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps))
         processes: dict[str, Any] = {}
         if self.workers:
             # Forked, they share the volumes in memory.
             processes = {"num_workers": self.workers, "prefetch_factor": _PREFETCH, "multiprocessing_context": "fork"}
         # A generator of its own: the loader would otherwise draw from the global one at moments of its choice.
         return DataLoader(
-            _Batches(self._dataset, seed),
+            _Batches(self._dataset, seed, self.ranks.rank),
             batch_sampler=[
-                [(step, volume) for volume in order[step * volumes : (step + 1) * volumes]]
+                [(step, volume) for volume in self.ranks.part(order[step * self.volumes : (step + 1) * self.volumes])]
                 for step in range(first_step, steps)
             ],
             generator=torch.Generator(),
@@ -131,39 +136,41 @@ class Patches:
 class _Batches(torch.utils.data.Dataset):
     """The volumes of a batch, every random choice in which follows from the seed and its step."""
 
-    def __init__(self, dataset: CacheDataset, seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: CacheDataset, seed: int, rank: int) -> None:
+        self.dataset, self.seed, self.rank = dataset, seed, rank
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Any]:
         """What the transforms make of each (step, volume) of one step."""
-        seed_everything(self.seed, draws[0][0])
-        self.dataset.transform.set_random_state(seed=_mixed(self.seed, draws[0][0]))
+        step = draws[0][0]
+        seed_everything(self.seed, step, self.rank)
+        self.dataset.transform.set_random_state(seed=_mixed(self.seed, step, self.rank))
         return [self.dataset[volume] for _, volume in draws]
 
 
-def seed_everything(seed: int, step: int) -> None:
-    """Make every random choice of the coming step, in this process, follow from ``seed`` and ``step``."""
-    mixed = _mixed(seed, step)
+def seed_everything(seed: int, step: int, rank: int = 0) -> None:
+    """Make every random choice of the coming step, in this process, follow from ``seed``, ``step`` and ``rank``."""
+    mixed = _mixed(seed, step, rank)
     random.seed(mixed)
     np.random.seed(mixed)  # noqa: NPY002 - what libraries below may use
     torch.manual_seed(mixed)
 
 
-def _workers(device: torch.device, batch_bytes: int) -> int:
-    """The number of processes that draw patches; 0 where this one does."""
+def _workers(device: torch.device, batch_bytes: int, ranks: int) -> int:
+    """The number of processes that draw patches for each of the ranks of this machine; 0 where these do themselves."""
     if device.type != "cuda" or sys.platform != "linux":
         return 0
     # One core is for the training, one for whatever else there is.
-    cores = len(os.sched_getaffinity(0)) - 2
+    cores = len(os.sched_getaffinity(0)) // ranks - 2
     # Batches travel through it; a container has 64 MB by default.
     memory = os.statvfs("/dev/shm")
-    room = memory.f_bavail * memory.f_frsize // (2 * (_PREFETCH + 1) * batch_bytes)
+    room = memory.f_bavail * memory.f_frsize // (2 * (_PREFETCH + 1) * batch_bytes * ranks)
     count = min(cores, room, _MOST_WORKERS)
     return count if count >= _FEWEST_WORKERS else 0
 
 
-def _mixed(seed: int, step: int) -> int:
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def _mixed(seed: int, step: int, rank: int = 0) -> int:
+    # A single process draws as it did before there were several.
+    return int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])

@@ -42,6 +42,7 @@ class TrainingStep:
         device: where the network is.
         capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. Where that fails, one
             warning says why and steps are queued launch by launch.
+        samples: patches of a batch, which on a CPU get a thread each.
         combine: called with the loss when the gradients of a batch are complete, before they are clipped; returns the
             loss to report.
     """
@@ -56,13 +57,14 @@ class TrainingStep:
         clicks: ClickTraining | None,
         device: torch.device,
         capture: bool = True,
+        samples: int = 1,
         combine: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.network, self.optimizer, self.average, self.recipe = network, optimizer, average, recipe
         self.clicks, self.device, self.combine = clicks, device, combine
         self.compiled = False
         self._loss = PartialDiceCELoss()
-        self._with_clicks = self._without_clicks = _in_training(network, recipe, device)
+        self._with_clicks = self._without_clicks = _in_training(network, recipe, device, samples)
         self._capture = capture and device.type == "cuda"
         self._captured: dict[Any, tuple[CapturedCall, list[Tensor | None]]] = {}
         self._captured_clicks: dict[Any, CapturedCall] = {}
@@ -236,9 +238,9 @@ class LossReader:
         return values
 
 
-def _in_training(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+def _in_training(network: nn.Module, recipe: Recipe, device: torch.device, samples: int) -> nn.Module:
     mixed: nn.Module = MixedPrecision(network, recipe.mixed_precision)
-    workers = min(recipe.batch_size, torch.get_num_threads())
+    workers = min(samples, torch.get_num_threads())
     # In others a sample may know of the rest of its batch, as with batch normalisation.
     if device.type == "cpu" and workers > 1 and isinstance(network, DeformUXNet):
         return SampleThreads(mixed, workers)

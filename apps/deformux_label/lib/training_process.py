@@ -13,10 +13,10 @@ import torch
 
 from .training_queue import PARENT_PIPE
 
-__all__ = ["end_with_the_server", "leave_room_on_the_gpu"]
+__all__ = ["TRAININGS_SHARE", "end_with_the_server", "leave_room_on_the_gpu"]
 
 # What an inference and the driver need, of a GPU that a training may otherwise fill.
-_TRAININGS_SHARE = 0.8
+TRAININGS_SHARE = 0.8
 _PATIENCE_S = 20.0
 
 
@@ -38,7 +38,7 @@ def leave_room_on_the_gpu() -> None:
     falls back to smaller windows, then to the CPU.
     """
     for index in range(torch.cuda.device_count()):
-        torch.cuda.set_per_process_memory_fraction(_TRAININGS_SHARE, index)
+        torch.cuda.set_per_process_memory_fraction(TRAININGS_SHARE, index)
 
 
 def _raise_exit(number: int, _frame: FrameType | None) -> None:

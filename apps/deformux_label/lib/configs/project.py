@@ -21,7 +21,7 @@ __all__ = ["OPTIONS", "InvalidOption", "Project", "number_option"]
 
 OPTIONS = (
     *("auto_train", "cache_gb", "labels", "lease_minutes", "modality", "patch_size", "preset", "pretrained"),
-    "spacing",
+    *("spacing", "train_devices"),
 )
 # Names with a meaning of their own: to the Slicer extension, in requests, and as options of a task, which requests
 # carry beside the labels.
@@ -52,6 +52,7 @@ class Project:
         auto_train: submitted labels after which a training is queued; 0 for never.
         lease_minutes: how long a volume that was handed out is offered to nobody else; 0 for not at all.
         cache_gb: most gigabytes (10^9 bytes) kept in memory for the next click on the same volume; 0 for nothing.
+        train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
     """
 
     labels: tuple[str, ...]
@@ -61,6 +62,7 @@ class Project:
     auto_train: int = 0
     lease_minutes: float = 60.0
     cache_gb: float = 1.0
+    train_devices: str = "one"
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
@@ -97,7 +99,8 @@ class Project:
         auto_train = int(number_option("auto_train", given.get("auto_train", "0"), 10_000, whole=True))
         lease_minutes = number_option("lease_minutes", given.get("lease_minutes", "60"), 100_000)
         cache_gb = number_option("cache_gb", given.get("cache_gb", "1"), 10_000)
-        return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes, cache_gb)
+        devices = _train_devices(given.get("train_devices", cls.train_devices))
+        return cls(labels, preset, preprocessing, pretrained, auto_train, lease_minutes, cache_gb, devices)
 
     def to_conf(self) -> dict[str, str]:
         """The options that ``from_conf`` makes this project of."""
@@ -111,6 +114,7 @@ class Project:
             "preset": self.preset,
             "pretrained": self.pretrained or "none",
             "spacing": _spacing_text(self.preprocessing),
+            "train_devices": self.train_devices,
         }
 
     @property
@@ -135,6 +139,19 @@ def _pretrained(name: str) -> tuple[str | None, ModelCard | None]:
     if name not in PRETRAINED:
         raise InvalidOption(f"pretrained must be one of {', '.join((*PRETRAINED, 'none'))}; got {name!r}")
     return name, ModelCard.from_json(pretrained_path(name).with_suffix(".json").read_text())
+
+
+def _train_devices(text: str) -> str:
+    value = ",".join(part.strip() for part in text.split(","))
+    if not re.fullmatch(r"one|auto|cpu(,cpu){0,63}|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3}){0,63}", value):
+        raise InvalidOption(
+            "train_devices must be one, auto for all GPUs, or a list of devices such as cuda:0,cuda:1 or cpu,cpu; "
+            f"got {text!r}"
+        )
+    gpus = [name for name in value.split(",") if name.startswith("cuda:")]
+    if len(set(gpus)) < len(gpus):
+        raise InvalidOption(f"train_devices must name each GPU once; got {text!r}")
+    return value
 
 
 def _labels(text: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.train import TrainTask
@@ -28,6 +29,7 @@ from ..background_process import checked_gpus
 from ..checks import checked_device, chosen
 from ..configs.project import Project
 from ..models import ServedModels
+from ..training_process import TRAININGS_SHARE
 from .status import TrainingStatus
 
 __all__ = ["FineTune"]
@@ -139,6 +141,7 @@ class FineTune(TrainTask):
         gentle = recipe.replace(
             schedule="cosine", learning_rate=_CONTINUED_RATE * recipe.learning_rate, click_start=0.0
         )
+        devices = self._devices(recipe, request)
         return Round(
             scratch_recipe=recipe,
             continue_recipe=gentle,
@@ -146,9 +149,34 @@ class FineTune(TrainTask):
             served=self.models.pretrained,
             from_scratch=start == "scratch",
             from_start=start == "pretrained",
-            device=checked_device(request.get("device")),
+            device=devices[0],
+            devices=devices,
+            memory_share=TRAININGS_SHARE,
             seed=_SEED,
         )
+
+    def _devices(self, recipe: Recipe, request: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return where to train: the device that a request chooses, else as many of the project's as divide a step.
+
+        Raises:
+            TrainingError: this process does not see a GPU that the project names.
+        """
+        one = checked_device(request.get("device"))
+        first = checked_device(device_list()[0])
+        if self.project.train_devices == "one" or one not in (first, checked_device(None)):
+            return (one,)
+        if self.project.train_devices == "auto":
+            devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or [one]
+        else:
+            devices = self.project.train_devices.split(",")
+        visible = torch.cuda.device_count()
+        if missing := [name for name in devices if name != "cpu" and int(name.partition(":")[2]) >= visible]:
+            raise TrainingError(f"train_devices names {missing[0]}, and this training sees {visible} GPUs")
+        volumes = recipe.batch_size // recipe.patches_per_volume
+        used = max(n for n in range(1, len(devices) + 1) if volumes % n == 0)
+        if used < len(devices):
+            logger.info("Training on %d of %d devices, which share %d volumes of a step", used, len(devices), volumes)
+        return tuple(devices[:used])
 
     def _tell(self, outcome: Outcome) -> None:
         """The end of a training that gave a version; the Slicer extension takes ``total_time`` as the end."""

@@ -1,0 +1,170 @@
+"""One training in several processes: gradients are averaged, and every decision is the same in all of them.
+
+A step draws the volumes of one process: ``batch_size`` stays the total, and each process takes an equal part of it. The
+loss is a Dice and a cross entropy over the batch that it sees; the mean of the gradients of n such losses is not quite
+the gradient of one loss over n times the patches, so that n processes train as well as one, but not to the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ignite.distributed as idist
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["ALONE", "Ranks", "connected", "joined"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of a training; one that is alone agrees with itself, and nothing is sent.
+
+    All processes must call the same methods in the same order.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes.
+        local: number of those on this machine.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local: int = 1
+    device: str = "cpu"
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes checkpoints, results and progress."""
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """Return every ``size``-th of the items, from number ``rank`` on."""
+        return items[self.rank :: self.size]
+
+    def share(self, number: int, what: str) -> int:
+        """Return what each process has of a number; raises ValueError where it cannot be divided."""
+        if number % self.size:
+            raise ValueError(
+                f"{what} must be a multiple of the number of processes; got {number} for {self.size} processes"
+            )
+        return number // self.size
+
+    def broadcast(self, module: nn.Module) -> None:
+        """Make the weights and buffers of a module those of the writer."""
+        if self.size == 1:
+            return
+        for value in module.state_dict().values():
+            sent = value.contiguous()
+            dist.broadcast(sent, 0)
+            value.copy_(sent)
+
+    def average(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
+        """Make each gradient the mean over all processes, and return the mean loss.
+
+        A parameter without a gradient counts as zero, unless it has none anywhere. On a GPU nothing waits for it while
+        all have one.
+        """
+        if self.size == 1:
+            return loss
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+        present = torch.tensor([p.grad is not None for p in learning], dtype=loss.dtype, device=loss.device)
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), present, loss.detach().reshape(1)])
+        dist.all_reduce(flat)
+        *means, present, total = flat.split([*(gradient.numel() for gradient in gradients), len(learning), 1])
+        torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients, strict=True)])
+        torch._foreach_div_(gradients, self.size)
+        missing = [i for i, parameter in enumerate(learning) if parameter.grad is None]
+        if missing:
+            anywhere = present.tolist()
+            for i in missing:
+                learning[i].grad = gradients[i] if anywhere[i] else None
+        return total[0] / self.size
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether the flag is set in any of the processes."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def from_writer(self, get: Callable[[], T]) -> T:
+        """Return what the function gives the writer; only the writer calls it."""
+        if self.size == 1:
+            return get()
+        values: list[Any] = [get() if self.is_writer else None]
+        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
+        value: T = values[0]
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started; without it this process is alone.
+
+    Args:
+        device: ``cpu``, or ``cuda``, of which each process takes the GPU of its number on its machine.
+
+    Raises:
+        ValueError: a certain GPU is asked for, or this machine has fewer GPUs than processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    if size == 1:
+        yield Ranks(device=device)
+        return
+    number, local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if device.startswith("cuda"):
+        if device != "cuda":
+            raise ValueError(f"each process takes the GPU of its number: use --device cuda; got {device!r}")
+        if local > torch.cuda.device_count():
+            raise ValueError(
+                f"{local} processes need as many GPUs, and this machine has {torch.cuda.device_count()}; "
+                "start fewer with --nproc-per-node, or use --device cpu"
+            )
+        device = f"cuda:{number}"
+    with connected(Ranks(int(os.environ["RANK"]), size, local, device)) as ranks:
+        yield ranks
+
+
+@contextmanager
+def connected(ranks: Ranks, store: dist.Store | None = None) -> Iterator[Ranks]:
+    """Connect the processes: tensors of a GPU by NCCL, those of the CPU by Gloo.
+
+    Args:
+        ranks: this process among them.
+        store: where they find each other; None for the environment that ``torchrun`` sets.
+    """
+    on_gpu = ranks.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(ranks.device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store, rank=ranks.rank, world_size=ranks.size
+    )
+    try:
+        yield ranks
+    finally:
+        # Ignite remembers these processes, and would greet the next ones in some of them only, which would then wait.
+        idist.finalize()
+        if dist.is_initialized():
+            dist.destroy_process_group()

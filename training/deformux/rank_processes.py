@@ -1,0 +1,218 @@
+"""A training on several devices of this machine, started by one process, which stays the one to watch and to stop.
+
+That process trains on the first device and starts another for each further one. They speak over the loopback interface
+and find each other in a private folder, so that nothing listens to the network. They end with it, however it ends; it
+ends with an error when one of them does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deformux.cases import Case
+from deformux.distributed import Ranks, connected
+from deformux.engine import FitResult, TrainingError, TrainingStopped, fit
+from deformux.network import DeformUXNet
+
+__all__ = ["fit_on"]
+
+logger = logging.getLogger(__name__)
+
+_STORE = "store"
+# For a process that lost another one to end by itself: to notice may take Gloo a moment, and NCCL never does.
+_GRACE_S = 20.0
+_PAUSE_S = 0.2
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
+
+
+def fit_on(
+    devices: Sequence[str],
+    network: DeformUXNet,
+    cases: Sequence[Case],
+    *,
+    memory_share: float = 1.0,
+    stop: Callable[[], bool] | None = None,
+    **options: Any,
+) -> FitResult:
+    """Train as ``fit`` does, on several devices of this machine.
+
+    Args:
+        devices: one of each process, such as ``cuda:0`` and ``cuda:1``; with only one, this is ``fit``.
+        network, cases, stop: as for ``fit``.
+        memory_share: most of a GPU's memory that a process which this one starts takes.
+        options: the other arguments of ``fit``.
+
+    Raises:
+        TrainingStopped, TrainingError: as ``fit``, and when a process ends that should not have.
+        ValueError: the volumes of a step cannot be divided among the devices.
+    """
+    if len(devices) == 1:
+        return fit(network, cases, device=devices[0], stop=stop, **options)
+    threads = torch.get_num_threads()
+    # Processors are shared, GPUs are not.
+    own_threads = max(1, threads // len(devices)) if devices[0] == "cpu" else threads
+    given = {**options, "stop": None if stop is None else _never, "on_progress": None, "checkpoint": None}
+    arguments = pickle.dumps((network.to("cpu"), cases, given))
+    with tempfile.TemporaryDirectory(prefix="deformux-training-") as folder, _set(_environment(0)):
+        followers = _Followers(devices, Path(folder), own_threads, memory_share)
+        try:
+            followers.tell(arguments)
+            torch.set_num_threads(own_threads)
+            ranks = Ranks(0, len(devices), len(devices), devices[0])
+            with connected(ranks, dist.FileStore(str(Path(folder, _STORE)), len(devices))):
+                result = fit(network, cases, device=devices[0], stop=stop, ranks=ranks, **options)
+            followers.wait()
+            return result
+        except TrainingError:
+            raise
+        except (RuntimeError, OSError) as error:
+            if reason := followers.failure(_GRACE_S / 4):
+                raise TrainingError(reason) from error
+            raise
+        finally:
+            followers.end()
+            torch.set_num_threads(threads)
+
+
+def _never() -> bool:
+    return False
+
+
+def _environment(rank: int) -> dict[str, str]:
+    """Return the variables that keep a process to the loopback interface, and tell Ignite its number."""
+    return {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK, "LOCAL_RANK": str(rank)}
+
+
+@contextmanager
+def _set(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+class _Followers:
+    """The processes on the devices behind the first one, and a thread that watches them.
+
+    Args:
+        devices: of all processes.
+        folder: where they meet, and leave the reason of their end.
+        threads: with which each computes.
+        memory_share: of its GPU, for each.
+    """
+
+    def __init__(self, devices: Sequence[str], folder: Path, threads: int, memory_share: float) -> None:
+        self.devices, self.folder = devices, folder
+        self._over = threading.Event()
+        command = [sys.executable, "-m", "deformux.rank_processes"]
+        self.processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_environment(rank)})
+            for rank in range(1, len(devices))
+        ]
+        self._places = [
+            pickle.dumps((Ranks(rank, len(devices), len(devices), device), str(folder), threads, memory_share))
+            for rank, device in enumerate(devices[1:], start=1)
+        ]
+        threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
+
+    def tell(self, arguments: bytes) -> None:
+        """Send each process its place and what it is to train on; raises OSError where one has ended."""
+        for process, place in zip(self.processes, self._places, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(place)
+            process.stdin.write(arguments)
+            process.stdin.flush()
+
+    def failure(self, patience_s: float) -> str | None:
+        """Return why one of them ended that should not have; None when none does within a time."""
+        until = time.monotonic() + patience_s
+        while not any(process.poll() for process in self.processes):
+            if time.monotonic() > until:
+                return None
+            time.sleep(_PAUSE_S)
+        for told in sorted(self.folder.glob("error-*")):
+            return told.read_text(encoding="utf-8")
+        # What was killed comes first: the others ended for its sake.
+        ended = zip(self.processes, self.devices[1:], strict=True)
+        code, device = min((process.returncode, device) for process, device in ended if process.returncode)
+        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
+        return f"the process that trained on {device} {how}; the next training goes on from the last checkpoint"
+
+    def wait(self) -> None:
+        """Wait until all have ended, each by itself."""
+        self._over.set()
+        for process in self.processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE_S)
+
+    def end(self) -> None:
+        """End those that are left."""
+        self._over.set()
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            assert process.stdin is not None
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+
+    def _watch(self) -> None:
+        """End this process where it waits for one that is gone, and does not notice."""
+        while not self._over.wait(_PAUSE_S):
+            if not any(process.poll() for process in self.processes):
+                continue
+            if self._over.wait(_GRACE_S):
+                return
+            logger.error("The training failed: %s", self.failure(0.0))
+            os._exit(1)
+
+
+def _follow() -> None:
+    """Be one of the processes; what to do comes through standard input, which ends with the first process."""
+    # Whoever ends all processes of a group means the first one, which tells the others.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    ranks, folder, threads, memory_share = pickle.load(sys.stdin.buffer)
+    network, cases, options = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_the_first, name="first-watch", daemon=True).start()
+    torch.set_num_threads(threads)
+    if ranks.device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(memory_share, ranks.device)
+    try:
+        with connected(ranks, dist.FileStore(str(Path(folder, _STORE)), ranks.size)):
+            fit(network, cases, device=ranks.device, ranks=ranks, **options)
+    except TrainingStopped:
+        return
+    except TrainingError as error:
+        Path(folder, f"error-{ranks.rank}").write_text(str(error), encoding="utf-8")
+        raise SystemExit(1) from None
+
+
+def _end_with_the_first() -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    _follow()
