@@ -31,7 +31,7 @@ class Tuning:
 
     forward_threads: int = 384
     forward_voxels: int = 64
-    walk_tiles: int = 16  # per multiprocessor, at least, for a forward by blocks that stay
+    walk_tiles: int = 0  # per multiprocessor, at least, for a forward by blocks that stay
     walk_float16: int = 1  # in what that forward sums the corners of float16: ARITHMETIC of the kernel
     walk_bfloat16: int = 0  # the same of bfloat16; 3 needs compute capability 8.0
     samples_warps: int = 9  # divides the 27 taps evenly
@@ -41,8 +41,8 @@ class Tuning:
     taps_voxels: int = 64  # of a tile, at most
     fast_samples: bool = True  # by `backward_taps`, where it has an instance
     count_in_taps: bool = True  # samples by cell, which otherwise takes a launch
-    cells_threads: int = 640  # of the one block per multiprocessor
-    cells_unroll: int = 2  # samples that a thread has under way
+    cells_threads: int = 512  # of the one block per multiprocessor
+    cells_unroll: int = 4  # samples that a thread has under way
     cells_band: int = 8  # neighbouring rows of cells that a block walks along together
     cells_segment: int = 0  # voxels of a row that a thread walks along; 0: as keeps all threads busy
     cells_bytes: int = 2**30  # of what sorting takes, at most
