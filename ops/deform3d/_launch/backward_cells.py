@@ -97,13 +97,36 @@ def plan_cells(
     fits = max(samples, rows * numbers + 1) <= INT32_MAX and bytes_needed <= tuning.cells_bytes
     if not (tuning.fast_cells and is_cube(g) and fits):
         return None
-    voxels = g.batch * g.out_voxels
     slice_bytes = 4 * g.batch * g.size[1] * g.size[2] * g.in_channels * real_bytes(dtype)
     most = max(1, tuning.chunk_bytes // slice_bytes)
     return CellsPlan(
         samples,
         rows,
         numbers,
+        *_sort_steps(g, dtype, offset_strides, samples, rows, numbers),
+        tuple(
+            _slab(
+                g,
+                dtype,
+                vector,
+                (*offset_strides, *mask_strides),
+                first,
+                min(most, g.size[0] - first),
+                deterministic,
+                tuning,
+                multiprocessors,
+            )
+            for first in range(0, g.size[0], most)
+        ),
+    )
+
+
+def _sort_steps(
+    g: Geometry, dtype: torch.dtype, offset_strides: Strides, samples: int, rows: int, numbers: int
+) -> tuple[Step, Step, Step]:
+    """Return the launches that name or count cells, find where their samples start, and place these."""
+    voxels = g.batch * g.out_voxels
+    return (
         Step(
             _sort_kernel("deform_cell_keys", dtype),
             blocks_for(samples, _THREADS),
@@ -124,20 +147,6 @@ def plan_cells(
             (_THREADS, 1),
             0,
             (voxels, g.taps),
-        ),
-        tuple(
-            _slab(
-                g,
-                dtype,
-                vector,
-                (*offset_strides, *mask_strides),
-                first,
-                min(most, g.size[0] - first),
-                deterministic,
-                tuning,
-                multiprocessors,
-            )
-            for first in range(0, g.size[0], most)
         ),
     )
 
