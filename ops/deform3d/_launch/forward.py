@@ -179,7 +179,7 @@ def plan_depthwise(
         (lanes, tile.voxels),
         shared(tile.voxels),
         (*sizes(g), g.in_channels, *strides, *tile.arguments, at_once),
-        None,
+        False,
     )
 
 
