@@ -1,9 +1,9 @@
-"""The forward's kernels side by side: one block per tile, and blocks that stay with each arithmetic that they have."""
+"""The forward's kernels side by side: one block per tile, and blocks that stay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from _gpu_timing import Stopwatch, gather_floor_ms
@@ -12,7 +12,6 @@ from torch import Tensor
 from deform3d import _launch, deform_conv3d
 from deform3d._checks import Geometry, check
 from deform3d._launch import Tuning
-from deform3d._launch.walk import ARITHMETICS, Walk
 from deform3d.cuda import CupyRuntime
 
 # The stages of `base` at two patches of 96 x 96 x 96, and the first two of `tiny` at two of 32 x 48 x 32.
@@ -25,18 +24,16 @@ SHAPES = (
     (2, 32, 8, 12, 8),
 )
 _NETWORK_DTYPES = (torch.float32, torch.bfloat16)
-# More blocks than any card has: no call is large enough for blocks that stay.
-_NEVER = 2**31
+_VARIANTS = (("block per tile", Tuning(fast_forward=False)), ("staying", Tuning()))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One kernel on one shape; `tiles` is the number per multiprocessor, which `Tuning.walk_tiles` is compared with."""
+    """One kernel on one shape."""
 
     shape: tuple[int, ...]
     dtype: str
     kernel: str
-    tiles: float
     ms: float
     floor_ms: float
     error: float
@@ -44,7 +41,7 @@ class Timing:
     def __str__(self) -> str:
         size = "×".join(map(str, self.shape))
         return (
-            f"{size:16} {self.dtype:9} {self.kernel:22} {self.tiles:6.1f} tiles per multiprocessor, {self.ms:.4f} ms, "
+            f"{size:16} {self.dtype:9} {self.kernel:14} {self.ms:.4f} ms, "
             f"{self.ms / self.floor_ms:5.2f} of the computed floor, relative error {self.error:.2e}"
         )
 
@@ -59,7 +56,7 @@ def compare(watch: Stopwatch) -> Iterator[Timing]:
             g = check(*tensors, None, (1, 1, 1), (1, 1, 1), (1, 1, 1))
             expected = deform_conv3d(*(t.double() for t in tensors), padding=1, backend="reference")
             floor = gather_floor_ms(shape[1], 1, g.batch * g.voxels, dtype.itemsize, count, watch.clock_hz)
-            for name, tuning in _variants(dtype, shape):
+            for name, tuning in _VARIANTS:
                 runtime.tuning = tuning
                 try:
                     actual = _forward(runtime, tensors, g)
@@ -68,28 +65,9 @@ def compare(watch: Stopwatch) -> Iterator[Timing]:
                     print(f"{shape} {dtype} {name}: refused ({error})", flush=True)
                     continue
                 error = float((actual.double() - expected).norm() / expected.norm())
-                timing = Timing(
-                    shape, str(dtype).removeprefix("torch."), name, _tiles(g, dtype, tuning) / count, ms, floor, error
-                )
+                timing = Timing(shape, str(dtype).removeprefix("torch."), name, ms, floor, error)
                 print(timing, flush=True)
                 yield timing
-
-
-def _variants(dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[tuple[str, Tuning]]:
-    """Every arithmetic on the first shape, and on the others the most different: each takes a second to build."""
-    yield "block per tile", Tuning(walk_tiles=_NEVER)
-    first = shape == SHAPES[0]
-    for arithmetic in ARITHMETICS[dtype]:
-        walk = Walk(shape[1], dtype, arithmetic)
-        if arithmetic and not first and not walk.tensor_cores:
-            continue
-        tuning = replace(Tuning(), walk_tiles=0, walk_float16=arithmetic, walk_bfloat16=arithmetic)
-        yield f"staying, arithmetic {arithmetic}", tuning
-
-
-def _tiles(g: Geometry, dtype: torch.dtype, tuning: Tuning) -> int:
-    arithmetic = tuning.walk_bfloat16 if dtype == torch.bfloat16 else tuning.walk_float16
-    return Walk(g.in_channels, dtype, 0 if dtype == torch.float32 else arithmetic).tiles(g)
 
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:

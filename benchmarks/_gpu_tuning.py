@@ -20,8 +20,6 @@ from deform3d.cuda import CupyRuntime
 _FEWER, _ANY = (0.25, 1 / 3, 0.5, 0.75), (0.25, 0.5, 2.0, 4.0)
 # Has no effect on 3 x 3 x 3 kernels.
 _IRRELEVANT = ("taps_at_once",)
-# Choices rather than sizes: `--compare-forward` shows what they are worth.
-_CHOICES = ("walk_tiles", "walk_float16", "walk_bfloat16")
 
 
 def candidates(tuning: Tuning, field: str) -> list[Tuning]:
@@ -43,13 +41,13 @@ def tune(watch: Stopwatch, cases: Sequence[Sequence[Tensor]]) -> dict[str, list[
     runtime = CupyRuntime()
     passes = {"forward": [_forward(runtime, case) for case in cases]}
     passes["backward"] = [_backward(runtime, case) for case in cases]
-    names = [field.name for field in dataclasses.fields(Tuning) if field.name not in (*_IRRELEVANT, *_CHOICES)]
+    names = [field.name for field in dataclasses.fields(Tuning) if _is_size(field.name)]
     fields = {"forward": [name for name in names if name.startswith("forward_")]}
     fields["backward"] = [name for name in names if name not in fields["forward"]]
     progress = Progress(sum(len(candidates(Tuning(), name)) for name in names))
     tables = {}
     for title, runs in passes.items():
-        runtime.tuning = best = Tuning()
+        runtime.tuning = best = Tuning(fast_forward=False)  # the fast forward has no sizes to choose
         default = [watch.milliseconds(run) for run in runs]
         lowest, tried = 1.0, [{"tuning": "default", "ratio": 1.0}]
         for field in fields[title]:
@@ -70,8 +68,13 @@ def tune(watch: Stopwatch, cases: Sequence[Sequence[Tensor]]) -> dict[str, list[
     return tables
 
 
+def _is_size(field: str) -> bool:
+    """Whether it is a size that matters here, not a choice between kernels."""
+    return field not in _IRRELEVANT and not isinstance(getattr(Tuning(), field), bool)
+
+
 def _changes(tuning: Tuning) -> str:
-    default = Tuning()
+    default = Tuning(fast_forward=tuning.fast_forward)
     changed = {
         field.name: getattr(tuning, field.name)
         for field in dataclasses.fields(Tuning)

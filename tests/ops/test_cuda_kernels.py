@@ -78,7 +78,10 @@ CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilatio
 MANY_TAPS = {"kernel": (4, 5, 4), "stride": (2, 1, 1), "padding": (1, 2, 2), "dilation": (1, 1, 2)}
 # Sizes larger than a tile; every width of vector loads; `tuning` makes chunks and rounds of small problems.
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    "3x3x3, 48 channels, float16": ({**CUBE, "channels": 48, "dtype": torch.float16}, {}),
+    "3x3x3, 48 channels, float16": (
+        {**CUBE, "channels": 48, "dtype": torch.float16},
+        {"fast_forward": False},
+    ),
     "3x3x3, 36 channels, bfloat16": ({**CUBE, "channels": 36, "dtype": torch.bfloat16, "mask": False}, {}),
     "3x3x3, 20 channels, float32": ({**CUBE, "channels": 20, "dtype": torch.float32, "bias": False}, {}),
     "3x3x3, 6 channels, float64": ({**CUBE, "channels": 6, "size": (9, 4, 17)}, {}),
@@ -86,10 +89,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         {**CUBE, "channels": 35, "dtype": torch.float32},
         {"forward_threads": 16, "gather_threads": 16, "samples_warps": 2, "samples_voxels": 8},
     ),
-    "3x3x3, blocks that stay, float32": ({**CUBE, "channels": 48, "dtype": torch.float32}, {"walk_tiles": 0}),
+    "3x3x3, blocks that stay, float32": ({**CUBE, "channels": 48, "dtype": torch.float32}, {}),
     "3x3x3, blocks that stay, bfloat16": (
         {**CUBE, "channels": 24, "dtype": torch.bfloat16, "mask": False},
-        {"walk_tiles": 0},
+        {},
     ),
     "3x3x3, parts of a sample": ({**CUBE, "channels": 16, "dtype": torch.float32}, {"chunk_bytes": 20_000}),
     "3x3x3, whole samples": ({**CUBE, "channels": 8, "dtype": torch.bfloat16}, {"chunk_bytes": 400_000}),
@@ -173,7 +176,7 @@ def test_under_sanitizers():
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")
     heart = "smaller or (computed and True) or (impossible and (nan or 2147483648))"
-    heart += " or (finite and 0.4 and (dtype5 or dtype6))"  # by tensor cores, and float32
+    heart += " or (finite and 0.4 and (dtype0 or dtype2))"  # float16, in pairs, and float32
     files = [__file__, __file__.replace("kernels", "walk")]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", *files, "-k", heart]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)

@@ -11,7 +11,7 @@ from cuda_emulator import MOST_SHARED_BYTES, Launch
 
 from deform3d import _launch
 from deform3d._checks import check
-from deform3d._launch import backward_cells, backward_taps
+from deform3d._launch import backward_cells, backward_taps, walk
 
 ALL = (True,) * 5
 LAST = torch.channels_last_3d
@@ -39,9 +39,9 @@ def geometry_of(p):
     return check(p.input, p.offset, p.weight, p.bias, p.mask, *options)
 
 
-def launches(p, needs=ALL):
+def launches(p, needs=ALL, **tuning):
     """What forward and backward launch."""
-    runtime, g = Recorder(), geometry_of(p)
+    runtime, g = Recorder(_launch.Tuning(**tuning)), geometry_of(p)
     output = _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, g)
     _launch.backward(runtime, torch.zeros_like(output), p.input, p.offset, p.weight, p.mask, g, needs)
     return runtime.launches
@@ -88,10 +88,10 @@ def test_instances_are_distinct():
 @pytest.mark.parametrize(
     ("dtype", "channels", "vector"),
     [
-        (torch.float16, 48, 8),
+        (torch.float16, 40, 8),
         (torch.bfloat16, 36, 4),
         (torch.bfloat16, 6, 1),
-        (torch.float32, 48, 4),
+        (torch.float32, 40, 4),
         (torch.float32, 6, 2),
         (torch.float32, 35, 1),
         (torch.float64, 48, 2),
@@ -116,6 +116,7 @@ def test_loads_are_as_wide_as_memory_is_aligned(make_problem, shift, vector):
     _launch.forward(runtime, view, p.offset, p.weight, p.bias, p.mask, g)
     assert dict(runtime.launches[0].kernel.defines)["VECTOR"] == vector
     assert runtime.launches[0].args[0] == view.data_ptr()
+    assert runtime.launches[0].kernel.name == ("deform_forward_walk" if vector == 8 else "deform_forward")
 
 
 @pytest.mark.parametrize(
@@ -127,15 +128,17 @@ def test_general_instance_for_other_convolutions(make_problem, change):
 
 
 @pytest.mark.parametrize("last", [False, True])
-def test_offsets_are_read_where_they_are(make_problem, last):
+@pytest.mark.parametrize(("channels", "name"), [(8, "deform_forward"), (16, "deform_forward_walk")])
+def test_offsets_are_read_where_they_are(make_problem, last, channels, name):
     """Neither contiguous nor channels-last offsets and masks are copied; null stands for what is not there."""
-    p = make_problem(channels=8, **CUBE)
+    layer = {**CUBE, "channels": channels, "dtype": torch.float32}
+    p = make_problem(**layer)
     if last:
         p = p.map(lambda t: t.contiguous(memory_format=LAST) if t.dim() == 5 and t.shape[1] > 1 else t)
-    (launch,) = named(launches(p), "deform_forward")
+    (launch,) = named(launches(p), name)
     assert p.offset.data_ptr() in launch.args
     assert p.mask.data_ptr() in launch.args
-    (launch,) = named(launches(make_problem(channels=8, mask=False, bias=False, **CUBE)), "deform_forward")
+    (launch,) = named(launches(make_problem(mask=False, bias=False, **layer)), name)
     assert launch.args[:6].count(0) == 2
 
 
@@ -154,7 +157,7 @@ SORTED = {"deform_cell_starts", "deform_cell_place", "deform_cell_gather", "defo
 )
 def test_nothing_is_launched_for_what_is_not_needed(make_problem, needs, names):
     recorded = launches(make_problem(channels=48, dtype=torch.float32, **CUBE), needs)
-    assert {launch.kernel.name for launch in recorded} == {"deform_forward", *names}
+    assert {launch.kernel.name for launch in recorded} == {"deform_forward_walk", *names}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +175,11 @@ def test_general_kernels_of_the_backward(make_problem, change, names):
 
 @pytest.mark.parametrize("channels", [16, 24, 32, 48, 64, 96, 128, 192, 384])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_presets_take_the_fast_backward(make_problem, channels, dtype):
-    (launch,) = named(launches(make_problem(channels=channels, dtype=dtype, **CUBE)), "deform_backward_taps")
+def test_presets_take_the_fast_kernels(make_problem, channels, dtype):
+    recorded = launches(make_problem(channels=channels, dtype=dtype, **CUBE))
+    (launch,) = named(recorded, "deform_forward_walk")
+    assert dict(launch.kernel.defines)["CHANNELS"] == channels
+    (launch,) = named(recorded, "deform_backward_taps")
     defines = dict(launch.kernel.defines)
     assert defines["LANES"] * defines["ROUNDS"] * defines["VECTOR"] == channels
     assert defines["LANES"] in (1, 2, 4, 8, 16, 32)
@@ -201,7 +207,7 @@ def test_nothing_is_launched_for_an_empty_batch(make_problem):
 def test_sizes_of_launches(make_problem, channels, dtype):
     """Blocks fit every GPU; the tiles of the forward cover the output, and are not mostly beside it."""
     p = make_problem(channels=channels, size=(12, 12, 12), batch=1, dtype=dtype, **CUBE)
-    recorded = launches(p)
+    recorded = launches(p, fast_forward=False)
     for launch in recorded:
         threads = launch.block[0] * launch.block[1]
         assert 0 < threads <= 640
@@ -210,6 +216,31 @@ def test_sizes_of_launches(make_problem, channels, dtype):
     (forward,) = named(recorded, "deform_forward")
     assert 12**3 <= forward.grid * forward.block[1] < 3 * 12**3
     assert forward.grid >= 2 * 132  # enough for every multiprocessor
+
+
+@pytest.mark.parametrize("channels", walk.CHANNELS)
+@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("length", [1, 12, 29])
+def test_sizes_of_walks(make_problem, channels, dtype, length):
+    """A block per multiprocessor, where there are tiles enough; the tiles cover the output."""
+    p = make_problem(channels=channels, size=(length, 9, 7), batch=2, dtype=dtype, **CUBE)
+    (launch,) = named(launches(p), "deform_forward_walk")
+    tiles, lanes = launch.args[-1], channels // dict(launch.kernel.defines)["VECTOR"]
+    group = 128 if lanes % 3 else 192  # threads that work on one tile
+    assert launch.grid == min(tiles, 132)
+    assert launch.block == (768, 1)
+    assert launch.shared_bytes <= MOST_SHARED_BYTES
+    assert tiles * (group // lanes) >= 2 * length * 9 * 7
+
+
+def test_samples_of_more_bytes_than_32_bits_number_do_not_walk():
+    """Of 16 channels in float32; none of this takes memory."""
+    one = torch.zeros(1, 1, 1, 1, 1)
+    for depth, walks in ((1023, True), (1024, False)):
+        size = (depth, 256, 256)
+        input, offset, weight = one.expand(1, 16, *size), one.expand(1, 81, *size), one.expand(16, 1, 3, 3, 3)
+        g = check(input, offset, weight, None, None, (1, 1, 1), (1, 1, 1), (1, 1, 1))
+        assert (walk.walk_of(g, torch.float32, 4, _launch.Tuning()) is not None) == walks
 
 
 def test_more_voxels_than_32_bits_number():

@@ -18,7 +18,6 @@ from tolerances import assert_near
 
 CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1)}
 LAST = torch.channels_last_3d
-KINDS = [(dtype, arithmetic) for dtype, known in walk.ARITHMETICS.items() for arithmetic in known]
 NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 
 
@@ -26,13 +25,8 @@ NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 def runtime(kernel_compiler):
     """New tensors are not a number until they are written."""
     torch.use_deterministic_algorithms(True)
-    yield EmulatedRuntime(kernel_compiler, _launch.source, summing(0))
+    yield EmulatedRuntime(kernel_compiler, _launch.source, _launch.Tuning())
     torch.use_deterministic_algorithms(False)
-
-
-def summing(arithmetic):
-    """Blocks walk however few tiles there are, and sum corners so."""
-    return _launch.Tuning(walk_tiles=0, walk_float16=arithmetic, walk_bfloat16=arithmetic)
 
 
 def forward(runtime, p):
@@ -40,7 +34,7 @@ def forward(runtime, p):
         *(p.input, p.offset, p.weight, p.bias, p.mask), *(p.options[n] for n in ("stride", "padding", "dilation"))
     )
     output = _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, g)
-    assert runtime.launches[-1].kernel.name in ("deform_forward_walk", "deform_forward_tensor")
+    assert runtime.launches[-1].kernel.name == "deform_forward_walk"
     return output
 
 
@@ -64,10 +58,9 @@ def assert_same(actual, expected):
     assert_near(actual[finite], expected[finite])
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), KINDS)
+@pytest.mark.parametrize("dtype", walk.DTYPES)
 @pytest.mark.parametrize("channels", walk.CHANNELS)
-def test_every_channel_count(make_problem, runtime, channels, dtype, arithmetic):
-    runtime.tuning = summing(arithmetic)
+def test_every_channel_count(make_problem, runtime, channels, dtype):
     # No side a multiple of a tile's, but for the last.
     size = (5, 7, 10) if channels < 64 else (3, 4, 5) if channels < 100 else (3, 2, 3)
     p = make_problem(**CUBE, channels=channels, dtype=dtype, batch=2, size=size, spread=2)
@@ -76,11 +69,10 @@ def test_every_channel_count(make_problem, runtime, channels, dtype, arithmetic)
         assert_near(forward(runtime, p), expected)
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), KINDS)
+@pytest.mark.parametrize("dtype", walk.DTYPES)
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_layouts(make_problem, runtime, dtype, arithmetic, mask, bias):
-    runtime.tuning = summing(arithmetic)
+def test_layouts(make_problem, runtime, dtype, mask, bias):
     channels = 32 if dtype == torch.float16 else 48
     p = make_problem(**CUBE, channels=channels, dtype=dtype, batch=2, size=(4, 5, 9), mask=mask, bias=bias)
     last = p.map(lambda t: t.contiguous(memory_format=LAST) if t.dim() == 5 and t.shape[1] > 1 else t)
@@ -90,10 +82,9 @@ def test_layouts(make_problem, runtime, dtype, arithmetic, mask, bias):
         assert torch.equal(forward(runtime, last), first)
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), KINDS)
+@pytest.mark.parametrize("dtype", walk.DTYPES)
 @pytest.mark.parametrize("value", [*NOT_FINITE, 1e30, -3e9])
-def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, arithmetic, value):
-    runtime.tuning = summing(arithmetic)
+def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, value):
     p = make_problem(**CUBE, channels=16, dtype=dtype, batch=2, size=(4, 5, 6))
     hit = torch.rand(p.offset.shape, generator=torch.Generator().manual_seed(2)) < 0.2
     masked = p.oracle()
@@ -107,11 +98,10 @@ def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, arith
     assert_same(forward(runtime, p), expected)
 
 
-@pytest.mark.parametrize(("dtype", "arithmetic"), KINDS)
+@pytest.mark.parametrize("dtype", walk.DTYPES)
 @pytest.mark.parametrize("spread", [0, 0.4, 3])
-def test_input_that_is_not_finite(make_problem, runtime, dtype, arithmetic, spread):
+def test_input_that_is_not_finite(make_problem, runtime, dtype, spread):
     """It reaches the samples whose cells it is a corner of, in its own channel, and no other."""
-    runtime.tuning = summing(arithmetic)
     p = make_problem(**CUBE, channels=48, dtype=dtype, batch=2, size=(7, 8, 9), spread=spread, mask=False)
     for i, value in enumerate(NOT_FINITE):
         for n, c, at in ((0, 5 + i, (0, 0, 0)), (1, 20 + i, (6, 7, 8)), (1, 30 + i, (3, i, 4)), (0, 47, (i, 7, 0))):
@@ -127,10 +117,8 @@ def test_factors_that_are_not_finite(make_problem, runtime, name):
     assert_same(forward(runtime, p), p.oracle().run(backend="reference"))
 
 
-@pytest.mark.parametrize("arithmetic", walk.ARITHMETICS[torch.float16])
-def test_float16_beyond_its_range(make_problem, runtime, arithmetic):
+def test_float16_beyond_its_range(make_problem, runtime):
     """A sum of corners that float16 does not hold, in an output that it does."""
-    runtime.tuning = summing(arithmetic)
     p = make_problem(**CUBE, channels=48, dtype=torch.float16, batch=1, size=(4, 5, 6), spread=0.5)
     p = replace(p, input=p.input * 1e4, weight=p.weight * 1e-3, mask=p.mask.abs() * 9 + 1)
     expected = p.oracle().run(backend="reference")
@@ -138,22 +126,27 @@ def test_float16_beyond_its_range(make_problem, runtime, arithmetic):
     assert_near(forward(runtime, p), expected)
 
 
-def test_small_calls_and_other_convolutions_are_another_kernels(make_problem, runtime):
-    walked = {**CUBE, "channels": 48, "dtype": torch.float32, "size": (8, 8, 8), "batch": 1}
-    for change, tiles in (
-        ({}, 11),  # 32 tiles of 16 voxels for three multiprocessors
-        ({"channels": 40}, 0),
-        ({"dtype": torch.float64}, 0),
-        ({"padding": (1, 1, 0)}, 0),
+@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 2), (5, 1, 1)])
+def test_volumes_smaller_than_a_tile(make_problem, runtime, dtype, size):
+    p = make_problem(**CUBE, channels=24, dtype=dtype, batch=1, size=size, spread=1)
+    assert_near(forward(runtime, p), p.oracle().run(backend="reference"))
+
+
+def test_other_convolutions_are_another_kernels(make_problem, runtime):
+    walked = {**CUBE, "channels": 48, "dtype": torch.float32, "size": (4, 4, 4), "batch": 1}
+    for change in (
+        {"channels": 40},
+        {"dtype": torch.float64},
+        {"padding": (1, 1, 0)},
+        {"stride": (2, 1, 1)},
+        {"out_channels": 96},
     ):
-        p = make_problem(**{**walked, **change})
-        runtime.tuning = _launch.Tuning(walk_tiles=tiles)
-        options = (p.options[n] for n in ("stride", "padding", "dilation"))
-        _launch.forward(
-            runtime,
-            *(p.input, p.offset, p.weight, p.bias, p.mask),
-            check(p.input, p.offset, p.weight, p.bias, p.mask, *options),
-        )
-        assert runtime.launches[-1].kernel.name == "deform_forward"
-    runtime.tuning = _launch.Tuning(walk_tiles=10)
+        options = {**walked, **change}
+        p = make_problem(**options)
+        geometry = (p.options[n] for n in ("stride", "padding", "dilation"))
+        tensors = (p.input, p.offset, p.weight, p.bias, p.mask)
+        runtime.launches.clear()
+        _launch.forward(runtime, *tensors, check(*tensors, *geometry))
+        assert "deform_forward_walk" not in {launch.kernel.name for launch in runtime.launches}, change
     forward(runtime, make_problem(**walked))

@@ -36,10 +36,9 @@ from .plan import (
     taps_first,
     vector_of,
 )
-from .walk import THREADS, Walk, walk_of
+from .walk import THREADS, walk_of
 
 COLUMN_THREADS = 256
-PAD_THREADS = 256
 
 
 def forward(
@@ -109,7 +108,7 @@ class _Plan(NamedTuple):
     block: tuple[int, int]
     shared_bytes: int
     numbers: tuple[int, ...]  # what follows the pointers in the kernel's arguments
-    walk: Walk | None  # takes the weight as it lies in memory, and no offset branch
+    walks: bool  # takes the weight as it lies in memory, and no offset branch
 
 
 def _depthwise(
@@ -139,13 +138,10 @@ def _depthwise(
         runtime.tuning,
         runtime.multiprocessors(input.device),
     )
-    factor = weight.contiguous() if plan.walk else taps_first(weight)
+    factor = weight.contiguous() if plan.walks else taps_first(weight)
     addresses = (first, *pointers(shifts.tensor, factor), start, *pointers(factors.tensor), last)
-    if not plan.walk:
+    if not plan.walks:
         addresses += pointers(offset_weight, offset_bias)
-    elif plan.walk.tensor_cores:
-        padded = _with_margin(runtime, input, plan.walk, g)
-        addresses = (first, padded.data_ptr(), *addresses[1:])
     runtime.launch(input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers))
 
 
@@ -162,13 +158,11 @@ def plan_depthwise(
 ) -> _Plan:
     """Return the launch of one kind of call; kept, because a network makes the same few calls again and again."""
     strides = (*offset_strides, *(mask_strides or (0, 0, 0)))
-    walk = None if fused else walk_of(g, dtype, vector, tuning, multiprocessors)
+    walk = None if fused else walk_of(g, dtype, vector, tuning)
     if walk:
         tiles = walk.tiles(g)
-        margin = walk.margin(g)[:2] if walk.tensor_cores else ()
-        name, numbers = walk.entry, (*g.size, *strides, tiles, *margin)
-        grid = min(tiles, multiprocessors)
-        return _Plan(walk.kernel(name), grid, (THREADS, 1), walk.shared_bytes, numbers, walk)
+        numbers = (*g.size, *strides, tiles)
+        return _Plan(walk.kernel, min(tiles, multiprocessors), (THREADS, 1), walk.shared_bytes, numbers, True)
     lanes = min(g.in_channels // vector, tuning.forward_threads)
     at_once = taps_at_once(g, tuning)
 
@@ -185,23 +179,8 @@ def plan_depthwise(
         (lanes, tile.voxels),
         shared(tile.voxels),
         (*sizes(g), g.in_channels, *strides, *tile.arguments, at_once),
-        None,
+        False,
     )
-
-
-def _with_margin(runtime: Runtime, input: Tensor, walk: Walk, g: Geometry) -> Tensor:
-    """Return the volume with zeros around it, as the tensor cores' kernel reads it."""
-    row, plane, units = walk.margin(g)
-    padded = input.new_empty(units * walk.vector)
-    runtime.launch(
-        input.device,
-        walk.kernel("deform_pad"),
-        min(blocks_for(units, PAD_THREADS), 32 * runtime.multiprocessors(input.device)),
-        (PAD_THREADS, 1),
-        0,
-        (*pointers(input, padded), g.batch, *g.size, row, plane, units),
-    )
-    return padded
 
 
 @functools.lru_cache(maxsize=1024)

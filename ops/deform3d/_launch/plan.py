@@ -31,9 +31,7 @@ class Tuning:
 
     forward_threads: int = 384
     forward_voxels: int = 64
-    walk_tiles: int = 0  # per multiprocessor, at least, for a forward by blocks that stay
-    walk_float16: int = 1  # in what that forward sums the corners of float16: ARITHMETIC of the kernel
-    walk_bfloat16: int = 0  # the same of bfloat16; 3 needs compute capability 8.0
+    fast_forward: bool = True  # by `forward_walk`, where it has an instance
     samples_warps: int = 9  # divides the 27 taps evenly
     samples_voxels: int = 32
     samples_blocks: int = 2  # per multiprocessor, each with a row of partial weight gradients
