@@ -151,6 +151,8 @@ class Editor:
         self._windows: OrderedDict[tuple[object, ...], list[Change]] = OrderedDict()
         # Of the last call only: the next one has mostly the same pieces.
         self._patches: _Patches = {}
+        # By window: what its starting logits say around clicks.
+        self._surroundings: dict[Box, dict[tuple[int, ...], npt.NDArray[np.float32]]] = {}
         size = study.grid.network_size
         self._lattice = Lattice(size, edit_window(prep.patch_size))
         self._mask, self._start = study.labels, study.classes
@@ -162,7 +164,7 @@ class Editor:
     def nbytes(self) -> int:
         """Memory that the editor takes beside its study."""
         own = 0 if self._mask is self.study.labels else self._mask.nbytes + self._start.nbytes
-        return own + self._patch_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
+        return own + self._other_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
 
     @torch.inference_mode()
     def apply(self, points: Points) -> npt.NDArray[np.uint8]:
@@ -225,7 +227,12 @@ class Editor:
         most = start.amax(0).numpy()
         values = start.numpy()
         moved = np.zeros(classes.shape, dtype=bool)
-        evidence = border_evidence(values, {label: voxels - low for label, voxels in here.items()})
+        evidence = border_evidence(
+            values,
+            {label: voxels - low for label, voxels in here.items()},
+            known=self._surroundings.setdefault(box, {}),
+            origin=triple(low),
+        )
         for label, added in evidence.items():
             raised = values[label] + added
             wins = raised > most
@@ -312,15 +319,17 @@ class Editor:
 
     def _forget(self) -> None:
         held = sum(_nbytes(changes) for changes in self._windows.values())
-        if held + self._patch_bytes() > self._cache_bytes:
-            # They hold changes too.
+        if held + self._other_bytes() > self._cache_bytes:
+            # Quickly found again; and patches hold changes, too.
             self._patches.clear()
+            self._surroundings.clear()
         while held > self._cache_bytes:
             _, oldest = self._windows.popitem(last=False)
             held -= _nbytes(oldest)
 
-    def _patch_bytes(self) -> int:
-        return sum(patch.nbytes for _, patch in self._patches.values() if patch is not None)
+    def _other_bytes(self) -> int:
+        around = sum(values.nbytes for known in self._surroundings.values() for values in known.values())
+        return around + sum(patch.nbytes for _, patch in self._patches.values() if patch is not None)
 
     def _checked(self, mask: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         if mask.shape != self.study.labels.shape:
