@@ -10,7 +10,7 @@ learnt its few training volumes by heart cannot learn from them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,13 @@ _NUGGET = 0.2
 _SWEEPS = 20
 
 
-def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, Logits]:
+def border_evidence(
+    logits: Logits,
+    clicks: Mapping[int, Voxels],
+    *,
+    known: MutableMapping[tuple[int, ...], Logits] | None = None,
+    origin: Sequence[int] = (0, 0, 0),
+) -> dict[int, Logits]:
     """What clicks add to the logits of their labels, by label ``(x, y, z)``, nowhere less than nothing.
 
     Near a border the clicked label then leads where it was clicked; far inside another label, it may not.
@@ -53,6 +59,9 @@ def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, L
     Args:
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
         clicks: by label, voxels ``(n, 3)`` of it, in any order.
+        known: what was found out about the surroundings of clicks before, by label and voxel, and is added to; for the
+            same logits, which may be another part of them if that holds ``REACH`` voxels around each click.
+        origin: where this part of the logits begins in what ``known`` belongs to.
     """
     unique = {label: np.unique(voxels, axis=0) for label, voxels in sorted(clicks.items()) if len(voxels)}
     if not unique:
@@ -62,7 +71,13 @@ def border_evidence(logits: Logits, clicks: Mapping[int, Voxels]) -> dict[int, L
     kernels = []
     for label, voxel in zip(labels, places, strict=True):
         near = np.count_nonzero(((places - voxel) ** 2).sum(1) <= REACH**2)
-        kernels.append(_kernel(logits, int(label), voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
+        key = (int(label), *(int(at) for at in voxel + origin))
+        alike = None if known is None else known.get(key)
+        if alike is None:
+            alike = _alike(logits, int(label), voxel)
+        if known is not None:
+            known[key] = alike
+        kernels.append(_kernel(alike, voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
     shared = np.array([kernel.at(places) for kernel in kernels])
     amounts = _amounts(logits[(slice(None), *places.T)].astype(np.float64), labels, shared)
     added = {label: np.zeros(logits.shape[1:], np.float32) for label in unique}
@@ -90,14 +105,20 @@ class _Kernel:
         return result
 
 
-def _kernel(logits: Logits, label: int, voxel: Voxels, length: float) -> _Kernel:
+def _alike(logits: Logits, label: int, voxel: Voxels) -> Logits:
+    """How much the border of a label around a click resembles that at the click, within ``REACH``."""
     low = np.maximum(voxel - REACH, 0)
     part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, voxel + REACH + 1, strict=True)))]
     centre = triple(voxel - low)
     facing = _facing(_lead(part, label))
     own = facing[(slice(None), *centre)]
     border = np.sqrt((facing**2).sum(0) * (own**2).sum())
-    alike = np.maximum(0, _ACROSS * border + (1 - _ACROSS) * np.tensordot(own, facing, 1))
+    return np.maximum(0, _ACROSS * border + (1 - _ACROSS) * np.tensordot(own, facing, 1))
+
+
+def _kernel(alike: Logits, voxel: Voxels, length: float) -> _Kernel:
+    low = np.maximum(voxel - REACH, 0)
+    centre = triple(voxel - low)
     x, y, z = (
         np.exp(-((np.arange(size) - at) ** 2) / (2 * length**2)).astype(np.float32)
         for at, size in zip(centre, alike.shape, strict=True)
@@ -133,11 +154,22 @@ def _amounts(
         labels: that were clicked, ``(n,)``.
         shared: each kernel's values at all clicks, ``(n, n)``.
     """
-    amounts = np.zeros(len(labels))
+    # Lists, since numpy takes many times as long for so few numbers.
+    count, classes = len(labels), len(found)
+    columns, owners = found.T.tolist(), labels.tolist()
+    weights = shared.T.tolist()
+    amounts = [0.0] * count
     # Coordinate descent, as in the dual of a support vector machine.
     for _ in range(_SWEEPS):
-        for index, label in enumerate(labels):
-            now = found[:, index] + np.bincount(labels, amounts * shared[:, index], minlength=len(found))
-            missing = _MARGIN - float(_lead(now, label))
-            amounts[index] = np.clip(amounts[index] + missing / (1 + _NUGGET), 0, _MOST)
-    return amounts
+        before = amounts.copy()
+        for index, label in enumerate(owners):
+            added = [0.0] * classes
+            for owner, amount, weight in zip(owners, amounts, weights[index], strict=True):
+                added[owner] += amount * weight
+            now = [a + b for a, b in zip(columns[index], added, strict=True)]
+            own = now.pop(label)
+            missing = _MARGIN - (own - max(now))
+            amounts[index] = min(max(amounts[index] + missing / (1 + _NUGGET), 0.0), _MOST)
+        if amounts == before:
+            break
+    return np.array(amounts)

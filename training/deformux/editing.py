@@ -94,6 +94,24 @@ def open_study(network: nn.Module, path: Path, prep: Preprocessing, *, device: s
     return study_from_logits(*volume_logits(network, path, prep, device=device))
 
 
+@dataclass(frozen=True)
+class _Patch:
+    """What a piece of overlapping changes writes into a mask: ``labels`` where ``won``, both of a ``box`` of it."""
+
+    box: Box
+    won: npt.NDArray[np.bool_]
+    labels: npt.NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes beside the changes."""
+        return self.won.nbytes + self.labels.nbytes
+
+
+# By what identifies changes and clicks: the changes, whose identity nothing else may take meanwhile, and their patch.
+_Patches = dict[tuple[object, ...], tuple[Sequence[Change], _Patch | None]]
+
+
 class Editor:
     """Corrects the mask of one study by clicks; for one thread at a time.
 
@@ -131,6 +149,10 @@ class Editor:
         self.windows_computed = 0
         self._cache_bytes = cache_bytes
         self._windows: OrderedDict[tuple[object, ...], list[Change]] = OrderedDict()
+        # Of the last call only: the next one has mostly the same pieces.
+        self._patches: _Patches = {}
+        # By window: what its starting logits say around clicks.
+        self._surroundings: dict[Box, dict[tuple[int, ...], npt.NDArray[np.float32]]] = {}
         size = study.grid.network_size
         self._lattice = Lattice(size, edit_window(prep.patch_size))
         self._mask, self._start = study.labels, study.classes
@@ -142,7 +164,7 @@ class Editor:
     def nbytes(self) -> int:
         """Memory that the editor takes beside its study."""
         own = 0 if self._mask is self.study.labels else self._mask.nbytes + self._start.nbytes
-        return own + sum(_nbytes(changes) for changes in self._windows.values())
+        return own + self._other_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
 
     @torch.inference_mode()
     def apply(self, points: Points) -> npt.NDArray[np.uint8]:
@@ -158,8 +180,9 @@ class Editor:
             return result
         moved = {label: np.unique(self.study.grid.nearest(voxels), axis=0) for label, voxels in clicks.items()}
         cells = sorted({self._lattice.cell(voxel) for voxels in moved.values() for voxel in voxels})
+        before, self._patches = self._patches, {}
         for piece in pieces([change for cell in cells for change in self._window(cell, moved)]):
-            self._edit(piece, moved, result)
+            self._edit(piece, moved, before, result)
         for label, voxels in clicks.items():
             result[tuple(voxels.T)] = label
         self._forget()
@@ -204,7 +227,12 @@ class Editor:
         most = start.amax(0).numpy()
         values = start.numpy()
         moved = np.zeros(classes.shape, dtype=bool)
-        evidence = border_evidence(values, {label: voxels - low for label, voxels in here.items()})
+        evidence = border_evidence(
+            values,
+            {label: voxels - low for label, voxels in here.items()},
+            known=self._surroundings.setdefault(box, {}),
+            origin=triple(low),
+        )
         for label, added in evidence.items():
             raised = values[label] + added
             wins = raised > most
@@ -218,22 +246,41 @@ class Editor:
         return logits
 
     def _edit(
-        self, piece: Sequence[Change], clicks: Mapping[int, npt.NDArray[np.int64]], result: npt.NDArray[np.uint8]
+        self,
+        piece: Sequence[Change],
+        clicks: Mapping[int, npt.NDArray[np.int64]],
+        known: _Patches,
+        result: npt.NDArray[np.uint8],
     ) -> None:
-        """Write what overlapping changes amount to into the mask."""
+        """Write what overlapping changes amount to into the mask; ``known`` are patches of an earlier call."""
+        within: Box = (
+            triple(np.min([change.voxels.min(0) for change in piece], axis=0)),
+            triple(np.max([change.voxels.max(0) for change in piece], axis=0) + 1),
+        )
+        here = {label: _inside(clicked, within) for label, clicked in clicks.items()}
+        key = (*map(id, piece), *((label, clicked.tobytes()) for label, clicked in here.items() if len(clicked)))
+        _, patch = self._patches[key] = known.get(key) or (piece, self._patch(piece, within, here))
+        if patch is not None:
+            part = result[slices(patch.box)]
+            part[patch.won] = patch.labels[patch.won]
+
+    def _patch(
+        self, piece: Sequence[Change], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
+    ) -> _Patch | None:
+        """What overlapping changes in a box write into the mask, if anything."""
         voxels, logits, weights = mix(piece)
         logits = (logits + np.maximum(0, 1 - weights) * self._starting_logits(voxels)) / np.maximum(1, weights)
-        within: Box = (triple(voxels.min(0)), triple(voxels.max(0) + 1))
         # A click in this box may be another piece's, whose voxels lie around or between these.
         own = np.zeros(np.subtract(within[1], within[0]), dtype=bool)
         own[tuple((voxels - within[0]).T)] = True
-        here = {label: _inside(clicked, within) for label, clicked in clicks.items()}
-        here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in here.items()}
+        here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in clicks.items()}
         here = {label: clicked for label, clicked in here.items() if len(clicked)}
         settled = settle(voxels, logits, self._start[tuple(voxels.T)], here)
-        if settled.changed.any():
-            taken = settled.taken
-            self._restore(voxels[settled.changed], voxels[taken], settled.logits[:, taken], tuple(here), result)
+        if not settled.changed.any():
+            return None
+        taken = settled.taken
+        box, won, labels = self._restored(voxels[settled.changed], voxels[taken], settled.logits[:, taken], tuple(here))
+        return _Patch(box, won, labels)
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """The automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
@@ -243,15 +290,14 @@ class Editor:
             _agree(logits, self._start[index], self.study.classes[index])
         return logits
 
-    def _restore(
+    def _restored(
         self,
         changed: npt.NDArray[np.int64],
         voxels: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
         clicked: Sequence[int],
-        result: npt.NDArray[np.uint8],
-    ) -> None:
-        """Write what new logits ``(C, n)`` of the network's grid give to clicked labels into the scan's mask."""
+    ) -> tuple[Box, npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """What new logits ``(C, n)`` of the network's grid give to clicked labels: a box of the scan, where, labels."""
         grid = self.study.grid
         box = grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         origin, stop = np.array(needed := grid.needed(box))
@@ -261,8 +307,7 @@ class Editor:
         after[(slice(None), *(voxels[here] - origin).T)] = torch.from_numpy(logits[:, here])
         old, new = (grid.labels(values, box=box, origin=triple(origin)).numpy() for values in (before, after))
         # Between two classes interpolation may find a third, which nobody asked for.
-        won = (new != old) & np.isin(new, clicked)
-        result[slices(box)] = np.where(won, new, result[slices(box)])
+        return box, (new != old) & np.isin(new, clicked), new
 
     def _starting_box(self, box: Box) -> Tensor:
         logits = self.study.logits[(slice(None), *slices(box))].float()
@@ -274,9 +319,17 @@ class Editor:
 
     def _forget(self) -> None:
         held = sum(_nbytes(changes) for changes in self._windows.values())
+        if held + self._other_bytes() > self._cache_bytes:
+            # Quickly found again; and patches hold changes, too.
+            self._patches.clear()
+            self._surroundings.clear()
         while held > self._cache_bytes:
             _, oldest = self._windows.popitem(last=False)
             held -= _nbytes(oldest)
+
+    def _other_bytes(self) -> int:
+        around = sum(values.nbytes for known in self._surroundings.values() for values in known.values())
+        return around + sum(patch.nbytes for _, patch in self._patches.values() if patch is not None)
 
     def _checked(self, mask: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         if mask.shape != self.study.labels.shape:
