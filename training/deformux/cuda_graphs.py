@@ -73,12 +73,13 @@ class CapturedCall:
 
     def _captured(self, work: Callable[..., Any], device: torch.device, pool: Any) -> Any:
         generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
-        kept = generator.clone_state()
+        kept, current = generator.clone_state(), torch.cuda.current_stream(device)
         try:
             # Of this thread alone: others, such as one that pins memory for batches to come, go on.
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 return work(*self.inputs)
         except BaseException:
-            # What a broken capture leaves can draw no random numbers any more.
+            # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
             generator.graphsafe_set_state(kept)
+            torch.cuda.set_stream(current)
             raise
