@@ -47,12 +47,13 @@ class PartialDiceCELoss(nn.Module):
             log_probabilities = _marginal(log_probabilities, classes)
             mask = known & classes[:, :, None, None, None]
         chosen = torch.where(known, target, 0)
-        nll = torch.where(known, -log_probabilities.gather(1, chosen), 0.0)
+        truth = one_hot(chosen, logits.shape[1])
+        # As gather(1, chosen), whose gradient makes a GPU wait where algorithms are to be deterministic.
+        nll = torch.where(known, -(truth * log_probabilities).sum(1, keepdim=True), 0.0)
         cross_entropy = nll.sum() / known.sum().clamp(min=1)
         if emphasis is not None:
             cross_entropy = cross_entropy + (emphasis * nll).sum() / (emphasis * known).sum().clamp(min=1)
-        truth = one_hot(chosen, logits.shape[1]) * mask
-        return self.dice(torch.where(mask, log_probabilities.exp(), 0.0), truth) + cross_entropy
+        return self.dice(torch.where(mask, log_probabilities.exp(), 0.0), truth * mask) + cross_entropy
 
 
 def _marginal(log_probabilities: Tensor, classes: Tensor) -> Tensor:
