@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CaptureFailed", "CapturedCall"]
+__all__ = ["CaptureFailed", "CapturedCall", "captured"]
 
 # Passes before the capture, in which libraries choose algorithms and kernels are compiled.
 _WARM_UP = 2
@@ -18,32 +18,51 @@ class CaptureFailed(RuntimeError):
     """The work cannot be captured; the message says why. Nothing that it would have changed is half changed."""
 
 
-class CapturedCall:
-    """A function of tensors on a GPU, replayed on inputs of the same shapes and dtypes.
-
-    The results are the same tensors in every call, overwritten by the next. The function may also write to tensors
-    that stay where they are, such as gradients; it runs twice, eagerly, before it is captured.
+def captured(
+    work: Callable[[], Any], device: torch.device, *, pool: Any = None, alone: bool = False
+) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run the work twice, then capture it; return its graph, and its results as each replay leaves them.
 
     Args:
-        work: takes as many tensors as there are ``inputs``; returns tensors, in any nesting.
-        inputs: of the first call, on the GPU.
+        work: reads and writes tensors that stay where they are; returns tensors, in any nesting.
+        device: a GPU.
         pool: memory that graphs share which are never replayed at the same time
             (``torch.cuda.graph_pool_handle()``).
+        alone: no other thread of this process waits for a GPU meanwhile: what would do so in the work is then found
+            before the capture, which leaves less behind.
 
     Raises:
         CaptureFailed: the work waits for the GPU, or does what cannot be captured, or memory is short.
     """
+    try:
+        _warm_up(work, device, alone)
+        graph = torch.cuda.CUDAGraph()
+        return graph, _captured(work, graph, device, pool)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
+
+
+class CapturedCall:
+    """A function of tensors on a GPU, replayed on inputs of the same shapes and dtypes.
+
+    The results are the same tensors in every call, overwritten by the next. The function may also write to tensors
+    that stay where they are, such as gradients; it runs twice before it is captured.
+
+    Only for a process in which no other thread waits for a GPU.
+
+    Args:
+        work: takes as many tensors as there are ``inputs``; returns tensors, in any nesting.
+        inputs: of the first call, on the GPU.
+        pool: as for ``captured``.
+
+    Raises:
+        CaptureFailed: as ``captured``.
+    """
 
     def __init__(self, work: Callable[..., Any], inputs: Sequence[Tensor], *, pool: Any = None) -> None:
         self.inputs = tuple(tensor.clone() for tensor in inputs)
-        self._graph = torch.cuda.CUDAGraph()
-        device = self.inputs[0].device
-        try:
-            self._warm_up(work, device)
-            self.results = self._captured(work, device, pool)
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
+        self._graph, self.results = captured(lambda: work(*self.inputs), self.inputs[0].device, pool=pool, alone=True)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Replay on these inputs, on the current stream; return the results, which the next call overwrites."""
@@ -56,30 +75,32 @@ class CapturedCall:
         """Replay on the inputs of the last call."""
         self._graph.replay()
 
-    def _warm_up(self, work: Callable[..., Any], device: torch.device) -> None:
-        """Run the work as it will be captured; raise where it waits for the GPU, which a capture would not survive."""
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        before = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.stream(stream):
-            for last in (False,) * (_WARM_UP - 1) + (True,):
-                # Compiling, in the first pass, may wait.
-                torch.cuda.set_sync_debug_mode("error" if last else before)
-                try:
-                    work(*self.inputs)
-                finally:
-                    torch.cuda.set_sync_debug_mode(before)
-        torch.cuda.current_stream(device).wait_stream(stream)
 
-    def _captured(self, work: Callable[..., Any], device: torch.device, pool: Any) -> Any:
-        generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
-        kept, current = generator.clone_state(), torch.cuda.current_stream(device)
-        try:
-            # Of this thread alone: others, such as one that pins memory for batches to come, go on.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                return work(*self.inputs)
-        except BaseException:
-            # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
-            generator.graphsafe_set_state(kept)
-            torch.cuda.set_stream(current)
-            raise
+def _warm_up(work: Callable[[], Any], device: torch.device, alone: bool) -> None:
+    """Run the work as it will be captured; raise where it waits for the GPU, which a capture would not survive."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    before = torch.cuda.get_sync_debug_mode()
+    with torch.cuda.stream(stream):
+        for last in (False,) * (_WARM_UP - 1) + (True,):
+            # Compiling, in the first pass, may wait. The mode is that of all threads.
+            torch.cuda.set_sync_debug_mode("error" if last and alone else before)
+            try:
+                work()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _captured(work: Callable[[], Any], graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> Any:
+    generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
+    kept, current = generator.clone_state(), torch.cuda.current_stream(device)
+    try:
+        # Of this thread alone: others, such as one that pins memory for batches to come, go on.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            return work()
+    except BaseException:
+        # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
+        generator.graphsafe_set_state(kept)
+        torch.cuda.set_stream(current)
+        raise
