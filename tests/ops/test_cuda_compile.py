@@ -1,4 +1,4 @@
-"""Every CUDA kernel compiled to machine code for every architecture, without a GPU or a driver."""
+"""CUDA kernels compiled to machine code for every architecture, without a GPU or a driver."""
 
 import os
 import re
@@ -72,7 +72,13 @@ def check_programs(programs: dict[Unit, Program], kernels: Iterable[Kernel]) -> 
         assert kernel.name in program.usage
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+# The oldest, which has the fewest instructions, and the one that is measured; the others with --runslow. What a network
+# runs is compiled for all of them in any case, by `test_fast_path`.
+WHOLE = ("sm_75", "sm_90")
+EVERY = [pytest.param(name, marks=() if name in WHOLE else pytest.mark.slow) for name in ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", EVERY)
 def test_every_instance(compiled, architecture):
     kernels = list(_launch.instances())
     check_programs(compiled.get(units(kernels), architecture), kernels)
