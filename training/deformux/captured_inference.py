@@ -149,7 +149,16 @@ class CapturedNetwork:
         """Drop recordings that keep more of the card's memory than others should have to miss between requests."""
         with self._lock:
             most = _SMALL_SHARE * _card_bytes(self.device)
-            self._forget([kind for kind, call in self._calls.items() if call.kept_bytes > most])
+            # Those of one shape lie in one pool, which is free when all are gone.
+            kept: dict[tuple[int, ...], int] = {}
+            for kind, call in self._calls.items():
+                kept[kind.shape] = kept.get(kind.shape, 0) + call.kept_bytes
+            self._forget([kind for kind in self._calls if kept[kind.shape] > most])
+
+    def close(self) -> None:
+        """Wait for what was recorded to be computed, and drop it."""
+        with self._lock:
+            self._forget(self._calls)
 
     def batch_size(self, window: Sequence[int]) -> int:
         """How many windows fill the card, and fit into its memory."""
@@ -189,6 +198,9 @@ class CapturedNetwork:
         return logits
 
     def _record_call(self, kind: _Kind, call: _Call) -> None:
+        if self.device.type == "cuda":
+            # What calls before have left there would count as held, and is given back by the recording.
+            torch.cuda.empty_cache()
         held = _reserved_bytes(self.device)
         try:
             if kind.shape not in self._pools and self.device.type == "cuda":

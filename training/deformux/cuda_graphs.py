@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,9 +37,11 @@ def captured(
         CaptureFailed: the work waits for the GPU, or does what cannot be captured, or memory is short.
     """
     try:
-        _warm_up(work, device, alone)
-        graph = torch.cuda.CUDAGraph()
-        return graph, _captured(work, graph, device, pool)
+        # Graphs and streams are those of the current device, whichever the tensors are on.
+        with torch.cuda.device(device):
+            _warm_up(work, device, alone)
+            graph = torch.cuda.CUDAGraph()
+            return graph, _captured(work, graph, device, pool)
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
         raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
@@ -81,6 +85,14 @@ def _warm_up(work: Callable[[], Any], device: torch.device, alone: bool) -> None
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     before = torch.cuda.get_sync_debug_mode()
+    try:
+        _run_twice(work, stream, before, alone)
+    finally:
+        # Also where it failed: what it was writing must not be written by others meanwhile.
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _run_twice(work: Callable[[], Any], stream: torch.cuda.Stream, before: int, alone: bool) -> None:
     with torch.cuda.stream(stream):
         for last in (False,) * (_WARM_UP - 1) + (True,):
             # Compiling, in the first pass, may wait. The mode is that of all threads.
@@ -89,7 +101,12 @@ def _warm_up(work: Callable[[], Any], device: torch.device, alone: bool) -> None
                 work()
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@functools.cache
+def _stream(index: int) -> torch.cuda.Stream:
+    """Return the stream that captures on a device: PyTorch's own is of the device that was current first."""
+    return torch.cuda.Stream(index)
 
 
 def _captured(work: Callable[[], Any], graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> Any:
@@ -97,8 +114,13 @@ def _captured(work: Callable[[], Any], graph: torch.cuda.CUDAGraph, device: torc
     kept, current = generator.clone_state(), torch.cuda.current_stream(device)
     try:
         # Of this thread alone: others, such as one that pins memory for batches to come, go on.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            return work()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*[Gg]raph is empty")
+            stream = _stream(torch.cuda._utils._get_device_index(device, optional=True))
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                return work()
+    except UserWarning as error:
+        raise RuntimeError(f"nothing was captured ({error})") from error
     except BaseException:
         # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
         generator.graphsafe_set_state(kept)

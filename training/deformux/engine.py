@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,9 @@ def fit(
             compile_cache,
             ranks,
         )
-        return run.run()
+        # CUDA graphs are those of the current device.
+        with torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext():
+            return run.run()
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)
         if reason is None:
@@ -230,7 +233,9 @@ class _Run:
         self.loss_reader = LossReader(self.device)
         # What compiling saves is known of this network alone; another may not be compiled without a break.
         compiles = capture and self.device.type == "cuda" and isinstance(network, DeformUXNet)
-        self.compiler = Compilation(_identity(network, recipe, prep), cache=compile_cache) if compiles else None
+        self.compiler = (
+            Compilation(_identity(network, recipe, prep, ranks.size), cache=compile_cache) if compiles else None
+        )
         self.pace_began = 0.0
 
     def run(self) -> FitResult:
@@ -434,7 +439,12 @@ class _Run:
 _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
 
 
-def _identity(network: DeformUXNet, recipe: Recipe, prep: Preprocessing) -> dict[str, Any]:
+def _identity(network: DeformUXNet, recipe: Recipe, prep: Preprocessing, ranks: int) -> dict[str, Any]:
     """What a compiled network is made for."""
-    channels = (network.in_channels, network.out_channels, network.guidance_channels)
-    return {"preset": network.preset, "channels": channels, "batch": recipe.batch_size, "patch": prep.patch_size}
+    return {
+        "preset": network.preset,
+        "channels": (network.in_channels, network.out_channels, network.guidance_channels),
+        "batch": recipe.batch_size // ranks,
+        "patch": prep.patch_size,
+        "mixed_precision": recipe.mixed_precision,
+    }

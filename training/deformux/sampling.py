@@ -1,7 +1,7 @@
 """Which volume is drawn when, and how it is varied: a function of the seed and the step alone.
 
 Nothing random is carried from step to step, so that a resumed training draws what an uninterrupted one would have, and
-several processes draw what one does, up to rounding.
+several processes that draw ahead give what one does, up to rounding.
 """
 
 from __future__ import annotations

@@ -109,15 +109,26 @@ class TrainingStep:
     def compile(self) -> None:
         """Compile the network for batches without clicks, at the next step, which takes a minute or two.
 
-        Steps go on with the network as it is, and a warning, where it cannot be compiled.
+        Steps go on with the network as it is, and a warning, where it cannot be compiled; and without one where they
+        are not captured, since compiling saves little of what Python takes.
         """
+        if not self._capture:
+            return
         self._use(torch.compile(self.network, dynamic=False, fullgraph=True))
         self.compiled = True
 
     def _use(self, network: Callable[..., Tensor]) -> None:
         self._without_clicks = MixedPrecision(network, self.recipe.mixed_precision)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give back what graphs keep."""
         self._captured.clear()
         self._captured_clicks.clear()
+        if self._pool is not None:
+            torch.cuda.empty_cache()
+            # A pool ends with the last graph in it, and cannot be begun again.
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _gradients(self, batch: tuple[Tensor, ...], clip: bool) -> tuple[Tensor, Tensor, Any]:
         """Set the gradients of a batch; return its loss, its logits and the key of its graph, None without one."""
@@ -161,10 +172,11 @@ class TrainingStep:
             self._loss(logits, label, annotated, near).backward()
             return ()
 
-        if not self._guidance_gradients:
+        if self._channels and not self._guidance_gradients:
             self._guidance_gradients = [torch.zeros_like(p) for p in self._guidance]
-        for parameter, gradient in zip(self._guidance, self._guidance_gradients, strict=True):
-            parameter.grad = gradient
+        if self._channels:
+            for parameter, gradient in zip(self._guidance, self._guidance_gradients, strict=True):
+                parameter.grad = gradient
         if key is None:
             work(guidance, *batch)
             return
@@ -178,6 +190,7 @@ class TrainingStep:
             self._captured[key][0].replay()
             if not self._capture:
                 work(guidance, *batch)
+                self._forget()
                 return
         self._captured_clicks[key](guidance, *batch)
 
@@ -188,6 +201,8 @@ class TrainingStep:
             warnings.warn(f"Training goes on without compiling the network: {error}", stacklevel=2)
             return
         self._capture = False
+        # Steps need the memory now.
+        self._forget()
         self._warn(error)
 
     def _warn(self, error: CaptureFailed) -> None:
@@ -223,7 +238,7 @@ class LossReader:
         number = torch.empty((), dtype=loss.dtype, pin_memory=True)
         number.copy_(loss, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(loss.device))
         known = self.rest()
         self._pending.append((number, event))
         return known

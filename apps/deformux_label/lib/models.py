@@ -117,6 +117,8 @@ class ServedModels:
         with self._lock:
             held = self._prepared.get(device)
             if held is None or held[0] is not network:
+                if held is not None and isinstance(held[1], CapturedNetwork):
+                    held[1].close()
                 held = self._prepared[device] = (network, prepared(network, device))
             return held[1]
 
