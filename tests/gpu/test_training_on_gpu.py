@@ -123,9 +123,20 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(network, device, deter
 def test_a_compiled_network_learns_the_same(network, device):
     plain = RECIPE.replace(clicks=0)
     eager, compiled = (Steps(network, device, recipe=plain, capture=True) for _ in range(2))
+    losses = compiled.take(1, 5)
     compiled.step.compile()
-    np.testing.assert_allclose(compiled.take(1, 10), eager.take(1, 10), rtol=2e-3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on without")
+        losses += compiled.take(6, 10)
+    np.testing.assert_allclose(losses, eager.take(1, 10), rtol=2e-3)
     assert compiled.step.compiled
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_gpu_than_the_current_one_is_captured_too(network):
+    eager, captured = (Steps(network, "cuda:1", capture=capture) for capture in (False, True))
+    np.testing.assert_allclose(captured.take(1, 12), eager.take(1, 12), rtol=1e-3)
+    assert captured.step._captured
 
 
 @pytest.fixture
