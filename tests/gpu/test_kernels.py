@@ -6,7 +6,7 @@ from gpu_layers import assert_all_near, leaves_on, make_grad, make_layer, oracle
 from torch.nn import functional as F
 
 from deform3d import _dispatch, deform_conv3d, deform_conv3d_fused_offset
-from deform3d._launch import walk
+from deform3d._launch import plan
 from tolerances import assert_near
 
 LAST = torch.channels_last_3d
@@ -23,8 +23,8 @@ def test_agrees_with_the_oracle(device, dtype, channels, layout):
     assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
-@pytest.mark.parametrize("channels", walk.CHANNELS)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
+@pytest.mark.parametrize("channels", plan.PRESET_CHANNELS)
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
 def test_blocks_that_stay(device, dtype, channels, layout):
     """Every instance of the forward for the presets' channels, where some positions and voxels are not finite."""

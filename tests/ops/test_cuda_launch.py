@@ -12,6 +12,7 @@ from cuda_emulator import MOST_SHARED_BYTES, Launch
 from deform3d import _launch
 from deform3d._checks import check
 from deform3d._launch import backward_cells, backward_taps, walk
+from deform3d._launch.plan import PRESET_CHANNELS, PRESET_DTYPES
 
 ALL = (True,) * 5
 LAST = torch.channels_last_3d
@@ -218,8 +219,8 @@ def test_sizes_of_launches(make_problem, channels, dtype):
     assert forward.grid >= 2 * 132  # enough for every multiprocessor
 
 
-@pytest.mark.parametrize("channels", walk.CHANNELS)
-@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("channels", PRESET_CHANNELS)
+@pytest.mark.parametrize("dtype", PRESET_DTYPES)
 @pytest.mark.parametrize("length", [1, 12, 29])
 def test_sizes_of_walks(make_problem, channels, dtype, length):
     """A block per multiprocessor, where there are tiles enough; the tiles cover the output."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deform3d import _launch, deform_conv3d
 from deform3d._checks import check
-from deform3d._launch import walk
+from deform3d._launch import plan
 from tolerances import assert_near
 
 CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1)}
@@ -58,8 +58,8 @@ def assert_same(actual, expected):
     assert_near(actual[finite], expected[finite])
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
-@pytest.mark.parametrize("channels", walk.CHANNELS)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
+@pytest.mark.parametrize("channels", plan.PRESET_CHANNELS)
 def test_every_channel_count(make_problem, runtime, channels, dtype):
     # No side a multiple of a tile's, but for the last.
     size = (5, 7, 10) if channels < 64 else (3, 4, 5) if channels < 100 else (3, 2, 3)
@@ -69,7 +69,7 @@ def test_every_channel_count(make_problem, runtime, channels, dtype):
         assert_near(forward(runtime, p), expected)
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_layouts(make_problem, runtime, dtype, mask, bias):
@@ -82,7 +82,7 @@ def test_layouts(make_problem, runtime, dtype, mask, bias):
         assert torch.equal(forward(runtime, last), first)
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("value", [*NOT_FINITE, 1e30, -3e9])
 def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, value):
     p = make_problem(**CUBE, channels=16, dtype=dtype, batch=2, size=(4, 5, 6))
@@ -98,7 +98,7 @@ def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, value
     assert_same(forward(runtime, p), expected)
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("spread", [0, 0.4, 3])
 def test_input_that_is_not_finite(make_problem, runtime, dtype, spread):
     """It reaches the samples whose cells it is a corner of, in its own channel, and no other."""
@@ -126,7 +126,7 @@ def test_float16_beyond_its_range(make_problem, runtime):
     assert_near(forward(runtime, p), expected)
 
 
-@pytest.mark.parametrize("dtype", walk.DTYPES)
+@pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 2), (5, 1, 1)])
 def test_volumes_smaller_than_a_tile(make_problem, runtime, dtype, size):
     p = make_problem(**CUBE, channels=24, dtype=dtype, batch=1, size=size, spread=1)

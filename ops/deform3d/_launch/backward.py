@@ -17,6 +17,7 @@ from .forward import COLUMN_THREADS, column_arguments, write_columns
 from .plan import (
     GATHER_VECTOR,
     LAST,
+    LOAD_BYTES,
     SHARED_BYTES,
     Chunk,
     Field,
@@ -41,7 +42,6 @@ from .plan import (
 
 _SORT_THREADS = 256
 _WARP = 32
-_LOAD_BYTES = 16
 
 
 def backward(
@@ -144,7 +144,7 @@ class _Call:
         return plan_taps(
             g,
             taps.dtype,
-            (self.input.data_ptr() | self.grad.data_ptr() | taps.data_ptr()) % _LOAD_BYTES,
+            (self.input.data_ptr() | self.grad.data_ptr() | taps.data_ptr()) % LOAD_BYTES,
             self.shifts.strides,
             self.factors.strides,
             with_bias,
@@ -187,7 +187,7 @@ class _Call:
         return plan_cells(
             self.g,
             taps.dtype,
-            (self.grad.data_ptr() | taps.data_ptr()) % _LOAD_BYTES,
+            (self.grad.data_ptr() | taps.data_ptr()) % LOAD_BYTES,
             self.shifts.strides,
             self.factors.strides,
             torch.are_deterministic_algorithms_enabled(),

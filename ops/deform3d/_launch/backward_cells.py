@@ -22,10 +22,11 @@ from .plan import (
     blocks_for,
     is_cube,
     kernel,
+    loaded_at_once,
     real_bytes,
     sizes,
 )
-from .steps import Step, loaded_at_once
+from .steps import Step
 
 Strides = tuple[int, int, int]
 _THREADS = 256

@@ -9,19 +9,30 @@ from typing import NamedTuple
 import torch
 
 from .._checks import Geometry
-from .plan import INT32_MAX, Kernel, Tile, Tuning, is_cube, kernel, real_bytes, record_bytes, sizes
-from .steps import Step, loaded_at_once
+from .plan import (
+    INT32_MAX,
+    LOAD_BYTES,
+    PRESET_CHANNELS,
+    PRESET_DTYPES,
+    Kernel,
+    Tile,
+    Tuning,
+    covering,
+    is_cube,
+    kernel,
+    loaded_at_once,
+    real_bytes,
+    record_bytes,
+    sizes,
+)
+from .steps import Step
 
 Strides = tuple[int, int, int]
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Registers for so many warps per multiprocessor.
 MOST_WARPS = 16
 _WARP = 32
-_LOAD_BYTES = 16
 # Eleven integers and what aligns the next warp's samples.
 _TASK_BYTES = 48
-# What the network's presets have: each is an instance of its own, compiled when it is first used.
-CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
 # What a warp does once for a tile and once for 32 voxels, in passes over as many voxels as it takes at once.
 _TASK_PASSES, _BATCH_PASSES = 0.3, 0.5
 # More tiles would make the rows of partial sums, one per tile and tap, larger than they need be.
@@ -39,10 +50,10 @@ class TapsPlan(NamedTuple):
 
 def instances() -> Iterator[Kernel]:
     """Yield every kernel that can be asked for."""
-    for dtype in DTYPES:
-        for channels in CHANNELS:
+    for dtype in PRESET_DTYPES:
+        for channels in PRESET_CHANNELS:
             yield _taps_kernel(dtype, channels, Tuning())
-    for dtype in (*DTYPES, torch.float64):
+    for dtype in (*PRESET_DTYPES, torch.float64):
         yield _sums_kernel(dtype)
 
 
@@ -69,8 +80,8 @@ def plan_taps(
         tuning: sizes of launches.
         multiprocessors: of the device.
     """
-    vector = loaded_at_once(g.in_channels, dtype, addresses, _LOAD_BYTES)
-    known = dtype in DTYPES and g.in_channels in CHANNELS and vector * dtype.itemsize == _LOAD_BYTES
+    vector = loaded_at_once(g.in_channels, dtype, addresses)
+    known = dtype in PRESET_DTYPES and g.in_channels in PRESET_CHANNELS and vector * dtype.itemsize == LOAD_BYTES
     if not (tuning.fast_samples and known and is_cube(g) and g.depthwise):
         return None
     rows = g.taps + with_bias
@@ -108,7 +119,7 @@ def _split(vectors: int) -> tuple[int, int]:
 
 
 def _taps_kernel(dtype: torch.dtype, channels: int, tuning: Tuning) -> Kernel:
-    vector = _LOAD_BYTES // dtype.itemsize
+    vector = LOAD_BYTES // dtype.itemsize
     lanes, rounds = _split(channels // vector)
     more = {"LANES": lanes, "ROUNDS": rounds, "WARPS": tuning.taps_warps}
     return kernel("backward_taps", "deform_backward_taps", dtype, vector, True, **more)
@@ -147,7 +158,4 @@ def _box(g: Geometry, log: int) -> Tile:
         if not free:
             break
         logs[min(free, key=lambda axis: logs[axis])] += 1
-    count = g.batch
-    for length, axis_log in zip(g.out, logs, strict=True):
-        count *= -(-length // (1 << axis_log))
-    return Tile((logs[0], logs[1], logs[2]), count)
+    return Tile((logs[0], logs[1], logs[2]), covering(g.out, g.batch, [1 << axis_log for axis_log in logs]))

@@ -15,19 +15,19 @@ from .plan import (
     CUBE_TAPS,
     DTYPES,
     LAST,
+    LOAD_BYTES,
     SHARED_BYTES,
     Chunk,
     Field,
-    Kernel,
     Runtime,
     Tile,
     Tuning,
-    _vectors,
     blocks_for,
     check_sizes,
     chunks,
     is_cube,
     kernel,
+    loaded_at_once,
     pointers,
     real_bytes,
     samples_bytes,
@@ -36,6 +36,7 @@ from .plan import (
     taps_first,
     vector_of,
 )
+from .steps import Step
 from .walk import THREADS, walk_of
 
 COLUMN_THREADS = 256
@@ -101,14 +102,10 @@ def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> i
 
 
 class _Plan(NamedTuple):
-    """A launch without its pointers."""
+    """A launch, and how the kernel takes its weight."""
 
-    kernel: Kernel
-    grid: int
-    block: tuple[int, int]
-    shared_bytes: int
-    numbers: tuple[int, ...]  # what follows the pointers in the kernel's arguments
-    walks: bool  # takes the weight as it lies in memory, and no offset branch
+    step: Step
+    walks: bool  # the weight as it lies in memory, and no offset branch
 
 
 def _depthwise(
@@ -127,7 +124,7 @@ def _depthwise(
     bias = None if bias is None else bias.contiguous()
     offset_bias = None if offset_bias is None else offset_bias.contiguous()
     first, last, start = pointers(input, output, bias)
-    vector = _aligned_vector(g.in_channels, input.dtype, (first | last | start) % 16)
+    vector = loaded_at_once(g.in_channels, input.dtype, (first | last | start) % LOAD_BYTES)
     plan = plan_depthwise(
         g,
         input.dtype,
@@ -142,7 +139,7 @@ def _depthwise(
     addresses = (first, *pointers(shifts.tensor, factor), start, *pointers(factors.tensor), last)
     if not plan.walks:
         addresses += pointers(offset_weight, offset_bias)
-    runtime.launch(input.device, plan.kernel, plan.grid, plan.block, plan.shared_bytes, (*addresses, *plan.numbers))
+    plan.step.start(runtime, input.device, *addresses)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -162,7 +159,8 @@ def plan_depthwise(
     if walk:
         tiles = walk.tiles(g)
         numbers = (*g.size, *strides, tiles)
-        return _Plan(walk.kernel, min(tiles, multiprocessors), (THREADS, 1), walk.shared_bytes, numbers, True)
+        step = Step(walk.kernel, min(tiles, multiprocessors), (THREADS, 1), walk.shared_bytes, numbers)
+        return _Plan(step, walks=True)
     lanes = min(g.in_channels // vector, tuning.forward_threads)
     at_once = taps_at_once(g, tuning)
 
@@ -173,20 +171,14 @@ def plan_depthwise(
 
     most = min(tuning.forward_voxels, tuning.forward_threads // lanes)
     tile = Tile.of(g.out, g.batch, most, multiprocessors, lambda voxels: shared(voxels) <= SHARED_BYTES)
-    return _Plan(
+    step = Step(
         kernel("forward", "deform_forward", dtype, vector, is_cube(g), FUSED=int(fused)),
         blocks_for(tile.count, 1),
         (lanes, tile.voxels),
         shared(tile.voxels),
         (*sizes(g), g.in_channels, *strides, *tile.arguments, at_once),
-        False,
     )
-
-
-@functools.lru_cache(maxsize=1024)
-def _aligned_vector(channels: int, dtype: torch.dtype, address: int) -> int:
-    """Return how many channels can be loaded at once from tensors whose addresses have these last four bits."""
-    return next(n for n in _vectors(dtype) if channels % n == 0 and address % (n * dtype.itemsize) == 0)
+    return _Plan(step, walks=False)
 
 
 def _by_columns(

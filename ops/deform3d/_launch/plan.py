@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -20,7 +21,10 @@ INT32_MAX = 2**31 - 1
 # What a block may use without a permission that differs between cards.
 SHARED_BYTES = 48 * 1024
 CUBE_TAPS = 27
-_VECTOR_BYTES = 16
+LOAD_BYTES = 16
+# What the network's presets have: in its types, each is an instance of its own, compiled when it is first used.
+PRESET_CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
+PRESET_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # The sums of eight corners for more channels would not fit a thread's registers.
 GATHER_VECTOR = 4
 
@@ -132,7 +136,7 @@ def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
 
 def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
     """Loads of 16 bytes, of 8 bytes, and of one channel."""
-    return tuple(n for n in (8, 4, 2, 1) if n == 1 or n * dtype.itemsize in (_VECTOR_BYTES, _VECTOR_BYTES // 2))
+    return tuple(n for n in (8, 4, 2, 1) if n == 1 or n * dtype.itemsize in (LOAD_BYTES, LOAD_BYTES // 2))
 
 
 def blocks_for(items: int, per_block: int) -> int:
@@ -145,17 +149,26 @@ def cells_per_sample(g: Geometry) -> int:
     return g.offset_groups * (g.size[0] + 1) * (g.size[1] + 1) * (g.size[2] + 1)
 
 
-def vector_of(channels: int, *tensors: Tensor | None, most: int = _VECTOR_BYTES) -> int:
+def vector_of(channels: int, *tensors: Tensor | None, most: int = LOAD_BYTES) -> int:
     """Return how many channels can be loaded at once: a divisor of them to which every tensor is aligned."""
     given = [tensor for tensor in tensors if tensor is not None]
-    dtype = given[0].dtype
-    for n in _vectors(dtype):
-        if n <= most and channels % n == 0 and all(tensor.data_ptr() % (n * dtype.itemsize) == 0 for tensor in given):
-            return n
-    raise AssertionError("one channel can always be loaded")
+    addresses = functools.reduce(operator.or_, pointers(*given))
+    return loaded_at_once(channels, given[0].dtype, addresses % LOAD_BYTES, most)
 
 
 @functools.lru_cache(maxsize=1024)
+def loaded_at_once(channels: int, dtype: torch.dtype, addresses: int, most: int = LOAD_BYTES) -> int:
+    """Return how many channels of tensors can be loaded at once, at most `most`: a divisor of them.
+
+    Args:
+        channels: of a voxel.
+        dtype: of the tensors.
+        addresses: the last four bits of those of their first elements, or-ed together.
+        most: what the kernel has registers for.
+    """
+    return next(n for n in _vectors(dtype) if n <= most and channels % n == 0 and addresses % (n * dtype.itemsize) == 0)
+
+
 def check_sizes(g: Geometry) -> None:
     """Raise ValueError where a number that the kernels hold in 32 bits would not fit: voxels of one sample, an axis."""
     for name, voxels in (("input", g.voxels), ("output", g.out_voxels)):
@@ -236,6 +249,14 @@ class Field(NamedTuple):
         return torch.empty_like(self.tensor, memory_format=layout)
 
 
+def covering(size: Sequence[int], batch: int, sides: Sequence[int]) -> int:
+    """Return how many boxes with these sides cover a batch of volumes."""
+    count = batch
+    for length, side in zip(size, sides, strict=True):
+        count *= -(-length // side)
+    return count
+
+
 @dataclass(frozen=True)
 class Tile:
     """A box of voxels, its sides powers of two, and how many of them cover the volumes."""
@@ -258,24 +279,17 @@ class Tile:
 
         The last axis grows first: its voxels are neighbours in memory.
         """
-        logs, best = [0, 0, 0], cls((0, 0, 0), cls._cover(size, batch, (0, 0, 0)))
+        logs, best = [0, 0, 0], cls((0, 0, 0), covering(size, batch, (1, 1, 1)))
         growing = True
         while growing:
             growing = False
             for axis in (2, 1, 0):
                 larger = tuple(log + (i == axis) for i, log in enumerate(logs))
-                count = cls._cover(size, batch, larger)
+                count = covering(size, batch, [1 << log for log in larger])
                 idle = count < 2 * multiprocessors
                 if 1 << logs[axis] < size[axis] and 1 << sum(larger) <= most and not idle and fits(1 << sum(larger)):
                     logs, best, growing = list(larger), cls((larger[0], larger[1], larger[2]), count), True
         return best
-
-    @staticmethod
-    def _cover(size: Sequence[int], batch: int, logs: Sequence[int]) -> int:
-        count = batch
-        for length, log in zip(size, logs, strict=True):
-            count *= -(-length // (1 << log))
-        return count
 
 
 class Chunk(NamedTuple):

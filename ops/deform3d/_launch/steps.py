@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .plan import Kernel, Runtime, _vectors
+from .plan import Kernel, Runtime
 
 
 class Step(NamedTuple):
@@ -21,15 +21,3 @@ class Step(NamedTuple):
     def start(self, runtime: Runtime, device: torch.device, *addresses: int) -> None:
         """Start it; 0 is the address of a tensor that is not there."""
         runtime.launch(device, self.kernel, self.grid, self.block, self.shared_bytes, (*addresses, *self.numbers))
-
-
-def loaded_at_once(channels: int, dtype: torch.dtype, addresses: int, most: int) -> int:
-    """Return how many channels of tensors can be loaded at once, at most `most`: a divisor of them.
-
-    Args:
-        channels: of a voxel.
-        dtype: of the tensors.
-        addresses: of their first elements, or-ed together; the last four bits are enough.
-        most: what the kernel has registers for.
-    """
-    return next(n for n in _vectors(dtype) if n <= most and channels % n == 0 and addresses % (n * dtype.itemsize) == 0)

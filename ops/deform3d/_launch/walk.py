@@ -8,13 +8,20 @@ from dataclasses import dataclass
 import torch
 
 from .._checks import Geometry
-from .plan import CUBE_TAPS, INT32_MAX, Kernel, Tuning, is_cube, kernel
+from .plan import (
+    CUBE_TAPS,
+    INT32_MAX,
+    LOAD_BYTES,
+    PRESET_CHANNELS,
+    PRESET_DTYPES,
+    Kernel,
+    Tuning,
+    covering,
+    is_cube,
+    kernel,
+)
 
-# What the network's presets have: each is an instance of its own, compiled when it is first used.
-CHANNELS = (16, 24, 32, 48, 64, 96, 128, 192, 384)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 THREADS = 768
-_LOAD_BYTES = 16
 _CELL_BYTES = 16 + 4
 
 
@@ -27,7 +34,7 @@ class Walk:
 
     @property
     def vector(self) -> int:
-        return _LOAD_BYTES // self.dtype.itemsize
+        return LOAD_BYTES // self.dtype.itemsize
 
     @property
     def lanes(self) -> int:
@@ -63,10 +70,7 @@ class Walk:
 
     def tiles(self, g: Geometry) -> int:
         """Return how many tiles cover the output."""
-        count = g.batch
-        for length, side in zip(g.out, self.tile, strict=True):
-            count *= -(-length // side)
-        return count
+        return covering(g.out, g.batch, self.tile)
 
     @property
     def kernel(self) -> Kernel:
@@ -84,7 +88,7 @@ def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning) -> Wal
         vector: channels that alignment allows to load at once.
         tuning: `fast_forward` allows it.
     """
-    known = dtype in DTYPES and g.in_channels in CHANNELS
+    known = dtype in PRESET_DTYPES and g.in_channels in PRESET_CHANNELS
     if not (tuning.fast_forward and known and is_cube(g) and g.depthwise):
         return None
     walk = Walk(g.in_channels, dtype)
@@ -94,6 +98,6 @@ def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning) -> Wal
 
 def instances() -> Iterator[Kernel]:
     """Yield every instance that can be asked for."""
-    for dtype in DTYPES:
-        for channels in CHANNELS:
+    for dtype in PRESET_DTYPES:
+        for channels in PRESET_CHANNELS:
             yield Walk(channels, dtype).kernel
