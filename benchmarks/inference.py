@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from _machine import machine_lines
 
-from deformux.inference import mixed_precision
 from deformux.network import DeformUXNet
+from deformux.precision import mixed_precision
 from deformux.transforms import Preprocessing
 from deformux.weights import ModelCard
 from deformux_label.lib.configs.project import Project

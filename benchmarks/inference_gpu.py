@@ -26,8 +26,9 @@ from _machine import machine_lines
 from torch import Tensor
 
 from deformux.captured_inference import CapturedNetwork, CaptureOptions
-from deformux.inference import WindowInferer, mixed_precision
+from deformux.inference import WindowInferer
 from deformux.network import PRESETS, DeformableMixer, DeformUXNet
+from deformux.precision import mixed_precision
 from deformux.transforms import Preprocessing, apply, inference_transforms, restore_transforms
 
 HERE = Path(__file__).resolve().parent

@@ -41,7 +41,7 @@ def main() -> None:
         name, budget = "equal_steps", f"{arguments.steps} steps"
     else:
         name = f"equal_{seconds:g}_seconds"
-        budget = f"{seconds:g} seconds of training, in steps by the time of 20 that were measured before"
+        budget = f"{seconds:g} seconds of training, in steps by the time of some that were measured before"
     task = hippocampus(arguments, patch_size=tuple(arguments.patch_size))
     task, name = at_learning_rate(task, name, arguments.learning_rate)
     trials = network_trials(

@@ -9,8 +9,9 @@ import torch
 captured_inference = pytest.importorskip(
     "deformux.captured_inference", reason="the network needs monai", exc_type=ImportError
 )
-from deformux.inference import WindowInferer, mixed_precision  # noqa: E402
+from deformux.inference import WindowInferer  # noqa: E402
 from deformux.network import DeformUXNet  # noqa: E402
+from deformux.precision import mixed_precision  # noqa: E402
 
 SIZE = (32, 48, 32)
 CapturedNetwork, CaptureOptions = captured_inference.CapturedNetwork, captured_inference.CaptureOptions

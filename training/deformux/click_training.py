@@ -18,8 +18,8 @@ from torch import Tensor
 
 from deformux.annotator import Click, ClickAnnotator
 from deformux.guidance import encode_guidance
-from deformux.inference import mixed_precision
 from deformux.network import DeformUXNet
+from deformux.precision import mixed_precision
 from deformux.recipe import Recipe
 from deformux.transforms import UNLABELLED
 

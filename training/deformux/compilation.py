@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -45,10 +46,8 @@ class Compilation:
     def seconds(self) -> float:
         """How long compiling will take."""
         if self.cache is not None:
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 return float((self.cache / f"{self._name}.seconds").read_text())
-            except (OSError, ValueError):
-                pass
         return _SECONDS
 
     def pays(self, seconds_left: float) -> bool:

@@ -12,9 +12,6 @@ from torch import Tensor
 
 __all__ = ["CaptureFailed", "CapturedCall", "captured"]
 
-# Passes before the capture, in which libraries choose algorithms and kernels are compiled.
-_WARM_UP = 2
-
 
 class CaptureFailed(RuntimeError):
     """The work cannot be captured; the message says why. Nothing that it would have changed is half changed."""
@@ -42,7 +39,7 @@ def captured(
             _warm_up(work, device, alone)
             graph = torch.cuda.CUDAGraph()
             return graph, _captured(work, graph, device, pool)
-    except RuntimeError as error:
+    except (RuntimeError, UserWarning) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CaptureFailed(f"{type(error).__name__}: {reason}") from error
 
@@ -86,21 +83,17 @@ def _warm_up(work: Callable[[], Any], device: torch.device, alone: bool) -> None
     stream.wait_stream(torch.cuda.current_stream(device))
     before = torch.cuda.get_sync_debug_mode()
     try:
-        _run_twice(work, stream, before, alone)
+        with torch.cuda.stream(stream):
+            # In this pass libraries compile and choose, and may wait.
+            work()
+            if alone:
+                # The mode is that of all threads.
+                torch.cuda.set_sync_debug_mode("error")
+            work()
     finally:
+        torch.cuda.set_sync_debug_mode(before)
         # Also where it failed: what it was writing must not be written by others meanwhile.
         torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def _run_twice(work: Callable[[], Any], stream: torch.cuda.Stream, before: int, alone: bool) -> None:
-    with torch.cuda.stream(stream):
-        for last in (False,) * (_WARM_UP - 1) + (True,):
-            # Compiling, in the first pass, may wait. The mode is that of all threads.
-            torch.cuda.set_sync_debug_mode("error" if last and alone else before)
-            try:
-                work()
-            finally:
-                torch.cuda.set_sync_debug_mode(before)
 
 
 @functools.cache
@@ -110,17 +103,15 @@ def _stream(index: int) -> torch.cuda.Stream:
 
 
 def _captured(work: Callable[[], Any], graph: torch.cuda.CUDAGraph, device: torch.device, pool: Any) -> Any:
-    generator = torch.cuda.default_generators[torch.cuda._utils._get_device_index(device, optional=True)]
+    index = torch.cuda._utils._get_device_index(device, optional=True)
+    generator = torch.cuda.default_generators[index]
     kept, current = generator.clone_state(), torch.cuda.current_stream(device)
     try:
-        # Of this thread alone: others, such as one that pins memory for batches to come, go on.
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*[Gg]raph is empty")
-            stream = _stream(torch.cuda._utils._get_device_index(device, optional=True))
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            # Of this thread alone: others, such as one that pins memory for batches to come, go on.
+            with torch.cuda.graph(graph, pool=pool, stream=_stream(index), capture_error_mode="thread_local"):
                 return work()
-    except UserWarning as error:
-        raise RuntimeError(f"nothing was captured ({error})") from error
     except BaseException:
         # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
         generator.graphsafe_set_state(kept)

@@ -24,8 +24,9 @@ from deformux.borders import REACH, border_evidence
 from deformux.changes import Change, find_changes, mix, pieces, settle
 from deformux.grids import Box, Index, ScanGrid, highest, slices, triple
 from deformux.guidance import encode_guidance
-from deformux.inference import mixed_precision, volume_logits
+from deformux.inference import volume_logits
 from deformux.lattice import Lattice, edit_window
+from deformux.precision import mixed_precision
 from deformux.transforms import Preprocessing, label_grid_transforms
 
 __all__ = ["Editor", "Points", "Study", "open_study", "study_from_logits"]

@@ -27,7 +27,7 @@ from deformux.transforms import (
     restore_transforms,
 )
 
-__all__ = ["WindowInferer", "evaluate", "mixed_precision", "segment", "sliding_window", "volume_logits"]
+__all__ = ["WindowInferer", "evaluate", "segment", "sliding_window", "volume_logits"]
 
 # A network, or what ``prepared`` made of one, for several volumes.
 Network: TypeAlias = nn.Module | CapturedNetwork

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deformux.inference import mixed_precision
+from deformux.precision import mixed_precision
 from deformux.recipe import Recipe
 
 __all__ = ["MixedPrecision", "make_average", "make_optimizer", "make_schedule"]

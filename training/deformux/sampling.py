@@ -83,7 +83,7 @@ class Patches:
         self.recipe = recipe
         self.ranks = ranks
         self.volumes = recipe.batch_size // recipe.patches_per_volume
-        self.own_volumes = ranks.share(self.volumes, "batch_size / patches_per_volume")
+        ranks.share(self.volumes, "batch_size / patches_per_volume")
         self.cases = cases
         self.new = new
         n_labels = len(labels)

@@ -172,9 +172,8 @@ class TrainingStep:
             self._loss(logits, label, annotated, near).backward()
             return ()
 
-        if self._channels and not self._guidance_gradients:
-            self._guidance_gradients = [torch.zeros_like(p) for p in self._guidance]
         if self._channels:
+            self._guidance_gradients = self._guidance_gradients or [torch.zeros_like(p) for p in self._guidance]
             for parameter, gradient in zip(self._guidance, self._guidance_gradients, strict=True):
                 parameter.grad = gradient
         if key is None:

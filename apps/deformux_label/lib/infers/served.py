@@ -12,7 +12,8 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from deformux.captured_inference import BatchedNetwork
-from deformux.inference import WindowInferer, mixed_precision
+from deformux.inference import WindowInferer
+from deformux.precision import mixed_precision
 from deformux.transforms import InvalidVolume, filled_voxels
 from deformux.weights import InvalidModel
 from deformux_label.offloop import raise_if_client_gone
