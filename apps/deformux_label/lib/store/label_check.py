@@ -1,213 +1,262 @@
-"""Labels whose files changed without this server: which are what a revision says, which are new, which are of no use.
-
-Reading a label and its scan takes a second, and there may be thousands: it happens in the background, or when a label
-is used, and never twice for the same file.
-"""
+"""Is a submitted label one that this project can learn from?"""
 
 from __future__ import annotations
 
-import logging
-import os
-import threading
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from fastapi import HTTPException
-from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
-from ..labels import checked_labels
-from ..leases import annotator_of
-from ..reconcile import label_entry, of_revision, restored
-from ..revisions import Revision, Revisions, checksum
-from .changes import Change
-from .label_states import file_state, said, unusable
-from .trash import Trash
-from .volumes import LABEL_SUFFIXES, split_suffix
+from deformux.data.header import VolumeHeader, shown_shape
+from deformux.data.nrrd import is_segmentation
+from deformux.data.seg_nrrd import labels_of_segments, segments_of
+from deformux.data.volume_reader import InvalidVolume, OpenVolume, open_volume, read_volume
+from deformux.transforms import GEOMETRY_TOLERANCE_MM, UNLABELLED, check_label_values, geometry_difference
 
-__all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "give_way", "judge"]
+from .infers.writer import write_labels
 
-logger = logging.getLogger(__name__)
+__all__ = ["checked_labels", "label_array", "segment_values"]
 
-_SERVER = "server"
-_OF_A_SUBMIT = frozenset({"annotated", "client_id", "label_info", "model_version", "user"})
+# Segments that the Slicer extension never saves, and therefore never numbers.
+_NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
+# In a file of segments that are not the project's labels.
+_MOST_SEGMENTS = 65_535
+# Layers of segments that are held in memory at a time, which each are as large as the scan.
+_MOST_LAYERS = 256
+# Of a file of segments for each voxel of its scan, whatever its layers and type; and what is read for any scan.
+_MOST_LABEL_BYTES = 16
+_SMALL_LABEL_BYTES = 2**28
+
+
+@contextmanager
+def checked_labels(
+    label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]
+) -> Iterator[Path]:
+    """Path of a file with the label in this project's values 1..N: the given one, or a rewritten one.
+
+    The Slicer extension numbers the segments it saves by their position and lists their names in ``label_info``. A
+    radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name. A file
+    that names its segments itself, such as ``.seg.nrrd``, is read by these names: they belong to the values of the
+    file, while ``label_info`` counts positions.
+
+    Voxels of 255 are unlabelled; ``annotated`` in ``info`` lists the labels that were looked for, if not all were.
+
+    Raises:
+        HTTPException: 422 where the label is unreadable, on another grid than its image, or has foreign values, or
+            where what was annotated is no label of the project.
+    """
+    _check_annotated(info, names)
+    with tempfile.TemporaryDirectory() as folder:
+        yield _checked(label, image, image_id, names, _segment_names(info), Path(folder))
+
+
+def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]) -> np.ndarray:
+    """The values ``(X, Y, Z)``, uint8, of a label in the order of its image's voxels; as ``checked_labels``."""
+    with checked_labels(label, image, image_id, names, info) as checked:
+        return read_volume(checked, np.uint8).values
+
+
+def segment_values(
+    label: Path, image: Path, image_id: str
+) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The values ``(X, Y, Z)`` of a label file in the order of its image's voxels, whatever they stand for.
+
+    Returns:
+        the values; the matrix ``(4, 4)`` from voxels of the file to those of the image, whose order may differ; and
+        the one from the latter to RAS millimetres.
+
+    Raises:
+        HTTPException: 422 where the file is unreadable, on another grid than its image, or has other values than
+            whole numbers.
+    """
+    with _refused(label, image, image_id):
+        scan = _header(image)
+        with open_volume(label) as opened:
+            found = _values_on(scan, opened, _MOST_SEGMENTS, unlabelled=False)
+        return found.values.astype(np.uint16), found.placement.matrix, scan.affine
+
+
+def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent: Sequence[str], folder: Path) -> Path:
+    numbers = {name: value for value, name in enumerate(names, start=1)}
+    with _refused(label, image, image_id):
+        scan = _header(image)
+        with open_volume(label) as opened:
+            if is_segmentation(opened.header):
+                unchanged, values = _of_segments(scan, opened, numbers)
+            else:
+                unchanged, values = _of_values(scan, opened, names, sent)
+    if unchanged:
+        return label
+    rewritten = folder / "label.nii.gz"
+    write_labels(rewritten, values, scan.affine, numbers)
+    return rewritten
+
+
+def _of_values(
+    scan: VolumeHeader, opened: OpenVolume, names: Sequence[str], sent: Sequence[str]
+) -> tuple[bool, npt.NDArray[np.uint8]]:
+    """The project's values of a file that says nothing about its own; whether they are as in the file."""
+    listed = sent or names
+    try:
+        found = _values_on(scan, opened, len(listed), unlabelled=True)
+    except InvalidVolume as error:
+        valid = ", ".join(f"{value} {name}" for value, name in enumerate(listed, start=1))
+        raise InvalidVolume(f"{error} ({valid})" if "whole numbers" in str(error) else str(error)) from error
+    values = found.values.astype(np.uint8)
+    to_project = np.zeros(256, dtype=np.uint8)
+    to_project[UNLABELLED] = UNLABELLED
+    for value, name in enumerate(listed, start=1):
+        if name in names:
+            to_project[value] = names.index(name) + 1
+        elif (values == value).any():
+            raise HTTPException(422, f"segment {name!r} is not a label of this project, which has {', '.join(names)}")
+    same_values = bool((to_project[: len(listed) + 1] == np.arange(len(listed) + 1)).all())
+    return same_values and found.placement.is_identity, to_project[values]
+
+
+def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]) -> tuple[bool, npt.NDArray[np.uint8]]:
+    """The project's values of a file that names its segments, perhaps of a part of the scan; as ``_of_values``."""
+    segments = segments_of(opened.name, opened.header)
+    placement = _Placement.of(scan, opened)
+    if opened.header.layers > _MOST_LAYERS:
+        raise InvalidVolume(
+            f"{opened.name} has {opened.header.layers} layers of segments; at most {_MOST_LAYERS} are read"
+        )
+    _check_size(scan, opened)
+    stored = opened.read(opened.header.dtype.newbyteorder("=")).values
+    layers = stored if opened.header.layers > 1 else stored[None]
+    labels = labels_of_segments(opened.name, layers, segments, numbers)
+    check_label_values(opened.name, labels, len(numbers), unlabelled=True)
+    whole = placement.is_whole(scan, opened.header)
+    unchanged = whole and placement.is_identity and len(layers) == 1 and np.array_equal(labels, stored)
+    return unchanged, placement.place(opened.name, labels, scan.shape)
+
+
+def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
+    """Refuse a file that would take far more memory than its scan: labels compress to nothing."""
+    if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MOST_LABEL_BYTES * math.prod(scan.shape)):
+        raise InvalidVolume(
+            f"{opened.name} holds {opened.header.n_bytes // 10**6:,} MB of {shown_shape(opened.header.file_shape)} "
+            f"values for an image of {shown_shape(scan.shape)} voxels; expected segments of about the image's size"
+        )
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the file of a label is.
+class _OnTheScan:
+    values: npt.NDArray
+    placement: _Placement
 
-    Args:
-        image, tag: which label.
-        file, state: its file, and that file's state when it was looked at.
-        revision: of ``same``, the one that the file is; of ``replace``, the one that must become the current label.
-        usable: of a hand-made label, a file with it in the project's values and its scan's order; ``file`` itself
-            where it is in them already.
-        reason: why it is of no use, or why it must be replaced.
+
+def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabelled: bool) -> _OnTheScan:
+    """The values of a file that covers the scan, in the order of the scan's voxels."""
+    placement = _Placement.of(scan, opened)
+    if not placement.is_whole(scan, opened.header):
+        raise _another_grid(scan, opened)
+    if opened.header.layers > 1:
+        raise InvalidVolume(f"{opened.name} has several layers of segments; expected one volume")
+    values = opened.read().values
+    check_label_values(opened.name, values, n_values, unlabelled=unlabelled)
+    return _OnTheScan(placement.place(opened.name, values, scan.shape), placement)
+
+
+@dataclass(frozen=True)
+class _Placement:
+    """Where the voxels of a label lie on a scan's grid: ``matrix`` ``(4, 4)`` holds whole numbers.
+
+    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order; it may save
+    only the part of a scan in which there are segments.
     """
 
-    image: str
-    tag: str
-    file: Path
-    state: str
-    revision: Revision | None = None
-    replace: bool = False
-    usable: Path | None = None
-    reason: str = ""
+    matrix: npt.NDArray[np.float64]
+
+    @classmethod
+    def of(cls, scan: VolumeHeader, opened: OpenVolume) -> _Placement:
+        """Raises InvalidVolume where the voxels of the one lie between those of the other."""
+        label = opened.header
+        matrix = np.rint(np.linalg.inv(scan.affine) @ label.affine)
+        turns = np.abs(matrix[:3, :3])
+        permutes = bool((turns.sum(0) == 1).all() and (turns.sum(1) == 1).all())
+        snapped = scan.affine @ matrix
+        if not permutes or geometry_difference(label.shape, snapped, label.shape, label.affine, GEOMETRY_TOLERANCE_MM):
+            raise _another_grid(scan, opened)
+        return cls(matrix)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether a voxel has the same index in both."""
+        return bool((self.matrix == np.eye(4)).all())
+
+    def is_whole(self, scan: VolumeHeader, label: VolumeHeader) -> bool:
+        """Whether the label has a voxel for each of the scan's, and no other."""
+        low, high = self._box(label.shape)
+        return bool((low == 0).all() and (high == scan.shape).all())
+
+    def place(self, name: str, values: npt.NDArray, shape: tuple[int, int, int]) -> npt.NDArray:
+        """Values ``(X, Y, Z)`` in the order of the scan's voxels, 0 beyond the label's.
+
+        Raises:
+            InvalidVolume: something is labelled outside the scan.
+        """
+        low, high = self._box(values.shape)
+        turns = self.matrix[:3, :3]
+        order = np.abs(turns).argmax(axis=1)  # the label's axis along each of the scan's
+        turned = values.transpose(order)
+        turned = turned[tuple(slice(None, None, int(turns[axis, own])) for axis, own in enumerate(order))]
+        if (low == 0).all() and (high == shape).all():
+            return np.ascontiguousarray(turned)
+        placed = np.zeros(shape, dtype=values.dtype)
+        begin, end = np.clip(low, 0, shape), np.clip(high, 0, shape)
+        inside = turned[tuple(slice(*ends) for ends in zip(begin - low, np.maximum(end, begin) - low, strict=True))]
+        if np.count_nonzero(inside) != np.count_nonzero(turned):
+            raise InvalidVolume(f"{name} has labelled voxels outside its image; expected segments within it")
+        placed[tuple(slice(*ends) for ends in zip(begin, np.maximum(end, begin), strict=True))] = inside
+        return placed
+
+    def _box(self, shape: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The label's voxels on the scan's grid: the first, and the one behind the last."""
+        corners = self.matrix[:3, :3] @ np.array([np.zeros(3), np.array(shape) - 1]).T + self.matrix[:3, 3:]
+        return corners.min(1).astype(int), corners.max(1).astype(int) + 1
 
 
-@dataclass(frozen=True)
-class Look:
-    """A label to be looked at, and the project's labels."""
-
-    tag: str
-    file: Path
-    image_id: str
-    image: Path
-    names: Sequence[str]
+def _another_grid(scan: VolumeHeader, opened: OpenVolume) -> InvalidVolume:
+    label = opened.header
+    difference = geometry_difference(scan.shape, scan.affine, label.shape, label.affine)
+    return InvalidVolume(f"{opened.name} is not on its image's grid: {difference or 'its voxels lie elsewhere'}")
 
 
-@dataclass(frozen=True)
-class Studies:
-    """What a verdict is applied to: ``image_file`` is the volume's path in the studies, ``warn`` tells the operator."""
-
-    model: LocalDatastoreModel
-    revisions: Revisions
-    trash: Trash
-    change: Change
-    names: Sequence[str]
-    image_file: str
-    warn: Callable[[str], None]
+def _header(image: Path) -> VolumeHeader:
+    with open_volume(image) as opened:
+        return opened.header
 
 
-def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
-    """Look at the file of a label; ``stack`` keeps what the verdict needs until it is applied."""
-    tag, file, image_id = look.tag, look.file, look.image_id
-    state = file_state(file.stat())
-    newest = revisions.newest(image_id, tag)
-    content = checksum(file)
-    if newest is not None and newest.sha256 == content:
-        return Verdict(image_id, tag, file, state, revision=newest)
-    if newest is not None and held.info.get("checked") == state and held.info.get("revision") == newest.number:
-        kept = revisions.newest_intact(image_id, tag)
-        if kept is not None:
-            reason = "its file holds other bytes than were written, and nobody has changed it: check the disk"
-            return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
-    # The index of an interrupted save does not know yet that its file was as it should be.
-    interrupted = newest is not None and not newest.deleted and "checked" not in held.info
-    if interrupted and any(revision.sha256 == content for revision in revisions.history(image_id, tag)):
-        return Verdict(image_id, tag, file, state, revision=newest, replace=True, reason="a crash interrupted a save")
+@contextmanager
+def _refused(label: Path, image: Path, image_id: str) -> Iterator[None]:
+    """Answer what cannot be used with 422, in words that mean something to the sender of a file."""
     try:
-        usable = stack.enter_context(checked_labels(file, look.image, image_id, look.names, {}))
-        return Verdict(image_id, tag, file, state, usable=usable)
-    except HTTPException as error:
-        kept = revisions.newest_intact(image_id, tag)
-        return Verdict(image_id, tag, file, state, revision=kept, replace=kept is not None, reason=str(error.detail))
+        yield
+    except InvalidVolume as error:
+        message = str(error).replace(f"label {label.name}", label.name)
+        message = message.replace(label.name, f"the label for {image_id}").replace(image.name, f"image {image_id}")
+        raise HTTPException(422, message) from error
 
 
-def apply(verdict: Verdict, held: DataModel, studies: Studies) -> DataModel:
-    """Add what follows from a verdict to a change of files, and return the label's entry."""
-    suffix = (split_suffix(verdict.file.name, LABEL_SUFFIXES) or ("", ""))[1]
-    if verdict.revision is not None and not verdict.replace:
-        return of_revision(verdict.revision, suffix, checked=verdict.state)
-    if verdict.revision is not None:
-        return _brought_back(verdict, verdict.revision, studies)
-    if verdict.usable is None:
-        logger.warning("The label %s of image %s is not used: %s", verdict.file, verdict.image, verdict.reason)
-        info = unusable(held.info, verdict.reason, verdict.state, list(studies.names))
-        return label_entry(verdict.image, suffix, info)
-    return _hand_made(verdict, verdict.usable, held, suffix, studies)
+def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
+    annotated = info.get("annotated")
+    if annotated is None or (isinstance(annotated, list) and annotated and set(map(str, annotated)) <= set(names)):
+        return
+    raise HTTPException(422, f"annotated must be a list of labels of {', '.join(names)}; got {annotated!r}")
 
 
-def _brought_back(verdict: Verdict, revision: Revision, studies: Studies) -> DataModel:
-    image, tag = verdict.image, verdict.tag
-    known = any(kept.sha256 == checksum(verdict.file) for kept in studies.revisions.history(image, tag))
-    if not known:
-        place = studies.trash.stage(studies.change, "damaged label", image, labels={tag: revision.number})
-        studies.change.move(verdict.file, place / "labels" / tag / verdict.file.name)
-    elif verdict.file.name != image + revision.suffix:
-        studies.change.remove(verdict.file)
-    studies.warn(
-        f"the label {tag!r} of image {image!r} was restored from its revision {revision.number}: {verdict.reason}"
-    )
-    return restored(studies.model, studies.revisions, studies.change, revision)
-
-
-def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: Studies) -> DataModel:
-    """Keep a label that was copied in or drawn over by hand as a revision, and as it can be used as a second one."""
-    image, tag = verdict.image, verdict.tag
-    number = studies.revisions.last_number(image, tag) + 1
-    info = said(held.info)
-    if "checked" in held.info or "revision" in held.info:
-        # Said of what the file was before somebody drew over it.
-        info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
-    annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
-    more = {"labels": list(studies.names), "image_file": studies.image_file}
-    revision = studies.revisions.stage(
-        studies.change, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
-    )
-    if usable == verdict.file:
-        logger.info("The label %s of image %s was copied or drawn by hand; it is used", verdict.file, image)
-        return of_revision(revision, suffix, checked=verdict.state)
-    new_suffix = (split_suffix(usable.name, LABEL_SUFFIXES) or ("", ".nii.gz"))[1]
-    revision = studies.revisions.stage(
-        studies.change, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
-    )
-    target = verdict.file.with_name(image + new_suffix)
-    temporary = studies.change.copy(usable, target)
-    if verdict.file.name != target.name:
-        studies.change.remove(verdict.file)
-    logger.info("The label %s of image %s was copied by hand; it is used in its scan's order", verdict.file, image)
-    return of_revision(revision, new_suffix, checked=file_state(temporary.stat()))
-
-
-def give_way() -> None:
-    """Let whoever waits for the server come before this thread. Linux counts each thread as a process here."""
-    if hasattr(os, "setpriority"):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-
-class BackgroundChecks:
-    """A thread that checks labels, a few at a time, and ends when there are none left."""
-
-    _AT_A_TIME = 16
-
-    def __init__(self, check: Callable[[Sequence[tuple[str, str]]], None]) -> None:
-        self._check = check
-        self._waiting: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._condition = threading.Condition()
-        self._running = False
-
-    def add(self, labels: Iterable[tuple[str, str]]) -> None:
-        """Have labels checked, each once."""
-        with self._condition:
-            self._waiting.update(dict.fromkeys(labels))
-            if self._waiting and not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="label checks", daemon=True).start()
-
-    def wait(self, seconds: float) -> bool:
-        """Wait until all are checked; return whether they are."""
-        with self._condition:
-            return self._condition.wait_for(lambda: not self._running, timeout=seconds)
-
-    def _run(self) -> None:
-        give_way()
-        start = time.monotonic()
-        number = 0
-        while True:
-            with self._condition:
-                some = [self._waiting.popitem(last=False)[0] for _ in range(min(self._AT_A_TIME, len(self._waiting)))]
-                if not some:
-                    self._running = False
-                    self._condition.notify_all()
-                    break
-            try:
-                self._check(some)
-            except Exception as error:  # the next ones may be better, and these are checked when they are used
-                logger.warning("Labels could not be checked: %s", error)
-            number += len(some)
-        logger.info("Checked %d labels in %.0f seconds", number, time.monotonic() - start)
+def _segment_names(info: dict[str, Any]) -> list[str]:
+    """Names by position of the saved segments, or nothing where the client did not list any."""
+    listed = info.get("label_info")
+    if not isinstance(listed, list) or not all(isinstance(item, dict) and item.get("name") for item in listed):
+        return []
+    return [str(item["name"]) for item in listed if item["name"] not in _NOT_SAVED]
