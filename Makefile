@@ -56,8 +56,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	$(BIN)/python benchmarks/deform_conv3d_cpu.py
-	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python -m benchmarks.operator.deform_conv3d_cpu
+	$(BIN)/python -m benchmarks.server.inference
 
 # The two targets below need an NVIDIA GPU. PYTHON_GPU names a Python of any version that has torch, cupy, numpy and
 # pytest (and monai, for the network): nothing is installed then, the sources are read where they are. Without it they
@@ -76,7 +76,7 @@ test-gpu: $(if $(PYTHON_GPU),,$(CUPY))
 	$(ON_GPU) -m pytest tests/ops tests/gpu --device $(DEVICE) $(PYTEST_OPTIONS)
 
 bench-gpu: $(if $(PYTHON_GPU),,$(CUPY))
-	$(ON_GPU) benchmarks/deform_conv3d_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(BENCH_OPTIONS)
+	$(ON_GPU) -m benchmarks.operator.deform_conv3d_gpu $(if $(RESULTS),--results "$(RESULTS)") $(BENCH_OPTIONS)
 
 clean:
 	rm -rf .venv demo runs

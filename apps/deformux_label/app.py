@@ -1,4 +1,4 @@
-"""The app that MONAI Label loads: wiring only. It is executed by path, so nothing here may be imported or pickled."""
+"""The app that MONAI Label loads through ``main.py``: it only connects the parts."""
 
 import logging
 import os
@@ -6,38 +6,12 @@ import sys
 import threading
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
 from filelock import FileLock
-from lib.api import install
-from lib.background import end_background_with_this_server, end_with_the_parent
-from lib.batch_inference import BatchInferences, images_of, run_batch
-from lib.checks import checked_device, find_image, inference_options, known
-from lib.configs.project import InvalidOption, Project
-from lib.configs.server import SERVER_OPTIONS, ServerOptions
-from lib.datastore import UNCERTAINTY_TAG, CheckedDatastore, StudiesError
-from lib.infers.edit import Edit
-from lib.infers.scribbles import all_scribble_tasks
-from lib.infers.segmentation import Segmentation
-from lib.infers.served import UNTRAINED
-from lib.infers.uncertainty import store_uncertainty
-from lib.leases import Leases, annotator_of
-from lib.models import ServedModels
-from lib.points import BACKGROUND
-from lib.requests.uploads import own_folder, private_uploads
-from lib.scoring.dice import DiceScoring
-from lib.scoring.selection import SelectionScores, SelectionScoring
-from lib.sessions import Sessions
-from lib.start import refuse_to_start
-from lib.strategies.choose import all_strategies
-from lib.strategies.waiting import WaitingVolumes
-from lib.trainers.finetune import FineTune
-from lib.training_process import end_with_the_server, leave_room_on_the_gpu
-from lib.training_queue import AlreadyTraining, TrainingQueue, with_queue
-from lib.volume_sessions import VolumeSessions
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
@@ -48,9 +22,35 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import processes
 
 from deformux.data.header import MAX_VOXELS_VARIABLE
-from deformux.versions import ModelVersions
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.lib.activelearning.background_scores import SelectionScores, SelectionScoring
+from deformux_label.lib.activelearning.strategies import all_strategies
+from deformux_label.lib.activelearning.waiting_volumes import WaitingVolumes
+from deformux_label.lib.background.server_lifetime import end_background_with_this_server, end_with_the_parent
+from deformux_label.lib.configs.project import InvalidOption, Project
+from deformux_label.lib.configs.refuse_to_start import refuse_to_start
+from deformux_label.lib.configs.server import SERVER_OPTIONS, ServerOptions
+from deformux_label.lib.infers.batch_inference import BatchInferences, images_of, run_batch
+from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.edit import Edit
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.scribbles import all_scribble_tasks
+from deformux_label.lib.infers.segmentation import Segmentation
+from deformux_label.lib.infers.served_network import UNTRAINED
+from deformux_label.lib.infers.uncertainty_map import store_uncertainty
+from deformux_label.lib.requests.clicks import BACKGROUND
+from deformux_label.lib.requests.options import checked_device, find_image, inference_options, known
+from deformux_label.lib.requests.uploads import own_folder, private_uploads
+from deformux_label.lib.scoring.dice import DiceScoring
+from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore, StudiesError
+from deformux_label.lib.store.leases import Leases, annotator_of
+from deformux_label.lib.store.volume_sessions import VolumeSessions
+from deformux_label.lib.trainers.finetune import FineTune
+from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu
+from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue, with_queue
 from deformux_label.web.audit import AuditLog
 from deformux_label.web.caller import Caller, calling, note, require, with_login
+from deformux_label.web.error_responses import install
 from deformux_label.web.install import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
 
@@ -274,7 +274,7 @@ class DeformUXLabel(MONAILabelApp):
         except HTTPException as error:
             raise SystemExit(f"The training failed: {error.detail}") from None
 
-    def training_ended(self, _task: dict[str, Any]) -> None:
+    def training_ended(self, _task: Mapping[str, Any]) -> None:
         """What follows a training, in the server."""
         self.model_changed()
 

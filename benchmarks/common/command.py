@@ -9,16 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality._trials import Task
+from benchmarks.common.trials import Task
 
-from deformux.cases import find_cases
-from deformux.cli_support import torch_device
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing
+from deformux.cli.common import torch_device
+from deformux.data.cases import find_cases
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.recipe import RECIPES
 
 __all__ = ["PATCH_SIZE", "RECIPE", "at_learning_rate", "hippocampus", "options", "placement", "run"]
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # Holds a whole volume of the hippocampus data with a margin.
 PATCH_SIZE = (48, 64, 48)
 # At the learning rate of all committed trials: by what best_model found, the library's own is now twice that. Without

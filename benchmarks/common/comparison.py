@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from benchmarks.quality._networks import NETWORKS, OURS, SIZES
-from benchmarks.quality._report import SURFACE, mean_and_deviation, paired_p, significant, strips, table
-from benchmarks.quality._trials import Result, Task, Trial
+from benchmarks.common.networks import NETWORKS, OURS, SIZES
+from benchmarks.common.report import SURFACE, mean_and_deviation, paired_p, significant, strips, table
+from benchmarks.common.trials import Result, Task, Trial
 from matplotlib.figure import Figure
 
 __all__ = ["COST_NOTES", "comparison", "comparison_plot", "network_trials"]
@@ -18,7 +18,7 @@ COST_NOTES = (
     "with their interpolation; normalisation, activations and sums are not counted",
     "- memory: the largest of the training process (on a GPU: what PyTorch had allocated), volumes included",
     "- where several trainings ran at a time, they waited for each other: their seconds compare nothing",
-    "- float32 convolutions on CPUs are those of `deformux.convolution` in every network",
+    "- float32 convolutions on CPUs are those of `deformux.networks.fast_cpu_conv` in every network",
     "- p is against DeformUX-Net of the same size",
 )
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from _gpu_timing import Stopwatch, kernel_times, profiled
+from benchmarks.common.gpu_timing import Stopwatch, kernel_times, profiled
 from torch import Tensor
 
 from deform3d import _launch, reference

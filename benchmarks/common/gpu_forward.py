@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from _gpu_timing import Stopwatch, gather_floor_ms
+from benchmarks.common.gpu_timing import Stopwatch, gather_floor_ms
 from torch import Tensor
 
 from deform3d import _launch, deform_conv3d

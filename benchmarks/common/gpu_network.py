@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _gpu_timing import Progress, Stopwatch, kernel_times, operator_us, profiled
+from benchmarks.common.gpu_timing import Progress, Stopwatch, kernel_times, operator_us, profiled
 from monai.losses import DiceCELoss
 
 from deform3d import _launch
-from deformux.network import DeformableMixer, DeformUXNet
+from deformux.networks.deformux_net import DeformableMixer, DeformUXNet
 
 BATCH, PATCH, CLASSES = 2, 96, 14
 # Offsets of a trained network are small, but not zero as at initialisation.

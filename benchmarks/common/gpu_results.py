@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deformux.files import write_text
+from deformux.data.atomic_files import write_text
 
 OURS, IM2COL, GRID, TVDCN = "deform3d", "im2col + GEMM per group", "27 grid_sample", "tvdcn"
 COMPILED = ", compiled"

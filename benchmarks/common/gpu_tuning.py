@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _gpu_timing import Progress, Stopwatch
+from benchmarks.common.gpu_timing import Progress, Stopwatch
 from torch import Tensor
 
 from deform3d import _launch

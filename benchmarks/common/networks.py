@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deformux.convolution import Conv3d, adopt
-from deformux.network import DeformableMixer, DeformUXNet
+from deformux.networks.deformux_net import DeformableMixer, DeformUXNet
+from deformux.networks.fast_cpu_conv import Conv3d, adopt
 
 __all__ = ["NETWORKS", "OURS", "SIZES", "build", "gmac"]
 

@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from benchmarks.quality._scores import METRICS, TOLERANCE_MM
-from benchmarks.quality._trials import Result
+from benchmarks.common.scores import METRICS, TOLERANCE_MM
+from benchmarks.common.trials import Result
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from deformux.files import replacing, write_text
+from deformux.data.atomic_files import replacing, write_text
 
 __all__ = [
     "NOTES",

@@ -9,10 +9,10 @@ import torch
 from monai.metrics import compute_hausdorff_distance
 from torch import nn
 
-from deformux.cases import Case
-from deformux.inference import segment
-from deformux.metrics import dice_per_label, surface_dice_per_label
-from deformux.transforms import LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.cases import Case
+from deformux.data.preprocessing import LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.inference.metrics import dice_per_label, surface_dice_per_label
+from deformux.inference.sliding_window import segment
 
 __all__ = ["METRICS", "TOLERANCE_MM", "compare", "score"]
 

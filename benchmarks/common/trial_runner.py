@@ -14,15 +14,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.quality._trials import Result, Tell, Trial, affordable_steps, run_trial
+from benchmarks.common.trials import Result, Tell, Trial, affordable_steps, run_trial
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deformux.cli_support import ProgressBar, torch_device
-from deformux.engine import TrainingError
-from deformux.transforms import InvalidVolume
-from deformux.weights import InvalidModel
+from deformux.cli.common import ProgressBar, torch_device
+from deformux.data.preprocessing import InvalidVolume
+from deformux.fitting.fit import TrainingError
+from deformux.networks.model_file import InvalidModel
 
 __all__ = ["run_trials"]
 

@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks._machine import machine_lines
-from benchmarks.quality._networks import OURS, build, gmac
-from benchmarks.quality._scores import Scores, score
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.networks import OURS, build, gmac
+from benchmarks.common.scores import Scores, score
 from torch import nn
 
-from deformux.cases import Case
-from deformux.checkpoint import label_checksum
-from deformux.cli_support import device_name
-from deformux.engine import FitResult, Progress, fit
-from deformux.files import write_text
-from deformux.metrics import mean_dice
-from deformux.recipe import Recipe
-from deformux.transforms import Preprocessing
-from deformux.weights import ModelCard, save_model, warm_start
+from deformux.cli.common import device_name
+from deformux.data.atomic_files import write_text
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.checkpoint import label_checksum
+from deformux.fitting.fit import FitResult, Progress, fit
+from deformux.fitting.recipe import Recipe
+from deformux.inference.metrics import mean_dice
+from deformux.networks.model_file import ModelCard, save_model, warm_start
 
 __all__ = ["Result", "Task", "Tell", "Trial", "affordable_steps", "model_file", "run_trial"]
 

@@ -1,6 +1,6 @@
-"""What ``deformux.convolution`` saves in float32: training steps and segmentations of `tiny` with and without it.
+"""What ``deformux.networks.fast_cpu_conv`` saves in float32: training steps and segmentations of `tiny`.
 
-``python benchmarks/convolution.py [--threads 1]`` writes ``results/convolution.md`` and ``results/convolution.json``.
+``python -m benchmarks.operator.convolution [--threads 1]`` writes ``convolution.md`` and ``convolution.json``.
 Both ways alternate within one run, and the medians of these pairs are compared.
 """
 
@@ -12,17 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from _machine import machine_lines
-from _turns import in_turns
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.turns import in_turns
 from torch import nn
 
-from deformux.convolution import Conv3d, InstanceNorm3d
-from deformux.losses import PartialDiceCELoss
-from deformux.network import DeformUXNet
+from deformux.fitting.losses import PartialDiceCELoss
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.fast_cpu_conv import Conv3d, InstanceNorm3d
 
 PLAIN = {Conv3d: nn.Conv3d, InstanceNorm3d: nn.InstanceNorm3d}
 OURS = {plain: own for own, plain in PLAIN.items()}
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # Patch sizes of the benchmarks on the hippocampus data, at 1.5 and 1 mm, and of a CT.
 PROBLEMS = [(1, (32, 48, 32)), (2, (32, 48, 32)), (1, (48, 64, 48)), (1, (96, 96, 96))]
 
@@ -46,10 +46,10 @@ def main() -> None:
     lines = [
         "# Float32 convolutions and instance norms on the CPU",
         "",
-        "`tiny`, float32, seconds; PyTorch's own choice of implementation against `deformux.convolution`, in turns;",
-        "a training step is forward, loss, backward and AdamW.",
+        "`tiny`, float32, seconds; PyTorch's own choice of implementation against",
+        "`deformux.networks.fast_cpu_conv`, in turns; a training step is forward, loss, backward and AdamW.",
         "",
-        "| | batch | voxels | PyTorch's choice | deformux.convolution | ratio |",
+        "| | batch | voxels | PyTorch's choice | deformux.networks.fast_cpu_conv | ratio |",
         "|---|---|---|---|---|---|",
         *(
             f"| {row['what']} | {row['batch']} | {'×'.join(map(str, row['size']))} | {row['plain_s']:.2f} "

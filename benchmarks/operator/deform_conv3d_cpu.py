@@ -1,6 +1,6 @@
 """The CPU operator against what PyTorch offers without it: the sum of 27 `grid_sample` calls.
 
-    python benchmarks/deform_conv3d_cpu.py
+    python -m benchmarks.operator.deform_conv3d_cpu
 
 The shapes are DeformUX-Net's four stages at a patch of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1, offsets
 normal(0, 1), float32. Both sides get the same contiguous tensors; a second line per shape has channels-last ones, which
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ from deform3d import deform_conv3d
 
 SHAPES = ((48, 48), (96, 24), (192, 12), (384, 6))
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 TARGETS = {"forward": 25.0, "training": 12.0, "memory": 2.0}
 
 
@@ -138,7 +138,15 @@ def measure(channels: int, size: int, seconds: float) -> list[Row]:
 
 def memory_ratio(channels: int, size: int, layout: str) -> float:
     """Measured in a process of its own, whose memory nothing else has shaped."""
-    command = [sys.executable, __file__, "--memory", str(channels), str(size), layout]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.operator.deform_conv3d_cpu",
+        "--memory",
+        str(channels),
+        str(size),
+        layout,
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout)
 

@@ -1,9 +1,9 @@
 """The CUDA operator against the published algorithm, `grid_sample`, `tvdcn` and its L1 floor; the network's step.
 
-    python benchmarks/deform_conv3d_gpu.py [--parts operator peers ...] [--results FOLDER]
-    python benchmarks/deform_conv3d_gpu.py --tune
-    python benchmarks/deform_conv3d_gpu.py --compare-forward
-    python benchmarks/deform_conv3d_gpu.py --tune-backward
+    python -m benchmarks.operator.deform_conv3d_gpu [--parts operator peers ...] [--results FOLDER]
+    python -m benchmarks.operator.deform_conv3d_gpu --tune
+    python -m benchmarks.operator.deform_conv3d_gpu --compare-forward
+    python -m benchmarks.operator.deform_conv3d_gpu --tune-backward
 
 The shapes are DeformUX-Net's four stages at two patches of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1. Each part is
 written to FOLDER/deform_conv3d_gpu.{md,json} as soon as it is measured; what earlier runs on the same machine left
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _gpu_peers import Operator, compiled_kernels, grid_samples, im2col_gemm, tvdcn_operator
-from _gpu_results import COMPILED, GRID, IM2COL, OURS, TVDCN, Results, Row
-from _gpu_timing import Progress, Stopwatch, gather_floor_ms, kernel_times, peak_bytes, profiled
-from _machine import machine_lines
+from benchmarks.common.gpu_peers import Operator, compiled_kernels, grid_samples, im2col_gemm, tvdcn_operator
+from benchmarks.common.gpu_results import COMPILED, GRID, IM2COL, OURS, TVDCN, Results, Row
+from benchmarks.common.gpu_timing import Progress, Stopwatch, gather_floor_ms, kernel_times, peak_bytes, profiled
+from benchmarks.common.machine import machine_lines
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -185,7 +185,7 @@ class Benchmark:
 
     def network(self) -> dict[str, Any]:
         try:
-            from _gpu_network import training_steps
+            from benchmarks.common.gpu_network import training_steps
         except ImportError as error:
             return {"skipped": f"not measured: the network cannot be imported here ({error})"}
         return training_steps(self.progress)
@@ -222,7 +222,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each measurement")
     parser.add_argument("--tune", action="store_true", help="try launch shapes instead")
     parser.add_argument(
@@ -233,19 +233,19 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("deform_conv3d_gpu.py: got no CUDA device, expected one; run it on a machine with an NVIDIA GPU.")
     if options.compare_forward:
-        from _gpu_forward import compare
+        from benchmarks.common.gpu_forward import compare
 
         print(*machine_lines(), sep="\n")
         list(compare(Stopwatch(options.seconds / 8)))
         return
     if options.tune_backward:
-        from _gpu_backward import tune_backward
+        from benchmarks.common.gpu_backward import tune_backward
 
         tune_backward(options.seconds / 8)
         return
     results = Results.resume(options.results, machine_lines())
     if options.tune:
-        from _gpu_tuning import tune
+        from benchmarks.common.gpu_tuning import tune
 
         cases = [arguments(*stage, dtype, "channels-last", 1.0) for stage in STAGES for dtype in DTYPES]
         results.keep("tuning", tune(Stopwatch(options.seconds / 4), cases))

@@ -1,8 +1,8 @@
 """What one call of the operator costs before any work is done: microseconds of the host, and where they go.
 
-``python benchmarks/host_time.py [--before FOLDER] [--results FOLDER]`` writes ``host_time.md`` and ``host_time.json``.
-It runs on a GPU where there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU calls are only queued;
-on the CPU a whole call includes its work, and the GPU's launcher runs on tensors of the CPU and starts nothing.
+``python -m benchmarks.operator.host_time [--before FOLDER] [--results FOLDER]`` writes ``host_time.md`` and
+``host_time.json``. It runs on a GPU where there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU calls
+are only queued; on the CPU a whole call includes its work, and the GPU's launcher runs on tensors of the CPU and starts nothing.
 ``--before`` names a folder with another version of the package ``deform3d``, measured in turns with this one.
 """
 
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,7 +29,7 @@ from deform3d import _autograd, _launch, deform_conv3d
 from deform3d._checks import check
 from deform3d._dispatch import choose_backend
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # The problem of the page's first table, and the deepest stage of `tiny` in a patch of 32x48x32 voxels.
 SHAPES = ((1, 16, 4, 4, 4), (2, 128, 2, 3, 2))
 # So few calls are queued at once that the host never waits for the GPU to take one.
@@ -67,7 +67,7 @@ def compare(packages: dict[str, Path], rounds: int) -> dict[str, dict[str, float
     for _ in range(rounds):
         for name, folder in packages.items():
             path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-            command = [sys.executable, str(Path(__file__).resolve()), "--only-measure"]
+            command = [sys.executable, "-m", "benchmarks.operator.host_time", "--only-measure"]
             done = subprocess.run(
                 command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
             )

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from benchmarks.quality._command import hippocampus, options, placement, run
-from benchmarks.quality._report import (
+from benchmarks.common.command import hippocampus, options, placement, run
+from benchmarks.common.report import (
     NOTES,
     case_rows,
     facts,
@@ -26,8 +26,8 @@ from benchmarks.quality._report import (
     table,
     write_report,
 )
-from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Trial
+from benchmarks.common.trial_runner import run_trials
+from benchmarks.common.trials import Result, Trial
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     python -m benchmarks.quality.active_learning --full full/rounds.csv
     python -m benchmarks.quality.active_learning --full-dice 0.87 --rounds some/rounds.csv
 
-``--rounds`` are by default those of benchmarks/active_learning.py; ``--full`` is a simulation of the same settings with
-one round that labels the whole pool, in as many steps as all rounds have together:
+``--rounds`` are by default those of benchmarks/server/next_sample.py; ``--full`` is a simulation of the same settings
+with one round that labels the whole pool, in as many steps as all rounds have together:
 
     deformux simulate --data ../shared/data/hippocampus --output full --subset train --modality mr \\
         --strategy random --rounds 1 --start 120 --seeds 5 --labels anterior,posterior --spacing 1.5,1.5,1.5 \\
@@ -22,11 +22,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from benchmarks._machine import machine_lines
-from benchmarks.quality._command import RESULTS, run
-from benchmarks.quality._report import strips, table, write_report
+from benchmarks.common.command import RESULTS, run
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import strips, table, write_report
 
-from deformux.budget_curve import BASELINE, paired_difference
+from deformux.active_learning.learning_curve import BASELINE, paired_difference
 
 # Labelled volumes and mean Dice of each round, in order.
 Curve = list[tuple[int, float]]

@@ -22,8 +22,8 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from benchmarks.quality._command import hippocampus, options, placement, run
-from benchmarks.quality._report import (
+from benchmarks.common.command import hippocampus, options, placement, run
+from benchmarks.common.report import (
     NOTES,
     case_rows,
     facts,
@@ -34,13 +34,13 @@ from benchmarks.quality._report import (
     table,
     write_report,
 )
-from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Task, Trial, model_file
+from benchmarks.common.trial_runner import run_trials
+from benchmarks.common.trials import Result, Task, Trial, model_file
 
-from deformux.network import PRESETS
-from deformux.recipe import RECIPES
-from deformux.simulate import held_out
-from deformux.weights import load_model, save_model
+from deformux.active_learning.simulation import held_out
+from deformux.fitting.recipe import RECIPES
+from deformux.networks.deformux_net import PRESETS
+from deformux.networks.model_file import load_model, save_model
 
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

@@ -25,19 +25,19 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import torch
-from benchmarks._machine import machine_lines
-from benchmarks.quality._command import options, run
-from benchmarks.quality._report import spread, table, write_report
+from benchmarks.common.command import options, run
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import spread, table, write_report
 from rich.progress import track
 
-from deformux.cases import Case, find_cases
-from deformux.cli_support import model_path, torch_device
-from deformux.clicks import THRESHOLDS, CaseResult, Robot, play_case, summarise
-from deformux.clicks_cli import plot, summary_rows
-from deformux.files import write_text
-from deformux.inference import segment
-from deformux.network import DeformUXNet
-from deformux.weights import ModelCard, load_model, with_guidance
+from deformux.cli.clicks import plot, summary_rows
+from deformux.cli.common import model_path, torch_device
+from deformux.data.atomic_files import write_text
+from deformux.data.cases import Case, find_cases
+from deformux.inference.sliding_window import segment
+from deformux.interactive.click_benchmark import THRESHOLDS, CaseResult, Robot, play_case, summarise
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard, load_model, with_guidance
 
 _ROBOTS = (Robot("centred"), Robot("jittered", 0.5))
 _CAP = 20

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.quality._command import PATCH_SIZE, at_learning_rate, hippocampus, options, placement, run
-from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
-from benchmarks.quality._networks import NETWORKS, SIZES
-from benchmarks.quality._report import NOTES, case_rows, facts, write_report
-from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result
+from benchmarks.common.command import PATCH_SIZE, at_learning_rate, hippocampus, options, placement, run
+from benchmarks.common.comparison import COST_NOTES, comparison, comparison_plot, network_trials
+from benchmarks.common.networks import NETWORKS, SIZES
+from benchmarks.common.report import NOTES, case_rows, facts, write_report
+from benchmarks.common.trial_runner import run_trials
+from benchmarks.common.trials import Result
 
 
 def main() -> None:

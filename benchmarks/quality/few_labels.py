@@ -21,17 +21,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.quality._command import at_learning_rate, hippocampus, options, placement, run
-from benchmarks.quality._report import NOTES, case_rows, facts, figure, table, write_report
-from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Task, Trial, model_file
+from benchmarks.common.command import at_learning_rate, hippocampus, options, placement, run
+from benchmarks.common.report import NOTES, case_rows, facts, figure, table, write_report
+from benchmarks.common.trial_runner import run_trials
+from benchmarks.common.trials import Result, Task, Trial, model_file
 from filelock import FileLock
 from matplotlib.figure import Figure
 
-from deformux.annotator import dense_labels
-from deformux.cases import Case, find_cases
-from deformux.files import replacing
-from deformux.synthetic import LABELS, write_cohort
+from deformux.data.atomic_files import replacing
+from deformux.data.cases import Case, find_cases
+from deformux.data.synthetic import LABELS, write_cohort
+from deformux.interactive.simulated_annotator import dense_labels
 
 COUNTS = (1, 2, 5, 10, 20, 40, 160)
 STARTS = ("scratch", "synthetic", "other label")

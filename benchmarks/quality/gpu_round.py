@@ -3,9 +3,9 @@
     python -m benchmarks.quality.gpu_round                                        # 10 labels, three draws of them
     python -m benchmarks.quality.gpu_round --device cpu --steps 2 --seeds 1 --cases 3 --labelled 3    # to try it
 
-The server's own round (``deformux.learning.Learner``): volumes held out for validation, clicks, the gate. Which volumes
-are labelled follows from the seed. ``val`` is scored once, outside the measured time. Writes quality_gpu_round.md,
-.csv and .png.
+The server's own round (``Learner``): volumes held out for validation, clicks, the gate. Which volumes
+are labelled follows from the seed. ``val`` is scored once, outside the measured time. Writes
+quality_gpu_round.md, .csv and .png.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from benchmarks._machine import machine_lines
-from benchmarks.quality._command import hippocampus, options, run
-from benchmarks.quality._report import figure, table, write_report
-from benchmarks.quality._scores import score
+from benchmarks.common.command import hippocampus, options, run
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import figure, table, write_report
+from benchmarks.common.scores import score
 from matplotlib.figure import Figure
 
-from deformux.cli_support import torch_device
-from deformux.learning import Learner, Round
-from deformux.metrics import mean_dice
-from deformux.recipe import RECIPES
-from deformux.weights import load_model
+from deformux.cli.common import torch_device
+from deformux.fitting.recipe import RECIPES
+from deformux.inference.metrics import mean_dice
+from deformux.networks.model_file import load_model
+from deformux.publishing.learner import Learner, Round
 
 TARGET_DICE, TARGET_SECONDS = 0.85, 60.0
 

@@ -1,6 +1,6 @@
 """The shipped hippocampus weights on the ``val`` cases, which took no part in training or choosing them.
 
-    python benchmarks/hippocampus.py --data ../shared/data/hippocampus [--threads 2]
+    python -m benchmarks.quality.hippocampus --data ../shared/data/hippocampus [--threads 2]
 
 CONTRIBUTING.md says how the weights were made.
 Writes benchmarks/results/hippocampus.md.
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 
-from deformux.cases import find_cases
-from deformux.files import write_text
-from deformux.inference import evaluate
-from deformux.metrics import mean_dice
-from deformux.weights import load_model, pretrained_path
+from deformux.data.atomic_files import write_text
+from deformux.data.cases import find_cases
+from deformux.inference.metrics import mean_dice
+from deformux.inference.sliding_window import evaluate
+from deformux.networks.model_file import load_model, pretrained_path
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
         ),
         f"| **mean** | **{mean_dice(per_case):.4f}** | | |",
     ]
-    write_text(Path(__file__).parent / "results" / "hippocampus.md", "\n".join(lines) + "\n")
+    write_text(Path(__file__).parents[1] / "results" / "hippocampus.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

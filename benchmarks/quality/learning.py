@@ -1,10 +1,10 @@
 """What the learning loop makes of hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
 
-    python benchmarks/learning.py --data ../shared/data/hippocampus [--part target|corrupted] [--rounds 50] [--steps 60]
-        [--spacing 1.5,1.5,1.5 --patch-size 32,48,32]
+    python -m benchmarks.quality.learning --data ../shared/data/hippocampus [--part target|corrupted]
+        [--rounds 50] [--steps 60] [--spacing 1.5,1.5,1.5 --patch-size 32,48,32]
 
 Cases come from the split's ``train``; ``val`` is only scored, never trained on and never chosen by. Rounds go through
-``deformux.learning.Learner``, as in the app: frozen validation cases, gate, versions.
+``deformux.publishing.learner.Learner``, as in the app: frozen validation cases, gate, versions.
 
 target: ten labelled volumes from scratch, then ten more. corrupted: ten correct ones, then one label each round, of
 which a share (``--corrupt``) is wrong: random voxels, another case's label, labels swapped, empty, or moved. With
@@ -27,20 +27,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 
-from deformux.cases import Case, find_cases
-from deformux.engine import TrainingError
-from deformux.files import write_text
-from deformux.inference import evaluate
-from deformux.learning import Learner, Round
-from deformux.metrics import mean_dice
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing
-from deformux.weights import load_model
+from deformux.data.atomic_files import write_text
+from deformux.data.cases import Case, find_cases
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import TrainingError
+from deformux.fitting.recipe import RECIPES
+from deformux.inference.metrics import mean_dice
+from deformux.inference.sliding_window import evaluate
+from deformux.networks.model_file import load_model
+from deformux.publishing.learner import Learner, Round
 
 LABELS = ("anterior", "posterior")
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 CORRUPTIONS = ("noise", "another case's", "swapped", "empty", "moved")
 
 

@@ -1,6 +1,6 @@
 """What a thread per sample saves: training steps of `tiny` on two patches, with and without `SampleThreads`.
 
-``OMP_WAIT_POLICY=passive python benchmarks/sample_threads.py [--threads 2]``, with the server's setting, writes
+``OMP_WAIT_POLICY=passive python -m benchmarks.quality.sample_threads [--threads 2]``, with the server's setting, writes
 ``results/sample_threads.md`` and ``results/sample_threads.json``. Both ways alternate within one run, and the medians
 of these pairs are compared.
 """
@@ -13,15 +13,15 @@ import os
 from pathlib import Path
 
 import torch
-from _machine import machine_lines
-from _turns import in_turns
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.turns import in_turns
 from convolution import training_step
 
-from deformux.files import write_text
-from deformux.network import DeformUXNet
-from deformux.sample_threads import SampleThreads
+from deformux.data.atomic_files import write_text
+from deformux.fitting.sample_parallel import SampleThreads
+from deformux.networks.deformux_net import DeformUXNet
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 SIZES = ((32, 48, 32), (48, 64, 48), (64, 64, 64))
 BATCH = 2
 
@@ -41,7 +41,7 @@ def main() -> None:
         "# A thread per sample",
         "",
         f"`tiny`, a batch of {BATCH}, seconds of a training step: all threads in each operation, against a thread per",
-        "sample (`deformux.sample_threads`), in turns; a step is forward, loss, backward and AdamW.",
+        "sample (`deformux.fitting.sample_parallel`), in turns; a step is forward, loss, backward and AdamW.",
         "",
         "| voxels | all in each operation | a thread per sample | ratio |",
         "|---|---|---|---|",

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks._machine import machine_lines
-from benchmarks.quality._command import hippocampus, options, run
-from benchmarks.quality._networks import NETWORKS, SIZES, build
-from benchmarks.quality._report import figure, table, write_report
-from benchmarks.quality._trials import Task
+from benchmarks.common.command import hippocampus, options, run
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.networks import NETWORKS, SIZES, build
+from benchmarks.common.report import figure, table, write_report
+from benchmarks.common.trials import Task
 from matplotlib.figure import Figure
 from rich.progress import track
 from torch.profiler import ProfilerActivity, profile
 
-from deformux.engine import fit
+from deformux.fitting.fit import fit
 
 _WARM_UP = 2
 AUGMENTATION = "augmentation"

@@ -4,8 +4,8 @@
     python -m benchmarks.quality.step_time --rows "DeformUX-Net tiny" --no-compile
     python -m benchmarks.quality.step_time --prepare                          # only compile, for the next call
 
-Whole steps of ``deformux.training_step`` on random patches in pinned memory: copy, forward, loss, backward, clipping,
-AdamW, moving average, reading the loss. Writes quality_step_time.md, .csv and .png after each row.
+Whole steps of ``deformux.fitting.training_step`` on random patches in pinned memory: copy, forward, loss, backward,
+clipping, AdamW, moving average, reading the loss. Writes quality_step_time.md, .csv and .png after each row.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks._machine import machine_lines
-from benchmarks.quality._command import RECIPE, RESULTS, run
-from benchmarks.quality._networks import OURS, build
-from benchmarks.quality._report import figure, table, write_report
+from benchmarks.common.command import RECIPE, RESULTS, run
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.networks import OURS, build
+from benchmarks.common.report import figure, table, write_report
 from matplotlib.figure import Figure
 from monai.utils import set_determinism
 
-from deformux.compilation import Compilation
-from deformux.optimization import make_average, make_optimizer
-from deformux.training_step import LossReader, TrainingStep
+from deformux.fitting.compilation import Compilation
+from deformux.fitting.optimizer import make_average, make_optimizer
+from deformux.fitting.training_step import LossReader, TrainingStep
 
 CLASSES, BATCH = 3, 2
 SMALL, LARGE = (32, 48, 32), (96, 96, 96)

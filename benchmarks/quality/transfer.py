@@ -17,17 +17,17 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.quality._command import RECIPE, options, placement, run
-from benchmarks.quality._comparison import COST_NOTES, comparison, comparison_plot, network_trials
-from benchmarks.quality._networks import NETWORKS, SIZES
-from benchmarks.quality._report import NOTES, case_rows, facts, table, write_report
-from benchmarks.quality._runner import run_trials
-from benchmarks.quality._trials import Result, Task
+from benchmarks.common.command import RECIPE, options, placement, run
+from benchmarks.common.comparison import COST_NOTES, comparison, comparison_plot, network_trials
+from benchmarks.common.networks import NETWORKS, SIZES
+from benchmarks.common.report import NOTES, case_rows, facts, table, write_report
+from benchmarks.common.trial_runner import run_trials
+from benchmarks.common.trials import Result, Task
 
-from deformux.annotator import dense_labels
-from deformux.cases import Case
-from deformux.files import replacing
-from deformux.transforms import Preprocessing
+from deformux.data.atomic_files import replacing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.interactive.simulated_annotator import dense_labels
 
 _FEWEST_VOXELS = 50
 

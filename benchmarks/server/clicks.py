@@ -1,6 +1,6 @@
 """A click over HTTP, from request to reply, and the memory of a server in which ten annotators click.
 
-``python benchmarks/clicks_server.py`` starts real servers with ``deformux-label serve`` and writes
+``python -m benchmarks.server.clicks`` starts real servers with ``deformux-label serve`` and writes
 ``results/clicks_server.md`` and ``results/clicks_server.json``. The weights are the pretrained ones of another organ:
 what a click costs does not depend on whether the mask is right.
 """
@@ -22,17 +22,17 @@ import nibabel as nib
 import numpy as np
 import requests
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from requests_toolbelt import MultipartDecoder
 from rich.progress import track
+
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard, load_model, pretrained_path
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.lib.configs.project import Project
 from server import checked, get, serving, state_of
 
-from deformux.network import DeformUXNet
-from deformux.versions import ModelVersions
-from deformux.weights import ModelCard, load_model, pretrained_path
-from deformux_label.lib.configs.project import Project
-
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 ONE = {"labels": "anterior,posterior", "modality": "ct", "spacing": "native", "patch_size": "96,96,96"}
 # Sixty labels make a volume's logits large, so that ten volumes do not fit into the cache.
 MANY = {**ONE, "labels": ",".join(f"organ {n}" for n in range(1, 61)), "cache_gb": "1"}

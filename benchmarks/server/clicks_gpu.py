@@ -1,7 +1,7 @@
 """What a click costs in the process that edits, on a GPU: the published `base` network on an abdominal CT.
 
-    python benchmarks/clicks_gpu.py
-    python benchmarks/clicks_gpu.py --device cpu --preset tiny --steps 1 --clicks 5    # to try it
+    python -m benchmarks.server.clicks_gpu
+    python -m benchmarks.server.clicks_gpu --device cpu --preset tiny --steps 1 --clicks 5    # to try it
 
 A network that learns a few organs of one scan for some steps, so that its answers look like answers; then a robot
 annotator clicks into its errors, with the network's calls captured in CUDA graphs and without. What HTTP and the
@@ -23,20 +23,20 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from torch import Tensor
 
-from deformux import editing
-from deformux.annotator import ClickAnnotator, dense_labels
-from deformux.captured_inference import prepared
-from deformux.cases import Case
-from deformux.editing import Editor, Study, open_study
-from deformux.engine import fit
-from deformux.network import PRESETS, DeformUXNet
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import fit
+from deformux.fitting.recipe import RECIPES
+from deformux.inference.captured_network import prepared
+from deformux.interactive import editor as editing
+from deformux.interactive.editor import Editor, Study, open_study
+from deformux.interactive.simulated_annotator import ClickAnnotator, dense_labels
+from deformux.networks.deformux_net import PRESETS, DeformUXNet
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 LABELS = ("liver", "spleen", "stomach")
 PREP = Preprocessing("ct", spacing_mm=(1.5, 1.5, 1.5), patch_size=(96, 96, 96))
 LIMIT_MS = 40

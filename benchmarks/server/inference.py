@@ -1,7 +1,7 @@
 """What the app's segmentation task costs beyond the network itself, on a whole CT.
 
-``python benchmarks/inference.py`` writes ``results/inference.md`` and ``results/inference.json``. The weights are
-untrained: their values change nothing about the time.
+``python -m benchmarks.server.inference`` writes ``results/inference.md`` and ``results/inference.json``. The weights
+are untrained: their values change nothing about the time.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 
-from deformux.network import DeformUXNet
-from deformux.precision import mixed_precision
-from deformux.transforms import Preprocessing
-from deformux.weights import ModelCard
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard
+from deformux.networks.precision import mixed_precision
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.segmentation import Segmentation
-from deformux_label.lib.models import ServedModels
-from deformux_label.lib.sessions import Sessions
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 SCAN = HERE.parent.parent / "shared" / "data" / "ct" / "example_ct.nii.gz"
 LIMIT = 1.15
 

@@ -1,7 +1,7 @@
 """Inference of the published network on a GPU: calls captured and not, and an automatic segmentation by stages.
 
-    python benchmarks/inference_gpu.py
-    python benchmarks/inference_gpu.py --device cpu --preset tiny --size 96,96,64 --only segmentation    # to try it
+    python -m benchmarks.server.inference_gpu
+    python -m benchmarks.server.inference_gpu --device cpu --preset tiny --size 96,96,64 --only segmentation
 
 The weights are untrained, with offsets as after some training: their values change nothing about the time. A call
 is timed as a click makes it (64³ voxels with guidance) and as a segmentation does (96³ without). Needs neither the app
@@ -22,16 +22,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from torch import Tensor
 
-from deformux.captured_inference import CapturedNetwork, CaptureOptions
-from deformux.inference import WindowInferer
-from deformux.network import PRESETS, DeformableMixer, DeformUXNet
-from deformux.precision import mixed_precision
-from deformux.transforms import Preprocessing, apply, inference_transforms, restore_transforms
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms, restore_transforms
+from deformux.inference.captured_network import CapturedNetwork, CaptureOptions
+from deformux.inference.sliding_window import WindowInferer
+from deformux.networks.deformux_net import PRESETS, DeformableMixer, DeformUXNet
+from deformux.networks.precision import mixed_precision
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CLICK, WINDOW = (64, 64, 64), (96, 96, 96)
 LIMIT_S = 5.0
 # Guidance channels that a click fills: two labels' clicks, and as many labels in the mask.

@@ -1,6 +1,6 @@
 """What the annotation server answers while it works, and with ten thousand studies.
 
-``python benchmarks/server.py [--login]`` starts real servers with ``deformux-label serve`` and writes
+``python -m benchmarks.server.load [--login]`` starts real servers with ``deformux-label serve`` and writes
 ``results/server.md`` and ``results/server.json``, or ``results/server_login.*``. The weights are random and the labels
 are balls: neither changes anything about the times.
 """
@@ -29,18 +29,18 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import requests
-from _machine import machine_lines
-from _server_page import table
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.server_page import table
 
-from deformux.network import DeformUXNet
-from deformux.versions import ModelVersions
-from deformux.weights import ModelCard
-from deformux_label.cli_support import app_folder
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.cli.common import app_folder
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.leases import Leases
+from deformux_label.lib.store.leases import Leases
 from deformux_label.web.users import Users
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 CONF = {"labels": "ball", "modality": "ct", "patch_size": "48,48,48"}
 # Options of the server that are not the project's.
 OF_SERVER: dict[str, str] = {}
@@ -214,7 +214,14 @@ def serving(studies: Path, conf: Mapping[str, str] = CONF) -> Iterator[tuple[str
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     TOKENS.clear()
-    command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve", "--studies", str(studies)]
+    command = [
+        sys.executable,
+        "-c",
+        "from deformux_label.cli.main import app; app()",
+        "serve",
+        "--studies",
+        str(studies),
+    ]
     # A developer's own users must not switch the login on.
     nobody = {"users": str(studies.parent / "no-users.json")}
     for key, value in {**conf, **nobody, **OF_SERVER, "port": str(port)}.items():

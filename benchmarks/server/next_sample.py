@@ -1,6 +1,6 @@
-"""All strategies of ``deformux.selection`` on the hippocampus ``train`` split; ``val`` takes no part.
+"""All strategies of ``deformux.active_learning`` on the hippocampus ``train`` split; ``val`` takes no part.
 
-    python benchmarks/active_learning.py --data ../shared/data/hippocampus [--work DIR] [--seeds 5] [--threads 1]
+    python -m benchmarks.server.next_sample --data ../shared/data/hippocampus [--work DIR] [--seeds 5] [--threads 1]
 
 A quarter of the split, by a hash of the ids, tests; the rest is the pool. Volumes are resampled to 1.5 mm. The first
 training starts from scratch, each later one from the round before, as in the app.
@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from filelock import FileLock
 from rich.console import Console
 
-from deformux.budget_curve import Round, Summary, plot, read_rounds, summarise, write_rounds
-from deformux.files import write_text
-from deformux.recipe import Recipe
-from deformux.selection import STRATEGIES
-from deformux.simulate import Plan
-from deformux.simulate_cli import play, short_recipe
-from deformux.transforms import Preprocessing
+from deformux.active_learning.learning_curve import Round, Summary, plot, read_rounds, summarise, write_rounds
+from deformux.active_learning.simulation import Plan
+from deformux.active_learning.strategies import STRATEGIES
+from deformux.cli.simulate import play, short_recipe
+from deformux.data.atomic_files import write_text
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.recipe import Recipe
 
-_RESULTS = Path(__file__).parent / "results" / "active_learning"
+_RESULTS = Path(__file__).parents[1] / "results" / "active_learning"
 _TEST_FRACTION = 0.25
 
 

@@ -1,6 +1,6 @@
 """Organs from a few strokes, without a model: this app's scribble tasks against MONAI Label's own, and their CPU time.
 
-``python benchmarks/scribbles.py`` writes ``results/scribbles.md`` and ``results/scribbles.json``. A simulated reader
+``python -m benchmarks.server.scribbles`` writes ``scribbles.md`` and ``scribbles.json``. A simulated reader
 draws in one or three slices of each organ of the example CT and MR: on what is deep inside the organ, and around it,
 two voxels off its border. MONAI Label's task runs with its presets, on the scan's own voxels, with the intensities that
 the app prepares; its mixture of Gaussians needs a CUDA compiler and is left out.
@@ -19,7 +19,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from _machine import machine_lines
+from benchmarks.common.machine import machine_lines
 from monailabel.scribbles.transforms import (
     ApplyGraphCutOptimisationd,
     MakeISegUnaryd,
@@ -28,11 +28,11 @@ from monailabel.scribbles.transforms import (
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
-from deformux.transforms import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.scribbles import GraphCut
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent.parent / "shared" / "data" / "ct"
 ORGANS = {
     "ct": ("example_ct_sm", "example_seg", ("liver", "spleen", "kidney_left", "stomach", "aorta")),

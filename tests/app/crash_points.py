@@ -22,9 +22,9 @@ import nibabel as nib
 import numpy as np
 from live import LABELS, write_volume
 
-from deformux_label.lib.datastore import CheckedDatastore
-from deformux_label.lib.leases import Leases
-from deformux_label.lib.training_queue import TrainingQueue
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.leases import Leases
+from deformux_label.lib.trainers.queue import TrainingQueue
 
 _CALLS = ((os, "replace"), (os, "fsync"), (os, "unlink"), (shutil, "copyfile"), (Path, "write_text"))
 

@@ -251,9 +251,9 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
     """
     import torch
 
-    from deformux.network import DeformUXNet
-    from deformux.versions import ModelVersions
-    from deformux.weights import ModelCard
+    from deformux.networks.deformux_net import DeformUXNet
+    from deformux.networks.model_file import ModelCard
+    from deformux.publishing.model_versions import ModelVersions
 
     project = project_of(conf)
     versions = ModelVersions(project.state_folder(APP, str(studies)) / "versions")

@@ -19,7 +19,7 @@ import pytest
 import requests
 from live import LABELS, PATIENCE_S, LiveServer, Volume, publish_untrained, serve_command, wait_for, write, write_volume
 
-from deformux_label.lib.leases import Leases
+from deformux_label.lib.store.leases import Leases
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16", "auto_train": "3"}
 N_CASES = 18

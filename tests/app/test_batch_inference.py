@@ -17,8 +17,8 @@ import pytest
 import requests
 from live import APP, LABELS, LiveServer, project_of, publish_untrained, serve_command, wait_for, write, write_volume
 
-from deformux_label.lib.batch_inference import images_of
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.infers.batch_inference import images_of
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
 CASES = ("a", "b", "c")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from deformux_label.lib.sessions import Sessions, StudyKey
+from deformux_label.lib.infers.click_cache import Sessions, StudyKey
 
 PATIENCE_S = 120
 

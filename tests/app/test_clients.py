@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from live import LABELS, LiveServer, Volume, slicer, write
 from monailabel.client import MONAILabelClient
 
-from deformux.metrics import dice_per_label
+from deformux.inference.metrics import dice_per_label
 from deformux_label.lib.configs.project import InvalidOption, Project
 
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd", "plain_nii"]

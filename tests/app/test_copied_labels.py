@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from live import LABELS, Volume, rotation, write, write_volume
 
-from deformux_label.lib.datastore import CheckedDatastore
-from deformux_label.lib.infers.writer import write_labels
-from deformux_label.lib.labels import label_array
-from deformux_label.lib.store import label_check, studies_folder
+from deformux_label.lib.store import changed_labels as label_check
+from deformux_label.lib.store import studies_folder
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.label_check import label_array
+from deformux_label.lib.store.volume_writer import write_labels
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 

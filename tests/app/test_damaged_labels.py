@@ -14,7 +14,7 @@ import pytest
 from fastapi import HTTPException
 from live import LABELS, Volume, write, write_volume
 
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 

@@ -15,7 +15,7 @@ import pytest
 from fastapi import HTTPException
 from live import LABELS, Volume, write
 
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 
@@ -101,7 +101,7 @@ def test_another_process_changes_the_index_too(store: CheckedDatastore, volume: 
     """Scoring runs in a process of its own; with MONAI Label's datastore it undoes what the server wrote meanwhile."""
     store.update_image_info("scan", {"a": 1})
     program = (
-        "import sys; from deformux_label.lib.datastore import CheckedDatastore\n"
+        "import sys; from deformux_label.lib.store.datastore import CheckedDatastore\n"
         "store = CheckedDatastore(sys.argv[1], labels=('liver', 'spleen'))\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
         "store.update_image_info('scan', {'b': 2})\n"

@@ -19,16 +19,16 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from deformux.synthetic import LABELS
-from deformux_label.cli_support import app_folder
-from deformux_label.demo import main
+from deformux.data.synthetic import LABELS
+from deformux_label.cli.common import app_folder
+from deformux_label.demo.__main__ import main
 from deformux_label.lib.configs.project import Project
 
 TINY = ["--rounds", "2", "--first", "2", "--batch", "2", "--volumes", "6", "--steps", "3", "--voxel-scale", "2.5"]
 
 
 def demo(arguments: Sequence[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deformux_label.demo", *arguments]
+    command = [sys.executable, "-m", "deformux_label.demo.__main__", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False, **options)
 
 
@@ -118,7 +118,7 @@ def test_labels_stay_hidden_from_the_server_until_they_are_submitted(
 
 
 def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "deformux_label.demo", *TINY, "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "deformux_label.demo.__main__", *TINY, "--output", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     try:
         end = time.monotonic() + 120

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from deformux.cases import InvalidFolder
-from deformux_label.cohort import open_cohort, synthetic_cohort
-from deformux_label.report import read_scan
+from deformux.data.cases import InvalidFolder
+from deformux_label.demo.cohort import open_cohort, synthetic_cohort
+from deformux_label.demo.report import read_scan
 
 
 def write_folder(folder: Path, *, names=("images", "labels"), values=(5, 9), shape=(12, 10, 8), low=-1000) -> Path:

@@ -16,7 +16,7 @@ import pytest
 import requests
 from live import CONF, LABELS, LiveServer, Volume, publish_untrained, serve_command, slicer, write, write_volume
 
-from deformux_label.lib.points import MOST_POINTS
+from deformux_label.lib.requests.clicks import MOST_POINTS
 
 VALUES = {"liver": 1, "spleen": 2, "background": 0}
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd", "plain_nii"]

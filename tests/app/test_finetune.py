@@ -17,21 +17,21 @@ import psutil
 import pytest
 from live import LABELS, Volume, write_volume
 
-from deformux.versions import ModelVersions
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.trainers.status import TrainingStatus
 
 # A network of a hundredth of the size, under the name of an ordinary one: what is tested happens around it.
 PROGRAM = """
 import json, logging, sys
 from pathlib import Path
-import deformux.network
-deformux.network.PRESETS = {"tiny": deformux.network.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
+from deformux.networks import deformux_net
+deformux_net.PRESETS = {"tiny": deformux_net.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
 from fastapi import HTTPException
-from deformux.transforms import Preprocessing
+from deformux.data.preprocessing import Preprocessing
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.datastore import CheckedDatastore
-from deformux_label.lib.models import ServedModels
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.trainers.finetune import FineTune
 logging.basicConfig(level=logging.INFO)
 folder, state, labels, request = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), json.loads(sys.argv[4])
@@ -132,7 +132,7 @@ def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
         while not (told := status(state)).get("step", 0) > after or told["status"] != "running":
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.1)
-        others = [p for p in psutil.Process(process.pid).children() if "deformux.rank_processes" in p.cmdline()]
+        others = [p for p in psutil.Process(process.pid).children() if "deformux.fitting.rank_processes" in p.cmdline()]
         assert len(others) == 1, "three devices cannot share two volumes of a step, two can"
         return process, others, told["step"]
 

@@ -15,9 +15,9 @@ from fastapi import HTTPException
 from live import CONF, LiveServer, Volume, environment, remove_state, serve_command, write
 
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.datastore import CheckedDatastore, StudiesError
-from deformux_label.lib.models import ServedModels
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.scoring.dice import DiceScoring
+from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
 from deformux_label.lib.trainers.finetune import FineTune
 
 pytestmark = pytest.mark.usefixtures("unwatched")

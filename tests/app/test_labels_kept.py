@@ -21,8 +21,8 @@ from fastapi import HTTPException
 from live import LABELS, LiveServer, Volume, write
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.cli.main import app
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 

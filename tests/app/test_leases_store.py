@@ -17,16 +17,16 @@ from pathlib import Path
 import pytest
 from fastapi import HTTPException
 
-from deformux_label.lib.leases import Leases
+from deformux_label.lib.store.leases import Leases
 from deformux_label.lib.store.state import StateDatabase
-from deformux_label.lib.training_queue import TrainingQueue
+from deformux_label.lib.trainers.queue import TrainingQueue
 
 # Claims and queues until it is killed; each line is an acknowledgement.
 CLIENT = """
 import sys
 from pathlib import Path
-from deformux_label.lib.leases import Leases
-from deformux_label.lib.training_queue import TrainingQueue
+from deformux_label.lib.store.leases import Leases
+from deformux_label.lib.trainers.queue import TrainingQueue
 
 folder, name = Path(sys.argv[1]), sys.argv[2]
 leases, queue = Leases(folder / "leases.json", most=10**6), TrainingQueue(folder)

@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
-from deformux.weights import PRETRAINED, ModelCard
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import PRETRAINED, ModelCard
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.models import ServedModels
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.trainers.status import TrainingStatus
 
 PROJECT = Project(labels=("a", "b"))

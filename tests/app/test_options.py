@@ -10,9 +10,9 @@ import pytest
 from live import environment, serve_command, stock_command
 from typer.testing import CliRunner
 
-from deformux.network import PRESETS
-from deformux.weights import PRETRAINED
-from deformux_label.cli import app
+from deformux.networks.deformux_net import PRESETS
+from deformux.networks.model_file import PRETRAINED
+from deformux_label.cli.main import app
 from deformux_label.lib.configs.project import OPTIONS, InvalidOption, Project
 
 GOOD = {"labels": "anterior,posterior"}

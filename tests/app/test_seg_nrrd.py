@@ -14,7 +14,7 @@ from fastapi import HTTPException
 from live import rotation, slicer, write
 
 from deformux.data.volume_reader import read_volume
-from deformux_label.lib.labels import checked_labels, label_array
+from deformux_label.lib.store.label_check import checked_labels, label_array
 
 SHAPE = (12, 14, 16)
 NAMES = ("liver", "spleen", "kidney")

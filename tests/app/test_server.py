@@ -17,8 +17,8 @@ import requests
 import torch
 from live import LABELS, PATIENCE_S, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
 
-from deformux_label.lib.infers.memory import Attempt, within_memory
-from deformux_label.turns import Turns
+from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.web.inference_queue import Turns
 
 # The smallest windows: a scan can then be as slow as a test needs, and ends as soon as its client leaves.
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "patch_size": "16,16,16"}

@@ -18,17 +18,18 @@ import requests
 import torch
 from live import APP, CONF, LiveServer, Volume
 
-from deformux.inference import segment
-from deformux.network import DeformUXNet
-from deformux.selection import NEEDS_SCORES, volume_uncertainty
-from deformux.weights import ModelCard
+from deformux.active_learning.strategies import NEEDS_SCORES
+from deformux.active_learning.uncertainty_scores import volume_uncertainty
+from deformux.inference.sliding_window import segment
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard
+from deformux_label.lib.activelearning.background_scores import UNTRAINED, SelectionScores
+from deformux_label.lib.activelearning.strategies import all_strategies
+from deformux_label.lib.activelearning.waiting_volumes import WaitingVolumes
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.datastore import CheckedDatastore
-from deformux_label.lib.leases import Leases
-from deformux_label.lib.models import ServedModels
-from deformux_label.lib.scoring.selection import UNTRAINED, SelectionScores
-from deformux_label.lib.strategies.choose import all_strategies
-from deformux_label.lib.strategies.waiting import WaitingVolumes
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.leases import Leases
 
 PROJECT = Project.from_conf(CONF)
 CASES = tuple(f"case_{number}" for number in range(6))
@@ -214,8 +215,8 @@ SCORING = """
 import sys
 from pathlib import Path
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.datastore import CheckedDatastore
-from deformux_label.lib.models import ServedModels
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.scoring import selection
 import json
 

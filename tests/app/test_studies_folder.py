@@ -17,8 +17,8 @@ from fastapi import HTTPException
 from live import CONF, LABELS, LiveServer, Volume, serve_command, wait_for, write_volume
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
-from deformux_label.lib.datastore import CheckedDatastore, StudiesError
+from deformux_label.cli.main import app
+from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 

@@ -15,11 +15,11 @@ import numpy as np
 import requests
 from live import APP, CONF, LABELS, LiveServer, Training, Volume
 
-from deformux.gate import Assignment
-from deformux.versions import ModelVersions
-from deformux.weights import load_model
+from deformux.networks.model_file import load_model
+from deformux.publishing.model_versions import ModelVersions
+from deformux.publishing.publish_gate import Assignment
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.leases import Leases
+from deformux_label.lib.store.leases import Leases
 
 
 def state_of(studies: Path) -> Path:

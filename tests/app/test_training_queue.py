@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from fastapi import HTTPException
 
+from deformux_label.lib.trainers.queue import DONE, RUNNING, AlreadyTraining, TrainingQueue
 from deformux_label.lib.trainers.status import TrainingStatus
-from deformux_label.lib.training_queue import DONE, RUNNING, AlreadyTraining, TrainingQueue
 
 
 @pytest.mark.parametrize("looks", [1, 2])

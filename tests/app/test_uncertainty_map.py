@@ -14,7 +14,7 @@ import requests
 from fastapi import HTTPException
 from live import LABELS, LiveServer, Volume, slicer, write_volume
 
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 GEOMETRIES = ["permuted", "oblique", "oblique_nrrd"]
 

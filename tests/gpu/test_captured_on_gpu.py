@@ -7,11 +7,11 @@ import pytest
 import torch
 
 captured_inference = pytest.importorskip(
-    "deformux.captured_inference", reason="the network needs monai", exc_type=ImportError
+    "deformux.inference.captured_network", reason="the network needs monai", exc_type=ImportError
 )
-from deformux.inference import WindowInferer  # noqa: E402
-from deformux.network import DeformUXNet  # noqa: E402
-from deformux.precision import mixed_precision  # noqa: E402
+from deformux.inference.sliding_window import WindowInferer  # noqa: E402
+from deformux.networks.deformux_net import DeformUXNet  # noqa: E402
+from deformux.networks.precision import mixed_precision  # noqa: E402
 
 SIZE = (32, 48, 32)
 CapturedNetwork, CaptureOptions = captured_inference.CapturedNetwork, captured_inference.CaptureOptions

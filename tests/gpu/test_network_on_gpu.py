@@ -8,7 +8,7 @@ import torch
 
 from deform3d import _dispatch
 
-network = pytest.importorskip("deformux.network", reason="the network needs monai", exc_type=ImportError)
+network = pytest.importorskip("deformux.networks.deformux_net", reason="the network needs monai", exc_type=ImportError)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-sampling = pytest.importorskip("deformux.sampling", reason="training needs monai", exc_type=ImportError)
+sampling = pytest.importorskip("deformux.fitting.patches", reason="training needs monai", exc_type=ImportError)
 
 
 @pytest.fixture

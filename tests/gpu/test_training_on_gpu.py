@@ -14,14 +14,14 @@ from scipy import ndimage
 # cuBLAS is deterministic with a fixed workspace only, which it takes when it is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-engine = pytest.importorskip("deformux.engine", reason="training needs monai", exc_type=ImportError)
-from deformux.click_training import ClickTraining  # noqa: E402
-from deformux.losses import PartialDiceCELoss  # noqa: E402
-from deformux.network import DeformUXNet  # noqa: E402
-from deformux.optimization import make_average, make_optimizer, make_schedule  # noqa: E402
-from deformux.recipe import RECIPES  # noqa: E402
-from deformux.training_step import TrainingStep  # noqa: E402
-from deformux.transforms import Preprocessing  # noqa: E402
+engine = pytest.importorskip("deformux.fitting.fit", reason="training needs monai", exc_type=ImportError)
+from deformux.data.preprocessing import Preprocessing  # noqa: E402
+from deformux.fitting.click_steps import ClickTraining  # noqa: E402
+from deformux.fitting.losses import PartialDiceCELoss  # noqa: E402
+from deformux.fitting.optimizer import make_average, make_optimizer, make_schedule  # noqa: E402
+from deformux.fitting.recipe import RECIPES  # noqa: E402
+from deformux.fitting.training_step import TrainingStep  # noqa: E402
+from deformux.networks.deformux_net import DeformUXNet  # noqa: E402
 
 STEPS = 50
 SHAPE = (2, 1, 32, 32, 32)

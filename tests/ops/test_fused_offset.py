@@ -53,7 +53,7 @@ def test_gradients_reach_every_input(backend, device):
 
 def test_network_infers_as_it_trains():
     """In inference mode the network takes the fused call; the segmentation must not change."""
-    network = pytest.importorskip("deformux.network")
+    network = pytest.importorskip("deformux.networks.deformux_net")
     torch.manual_seed(0)
     mixer = network.DeformableMixer(6)
     torch.nn.init.normal_(mixer.offset.weight, std=0.3)

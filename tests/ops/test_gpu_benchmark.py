@@ -16,23 +16,15 @@ NETWORK_ROW = {"checkpointing": False, "ms": 80.0, "peak_gb": 21.0, "operator_ms
 
 
 @pytest.fixture
-def load(repository, monkeypatch) -> Callable[[str], ModuleType]:
-    """Imports a module of the benchmarks' folder, which is no package."""
-
-    def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, repository / "benchmarks" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up there
-        spec.loader.exec_module(module)
-        return module
-
-    return load
+def load() -> Callable[[str], ModuleType]:
+    """Imports one of the benchmarks' shared modules."""
+    return lambda name: importlib.import_module(f"benchmarks.common.{name}")
 
 
 @pytest.mark.parametrize("peer", ["published algorithm", "grid_sample", "tvdcn"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_peers_compute_the_same(load, make_problem, peer, channels_last):
-    peers = load("_gpu_peers")
+    peers = load("gpu_peers")
     ones = (1, 1, 1)
     p = make_problem(
         channels=4, batch=2, size=(4, 2, 5), kernel=(3, 3, 3), stride=ones, padding=ones, dilation=ones, mask=False
@@ -66,7 +58,7 @@ def row(results, implementation: str, dtype: str, forward: float, training: floa
 
 
 def test_page_has_the_targets_beside_what_was_measured(load, tmp_path):
-    results = load("_gpu_results")
+    results = load("gpu_results")
     first = results.Results.resume(tmp_path, ["date: today", "card: A"])
     assert {target.verdict for target in results.targets({})} == {"not measured"}
     first.keep("operator", [row(results, "deform3d", "float32", 0.5, 3.0)])
@@ -94,7 +86,7 @@ def test_page_has_the_targets_beside_what_was_measured(load, tmp_path):
 
 
 def test_a_peer_that_cannot_be_loaded_says_why(load, tmp_path, monkeypatch):
-    peers, results = load("_gpu_peers"), load("_gpu_results")
+    peers, results = load("gpu_peers"), load("gpu_results")
     monkeypatch.setitem(sys.modules, "tvdcn", None)
     with pytest.raises(ImportError, match="tvdcn is not installed") as caught:
         peers.tvdcn_operator()
@@ -122,7 +114,7 @@ def test_a_peer_that_cannot_be_loaded_says_why(load, tmp_path, monkeypatch):
 
 
 def test_parts_of_an_earlier_run_stay_on_the_same_machine_only(load, tmp_path):
-    results = load("_gpu_results")
+    results = load("gpu_results")
     kernels = {"float32": [{"kernel": "deform_forward", "calls": 1.0, "us": 300.0}]}
     results.Results.resume(tmp_path, ["date: yesterday", "card: A"]).keep("kernels", kernels)
     again = results.Results.resume(tmp_path, ["date: today", "card: A"])

@@ -20,7 +20,7 @@ from live import APP, CONF, LiveServer, Volume, project_of, publish_untrained, r
 from logged_in import bearer, log_in, password
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
+from deformux_label.cli.main import app
 from deformux_label.web.audit import AUDITED, AuditLog, read_log
 from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users

@@ -10,8 +10,8 @@ import pytest
 from live import APP, CONF, LABELS, Volume, project_of, remove_state
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.cli.main import app
+from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.web.audit import AuditLog
 
 

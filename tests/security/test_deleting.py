@@ -12,8 +12,8 @@ import requests
 from live import CONF, LiveServer, Volume, serve_command, wait_for, write_volume
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.cli.main import app
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 pytestmark = pytest.mark.usefixtures("unwatched")
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from live import LABELS, write, write_volume
 
-from deformux_label.lib.datastore import CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
 
 LEVELS = 34
 SPACE_CALLS = ((shutil, "copyfile"), (Path, "write_text"), (os, "fsync"), (tempfile, "mkstemp"), (os, "mkdir"))

@@ -11,7 +11,7 @@ import pytest
 import requests
 from live import LABELS, LiveServer, serve_command, write
 
-from deformux_label.lib.leases import MOST_LEASES, Leases
+from deformux_label.lib.store.leases import MOST_LEASES, Leases
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
 N_CASES = MOST_LEASES + 10

@@ -44,7 +44,7 @@ from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
+from deformux_label.cli.main import app
 from deformux_label.web.offered import ROLES
 from deformux_label.web.users import Users, may
 

@@ -10,7 +10,7 @@ import pytest
 from live import CONF, environment, serve_command, stock_command
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
+from deformux_label.cli.main import app
 
 
 @pytest.fixture

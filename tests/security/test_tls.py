@@ -16,7 +16,7 @@ from logged_in import client_like_the_plugins, log_in, make_users, password
 from requests.adapters import HTTPAdapter
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
+from deformux_label.cli.main import app
 
 
 def make_certificate(folder: Path, name: str, *more: str) -> tuple[Path, Path]:

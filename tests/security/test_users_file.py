@@ -14,7 +14,7 @@ import bcrypt
 import pytest
 from typer.testing import CliRunner
 
-from deformux_label.cli import app
+from deformux_label.cli.main import app
 from deformux_label.web.offered import ROLES
 from deformux_label.web.users import InvalidUsers, Users, may, verified
 

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from deformux.cases import Case
+from deformux.data.cases import Case
 
 WriteCase = Callable[..., Case]
 

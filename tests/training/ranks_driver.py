@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from test_distributed import OPTIONS, RECIPE, network
 from torch import nn
 
-from deformux.cases import find_cases
-from deformux.distributed import Ranks, joined
-from deformux.engine import TrainingStopped, fit
+from deformux.data.cases import find_cases
+from deformux.fitting.distributed import Ranks, joined
+from deformux.fitting.fit import TrainingStopped, fit
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:

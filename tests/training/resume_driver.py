@@ -19,15 +19,15 @@ import torch
 from monai.networks.nets import UNet
 from safetensors.torch import save_file
 
-import deformux.checkpoint
-import deformux.files
-import deformux.network
-from deformux.cases import find_cases
-from deformux.engine import TrainingStopped, fit
-from deformux.learning import Learner, Round
-from deformux.network import Preset
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing
+import deformux.data.atomic_files
+import deformux.fitting.checkpoint
+import deformux.networks.deformux_net
+from deformux.data.cases import find_cases
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import TrainingStopped, fit
+from deformux.fitting.recipe import RECIPES
+from deformux.networks.deformux_net import Preset
+from deformux.publishing.learner import Learner, Round
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 RECIPE = RECIPES["finetune"].replace(
@@ -58,7 +58,7 @@ def kill_at(event: str, count: int) -> None:
             happens()
             save_file(tensors, path, metadata=metadata)
 
-        deformux.checkpoint.save_file = half
+        deformux.fitting.checkpoint.save_file = half
     elif event in ("before-rename", "after-rename"):
         replace = os.replace
 
@@ -69,7 +69,7 @@ def kill_at(event: str, count: int) -> None:
             if event == "after-rename":
                 happens()
 
-        deformux.files.os.replace = renaming
+        deformux.data.atomic_files.os.replace = renaming
     else:
         raise ValueError(event)
 
@@ -95,7 +95,7 @@ def train(folder: Path, name: str) -> None:
     torch.set_num_threads(1)
     cases = find_cases(folder)
     if name == "learn":
-        deformux.network.PRESETS = {"tiny": _HUNDREDTH}
+        deformux.networks.deformux_net.PRESETS = {"tiny": _HUNDREDTH}
         step = RECIPE.replace(steps=1, epochs=1, batch_size=1)
         learner = Learner(folder / "state", labels=("ball", "box"), preprocessing=PREP)
         learner.learn(cases, Round(scratch_recipe=step, continue_recipe=step))
@@ -105,8 +105,8 @@ def train(folder: Path, name: str) -> None:
     recipe = RECIPE.replace(schedule="one_cycle" if schedule == "clicks" else schedule, click_probability=0.7)
     network: torch.nn.Module
     if schedule == "clicks":
-        deformux.network.PRESETS = {"tiny": _HUNDREDTH}
-        network = deformux.network.DeformUXNet(1, 3, "tiny", guidance=True)
+        deformux.networks.deformux_net.PRESETS = {"tiny": _HUNDREDTH}
+        network = deformux.networks.deformux_net.DeformUXNet(1, 3, "tiny", guidance=True)
     else:
         # Small, so that the test is quick; with dropout, so that it also draws from the global random state.
         network = UNet(3, 1, 3, channels=(8, 16), strides=(2,), dropout=0.1)

@@ -9,26 +9,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deformux.inference import segment
-from deformux.network import DeformUXNet
-from deformux.selection import (
-    STRATEGIES,
+from deformux.active_learning.diversity import diverse_batch, typical_batch, typicality
+from deformux.active_learning.observe import encode, mirrorings, observe
+from deformux.active_learning.strategies import STRATEGIES, choose, coldness, power_noise, stochastic_batch
+from deformux.active_learning.uncertainty_scores import (
     VolumeScores,
-    choose,
-    coldness,
-    diverse_batch,
-    encode,
     label_uncertainty,
-    mirrorings,
-    observe,
-    power_noise,
     score_samples,
-    stochastic_batch,
-    typical_batch,
-    typicality,
     volume_uncertainty,
 )
-from deformux.transforms import Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.inference.sliding_window import segment
+from deformux.networks.deformux_net import DeformUXNet
 
 
 def organ(certainty: float, *, classes: int = 3, size: int = 24) -> torch.Tensor:

@@ -15,23 +15,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.quality._networks import NETWORKS, OURS, build, gmac
-from benchmarks.quality._report import paired_p
-from benchmarks.quality._scores import compare
-from benchmarks.quality._trials import Result, Task, Trial
+from benchmarks.common.networks import NETWORKS, OURS, build, gmac
+from benchmarks.common.report import paired_p
+from benchmarks.common.scores import compare
+from benchmarks.common.trials import Result, Task, Trial
 from benchmarks.quality.active_learning import labels_needed
 from scipy import ndimage
 from torch import nn
 
-from deformux.recipe import Recipe
-from deformux.transforms import Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.recipe import Recipe
 
 
 @pytest.mark.slow
 def test_the_simulation_adds_seeds_to_its_results(write_case, tmp_path: Path, repository: Path) -> None:
     names = [write_case(f"c{number}", seed=number, size=(20, 20, 16)).id for number in range(8)]
     (tmp_path / "split.json").write_text(json.dumps({"train": names}))
-    command = [sys.executable, "benchmarks/active_learning.py", "--data", tmp_path, "--work", tmp_path / "work"]
+    command = [sys.executable, "-m", "benchmarks.server.next_sample", "--data", tmp_path, "--work", tmp_path / "work"]
     command += ["--results", tmp_path / "simulated", "--strategies", "random,typicality", "--rounds", "2"]
     command += ["--start", "1", "--batch", "1", "--steps", "2", "--continue-steps", "2"]
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deformux.annotator import ClickAnnotator
-from deformux.borders import border_evidence
-from deformux.editing import Editor, study_from_logits
-from deformux.metrics import dice_per_label
-from deformux.transforms import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.inference.metrics import dice_per_label
+from deformux.interactive.border_shift import border_evidence
+from deformux.interactive.editor import Editor, study_from_logits
+from deformux.interactive.simulated_annotator import ClickAnnotator
 
 # Logits per voxel across a border: those of networks trained on the hippocampus data lie between 3 and 7.
 SLOPE = 5.0

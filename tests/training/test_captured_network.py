@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deformux.captured_inference import CapturedNetwork, CaptureOptions, prepared
-from deformux.inference import WindowInferer
-from deformux.network import DeformUXNet
+from deformux.inference.captured_network import CapturedNetwork, CaptureOptions, prepared
+from deformux.inference.sliding_window import WindowInferer
+from deformux.networks.deformux_net import DeformUXNet
 
 SIZE = (32, 16, 16)
 

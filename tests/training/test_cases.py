@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deformux.cases import InvalidFolder, find_cases, label_names, split_label_names
+from deformux.data.cases import InvalidFolder, find_cases, label_names, split_label_names
 
 
 def _folder(folder: Path, images: Sequence[str], labels: Sequence[str]) -> Path:

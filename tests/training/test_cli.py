@@ -15,16 +15,16 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 from typer.testing import CliRunner
 
-from deformux.cli import app
-from deformux.cli_support import ProgressBar
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
-from deformux.versions_cli import app as versions_app
-from deformux.weights import ModelCard, save_model
+from deformux.cli.common import ProgressBar
+from deformux.cli.main import app
+from deformux.cli.versions import app as versions_app
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard, save_model
 
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deformux.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "deformux.cli.main", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from deformux.cases import find_cases
-from deformux.cli import app
-from deformux.clicks import COUNTS, CaseResult, summarise
-from deformux.inference import evaluate
-from deformux.metrics import surface_dice_per_label
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
-from deformux.weights import ModelCard, save_model
+from deformux.cli.main import app
+from deformux.data.cases import find_cases
+from deformux.data.preprocessing import Preprocessing
+from deformux.inference.metrics import surface_dice_per_label
+from deformux.inference.sliding_window import evaluate
+from deformux.interactive.click_benchmark import COUNTS, CaseResult, summarise
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard, save_model
 
 
 def result(robot: str, dice: tuple[float, ...], seconds: tuple[float, ...]) -> CaseResult:

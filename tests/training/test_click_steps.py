@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from deformux.cases import Case
-from deformux.click_training import ClickTraining
-from deformux.engine import fit
-from deformux.guidance import encode_guidance
-from deformux.network import PRESETS, DeformUXNet, Preset
-from deformux.recipe import RECIPES, Recipe
-from deformux.transforms import Preprocessing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.click_steps import ClickTraining
+from deformux.fitting.fit import fit
+from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.networks.deformux_net import PRESETS, DeformUXNet, Preset
+from deformux.networks.guidance import encode_guidance
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 LABELS = ("ball", "box")
@@ -26,7 +26,9 @@ QUICK = EVERY_STEP.replace(steps=3, epochs=1, elastic_probability=0.0)
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deformux.network.PRESETS", {**PRESETS, "small-test": Preset((8, 8, 16, 16), 16, (1, 1, 1, 1))})
+    monkeypatch.setattr(
+        "deformux.networks.deformux_net.PRESETS", {**PRESETS, "small-test": Preset((8, 8, 16, 16), 16, (1, 1, 1, 1))}
+    )
 
 
 def network(*, guidance: bool = True, out_channels: int = 3) -> DeformUXNet:
@@ -221,7 +223,7 @@ def test_steps_with_clicks_count_twice_in_what_a_training_takes() -> None:
 
 def test_the_time_that_is_left_knows_of_the_clicks_to_come(write_case, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
-    monkeypatch.setattr("deformux.engine.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr("deformux.fitting.fit.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     left = []
     recipe = QUICK.replace(steps=4, epochs=4, click_start=0.5)
     case = [write_case("c0", size=(18, 16, 16))]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deformux import network as network_module
-from deformux.network import PRESETS, DeformUXNet
+from deformux.networks import deformux_net as network_module
+from deformux.networks.deformux_net import PRESETS, DeformUXNet
 
 CHANNELS = (48, 96, 192, 384)
 

@@ -16,15 +16,15 @@ import psutil
 import pytest
 import torch
 
-from deformux.cases import Case
-from deformux.distributed import Ranks, joined
-from deformux.engine import Progress, TrainingError
-from deformux.losses import PartialDiceCELoss
-from deformux.network import PRESETS, DeformUXNet, Preset
-from deformux.rank_processes import fit_on
-from deformux.recipe import RECIPES
-from deformux.sampling import Patches
-from deformux.transforms import Preprocessing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.distributed import Ranks, joined
+from deformux.fitting.fit import Progress, TrainingError
+from deformux.fitting.losses import PartialDiceCELoss
+from deformux.fitting.patches import Patches
+from deformux.fitting.rank_processes import fit_on
+from deformux.fitting.recipe import RECIPES
+from deformux.networks.deformux_net import PRESETS, DeformUXNet, Preset
 
 HERE = Path(__file__).parent
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
@@ -37,7 +37,9 @@ RECIPE = RECIPES["finetune"].replace(
 def network(seed: int = 0) -> DeformUXNet:
     """A hundredth of the size of an ordinary one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("deformux.network.PRESETS", {**PRESETS, "hundredth": Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))})
+        patch.setattr(
+            "deformux.networks.deformux_net.PRESETS", {**PRESETS, "hundredth": Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
+        )
         torch.manual_seed(seed)
         return DeformUXNet(1, 3, "hundredth", guidance=True)
 
@@ -123,7 +125,7 @@ def test_a_process_that_is_killed_ends_the_training_which_can_go_on(cases: list[
     def kill(progress: Progress) -> None:
         if progress.epoch == 1:
             for child in psutil.Process().children():
-                if "deformux.rank_processes" in child.cmdline():
+                if "deformux.fitting.rank_processes" in child.cmdline():
                     child.kill()
 
     with pytest.raises(TrainingError, match=r"trained on cpu was killed \(SIGKILL\); the next training goes on"):
@@ -141,7 +143,7 @@ def test_the_others_end_with_the_first_process(cases: list[Case]) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_distributed import *\n"
-        "from deformux.cases import find_cases\n"
+        "from deformux.data.cases import find_cases\n"
         "many = RECIPE.replace(steps=100_000, epochs=1)\n"
         "show = lambda progress: print(progress.step, flush=True)\n"
         "fit_on(['cpu', 'cpu'], network(), find_cases(Path(sys.argv[2])), recipe=many, on_progress=show, **OPTIONS)\n"

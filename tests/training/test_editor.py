@@ -10,15 +10,15 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deformux.annotator import ClickAnnotator
-from deformux.cases import Case, find_cases
-from deformux.editing import Editor, Study, open_study, study_from_logits
-from deformux.inference import segment
-from deformux.lattice import Lattice, edit_window
-from deformux.metrics import dice_per_label
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing, apply, inference_transforms
-from deformux.weights import load_model, pretrained_path, with_guidance
+from deformux.data.cases import Case, find_cases
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.inference.metrics import dice_per_label
+from deformux.inference.sliding_window import segment
+from deformux.interactive.click_windows import Lattice, edit_window
+from deformux.interactive.editor import Editor, Study, open_study, study_from_logits
+from deformux.interactive.simulated_annotator import ClickAnnotator
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import load_model, pretrained_path, with_guidance
 
 Clicks = dict[int, list[tuple[int, int, int]]]
 WINDOW = 32

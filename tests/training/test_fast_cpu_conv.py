@@ -6,7 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from deformux.convolution import Conv3d, InstanceNorm3d, adopt, conv3d
+from deformux.networks.fast_cpu_conv import Conv3d, InstanceNorm3d, adopt, conv3d
 from tolerances import assert_near
 
 # input, output channels, kernel, stride, padding: each side of every choice that is made, and very thin grids.

@@ -8,9 +8,9 @@ import pytest
 import torch
 from scipy.ndimage import affine_transform
 
-from deformux.selection import volume_uncertainty
-from deformux.transforms import Preprocessing, apply, inference_transforms
-from deformux.uncertainty import find_uncertainty, look_next, uncertainty_map
+from deformux.active_learning.uncertainty_map import find_uncertainty, look_next, uncertainty_map
+from deformux.active_learning.uncertainty_scores import volume_uncertainty
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
 
 
 def everywhere(*probabilities: float) -> torch.Tensor:

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from deformux.cases import Case
-from deformux.engine import Progress, TrainingError, fit
-from deformux.inference import evaluate, segment
-from deformux.network import DeformUXNet
-from deformux.recipe import RECIPES, Recipe
-from deformux.transforms import Preprocessing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import Progress, TrainingError, fit
+from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.inference.sliding_window import evaluate, segment
+from deformux.networks.deformux_net import DeformUXNet
 
 PREP = Preprocessing("ct", patch_size=(32, 32, 16))
 QUICK = RECIPES["finetune"].replace(steps=4, epochs=2)

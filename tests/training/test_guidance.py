@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from deformux.guidance import CLICK_REACH, encode_guidance
+from deformux.networks.guidance import CLICK_REACH, encode_guidance
 
 
 def by_hand(clicks: dict[int, np.ndarray], value: int, size: tuple[int, int, int]) -> np.ndarray:

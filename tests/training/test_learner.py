@@ -14,17 +14,17 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from deformux.cases import Case, find_cases
-from deformux.checkpoint import label_checksum
-from deformux.engine import FitResult, TrainingError, TrainingStopped
-from deformux.learning import Learner, Outcome, Round
-from deformux.network import PRESETS, Preset
-from deformux.quality import coherence
-from deformux.rank_processes import fit_on
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing
-from deformux.versions import ModelVersions
-from deformux.weights import load_model, pretrained_path
+from deformux.data.cases import Case, find_cases
+from deformux.data.label_quality import coherence
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.checkpoint import label_checksum
+from deformux.fitting.fit import FitResult, TrainingError, TrainingStopped
+from deformux.fitting.rank_processes import fit_on
+from deformux.fitting.recipe import RECIPES
+from deformux.networks.deformux_net import PRESETS, Preset
+from deformux.networks.model_file import load_model, pretrained_path
+from deformux.publishing.learner import Learner, Outcome, Round
+from deformux.publishing.model_versions import ModelVersions
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 STEP = RECIPES["finetune"].replace(steps=1, epochs=1, batch_size=1)
@@ -35,7 +35,7 @@ QUICK = Round(scratch_recipe=STEP, continue_recipe=STEP)
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Networks of a hundredth of the size: what is tested here happens around them."""
-    monkeypatch.setattr("deformux.network.PRESETS", {**PRESETS, "small-test": SMALL})
+    monkeypatch.setattr("deformux.networks.deformux_net.PRESETS", {**PRESETS, "small-test": SMALL})
 
 
 def learner(root: Path) -> Learner:
@@ -153,7 +153,7 @@ def steered(
     cases: list[Case], state: Path, dice: list[float], monkeypatch: pytest.MonkeyPatch, options: Round = QUICK
 ) -> list[Outcome]:
     """What rounds on the same cases give, each by a learner of its own, as in processes of their own."""
-    monkeypatch.setattr("deformux.learning.fit_on", Falling(dice))
+    monkeypatch.setattr("deformux.publishing.learner.fit_on", Falling(dice))
     return [learner(state).learn(cases, options) for _ in dice]
 
 

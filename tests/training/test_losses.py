@@ -11,13 +11,13 @@ from monai.networks.nets import UNet
 from torch import Tensor
 from torch.nn import functional as F
 
-from deformux.augmentation import training_augmentation
-from deformux.cases import Case
-from deformux.engine import TrainingError, fit
-from deformux.inference import evaluate
-from deformux.losses import PartialDiceCELoss
-from deformux.recipe import RECIPES
-from deformux.transforms import Preprocessing, labelled_transforms
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.fitting.augmentation import training_augmentation
+from deformux.fitting.fit import TrainingError, fit
+from deformux.fitting.losses import PartialDiceCELoss
+from deformux.fitting.recipe import RECIPES
+from deformux.inference.sliding_window import evaluate
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 

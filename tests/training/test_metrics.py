@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from deformux.metrics import dice_per_label, mean_dice
+from deformux.inference.metrics import dice_per_label, mean_dice
 
 
 def test_dice_is_twice_the_overlap_over_the_sum() -> None:

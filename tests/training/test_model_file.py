@@ -13,11 +13,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from deformux.files import replacing
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
-from deformux.versions import ModelVersions
-from deformux.weights import (
+from deformux.data.atomic_files import replacing
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import (
     InvalidModel,
     ModelCard,
     load_model,
@@ -27,6 +26,7 @@ from deformux.weights import (
     warm_start,
     with_guidance,
 )
+from deformux.publishing.model_versions import ModelVersions
 
 
 def card(**changes) -> ModelCard:
@@ -175,7 +175,7 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
     script = (
-        "import os, signal\nfrom pathlib import Path\nfrom deformux.files import replacing\n"
+        "import os, signal\nfrom pathlib import Path\nfrom deformux.data.atomic_files import replacing\n"
         f"with replacing(Path({str(path)!r})) as temporary:\n"
         "    temporary.write_text('half of the n')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

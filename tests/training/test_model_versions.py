@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from deformux.cli import app
-from deformux.transforms import Preprocessing
-from deformux.versions import ModelVersions
-from deformux.weights import ModelCard, read_card
+from deformux.cli.main import app
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.model_file import ModelCard, read_card
+from deformux.publishing.model_versions import ModelVersions
 
 CARD = ModelCard(labels=("a", "b"), preprocessing=Preprocessing(), preset="tiny")
 

@@ -3,7 +3,7 @@
 import pytest
 from typer.testing import CliRunner
 
-from deformux.cli import app
+from deformux.cli.main import app
 
 _HUGE = "9" * 23
 _COMMANDS = {

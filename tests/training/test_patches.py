@@ -7,9 +7,9 @@ import random
 import numpy as np
 import torch
 
-from deformux.recipe import RECIPES
-from deformux.sampling import Patches
-from deformux.transforms import Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.patches import Patches
+from deformux.fitting.recipe import RECIPES
 
 PREP = Preprocessing("ct", patch_size=(32, 32, 16))
 RECIPE = RECIPES["finetune"].replace(steps=7, batch_size=4, patches_per_volume=2, elastic_probability=0.5)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from deformux.cases import result_names
-from deformux.cli import app
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
-from deformux.weights import ModelCard, save_model
+from deformux.cli.main import app
+from deformux.data.cases import result_names
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import ModelCard, save_model
 
 
 @pytest.fixture(scope="module")

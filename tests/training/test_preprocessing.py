@@ -9,7 +9,7 @@ import SimpleITK as sitk
 import torch
 from scipy.ndimage import affine_transform
 
-from deformux.transforms import (
+from deformux.data.preprocessing import (
     InvalidVolume,
     LoadLabeld,
     LoadVolumed,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deformux.gate import Assignment, Decision, decide
-from deformux.metrics import dice_per_label
+from deformux.inference.metrics import dice_per_label
+from deformux.publishing.publish_gate import Assignment, Decision, decide
 
 LABELS = ("a", "b")
 Scores = dict[str, list[float]]

@@ -15,12 +15,12 @@ import torch
 from monai.networks.nets import UNet
 from typer.testing import CliRunner
 
-from deformux.cases import Case
-from deformux.cli import app
-from deformux.engine import FitResult, TrainingStopped, fit
-from deformux.recipe import RECIPES, Recipe
-from deformux.sampling import draw_order
-from deformux.transforms import Preprocessing
+from deformux.cli.main import app
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import FitResult, TrainingStopped, fit
+from deformux.fitting.patches import draw_order
+from deformux.fitting.recipe import RECIPES, Recipe
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
 KILLED, STOPPED, OVER = -9, 3, 0

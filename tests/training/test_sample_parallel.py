@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from deformux.engine import fit
-from deformux.network import DeformUXNet
-from deformux.recipe import RECIPES
-from deformux.sample_threads import SampleThreads
-from deformux.transforms import Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import fit
+from deformux.fitting.recipe import RECIPES
+from deformux.fitting.sample_parallel import SampleThreads
+from deformux.networks.deformux_net import DeformUXNet
 
 
 @pytest.fixture(autouse=True)

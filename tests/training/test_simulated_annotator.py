@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from deformux.annotator import Click, ClickAnnotator, WholeLabelAnnotator, dense_labels
+from deformux.interactive.simulated_annotator import Click, ClickAnnotator, WholeLabelAnnotator, dense_labels
 
 
 def test_dense_labels_number_by_position() -> None:

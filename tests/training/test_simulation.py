@@ -20,7 +20,7 @@ from click.testing import Result
 from scipy import stats
 from typer.testing import CliRunner
 
-from deformux.budget_curve import (
+from deformux.active_learning.learning_curve import (
     Round,
     area_under_budget_curve,
     paired_difference,
@@ -28,14 +28,14 @@ from deformux.budget_curve import (
     summarise,
     write_rounds,
 )
-from deformux.cases import find_cases
-from deformux.cli import app
-from deformux.recipe import Recipe
-from deformux.selection import STRATEGIES
-from deformux.simulate import Plan, held_out, simulate
-from deformux.simulate_cli import short_recipe
-from deformux.synthetic import write_cohort
-from deformux.transforms import Preprocessing
+from deformux.active_learning.simulation import Plan, held_out, simulate
+from deformux.active_learning.strategies import STRATEGIES
+from deformux.cli.main import app
+from deformux.cli.simulate import short_recipe
+from deformux.data.cases import find_cases
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.synthetic import write_cohort
+from deformux.fitting.recipe import Recipe
 
 # float32 repeats bit for bit.
 OPTIONS = ["--patch-size", "16,16,16", "--spacing", "20,20,22", "--steps", "2", "--rounds", "2", "--batch", "2"]
@@ -156,7 +156,7 @@ def test_trainings_go_on_from_the_round_before_where_that_is_asked_for(cohort: P
 def test_goes_on_after_kill_9_and_ends_with_the_same_table(cohort: Path, whole: Path, tmp_path: Path) -> None:
     options = ["--strategy", "random,adaptive", "--seeds", "1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "deformux.cli", *arguments(cohort, tmp_path, *options)],
+        [sys.executable, "-m", "deformux.cli.main", *arguments(cohort, tmp_path, *options)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from deformux.synthetic import LABELS, synthetic_volume, write_cohort
+from deformux.data.synthetic import LABELS, synthetic_volume, write_cohort
 
 VOLUMES = 6
 # mean HU inside the true label, in the portal venous to late arterial range that the phantom imitates

@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 
 from deformux.data.header import MAX_VOXELS_VARIABLE
+from deformux.data.preprocessing import LoadLabeld, LoadVolumed, Preprocessing, apply, inference_transforms
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
-from deformux.transforms import LoadLabeld, LoadVolumed, Preprocessing, apply, inference_transforms
 
 # Reads in a process of its own, whose largest memory can be measured from one file to the next.
 _READER = """
 import json, sys, time
 from pathlib import Path
-from deformux.transforms import InvalidVolume, LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import InvalidVolume, LoadLabeld, LoadVolumed
 def megabytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

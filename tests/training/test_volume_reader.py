@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from deformux.cases import find_images, volume_id
+from deformux.data.cases import find_images, volume_id
+from deformux.data.preprocessing import LoadLabeld, LoadVolumed
 from deformux.data.volume_reader import InvalidVolume, read_volume
-from deformux.transforms import LoadLabeld, LoadVolumed
 
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
 NRRD_NAMES = {"int8": "signed char", "float32": "float", "float64": "double"}

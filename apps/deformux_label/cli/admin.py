@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli_support import app_folder, print_table, refuse, shown
+from deformux_label.cli.common import app_folder, print_table, refuse, shown
 from deformux_label.web.offered import ROLES
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _password(from_stdin: bool) -> str:
 
 
 def _logs_of(studies: Path) -> list[Path]:
-    from deformux_label.command_log import logs_of
+    from deformux_label.cli.command_log import logs_of
 
     found = logs_of(studies)
     if not found:

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from deformux_label.cli_support import app_folder
+from deformux_label.cli.common import app_folder
 
 __all__ = ["logs_of", "recorded"]
 

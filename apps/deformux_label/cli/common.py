@@ -15,7 +15,7 @@ from rich.table import Table
 from deformux_label.lib.store.notices import printable
 
 if TYPE_CHECKING:
-    from deformux_label.lib.datastore import CheckedDatastore
+    from deformux_label.lib.store.datastore import CheckedDatastore
 
 __all__ = ["app_folder", "open_studies", "print_table", "refuse", "shown"]
 
@@ -28,12 +28,12 @@ def app_folder() -> Path:
 
     MONAI Label keeps models and logs inside the app's folder.
     """
-    installed = Path(__file__).resolve().parent
+    installed = Path(__file__).resolve().parents[1]
     if os.access(installed, os.W_OK):
         return installed
     data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "deformux-label"
     data.mkdir(parents=True, exist_ok=True)
-    for part in ("main.py", "lib"):
+    for part in ("main.py",):
         link = data / part
         if link.is_symlink():
             link.unlink()
@@ -59,7 +59,7 @@ def open_studies(studies: Path) -> CheckedDatastore:
     if not studies.is_dir():
         refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
     # Its import of MONAI Label takes seconds: not for the other commands.
-    from deformux_label.lib.datastore import CheckedDatastore, StudiesError
+    from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
 
     try:
         return CheckedDatastore(str(studies), labels=None)

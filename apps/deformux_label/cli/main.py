@@ -15,10 +15,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli_admin import audit, users_app
-from deformux_label.cli_support import app_folder, open_studies, print_table, refuse
-from deformux_label.command_log import recorded
-from deformux_label.studies_cli import studies_app
+from deformux_label.cli.admin import audit, users_app
+from deformux_label.cli.command_log import recorded
+from deformux_label.cli.common import app_folder, open_studies, print_table, refuse
+from deformux_label.cli.studies import studies_app
 
 __all__ = ["app"]
 

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli_support import open_studies, print_table, refuse, shown
-from deformux_label.command_log import recorded
+from deformux_label.cli.command_log import recorded
+from deformux_label.cli.common import open_studies, print_table, refuse, shown
 
 __all__ = ["studies_app"]
 

@@ -25,17 +25,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deformux.annotator import WholeLabelAnnotator
-from deformux.cases import InvalidFolder
+from deformux.data.atomic_files import write_text
+from deformux.data.cases import InvalidFolder
+from deformux.data.preprocessing import geometry_difference
 from deformux.data.volume_reader import read_volume
-from deformux.files import write_text
-from deformux.metrics import dice_per_label, mean_dice
-from deformux.transforms import geometry_difference
-from deformux_label import report
-from deformux_label.cli_support import app_folder
-from deformux_label.cohort import Cohort, Volume, open_cohort, synthetic_cohort
+from deformux.inference.metrics import dice_per_label, mean_dice
+from deformux.interactive.simulated_annotator import WholeLabelAnnotator
+from deformux_label.cli.common import app_folder
+from deformux_label.demo import report
+from deformux_label.demo.cohort import Cohort, Volume, open_cohort, synthetic_cohort
+from deformux_label.demo.server_process import AnnotationClient, PlayerError, Server
 from deformux_label.lib.configs.project import InvalidOption, Project
-from deformux_label.player import AnnotationClient, PlayerError, Server
 
 __all__ = ["Plan", "main", "run"]
 

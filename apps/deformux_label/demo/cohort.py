@@ -12,11 +12,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from deformux.annotator import dense_labels
-from deformux.cases import Case, InvalidFolder, find_cases, label_names
+from deformux.data.cases import Case, InvalidFolder, find_cases, label_names
+from deformux.data.preprocessing import geometry_difference
+from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
-from deformux.synthetic import LABELS, write_cohort
-from deformux.transforms import geometry_difference
+from deformux.interactive.simulated_annotator import dense_labels
 
 __all__ = ["Cohort", "Volume", "open_cohort", "synthetic_cohort"]
 

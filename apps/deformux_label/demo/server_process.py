@@ -51,7 +51,7 @@ class Server:
         arguments = {"users": str(log.parent / "no-users.json"), **options}
         arguments |= {"host": "127.0.0.1", "port": str(self.port)}
         # not the installed script: it need not be on the PATH
-        self._command = [sys.executable, "-c", "from deformux_label.cli import app; app()", "serve"]
+        self._command = [sys.executable, "-c", "from deformux_label.cli.main import app; app()", "serve"]
         for name, value in arguments.items():
             self._command += [f"--{name.replace('_', '-')}", value]
         self._process: subprocess.Popen[bytes] | None = None

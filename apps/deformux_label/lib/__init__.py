@@ -1,1 +1,1 @@
-"""The app's parts; MONAI Label imports this folder as ``lib``, an installed wheel as ``deformux_label.lib``."""
+"""The parts of the MONAI Label app."""

@@ -10,7 +10,7 @@ from fastapi import APIRouter, HTTPException
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import FileResponse, HTMLResponse
 
-from .content_policy import source_hash
+from deformux_label.web.content_policy import source_hash
 
 __all__ = ["pages_router"]
 

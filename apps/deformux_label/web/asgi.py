@@ -33,9 +33,9 @@ from monailabel.endpoints import (
 )
 from monailabel.utils.others.generic import name_to_device
 
-from deformux_label.offloop import in_thread, watched, with_endpoint
-from deformux_label.turns import Turns
 from deformux_label.web.caller import current_user
+from deformux_label.web.inference_queue import Turns
+from deformux_label.web.worker_threads import in_thread, watched, with_endpoint
 
 __all__ = ["app"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from deformux.files import write_text
+from deformux.data.atomic_files import write_text
 
 __all__ = ["AtHome", "place_of"]
 

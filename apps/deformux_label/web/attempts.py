@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from .at_home import AtHome, place_of
+from deformux_label.web.at_home import AtHome, place_of
 
 __all__ = ["Attempt", "Attempts", "TooManyAttempts"]
 

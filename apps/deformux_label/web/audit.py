@@ -18,8 +18,8 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .caller import Caller, calling
-from .offered import offered
+from deformux_label.web.caller import Caller, calling
+from deformux_label.web.offered import offered
 
 __all__ = ["AUDITED", "Act", "AuditLog", "Audited", "Record", "read_log"]
 

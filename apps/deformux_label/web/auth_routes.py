@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from .caller import note
-from .login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
-from .login_page import login_page
-from .offered import offered
-from .tokens import SECONDS
-from .users import InvalidUsers, User
+from deformux_label.web.caller import note
+from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
+from deformux_label.web.login_page import login_page
+from deformux_label.web.offered import offered
+from deformux_label.web.tokens import SECONDS
+from deformux_label.web.users import InvalidUsers, User
 
 __all__ = ["auth_router"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from .users import User, may
+from deformux_label.web.users import User, may
 
 __all__ = ["Caller", "calling", "calling_now", "current_user", "note", "require", "with_login"]
 

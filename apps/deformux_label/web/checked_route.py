@@ -12,15 +12,9 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import FormData
 
-from deformux_label.lib.requests.identifiers import (
-    checked_image_id,
-    checked_tag,
-    checked_text,
-    checked_version,
-)
+from deformux_label.lib.requests.identifiers import checked_image_id, checked_tag, checked_text, checked_version
 from deformux_label.lib.requests.json_text import read_json
-
-from .multipart import read_multipart
+from deformux_label.web.multipart import read_multipart
 
 __all__ = ["DISK_FULL", "CheckedRoute"]
 

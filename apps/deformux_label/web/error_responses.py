@@ -20,9 +20,8 @@ from starlette.middleware import Middleware
 from deformux_label.web.checked_route import DISK_FULL
 from deformux_label.web.connections import watch_connections
 from deformux_label.web.perimeter import Perimeter, host_names
+from deformux_label.web.routes import App, routers
 from deformux_label.web.routing import offer
-
-from .routes import App, routers
 
 __all__ = ["install"]
 

@@ -12,11 +12,10 @@ from fastapi.routing import APIRoute
 from monailabel.config import settings
 from monailabel.endpoints import infer
 
-from deformux_label.offloop import with_endpoint, with_signature
-
-from .requests.json_text import json_object
-from .requests.uploads import stored_upload
-from .volume_sessions import VolumeSessions
+from deformux_label.lib.requests.json_text import json_object
+from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.volume_sessions import VolumeSessions
+from deformux_label.web.worker_threads import with_endpoint, with_signature
 
 __all__ = ["inference_router", "label_file_of"]
 

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from .users import InvalidUsers, Users, default_users_file
+from deformux_label.web.users import InvalidUsers, Users, default_users_file
 
 __all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "is_own_address", "reason_not_to_start"]
 

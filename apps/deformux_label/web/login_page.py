@@ -6,7 +6,7 @@ import html
 
 from starlette.responses import HTMLResponse
 
-from .content_policy import source_hash
+from deformux_label.web.content_policy import source_hash
 
 __all__ = ["login_page"]
 

@@ -14,7 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 
-from .request_folder import request_folder
+from deformux_label.web.request_folder import request_folder
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

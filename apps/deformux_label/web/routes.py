@@ -11,29 +11,28 @@ from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from deformux.versions import ModelVersions
-from deformux_label.offloop import in_thread
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.lib.activelearning.strategies import ADDRESS
+from deformux_label.lib.configs.server import ServerOptions
+from deformux_label.lib.infers.batch_inference import BatchInferences
+from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.requests.identifiers import checked_revision, checked_text, checked_version
+from deformux_label.lib.requests.json_text import json_object
+from deformux_label.lib.requests.unknown_options import CLIENT_OPTIONS, refuse_unknown
+from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.label_states import claimed
+from deformux_label.lib.store.leases import Lease, Leases, annotator_of
+from deformux_label.lib.store.volume_sessions import VolumeSessions
+from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
 from deformux_label.web.api_pages import pages_router
+from deformux_label.web.batch_routes import batch_router
 from deformux_label.web.caller import current_user, note, require, with_login
+from deformux_label.web.label_upload import inference_router
 from deformux_label.web.opened_file import OpenedFile
-
-from .batch_inference import BatchInferences
-from .batch_routes import batch_router
-from .configs.server import ServerOptions
-from .datastore import CheckedDatastore
-from .label_file import inference_router
-from .leases import Lease, Leases, annotator_of
-from .requests.identifiers import checked_revision, checked_text, checked_version
-from .requests.json_text import json_object
-from .requests.options import CLIENT_OPTIONS, refuse_unknown
-from .requests.uploads import stored_upload
-from .server_routes import about_router, scoring_router
-from .sessions import Sessions
-from .store.label_states import claimed
-from .strategies.choose import ADDRESS
-from .training_queue import AlreadyTraining, TrainingQueue
-from .upload_routes import MOST_INFO_BYTES, datastore_router, session_router
-from .volume_sessions import VolumeSessions
+from deformux_label.web.server_routes import about_router, scoring_router
+from deformux_label.web.upload_routes import MOST_INFO_BYTES, datastore_router, session_router
+from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["App", "routers"]
 

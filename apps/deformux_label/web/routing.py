@@ -10,10 +10,9 @@ from monailabel.config import settings
 from monailabel.endpoints import activelearning, batch_infer, datastore, infer, info, scoring
 from starlette.routing import BaseRoute, Route
 
-from deformux_label.offloop import with_endpoint
-
-from .checked_route import CheckedRoute
-from .offered import offered
+from deformux_label.web.checked_route import CheckedRoute
+from deformux_label.web.offered import offered
+from deformux_label.web.worker_threads import with_endpoint
 
 __all__ = ["offer"]
 

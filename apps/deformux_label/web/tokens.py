@@ -14,9 +14,8 @@ from pathlib import Path
 import jwt
 from filelock import FileLock
 
-from deformux.files import write_text
-
-from .users import User, Users
+from deformux.data.atomic_files import write_text
+from deformux_label.web.users import User, Users
 
 __all__ = ["SECONDS", "EndedTokens", "Tokens"]
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import bcrypt
 from filelock import FileLock
 
-from deformux.files import write_text
-
-from .offered import ROLES
+from deformux.data.atomic_files import write_text
+from deformux_label.web.offered import ROLES
 
 __all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", "default_users_file", "may", "verified"]
 

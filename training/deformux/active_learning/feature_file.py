@@ -11,7 +11,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from deformux.files import replacing
+from deformux.data.atomic_files import replacing
 
 __all__ = ["read_features", "write_features"]
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from scipy.integrate import trapezoid
 
-from deformux.files import replacing, write_text
+from deformux.data.atomic_files import replacing, write_text
 
 __all__ = [
     "Round",

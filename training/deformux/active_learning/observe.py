@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from deformux.inference import sliding_window
-from deformux.network import DeformUXNet
-from deformux.selection.scores import VolumeScores, score_samples
-from deformux.transforms import Preprocessing, apply, inference_transforms
+from deformux.active_learning.uncertainty_scores import VolumeScores, score_samples
+from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.inference.sliding_window import sliding_window
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Observation", "encode", "mirrorings", "observe"]
 

@@ -15,18 +15,20 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deformux.budget_curve import Round
-from deformux.cases import Case
-from deformux.engine import Progress, fit
-from deformux.files import replacing, write_text
-from deformux.inference import evaluate
-from deformux.metrics import mean_dice
-from deformux.network import DeformUXNet
-from deformux.recipe import Recipe
-from deformux.selection import NEEDS_SCORES, STRATEGIES, VolumeScores, choose, encode, observe
-from deformux.selection.records import read_features, write_features
-from deformux.transforms import Preprocessing
-from deformux.weights import warm_start
+from deformux.active_learning.feature_file import read_features, write_features
+from deformux.active_learning.learning_curve import Round
+from deformux.active_learning.observe import encode, observe
+from deformux.active_learning.strategies import NEEDS_SCORES, STRATEGIES, choose
+from deformux.active_learning.uncertainty_scores import VolumeScores
+from deformux.data.atomic_files import replacing, write_text
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.fit import Progress, fit
+from deformux.fitting.recipe import Recipe
+from deformux.inference.metrics import mean_dice
+from deformux.inference.sliding_window import evaluate
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import warm_start
 
 __all__ = ["Plan", "held_out", "simulate"]
 
@@ -38,7 +40,7 @@ class Plan:
     """What is simulated; the same plan on the same volumes gives the same curves, but for rounding in bfloat16.
 
     Args:
-        strategies: of ``deformux.selection.STRATEGIES``.
+        strategies: of ``deformux.active_learning.STRATEGIES``.
         rounds: trainings per strategy and seed.
         batch: volumes labelled between two of them.
         start: volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random ones

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from deformux.selection.diversity import diverse_batch, standardised, typical_batch
-from deformux.selection.scores import VolumeScores
+from deformux.active_learning.diversity import diverse_batch, standardised, typical_batch
+from deformux.active_learning.uncertainty_scores import VolumeScores
 
 __all__ = ["NEEDS_SCORES", "STRATEGIES", "choose", "coldness", "power_noise", "stochastic_batch"]
 

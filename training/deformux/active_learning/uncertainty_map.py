@@ -14,8 +14,8 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.grids import ScanGrid
-from deformux.selection.scores import volume_uncertainty, voxel_entropy
+from deformux.active_learning.uncertainty_scores import volume_uncertainty, voxel_entropy
+from deformux.data.grid import ScanGrid
 
 __all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
 

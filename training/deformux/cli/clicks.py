@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deformux.cases import find_cases
-from deformux.cli_support import (
+from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
     ProgressBar,
@@ -29,9 +28,10 @@ from deformux.cli_support import (
     use_threads,
     writable_folder,
 )
-from deformux.clicks import COUNTS, THRESHOLDS, CaseResult, Robot, Summary, play_case, summarise
-from deformux.files import replacing, write_text
-from deformux.weights import load_model, with_guidance
+from deformux.data.atomic_files import replacing, write_text
+from deformux.data.cases import find_cases
+from deformux.interactive.click_benchmark import COUNTS, THRESHOLDS, CaseResult, Robot, Summary, play_case, summarise
+from deformux.networks.model_file import load_model, with_guidance
 
 __all__ = ["clicks_command", "plot", "summary_rows", "write_markdown", "write_per_case", "write_summary"]
 

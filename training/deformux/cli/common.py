@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
 
-from deformux.cases import InvalidFolder, label_names, split_label_names
-from deformux.engine import TrainingError
-from deformux.transforms import InvalidVolume
-from deformux.weights import PRETRAINED, InvalidModel, pretrained_path
+from deformux.data.cases import InvalidFolder, label_names, split_label_names
+from deformux.data.preprocessing import InvalidVolume
+from deformux.fitting.fit import TrainingError
+from deformux.networks.model_file import PRETRAINED, InvalidModel, pretrained_path
 
 __all__ = [
     "LARGEST_SEED",

@@ -21,10 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deformux.captured_inference import prepared
-from deformux.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
-from deformux.checkpoint import label_checksum
-from deformux.cli_support import (
+from deformux.cli.clicks import clicks_command
+from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
     ProgressBar,
@@ -41,19 +39,21 @@ from deformux.cli_support import (
     writable_file,
     writable_folder,
 )
-from deformux.clicks_cli import clicks_command
-from deformux.distributed import joined
-from deformux.engine import Progress, fit
-from deformux.files import replacing, write_text
-from deformux.inference import evaluate as evaluate_cases
-from deformux.inference import segment
-from deformux.metrics import mean_dice
-from deformux.network import PRESETS, DeformUXNet
-from deformux.recipe import RECIPES
-from deformux.simulate_cli import simulate_command
-from deformux.transforms import MODALITIES, InvalidVolume, Preprocessing, filled_voxels
-from deformux.versions_cli import app as versions_app
-from deformux.weights import ModelCard, load_model, network_options, save_model, warm_start
+from deformux.cli.simulate import simulate_command
+from deformux.cli.versions import app as versions_app
+from deformux.data.atomic_files import replacing, write_text
+from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
+from deformux.data.preprocessing import MODALITIES, InvalidVolume, Preprocessing, filled_voxels
+from deformux.fitting.checkpoint import label_checksum
+from deformux.fitting.distributed import joined
+from deformux.fitting.fit import Progress, fit
+from deformux.fitting.recipe import RECIPES
+from deformux.inference.captured_network import prepared
+from deformux.inference.metrics import mean_dice
+from deformux.inference.sliding_window import evaluate as evaluate_cases
+from deformux.inference.sliding_window import segment
+from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks.model_file import ModelCard, load_model, network_options, save_model, warm_start
 
 __all__ = ["app"]
 

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from deformux.budget_curve import Round, Summary, plot, summarise, write_rounds, write_summary
-from deformux.cases import find_cases
-from deformux.cli_support import (
+from deformux.active_learning.learning_curve import Round, Summary, plot, summarise, write_rounds, write_summary
+from deformux.active_learning.simulation import Plan, held_out, simulate
+from deformux.active_learning.strategies import STRATEGIES
+from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
     ProgressBar,
@@ -27,12 +28,11 @@ from deformux.cli_support import (
     use_threads,
     writable_folder,
 )
-from deformux.engine import Progress
-from deformux.network import PRESETS
-from deformux.recipe import RECIPES, Recipe
-from deformux.selection import STRATEGIES
-from deformux.simulate import Plan, held_out, simulate
-from deformux.transforms import MODALITIES, Preprocessing
+from deformux.data.cases import find_cases
+from deformux.data.preprocessing import MODALITIES, Preprocessing
+from deformux.fitting.fit import Progress
+from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.networks.deformux_net import PRESETS
 
 __all__ = ["play", "short_recipe", "simulate_command", "summary_table"]
 

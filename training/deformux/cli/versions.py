@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deformux.cli_support import clear_errors, existing_folder
-from deformux.versions import ModelVersions, VersionInfo
-from deformux.weights import ModelCard
+from deformux.cli.common import clear_errors, existing_folder
+from deformux.networks.model_file import ModelCard
+from deformux.publishing.model_versions import ModelVersions, VersionInfo
 
 __all__ = ["app"]
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deformux.files import write_text
+from deformux.data.atomic_files import write_text
 
 __all__ = ["copy_of", "read_checked", "read_kept_twice", "write_checked", "write_kept_twice"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from deformux.cases import Case
-from deformux.transforms import UNLABELLED, LoadLabeld, LoadVolumed, apply
+from deformux.data.cases import Case
+from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, apply
 
 __all__ = ["LabelFacts", "coherence", "label_facts"]
 

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine_of, check_shape, one_volume
+from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine_of, check_shape, one_volume
 
 __all__ = ["metaimage_header"]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine_of, check_shape, one_volume
+from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine_of, check_shape, one_volume
 
 __all__ = ["LONGEST_HEADER", "nifti_header"]
 

@@ -24,9 +24,9 @@ from monai.utils import SpaceKeys
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
+from deformux.data.grid import ScanGrid
 from deformux.data.header import max_voxels, shown_shape
 from deformux.data.volume_reader import InvalidVolume, Volume, open_volume
-from deformux.grids import ScanGrid
 
 __all__ = [
     "MODALITIES",

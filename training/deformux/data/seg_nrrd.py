@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .header import InvalidVolume, VolumeHeader
+from deformux.data.header import InvalidVolume, VolumeHeader
 
 __all__ = ["Segment", "labels_of_segments", "segments_of"]
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from .header import VolumeHeader
+from deformux.data.header import VolumeHeader
 
 __all__ = ["Damaged", "is_too_short", "open_voxels"]
 

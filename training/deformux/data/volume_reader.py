@@ -18,11 +18,11 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .header import InvalidVolume, VolumeHeader, check_affine
-from .metaimage import metaimage_header
-from .nifti import nifti_header
-from .nrrd import nrrd_header
-from .streams import Damaged, is_too_short, open_voxels
+from deformux.data.header import InvalidVolume, VolumeHeader, check_affine
+from deformux.data.metaimage import metaimage_header
+from deformux.data.nifti import nifti_header
+from deformux.data.nrrd import nrrd_header
+from deformux.data.streams import Damaged, is_too_short, open_voxels
 
 __all__ = [
     "VOLUME_SUFFIXES",

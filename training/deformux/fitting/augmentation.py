@@ -26,8 +26,8 @@ from monai.transforms import (
     Transform,
 )
 
-from deformux.recipe import Recipe
-from deformux.transforms import UNLABELLED, Preprocessing
+from deformux.data.preprocessing import UNLABELLED, Preprocessing
+from deformux.fitting.recipe import Recipe
 
 __all__ = ["SamplingMapsd", "training_augmentation"]
 

@@ -16,10 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deformux.cases import Case
-from deformux.files import replacing
-from deformux.recipe import Recipe
-from deformux.transforms import Preprocessing
+from deformux.data.atomic_files import replacing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.recipe import Recipe
 
 __all__ = ["Checkpoint", "CheckpointFile", "fingerprint", "label_checksum", "load_checkpoint", "save_checkpoint"]
 

@@ -16,12 +16,12 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.annotator import Click, ClickAnnotator
-from deformux.guidance import encode_guidance
-from deformux.network import DeformUXNet
-from deformux.precision import mixed_precision
-from deformux.recipe import Recipe
-from deformux.transforms import UNLABELLED
+from deformux.data.preprocessing import UNLABELLED
+from deformux.fitting.recipe import Recipe
+from deformux.interactive.simulated_annotator import Click, ClickAnnotator
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.guidance import encode_guidance
+from deformux.networks.precision import mixed_precision
 
 __all__ = ["ClickTraining"]
 

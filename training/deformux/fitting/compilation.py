@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deformux.files import write_text
+from deformux.data.atomic_files import write_text
 
 __all__ = ["Compilation"]
 

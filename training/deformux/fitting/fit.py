@@ -19,19 +19,19 @@ from monai.utils import set_determinism
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from deformux.cases import Case
-from deformux.checkpoint import Checkpoint, CheckpointFile, fingerprint
-from deformux.click_training import ClickTraining
-from deformux.compilation import Compilation
-from deformux.distributed import ALONE, Ranks
-from deformux.inference import evaluate
-from deformux.metrics import mean_dice
-from deformux.network import DeformUXNet
-from deformux.optimization import make_average, make_optimizer, make_schedule
-from deformux.recipe import Recipe
-from deformux.sampling import Patches, seed_everything
-from deformux.training_step import LossReader, TrainingStep
-from deformux.transforms import InvalidVolume, Preprocessing
+from deformux.data.cases import Case
+from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.fitting.checkpoint import Checkpoint, CheckpointFile, fingerprint
+from deformux.fitting.click_steps import ClickTraining
+from deformux.fitting.compilation import Compilation
+from deformux.fitting.distributed import ALONE, Ranks
+from deformux.fitting.optimizer import make_average, make_optimizer, make_schedule
+from deformux.fitting.patches import Patches, seed_everything
+from deformux.fitting.recipe import Recipe
+from deformux.fitting.training_step import LossReader, TrainingStep
+from deformux.inference.metrics import mean_dice
+from deformux.inference.sliding_window import evaluate
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 

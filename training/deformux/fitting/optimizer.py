@@ -11,8 +11,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from deformux.precision import mixed_precision
-from deformux.recipe import Recipe
+from deformux.fitting.recipe import Recipe
+from deformux.networks.precision import mixed_precision
 
 __all__ = ["MixedPrecision", "make_average", "make_optimizer", "make_schedule"]
 

@@ -19,11 +19,11 @@ import torch
 from monai.data import CacheDataset, DataLoader
 from monai.transforms import RandomizableTrait, Transform
 
-from deformux.augmentation import training_augmentation
-from deformux.cases import Case
-from deformux.distributed import ALONE, Ranks
-from deformux.recipe import Recipe
-from deformux.transforms import Preprocessing, labelled_transforms
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.fitting.augmentation import training_augmentation
+from deformux.fitting.distributed import ALONE, Ranks
+from deformux.fitting.recipe import Recipe
 
 __all__ = ["Patches", "draw_order", "seed_everything"]
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deformux.cases import Case
-from deformux.distributed import Ranks, connected
-from deformux.engine import FitResult, TrainingError, TrainingStopped, fit
-from deformux.network import DeformUXNet
+from deformux.data.cases import Case
+from deformux.fitting.distributed import Ranks, connected
+from deformux.fitting.fit import FitResult, TrainingError, TrainingStopped, fit
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["fit_on"]
 
@@ -125,7 +125,7 @@ class _Followers:
     def __init__(self, devices: Sequence[str], folder: Path, threads: int, memory_share: float) -> None:
         self.devices, self.folder = devices, folder
         self._over = threading.Event()
-        command = [sys.executable, "-m", "deformux.rank_processes"]
+        command = [sys.executable, "-m", "deformux.fitting.rank_processes"]
         self.processes = [
             subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_environment(rank)})
             for rank in range(1, len(devices))

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from deformux.click_training import ClickTraining
-from deformux.cuda_graphs import CapturedCall, CaptureFailed
-from deformux.losses import PartialDiceCELoss
-from deformux.network import DeformUXNet
-from deformux.optimization import MixedPrecision
-from deformux.recipe import Recipe
-from deformux.sample_threads import SampleThreads
+from deformux.fitting.click_steps import ClickTraining
+from deformux.fitting.losses import PartialDiceCELoss
+from deformux.fitting.optimizer import MixedPrecision
+from deformux.fitting.recipe import Recipe
+from deformux.fitting.sample_parallel import SampleThreads
+from deformux.networks.cuda_graphs import CapturedCall, CaptureFailed
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["LossReader", "TrainingStep"]
 

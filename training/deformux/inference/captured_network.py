@@ -19,9 +19,9 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from deformux.cuda_graphs import CaptureFailed, captured
-from deformux.network import PRESETS, DeformableMixer, DeformUXNet, used_channels
-from deformux.precision import computes_bfloat16, mixed_precision
+from deformux.networks.cuda_graphs import CaptureFailed, captured
+from deformux.networks.deformux_net import PRESETS, DeformableMixer, DeformUXNet, used_channels
+from deformux.networks.precision import computes_bfloat16, mixed_precision
 
 __all__ = ["BatchedNetwork", "CaptureOptions", "CapturedNetwork", "prepared"]
 

@@ -12,11 +12,8 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from deformux.captured_inference import BatchedNetwork, CapturedNetwork, prepared
-from deformux.cases import Case
-from deformux.metrics import dice_per_label
-from deformux.precision import mixed_precision
-from deformux.transforms import (
+from deformux.data.cases import Case
+from deformux.data.preprocessing import (
     UNLABELLED,
     LoadLabeld,
     LoadVolumed,
@@ -26,6 +23,9 @@ from deformux.transforms import (
     inference_transforms,
     restore_transforms,
 )
+from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
+from deformux.inference.metrics import dice_per_label
+from deformux.networks.precision import mixed_precision
 
 __all__ = ["WindowInferer", "evaluate", "segment", "sliding_window", "volume_logits"]
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.grids import triple
+from deformux.data.grid import triple
 
 __all__ = ["REACH", "border_evidence"]
 

@@ -11,12 +11,12 @@ import numpy.typing as npt
 from nibabel.affines import voxel_sizes
 from scipy.integrate import trapezoid
 
-from deformux.annotator import ClickAnnotator
-from deformux.cases import Case
-from deformux.editing import Editor, open_study
-from deformux.metrics import dice_per_label, surface_dice_per_label
-from deformux.network import DeformUXNet
-from deformux.transforms import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.cases import Case
+from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.inference.metrics import dice_per_label, surface_dice_per_label
+from deformux.interactive.editor import Editor, open_study
+from deformux.interactive.simulated_annotator import ClickAnnotator
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["COUNTS", "THRESHOLDS", "CaseResult", "Robot", "Summary", "play_case", "summarise"]
 

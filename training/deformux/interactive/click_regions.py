@@ -11,7 +11,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.grids import bounding_box, grown, highest, slices, triple
+from deformux.data.grid import bounding_box, grown, highest, slices, triple
 
 __all__ = ["Change", "Settled", "find_changes", "mix", "pieces", "settle"]
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from deformux.grids import Box, Index, triple
+from deformux.data.grid import Box, Index, triple
 
 __all__ = ["Lattice", "edit_window"]
 

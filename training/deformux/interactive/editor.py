@@ -20,14 +20,14 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deformux.borders import REACH, border_evidence
-from deformux.changes import Change, find_changes, mix, pieces, settle
-from deformux.grids import Box, Index, ScanGrid, highest, slices, triple
-from deformux.guidance import encode_guidance
-from deformux.inference import volume_logits
-from deformux.lattice import Lattice, edit_window
-from deformux.precision import mixed_precision
-from deformux.transforms import Preprocessing, label_grid_transforms
+from deformux.data.grid import Box, Index, ScanGrid, highest, slices, triple
+from deformux.data.preprocessing import Preprocessing, label_grid_transforms
+from deformux.inference.sliding_window import volume_logits
+from deformux.interactive.border_shift import REACH, border_evidence
+from deformux.interactive.click_regions import Change, find_changes, mix, pieces, settle
+from deformux.interactive.click_windows import Lattice, edit_window
+from deformux.networks.guidance import encode_guidance
+from deformux.networks.precision import mixed_precision
 
 __all__ = ["Editor", "Points", "Study", "open_study", "study_from_logits"]
 
@@ -116,9 +116,9 @@ _Patches = dict[tuple[object, ...], tuple[Sequence[Change], _Patch | None]]
 class Editor:
     """Corrects the mask of one study by clicks; for one thread at a time.
 
-    A click belongs to a cell of a fixed lattice (``deformux.lattice``), and the network sees the window around that
+    A click belongs to a cell of a fixed lattice (``click_windows``), and the network sees the window around that
     cell with all clicks inside it and the mask to start from. Where the clicks by themselves move a border
-    (``deformux.borders``), that counts instead of the network's answer. Of what would change, only what is connected
+    (``border_shift``), that counts instead of the network's answer. Of what would change, only what is connected
     with a click for it is taken over: voxels of one new label, one of them clicked with that label, that touch each
     other or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks
     of other labels.

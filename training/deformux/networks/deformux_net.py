@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deform3d import deform_conv3d, deform_conv3d_fused_offset
-from deformux.convolution import Conv3d, adopt, conv3d
+from deformux.networks.fast_cpu_conv import Conv3d, adopt, conv3d
 
 __all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset", "used_channels"]
 
@@ -335,7 +335,7 @@ class DeformUXNet(nn.Module):
         Args:
             x: the scan.
             guidance: ``(N, guidance_channels, D, H, W)``: a map of clicks for each class, then the mask to start from
-                as one channel for each class but the background (``deformux.guidance.encode_guidance``).
+                as one channel for each class but the background (``deformux.networks.guidance.encode_guidance``).
             channels: numbers of the channels that ``guidance`` holds, where it holds only some: all others are zero.
 
         Raises:

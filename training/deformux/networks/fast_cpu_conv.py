@@ -3,7 +3,7 @@
 PyTorch gives a single small volume to an implementation of its own that oneDNN beats, and oneDNN's gradient of the
 weights is faster over channels-last memory where there are few channels. It computes an instance norm as a batch norm
 of a view, several times as slow as the same group norm; only with its gradient both take as long.
-``benchmarks/convolution.py`` measures all of it.
+``benchmarks/operator/convolution.py`` measures all of it.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
-from deformux.files import replacing, write_text
-from deformux.network import DeformUXNet
-from deformux.transforms import Preprocessing
+from deformux.data.atomic_files import replacing, write_text
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = [
     "PRETRAINED",
@@ -36,7 +36,7 @@ __all__ = [
     "with_guidance",
 ]
 
-_PRETRAINED_FOLDER = Path(__file__).parent / "pretrained"
+_PRETRAINED_FOLDER = Path(__file__).parents[1] / "pretrained"
 PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
 
 

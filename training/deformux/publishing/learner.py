@@ -12,19 +12,19 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from deformux.cases import Case
-from deformux.checkpoint import label_checksum
-from deformux.engine import FitResult, Progress, TrainingError
-from deformux.gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
-from deformux.network import DeformUXNet
-from deformux.quality import LabelFacts
-from deformux.rank_processes import fit_on
-from deformux.rounds import Outcome, Round
-from deformux.run_state import RunState
-from deformux.scorebook import ScoreBook
-from deformux.transforms import Preprocessing
-from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, network_options, read_card, warm_start
+from deformux.data.cases import Case
+from deformux.data.label_quality import LabelFacts
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.checkpoint import label_checksum
+from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.rank_processes import fit_on
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
+from deformux.publishing.learning_round import Outcome, Round
+from deformux.publishing.model_versions import ModelVersions
+from deformux.publishing.publish_gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
+from deformux.publishing.round_folder import RunState
+from deformux.publishing.score_cache import ScoreBook
 
 __all__ = ["Learner", "Outcome", "Round"]
 

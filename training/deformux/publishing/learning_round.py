@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deformux.gate import Decision
-from deformux.recipe import RECIPES, Recipe
-from deformux.weights import ModelCard
+from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.networks.model_file import ModelCard
+from deformux.publishing.publish_gate import Decision
 
 __all__ = ["Outcome", "Round"]
 

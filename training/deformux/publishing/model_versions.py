@@ -15,9 +15,16 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from deformux.publications import KINDS, LOST, Publication, Record, published_stack, worth_keeping
-from deformux.state_files import read_kept_twice, write_kept_twice
-from deformux.weights import InvalidModel, ModelCard, check_weights, read_card, remove_unfinished, save_model
+from deformux.data.checked_json import read_kept_twice, write_kept_twice
+from deformux.networks.model_file import (
+    InvalidModel,
+    ModelCard,
+    check_weights,
+    read_card,
+    remove_unfinished,
+    save_model,
+)
+from deformux.publishing.publications import KINDS, LOST, Publication, Record, published_stack, worth_keeping
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from deformux.metrics import mean_dice
-from deformux.state_files import read_kept_twice, write_kept_twice
+from deformux.data.checked_json import read_kept_twice, write_kept_twice
+from deformux.inference.metrics import mean_dice
 
 __all__ = ["FEWEST_TO_VALIDATE", "Assignment", "Decision", "decide"]
 

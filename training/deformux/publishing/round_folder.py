@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deformux.state_files import read_checked, write_checked
-from deformux.weights import remove_unfinished
+from deformux.data.checked_json import read_checked, write_checked
+from deformux.networks.model_file import remove_unfinished
 
 __all__ = ["RunState"]
 

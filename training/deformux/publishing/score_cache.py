@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deformux.cases import Case
-from deformux.inference import evaluate
-from deformux.quality import LabelFacts, label_facts
-from deformux.state_files import read_checked, write_checked
-from deformux.transforms import InvalidVolume
-from deformux.weights import load_model
+from deformux.data.cases import Case
+from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.label_quality import LabelFacts, label_facts
+from deformux.data.preprocessing import InvalidVolume
+from deformux.inference.sliding_window import evaluate
+from deformux.networks.model_file import load_model
 
 __all__ = ["ScoreBook"]
 

@@ -20,15 +20,23 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.utils.others.generic import name_to_device
 
-from deformux.network import DeformUXNet
-from deformux.selection import NEEDS_SCORES, VolumeScores, choose, encode, observe
-from deformux.selection.records import read_features, write_features
-from deformux.state_files import read_checked, write_checked
-from deformux.transforms import InvalidVolume, Preprocessing
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, remove_unfinished, warm_start
-
-from ..configs.project import Project
-from ..models import ServedModels
+from deformux.active_learning.feature_file import read_features, write_features
+from deformux.active_learning.observe import encode, observe
+from deformux.active_learning.strategies import NEEDS_SCORES, choose
+from deformux.active_learning.uncertainty_scores import VolumeScores
+from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import (
+    InvalidModel,
+    ModelCard,
+    load_model,
+    pretrained_path,
+    remove_unfinished,
+    warm_start,
+)
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.model_loader import ServedModels
 
 __all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
 

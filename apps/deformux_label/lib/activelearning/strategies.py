@@ -11,9 +11,9 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from ..leases import Leases, annotator_of
-from ..scoring.selection import UNTRAINED, Orders, SelectionScores
-from .waiting import Waiting, WaitingVolumes
+from deformux_label.lib.activelearning.background_scores import UNTRAINED, Orders, SelectionScores
+from deformux_label.lib.activelearning.waiting_volumes import Waiting, WaitingVolumes
+from deformux_label.lib.store.leases import Leases, annotator_of
 
 __all__ = ["ADDRESS", "First", "Ordered", "Random", "all_strategies"]
 
@@ -98,7 +98,7 @@ class First(Strategy):
 
 
 class Ordered(Strategy):
-    """The next volume of a strategy of ``deformux.selection``, from the order that scoring left behind.
+    """The next volume of a strategy of ``deformux.active_learning``, from the order that scoring left behind.
 
     Volumes without a score come after all others, at random, and are scored in the background meanwhile. The reply
     says which model's order was used, and why when it is not that of the served model.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from monailabel.interfaces.datastore import Datastore
 
-from ..leases import Lease
-from ..scoring.selection import Orders, SelectionScores, changed_since
+from deformux_label.lib.activelearning.background_scores import Orders, SelectionScores, changed_since
+from deformux_label.lib.store.leases import Lease
 
 __all__ = ["Waiting", "WaitingVolumes"]
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deformux.cases import split_label_names
-from deformux.network import PRESETS
-from deformux.transforms import Preprocessing
-from deformux.weights import PRETRAINED, ModelCard, pretrained_path
+from deformux.data.cases import split_label_names
+from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import PRESETS
+from deformux.networks.model_file import PRETRAINED, ModelCard, pretrained_path
 
 __all__ = ["OPTIONS", "InvalidOption", "Project", "number_option"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .project import InvalidOption, number_option
+from deformux_label.lib.configs.project import InvalidOption, number_option
 
 __all__ = ["SERVER_OPTIONS", "ServerOptions"]
 

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deformux.editing import Editor, Study
-
-    from .infers.served import ServedNetwork
+    from deformux.interactive.editor import Editor, Study
+    from deformux_label.lib.infers.served_network import ServedNetwork
 
 __all__ = ["ClientEditor", "Sessions", "StudyKey"]
 

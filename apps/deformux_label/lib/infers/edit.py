@@ -18,22 +18,21 @@ import torch
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
-from deformux.editing import Editor, Study, study_from_logits
-from deformux.grids import triple
-from deformux.transforms import UNLABELLED, LoadVolumed, Preprocessing, apply, inference_transforms
-
-from ..checks import chosen, one_of
-from ..configs.project import Project
-from ..label_file import label_file_of
-from ..labels import label_array
-from ..leases import annotator_of
-from ..models import ServedModels
-from ..points import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
-from ..sessions import ClientEditor, Sessions, StudyKey
-from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
-from .uncertainty import OPTION, uncertainty_reply
-from .writer import write_result
+from deformux.data.grid import triple
+from deformux.data.preprocessing import UNLABELLED, LoadVolumed, Preprocessing, apply, inference_transforms
+from deformux.interactive.editor import Editor, Study, study_from_logits
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.click_cache import ClientEditor, Sessions, StudyKey
+from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
+from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
+from deformux_label.lib.requests.clicks import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
+from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.store.label_check import label_array
+from deformux_label.lib.store.leases import annotator_of
+from deformux_label.lib.store.volume_writer import write_result
+from deformux_label.web.label_upload import label_file_of
 
 __all__ = ["Edit", "open_study"]
 

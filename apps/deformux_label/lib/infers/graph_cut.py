@@ -19,7 +19,7 @@ from monailabel.scribbles.utils import make_iseg_unary, make_likelihood_image_hi
 from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 
-from ..drawn import BACKGROUND, FOREGROUND
+from deformux_label.lib.requests.scribbles import BACKGROUND, FOREGROUND
 
 __all__ = [
     "CutOptions",

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from deformux.captured_inference import CapturedNetwork, prepared
-from deformux.network import DeformUXNet
-from deformux.versions import ModelVersions
-from deformux.weights import InvalidModel, ModelCard, load_model, pretrained_path, with_guidance
-
-from .configs.project import Project
+from deformux.inference.captured_network import CapturedNetwork, prepared
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.model_file import InvalidModel, ModelCard, load_model, pretrained_path, with_guidance
+from deformux.publishing.model_versions import ModelVersions
+from deformux_label.lib.configs.project import Project
 
 __all__ = ["ServedModels"]
 

@@ -21,19 +21,13 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from torch.nn import functional as F
 
-from deformux.editing import Study
-from deformux.grids import Box, ScanGrid, slices, triple
-from deformux.transforms import apply, inference_transforms
-from deformux_label.offloop import raise_if_client_gone
-
-from ..checks import saves_label
-from ..configs.project import Project
-from ..drawn import BACKGROUND, FOREGROUND, Drawn, Scribbles, drawn_of, number_of, roi_of, segment_ids_of
-from ..label_file import label_file_of
-from ..models import ServedModels
-from ..sessions import Sessions, StudyKey
-from .edit import open_study
-from .graph_cut import (
+from deformux.data.grid import Box, ScanGrid, slices, triple
+from deformux.data.preprocessing import apply, inference_transforms
+from deformux.interactive.editor import Study
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.click_cache import Sessions, StudyKey
+from deformux_label.lib.infers.edit import open_study
+from deformux_label.lib.infers.graph_cut import (
     CutOptions,
     Evidence,
     Surroundings,
@@ -43,8 +37,22 @@ from .graph_cut import (
     from_network,
     from_scribbles,
 )
-from .served import UNTRAINED, in_a_sentence, sentences
-from .writer import write_result
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.served_network import UNTRAINED, in_a_sentence, sentences
+from deformux_label.lib.requests.options import saves_label
+from deformux_label.lib.requests.scribbles import (
+    BACKGROUND,
+    FOREGROUND,
+    Drawn,
+    Scribbles,
+    drawn_of,
+    number_of,
+    roi_of,
+    segment_ids_of,
+)
+from deformux_label.lib.store.volume_writer import write_result
+from deformux_label.web.label_upload import label_file_of
+from deformux_label.web.worker_threads import raise_if_client_gone
 
 __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 

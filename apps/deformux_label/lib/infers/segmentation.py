@@ -11,16 +11,15 @@ import torch
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
-from deformux.editing import study_from_logits
-from deformux.transforms import Preprocessing, inference_transforms, restore_transforms
-
-from ..configs.project import Project
-from ..models import ServedModels
-from ..sessions import Sessions, StudyKey
-from .memory import Attempt, within_memory
-from .served import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
-from .uncertainty import OPTION, uncertainty_reply
-from .writer import write_result
+from deformux.data.preprocessing import Preprocessing, inference_transforms, restore_transforms
+from deformux.interactive.editor import study_from_logits
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.click_cache import Sessions, StudyKey
+from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
+from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
+from deformux_label.lib.store.volume_writer import write_result
 
 __all__ = ["Segmentation"]
 

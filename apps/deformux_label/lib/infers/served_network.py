@@ -11,15 +11,14 @@ from fastapi import HTTPException
 from monai.data import MetaTensor
 from torch import Tensor
 
-from deformux.captured_inference import BatchedNetwork
-from deformux.inference import WindowInferer
-from deformux.precision import mixed_precision
-from deformux.transforms import InvalidVolume, filled_voxels
-from deformux.weights import InvalidModel
-from deformux_label.offloop import raise_if_client_gone
-
-from ..models import ServedModels
-from .memory import Attempt
+from deformux.data.preprocessing import InvalidVolume, filled_voxels
+from deformux.inference.captured_network import BatchedNetwork
+from deformux.inference.sliding_window import WindowInferer
+from deformux.networks.model_file import InvalidModel
+from deformux.networks.precision import mixed_precision
+from deformux_label.lib.infers.gpu_memory import Attempt
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.web.worker_threads import raise_if_client_gone
 
 __all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "volume_logits"]
 

@@ -12,12 +12,11 @@ from monai.data import MetaTensor
 from monailabel.interfaces.datastore import Datastore
 from torch import Tensor
 
-from deformux.grids import ScanGrid
-from deformux.uncertainty import find_uncertainty
+from deformux.active_learning.uncertainty_map import find_uncertainty
+from deformux.data.grid import ScanGrid
+from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore
+from deformux_label.lib.store.volume_writer import write_labels
 from deformux_label.web.request_folder import request_folder
-
-from ..datastore import UNCERTAINTY_TAG, CheckedDatastore
-from .writer import write_labels
 
 __all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from .identifiers import refuse_invalid_text
+from deformux_label.lib.requests.identifiers import refuse_invalid_text
 
 __all__ = ["LARGEST_NUMBER", "json_object", "read_json"]
 

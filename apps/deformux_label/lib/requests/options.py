@@ -12,7 +12,7 @@ from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.utils.others.generic import device_map, name_to_device
 
-from .infers.writer import FORMATS
+from deformux_label.lib.store.volume_writer import FORMATS
 
 __all__ = ["checked_device", "chosen", "find_image", "inference_options", "known", "one_of", "saves_label"]
 

@@ -14,9 +14,8 @@ import numpy.typing as npt
 from fastapi import HTTPException
 from nibabel.affines import apply_affine, voxel_sizes
 
-from deformux.grids import Box, bounding_box, slices, triple
-
-from .labels import segment_values
+from deformux.data.grid import Box, bounding_box, slices, triple
+from deformux_label.lib.store.label_check import segment_values
 
 __all__ = ["BACKGROUND", "FOREGROUND", "Drawn", "Scribbles", "drawn_of", "number_of", "roi_of", "segment_ids_of"]
 

@@ -12,10 +12,9 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
-from deformux.metrics import dice_per_label, mean_dice
-from deformux.transforms import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, apply
-
-from ..configs.project import Project
+from deformux.data.preprocessing import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, apply
+from deformux.inference.metrics import dice_per_label, mean_dice
+from deformux_label.lib.configs.project import Project
 
 __all__ = ["DiceScoring"]
 

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from .volumes import LABEL_SUFFIXES, split_suffix
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
 __all__ = ["write_archive"]
 

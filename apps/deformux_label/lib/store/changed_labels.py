@@ -19,14 +19,14 @@ from pathlib import Path
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
-from ..labels import checked_labels
-from ..leases import annotator_of
-from ..reconcile import label_entry, of_revision, restored
-from ..revisions import Revision, Revisions, checksum
-from .changes import Change
-from .label_states import file_state, said, unusable
-from .trash import Trash
-from .volumes import LABEL_SUFFIXES, split_suffix
+from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.crash_recovery import label_entry, of_revision, restored
+from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_revisions import Revision, Revisions, checksum
+from deformux_label.lib.store.label_states import file_state, said, unusable
+from deformux_label.lib.store.leases import annotator_of
+from deformux_label.lib.store.trash import Trash
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
 __all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "give_way", "judge"]
 

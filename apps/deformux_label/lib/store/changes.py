@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deformux.files import sync_folder, umask
+from deformux.data.atomic_files import sync_folder, umask
 
 __all__ = ["WRITING", "Change", "all_or_nothing", "place"]
 

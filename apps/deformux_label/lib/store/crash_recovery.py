@@ -12,11 +12,11 @@ from typing import Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
-from .requests.identifiers import is_tag
-from .revisions import Revision, Revisions
-from .store.changes import Change
-from .store.label_states import PLAIN_TAGS, file_state, unchecked, why_unusable
-from .store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
+from deformux_label.lib.requests.identifiers import is_tag
+from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.label_revisions import Revision, Revisions
+from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, unchecked, why_unusable
+from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
 
 __all__ = ["Reconciled", "file_of", "label_entry", "of_revision", "reconciled", "restored"]
 

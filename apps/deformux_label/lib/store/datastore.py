@@ -14,22 +14,21 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
-from deformux.transforms import InvalidVolume, LoadVolumed
+from deformux.data.preprocessing import InvalidVolume, LoadVolumed
+from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
+from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.crash_recovery import file_of, label_entry
+from deformux_label.lib.store.index_file import VOLUME_SUFFIXES
+from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_names import looked_for, mapped_info, write_mapped
+from deformux_label.lib.store.label_revisions import Revision, checksum
+from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
+from deformux_label.lib.store.leases import annotator_of
+from deformux_label.lib.store.listed_studies import ListedStudies
+from deformux_label.lib.store.studies_folder import StudiesError
+from deformux_label.lib.store.uploads import checked_info, checked_suffix, refuse_taken
+from deformux_label.lib.store.volumes import split_suffix
 from deformux_label.web.caller import note, with_login
-
-from .index import VOLUME_SUFFIXES
-from .labels import checked_labels
-from .leases import annotator_of
-from .reconcile import file_of, label_entry
-from .requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
-from .revisions import Revision, checksum
-from .store.changes import Change
-from .store.label_names import looked_for, mapped_info, write_mapped
-from .store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
-from .store.listed_studies import ListedStudies
-from .store.studies_folder import StudiesError
-from .store.uploads import checked_info, checked_suffix, refuse_taken
-from .store.volumes import split_suffix
 
 __all__ = ["UNCERTAINTY_TAG", "VOLUME_SUFFIXES", "CheckedDatastore", "StudiesError"]
 

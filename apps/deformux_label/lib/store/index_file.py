@@ -12,8 +12,8 @@ from typing import Any
 
 from monailabel.datastore.local import ImageLabelModel, LocalDatastoreModel
 
-from .store.records import repaired
-from .store.volumes import VOLUME_SUFFIXES
+from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.volumes import VOLUME_SUFFIXES
 
 __all__ = ["VOLUME_SUFFIXES", "IndexFile"]
 

@@ -16,11 +16,10 @@ from fastapi import HTTPException
 
 from deformux.data.header import VolumeHeader, shown_shape
 from deformux.data.nrrd import is_segmentation
+from deformux.data.preprocessing import GEOMETRY_TOLERANCE_MM, UNLABELLED, check_label_values, geometry_difference
 from deformux.data.seg_nrrd import labels_of_segments, segments_of
 from deformux.data.volume_reader import InvalidVolume, OpenVolume, open_volume, read_volume
-from deformux.transforms import GEOMETRY_TOLERANCE_MM, UNLABELLED, check_label_values, geometry_difference
-
-from .infers.writer import write_labels
+from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["checked_labels", "label_array", "segment_values"]
 

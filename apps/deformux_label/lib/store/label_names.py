@@ -25,11 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from deformux.files import replacing
-from deformux.transforms import UNLABELLED
-
-from ..infers.writer import write_labels
-from ..labels import segment_values
+from deformux.data.atomic_files import replacing
+from deformux.data.preprocessing import UNLABELLED
+from deformux_label.lib.store.label_check import segment_values
+from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["MappedLabels", "looked_for", "mapped_info", "names_of", "value_table", "write_mapped"]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from .requests.identifiers import checked_image_id, checked_revision, checked_tag, is_image_id
-from .store.changes import WRITING, Change
-from .store.records import repaired
-from .store.volumes import LABEL_SUFFIXES
+from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, is_image_id
+from deformux_label.lib.store.changes import WRITING, Change
+from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES
 
 __all__ = ["Revision", "Revisions", "checksum", "inside"]
 

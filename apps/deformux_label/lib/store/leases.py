@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .requests.identifiers import checked_text, is_image_id, is_text
-from .store.state import StateDatabase, put_aside
+from deformux_label.lib.requests.identifiers import checked_text, is_image_id, is_text
+from deformux_label.lib.store.state import StateDatabase, put_aside
 
 __all__ = ["ANONYMOUS", "MOST_LEASES", "Lease", "Leases", "annotator_of"]
 

@@ -10,12 +10,12 @@ from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from .archive import write_archive
-from .label_names import looked_for, mapped_info, names_of
-from .label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
-from .notices import listed
-from .studies_folder import StudiesFolder
-from .summary import Summary
+from deformux_label.lib.store.archive import write_archive
+from deformux_label.lib.store.label_names import looked_for, mapped_info, names_of
+from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
+from deformux_label.lib.store.notices import listed
+from deformux_label.lib.store.studies_folder import StudiesFolder
+from deformux_label.lib.store.summary import Summary
 
 __all__ = ["ListedStudies"]
 

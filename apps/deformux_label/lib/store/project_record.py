@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deformux.files import write_text
+from deformux.data.atomic_files import write_text
 
 __all__ = ["ProjectRecord"]
 

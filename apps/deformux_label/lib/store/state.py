@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from filelock import FileLock
 
-from deformux.files import replacing
+from deformux.data.atomic_files import replacing
 
 __all__ = ["StateDatabase", "put_aside", "shown"]
 

@@ -17,20 +17,20 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from ..index import IndexFile
-from ..reconcile import Reconciled, file_of, reconciled
-from ..requests.identifiers import checked_tag
-from ..revisions import Revisions, checksum, inside
-from . import label_check
-from .changes import WRITING, Change, all_or_nothing
-from .label_names import MappedLabels, names_of
-from .label_states import PLAIN_TAGS, file_state, why_unusable
-from .notices import Notices
-from .project_record import ProjectRecord
-from .scan_check import ScanChecks
-from .trash import Trash
-from .volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
-from .watcher import StudiesWatcher
+from deformux_label.lib.requests.identifiers import checked_tag
+from deformux_label.lib.store import changed_labels as label_check
+from deformux_label.lib.store.changes import WRITING, Change, all_or_nothing
+from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconciled
+from deformux_label.lib.store.index_file import IndexFile
+from deformux_label.lib.store.label_names import MappedLabels, names_of
+from deformux_label.lib.store.label_revisions import Revisions, checksum, inside
+from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, why_unusable
+from deformux_label.lib.store.notices import Notices
+from deformux_label.lib.store.project_record import ProjectRecord
+from deformux_label.lib.store.scan_check import ScanChecks
+from deformux_label.lib.store.trash import Trash
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
+from deformux_label.lib.store.watcher import StudiesWatcher
 
 __all__ = ["StudiesError", "StudiesFolder"]
 

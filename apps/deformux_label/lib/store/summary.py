@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from .label_states import UNCERTAINTY_TAG
+from deformux_label.lib.store.label_states import UNCERTAINTY_TAG
 
 __all__ = ["Summary"]
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
-from ..requests.identifiers import is_text, refuse_invalid_text
-from .state import StateDatabase
+from deformux_label.lib.requests.identifiers import is_text, refuse_invalid_text
+from deformux_label.lib.store.state import StateDatabase
 
 __all__ = [
     "DONE",

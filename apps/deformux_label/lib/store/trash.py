@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..requests.identifiers import is_image_id, is_tag
-from .changes import Change
-from .records import repaired
+from deformux_label.lib.requests.identifiers import is_image_id, is_tag
+from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.records import repaired
 
 __all__ = ["Trash", "Trashed"]
 

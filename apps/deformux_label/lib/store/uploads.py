@@ -12,9 +12,9 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from ..requests.identifiers import refuse_invalid_text
-from .trash import Trash
-from .volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, free_id
+from deformux_label.lib.requests.identifiers import refuse_invalid_text
+from deformux_label.lib.store.trash import Trash
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, free_id
 
 __all__ = ["checked_info", "checked_suffix", "refuse_taken"]
 

@@ -13,11 +13,10 @@ from uuid import uuid4
 
 from fastapi import HTTPException, UploadFile
 
-from deformux.transforms import InvalidVolume, LoadVolumed
+from deformux.data.preprocessing import InvalidVolume, LoadVolumed
+from deformux_label.lib.requests.dicom_series import write_series
+from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.web.multipart import StoredUpload
-
-from .requests.dicom_series import write_series
-from .requests.uploads import stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..requests.identifiers import is_image_id
+from deformux_label.lib.requests.identifiers import is_image_id
 
 __all__ = [
     "LABEL_SUFFIXES",

@@ -12,7 +12,7 @@ from watchdog.events import FileSystemEvent, FileSystemEventHandler
 from watchdog.observers import Observer
 from watchdog.observers.polling import PollingObserver
 
-from .volumes import LABEL_SUFFIXES, split_suffix
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
 __all__ = ["StudiesWatcher"]
 

@@ -19,18 +19,17 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
-from deformux.cases import Case
-from deformux.engine import Progress, TrainingError, TrainingStopped
-from deformux.learning import Learner, Outcome, Round
-from deformux.recipe import RECIPES, Recipe
-from deformux.weights import pretrained_path
-
-from ..background_process import checked_gpus
-from ..checks import checked_device, chosen
-from ..configs.project import Project
-from ..models import ServedModels
-from ..training_process import TRAININGS_SHARE
-from .status import TrainingStatus
+from deformux.data.cases import Case
+from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
+from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.networks.model_file import pretrained_path
+from deformux.publishing.learner import Learner, Outcome, Round
+from deformux_label.lib.background.task_process import checked_gpus
+from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.requests.options import checked_device, chosen
+from deformux_label.lib.trainers.process import TRAININGS_SHARE
+from deformux_label.lib.trainers.status import TrainingStatus
 
 __all__ = ["FineTune"]
 

@@ -11,7 +11,7 @@ from types import FrameType
 
 import torch
 
-from .training_queue import PARENT_PIPE
+from deformux_label.lib.trainers.queue import PARENT_PIPE
 
 __all__ = ["TRAININGS_SHARE", "end_with_the_server", "leave_room_on_the_gpu"]
 

@@ -16,10 +16,23 @@ from typing import Any
 from fastapi import HTTPException
 from filelock import FileLock, Timeout
 
-from .background_process import PARENT_PIPE, PAUSE_S, alive, kill, last_lines, reason, run_method
-from .requests.identifiers import is_image_id, refuse_invalid_text
-from .store.state import StateDatabase, put_aside
-from .store.tasks import DONE, FAILED, FINISHED, QUEUED, RUNNING, STOPPED, Tasks, end, fault, new_task, now, unfinished
+from deformux_label.lib.background.task_process import PARENT_PIPE, PAUSE_S, alive, kill, last_lines, reason, run_method
+from deformux_label.lib.requests.identifiers import is_image_id, refuse_invalid_text
+from deformux_label.lib.store.state import StateDatabase, put_aside
+from deformux_label.lib.store.tasks import (
+    DONE,
+    FAILED,
+    FINISHED,
+    QUEUED,
+    RUNNING,
+    STOPPED,
+    Tasks,
+    end,
+    fault,
+    new_task,
+    now,
+    unfinished,
+)
 
 __all__ = ["DONE", "FINISHED", "PARENT_PIPE", "RUNNING", "AlreadyTraining", "TrainingQueue", "with_queue"]
 

@@ -13,10 +13,9 @@ from typing import Any
 import psutil
 from fastapi import HTTPException
 
-from deformux.files import write_text
-
-from ..background_process import alive
-from ..requests.identifiers import refuse_invalid_text
+from deformux.data.atomic_files import write_text
+from deformux_label.lib.background.task_process import alive
+from deformux_label.lib.requests.identifiers import refuse_invalid_text
 
 __all__ = ["TrainingStatus"]
 

@@ -1,0 +1,1 @@
+"""The ``deformux-label`` command line."""

@@ -1,0 +1,1 @@
+"""``make demo``: a simulated radiologist teaches the network through a real server."""

@@ -1,0 +1,1 @@
+"""Processes that work in the background and end with the server."""

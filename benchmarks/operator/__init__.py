@@ -1,0 +1,1 @@
+"""Speed of the operator and of the layers that use it."""

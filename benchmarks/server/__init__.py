@@ -1,0 +1,1 @@
+"""Speed of the annotation server and of what it answers with."""

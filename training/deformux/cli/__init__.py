@@ -1,0 +1,1 @@
+"""The ``deformux`` command line."""

@@ -1,0 +1,5 @@
+"""``python -m deformux.cli``: the ``deformux`` command."""
+
+from deformux.cli.main import app
+
+app()

@@ -1,0 +1,1 @@
+"""Corrections by clicks, and simulated annotators that make them."""

@@ -1,0 +1,1 @@
+"""DeformUX-Net, its fast layers, and the files that models are stored in."""
