@@ -1,8 +1,9 @@
 """What one call of the operator costs before any work is done: microseconds of the host, and where they go.
 
 ``python -m benchmarks.operator.host_time [--before FOLDER] [--results FOLDER]`` writes ``host_time.md`` and
-``host_time.json``. It runs on a GPU where there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU calls
-are only queued; on the CPU a whole call includes its work, and the GPU's launcher runs on tensors of the CPU and starts nothing.
+``host_time.json``. It runs on a GPU where there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU
+calls are only queued; on the CPU a whole call includes its work, and the GPU's launcher runs on tensors of the CPU and
+starts nothing.
 ``--before`` names a folder with another version of the package ``deform3d``, measured in turns with this one.
 """
 
