@@ -9,15 +9,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deformux.data.atomic_files import write_text
+from deformux.fitting.training_step import TrainingStep
 
-__all__ = ["Compilation"]
+__all__ = ["Compilation", "CompileOnce"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 _SAVED = 0.35
 # Of the first compilation of a network: 70 to 110 were measured; and of one that is in the cache: 3 to 7.
 _SECONDS, _SECONDS_AGAIN = 110.0, 10.0
+# The steps whose pace says whether compiling pays; the first ones compile kernels and capture graphs.
+_PACE_FROM, _PACE_TO = 20, 60
 
 
 class Compilation:
@@ -70,6 +73,44 @@ class Compilation:
         logger.info("compiling took %.0f s", taken)
         if self.cache is not None:
             write_text(self.cache / f"{self._name}.seconds", f"{min(taken, _SECONDS_AGAIN):.1f}")
+
+
+class CompileOnce:
+    """Compiles the network of a training once, where the pace of its first steps says that this pays for the rest.
+
+    Args:
+        compilation: of the network.
+        take_step: takes the steps.
+        first_step: step after which this process took over.
+        steps: of the whole training.
+        agree: returns whether a flag is set in any of the processes that train together.
+    """
+
+    def __init__(
+        self,
+        compilation: Compilation,
+        take_step: TrainingStep,
+        *,
+        first_step: int,
+        steps: int,
+        agree: Callable[[bool], bool],
+    ) -> None:
+        self.compilation, self.take_step, self.agree = compilation, take_step, agree
+        self.first_step, self.steps = first_step, steps
+        self._pace_began = 0.0
+
+    def after_step(self, step: int) -> None:
+        """Measure the pace, decide, or note how long compiling took: call after each step."""
+        taken = step - self.first_step
+        if taken == _PACE_FROM:
+            self._pace_began = time.monotonic()
+        elif taken == _PACE_TO:
+            pace = (time.monotonic() - self._pace_began) / (_PACE_TO - _PACE_FROM)
+            if self.agree(self.compilation.pays(pace * (self.steps - step))):
+                self.compilation.begin()
+                self.take_step.compile()
+        elif taken == _PACE_TO + 1 and self.take_step.compiled:
+            self.compilation.end()
 
 
 def _gpu() -> str:
