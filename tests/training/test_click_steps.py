@@ -243,10 +243,10 @@ def test_the_time_that_is_left_knows_of_the_clicks_to_come(write_case, monkeypat
 
 def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None:
     said = {"clicks", "click_probability", "click_start"}
-    assert said <= set(EVERY_STEP.to_json())
+    assert said <= set(EVERY_STEP.to_dict())
     plain = EVERY_STEP.replace(clicks=0)
-    assert not said & set(plain.to_json())
-    assert Recipe(**plain.to_json()).replace(click_probability=1.0, click_start=0.0) == plain
+    assert not said & set(plain.to_dict())
+    assert Recipe(**plain.to_dict()).replace(click_probability=1.0, click_start=0.0) == plain
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ class _Laboratory:
         self.cases = {case.id: case for case in pool}
         start_from = plan.start_from
         self.settings: dict[str, Any] = {
-            "recipe": plan.recipe.to_json(),
+            "recipe": plan.recipe.to_dict(),
             "prep": plan.prep.to_json(),
             "labels": plan.labels,
             "preset": plan.preset,
@@ -216,7 +216,7 @@ class _Laboratory:
             "test": sorted(case.id for case in test),
         }
         if plan.continue_recipe is not None:
-            self.settings["continue_recipe"] = plan.continue_recipe.to_json()
+            self.settings["continue_recipe"] = plan.continue_recipe.to_dict()
 
     def start(self, strategy: str, seed: int) -> tuple[str, ...]:
         """The volumes that are labelled before the first training."""
@@ -246,10 +246,10 @@ class _Laboratory:
             write_text(path, json.dumps(values))
         return (
             _Measurement(
-                mean_dice=_from_json(values["mean_dice"]),
-                dice=tuple(_from_json(value) for value in values["dice"]),
+                mean_dice=_or_nan(values["mean_dice"]),
+                dice=tuple(_or_nan(value) for value in values["dice"]),
                 seconds=values["seconds"],
-                scores={name: VolumeScores.from_json(score) for name, score in values["scores"].items()},
+                scores={name: VolumeScores.from_dict(score) for name, score in values["scores"].items()},
                 features=read_features(features),
             ),
             computed,
@@ -287,7 +287,7 @@ class _Laboratory:
                         flip_axes=plan.recipe.flip_axes,
                         device=plan.device,
                     )
-                    scores[name], features[name] = seen.scores.to_json(), seen.features
+                    scores[name], features[name] = seen.scores.to_dict(), seen.features
         if needs != "nothing":
             for name, case in self.cases.items():
                 if name not in features:
@@ -300,8 +300,8 @@ class _Laboratory:
         return {
             "seed": seed,
             "labelled": sorted(labelled),
-            "mean_dice": _to_json(mean_dice(per_label)),
-            "dice": [_to_json(value) for value in means],
+            "mean_dice": _or_none(mean_dice(per_label)),
+            "dice": [_or_none(value) for value in means],
             "seconds": round(seconds, 1),
             "scores": scores,
         }
@@ -372,9 +372,9 @@ class _Laboratory:
         return hashlib.sha256(identity.encode()).hexdigest()[:20]
 
 
-def _to_json(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _from_json(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value

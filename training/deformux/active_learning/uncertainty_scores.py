@@ -32,7 +32,7 @@ class VolumeScores:
     entropy: float
     mutual_information: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return {
             "uncertainty": self.uncertainty,
@@ -42,8 +42,8 @@ class VolumeScores:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> VolumeScores:
-        """The inverse of ``to_json``."""
+    def from_dict(cls, values: Mapping[str, Any]) -> VolumeScores:
+        """The inverse of ``to_dict``."""
         return cls(**{**values, "per_label": tuple(values["per_label"])})
 
 

@@ -157,7 +157,7 @@ def fit_command(
             parent=start_from or None,
             training_cases=tuple(case.id for case in train_cases),
             training_labels={case.id: label_checksum(case) for case in train_cases},
-            recipe=plan.to_json(),
+            recipe=plan.to_dict(),
             seed=seed,
             validation={"mean_dice": result.best_dice, "per_case": result.per_case},
             seconds=round(result.seconds, 1),

@@ -142,7 +142,7 @@ def fingerprint(
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     said = {
-        "recipe": recipe.to_json(),
+        "recipe": recipe.to_dict(),
         "preprocessing": prep.to_json(),
         "labels": list(labels),
         "seed": seed,

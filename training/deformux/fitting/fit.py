@@ -157,7 +157,7 @@ def fit(
             if found := ranks.from_writer(lambda: saved.load() if saved is not None else None):
                 state.restore(found)
             first_step = state.step
-            take_step = _training_step(state, recipe, seed=seed, device=device, capture=capture, ranks=ranks)
+            take_step = _training_step(network, state, recipe, seed=seed, device=device, capture=capture, ranks=ranks)
             effort = recipe.effort if take_step.clicks is not None else float
             reporter = _Reporter(state, effort, on_progress if ranks.is_writer else None)
             if not state.done:
@@ -286,9 +286,15 @@ def _on(device: str | torch.device) -> AbstractContextManager[Any]:
 
 
 def _training_step(
-    state: TrainingState, recipe: Recipe, *, seed: int, device: str | torch.device, capture: bool, ranks: Ranks
+    network: DeformUXNet,
+    state: TrainingState,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str | torch.device,
+    capture: bool,
+    ranks: Ranks,
 ) -> TrainingStep:
-    network = state.network
     guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
     return TrainingStep(
         network,

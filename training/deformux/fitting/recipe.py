@@ -135,7 +135,7 @@ class Recipe:
         # An average over more than a tenth of the run lags behind a short one.
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values for the card; a training without clicks says nothing about them."""
         values = dataclasses.asdict(self)
         if not self.clicks:

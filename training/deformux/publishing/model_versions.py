@@ -24,7 +24,7 @@ from deformux.networks.model_file import (
     remove_unfinished,
     save_model,
 )
-from deformux.publishing.publications import KINDS, LOST, Publication, Record, published_stack, worth_keeping
+from deformux.publishing.publications import KINDS, LOST, Publication, PublicationRecord, published_stack, worth_keeping
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
@@ -43,7 +43,7 @@ class VersionInfo:
     pinned: bool
     ever_published: bool
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values, the card among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
         return values | {"card": json.loads(self.card.to_json())}
@@ -206,7 +206,7 @@ class ModelVersions:
         history = self._state().history
         return history[-1].version if history else None
 
-    def _served(self, state: Record) -> tuple[str | None, str | None]:
+    def _served(self, state: PublicationRecord) -> tuple[str | None, str | None]:
         """The version to serve, and a sentence where that is not the published one."""
         stack = published_stack(state.history)
         if not stack:
@@ -283,7 +283,7 @@ class ModelVersions:
                 raise ValueError(f"version {state.pinned} is pinned; unpin it before publishing {name}")
             self._write(self._with(state, name, kind, reason, by))
 
-    def _with(self, state: Record, name: str, kind: str, reason: str, by: str) -> Record:
+    def _with(self, state: PublicationRecord, name: str, kind: str, reason: str, by: str) -> PublicationRecord:
         assert kind in KINDS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if fault := self.fault(self.path(name).stem):
@@ -291,23 +291,23 @@ class ModelVersions:
         entry = Publication(name, kind, reason, by, now)
         return dataclasses.replace(state, history=(*state.history, entry))
 
-    def _write(self, state: Record) -> None:
-        write_kept_twice(self._state_path, state.to_json(), indent=1)
+    def _write(self, state: PublicationRecord) -> None:
+        write_kept_twice(self._state_path, state.to_dict(), indent=1)
 
-    def _state(self) -> Record:
+    def _state(self) -> PublicationRecord:
         """The record of publications, or what can be made of the cards where it is lost."""
-        state, fault = read_kept_twice(self._state_path, Record.from_json)
+        state, fault = read_kept_twice(self._state_path, PublicationRecord.from_dict)
         if state is not None:
             return dataclasses.replace(state, fault=fault)
         names = self.names()
         if fault is None and not names:
-            return Record()
+            return PublicationRecord()
         newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
         said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
         reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
         # The same at every look: nothing is written until somebody publishes.
         history = (Publication(newest, LOST, reason, "server", self.card(newest).created),) if newest else ()
-        return Record(_number(names[-1]) if names else 0, None, history, reason, True)
+        return PublicationRecord(_number(names[-1]) if names else 0, None, history, reason, True)
 
     def _may_be_served(self, name: str) -> bool:
         return self.fault(name) is None and self.card(name).gate.get("publish") is not False

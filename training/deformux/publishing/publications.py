@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "LOST", "Publication", "Record", "published_stack", "worth_keeping"]
+__all__ = ["KINDS", "LOST", "Publication", "PublicationRecord", "published_stack", "worth_keeping"]
 
 KINDS = ("training", "publish", "rollback", "pin")
 LOST = "rebuilt"
@@ -33,13 +33,13 @@ class Publication:
     by: str
     time: str
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
-class Record:
+class PublicationRecord:
     """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other.
 
     ``fault`` says what was wrong with the file, and ``lost`` whether its copy was gone too; neither is written.
@@ -51,12 +51,12 @@ class Record:
     fault: str | None = None
     lost: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
         return {name: values[name] for name in ("last_number", "pinned", "history")}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Record:
+    def from_dict(cls, values: dict[str, Any]) -> PublicationRecord:
         history = tuple(Publication(**entry) for entry in values["history"])
         state = cls(int(values["last_number"]), values["pinned"], history)
         for name in (state.pinned, *(entry.version for entry in history)):
@@ -65,7 +65,7 @@ class Record:
         return state
 
 
-def worth_keeping(state: Record, published: int) -> set[str]:
+def worth_keeping(state: PublicationRecord, published: int) -> set[str]:
     """The last versions that were published, what a rollback would go to, and all that were ever pinned."""
     latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
     pinned = [entry.version for entry in state.history if entry.kind == "pin"]

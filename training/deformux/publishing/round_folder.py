@@ -14,12 +14,12 @@ from typing import Any
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.networks.model_file import remove_unfinished
 
-__all__ = ["RunState"]
+__all__ = ["RoundFolder"]
 
 logger = logging.getLogger(__name__)
 
 
-class RunState:
+class RoundFolder:
     """A round's id and checkpoints, from its first step until it is published or not; one round at a time.
 
     Args:

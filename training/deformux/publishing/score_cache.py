@@ -16,7 +16,7 @@ from deformux.data.preprocessing import InvalidVolume
 from deformux.inference.sliding_window import evaluate
 from deformux.networks.model_file import load_model
 
-__all__ = ["ScoreBook"]
+__all__ = ["ScoreCache"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 _FACTS, _SCORES = "label_facts.json", "validation_scores.json"
 
 
-class ScoreBook:
+class ScoreCache:
     """Facts about labels by checksum, and Dice by model, case and label checksum, in two files of a folder.
 
     Args:
