@@ -98,7 +98,7 @@ class Trial:
             **{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("task", *without)},
             "start_from": self.start_from and self.start_from.name,
             "labels": task.labels,
-            "prep": task.prep.to_json(),
+            "prep": task.prep.to_dict(),
             "recipe": task.recipe.to_json(),
             "train": [case.id for case in task.train],
             "test": [case.id for case in task.test],

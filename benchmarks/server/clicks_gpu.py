@@ -34,7 +34,8 @@ from deformux.inference.captured_network import prepared
 from deformux.interactive import editor as editing
 from deformux.interactive.editor import Editor, Study, open_study
 from deformux.interactive.simulated_annotator import ClickAnnotator, dense_labels
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS
 
 HERE = Path(__file__).resolve().parents[1]
 LABELS = ("liver", "spleen", "stomach")

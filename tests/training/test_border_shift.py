@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.interactive.border_shift import border_evidence
 from deformux.interactive.editor import Editor, study_from_logits
@@ -78,7 +79,7 @@ def ball(write_case) -> tuple[Editor, np.ndarray]:
     """An editor of a ball, radius 12, with a network that ignores clicks; and distances from the ball's centre."""
     size = (44, 44, 44)
     prep = Preprocessing("ct", patch_size=(48, 48, 48))
-    image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
     distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
     logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
     padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")

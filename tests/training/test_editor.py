@@ -11,7 +11,8 @@ import torch
 from scipy import ndimage
 
 from deformux.data.cases import Case, find_cases
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.inference.sliding_window import segment
 from deformux.interactive.click_windows import Lattice, edit_window
@@ -160,7 +161,7 @@ def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
 def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case, oblique: np.ndarray) -> None:
     """Through orientation, resampling, windows and padding: the ball drawn for a click is centred on it."""
     case = write_case("a", size=size, affine=oblique)
-    image = apply(inference_transforms(prep), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": case.image})["image"]
     background = torch.zeros(3, *image.shape[1:])
     background[0] = 5
     study = study_from_logits(image, background)
@@ -183,7 +184,7 @@ def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case
 
 def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
     case = write_case("a", size=(40, 34, 20))
-    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(NATIVE), {"image": case.image})["image"]
     logits = torch.zeros(3, *image.shape[1:])
     logits[0] = 8
     editor = Editor(
@@ -200,7 +201,7 @@ def test_a_click_counts_for_its_own_region_only(write_case) -> None:
     """Two regions around corners, whose boxes overlap; a third lies in the box around both, and touches neither's."""
     size = (40, 24, 12)
     case = write_case("a", size=size)
-    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(NATIVE), {"image": case.image})["image"]
     regions = np.zeros(size, dtype=np.uint8)
     regions[:14, :2, 4:8] = regions[:2, :14, 4:8] = 1
     regions[9:34, 10:12, 4:8] = 1

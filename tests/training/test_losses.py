@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import labelled_transforms
 from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.fit import TrainingError, fit
 from deformux.fitting.losses import PartialDiceCELoss

@@ -208,7 +208,7 @@ class _Laboratory:
         start_from = plan.start_from
         self.settings: dict[str, Any] = {
             "recipe": plan.recipe.to_json(),
-            "prep": plan.prep.to_json(),
+            "prep": plan.prep.to_dict(),
             "labels": plan.labels,
             "preset": plan.preset,
             "start_from": hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else None,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, ProgressColumn, TaskID
 
 from deformux.data.cases import InvalidFolder, label_names, split_label_names
-from deformux.data.preprocessing import InvalidVolume
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.fit import TrainingError
 from deformux.networks.model_file import PRETRAINED, InvalidModel, pretrained_path
 

@@ -43,7 +43,9 @@ from deformux.cli.simulate import simulate_command
 from deformux.cli.versions import app as versions_app
 from deformux.data.atomic_files import replacing, write_text
 from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
-from deformux.data.preprocessing import MODALITIES, InvalidVolume, Preprocessing, filled_voxels
+from deformux.data.loading import filled_voxels
+from deformux.data.preprocessing import MODALITIES, Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.distributed import joined
 from deformux.fitting.fit import Progress, fit
@@ -52,7 +54,8 @@ from deformux.inference.captured_network import prepared
 from deformux.inference.metrics import mean_dice
 from deformux.inference.sliding_window import evaluate as evaluate_cases
 from deformux.inference.sliding_window import segment
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS
 from deformux.networks.model_file import ModelCard, load_model, network_options, save_model, warm_start
 
 __all__ = ["app"]

@@ -32,7 +32,7 @@ from deformux.data.cases import find_cases
 from deformux.data.preprocessing import MODALITIES, Preprocessing
 from deformux.fitting.fit import Progress
 from deformux.fitting.recipe import RECIPES, Recipe
-from deformux.networks.deformux_net import PRESETS
+from deformux.networks.presets import PRESETS
 
 __all__ = ["play", "short_recipe", "simulate_command", "summary_table"]
 

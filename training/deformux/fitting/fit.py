@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.compilation import Compilation

@@ -13,16 +13,10 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import (
-    UNLABELLED,
-    LoadLabeld,
-    LoadVolumed,
-    Preprocessing,
-    apply,
-    filled_voxels,
-    inference_transforms,
-    restore_transforms,
-)
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed, filled_voxels
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
 from deformux.inference.metrics import dice_per_label
 from deformux.networks.precision import mixed_precision
@@ -99,7 +93,7 @@ def volume_logits(
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    image = apply(inference_transforms(prep, device=device), {"image": image_path})["image"]
+    image = run_transforms(inference_transforms(prep, device=device), {"image": image_path})["image"]
     return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 
@@ -113,7 +107,7 @@ def segment(
         InvalidVolume: the file is not a usable scan.
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
-    restored = apply(restore_transforms(), {"image": image, "pred": logits})
+    restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})
     return restored["pred"], logits.softmax(0)
 
 
@@ -145,7 +139,7 @@ def evaluate(
         filled = filled_voxels(found)
         if filled and on_warning is not None:
             on_warning(case, filled)
-        truth = apply(load_truth, {"image": case.image, "label": case.label})["label"]
+        truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
         known = truth != UNLABELLED
         dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
         dice[~case.annotates(labels, n_labels)] = np.nan

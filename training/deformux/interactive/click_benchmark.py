@@ -12,7 +12,10 @@ from nibabel.affines import voxel_sizes
 from scipy.integrate import trapezoid
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
 from deformux.interactive.editor import Editor, open_study
 from deformux.interactive.simulated_annotator import ClickAnnotator
@@ -106,7 +109,7 @@ def play_case(
     """
     n_labels = len(labels)
     load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    label = apply(load, {"image": case.image, "label": case.label})["label"]
+    label = run_transforms(load, {"image": case.image, "label": case.label})["label"]
     truth = label[0].numpy().astype(np.uint8)
     spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
     known = truth != UNLABELLED

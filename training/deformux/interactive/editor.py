@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deformux.data.grid import Box, Index, ScanGrid, highest, slices, triple
-from deformux.data.preprocessing import Preprocessing, label_grid_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import label_grid_transforms
 from deformux.inference.sliding_window import volume_logits
 from deformux.interactive.border_shift import REACH, border_evidence
 from deformux.interactive.click_regions import Change, find_changes, mix, pieces, settle

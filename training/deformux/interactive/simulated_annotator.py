@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Click", "ClickAnnotator", "Correction", "WholeLabelAnnotator", "dense_labels"]
 

@@ -114,7 +114,7 @@ class ModelCard:
     def to_json(self) -> str:
         """The card as text."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["preprocessing"] = self.preprocessing.to_json()
+        values["preprocessing"] = self.preprocessing.to_dict()
         return json.dumps(_without_nan(values), indent=2) + "\n"
 
     @classmethod
@@ -126,7 +126,7 @@ class ModelCard:
         for name, kinds in _CARD_TYPES.items():
             if name in values and not isinstance(values[name], kinds):
                 raise TypeError(f"{name} is a {type(values[name]).__name__}")
-        values["preprocessing"] = Preprocessing.from_json(values["preprocessing"])
+        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
         for name in ("labels", "training_cases"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)

@@ -25,7 +25,8 @@ from deformux.active_learning.observe import encode, observe
 from deformux.active_learning.strategies import NEEDS_SCORES, choose
 from deformux.active_learning.uncertainty_scores import VolumeScores
 from deformux.data.checked_json import read_checked, write_checked
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import (
     InvalidModel,

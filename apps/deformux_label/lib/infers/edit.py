@@ -19,7 +19,10 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.grid import triple
-from deformux.data.preprocessing import UNLABELLED, LoadVolumed, Preprocessing, apply, inference_transforms
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.interactive.editor import Editor, Study, study_from_logits
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import ClientEditor, Sessions, StudyKey
@@ -189,7 +192,7 @@ def open_study(
     models: ServedModels, version: str, path: str, prep: Preprocessing, device: str
 ) -> tuple[Study, str | None, float]:
     """Segment a volume for its edits: the study, a sentence if memory was short, and the network's seconds."""
-    image = apply(inference_transforms(prep, device=device), {"image": path})["image"]
+    image = run_transforms(inference_transforms(prep, device=device), {"image": path})["image"]
     networks: list[ServedNetwork] = []
 
     def logits(attempt: Attempt) -> torch.Tensor:

@@ -11,7 +11,8 @@ import torch
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
-from deformux.data.preprocessing import Preprocessing, inference_transforms, restore_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms
 from deformux.interactive.editor import study_from_logits
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import Sessions, StudyKey

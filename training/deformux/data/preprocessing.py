@@ -1,0 +1,74 @@
+"""Settings that turn a scan into network input: one definition for training, inference and the app."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["MODALITIES", "Preprocessing"]
+
+MODALITIES = ("ct", "mr")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that turns a scan into network input. Stored in the model's card.
+
+    Args:
+        modality: ``ct`` clips to ``window_hu`` and scales to 0..1; ``mr`` clips to ``percentiles`` of the volume and
+            standardises, since MR intensities have no unit.
+        spacing_mm: voxel size along the axes right, anterior, superior; None keeps the scan's own.
+        patch_size: voxels of a training patch and of an inference window along the same axes.
+        window_hu: Hounsfield units.
+        percentiles: percent.
+
+    Raises:
+        ValueError: a value is out of range; the message lists the valid ones.
+    """
+
+    modality: str = "ct"
+    spacing_mm: tuple[float, float, float] | None = None
+    patch_size: tuple[int, int, int] = (96, 96, 96)
+    window_hu: tuple[float, float] = (-175.0, 250.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+    def __post_init__(self) -> None:
+        if self.modality not in MODALITIES:
+            raise ValueError(f"modality must be one of {', '.join(MODALITIES)}; got {self.modality!r}")
+        spacing = self.spacing_mm
+        if spacing is not None and (len(spacing) != 3 or not all(0.05 <= s <= 50 for s in spacing)):
+            raise ValueError(f"spacing must be 'native' or three sizes between 0.05 and 50 mm; got {spacing}")
+        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 16 <= p <= 512 for p in self.patch_size):
+            raise ValueError(f"patch size must be three whole numbers between 16 and 512 voxels; got {self.patch_size}")
+        if not self.window_hu[0] < self.window_hu[1]:
+            raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
+        if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
+            raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
+
+    @classmethod
+    def from_options(cls, modality: str, spacing: str, patch_size: str) -> Preprocessing:
+        """Parse what a user types: ``ct``, ``1.5,1.5,2`` (or ``native``), ``96,96,96``; raise ValueError on others."""
+        try:
+            spacing_mm = None if spacing == "native" else tuple(float(part) for part in spacing.split(","))
+        except ValueError as error:
+            raise ValueError(
+                f"spacing must be 'native' or three sizes in mm such as 1.5,1.5,2; got {spacing!r}"
+            ) from error
+        try:
+            patch = tuple(int(part) for part in patch_size.split(","))
+        except ValueError as error:
+            raise ValueError(f"patch size must be three whole numbers such as 96,96,96; got {patch_size!r}") from error
+        return cls.from_dict({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the card."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Invert ``to_dict``; raise ValueError on a bad value."""
+        tuples: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**tuples)
