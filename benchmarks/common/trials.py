@@ -21,7 +21,7 @@ from benchmarks.common.networks import OURS, build, gmac
 from benchmarks.common.scores import Scores, score
 from torch import nn
 
-from deformux.cli.common import device_name
+from deformux.cli.devices import device_name
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing

@@ -31,8 +31,8 @@ from deformux.inference.captured_network import CapturedNetwork, CaptureOptions
 from deformux.inference.sliding_window import WindowInferer
 from deformux.networks.blocks import DeformableMixer
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.presets import PRESETS
 from deformux.networks.precision import mixed_precision
+from deformux.networks.presets import PRESETS
 
 HERE = Path(__file__).resolve().parents[1]
 CLICK, WINDOW = (64, 64, 64), (96, 96, 96)

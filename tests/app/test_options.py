@@ -11,7 +11,7 @@ from live import environment, serve_command, stock_command
 from typer.testing import CliRunner
 
 from deformux.networks.presets import PRESETS
-from deformux.networks.model_file import PRETRAINED
+from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
 from deformux_label.lib.configs.project import OPTIONS, InvalidOption, Project
 

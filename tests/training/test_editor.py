@@ -19,7 +19,8 @@ from deformux.interactive.click_windows import Lattice, edit_window
 from deformux.interactive.editor import Editor, Study, open_study, study_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import load_model, pretrained_path, with_guidance
+from deformux.networks.model_file import load_model, with_guidance
+from deformux.networks.pretrained import pretrained_path
 
 Clicks = dict[int, list[tuple[int, int, int]]]
 WINDOW = 32

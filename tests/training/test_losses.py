@@ -18,7 +18,7 @@ from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.fit import TrainingError, fit
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.recipe import RECIPES
-from deformux.inference.sliding_window import evaluate
+from deformux.inference.evaluate import evaluate
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 

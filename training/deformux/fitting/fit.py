@@ -30,8 +30,8 @@ from deformux.fitting.optimizer import make_average, make_optimizer, make_schedu
 from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.training_step import LossReader, TrainingStep
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
