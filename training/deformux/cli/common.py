@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "MOST_THREADS",
     "ProgressBar",
     "assignments",
+    "checked_device",
     "clear_errors",
     "console",
     "existing_folder",
@@ -46,6 +48,8 @@ __all__ = [
 LARGEST_SEED = 2**31 - 1
 # More than any machine has, and few enough for PyTorch to start.
 MOST_THREADS = 1024
+# mps and xpu are not promised, but PyTorch may know them.
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,2})?")
 
 console = Console()
 
@@ -110,14 +114,22 @@ def print_sentences(sentences: Sequence[str]) -> None:
 @contextmanager
 def clear_errors(*others: type[Exception]) -> Iterator[None]:
     """End the command with one sentence on an error that a user can cause: ValueError, OSError and ``others``."""
+    user_errors: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except (ValueError, OSError, *others) as error:
+    except user_errors as error:
         console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         console.print("stopped")
         raise typer.Exit(130) from error
+
+
+def checked_device(name: str) -> str:
+    """Return the device of an option; raise ValueError where it names none. PyTorch knows whether it is there."""
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
+    return name
 
 
 def model_path(name: str) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from deformux.cli.common import checked_device
+
 __all__ = ["device_name", "torch_device", "use_threads"]
 
 
@@ -15,13 +17,9 @@ def use_threads(threads: int) -> None:
 
 def torch_device(name: str) -> str:
     """Return the device of an option, ``auto`` resolved; raise ValueError where this machine has no such device."""
-    if name == "auto":
+    if checked_device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("this machine has no usable CUDA device; use --device cpu")
     return name
 
