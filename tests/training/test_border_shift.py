@@ -9,7 +9,8 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.interactive.border_shift import border_evidence
-from deformux.interactive.editor import Editor, study_from_logits
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
 
 # Logits per voxel across a border: those of networks trained on the hippocampus data lie between 3 and 7.
@@ -83,7 +84,7 @@ def ball(write_case) -> tuple[Editor, np.ndarray]:
     distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
     logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
     padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
-    return Editor(study_from_logits(image, logits), lambda *_: padded, prep), distance
+    return Editor(scan_from_logits(image, logits), lambda *_: padded, prep), distance
 
 
 @pytest.mark.parametrize("radius", [11, 13])

@@ -17,7 +17,8 @@ from deformux.data.loading import LoadLabeld, LoadVolumed
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
-from deformux.interactive.editor import Editor, open_study
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import open_scan
 from deformux.interactive.simulated_annotator import ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -114,7 +115,7 @@ def play_case(
     spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
     known = truth != UNLABELLED
     annotated = case.annotates(labels, n_labels)
-    study = open_study(network, case.image, prep, device=device)
+    scan = open_scan(network, case.image, prep, device=device)
 
     def scores(shown: npt.NDArray[np.uint8], *, surface: bool) -> float:
         pair = (shown * known, truth * known)
@@ -125,9 +126,9 @@ def play_case(
         return float(values.mean()) if len(values) else float("nan")
 
     for robot in robots:
-        editor = Editor(study, network, prep, device=device)
+        editor = Editor(scan, network, prep, device=device)
         annotator = ClickAnnotator(n_labels, jitter=robot.jitter, spacing=spacing, seed=seed)
-        shown = study.labels
+        shown = scan.labels
         dice, surface, seconds = [scores(shown, surface=False)], {0: scores(shown, surface=True)}, []
         points: dict[int, list[tuple[int, int, int]]] = {}
         for number in range(1, max(cap, CLICK_COUNTS[-1]) + 1):

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
 from deformux.data.transforms import inference_transforms, run_transforms
-from deformux.interactive.editor import Study
+from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import Sessions, StudyKey
 from deformux_label.lib.infers.edit import open_study
@@ -183,12 +183,12 @@ class NetworkGraphCut(GraphCut):
         warning = sentences(study.image, warning)
         return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
-    def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:
+    def _study(self, request: dict[str, Any], version: str) -> tuple[OpenScan, str | None]:
         device = request["device"]
         _, card = self.models.load(version, device)
         warnings: list[str | None] = [self.models.warning(version)]
 
-        def compute() -> Study:
+        def compute() -> OpenScan:
             study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
             warnings.append(warning)
             return study
