@@ -5,10 +5,12 @@ import pytest
 import torch
 from scipy import ndimage
 
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.interactive.border_shift import border_evidence
-from deformux.interactive.editor import Editor, study_from_logits
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
 
 # Logits per voxel across a border: those of networks trained on the hippocampus data lie between 3 and 7.
@@ -78,11 +80,11 @@ def ball(write_case) -> tuple[Editor, np.ndarray]:
     """An editor of a ball, radius 12, with a network that ignores clicks; and distances from the ball's centre."""
     size = (44, 44, 44)
     prep = Preprocessing("ct", patch_size=(48, 48, 48))
-    image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
     distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
     logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
     padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
-    return Editor(study_from_logits(image, logits), lambda *_: padded, prep), distance
+    return Editor(scan_from_logits(image, logits), lambda *_: padded, prep), distance
 
 
 @pytest.mark.parametrize("radius", [11, 13])

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import labelled_transforms
 from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.fit import TrainingError, fit
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.recipe import RECIPES
-from deformux.inference.sliding_window import evaluate
+from deformux.inference.evaluate import evaluate
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 

@@ -20,12 +20,12 @@ from deformux.networks.model_file import (
     InvalidModel,
     ModelCard,
     load_model,
-    pretrained_path,
     read_card,
     save_model,
     warm_start,
     with_guidance,
 )
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 
 

@@ -18,14 +18,17 @@ import numpy as np
 import pytest
 
 from deformux.data.header import MAX_VOXELS_VARIABLE
-from deformux.data.preprocessing import LoadLabeld, LoadVolumed, Preprocessing, apply, inference_transforms
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 
 # Reads in a process of its own, whose largest memory can be measured from one file to the next.
 _READER = """
 import json, sys, time
 from pathlib import Path
-from deformux.data.preprocessing import InvalidVolume, LoadLabeld, LoadVolumed
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.volume_reader import InvalidVolume
 def megabytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
@@ -208,8 +211,8 @@ def test_a_scan_too_large_for_the_networks_spacing(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype(np.uint8)
     path.write_bytes(nifti_start(20, 20, 20, spacing=500) + values.tobytes("F"))
     with pytest.raises(InvalidVolume, match=r"a\.nii measures 1e\+04 x 1e\+04 x 1e\+04 mm, too large"):
-        apply(inference_transforms(Preprocessing("ct", spacing_mm=(1, 1, 1))), {"image": path})
-    assert apply(inference_transforms(Preprocessing("ct")), {"image": path})["image"].shape == (1, 20, 20, 20)
+        run_transforms(inference_transforms(Preprocessing("ct", spacing_mm=(1, 1, 1))), {"image": path})
+    assert run_transforms(inference_transforms(Preprocessing("ct")), {"image": path})["image"].shape == (1, 20, 20, 20)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (512, 512, 1), (1, 400, 300), (40, 2000), (512, 512, 8), (7, 7, 300)])

@@ -17,7 +17,7 @@ import pytest
 import SimpleITK as sitk
 
 from deformux.data.cases import find_images, volume_id
-from deformux.data.preprocessing import LoadLabeld, LoadVolumed
+from deformux.data.loading import LoadLabeld, LoadVolumed
 from deformux.data.volume_reader import InvalidVolume, read_volume
 
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")

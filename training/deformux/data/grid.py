@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +14,15 @@ from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Box", "Index", "ScanGrid", "bounding_box", "grown", "highest", "slices", "triple"]
+__all__ = ["Box", "Index", "Logits", "ScanGrid", "Voxels", "bounding_box", "grown", "highest", "slices", "triple"]
 
-Index = tuple[int, int, int]
+Index: TypeAlias = tuple[int, int, int]
 # The first voxel of a box, and the one after its last along every axis.
-Box = tuple[Index, Index]
+Box: TypeAlias = tuple[Index, Index]
+# Indices of voxels, (n, 3).
+Voxels: TypeAlias = npt.NDArray[np.int64]
+# Logits on the network's grid, (C, x, y, z), or at voxels, (C, n).
+Logits: TypeAlias = npt.NDArray[np.float32]
 
 # Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000

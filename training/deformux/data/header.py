@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "GEOMETRY_TOLERANCE_MM",
     "LPS_TO_RAS",
     "MAX_VOXELS_VARIABLE",
     "InvalidVolume",
@@ -18,12 +20,15 @@ __all__ = [
     "affine_of",
     "check_affine",
     "check_shape",
+    "geometry_difference",
     "max_voxels",
     "one_volume",
     "shown_shape",
 ]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Positions that differ by less than this are the same position.
+GEOMETRY_TOLERANCE_MM = 1e-3
 # Carries the server's --max-voxels to the processes that train and score.
 MAX_VOXELS_VARIABLE = "DEFORMUX_MAX_VOXELS"
 _DEFAULT_MAX_VOXELS = 1_500_000_000
@@ -172,3 +177,22 @@ def one_volume(
         )
     x, y, z = (*sizes, 1)[:3]
     return x, y, z
+
+
+def geometry_difference(
+    image_shape: Any,
+    image_affine: Any,
+    label_shape: Any,
+    label_affine: Any,
+    tolerance_mm: float = GEOMETRY_TOLERANCE_MM,
+) -> str | None:
+    """What sets two grids apart, in words, or None: shapes in voxels, else the largest corner distance in mm."""
+    if tuple(image_shape) != tuple(label_shape):
+        return f"the image has {tuple(image_shape)} voxels, the label {tuple(label_shape)}"
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image_shape], indexing="ij")).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(8)])
+    offset = (np.asarray(image_affine, dtype=float) - np.asarray(label_affine, dtype=float)) @ homogeneous
+    distance = float(np.linalg.norm(offset[:3], axis=0).max())
+    if distance > tolerance_mm:
+        return f"their corners lie up to {distance:.3g} mm apart"
+    return None

@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.transforms import run_transforms
 
 __all__ = ["LabelFacts", "coherence", "label_facts"]
 
@@ -34,7 +36,7 @@ def label_facts(case: Case, labels: Sequence[str]) -> LabelFacts:
         InvalidVolume: the scan or the label is not usable.
     """
     load = (LoadVolumed("image"), LoadLabeld("label", n_labels=len(labels), unlabelled=True))
-    label = np.asarray(apply(load, {"image": case.image, "label": case.label})["label"][0]).astype(np.uint8)
+    label = np.asarray(run_transforms(load, {"image": case.image, "label": case.label})["label"][0]).astype(np.uint8)
     known = max(1, int((label != UNLABELLED).sum()))
     shares = tuple(float((label == value).sum()) / known for value in range(1, len(labels) + 1))
     value = coherence(label)

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.data.header import InvalidVolume, VolumeHeader
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Segment", "labels_of_segments", "segments_of"]
 
 # Segments of clients that stand for no label.
 _BACKGROUND = ("background",)
-_UNLABELLED = 255
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def labels_of_segments(
     """
     found = np.zeros(layers.shape[1:], dtype=np.uint8)
     owner = np.zeros(layers.shape[1:], dtype=np.uint16)
-    claimed: list[set[int]] = [{0, _UNLABELLED} for _ in layers]
+    claimed: list[set[int]] = [{0, UNLABELLED} for _ in layers]
     for number, segment in enumerate(segments, start=1):
         claimed[segment.layer].add(segment.value)
         if segment.value == 0 or segment.name in _BACKGROUND:
@@ -86,7 +86,7 @@ def labels_of_segments(
     for layer, values in zip(layers, claimed, strict=True):
         if not set(np.unique(layer).tolist()) <= values:
             raise InvalidVolume(f"{name} holds voxels of values that none of its segments has; expected named segments")
-        unlabelled = (layer == _UNLABELLED) & (found == 0)
-        if not any(s.value == _UNLABELLED for s in segments):
-            found[unlabelled] = _UNLABELLED
+        unlabelled = (layer == UNLABELLED) & (found == 0)
+        if not any(s.value == UNLABELLED for s in segments):
+            found[unlabelled] = UNLABELLED
     return found

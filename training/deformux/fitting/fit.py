@@ -15,7 +15,8 @@ from monai.utils import set_determinism
 from torch import nn
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.checkpoint import CheckpointFile, fingerprint
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.compilation import Compilation, CompileOnce
@@ -24,7 +25,7 @@ from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.training_state import TrainingState
 from deformux.fitting.training_step import LossReader, TrainingStep
-from deformux.inference.sliding_window import evaluate
+from deformux.inference.evaluate import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]

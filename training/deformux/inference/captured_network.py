@@ -19,9 +19,11 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from deformux.networks.blocks import DeformableMixer
 from deformux.networks.cuda_graphs import CaptureFailed, captured
-from deformux.networks.deformux_net import PRESETS, DeformableMixer, DeformUXNet, used_channels
+from deformux.networks.deformux_net import DeformUXNet, used_channels
 from deformux.networks.precision import computes_bfloat16, mixed_precision
+from deformux.networks.presets import PRESETS
 
 __all__ = ["BatchedNetwork", "CaptureOptions", "CapturedNetwork", "prepared"]
 

@@ -6,28 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from deformux.data.cases import Case
-from deformux.data.preprocessing import (
-    UNLABELLED,
-    LoadLabeld,
-    LoadVolumed,
-    Preprocessing,
-    apply,
-    filled_voxels,
-    inference_transforms,
-    restore_transforms,
-)
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
-from deformux.inference.metrics import dice_per_label
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["WindowInferer", "evaluate", "segment", "sliding_window", "volume_logits"]
+__all__ = ["Network", "WindowInferer", "segment", "sliding_window", "volume_logits"]
 
 # A network, or what ``prepared`` made of one, for several volumes.
 Network: TypeAlias = nn.Module | CapturedNetwork
@@ -99,7 +88,7 @@ def volume_logits(
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    image = apply(inference_transforms(prep, device=device), {"image": image_path})["image"]
+    image = run_transforms(inference_transforms(prep, device=device), {"image": image_path})["image"]
     return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 
@@ -113,43 +102,5 @@ def segment(
         InvalidVolume: the file is not a usable scan.
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
-    restored = apply(restore_transforms(), {"image": image, "pred": logits})
+    restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})
     return restored["pred"], logits.softmax(0)
-
-
-def evaluate(
-    network: Network,
-    cases: Sequence[Case],
-    prep: Preprocessing,
-    *,
-    n_labels: int,
-    labels: Sequence[str] = (),
-    device: str | torch.device = "cpu",
-    on_case: Callable[[Case, np.ndarray], None] | None = None,
-    on_warning: Callable[[Case, str], None] | None = None,
-) -> dict[str, list[float]]:
-    """Dice of each label of each case, on the scans' own grids: case id to ``n_labels`` values, NaN where absent.
-
-    Voxels that nobody labelled (255) do not count, and a label for which a case was not annotated is NaN; for the
-    latter, the names of the ``labels`` 1..N must be given. ``on_case`` takes each case and its values, ``on_warning``
-    each case whose scan holds voxels that are not finite, and a sentence about them.
-
-    Raises:
-        InvalidVolume: a scan or a label is not usable.
-    """
-    load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    scores: dict[str, list[float]] = {}
-    network = prepared(network, device)
-    for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
-        filled = filled_voxels(found)
-        if filled and on_warning is not None:
-            on_warning(case, filled)
-        truth = apply(load_truth, {"image": case.image, "label": case.label})["label"]
-        known = truth != UNLABELLED
-        dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
-        dice[~case.annotates(labels, n_labels)] = np.nan
-        scores[case.id] = [float(value) for value in dice]
-        if on_case is not None:
-            on_case(case, dice)
-    return scores

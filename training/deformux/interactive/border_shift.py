@@ -17,12 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.data.grid import triple
+from deformux.data.grid import Logits, Voxels, triple
 
 __all__ = ["REACH", "border_evidence"]
-
-Logits = npt.NDArray[np.float32]
-Voxels = npt.NDArray[np.int64]
 
 # Standard deviation of the Gaussian by which errors resemble each other, in voxels; and where it ends.
 _LENGTH = 6.0

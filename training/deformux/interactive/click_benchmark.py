@@ -12,16 +12,20 @@ from nibabel.affines import voxel_sizes
 from scipy.integrate import trapezoid
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
-from deformux.interactive.editor import Editor, open_study
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import open_scan
 from deformux.interactive.simulated_annotator import ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet
 
-__all__ = ["COUNTS", "THRESHOLDS", "CaseResult", "Robot", "Summary", "play_case", "summarise"]
+__all__ = ["CLICK_COUNTS", "THRESHOLDS", "CaseResult", "ClickSummary", "Robot", "play_case", "summarise_clicks"]
 
 # Numbers of clicks after which a mask is reported.
-COUNTS = (0, 1, 2, 3, 5, 10)
+CLICK_COUNTS = (0, 1, 2, 3, 5, 10)
 THRESHOLDS = (0.80, 0.85, 0.90)
 _AREA = (1, 5)
 
@@ -41,7 +45,7 @@ class CaseResult:
     Args:
         case, robot: their names.
         dice: mean over labels after 0, 1, 2, … clicks, all labels counted together.
-        surface_dice: the same at 2 mm, after each of ``COUNTS``.
+        surface_dice: the same at 2 mm, after each of ``CLICK_COUNTS``.
         seconds: of each click, from the clicks to the mask on the scan's grid.
         cap: clicks after which the robot gives up.
     """
@@ -68,7 +72,7 @@ class CaseResult:
 
 
 @dataclass(frozen=True)
-class Summary:
+class ClickSummary:
     """One robot over all volumes: means, and the time of a click in seconds.
 
     ``clicks_to`` counts a volume that never reached the threshold with the cap; ``failures`` counts these volumes.
@@ -98,20 +102,20 @@ def play_case(
 ) -> Iterator[CaseResult]:
     """Let robots correct one volume, each starting from the automatic mask.
 
-    A robot clicks as often as the last of ``COUNTS``, and goes on to the cap until the highest of ``THRESHOLDS`` is
-    reached; it ends where nothing is left to correct.
+    A robot makes the last number of ``CLICK_COUNTS``, then goes on to the cap until it reaches the highest of
+    ``THRESHOLDS``. It ends where nothing is left to correct.
 
     Raises:
         InvalidVolume: the scan or its label is not usable.
     """
     n_labels = len(labels)
     load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    label = apply(load, {"image": case.image, "label": case.label})["label"]
+    label = run_transforms(load, {"image": case.image, "label": case.label})["label"]
     truth = label[0].numpy().astype(np.uint8)
     spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
     known = truth != UNLABELLED
     annotated = case.annotates(labels, n_labels)
-    study = open_study(network, case.image, prep, device=device)
+    scan = open_scan(network, case.image, prep, device=device)
 
     def scores(shown: npt.NDArray[np.uint8], *, surface: bool) -> float:
         pair = (shown * known, truth * known)
@@ -122,13 +126,13 @@ def play_case(
         return float(values.mean()) if len(values) else float("nan")
 
     for robot in robots:
-        editor = Editor(study, network, prep, device=device)
+        editor = Editor(scan, network, prep, device=device)
         annotator = ClickAnnotator(n_labels, jitter=robot.jitter, spacing=spacing, seed=seed)
-        shown = study.labels
+        shown = scan.labels
         dice, surface, seconds = [scores(shown, surface=False)], {0: scores(shown, surface=True)}, []
         points: dict[int, list[tuple[int, int, int]]] = {}
-        for number in range(1, max(cap, COUNTS[-1]) + 1):
-            if number > COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
+        for number in range(1, max(cap, CLICK_COUNTS[-1]) + 1):
+            if number > CLICK_COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
                 break
             clicks = annotator.clicks(truth, shown, annotated=np.array([True, *annotated]))
             if not clicks:
@@ -138,20 +142,20 @@ def play_case(
             shown = editor.apply(points)
             seconds.append(time.perf_counter() - began)
             dice.append(scores(shown, surface=False))
-            if number in COUNTS:
+            if number in CLICK_COUNTS:
                 surface[number] = scores(shown, surface=True)
         last = scores(shown, surface=True)
         yield CaseResult(
             case=case.id,
             robot=robot.name,
             dice=tuple(dice),
-            surface_dice=tuple(surface.get(count, last) for count in COUNTS),
+            surface_dice=tuple(surface.get(count, last) for count in CLICK_COUNTS),
             seconds=tuple(seconds),
             cap=cap,
         )
 
 
-def summarise(results: Sequence[CaseResult]) -> list[Summary]:
+def summarise_clicks(results: Sequence[CaseResult]) -> list[ClickSummary]:
     """One line per robot, in order of appearance."""
     lines = []
     for robot in dict.fromkeys(result.robot for result in results):
@@ -159,11 +163,11 @@ def summarise(results: Sequence[CaseResult]) -> list[Summary]:
         needed = [[result.clicks_to(threshold) for result in own] for threshold in THRESHOLDS]
         seconds = np.array([second for result in own for second in result.seconds] or [np.nan])
         lines.append(
-            Summary(
+            ClickSummary(
                 robot=robot,
                 cases=len(own),
-                dice=tuple(float(np.nanmean([result.after(count) for result in own])) for count in COUNTS),
-                surface_dice=tuple(float(np.nanmean([r.surface_dice[i] for r in own])) for i in range(len(COUNTS))),
+                dice=tuple(float(np.nanmean([result.after(count) for result in own])) for count in CLICK_COUNTS),
+                surface_dice=tuple(float(v) for v in np.nanmean([result.surface_dice for result in own], axis=0)),
                 area=float(np.nanmean([result.area for result in own])),
                 clicks_to=tuple(float(np.mean([own[0].cap if n is None else n for n in counts])) for counts in needed),
                 failures=tuple(sum(n is None for n in counts) for counts in needed),

@@ -11,12 +11,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.data.grid import bounding_box, grown, highest, slices, triple
+from deformux.data.grid import Logits, Voxels, bounding_box, grown, highest, slices, triple
 
-__all__ = ["Change", "Settled", "find_changes", "mix", "pieces", "settle"]
-
-Voxels = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
+__all__ = ["MaskChange", "Settled", "find_changes", "mix", "pieces", "settle"]
 
 # How far the logit of a clicked label is raised beyond all others at the click.
 _MARGIN = 1.0
@@ -28,7 +25,7 @@ _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
-class Change:
+class MaskChange:
     """A connected set of voxels that a window may change, in the volume.
 
     Args:
@@ -53,7 +50,7 @@ def find_changes(
     clicks: Mapping[int, Voxels],
     origin: Sequence[int],
     profiles: Sequence[npt.NDArray[np.float32]],
-) -> list[Change]:
+) -> list[MaskChange]:
     """What a window's logits ``(C, x, y, z)`` change, connected with a click for it; and the click's neighbourhood.
 
     Args:
@@ -87,7 +84,7 @@ def find_changes(
         voxels = np.argwhere(numbered[part] == number) + first
         x, y, z = voxels.T
         weights = profiles[0][x] * profiles[1][y] * profiles[2][z]
-        changes.append(Change(voxels + origin, _at(logits, voxels), weights))
+        changes.append(MaskChange(voxels + origin, _at(logits, voxels), weights))
     return changes
 
 
@@ -113,7 +110,7 @@ def _highest(logits: Tensor) -> npt.NDArray[np.uint8]:
     return classes
 
 
-def pieces(changes: Sequence[Change]) -> list[list[Change]]:
+def pieces(changes: Sequence[MaskChange]) -> list[list[MaskChange]]:
     """Changes whose bounding boxes overlap, directly or through others, together."""
     low = np.array([change.voxels.min(0) for change in changes]).reshape(-1, 3)
     high = np.array([change.voxels.max(0) for change in changes]).reshape(-1, 3)
@@ -129,7 +126,7 @@ def pieces(changes: Sequence[Change]) -> list[list[Change]]:
     return found
 
 
-def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32]]:
+def mix(piece: Sequence[MaskChange]) -> tuple[Voxels, Logits, npt.NDArray[np.float32]]:
     """The voxels ``(n, 3)`` of several changes, the weighted sum of their logits ``(C, n)``, and of the weights."""
     if len(piece) == 1:
         return piece[0].voxels, piece[0].logits * piece[0].weights, piece[0].weights

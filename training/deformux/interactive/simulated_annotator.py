@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Click", "ClickAnnotator", "Correction", "WholeLabelAnnotator", "dense_labels"]
 
-Labels = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.uint8]
 
 
-def dense_labels(label: npt.NDArray[np.generic], values: Sequence[int]) -> Labels:
+def dense_labels(label: npt.NDArray[np.generic], values: Sequence[int]) -> _Labels:
     """Return `label` (D, H, W) with `values[0]` as 1, `values[1]` as 2, … and everything else as background 0.
 
     MONAI Label's clients number labels by their position, so sparse values would silently lose classes.
@@ -38,7 +38,7 @@ class Correction:
     to that label: 0 = untouched, 1 = redrawn. Labels absent from both are left out. `edited_voxels` counts voxels.
     """
 
-    label: Labels
+    label: _Labels
     edited: Mapping[str, float]
     edited_voxels: int
 
@@ -49,7 +49,7 @@ class WholeLabelAnnotator:
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
 
-    def correct(self, truth: Labels, prediction: Labels | None = None) -> Correction:
+    def correct(self, truth: _Labels, prediction: _Labels | None = None) -> Correction:
         """Return the true label and its distance from the `prediction` shown, both (D, H, W) with values 0..N.
 
         Without a prediction the annotator draws everything. Raises ValueError when shapes differ or values exceed N.
@@ -109,8 +109,8 @@ class ClickAnnotator:
 
     def clicks(
         self,
-        truth: Labels,
-        shown: Labels,
+        truth: _Labels,
+        shown: _Labels,
         *,
         most: int = 1,
         label: int | None = None,

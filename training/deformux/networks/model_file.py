@@ -22,23 +22,17 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = [
-    "PRETRAINED",
     "InvalidModel",
     "ModelCard",
     "check_weights",
     "load_model",
     "network_options",
-    "pretrained_path",
     "read_card",
     "remove_unfinished",
     "save_model",
     "warm_start",
     "with_guidance",
 ]
-
-_PRETRAINED_FOLDER = Path(__file__).parents[1] / "pretrained"
-PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
-
 
 # What a card must hold to be read, whatever its age.
 _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -114,7 +108,7 @@ class ModelCard:
     def to_json(self) -> str:
         """The card as text."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["preprocessing"] = self.preprocessing.to_json()
+        values["preprocessing"] = self.preprocessing.to_dict()
         return json.dumps(_without_nan(values), indent=2) + "\n"
 
     @classmethod
@@ -126,7 +120,7 @@ class ModelCard:
         for name, kinds in _CARD_TYPES.items():
             if name in values and not isinstance(values[name], kinds):
                 raise TypeError(f"{name} is a {type(values[name]).__name__}")
-        values["preprocessing"] = Preprocessing.from_json(values["preprocessing"])
+        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
         for name in ("labels", "training_cases"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)
@@ -214,13 +208,6 @@ def with_guidance(network: DeformUXNet) -> DeformUXNet:
     guided = copy.deepcopy(network)
     guided.add_guidance()
     return guided
-
-
-def pretrained_path(name: str) -> Path:
-    """The model file that comes with this package under a name; raises ValueError listing the valid ones."""
-    if name not in PRETRAINED:
-        raise ValueError(f"pretrained must be one of {', '.join(PRETRAINED)}; got {name!r}")
-    return _PRETRAINED_FOLDER / f"{name}.safetensors"
 
 
 def _read_weights(path: Path, checksum: str) -> dict[str, torch.Tensor]:
