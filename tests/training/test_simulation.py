@@ -21,14 +21,14 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from deformux.active_learning.learning_curve import (
-    Round,
+    SimulatedRound,
     area_under_budget_curve,
     paired_difference,
     read_rounds,
-    summarise,
+    summarise_curves,
     write_rounds,
 )
-from deformux.active_learning.simulation import Plan, held_out, simulate
+from deformux.active_learning.simulation import SimulationPlan, held_out, simulate
 from deformux.active_learning.strategies import STRATEGIES
 from deformux.cli.main import app
 from deformux.cli.simulate_options import short_recipe
@@ -129,7 +129,7 @@ def test_trainings_go_on_from_the_round_before_where_that_is_asked_for(cohort: P
     pool, test = held_out(find_cases(cohort), 0.25)
 
     def dice(folder: str, continue_recipe: Recipe | None) -> list[float]:
-        plan = Plan(
+        plan = SimulationPlan(
             strategies=("random",),
             rounds=3,
             batch=1,
@@ -226,15 +226,15 @@ def test_area_and_paired_difference_are_their_definitions() -> None:
 
 
 def test_summaries_pair_by_seed_and_leave_out_unfinished_ones() -> None:
-    def curve(strategy: str, seed: int, *dice: float) -> list[Round]:
+    def curve(strategy: str, seed: int, *dice: float) -> list[SimulatedRound]:
         return [
-            Round(strategy, seed, index, tuple(map(str, range(5 * (index + 1)))), value, (value,), 1.0)
+            SimulatedRound(strategy, seed, index, tuple(map(str, range(5 * (index + 1)))), value, (value,), 1.0)
             for index, value in enumerate(dice)
         ]
 
     rounds = [*curve("random", 0, 0.5, 0.7), *curve("random", 1, 0.6, 0.8), *curve("entropy", 0, 0.6, 0.8)]
     rounds += curve("entropy", 1, 0.1)  # not finished
-    random, entropy = summarise(rounds)
+    random, entropy = summarise_curves(rounds)
     assert (random.strategy, random.seeds, random.area, random.difference) == ("random", 2, pytest.approx(0.65), None)
     assert (entropy.seeds, entropy.area, entropy.difference) == (1, pytest.approx(0.7), pytest.approx(0.1))
 
@@ -248,4 +248,4 @@ def test_the_test_set_does_not_change_when_volumes_are_added(cohort: Path) -> No
 
 def test_a_plan_is_checked() -> None:
     with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
-        Plan(("random",), 2, 0, 2, (0,), short_recipe(2), Preprocessing(), ("a",))
+        SimulationPlan(("random",), 2, 0, 2, (0,), short_recipe(2), Preprocessing(), ("a",))

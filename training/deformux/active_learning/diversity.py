@@ -13,7 +13,6 @@ from scipy.spatial.distance import cdist
 __all__ = ["diverse_batch", "standardised", "typical_batch", "typicality"]
 
 Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
 
 _NEIGHBOURS = 20
 _MOST_CLUSTERS = 500

@@ -18,22 +18,22 @@ from scipy.integrate import trapezoid
 from deformux.data.atomic_files import replacing, write_text
 
 __all__ = [
-    "Round",
-    "Summary",
+    "CurveSummary",
+    "SimulatedRound",
     "area_under_budget_curve",
     "paired_difference",
-    "plot",
+    "plot_curves",
     "read_rounds",
-    "summarise",
+    "summarise_curves",
+    "write_curve_summary",
     "write_rounds",
-    "write_summary",
 ]
 
 BASELINE = "random"
 
 
 @dataclass(frozen=True)
-class Round:
+class SimulatedRound:
     """One training of a simulation: on how many volumes, and Dice on the fixed test set (NaN where in no case)."""
 
     strategy: str
@@ -46,7 +46,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Summary:
+class CurveSummary:
     """A strategy over all seeds: mean and 95 % half width of the area, and of its difference to random."""
 
     strategy: str
@@ -76,9 +76,9 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tu
     return _mean_and_half_width(np.subtract(values, reference))
 
 
-def summarise(rounds: Iterable[Round]) -> list[Summary]:
+def summarise_curves(rounds: Iterable[SimulatedRound]) -> list[CurveSummary]:
     """One line per strategy in order of appearance, over the seeds for which it has all the rounds of the longest."""
-    curves: dict[str, dict[int, list[Round]]] = {}
+    curves: dict[str, dict[int, list[SimulatedRound]]] = {}
     for row in sorted(rounds, key=lambda row: row.round):
         curves.setdefault(row.strategy, {}).setdefault(row.seed, []).append(row)
     longest = max((len(curve) for seeds in curves.values() for curve in seeds.values()), default=0)
@@ -101,11 +101,11 @@ def summarise(rounds: Iterable[Round]) -> list[Summary]:
         if strategy != BASELINE and shared:
             difference = paired_difference([by_seed[s] for s in shared], [baseline[s] for s in shared])
         final = float(np.mean([curves[strategy][seed][-1].mean_dice for seed in by_seed]))
-        result.append(Summary(strategy, len(by_seed), area, area_half_width, final, *difference))
+        result.append(CurveSummary(strategy, len(by_seed), area, area_half_width, final, *difference))
     return result
 
 
-def write_rounds(path: Path, rounds: Iterable[Round], labels: Sequence[str]) -> None:
+def write_rounds(path: Path, rounds: Iterable[SimulatedRound], labels: Sequence[str]) -> None:
     """Replace a CSV file with one row per training."""
     text = io.StringIO()
     writer = csv.writer(text)
@@ -129,13 +129,13 @@ def write_rounds(path: Path, rounds: Iterable[Round], labels: Sequence[str]) -> 
     write_text(path, text.getvalue())
 
 
-def read_rounds(path: Path) -> list[Round]:
+def read_rounds(path: Path) -> list[SimulatedRound]:
     """The trainings of a CSV file of ``write_rounds``; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return [
-            Round(
+            SimulatedRound(
                 strategy=row["strategy"],
                 seed=int(row["seed"]),
                 round=int(row["round"]),
@@ -148,11 +148,11 @@ def read_rounds(path: Path) -> list[Round]:
         ]
 
 
-def write_summary(path: Path, summary: Iterable[Summary]) -> None:
+def write_curve_summary(path: Path, summary: Iterable[CurveSummary]) -> None:
     """Replace a CSV file with one row per strategy; what is not known is empty."""
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = [field.name for field in fields(Summary)]
+    columns = [field.name for field in fields(CurveSummary)]
     writer.writerow(columns)
     for line in summary:
         values = [getattr(line, column) for column in columns]
@@ -160,7 +160,7 @@ def write_summary(path: Path, summary: Iterable[Summary]) -> None:
     write_text(path, text.getvalue())
 
 
-def plot(path: Path, rounds: Sequence[Round]) -> None:
+def plot_curves(path: Path, rounds: Sequence[SimulatedRound]) -> None:
     """Replace a PNG file: mean Dice against labelled volumes, a thin line per seed and a thick one per strategy."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deformux.active_learning.feature_file import Features
 from deformux.active_learning.uncertainty_scores import VolumeScores, score_samples
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
@@ -19,8 +18,6 @@ from deformux.inference.sliding_window import sliding_window
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Observation", "encode", "mirrorings", "observe"]
-
-Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformux.active_learning.feature_file import read_features, write_features
-from deformux.active_learning.learning_curve import Round
+from deformux.active_learning.learning_curve import SimulatedRound
 from deformux.active_learning.observe import encode, observe
 from deformux.active_learning.strategies import NEEDS_SCORES, STRATEGIES, choose
 from deformux.active_learning.uncertainty_scores import VolumeScores
@@ -30,13 +30,13 @@ from deformux.inference.metrics import mean_dice
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import warm_start
 
-__all__ = ["Plan", "held_out", "simulate"]
+__all__ = ["SimulationPlan", "held_out", "simulate"]
 
 _COLD_STARTS = ("adaptive", "typicality")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SimulationPlan:
     """What is simulated; the same plan on the same volumes gives the same curves, but for rounding in bfloat16.
 
     Args:
@@ -104,14 +104,14 @@ def held_out(cases: Sequence[Case], fraction: float) -> tuple[list[Case], list[C
 
 
 def simulate(
-    plan: Plan,
+    plan: SimulationPlan,
     pool: Sequence[Case],
     test: Sequence[Case],
     folder: Path,
     *,
-    on_round: Callable[[Round, bool], None] | None = None,
+    on_round: Callable[[SimulatedRound, bool], None] | None = None,
     on_progress: Callable[[str, Progress], None] | None = None,
-) -> list[Round]:
+) -> list[SimulatedRound]:
     """Play every strategy with every seed.
 
     What a training gave is kept in ``folder``, written by rename. A run that was stopped, or a plan with further
@@ -139,7 +139,7 @@ def simulate(
     # Where nothing can be written, that is better known before hours of training.
     (folder / "measurements").mkdir(parents=True, exist_ok=True)
     lab = _Laboratory(plan, pool, test, folder, on_progress)
-    result: list[Round] = []
+    result: list[SimulatedRound] = []
     for row, computed in _rounds(plan, lab):
         result.append(row)
         if on_round is not None:
@@ -147,7 +147,7 @@ def simulate(
     return result
 
 
-def _rounds(plan: Plan, lab: _Laboratory) -> Iterator[tuple[Round, bool]]:
+def _rounds(plan: SimulationPlan, lab: _Laboratory) -> Iterator[tuple[SimulatedRound, bool]]:
     """Seed by seed and round by round, so that strategies can be compared before the end."""
     names = sorted(lab.cases)
     for seed in plan.seeds:
@@ -160,10 +160,10 @@ def _rounds(plan: Plan, lab: _Laboratory) -> Iterator[tuple[Round, bool]]:
                 needs = "nothing" if last else "scores" if not index else _needs(strategy)
                 measured, computed = lab.measure(seed, sets, needs, f"{strategy}, seed {seed}, round {index + 1}")
                 labelled = sets[-1]
-                yield (
-                    Round(strategy, seed, index, labelled, measured.mean_dice, measured.dice, measured.seconds),
-                    computed,
+                row = SimulatedRound(
+                    strategy, seed, index, labelled, measured.mean_dice, measured.dice, measured.seconds
                 )
+                yield row, computed
                 if not last:
                     chosen = choose(
                         strategy,
@@ -197,7 +197,7 @@ class _Laboratory:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SimulationPlan,
         pool: Sequence[Case],
         test: Sequence[Case],
         folder: Path,

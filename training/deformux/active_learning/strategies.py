@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from deformux.active_learning.diversity import diverse_batch, standardised, typical_batch
+from deformux.active_learning.diversity import Array, diverse_batch, standardised, typical_batch
 from deformux.active_learning.strategy_names import NEEDS_SCORES, STRATEGIES
 from deformux.active_learning.uncertainty_scores import VolumeScores
 
 __all__ = ["NEEDS_SCORES", "STRATEGIES", "choose", "coldness", "power_noise", "stochastic_batch"]
-
-Array = npt.NDArray[np.float64]
 
 # How many random batches compete in ``stochastic_batch``.
 _BATCHES = 100

@@ -15,14 +15,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from deformux.active_learning.uncertainty_scores import volume_uncertainty, voxel_entropy
-from deformux.data.grid import ScanGrid
+from deformux.data.grid import Index, ScanGrid
 
 __all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
 
 # A map that stays below this shows nothing that is worth a look.
 _LEAST = 1.0
-
-Index = tuple[int, int, int]
 
 
 @dataclass(frozen=True)

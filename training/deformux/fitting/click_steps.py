@@ -37,7 +37,7 @@ _LARGEST_SHIFT = 3
 # What sets these random numbers apart from others of the same step.
 _STREAM = 0xC11C
 
-Labels = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.uint8]
 
 
 class ClickTraining:
@@ -103,7 +103,7 @@ class ClickTraining:
         return rng
 
     def _clicks(
-        self, truth: Labels, shown: Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
+        self, truth: _Labels, shown: _Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
     ) -> list[Click]:
         jitter = float(rng.random()) if rng.random() < 0.5 else 0.0
         annotator = ClickAnnotator(self.n_labels, jitter=jitter, seed=rng)
@@ -116,7 +116,7 @@ class ClickTraining:
         return clicks
 
     @torch.inference_mode()
-    def _predict(self, image: Tensor, guidance: Tensor) -> list[Labels]:
+    def _predict(self, image: Tensor, guidance: Tensor) -> list[_Labels]:
         if not self.recipe.mixed_precision:
             logits = self.network(image, guidance)
         else:
@@ -124,7 +124,7 @@ class ClickTraining:
                 logits = self.network(image, guidance)
         return _classes(logits)
 
-    def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[Labels], image: Tensor) -> Tensor:
+    def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[_Labels], image: Tensor) -> Tensor:
         maps = []
         for given, mask in zip(clicks, masks, strict=True):
             by_label = {
@@ -135,7 +135,7 @@ class ClickTraining:
         return torch.stack(maps).to(image.device)
 
 
-def _classes(logits: Tensor) -> list[Labels]:
+def _classes(logits: Tensor) -> list[_Labels]:
     return list(logits.argmax(1).to("cpu", torch.uint8).numpy())
 
 
@@ -145,7 +145,7 @@ def _count(most: int, rng: np.random.Generator) -> int:
     return int(rng.choice(most, p=weights / weights.sum())) + 1
 
 
-def _spoilt(truth: Labels, rng: np.random.Generator) -> Labels:
+def _spoilt(truth: _Labels, rng: np.random.Generator) -> _Labels:
     """A mask from somewhere else: the truth with every label moved by some voxels, and some of them missing."""
     mask = np.zeros_like(truth)
     kept = rng.random(int(UNLABELLED)) < rng.choice([0.0, 0.7, 1.0], p=[0.1, 0.2, 0.7])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 __all__ = ["ALONE", "Ranks", "connected", "joined"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Ranks:
         """Whether this process writes checkpoints, results and progress."""
         return self.rank == 0
 
-    def part(self, items: Sequence[T]) -> Sequence[T]:
+    def part(self, items: Sequence[_T]) -> Sequence[_T]:
         """Return every ``size``-th of the items, from number ``rank`` on."""
         return items[self.rank :: self.size]
 
@@ -98,16 +98,16 @@ class Ranks:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def from_writer(self, get: Callable[[], T]) -> T:
+    def from_writer(self, get: Callable[[], _T]) -> _T:
         """Return what the function gives the writer; only the writer calls it."""
         if self.size == 1:
             return get()
         values: list[Any] = [get() if self.is_writer else None]
         dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
-        value: T = values[0]
+        value: _T = values[0]
         return value
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """Return the values of all processes, by rank."""
         if self.size == 1:
             return [value]

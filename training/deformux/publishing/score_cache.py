@@ -20,7 +20,7 @@ __all__ = ["ScoreCache"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _FACTS, _SCORES = "label_facts.json", "validation_scores.json"
 
@@ -94,7 +94,7 @@ class ScoreCache:
         }
         self._write(_SCORES, {**known, model: {**known.get(model, {}), **new}})
 
-    def _read(self, name: str, parse: Callable[[dict[str, Any]], dict[str, T]]) -> dict[str, T]:
+    def _read(self, name: str, parse: Callable[[dict[str, Any]], dict[str, _T]]) -> dict[str, _T]:
         try:
             return read_checked(self.root / name, parse)
         except FileNotFoundError:
