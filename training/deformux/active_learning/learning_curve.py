@@ -1,4 +1,4 @@
-"""How much a labelling budget buys: learning curves over labelled volumes, their area, and paired comparisons."""
+"""Learning curves over labelled volumes: their area, paired comparisons, tables and plot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BASELINE = "random"
 
 @dataclass(frozen=True)
 class SimulatedRound:
-    """One training of a simulation: on how many volumes, and Dice on the fixed test set (NaN where in no case)."""
+    """One training of a simulation, and its Dice on the fixed test set (NaN for a label that is in no case)."""
 
     strategy: str
     seed: int
@@ -59,9 +59,10 @@ class CurveSummary:
 
 
 def area_under_budget_curve(budget: Sequence[float], dice: Sequence[float]) -> float:
-    """Mean Dice over the budget: trapezoids over labelled volumes, divided by their range (AUBC, IJCAI 2021, 634).
+    """Return the mean Dice over the budget: trapezoids over labelled volumes, divided by their range (AUBC).
 
-    Zhan et al., "A comparative survey: benchmarking for pool-based active learning"; a single round is its own mean.
+    Zhan et al., "A comparative survey: benchmarking for pool-based active learning", IJCAI 2021, 634. A single round is
+    its own mean.
     """
     if len(budget) == 1:
         return float(dice[0])
@@ -69,7 +70,7 @@ def area_under_budget_curve(budget: Sequence[float], dice: Sequence[float]) -> f
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of values paired by seed, and the half width of its 95 % confidence interval (Student's t).
+    """Return the mean difference of values paired by seed, and the half width of its 95 % interval (Student's t).
 
     The half width is NaN for a single pair.
     """
@@ -77,7 +78,7 @@ def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tu
 
 
 def summarise_curves(rounds: Iterable[SimulatedRound]) -> list[CurveSummary]:
-    """One line per strategy in order of appearance, over the seeds for which it has all the rounds of the longest."""
+    """Summarise each strategy in order of appearance, over the seeds with as many rounds as the longest curve."""
     curves: dict[str, dict[int, list[SimulatedRound]]] = {}
     for row in sorted(rounds, key=lambda row: row.round):
         curves.setdefault(row.strategy, {}).setdefault(row.seed, []).append(row)
@@ -106,7 +107,7 @@ def summarise_curves(rounds: Iterable[SimulatedRound]) -> list[CurveSummary]:
 
 
 def write_rounds(path: Path, rounds: Iterable[SimulatedRound], labels: Sequence[str]) -> None:
-    """Replace a CSV file with one row per training."""
+    """Write a CSV file with one row per training."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(
@@ -130,7 +131,7 @@ def write_rounds(path: Path, rounds: Iterable[SimulatedRound], labels: Sequence[
 
 
 def read_rounds(path: Path) -> list[SimulatedRound]:
-    """The trainings of a CSV file of ``write_rounds``; none where there is no file."""
+    """Return the trainings of a CSV file of ``write_rounds``; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -149,7 +150,7 @@ def read_rounds(path: Path) -> list[SimulatedRound]:
 
 
 def write_curve_summary(path: Path, summary: Iterable[CurveSummary]) -> None:
-    """Replace a CSV file with one row per strategy; what is not known is empty."""
+    """Write a CSV file with one row per strategy; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text)
     columns = [field.name for field in fields(CurveSummary)]
@@ -161,7 +162,7 @@ def write_curve_summary(path: Path, summary: Iterable[CurveSummary]) -> None:
 
 
 def plot_curves(path: Path, rounds: Sequence[SimulatedRound]) -> None:
-    """Replace a PNG file: mean Dice against labelled volumes, a thin line per seed and a thick one per strategy."""
+    """Plot into a PNG file: mean Dice against labelled volumes, a thin line per seed and a thick one per strategy."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

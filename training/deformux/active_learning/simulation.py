@@ -1,4 +1,4 @@
-"""The whole learning loop on a labelled folder, without a server: train, test, choose, label, again."""
+"""Simulation of active learning on a labelled folder: train, test, choose, label, and again."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ _COLD_STARTS = ("adaptive", "typicality")
 
 @dataclass(frozen=True)
 class SimulationPlan:
-    """What is simulated; the same plan on the same volumes gives the same curves, but for rounding in bfloat16.
+    """Settings of a simulation; the same ones on the same volumes give the same curves, but for rounding in bfloat16.
 
     Args:
-        strategies: of ``deformux.active_learning.STRATEGIES``.
-        rounds: trainings per strategy and seed.
-        batch: volumes labelled between two of them.
-        start: volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random ones
-            (those of the seed) for the others.
+        strategies: some of ``STRATEGIES``.
+        rounds: number of trainings per strategy and seed.
+        batch: number of volumes labelled between two trainings.
+        start: number of volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random
+            ones (those of the seed) for the others.
         seeds: each starts other networks from other volumes.
-        recipe: of every training, from scratch each time, so that a curve shows what labels give and not what
-            longer training gives; its ``flip_axes`` also give the samples that scores compare.
-        continue_recipe: where given, of all trainings but the first, which then go on from the round before, as in the
-            app. A curve also shows what longer training gives, the same for all strategies.
+        recipe: of every training, from scratch each time, so that a curve shows the effect of labels and not of longer
+            training; its ``flip_axes`` also give the samples that scores compare.
+        continue_recipe: where given, of all trainings but the first, which then continue the round before, as in the
+            app. Curves then include the effect of longer training, which is the same for all strategies.
         prep, labels, preset: as in ``fit``.
-        snapshots: models whose predictions a score compares: the current one, and those of the rounds before.
+        snapshots: number of models whose predictions a score compares: the current one, and those of rounds before.
         start_from: model file that every training and the cold start begin with.
         device: where to compute.
 
@@ -88,7 +88,7 @@ class SimulationPlan:
 
 
 def held_out(cases: Sequence[Case], fraction: float) -> tuple[list[Case], list[Case]]:
-    """Pool and test set of a labelled folder: by a hash of the case ids, so that the same cases always test.
+    """Return pool and test set of a labelled folder, by a hash of the case ids, so that the same cases always test.
 
     Raises:
         ValueError: the fraction leaves one of the two empty.
@@ -112,18 +112,18 @@ def simulate(
     on_round: Callable[[SimulatedRound, bool], None] | None = None,
     on_progress: Callable[[str, Progress], None] | None = None,
 ) -> list[SimulatedRound]:
-    """Play every strategy with every seed.
+    """Simulate every strategy with every seed.
 
-    What a training gave is kept in ``folder``, written by rename. A run that was stopped, or a plan with further
-    seeds or strategies, goes on where nothing is kept yet; processes with other seeds may share a folder.
+    Results of trainings are kept in ``folder``, written by rename. A stopped simulation, or a plan with further seeds
+    or strategies, computes only what is missing; processes with other seeds may share a folder.
 
     Args:
-        plan: what is simulated.
+        plan: settings of the simulation.
         pool: volumes to choose from.
-        test: volumes that every training is tested on, and none is trained on.
-        folder: for the results.
-        on_round: called after each round, with whether it was computed now.
-        on_progress: called about once a second in trainings, with what is being trained.
+        test: volumes on which every training is tested, and none is trained.
+        folder: where the results are kept.
+        on_round: called after each round, and told whether it was computed now.
+        on_progress: called about once a second in trainings, and told what is being trained.
 
     Raises:
         ValueError: the pool is smaller than the last round needs.
@@ -136,7 +136,7 @@ def simulate(
             f"{plan.rounds} rounds need {needed} volumes to label, the pool has {len(pool)}: "
             "choose fewer rounds, a smaller batch or a smaller test fraction"
         )
-    # Where nothing can be written, that is better known before hours of training.
+    # A folder that cannot be written to must fail before hours of training.
     (folder / "measurements").mkdir(parents=True, exist_ok=True)
     lab = _Laboratory(plan, pool, test, folder, on_progress)
     result: list[SimulatedRound] = []
@@ -148,7 +148,7 @@ def simulate(
 
 
 def _rounds(plan: SimulationPlan, lab: _Laboratory) -> Iterator[tuple[SimulatedRound, bool]]:
-    """Seed by seed and round by round, so that strategies can be compared before the end."""
+    """Yield rounds seed by seed, so that strategies can be compared before the end."""
     names = sorted(lab.cases)
     for seed in plan.seeds:
         history = {strategy: [lab.start(strategy, seed)] for strategy in plan.strategies}
@@ -193,7 +193,7 @@ class _Measurement:
 
 
 class _Laboratory:
-    """Trains and tests on sets of volumes, and remembers in files what came out."""
+    """Trains and tests on sets of volumes, and keeps the results in files."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class _Laboratory:
             self.settings["continue_recipe"] = plan.continue_recipe.to_dict()
 
     def start(self, strategy: str, seed: int) -> tuple[str, ...]:
-        """The volumes that are labelled before the first training."""
+        """Return the volumes that are labelled before the first training."""
         cold = strategy in _COLD_STARTS
         chosen = choose(
             strategy if cold else "random",
@@ -232,7 +232,7 @@ class _Laboratory:
         return tuple(chosen)
 
     def measure(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, what: str) -> tuple[_Measurement, bool]:
-        """Test Dice of a training on the last set, what the next choice needs, and whether it was computed now."""
+        """Return test Dice of a training on the last set, what the next choice needs, and if it was computed now."""
         what_counts = self._history(sets, self.plan.snapshots)
         path = self.folder / "measurements" / f"{self._key(seed, what_counts, needs)}.json"
         features = path.with_suffix(".safetensors")
@@ -316,7 +316,7 @@ class _Laboratory:
         report = self.on_progress
         fit(
             network,
-            # Their order must not matter: two strategies may reach the same set on different ways.
+            # Their order must not matter: two strategies may reach the same set in different ways.
             [self.cases[name] for name in sorted(labelled)],
             recipe=recipe,
             prep=plan.prep,
@@ -364,7 +364,7 @@ class _Laboratory:
         return self._weights_folder / f"{seed}-{self._key(seed, self._history(sets, 1), 'weights')}.safetensors"
 
     def _history(self, sets: Sequence[tuple[str, ...]], rounds: int) -> Sequence[tuple[str, ...]]:
-        """The labelled sets that a result depends on: of the last rounds, or all where trainings go on."""
+        """Return the labelled sets that a result depends on: of the last rounds, or all where trainings continue."""
         return sets[-rounds:] if self.plan.continue_recipe is None else sets
 
     def _key(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str) -> str:

@@ -1,4 +1,4 @@
-"""A training on disk: everything that the next process needs to go on as if nothing had happened."""
+"""Checkpoints of trainings: everything that the next process needs to resume exactly."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, of: str) -> None:
-    """Write one safetensors file by rename, its plain values as JSON in the header.
+    """Write one safetensors file by rename, with the plain values as JSON in its header.
 
     Args:
         path: the file.
         checkpoint: what to keep.
-        of: the run's fingerprint.
+        of: fingerprint of the training.
 
     Raises:
         OSError: the disk is full, or the file cannot be written; the previous checkpoint is still there.
@@ -62,7 +62,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, *, of: str) -> None:
 
 
 def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
-    """The checkpoint of the run with this fingerprint, or None where there is none; the reason is logged."""
+    """Return the checkpoint of the training with this fingerprint, or None where there is none; log the reason."""
     if not path.exists():
         return None
     try:
@@ -72,7 +72,7 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
                 logger.warning("Starting anew: %s is of another training (recipe, cases, labels or start)", path)
                 return None
             tensors: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
+            for key in file.keys():  # noqa: SIM118 - it is not a mapping
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -82,11 +82,11 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
 
 
 class CheckpointFile:
-    """Where a run keeps its checkpoint.
+    """File in which a training keeps its checkpoint.
 
     Args:
         path: the file.
-        run_id: the run's fingerprint; checkpoints of others are ignored.
+        run_id: fingerprint of the training; checkpoints of others are ignored.
         seconds: least time between two checkpoints.
     """
 
@@ -95,30 +95,30 @@ class CheckpointFile:
         self.last = time.monotonic()
 
     def load(self) -> Checkpoint | None:
-        """The last checkpoint of this run, or None."""
+        """Return the last checkpoint of this training, or None."""
         return load_checkpoint(self.path, of=self.run_id)
 
     @property
     def due(self) -> bool:
-        """Whether the last one is old enough."""
+        """Whether the last checkpoint is old enough."""
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the last checkpoint; a disk that is full is logged."""
+        """Replace the last checkpoint; log an error where the disk is full."""
         try:
             save_checkpoint(self.path, checkpoint, of=self.run_id)
         except OSError as error:
-            # A full disk costs the means to resume, not the training.
+            # A full disk must not end the training, which only cannot be resumed.
             logger.error("The training goes on without a new checkpoint: %s", error)
         self.last = time.monotonic()
 
     def remove(self) -> None:
-        """Start anew next time."""
+        """Delete the checkpoint, so that the next training starts anew."""
         self.path.unlink(missing_ok=True)
 
 
 def label_checksum(case: Case) -> str:
-    """SHA-256 of a case's label file, and of the labels that it was annotated for where these are not all."""
+    """Return the SHA-256 of a case's label file, and of the labels that were annotated where these are not all."""
     digest = hashlib.sha256(case.label.read_bytes())
     if case.annotated is not None:
         digest.update(json.dumps(sorted(case.annotated)).encode())
@@ -136,12 +136,12 @@ def fingerprint(
     labels: Sequence[str],
     seed: int,
 ) -> str:
-    """What a run is, as a checksum: the same recipe on the same labels from the same weights. Paths do not count."""
+    """Return a checksum of a training: its recipe, labels and first weights. Paths do not count."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    said = {
+    identity = {
         "recipe": recipe.to_dict(),
         "preprocessing": prep.to_dict(),
         "labels": list(labels),
@@ -150,5 +150,5 @@ def fingerprint(
         "validation": [(case.id, label_checksum(case)) for case in val_cases],
         "new": sorted(new),
     }
-    digest.update(json.dumps(said).encode())
+    digest.update(json.dumps(identity).encode())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""One round of learning: from all labels so far to a new version, which is published if it is no worse."""
+"""One round of learning: from all labels so far to a new version, which is published if it is not worse."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ class _Trained:
 
 
 class Learner:
-    """A project's memory of what it learnt: versions, frozen assignment, scores, and the round under way.
+    """Learns a project's labels round by round; keeps versions, validation split, scores and the round under way.
 
-    Everything lies in one folder and is written by rename. A round that is killed goes on from its last checkpoint when
-    the next one has the same labels and options; if its version was already written, it is only published.
+    Everything lies in one folder and is written by rename. A killed round is resumed from its last checkpoint when the
+    next one has the same labels and options; if its version was already written, it is only published.
 
     Args:
         root: the project's state folder.
         labels: names of labels 1..N.
         preprocessing: how scans become network input.
         preset: size of the network.
-        keep: newest versions that are kept, beside those that ``ModelVersions.prune`` keeps.
+        keep: number of newest versions to keep, beside those that ``ModelVersions.prune`` keeps.
     """
 
     def __init__(
@@ -89,11 +89,11 @@ class Learner:
 
         Args:
             cases: every labelled volume of the project.
-            options: of this round.
+            options: how this round is trained.
             on_progress, stop: as for ``fit``.
 
         Raises:
-            TrainingStopped: ``stop`` said so; calling again goes on.
+            TrainingStopped: ``stop`` returned true; the next call resumes the round.
             TrainingError: nothing to train on, or the training diverged; nothing was published.
         """
         self.root.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class Learner:
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
-        """What a round did that was killed between writing its version and publishing it, if there was one."""
+        """Publish the version of a round that was killed after writing it; return its outcome, or None without one."""
         run_id = self.round_folder.under_way()
         written = next((info for info in self.versions.infos() if run_id and info.card.run == run_id), None)
         if written is None or self.versions.fault(written.name):
@@ -131,7 +131,7 @@ class Learner:
         # The decision, with its numbers, is in the card.
         decision = Decision.from_dict(written.card.gate)
         if written.ever_published:
-            # Even this was done, and may have been rolled back since.
+            # It was published already, and may have been rolled back since.
             self.round_folder.end()
             return Outcome(written.name, written.published, decision, written.card)
         return self._publish(written.name, written.card, decision, {})
@@ -177,7 +177,7 @@ class Learner:
         )
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
-        """Name and file of the weights to start from; those of another architecture are none."""
+        """Return name and file of the weights to start from; None where there are none, or of another architecture."""
         published = self.versions.published() if not options.from_start else None
         path = self.versions.path(published) if published is not None else options.start
         if path is None or options.from_scratch:
@@ -190,13 +190,13 @@ class Learner:
         return published or f"{_FOREIGN}{path.stem}", path
 
     def _sides_in_cards(self) -> dict[str, str]:
-        """Which cases trained and which validated, by the cards of all versions: whatever trained once, trains."""
+        """Return the sides of cases by the cards of all versions: a case that trained once, trains."""
         cards = [info.card for info in self.versions.infos()]
         validating = {case: "validation" for card in cards for case in card.validation.get("per_case") or {}}
         return validating | {case: "training" for card in cards for case in card.training_cases}
 
     def _last_from_scratch(self) -> int:
-        """Training cases of the last training from scratch, or of the first training where there was none."""
+        """Return the number of training cases of the last training from scratch; 0 before the first training."""
         return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
 
     def _train(
@@ -258,7 +258,7 @@ class Learner:
         return network
 
     def _compare(self, candidate: Scores, plan: RoundPlan, options: Round) -> Decision:
-        """Compare with what is served now, which may be another model than the one trained from."""
+        """Compare with the model that is served now, which may be another one than the parent."""
         published = self.versions.published()
         path = self.versions.path(published) if published is not None else options.served
         card = read_card(path) if path is not None else None
@@ -273,7 +273,7 @@ class Learner:
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
         champion = self._champion(card, plan, options)
         decision = self._decide(candidate, scores, plan, provisional=provisional, champion=champion)
-        # Of incumbent, champion and candidate, the best so far is what the next round must not fall behind.
+        # The best of incumbent, champion and candidate is the champion of the next round.
         if decision.candidate is None:
             return dataclasses.replace(decision, champion=champion[0] if champion else name)
         if decision.candidate >= (decision.best or 0):
@@ -281,9 +281,9 @@ class Learner:
         return dataclasses.replace(decision, champion=decision.champion or name)
 
     def _champion(self, card: ModelCard, plan: RoundPlan, options: Round) -> tuple[str, Scores] | None:
-        """Return the best model before a published one and its scores, where it was better than that.
+        """Return name and scores of the best model before the published one, where it was better than that.
 
-        The card of the published version names it: a rollback thus also goes back in this.
+        The card of the published version names it, so that a rollback also restores the champion.
         """
         name = card.gate.get("champion")
         if name is None:

@@ -15,13 +15,13 @@ from deformux.inference.metrics import mean_dice
 
 __all__ = ["Decision", "Scores", "decide"]
 
-# Fall of the mean Dice, of a label's mean Dice, and of the Dice of the typical case that a publication may cost.
+# Largest fall of the mean Dice, of a label's mean Dice, and of the median case's Dice in one publication.
 _MEAN_TOLERANCE = 0.002
 _LABEL_TOLERANCE = 0.05
 _TYPICAL_TOLERANCE = 0.005
-# Fall of the mean Dice from the best model of the line, however many publications it takes.
+# Largest fall of the mean Dice below the best model of the line, over any number of publications.
 _TOTAL_TOLERANCE = 0.005
-# The median says something from this many cases on.
+# The fewest cases whose median means something.
 _FEWEST_FOR_MEDIAN = 3
 
 Scores = Mapping[str, Sequence[float]]
@@ -33,9 +33,9 @@ class Decision:
     """Whether a candidate is published, and the numbers behind it.
 
     Args:
-        publish: the answer.
+        publish: whether to publish it.
         reason: one sentence.
-        provisional: nothing could be measured; the next model that can be measured replaces it.
+        provisional: nothing could be measured; the next model that is measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
             the other model does find it there; None where nothing was scored.
         best: mean Dice on the counted cases of the best model before this candidate.
@@ -58,12 +58,12 @@ class Decision:
     doubtful: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the card."""
+        """Return plain values for the card."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Decision:
-        """The inverse of ``to_dict``."""
+        """Invert ``to_dict``."""
         return cls(**{**values, "counted": tuple(values["counted"])})
 
 
@@ -72,7 +72,7 @@ def decide(
     incumbent: Scores | None,
     *,
     labels: Sequence[str],
-    shares: Scores,
+    shares: Mapping[str, Sequence[float]],
     champion: tuple[str, Scores] | None = None,
     incumbent_is_provisional: bool = False,
 ) -> Decision:
@@ -84,13 +84,14 @@ def decide(
     0.005 below that of the champion, the best model of the line: small falls must not add up.
 
     A case does not count where neither model is better than chance, or where both are less than half as good as on
-    the median case: its label is more likely wrong than both models, and the report names it. Chance is the Dice of
+    the median case: its label is more likely wrong than both models, and the decision names it. Chance is the Dice of
     calling every voxel the label, 2p / (1 + p) for a label that fills the share p of the volume; on labels of random
     noise no model can do better.
 
     Args:
-        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; none for no incumbent.
-        labels: names, in the order of the scores.
+        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; None where there is no
+            incumbent.
+        labels: names of the labels, in the order of the scores.
         champion: name of the best model of the line, if that is not the incumbent, and its scores on the same cases.
         shares: case id to the share of the volume that each label fills, 0 to 1.
         incumbent_is_provisional: the incumbent was published without having been measured.
@@ -115,7 +116,7 @@ def decide(
         return Decision(True, reason, candidate=mean, counted=counted, doubtful=doubtful)
     old = np.array([incumbent[case] for case in counted], dtype=float)
     former = np.array([champion[1][case] for case in counted], dtype=float) if champion else old
-    # A label that is not there is NaN for a model that does not find it, and 0 for one that does.
+    # An absent label is NaN for a model that does not find it, and 0 for one that does.
     found = ~(np.isnan(old) & np.isnan(new) & np.isnan(former))
     old, new, former = (np.where(np.isnan(values) & found, 1.0, values) for values in (old, new, former))
     means = mean_dice(old), mean_dice(new)
@@ -128,7 +129,7 @@ def decide(
     best, name = means[0], None
     if champion is not None and mean_dice(former) > best:
         name, best = champion[0], mean_dice(former)
-        # What is no fall from the published model is published, however far below the best that one lies by now.
+        # A candidate that is not below the published model is published, however far below the best that is.
         if publish and means[1] < min(means[0], best - _TOTAL_TOLERANCE):
             publish, reason = False, f"worse than {name} was: mean Dice {means[1]:.4f} instead of {best:.4f}"
     return Decision(
@@ -169,7 +170,7 @@ def _nothing_counts(incumbent_is_unproven: bool, doubtful: Mapping[str, str]) ->
     return Decision(incumbent_is_unproven, reason, provisional=incumbent_is_unproven, doubtful=doubtful)
 
 
-def _doubtful(candidate: Scores, incumbent: Scores, shares: Scores) -> dict[str, str]:
+def _doubtful(candidate: Scores, incumbent: Scores, shares: Mapping[str, Sequence[float]]) -> dict[str, str]:
     best = {case: np.fmax(_mean(candidate[case]), _mean(incumbent[case])) for case in candidate}
     doubtful: dict[str, str] = {}
     for case, dice in best.items():

@@ -17,7 +17,7 @@ __all__ = ["FEWEST_TO_VALIDATE", "Assignment"]
 logger = logging.getLogger(__name__)
 
 FEWEST_TO_VALIDATE = 5
-"""With fewer labelled cases every one of them trains."""
+"""With fewer labelled cases, all of them train."""
 
 # A fifth of the cases, by their hash.
 _VALIDATION_SHARE = 5
@@ -26,14 +26,14 @@ _VALIDATION_SHARE = 5
 class Assignment:
     """Which cases validate and which train, in a file that only grows.
 
-    A case is assigned when it is first seen, and keeps its side whatever happens later: models that trained on it are
-    published, and scoring them on it would flatter them. The first four labelled cases train. From the fifth on a case
+    A case is assigned when it is first seen, and keeps its side for ever: models that trained on it are published, and
+    scores on it would flatter them. The first four labelled cases train. From the fifth on a case
     validates when the hash of its id says so (one in five), or when fewer than a fifth of the labelled cases would
     validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
 
     Args:
         path: JSON file; written by rename, and kept twice.
-        rebuild: gives the sides of the cases that are known from elsewhere, for where both copies are lost.
+        rebuild: returns the sides of cases known from elsewhere, where both copies of the file are lost.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], Mapping[str, str]] | None = None) -> None:
@@ -42,11 +42,11 @@ class Assignment:
         self._lock = FileLock(self.path.with_suffix(".lock"))
 
     def assign(self, case_ids: Iterable[str]) -> None:
-        """Give every new case among all labelled ones its side.
+        """Assign a side to every new case among the labelled ones.
 
         Raises:
-            ValueError: both copies are lost, and there is nothing to rebuild them from; nothing is assigned then, since
-                another assignment would mix the sides.
+            ValueError: both copies are lost and cannot be rebuilt; nothing is assigned then, since another assignment
+                would mix the sides.
         """
         # The smaller the hash, the later: the first four train, and of cases that come together the hash decides.
         labelled = sorted(set(case_ids), key=_hash, reverse=True)
@@ -65,7 +65,7 @@ class Assignment:
                 write_kept_twice(self.path, {"cases": sides}, indent=1)
 
     def validates(self, case_id: str) -> bool:
-        """Whether a case is kept for validation; raises KeyError for one that was never assigned."""
+        """Return whether a case validates; raise KeyError for one that was never assigned."""
         return self._read()[case_id] == "validation"
 
     def _read(self) -> dict[str, str]:
