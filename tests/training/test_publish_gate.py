@@ -13,10 +13,10 @@ from deformux.inference.metrics import dice_per_label
 from deformux.publishing.publish_gate import Decision, decide
 
 LABELS = ("a", "b")
-Scores = dict[str, list[float]]
+_Scores = dict[str, list[float]]
 
 
-def judge(candidate: Scores, incumbent: Scores | None, **options: Any) -> Decision:
+def judge(candidate: _Scores, incumbent: _Scores | None, **options: Any) -> Decision:
     shares = {case: [0.05, 0.05] for case in candidate}
     return decide(candidate, incumbent, labels=LABELS, shares=shares, **options)
 
@@ -51,17 +51,17 @@ def test_small_falls_do_not_add_up() -> None:
     assert "worse than v0001 was: mean Dice 0.7940 instead of 0.8000" in decision.reason
 
 
-def test_what_is_no_fall_is_published_however_far_below_the_best() -> None:
+def test_an_equal_model_is_published_however_far_below_the_best() -> None:
     best, published = ("v0001", {"x": [0.82, 0.82]}), {"x": [0.8, 0.8]}
     same = judge({"x": [0.8, 0.8]}, published, champion=best)
     assert (same.publish, same.best, same.champion) == (True, pytest.approx(0.82), "v0001")
     assert not judge({"x": [0.7999, 0.7999]}, published, champion=best).publish
-    # Measured on the labels of today, the published one is the best itself.
+    # On today's labels the published model is itself the best.
     overtaken = judge({"x": [0.7985, 0.7985]}, published, champion=("v0001", {"x": [0.7, 0.7]}))
     assert (overtaken.publish, overtaken.best, overtaken.champion) == (True, pytest.approx(0.8), None)
 
 
-def test_a_champion_that_finds_nothing_where_nothing_is_gets_the_credit() -> None:
+def test_a_champion_gets_credit_for_finding_nothing_where_nothing_is() -> None:
     nan = math.nan
     inventing, truthful = {"x": [0.8, 0.0], "y": [0.8, 0.8]}, {"x": [0.8, nan], "y": [0.8, 0.8]}
     decision = judge({**inventing, "y": [0.8, 0.799]}, inventing, champion=("v0001", truthful))
@@ -74,7 +74,7 @@ def test_without_validation_cases_a_model_is_provisional() -> None:
     assert (decision.publish, decision.provisional) == (True, True)
 
 
-def test_finding_what_is_not_there_is_worse_than_finding_nothing() -> None:
+def test_inventing_a_label_is_worse_than_finding_nothing() -> None:
     nan = math.nan
     truthful, inventing = {"x": [0.8, nan], "y": [0.8, 0.8]}, {"x": [0.8, 0.0], "y": [0.8, 0.8]}
     assert not judge(inventing, truthful).publish
@@ -106,7 +106,7 @@ def test_where_no_case_can_be_trusted_a_measured_model_stays() -> None:
 
 
 def volume(seed: int) -> np.ndarray:
-    """Two balls in (24, 24, 24), of about 4 % each."""
+    """Return two balls in (24, 24, 24), of about 4 % each."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
     centres = rng.uniform(6, 9, 3), rng.uniform(15, 18, 3)
@@ -115,7 +115,7 @@ def volume(seed: int) -> np.ndarray:
 
 
 def segmentation(truth: np.ndarray, error: float, seed: int) -> np.ndarray:
-    """A segmentation in which a share `error` of all voxels is drawn at random: a model that learnt some noise."""
+    """Return a segmentation in which a share `error` of all voxels is drawn at random, as of a model that learnt noise."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(truth.shape) < error, rng.integers(0, 3, truth.shape), truth)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from deformux.data.atomic_files import replacing
 from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.distributed import Ranks
 from deformux.fitting.recipe import Recipe
 
-__all__ = ["Checkpoint", "CheckpointFile", "fingerprint", "label_checksum", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointFile",
+    "broadcast_checkpoint",
+    "fingerprint",
+    "label_checksum",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +88,38 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
         logger.warning("Starting anew: %s cannot be read (%s)", path, error)
         return None
     return Checkpoint(tensors, values)
+
+
+def broadcast_checkpoint(load: Callable[[], Checkpoint | None], ranks: Ranks) -> Checkpoint | None:
+    """Return, in all processes, the checkpoint that the writer loads."""
+    own = load() if ranks.is_writer else None
+    if ranks.size == 1:
+        return own
+
+    def describe() -> dict[str, Any] | None:
+        if own is None:
+            return None
+        layout = {
+            group: {
+                name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()
+            }
+            for group, tensors in own.tensors.items()
+        }
+        return {"values": dict(own.values), "tensors": layout}
+
+    described = ranks.from_writer(describe)
+    if described is None:
+        return None
+    checkpoint = own or Checkpoint(
+        {
+            group: {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
+            for group, layout in described["tensors"].items()
+        },
+        described["values"],
+    )
+    for group in described["tensors"]:
+        ranks.broadcast_tensors(checkpoint.tensors[group][name] for name in described["tensors"][group])
+    return checkpoint
 
 
 class CheckpointFile:

@@ -17,7 +17,7 @@ from torch import nn
 from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import InvalidVolume
-from deformux.fitting.checkpoint import CheckpointFile, fingerprint
+from deformux.fitting.checkpoint import CheckpointFile, broadcast_checkpoint, fingerprint
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.compilation import Compilation, CompileOnce
 from deformux.fitting.distributed import ALONE, Ranks
@@ -155,7 +155,7 @@ def fit(
         with _on(device):
             ranks.broadcast(network.to(device))
             state = TrainingState(network, recipe)
-            if found := ranks.from_writer(lambda: saved.load() if saved is not None else None):
+            if found := broadcast_checkpoint(lambda: saved.load() if saved is not None else None, ranks):
                 state.restore(found)
             first_step = state.step
             take_step = _training_step(network, state, recipe, seed=seed, device=device, capture=capture, ranks=ranks)

@@ -145,6 +145,12 @@ class Recipe:
                 del values[name]
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Invert ``to_dict``, also after JSON; raise ValueError on a bad value."""
+        tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**tuples)
+
 
 _FEW = Recipe(
     steps=400,
