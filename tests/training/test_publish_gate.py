@@ -115,7 +115,7 @@ def volume(seed: int) -> np.ndarray:
 
 
 def segmentation(truth: np.ndarray, error: float, seed: int) -> np.ndarray:
-    """Return a segmentation in which a share `error` of all voxels is drawn at random, as of a model that learnt noise."""
+    """Return a segmentation in which a share `error` of all voxels is random, as of a model that learnt noise."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(truth.shape) < error, rng.integers(0, 3, truth.shape), truth)
 

@@ -79,6 +79,15 @@ def training_augmentation(
     if device.type != "cpu":
         # One core resamples a patch about as fast as it trains on one; a GPU would wait most of the time.
         transforms.append(EnsureTyped(_KEYS, device=device))
+    transforms += [*_geometry(recipe, device), *_intensity(recipe)]
+    # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
+    transforms.append(EnsureTyped(_KEYS, track_meta=False))
+    return transforms
+
+
+def _geometry(recipe: Recipe, device: torch.device) -> list[Transform]:
+    """Return random flips, affine and elastic deformations."""
+    transforms: list[Transform] = []
     for axis in recipe.flip_axes:
         transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
     if recipe.affine_probability > 0 and (recipe.rotation_degrees > 0 or recipe.scaling > 0):
@@ -106,6 +115,12 @@ def training_augmentation(
         # With a probability of its own it would resample every patch, most of them without a change.
         often = recipe.elastic_probability
         transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[often, 1 - often]))
+    return transforms
+
+
+def _intensity(recipe: Recipe) -> list[Transform]:
+    """Return random changes of the image alone."""
+    transforms: list[Transform] = []
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
         transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))
@@ -117,6 +132,4 @@ def training_augmentation(
         transforms.append(RandScaleIntensityd("image", prob=p, factors=recipe.intensity_scale))
     if recipe.intensity_shift > 0:
         transforms.append(RandShiftIntensityd("image", prob=p, offsets=recipe.intensity_shift))
-    # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
-    transforms.append(EnsureTyped(_KEYS, track_meta=False))
     return transforms

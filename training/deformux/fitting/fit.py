@@ -141,10 +141,7 @@ def fit(
         >>> len(result.losses)
         1
     """
-    if not cases:
-        raise TrainingError("there are no labelled volumes to train on")
-    if network.out_channels != len(labels) + 1:
-        raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
+    _check(network, cases, labels)
     set_determinism(seed)
     try:
         saved = None
@@ -279,6 +276,13 @@ class _Reporter:
                 eta_s=0.0 if state.done else pace * (effort(state.steps) - effort(state.step)),
             )
         )
+
+
+def _check(network: DeformUXNet, cases: Sequence[Case], labels: Sequence[str]) -> None:
+    if not cases:
+        raise TrainingError("there are no labelled volumes to train on")
+    if network.out_channels != len(labels) + 1:
+        raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
 
 
 def _on(device: str | torch.device) -> AbstractContextManager[Any]:
