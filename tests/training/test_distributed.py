@@ -23,6 +23,7 @@ from deformux.fitting.fit import Progress, TrainingError
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.patches import Patches
 from deformux.fitting.rank_processes import fit_on
+from deformux.fitting.rank_task import RankTask
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -109,6 +110,32 @@ def test_an_indivisible_batch_is_refused(cases: list[Case], monkeypatch: pytest.
         pass
     with pytest.raises(ValueError, match="99 processes need as many GPUs"), joined("cuda"):
         pass
+
+
+def test_a_task_is_the_same_after_json(cases: list[Case], tmp_path: Path) -> None:
+    one_label = Case("c9", cases[0].image, cases[0].label, ("ball",))
+    task = RankTask(
+        RankTask.describe(network()),
+        [*cases[:2], one_label],
+        RECIPE,
+        PREP,
+        ["ball", "box"],
+        val_cases=cases[2:3],
+        new=["c0"],
+        seed=7,
+        capture=False,
+        compile_cache=tmp_path,
+        can_stop=True,
+    )
+    text = task.to_json()
+    assert "\n" not in text
+    assert RankTask.from_json(text) == task
+
+
+def test_a_network_that_the_task_cannot_describe_is_refused(cases: list[Case]) -> None:
+    one_plane = DeformUXNet(1, 3, "tiny", offset_planes="xy")
+    with pytest.raises(ValueError, match="use one device"):
+        fit_on(["cpu", "cpu"], one_plane, cases[:2], recipe=RECIPE, **OPTIONS)
 
 
 def test_a_killed_process_ends_the_training_which_can_be_resumed(cases: list[Case], tmp_path: Path) -> None:

@@ -122,18 +122,18 @@ def fit(
         ValueError: the volumes of a step cannot be divided among the processes.
 
     Examples:
-        Two steps on a synthetic scan of the trunk with voxels of about 2 cm:
+        Two steps on a synthetic scan of the trunk with large voxels:
 
-        >>> import tempfile
+        >>> from tempfile import TemporaryDirectory
         >>> from deformux.data.cases import find_cases, label_names
         >>> from deformux.data.synthetic import write_cohort
         >>> from deformux.fitting.recipe import RECIPES
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_cohort(folder, volumes=1, voxel_scale=8.0)
-        ...     labels = label_names(Path(folder))
+        >>> with TemporaryDirectory() as folder:
+        ...     cohort = write_cohort(folder, volumes=1, voxel_scale=8.0)
+        ...     labels = label_names(cohort)
         ...     result = fit(
         ...         DeformUXNet(1, len(labels) + 1, "tiny"),
-        ...         find_cases(Path(folder)),
+        ...         find_cases(cohort),
         ...         recipe=RECIPES["finetune"].replace(steps=2, epochs=1),
         ...         prep=Preprocessing("ct", patch_size=(16, 16, 16)),
         ...         labels=labels,
