@@ -165,9 +165,7 @@ def fit(
                     patches,
                     seed=seed,
                     ranks=ranks,
-                    compile_once=_compile_once(take_step, state, recipe, prep, compile_cache, ranks)
-                    if capture
-                    else None,
+                    compile_once=_compile_once(take_step, state, recipe, prep, compile_cache, ranks),
                     validate=lambda: _validate(state.candidate, val_cases, prep, labels, device, ranks),
                     reporter=reporter,
                     saved=saved,
@@ -324,7 +322,7 @@ def _compile_once(
 ) -> CompileOnce | None:
     network = state.network
     # What compiling saves is known of this network alone; another may not be compiled without a break.
-    if take_step.device.type != "cuda" or not isinstance(network, DeformUXNet):
+    if not take_step.captures or not isinstance(network, DeformUXNet):
         return None
     identity = {
         "preset": network.preset,

@@ -106,6 +106,11 @@ class TrainingStep:
             self._update_average(self.average)
         return loss
 
+    @property
+    def captures(self) -> bool:
+        """Whether gradients are replayed from CUDA graphs."""
+        return self._capture
+
     def compile(self) -> None:
         """Compile the network for batches without clicks, at the next step, which takes a minute or two.
 
