@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deformux.networks import deformux_net as network_module
+from deformux.networks import blocks
 from deformux.networks.deformux_net import PRESETS, DeformUXNet
 
 CHANNELS = (48, 96, 192, 384)
@@ -57,7 +57,7 @@ def test_at_initialisation_it_is_an_ordinary_convolutional_network(
         def plain(x, offset, weight, bias, padding):
             return F.conv3d(x, weight, bias, padding=padding, groups=x.shape[1] // weight.shape[1])
 
-        monkeypatch.setattr(network_module, "deform_conv3d", plain)
+        monkeypatch.setattr(blocks, "deform_conv3d", plain)
         ordinary = net(x)
     torch.testing.assert_close(deformable, ordinary, rtol=1e-4, atol=1e-4)
 
@@ -69,8 +69,8 @@ def test_one_plane_moves_taps_along_its_two_axes_only(monkeypatch: pytest.Monkey
         seen.append(offset.unflatten(1, (27, 3)))
         return x
 
-    monkeypatch.setattr(network_module, "deform_conv3d", record)
-    mixer = network_module.DeformableMixer(4, offset_planes="xz")
+    monkeypatch.setattr(blocks, "deform_conv3d", record)
+    mixer = blocks.DeformableMixer(4, offset_planes="xz")
     torch.nn.init.normal_(mixer.offset.weight)
     mixer(torch.randn(1, 4, 5, 6, 7))
     moved = seen[0].abs().amax(dim=(0, 1, 3, 4, 5))

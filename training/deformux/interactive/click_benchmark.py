@@ -1,4 +1,4 @@
-"""How much clicks buy: a robot annotator corrects labelled volumes, and every click is scored and timed."""
+"""Benchmark of clicks: a robot annotator corrects labelled volumes, and every click is scored and timed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _AREA = (1, 5)
 
 @dataclass(frozen=True)
 class Robot:
-    """A simulated annotator: its name, and how far from the centre of an error it clicks (``ClickAnnotator``)."""
+    """A simulated annotator: its name, and the jitter of its clicks (``ClickAnnotator``)."""
 
     name: str
     jitter: float = 0.0
@@ -40,14 +40,14 @@ class Robot:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What one robot did to one volume.
+    """Result of one robot on one volume.
 
     Args:
-        case, robot: their names.
+        case, robot: names.
         dice: mean over labels after 0, 1, 2, … clicks, all labels counted together.
         surface_dice: the same at 2 mm, after each of ``CLICK_COUNTS``.
         seconds: of each click, from the clicks to the mask on the scan's grid.
-        cap: clicks after which the robot gives up.
+        cap: number of clicks after which the robot gives up.
     """
 
     case: str
@@ -58,7 +58,7 @@ class CaseResult:
     cap: int
 
     def after(self, clicks: int) -> float:
-        """Mean Dice after a number of clicks; where nothing was left to correct, after the last."""
+        """Return mean Dice after a number of clicks, or after the last one if nothing was left to correct."""
         return self.dice[min(clicks, len(self.dice) - 1)]
 
     @property
@@ -67,15 +67,15 @@ class CaseResult:
         return float(trapezoid([self.after(n) for n in range(_AREA[0], _AREA[1] + 1)]))
 
     def clicks_to(self, threshold: float) -> int | None:
-        """Clicks until mean Dice reaches a threshold, 0 where it does without any; None where the robot gave up."""
+        """Return the number of clicks until mean Dice reaches a threshold; None if the robot gave up."""
         return next((n for n, dice in enumerate(self.dice[: self.cap + 1]) if dice >= threshold), None)
 
 
 @dataclass(frozen=True)
 class ClickSummary:
-    """One robot over all volumes: means, and the time of a click in seconds.
+    """Means of one robot over all volumes, and the time of a click in seconds.
 
-    ``clicks_to`` counts a volume that never reached the threshold with the cap; ``failures`` counts these volumes.
+    ``clicks_to`` counts a volume that did not reach the threshold as the cap; ``failures`` counts these volumes.
     """
 
     robot: str
@@ -156,7 +156,7 @@ def play_case(
 
 
 def summarise_clicks(results: Sequence[CaseResult]) -> list[ClickSummary]:
-    """One line per robot, in order of appearance."""
+    """Summarise each robot, in order of appearance."""
     lines = []
     for robot in dict.fromkeys(result.robot for result in results):
         own = [result for result in results if result.robot == robot]
