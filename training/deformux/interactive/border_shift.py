@@ -56,7 +56,7 @@ def border_evidence(
     Args:
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
         clicks: voxels ``(n, 3)`` by label, in any order.
-        known: cache of the surroundings of clicks by label and voxel, updated in place. It belongs to the same logits, or
+        known: cache of the surroundings of clicks by label and voxel, updated in place. It is for the same logits, or
             to another part of them that holds ``REACH`` voxels around each click.
         origin: first voxel of this part of the logits, in the coordinates of ``known``.
     """
