@@ -20,11 +20,11 @@ from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
     assignments,
-    checked_device,
     clear_errors,
     existing_folder,
     model_path,
     named_labels,
+    valid_device,
     writable_file,
     writable_folder,
 )
@@ -98,7 +98,7 @@ def fit_command(
 ) -> None:
     """Train a network on a labelled folder; under torchrun, in several processes together."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         names = named_labels(labels, existing_folder(data))
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
@@ -136,7 +136,7 @@ def predict_command(
 ) -> None:
     """Segment volumes; each result lies on its scan's own grid."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         paths = [images] if images.is_file() else find_images(existing_folder(images))
         results = dict(zip(result_names(paths), paths, strict=True))
@@ -161,7 +161,7 @@ def evaluate_command(
 ) -> None:
     """Score a model on a labelled folder: Dice per label and case."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         cases = find_cases(existing_folder(data), subset=subset or None)
         if csv_file is not None:
@@ -190,7 +190,7 @@ def clicks_command(
 ) -> None:
     """Measure what clicks buy: robots correct a labelled folder, at the centres of errors and beside them."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         cases = find_cases(existing_folder(data), subset=subset or None)
         if output is not None:
@@ -239,7 +239,7 @@ def simulate_command(
 ) -> None:
     """Compare strategies of choosing what to label, on a folder whose labels are all known."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         names = named_labels(labels, existing_folder(data))
         recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
         strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))

@@ -89,6 +89,42 @@ class ClickSummary:
     p95_s: float
 
 
+@dataclass(frozen=True)
+class _Truth:
+    """The label of a case: values ``(X, Y, Z)``, which labels were annotated ``(N,)``, voxel sizes in mm."""
+
+    values: npt.NDArray[np.uint8]
+    annotated: npt.NDArray[np.bool_]
+    spacing: tuple[float, ...]
+
+    @classmethod
+    def of(cls, case: Case, labels: Sequence[str]) -> _Truth:
+        n_labels = len(labels)
+        load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
+        label = run_transforms(load, {"image": case.image, "label": case.label})["label"]
+        return cls(
+            values=label[0].numpy().astype(np.uint8),
+            annotated=case.annotates(labels, n_labels),
+            spacing=tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float))),
+        )
+
+    def dice(self, shown: npt.NDArray[np.uint8]) -> float:
+        """Return mean Dice over the labels that are annotated and present."""
+        return self._mean(dice_per_label(*self._known(shown), len(self.annotated)))
+
+    def surface_dice(self, shown: npt.NDArray[np.uint8]) -> float:
+        """Return mean surface Dice at 2 mm over these labels."""
+        return self._mean(surface_dice_per_label(*self._known(shown), len(self.annotated), spacing_mm=self.spacing))
+
+    def _known(self, shown: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        known = self.values != UNLABELLED
+        return shown * known, self.values * known
+
+    def _mean(self, values: npt.NDArray[np.float64]) -> float:
+        values = values[self.annotated & ~np.isnan(values)]
+        return float(values.mean()) if len(values) else float("nan")
+
+
 def play_case(
     network: DeformUXNet,
     case: Case,
@@ -108,43 +144,28 @@ def play_case(
     Raises:
         InvalidVolume: the scan or its label is not usable.
     """
-    n_labels = len(labels)
-    load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    label = run_transforms(load, {"image": case.image, "label": case.label})["label"]
-    truth = label[0].numpy().astype(np.uint8)
-    spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
-    known = truth != UNLABELLED
-    annotated = case.annotates(labels, n_labels)
+    truth = _Truth.of(case, labels)
     scan = open_scan(network, case.image, prep, device=device)
-
-    def scores(shown: npt.NDArray[np.uint8], *, surface: bool) -> float:
-        pair = (shown * known, truth * known)
-        values = (
-            surface_dice_per_label(*pair, n_labels, spacing_mm=spacing) if surface else dice_per_label(*pair, n_labels)
-        )
-        values = values[annotated & ~np.isnan(values)]
-        return float(values.mean()) if len(values) else float("nan")
-
     for robot in robots:
         editor = Editor(scan, network, prep, device=device)
-        annotator = ClickAnnotator(n_labels, jitter=robot.jitter, spacing=spacing, seed=seed)
+        annotator = ClickAnnotator(len(labels), jitter=robot.jitter, spacing=truth.spacing, seed=seed)
         shown = scan.labels
-        dice, surface, seconds = [scores(shown, surface=False)], {0: scores(shown, surface=True)}, []
+        dice, surface, seconds = [truth.dice(shown)], {0: truth.surface_dice(shown)}, []
         points: dict[int, list[tuple[int, int, int]]] = {}
         for number in range(1, max(cap, CLICK_COUNTS[-1]) + 1):
             if number > CLICK_COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
                 break
-            clicks = annotator.clicks(truth, shown, annotated=np.array([True, *annotated]))
+            clicks = annotator.clicks(truth.values, shown, annotated=np.array([True, *truth.annotated]))
             if not clicks:
                 break
             points.setdefault(clicks[0].label, []).append(clicks[0].voxel)
             began = time.perf_counter()
             shown = editor.apply(points)
             seconds.append(time.perf_counter() - began)
-            dice.append(scores(shown, surface=False))
+            dice.append(truth.dice(shown))
             if number in CLICK_COUNTS:
-                surface[number] = scores(shown, surface=True)
-        last = scores(shown, surface=True)
+                surface[number] = truth.surface_dice(shown)
+        last = truth.surface_dice(shown)
         yield CaseResult(
             case=case.id,
             robot=robot.name,
