@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from deformux.networks import blocks
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS
 
 CHANNELS = (48, 96, 192, 384)
 

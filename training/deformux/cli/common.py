@@ -91,7 +91,7 @@ class ProgressBar(Progress):
 
 @contextmanager
 def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """Show a bar that says what is being done, and the time since the start and to the end."""
+    """Show a progress bar under a title, with elapsed and remaining time."""
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),

@@ -1,7 +1,7 @@
 """The ``deformux`` command: train, apply and score on plain NIfTI folders.
 
-This module and what it imports stay light: PyTorch and MONAI take seconds to import, and ``--help`` or a wrong argument
-needs neither. Each command checks its arguments first, and then imports the module that does the work.
+This module and its imports stay light: PyTorch and MONAI take seconds to import, and ``--help`` or a wrong argument
+needs neither. Each command checks its arguments first, then imports the module that does the work.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ TestFraction = Annotated[
 
 
 @app.callback()
-def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is being done.")] = False) -> None:
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
@@ -92,7 +92,7 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -184,7 +184,7 @@ def clicks_command(
     jitter: Annotated[
         float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -220,7 +220,7 @@ def simulate_command(
     rounds: Annotated[int, typer.Option(help="Trainings per strategy and seed.", min=1)] = 6,
     batch: Annotated[int, typer.Option(help="Volumes labelled after each.", min=1)] = 5,
     start: Annotated[int, typer.Option(help="Volumes labelled before the first.", min=1)] = 5,
-    seeds: Annotated[int, typer.Option(help="How often everything is repeated.", min=1, max=1000)] = 5,
+    seeds: Annotated[int, typer.Option(help="Number of repetitions of everything.", min=1, max=1000)] = 5,
     first_seed: FirstSeed = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
     continue_steps: ContinueSteps = 0,

@@ -96,7 +96,7 @@ def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
     """Say how many voxels of a scan ``LoadVolumed`` filled, as a sentence without a full stop; None if none.
 
     Args:
-        image: the scan, or what ``RestoreGridd`` made of it.
+        image: the scan, or the result of ``RestoreGridd``.
         of: words that name the scan, such as ``of this scan``.
     """
     n = int(image.meta.get("non_finite", 0))
