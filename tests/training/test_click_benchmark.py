@@ -1,4 +1,4 @@
-"""What clicks buy, as ``deformux clicks`` measures it: against sums by hand and the evaluation that is there."""
+"""Results of ``deformux clicks``, against sums by hand and ``evaluate``."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Edits by clicks: exact where exactness is promised, in the right place on any grid, and useful on real scans."""
+"""Edits by clicks: exact as promised, in the right place on any grid, and useful on real scans."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -32,7 +32,7 @@ RESAMPLED = Preprocessing("ct", spacing_mm=(2.6, 1.4, 3.0), patch_size=(WINDOW,)
 
 @pytest.fixture(scope="module")
 def network() -> Callable[[int], DeformUXNet]:
-    """Untrained networks whose guidance has random weights, so that clicks change a lot."""
+    """Build untrained networks whose guidance has random weights, so that clicks change a lot."""
 
     def build(n_labels: int) -> DeformUXNet:
         torch.manual_seed(n_labels)
@@ -46,7 +46,7 @@ def network() -> Callable[[int], DeformUXNet]:
 
 
 def random_clicks(shape: Sequence[int], n_labels: int, count: int, seed: int) -> Clicks:
-    """Clicks of all labels at different voxels, some side by side."""
+    """Return clicks of all labels at different voxels, some of them adjacent."""
     rng = np.random.default_rng(seed)
     clicks: Clicks = {}
     taken = set()
@@ -103,12 +103,12 @@ def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write
     for clicks, mask in ((few, first), (more, second)):
         for label, voxels in clicks.items():
             assert all(mask[voxel] == label for voxel in voxels)
-        # Nothing becomes a label that nobody clicked.
+        # No voxel gets a label that was not clicked.
         changed = mask != scan.labels
         assert set(np.unique(mask[changed])) <= set(clicks)
 
 
-def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_case) -> None:
+def test_changes_stay_near_their_click_and_connected_with_it(network, write_case) -> None:
     size = (110, 34, 40)
     case = write_case("a", size=size)
     net = network(2)
@@ -116,7 +116,7 @@ def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_
     clicks = {1: [(8, 20, 10)], 2: [(70, 9, 30), (71, 9, 30)], 0: [(100, 30, 5)]}
     mask = Editor(scan, net, NATIVE).apply(clicks)
     changed = mask != scan.labels
-    assert changed.sum() > 50  # the test is about something
+    assert changed.sum() > 50  # the test covers something
     distance = np.full(size, 10**6)
     for voxels in clicks.values():
         for voxel in voxels:
@@ -124,7 +124,7 @@ def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_
             distance = np.minimum(distance, away)
     assert distance[changed].max() < WINDOW
     for label, voxels in clicks.items():
-        # Gaps of up to two voxels do not part what belongs together.
+        # Parts stay connected across gaps of up to two voxels.
         near = ndimage.binary_dilation(changed & (mask == label), np.ones((3, 3, 3)))
         components, count = ndimage.label(near, np.ones((3, 3, 3)))
         clicked = {int(components[voxel]) for voxel in voxels} - {0}
@@ -152,7 +152,7 @@ def test_an_edit_starts_from_the_mask_on_the_screen(network, write_case, oblique
 
 
 def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-    """Segments a ball about each click, by the clicks' own maps."""
+    """Segment a ball around each click, from the clicks' maps."""
     logits = 20 * guidance[:, : (guidance.shape[1] + 1) // 2] - 10
     logits[:, 0] += 5
     return logits
@@ -161,7 +161,7 @@ def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("prep", [NATIVE, RESAMPLED], ids=["native", "resampled"])
 @pytest.mark.parametrize("size", [(70, 45, 36), (24, 20, 12), (40, 36, 1)])
 def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case, oblique: np.ndarray) -> None:
-    """Through orientation, resampling, windows and padding: the ball drawn for a click is centred on it."""
+    """The ball drawn for a click is centred on it, through orientation, resampling, windows and padding."""
     case = write_case("a", size=size, affine=oblique)
     image = run_transforms(inference_transforms(prep), {"image": case.image})["image"]
     background = torch.zeros(3, *image.shape[1:])
@@ -175,7 +175,7 @@ def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case
         click = tuple(int(part * n) for part, n in zip(corner, size, strict=True))
         mask = editor.apply({2: [click]})
         assert set(np.unique(mask)) == {0, 2}
-        # The volume's border cuts balls: what is left is closer to the click than its radius.
+        # The volume's border cuts balls, and moves their centre by less than their radius.
         offset = nib.affines.apply_affine(oblique, np.argwhere(mask == 2)) - nib.affines.apply_affine(oblique, click)
         free = min(min(v, n - 1 - v) if n > 1 else 9 for v, n in zip(click, size, strict=True))
         if free >= 6:
@@ -200,7 +200,7 @@ def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
 
 
 def test_a_click_counts_for_its_own_region_only(write_case) -> None:
-    """Two regions around corners, whose boxes overlap; a third lies in the box around both, and touches neither's."""
+    """The boxes of two regions around corners overlap; a third region lies in the box of both and touches neither."""
     size = (40, 24, 12)
     case = write_case("a", size=size)
     image = run_transforms(inference_transforms(NATIVE), {"image": case.image})["image"]
@@ -254,7 +254,7 @@ def test_an_impossible_click_is_refused(clicks: Mapping, reason: str, network, w
 
 
 @pytest.mark.parametrize("size", [(122, 101, 112), (512, 30, 65), (33, 32, 31), (1, 70, 200)])
-def test_every_voxel_has_one_window_that_sees_enough_of_it(size: tuple[int, int, int]) -> None:
+def test_every_voxel_has_one_window_with_enough_around_it(size: tuple[int, int, int]) -> None:
     window = edit_window((96, 96, 96))
     lattice = Lattice(size, window)
     for axis, (length, side) in enumerate(zip(size, window, strict=True)):
@@ -267,7 +267,7 @@ def test_every_voxel_has_one_window_that_sees_enough_of_it(size: tuple[int, int,
                 tuple(zip(*box, strict=True))[axis] for box in (lattice.inside(cell), lattice.sight(cell))
             )
             assert 0 <= start <= sight[0] <= at < sight[1] <= stop <= length
-            # A fifth of the window on both sides of the click, as far as there is volume.
+            # A fifth of the window on both sides of the click, within the volume.
             assert at - start >= min(at, side // 5)
             assert stop - 1 - at >= min(length - 1 - at, side // 5)
             weights = lattice.weights(cell)[axis]
@@ -287,7 +287,7 @@ def test_the_window_follows_the_patch() -> None:
 
 @pytest.fixture(scope="module")
 def hippocampus(shared_data: Path) -> list[tuple[Case, np.ndarray, OpenScan]]:
-    """A few held-out real scans, their true labels and what the shipped model makes of them."""
+    """Return a few held-out real scans, their true labels and the shipped model's segmentations."""
     net, card = load_model(pretrained_path("hippocampus"))
     cases = find_cases(shared_data / "hippocampus", subset="val")[::20]
     return [
@@ -300,8 +300,8 @@ def hippocampus(shared_data: Path) -> list[tuple[Case, np.ndarray, OpenScan]]:
     ]
 
 
-def test_correct_clicks_only_help_where_they_are(hippocampus) -> None:
-    """Each further click improves its label's Dice around the error that it was placed in, and the whole in the end."""
+def test_correct_clicks_help_around_their_place(hippocampus) -> None:
+    """Each click improves its label's Dice around the error it was placed in, and all together the whole."""
     net, card = load_model(pretrained_path("hippocampus"))
     net = with_guidance(net).eval()
     for _, truth, scan in hippocampus:

@@ -1,4 +1,4 @@
-"""Preprocessing and its way back, against nibabel and scipy."""
+"""Preprocessing and restoring, against nibabel and scipy."""
 
 from pathlib import Path
 
@@ -56,7 +56,7 @@ def test_the_networks_grid_is_right_anterior_superior(write_case, oblique: np.nd
     assert nib.aff2axcodes(image.affine.numpy()) == ("R", "A", "S")
 
 
-def test_spacing_is_as_asked(write_case, oblique: np.ndarray) -> None:
+def test_spacing_is_the_requested_one(write_case, oblique: np.ndarray) -> None:
     case = write_case("a", affine=oblique)
     image = run_transforms(
         inference_transforms(Preprocessing("ct", spacing_mm=(1.5, 2.0, 2.5))), {"image": case.image}
@@ -78,7 +78,7 @@ def test_labels_come_back_on_the_scans_own_grid(write_case, oblique: np.ndarray,
     if spacing is None:
         np.testing.assert_array_equal(restored[0].numpy(), truth)
     else:
-        # Through a finer grid nothing but single voxels on an edge may change.
+        # Through a finer grid only single voxels on an edge may change.
         for label in (1, 2):
             a, b = restored[0].numpy() == label, truth == label
             assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.95

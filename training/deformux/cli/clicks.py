@@ -37,7 +37,7 @@ def correct_by_robots(
     device: str,
     threads: int,
 ) -> None:
-    """Let robots correct volumes by clicks, print what each reached, and write it into a folder where one is given.
+    """Let robots correct volumes by clicks; print the results, and write them into a folder if one is given.
 
     Args:
         model: file of the model.
@@ -74,7 +74,7 @@ def correct_by_robots(
                 results.append(result)
                 bar.update(task, advance=1, description=f"{result.case}: Dice {result.after(CLICK_COUNTS[-1]):.3f}")
             if output is not None:
-                # A run that is stopped leaves what it has.
+                # A stopped run keeps its results so far.
                 write_click_report(output, results, model=title, device=device_name(where))
     console.print(_table(summarise_clicks(results), title=f"{title} on {len(cases)} volumes"))
     if output is not None:

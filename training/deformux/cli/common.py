@@ -32,7 +32,6 @@ __all__ = [
     "MOST_THREADS",
     "ProgressBar",
     "assignments",
-    "checked_device",
     "clear_errors",
     "console",
     "existing_folder",
@@ -40,6 +39,7 @@ __all__ = [
     "named_labels",
     "print_sentences",
     "timed_bar",
+    "valid_device",
     "writable_file",
     "writable_folder",
 ]
@@ -91,7 +91,7 @@ class ProgressBar(Progress):
 
 @contextmanager
 def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """Show a bar that says what is being done, and the time since the start and to the end."""
+    """Show a progress bar under a title, with elapsed and remaining time."""
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),
@@ -125,8 +125,8 @@ def clear_errors(*others: type[Exception]) -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def checked_device(name: str) -> str:
-    """Return the device of an option; raise ValueError where it names none. PyTorch knows whether it is there."""
+def valid_device(name: str) -> str:
+    """Return the device of an option, there or not; raise ValueError if it does not name one."""
     if not _DEVICE.fullmatch(name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
     return name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deformux.cli.common import checked_device
+from deformux.cli.common import valid_device
 
 __all__ = ["device_name", "torch_device", "use_threads"]
 
@@ -17,7 +17,7 @@ def use_threads(threads: int) -> None:
 
 def torch_device(name: str) -> str:
     """Return the device of an option, ``auto`` resolved; raise ValueError where this machine has no such device."""
-    if checked_device(name) == "auto":
+    if valid_device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("this machine has no usable CUDA device; use --device cpu")

@@ -24,7 +24,7 @@ __all__ = ["score_on_folder"]
 def score_on_folder(
     model: Path, cases: Sequence[Case], *, title: str, csv_file: Path | None, device: str, threads: int
 ) -> None:
-    """Print the Dice of each label, and write that of each case to a CSV file where one is given.
+    """Print the Dice of each label, and write that of each case to a CSV file if one is given.
 
     Args:
         model: file of the model.

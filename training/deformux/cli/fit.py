@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,7 +59,7 @@ def train_on_folder(
         if start_from:
             warm_start(network, start_from[1])
         training, held_out = _split(cases, validate)
-        # A folder of its own: what a killed process was writing goes with it.
+        # A folder of its own: unfinished files of killed processes go with it.
         kept = output.with_suffix(".resume")
         result = _fit(
             network,
@@ -73,25 +74,34 @@ def train_on_folder(
         )
         if not ranks.is_writer:
             return
-        card = ModelCard(
-            labels=tuple(labels),
-            preprocessing=prep,
-            preset=preset,
-            network_options=network_options(network),
-            parent=start_from[0] if start_from else None,
-            training_cases=tuple(case.id for case in training),
-            training_labels={case.id: label_checksum(case) for case in training},
-            recipe=recipe.to_dict(),
-            seed=seed,
-            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
-            seconds=round(result.seconds, 1),
-            device=device_name(ranks.device),
-        )
-        save_model(output, network, card)
+        card = ModelCard(tuple(labels), prep, preset, parent=start_from[0] if start_from else None, seed=seed)
+        save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:
             console.print(f"went on after step {result.resumed_from}")
         console.print(f"{output}: {len(training)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}")
+
+
+def _card(
+    card: ModelCard,
+    network: DeformUXNet,
+    training: Sequence[Case],
+    recipe: Recipe,
+    result: FitResult,
+    *,
+    device: str,
+) -> ModelCard:
+    """Add a training and its result to a card."""
+    return dataclasses.replace(
+        card,
+        network_options=network_options(network),
+        training_cases=tuple(case.id for case in training),
+        training_labels={case.id: label_checksum(case) for case in training},
+        recipe=recipe.to_dict(),
+        validation={"mean_dice": result.best_dice, "per_case": result.per_case},
+        seconds=round(result.seconds, 1),
+        device=device_name(device),
+    )
 
 
 def _split(cases: Sequence[Case], validate: int) -> tuple[list[Case], list[Case]]:

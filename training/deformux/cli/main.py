@@ -1,7 +1,7 @@
 """The ``deformux`` command: train, apply and score on plain NIfTI folders.
 
-This module and what it imports stay light: PyTorch and MONAI take seconds to import, and ``--help`` or a wrong argument
-needs neither. Each command checks its arguments first, and then imports the module that does the work.
+This module and its imports stay light: PyTorch and MONAI take seconds to import, and ``--help`` or a wrong argument
+needs neither. Each command checks its arguments first, then imports the module that does the work.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
     assignments,
-    checked_device,
     clear_errors,
     existing_folder,
     model_path,
     named_labels,
+    valid_device,
     writable_file,
     writable_folder,
 )
@@ -67,7 +67,7 @@ TestFraction = Annotated[
 
 
 @app.callback()
-def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is being done.")] = False) -> None:
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
@@ -92,13 +92,13 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
     """Train a network on a labelled folder; under torchrun, in several processes together."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         names = named_labels(labels, existing_folder(data))
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
@@ -136,7 +136,7 @@ def predict_command(
 ) -> None:
     """Segment volumes; each result lies on its scan's own grid."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         paths = [images] if images.is_file() else find_images(existing_folder(images))
         results = dict(zip(result_names(paths), paths, strict=True))
@@ -161,7 +161,7 @@ def evaluate_command(
 ) -> None:
     """Score a model on a labelled folder: Dice per label and case."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         cases = find_cases(existing_folder(data), subset=subset or None)
         if csv_file is not None:
@@ -184,13 +184,13 @@ def clicks_command(
     jitter: Annotated[
         float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
     """Measure what clicks buy: robots correct a labelled folder, at the centres of errors and beside them."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         file = model_path(model)
         cases = find_cases(existing_folder(data), subset=subset or None)
         if output is not None:
@@ -220,7 +220,7 @@ def simulate_command(
     rounds: Annotated[int, typer.Option(help="Trainings per strategy and seed.", min=1)] = 6,
     batch: Annotated[int, typer.Option(help="Volumes labelled after each.", min=1)] = 5,
     start: Annotated[int, typer.Option(help="Volumes labelled before the first.", min=1)] = 5,
-    seeds: Annotated[int, typer.Option(help="How often everything is repeated.", min=1, max=1000)] = 5,
+    seeds: Annotated[int, typer.Option(help="Number of repetitions of everything.", min=1, max=1000)] = 5,
     first_seed: FirstSeed = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
     continue_steps: ContinueSteps = 0,
@@ -239,7 +239,7 @@ def simulate_command(
 ) -> None:
     """Compare strategies of choosing what to label, on a folder whose labels are all known."""
     with clear_errors():
-        checked_device(device)
+        valid_device(device)
         names = named_labels(labels, existing_folder(data))
         recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
         strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))

@@ -24,7 +24,7 @@ __all__ = ["segment_files"]
 
 
 def segment_files(model: Path, results: Mapping[str, Path], output: Path, *, device: str, threads: int) -> None:
-    """Segment volumes into a folder, and say which could not be read.
+    """Segment volumes into a folder, and list those that could not be read.
 
     Args:
         model: file of the model.

@@ -49,7 +49,7 @@ def simulate_on_folder(
     device: str,
     threads: int,
 ) -> None:
-    """Play on labelled volumes what the options of the command say; see ``SimulationPlan``."""
+    """Run a simulation with the options of the command on labelled volumes; see ``SimulationPlan``."""
     with clear_errors(TrainingError):
         use_threads(threads)
         plan = SimulationPlan(
@@ -73,7 +73,7 @@ def simulate_on_folder(
 def play(
     plan: SimulationPlan, cases: Sequence[Case], output: Path, *, test_fraction: float, console: Console = console
 ) -> list[CurveSummary]:
-    """Run a simulation with a progress bar; write its tables and plot after each round, and print the summary."""
+    """Simulate with a progress bar; write tables and plot after each round, and print the summary."""
     pool, test = held_out(cases, test_fraction)
     total = len(plan.strategies) * len(plan.seeds) * plan.rounds
     done: list[SimulatedRound] = []

@@ -35,7 +35,7 @@ Reason = Annotated[str, typer.Option(help="Kept in the history.")]
 
 @app.command(name="list")
 def list_command(folder: Folder) -> None:
-    """List all versions, and what was published when."""
+    """List all versions, and the history of publications."""
     with clear_errors():
         versions = _open(folder)
         table = Table("version", "created", "parent", "cases", "validation Dice", "", title=str(versions.root))
@@ -56,7 +56,7 @@ def list_command(folder: Folder) -> None:
 
 @app.command(name="show")
 def show_command(folder: Folder, name: Name) -> None:
-    """Print the card of a version: where it comes from, and why it was published or not."""
+    """Print the card of a version: its origin, and why it was published or not."""
     with clear_errors():
         _console().print_json(_open(folder).card(name).to_json())
 
@@ -71,7 +71,7 @@ def publish_command(folder: Folder, name: Name, reason: Reason = "published by h
 
 @app.command(name="rollback")
 def rollback_command(folder: Folder, reason: Reason = "rolled back") -> None:
-    """Serve what was published before; again goes further back."""
+    """Serve the version published before; repeat to go further back."""
     with clear_errors():
         name = _open(folder).rollback(reason, by=getpass.getuser())
         _console().print(f"{name} is published again")
@@ -83,7 +83,7 @@ def pin_command(
     name: Annotated[str, typer.Argument(help="Name of a version; default: the published one.")] = "",
     reason: Reason = "pinned",
 ) -> None:
-    """Serve this version until unpin, whatever trainings give."""
+    """Serve this version until it is unpinned, whatever trainings publish."""
     with clear_errors():
         pinned = _open(folder).pin(name or None, reason, by=getpass.getuser())
         _console().print(f"{pinned} is published and pinned")

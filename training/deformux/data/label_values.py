@@ -9,17 +9,17 @@ from deformux.data.header import InvalidVolume
 
 __all__ = ["UNLABELLED", "check_label_values"]
 
-# The value of voxels that nobody has labelled: neither background nor any structure.
+# Value of unlabelled voxels: neither background nor any structure.
 UNLABELLED = 255
 # Values of a label above this are not shown: they can be anything.
 _LARGEST_SHOWN = 65_535
 
 
 def check_label_values(name: str, values: npt.NDArray, n_labels: int, *, unlabelled: bool) -> None:
-    """Refuse a label with other values than 0..n_labels, and 255 where ``unlabelled`` says so.
+    """Refuse a label with values other than 0..n_labels, and 255 if ``unlabelled`` allows it.
 
     Raises:
-        InvalidVolume: it has others, or nothing but 255.
+        InvalidVolume: it holds other values, or only 255.
     """
     found = _distinct(values)
     if unlabelled:
@@ -32,7 +32,7 @@ def check_label_values(name: str, values: npt.NDArray, n_labels: int, *, unlabel
 
 
 def _distinct(values: npt.NDArray) -> npt.NDArray:
-    """The different values, without sorting where they are what labels have."""
+    """Return the different values; small whole numbers need no sorting."""
     with np.errstate(invalid="ignore"):
         whole = values.astype(np.uint16)
     if (whole == values).all():
@@ -41,7 +41,7 @@ def _distinct(values: npt.NDArray) -> npt.NDArray:
 
 
 def _shown_values(values: npt.NDArray, most: int = 6) -> str:
-    """The first values, where they can be those of a label."""
+    """List the first values, if a label could have them."""
     if not (values == np.round(values)).all() or np.abs(values).max() > _LARGEST_SHOWN:
         return "values that no label has"
     text = ", ".join(f"{value:g}" for value in values[:most])

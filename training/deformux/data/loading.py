@@ -51,7 +51,7 @@ class LoadVolumed(MapTransform):
 class LoadLabeld(MapTransform):
     """Read a label volume ``(1, X, Y, Z)`` that must lie on the image's grid and hold whole numbers 0..n_labels.
 
-    With ``unlabelled`` a label may also hold 255, for voxels that nobody has labelled.
+    With ``unlabelled`` a label may also hold 255, for unlabelled voxels.
 
     Raises:
         InvalidVolume: another grid, other values, or unreadable.
@@ -78,7 +78,7 @@ class LoadLabeld(MapTransform):
             with open_volume(path) as opened:
                 header = opened.header
                 difference = geometry_difference(image.shape[1:], image.affine, header.shape, header.affine)
-                # Before anything is decompressed.
+                # Check before decompressing anything.
                 if difference:
                     raise InvalidVolume(f"label {path.name} is not on its image's grid: {difference}")
                 if header.layers > 1:
@@ -86,17 +86,17 @@ class LoadLabeld(MapTransform):
                 volume = opened.read()
             check_label_values(path.name, volume.values, self.n_labels, unlabelled=self.unlabelled)
             label = _tensor(volume, path)
-            # The same file geometry, up to rounding in the header, so that both are resampled alike.
+            # They agree up to rounding in the header; take one affine, so that both are resampled alike.
             label.affine = image.affine
             d[key] = label
         return d
 
 
 def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
-    """How many voxels of a scan ``LoadVolumed`` gave an intensity, as a sentence without a full stop; None for none.
+    """Say how many voxels of a scan ``LoadVolumed`` filled, as a sentence without a full stop; None if none.
 
     Args:
-        image: the scan, or what ``RestoreGridd`` made of it.
+        image: the scan, or the result of ``RestoreGridd``.
         of: words that name the scan, such as ``of this scan``.
     """
     n = int(image.meta.get("non_finite", 0))
@@ -107,7 +107,7 @@ def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
 
 
 def _tensor(volume: Volume, path: Path, **meta: Any) -> MetaTensor:
-    """A volume ``(1, X, Y, Z)`` with its affine in RAS millimetres."""
+    """Return a volume ``(1, X, Y, Z)`` with its affine in RAS millimetres."""
     meta |= {
         "filename_or_obj": str(path),
         "original_affine": volume.affine,
@@ -118,7 +118,7 @@ def _tensor(volume: Volume, path: Path, **meta: Any) -> MetaTensor:
 
 
 def _fill_non_finite(volume: Volume, name: str) -> int:
-    """Give voxels that are not finite the lowest intensity of the others, and return their number."""
+    """Give non-finite voxels the lowest intensity of the others; return how many there are."""
     if volume.header.is_whole:
         return 0
     values = volume.values

@@ -1,4 +1,4 @@
-"""The segments of a ``.seg.nrrd`` file: by the value, the layer and the name that its header gives each of them."""
+"""Segments of ``.seg.nrrd`` files: the value, layer and name that the header gives each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Segment", "labels_of_segments", "segments_of"]
 
-# Segments of clients that stand for no label.
+# Names of segments that are not labels.
 _BACKGROUND = ("background",)
 
 
@@ -28,9 +28,9 @@ class Segment:
 
 
 def segments_of(name: str, header: VolumeHeader) -> tuple[Segment, ...]:
-    """The segments that a header names, in its order.
+    """Return the segments that a header names, in its order.
 
-    Files of before Slicer 4.11 give no values and layers: each segment has a layer of its own, with ones in it.
+    Files from before Slicer 4.11 give no values and layers: each segment has its own layer, filled with ones.
 
     Raises:
         InvalidVolume: a value or a layer is not a number, or there is no such layer.
@@ -52,13 +52,13 @@ def segments_of(name: str, header: VolumeHeader) -> tuple[Segment, ...]:
 def labels_of_segments(
     name: str, layers: npt.NDArray, segments: tuple[Segment, ...], labels: Mapping[str, int]
 ) -> npt.NDArray[np.uint8]:
-    """Labels ``(X, Y, Z)`` of the segments in layers ``(L, X, Y, Z)``, found by their names.
+    """Return labels ``(X, Y, Z)`` of the segments in layers ``(L, X, Y, Z)``, found by name.
 
-    Voxels of 255 that no segment claims are unlabelled. Labels exclude each other, segments need not.
+    Voxels of 255 outside all segments are unlabelled. Labels exclude each other; segments need not.
 
     Raises:
-        InvalidVolume: a segment that is not empty is no label, two of different labels overlap, or there are voxels of
-            no segment.
+        InvalidVolume: a segment with voxels is not a label, segments of different labels overlap, or voxels lie
+            outside all segments.
     """
     found = np.zeros(layers.shape[1:], dtype=np.uint8)
     owner = np.zeros(layers.shape[1:], dtype=np.uint16)

@@ -37,7 +37,7 @@ __all__ = [
 
 
 class RestoreGridd(MapTransform):
-    """Logits ``(C, x, y, z)`` of the preprocessed image to labels ``(1, X, Y, Z)``, uint8, on the scan's own grid."""
+    """Turn logits ``(C, x, y, z)`` of a preprocessed image into labels ``(1, X, Y, Z)``, uint8, on its scan's grid."""
 
     def __init__(self, keys: str | tuple[str, ...] = "pred", *, image_key: str = "image") -> None:
         super().__init__(keys)
@@ -55,9 +55,9 @@ class RestoreGridd(MapTransform):
 
 
 def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:
-    """Dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
+    """Return dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
 
-    On a GPU all but the reading is computed there and the result stays there, if there is enough memory.
+    On a GPU with enough memory everything but reading is computed there, and the result stays there.
     """
     steps = [*_to_network_grid(prep, ("image",)), *_intensity(prep)]
     if torch.device(device).type == "cuda":
@@ -66,7 +66,7 @@ def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "c
 
 
 def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
-    """As ``inference_transforms``, with the path under ``label`` on the same grid: the fixed part of training."""
+    """Return ``inference_transforms`` that also bring the path under ``label`` to the same grid, for training."""
     return [
         LoadVolumed("image"),
         _BoundedGrid(prep),
@@ -77,12 +77,12 @@ def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform
 
 
 def label_grid_transforms(prep: Preprocessing, key: str = "label") -> list[Transform]:
-    """Dictionary transforms that bring label values ``(1, X, Y, Z)`` on a scan's grid to the network's."""
+    """Return dictionary transforms that bring label values ``(1, X, Y, Z)`` on a scan's grid to the network's."""
     return _to_network_grid(prep, (key,))
 
 
 def run_transforms(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-    """Run transforms one after another; what they raise stays what it is, unlike under MONAI's Compose."""
+    """Run transforms one after another; their errors pass unchanged, unlike in MONAI's Compose."""
     d = dict(data)
     for transform in transforms:
         d = transform(d)
@@ -90,12 +90,12 @@ def run_transforms(transforms: Sequence[Transform], data: Mapping[Hashable, Any]
 
 
 def restore_transforms() -> list[Transform]:
-    """Dictionary transforms that turn the logits under ``pred`` into labels on the original grid of ``image``."""
+    """Return dictionary transforms that turn logits under ``pred`` into labels on the original grid of ``image``."""
     return [RestoreGridd("pred")]
 
 
 class _OnDevice(Transform):
-    """Runs other transforms of an image on a GPU, or where it is if the GPU has too little memory."""
+    """Runs other transforms of an image on a GPU, or in place if the GPU has too little memory."""
 
     def __init__(self, steps: Sequence[Transform], device: str | torch.device) -> None:
         self.steps, self.device = steps, device
@@ -108,7 +108,7 @@ class _OnDevice(Transform):
 
 
 class _BoundedGrid(Transform):
-    """Refuses a scan that would be too large once it is resampled, such as one whose voxels are metres wide."""
+    """Refuses a scan that would be too large once resampled, such as one whose voxels are metres wide."""
 
     def __init__(self, prep: Preprocessing) -> None:
         self.prep = prep

@@ -30,11 +30,22 @@ def evaluate(
     on_case: Callable[[Case, np.ndarray], None] | None = None,
     on_warning: Callable[[Case, str], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Dice of each label of each case, on the scans' own grids: case id to ``n_labels`` values, NaN where absent.
+    """Score a network by Dice on the scans' own grids.
 
-    Voxels that nobody labelled (255) do not count, and a label for which a case was not annotated is NaN; for the
-    latter, the names of the ``labels`` 1..N must be given. ``on_case`` takes each case and its values, ``on_warning``
-    each case whose scan holds voxels that are not finite, and a sentence about them.
+    Unlabelled voxels (255) do not count.
+
+    Args:
+        network: a network, or the result of ``prepared``.
+        cases: labelled volumes.
+        prep: the model's preprocessing.
+        n_labels: labels 1..N.
+        labels: names of labels 1..N; needed for cases that are annotated for some labels only.
+        device: where to compute.
+        on_case: takes each case and its values.
+        on_warning: takes each case whose scan holds voxels that are not finite, and a sentence about them.
+
+    Returns:
+        Case id to ``n_labels`` values; NaN where a label is absent, or was not annotated.
 
     Raises:
         InvalidVolume: a scan or a label is not usable.

@@ -18,18 +18,18 @@ from deformux.networks.precision import mixed_precision
 
 __all__ = ["Network", "WindowInferer", "segment", "sliding_window", "volume_logits"]
 
-# A network, or what ``prepared`` made of one, for several volumes.
+# A network, or the result of ``prepared``, for several volumes.
 Network: TypeAlias = nn.Module | CapturedNetwork
 
 
 class WindowInferer(Inferer):
     """MONAI's sliding window with Gaussian blending.
 
-    Takes ``(N, C, D, H, W)`` and returns float32 logits ``(N, classes, D, H, W)`` on the input's device.
+    It takes ``(N, C, D, H, W)`` and returns float32 logits ``(N, classes, D, H, W)`` on the input's device.
 
     Args:
         window: voxels.
-        overlap: part of a window that its neighbour repeats, 0 to below 1.
+        overlap: share of a window that its neighbour covers too, 0 to below 1.
         progress: show a bar over the windows.
     """
 
@@ -44,8 +44,8 @@ class WindowInferer(Inferer):
         at_once = 1
         if isinstance(network, BatchedNetwork):
             at_once = min(network.batch_size(self.window), self._count(plain.shape[2:]) * len(plain))
-        # A volume smaller than the window is padded as in training, about its centre and with its border: the network
-        # has learnt what a margin looks like, and on the hippocampus data loses 0.02 Dice without one.
+        # A volume smaller than the window is padded as in training, around its centre with its border. The network
+        # has learnt what a margin looks like, and loses 0.02 Dice on the hippocampus data without one.
         slide = SlidingWindowInferer(
             self.window,
             sw_batch_size=at_once,
@@ -58,7 +58,7 @@ class WindowInferer(Inferer):
         def run(patch: Tensor) -> Tensor:
             count = len(patch)
             if count < at_once:
-                # The last ones: a network that captures its calls knows the full number.
+                # The last windows: a captured network expects the full number.
                 patch = torch.cat([patch, patch[-1:].expand(at_once - count, *patch.shape[1:])])
             with mixed_precision(patch.device):
                 return network(patch, *args, **kwargs)[:count].float()
@@ -66,7 +66,7 @@ class WindowInferer(Inferer):
         return slide(plain, run)
 
     def _count(self, size: Sequence[int]) -> int:
-        """The number of windows that cover a volume."""
+        """Return the number of windows that cover a volume."""
         count = 1
         for length, window in zip(size, self.window, strict=True):
             step = max(1, int(window * (1 - self.overlap)))
@@ -75,7 +75,7 @@ class WindowInferer(Inferer):
 
 
 def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool = False) -> WindowInferer:
-    """The inferer for volumes that ``inference_transforms(prep)`` made."""
+    """Return the inferer for results of ``inference_transforms(prep)``."""
     return WindowInferer(prep.patch_size, overlap=overlap, progress=progress)
 
 
@@ -83,7 +83,7 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
 def volume_logits(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """A preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
+    """Return a preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -96,10 +96,32 @@ def volume_logits(
 def segment(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """Labels ``(1, X, Y, Z)``, uint8, on the scan's own grid, and probabilities ``(C, x, y, z)`` on the network's.
+    """Segment a scan: labels ``(1, X, Y, Z)``, uint8, on its own grid, probabilities ``(C, x, y, z)`` on the network's.
+
+    Args:
+        network: a network, or the result of ``prepared`` for several volumes.
+        image_path: the scan: NIfTI, NRRD or MetaImage.
+        prep: the model's preprocessing.
+        device: where to compute.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import nibabel as nib
+        >>> import numpy as np
+        >>> from deformux import DeformUXNet, Preprocessing, segment
+        >>> hu = np.random.default_rng(0).normal(40, 20, size=(20, 24, 12)).astype(np.float32)
+        >>> network = DeformUXNet(in_channels=1, out_channels=3, preset="tiny")
+        >>> prep = Preprocessing(modality="ct", patch_size=(16, 16, 16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     scan = Path(folder) / "scan.nii.gz"
+        ...     nib.save(nib.Nifti1Image(hu, np.diag([1.5, 1.5, 3.0, 1.0])), scan)
+        ...     labels, probabilities = segment(network, scan, prep)
+        >>> labels.shape, probabilities.shape
+        (torch.Size([1, 20, 24, 12]), torch.Size([3, 20, 24, 12]))
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
     restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})

@@ -1,4 +1,4 @@
-"""Tables and plot of what simulated annotators reached by clicks."""
+"""Tables and a plot of the click benchmark."""
 
 from __future__ import annotations
 

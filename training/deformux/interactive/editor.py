@@ -1,7 +1,7 @@
-"""Corrections by clicks: only what the clicks touch is computed, and only what they ask for changes.
+"""Corrections by clicks: only windows around clicks are computed, and only what clicks ask for changes.
 
-The result is a function of the scan, the weights, the mask to start from and the set of clicks: neither their order
-nor earlier results matter, so taking a click back gives the earlier mask exactly. What is kept saves time only.
+The result is a function of the scan, the weights, the mask to start from and the set of clicks. Neither their order nor
+earlier results matter, so taking a click back gives the earlier mask exactly. Caches only save time.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ ClickPoints = Mapping[int, Sequence[Sequence[int]]]
 # From a window (1, 1, x, y, z) and its guidance to logits (1, C, x, y, z).
 GuidedNetwork = Callable[[Tensor, Tensor], Tensor]
 
-# How far the logit of a label is raised beyond all others where the mask to start from has it.
+# Lead over all others to which the logit of a label is raised where the mask to start from has it.
 _MARGIN = 1.0
 
 
 @dataclass(frozen=True)
 class _Patch:
-    """What a piece of overlapping changes writes into a mask: ``labels`` where ``won``, both of a ``box`` of it."""
+    """Effect of a piece of overlapping changes on a mask: ``labels`` where ``won``, both inside ``box``."""
 
     box: Box
     won: npt.NDArray[np.bool_]
@@ -49,34 +49,33 @@ class _Patch:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes beside the changes."""
+        """Bytes of memory that the patch takes beside the changes."""
         return self.won.nbytes + self.labels.nbytes
 
 
-# By what identifies changes and clicks: the changes, whose identity nothing else may take meanwhile, and their patch.
+# Key of changes and clicks to the changes, kept so that their ids stay unique, and their patch.
 _Patches = dict[tuple[object, ...], tuple[Sequence[MaskChange], _Patch | None]]
 
 
 class Editor:
     """Corrects the mask of one scan by clicks; for one thread at a time.
 
-    A click belongs to a cell of a fixed lattice (``click_windows``), and the network sees the window around that
-    cell with all clicks inside it and the mask to start from. Where the clicks by themselves move a border
-    (``border_shift``), that counts instead of the network's answer. Of what would change, only what is connected
-    with a click for it is taken over: voxels of one new label, one of them clicked with that label, that touch each
-    other or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks
-    of other labels.
+    A click belongs to a cell of a fixed lattice (``click_windows``). The network sees the window around that cell, with
+    all clicks inside it and the mask to start from. Where clicks alone move a border (``border_shift``), that replaces
+    the network's answer. Only changes connected with a click for them are kept: voxels of one new label, one of them
+    clicked with that label, that touch or leave gaps of at most two. Everything else stays the same, to the voxel, so
+    that a label loses voxels only to clicks of other labels.
 
     Args:
         scan: the scan and its automatic segmentation.
         network: takes a window ``(1, 1, x, y, z)`` and its guidance, and returns logits; on ``device``.
         prep: the model's preprocessing.
         device: where the network is.
-        mask: label values ``(X, Y, Z)`` on the scan's grid to start from, instead of the automatic ones.
-        cache_bytes: memory for the results of windows; beyond it, those that were not used for longest are dropped.
+        mask: label values ``(X, Y, Z)`` on the scan's grid to start from, instead of the automatic mask.
+        cache_bytes: memory for results of windows; beyond it, the least recently used are dropped.
 
     Raises:
-        ValueError: the mask has another size than the scan, or holds values that are no label.
+        ValueError: the mask has another size than the scan, or values that are not labels.
     """
 
     def __init__(
@@ -94,9 +93,9 @@ class Editor:
         self.windows_computed = 0
         self._cache_bytes = cache_bytes
         self._windows: OrderedDict[tuple[object, ...], list[MaskChange]] = OrderedDict()
-        # Of the last call only: the next one has mostly the same pieces.
+        # Of the last call only: the next one mostly has the same pieces.
         self._patches: _Patches = {}
-        # By window: what its starting logits say around clicks.
+        # By window: what its starting logits say about the surroundings of clicks.
         self._surroundings: dict[Box, dict[tuple[int, ...], npt.NDArray[np.float32]]] = {}
         size = scan.grid.network_size
         self._lattice = Lattice(size, edit_window(prep.patch_size))
@@ -107,16 +106,16 @@ class Editor:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the editor takes beside its scan."""
+        """Bytes of memory that the editor takes beside its scan."""
         own = 0 if self._mask is self.scan.labels else self._mask.nbytes + self._start.nbytes
         return own + self._other_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
 
     @torch.inference_mode()
     def apply(self, points: ClickPoints) -> npt.NDArray[np.uint8]:
-        """The mask ``(X, Y, Z)`` on the scan's grid with all clicks of ``points``, which always keep their label.
+        """Return the mask ``(X, Y, Z)`` on the scan's grid with all clicks of ``points``; each gets its label.
 
         Raises:
-            ValueError: a click outside the scan, of an unknown label, or of two labels at one voxel.
+            ValueError: a click is outside the scan or has an unknown label, or two labels are clicked at one voxel.
         """
         self.windows_computed = 0
         clicks = self._checked_points(points)
@@ -145,7 +144,7 @@ class Editor:
         start, stop = np.array(box)
         before, after = start - origin, origin + size - stop
         margins = [int(n) for axis in (2, 1, 0) for n in (before[axis], after[axis])]
-        # Beyond the volume the network has learnt to see the scan's border repeated, and an empty mask.
+        # Training repeats the scan's border beyond the volume, and leaves the mask empty there.
         image = self.scan.image.as_tensor()[(slice(None), *slices(box))]
         image = F.pad(image[None], margins, mode="replicate").to(self.device)
         mask = F.pad(torch.from_numpy(self._start[slices(box)]), margins).to(self.device)
@@ -160,7 +159,7 @@ class Editor:
         return changes
 
     def _with_borders(self, logits: Tensor, box: Box, clicks: Mapping[int, npt.NDArray[np.int64]]) -> Tensor:
-        """Replace, in place, the network's logits ``(C, x, y, z)`` of a box where clicks alone move a border."""
+        """Replace the network's logits ``(C, x, y, z)`` of a box, in place, where clicks alone move a border."""
         here = {label: _inside(voxels, box) for label, voxels in clicks.items()}
         places = np.concatenate([*here.values(), np.empty((0, 3), np.int64)])
         if not len(places):
@@ -168,7 +167,7 @@ class Editor:
         low = np.maximum(places.min(0) - REACH, box[0])
         near: Box = (triple(low), triple(np.minimum(places.max(0) + REACH + 1, box[1])))
         start, classes = self._starting_box(near), self._start[slices(near)]
-        # With many classes several times as fast as numpy's.
+        # Several times as fast as numpy with many classes.
         most = start.amax(0).numpy()
         values = start.numpy()
         moved = np.zeros(classes.shape, dtype=bool)
@@ -197,7 +196,7 @@ class Editor:
         known: _Patches,
         result: npt.NDArray[np.uint8],
     ) -> None:
-        """Write what overlapping changes amount to into the mask; ``known`` are patches of an earlier call."""
+        """Write the effect of overlapping changes into the mask; ``known`` are patches of an earlier call."""
         within: Box = (
             triple(np.min([change.voxels.min(0) for change in piece], axis=0)),
             triple(np.max([change.voxels.max(0) for change in piece], axis=0) + 1),
@@ -212,10 +211,10 @@ class Editor:
     def _patch(
         self, piece: Sequence[MaskChange], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
     ) -> _Patch | None:
-        """What overlapping changes in a box write into the mask, if anything."""
+        """Return the effect of overlapping changes in a box on the mask, or None."""
         voxels, logits, weights = mix(piece)
         logits = (logits + np.maximum(0, 1 - weights) * self._starting_logits(voxels)) / np.maximum(1, weights)
-        # A click in this box may be another piece's, whose voxels lie around or between these.
+        # A click in this box may belong to another piece, whose voxels lie around or between these.
         own = np.zeros(np.subtract(within[1], within[0]), dtype=bool)
         own[tuple((voxels - within[0]).T)] = True
         here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in clicks.items()}
@@ -228,7 +227,7 @@ class Editor:
         return _Patch(box, won, labels)
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """The automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
+        """Return automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
         index = tuple(voxels.T)
         logits = self.scan.logits.numpy()[(slice(None), *index)].astype(np.float32)
         if self._start is not self.scan.classes:
@@ -242,7 +241,7 @@ class Editor:
         logits: npt.NDArray[np.float32],
         clicked: Sequence[int],
     ) -> tuple[Box, npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
-        """What new logits ``(C, n)`` of the network's grid give to clicked labels: a box of the scan, where, labels."""
+        """Restore new logits ``(C, n)`` to the scan's grid: a box, the voxels won by clicked labels, the labels."""
         grid = self.scan.grid
         box = grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         origin, stop = np.array(needed := grid.needed(box))
@@ -251,7 +250,7 @@ class Editor:
         here = ((voxels >= origin) & (voxels < stop)).all(1)
         after[(slice(None), *(voxels[here] - origin).T)] = torch.from_numpy(logits[:, here])
         old, new = (grid.labels(values, box=box, origin=triple(origin)).numpy() for values in (before, after))
-        # Between two classes interpolation may find a third, which nobody asked for.
+        # Interpolation between two classes may give a third, which was not clicked.
         return box, (new != old) & np.isin(new, clicked), new
 
     def _starting_box(self, box: Box) -> Tensor:
@@ -265,7 +264,7 @@ class Editor:
     def _forget(self) -> None:
         held = sum(_nbytes(changes) for changes in self._windows.values())
         if held + self._other_bytes() > self._cache_bytes:
-            # Quickly found again; and patches hold changes, too.
+            # They are quick to recompute, and patches hold changes too.
             self._patches.clear()
             self._surroundings.clear()
         while held > self._cache_bytes:
@@ -309,7 +308,7 @@ def _on_network_grid(mask: npt.NDArray[np.uint8], scan: OpenScan, prep: Preproce
 
 
 def _agree(logits: npt.NDArray[np.float32], wanted: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]) -> None:
-    """Raise, in place, the logits ``(C, n)`` of classes that a mask wants but the network did not find."""
+    """Raise the logits ``(C, n)``, in place, of classes that the mask has and the network did not find."""
     (differ,) = np.nonzero(wanted != found)
     logits[wanted[differ], differ] = logits[:, differ].max(0, initial=-np.inf) + _MARGIN
 

@@ -21,12 +21,12 @@ __all__ = ["OpenScan", "open_scan", "scan_from_logits"]
 
 @dataclass(frozen=True)
 class OpenScan:
-    """A scan and its automatic segmentation: what edits of it start from.
+    """A scan and its automatic segmentation, from which edits start.
 
     Args:
         image: network input ``(1, x, y, z)``.
         logits: of the automatic segmentation, ``(C, x, y, z)``, float16 on the CPU.
-        classes: the highest of them, ``(x, y, z)``, uint8.
+        classes: those of the highest logits, ``(x, y, z)``, uint8.
         labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
     """
 
@@ -51,9 +51,9 @@ def scan_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[n
     """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits.
 
     Args:
-        image: what ``inference_transforms`` made of the scan.
+        image: result of ``inference_transforms``.
         logits: of the automatic segmentation.
-        labels: these restored to the scan's grid ``(X, Y, Z)``, where that has been done already.
+        labels: the segmentation on the scan's grid ``(X, Y, Z)``, if it is restored already.
     """
     restored = ScanGrid.of(image).labels(logits.float()).numpy() if labels is None else labels
     classes = highest(logits).to("cpu", torch.uint8).numpy()
@@ -66,7 +66,7 @@ def scan_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[n
 
 
 def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> OpenScan:
-    """Segment a scan automatically, as ``inference.segment`` does, and keep what edits need.
+    """Segment a scan automatically, as ``segment`` does, and keep what edits need.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -75,7 +75,7 @@ def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: st
 
 
 def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
-    """The logits in float16, the highest still the same: rounding makes ties of small differences."""
+    """Return the logits in float16 with the same highest class: rounding turns small differences into ties."""
     halved = logits.to(torch.float16)
     x, y, z = np.nonzero((highest(halved) != highest(logits)).cpu().numpy())
     halved = halved.cpu()

@@ -60,10 +60,10 @@ class DeformableMixer(nn.Module):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        # Without gradients; torch.compile cannot trace the question for inference mode.
+        # torch.compile cannot trace a check for inference mode.
         inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if inference and len(self.axes) == 3 and self.offset.kernel_size == (1, 1, 1):
-            # Spares the 81 channels of offsets where a kernel can compute them as it goes.
+            # Saves the 81 channels of offsets where a kernel can compute them on the fly.
             return deform_conv3d_fused_offset(x, self.offset.weight, self.offset.bias, self.weight, self.bias)
         offset = self.offset(x)
         if len(self.axes) < 3:
@@ -114,7 +114,7 @@ class DeformUXNetBlock(nn.Module):
         self.mixer = DeformableMixer(
             channels, convolution=convolution, offset_kernel=offset_kernel, offset_planes=offset_planes
         )
-        # "none" drops the second line whole, its normalisation included.
+        # "none" drops the whole second equation, with its normalisation.
         self.norm2 = ChannelNorm(channels) if mlp != "none" else None
         self.mlp: nn.Module | None = None
         if mlp == "dense":

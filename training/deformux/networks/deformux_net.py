@@ -27,8 +27,8 @@ _STRIDE = 16
 class DeformUXNet(nn.Module):
     """DeformUX-Net for volumetric segmentation (Lee et al., arXiv 2310.00199, figure 2 and equation 3).
 
-    Four encoder stages at 1/2 … 1/16 of the resolution, and the convolutional decoder of UNETR. Each row of the
-    paper's ablation (table 3) is one of the keyword arguments.
+    The encoder has four stages at 1/2 … 1/16 of the resolution, the decoder is UNETR's. Each row of the paper's
+    ablation (table 3) is one of the keyword arguments.
 
     Args:
         in_channels: channels of the scan.
@@ -40,14 +40,23 @@ class DeformUXNet(nn.Module):
         mlp: ``dense`` (published), ``depthwise`` scaling, or ``none``.
         activation_checkpointing: recompute encoder blocks and decoder stages in the backward pass instead of keeping
             their activations.
-        guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output is that
-            of the network without guidance, bit for bit.
+        guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output equals
+            that of a network without guidance, bit for bit.
 
     Attributes:
         guidance_channels: 2 · out_channels - 1 with guidance, else 0.
 
     Raises:
         ValueError: an argument is not one of those named above.
+
+    Examples:
+        >>> import torch
+        >>> from deformux import DeformUXNet
+        >>> network = DeformUXNet(in_channels=1, out_channels=3, preset="tiny").eval()
+        >>> with torch.inference_mode():
+        ...     logits = network(torch.randn(1, 1, 20, 32, 16))
+        >>> logits.shape
+        torch.Size([1, 3, 20, 32, 16])
     """
 
     def __init__(
@@ -132,13 +141,13 @@ class DeformUXNet(nn.Module):
             layer.conv = GuidedConv3d.of(layer.conv, self.guidance_channels)
 
     def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """Logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
+        """Return logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
 
         Args:
             x: the scan.
             guidance: ``(N, guidance_channels, D, H, W)``: a map of clicks for each class, then the mask to start from
                 as one channel for each class but the background (``deformux.networks.guidance.encode_guidance``).
-            channels: numbers of the channels that ``guidance`` holds, where it holds only some: all others are zero.
+            channels: numbers of the channels that ``guidance`` holds if it holds only some; all others are zero.
 
         Raises:
             ValueError: an input is not 5-dimensional or has another number of channels or voxels, or the network takes
@@ -149,7 +158,7 @@ class DeformUXNet(nn.Module):
         return self.decode(features, guidance, channels)[:, :, : size[0], : size[1], : size[2]]
 
     def encode(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> list[Tensor]:
-        """The scan, padded to a size that divides by 16, and the normalised output of each of the four stages.
+        """Return the scan, padded to a multiple of 16, and the normalised output of each of the four stages.
 
         Raises:
             ValueError: as for ``forward``.
@@ -171,7 +180,7 @@ class DeformUXNet(nn.Module):
         return features
 
     def decode(self, features: list[Tensor], guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """Logits, at the padded size, of what ``encode`` gave for the same guidance."""
+        """Return logits, at the padded size, of the features that ``encode`` returned for the same guidance."""
         skips = [self._call(self.skips[0], features[0], *self._used(guidance, channels))]
         skips += [self._run(skip, feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)]
         z = skips.pop()
@@ -180,7 +189,7 @@ class DeformUXNet(nn.Module):
         return self.head(self._run(self.fuse, z))
 
     def _used(self, guidance: Tensor | None, channels: Tensor | None) -> tuple[Tensor, ...]:
-        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers."""
+        """Return the non-empty channels of guidance, padded with zeros to the scan's size, and their numbers."""
         if guidance is None:
             return ()
         if not self.guidance_channels:
@@ -209,7 +218,7 @@ class DeformUXNet(nn.Module):
 
 
 def used_channels(guidance: Tensor) -> Tensor:
-    """Numbers of the channels of guidance ``(N, channels, D, H, W)`` that hold anything; a GPU makes the host wait."""
+    """Return the numbers of non-empty channels of guidance ``(N, channels, D, H, W)``; the host waits for a GPU."""
     return guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
 
 
@@ -219,7 +228,7 @@ def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
 
 
 def _pad(x: Tensor, mode: str = "replicate") -> Tensor:
-    """Add zeros, or repeat the far border, until each axis divides by 16 and the coarsest grid has several voxels."""
+    """Pad each axis at its end to a multiple of 16, so that the coarsest grid has several voxels."""
     padded = [-(-length // _STRIDE) * _STRIDE for length in x.shape[2:]]
     if max(padded) == _STRIDE:
         # Instance normalisation has no variance over a single voxel.

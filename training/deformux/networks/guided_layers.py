@@ -1,4 +1,4 @@
-"""Layers that read the scan, and guidance beside it where there is any."""
+"""Layers that read the scan, and guidance beside it if there is any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["GuidedConv3d", "InputBlock", "Stem"]
 
 
 class GuidedConv3d(Conv3d):
-    """A convolution of the scan, to which guidance adds through weights of its own, zero at first.
+    """A convolution of the scan; guidance adds to it through its own weights, zero at first.
 
     The state dict has ``guidance`` (out, guidance channels, kernel) beside the names of ``nn.Conv3d``.
     """
@@ -20,7 +20,7 @@ class GuidedConv3d(Conv3d):
 
     @classmethod
     def of(cls, convolution: nn.Conv3d, guidance_channels: int) -> GuidedConv3d:
-        """The same convolution, its weights shared, with room for guidance."""
+        """Return the same convolution, sharing its weights, with room for guidance."""
         guided = cls(
             convolution.in_channels,
             convolution.out_channels,
@@ -28,7 +28,7 @@ class GuidedConv3d(Conv3d):
             stride=convolution.stride,  # type: ignore[arg-type]
             padding=convolution.padding,  # type: ignore[arg-type]
             bias=convolution.bias is not None,
-            # Draws no random numbers: a network with guidance starts from the weights of one without.
+            # Draw no random numbers: a network with guidance starts from the weights of one without.
             device="meta",
         )
         guided.weight, guided.bias = convolution.weight, convolution.bias
@@ -37,7 +37,7 @@ class GuidedConv3d(Conv3d):
         return guided.train(convolution.training)
 
     def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels`` out of all."""
+        """Convolve as ``nn.Conv3d``, and add the convolved ``guidance``, which holds the given ``channels`` of all."""
         y = super().forward(x)
         if guidance is None or channels is None or not guidance.shape[1]:
             return y
@@ -46,19 +46,21 @@ class GuidedConv3d(Conv3d):
 
 
 class Stem(nn.Sequential):
+    """The first convolution and its normalisation."""
+
     def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
         convolution, norm = self
         return norm(convolution(x, *guidance))
 
 
 class InputBlock(UnetrBasicBlock):
-    """MONAI's residual block; guidance, where there is any, goes into the two convolutions that read the scan."""
+    """MONAI's residual block; guidance, if any, goes into the two convolutions that read the scan."""
 
     def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
         if not guidance:
             return super().forward(x)
         block = self.layer
         y = block.conv2(block.lrelu(block.norm1(block.conv1.conv(x, *guidance))))
-        # Without a change of width MONAI's block has no convolution beside its main path.
+        # If the width stays the same, MONAI's block has no convolution beside its main path.
         residual = block.norm3(block.conv3.conv(x, *guidance)) if block.downsample else x
         return block.lrelu(block.norm2(y) + residual)
