@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import InvalidFolder
-from deformux.data.preprocessing import geometry_difference
+from deformux.data.header import geometry_difference
 from deformux.data.volume_reader import read_volume
 from deformux.inference.metrics import dice_per_label, mean_dice
 from deformux.interactive.simulated_annotator import WholeLabelAnnotator

@@ -25,16 +25,11 @@ from deformux.active_learning.observe import encode, observe
 from deformux.active_learning.strategies import NEEDS_SCORES, choose
 from deformux.active_learning.uncertainty_scores import VolumeScores
 from deformux.data.checked_json import read_checked, write_checked
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import (
-    InvalidModel,
-    ModelCard,
-    load_model,
-    pretrained_path,
-    remove_unfinished,
-    warm_start,
-)
+from deformux.networks.model_file import InvalidModel, ModelCard, load_model, remove_unfinished, warm_start
+from deformux.networks.pretrained import pretrained_path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 
@@ -223,7 +218,7 @@ class _Update:
         try:
             if score:
                 seen = self._on_device(lambda device: observe(networks, image, prep, flip_axes=axes, device=device))
-                self.scores[name], self.features[name] = seen.scores.to_json(), seen.features
+                self.scores[name], self.features[name] = seen.scores.to_dict(), seen.features
             else:
                 self.features[name] = self._on_device(lambda device: encode(networks[0], image, prep, device=device))
                 if self.model == UNTRAINED:
@@ -253,7 +248,7 @@ class _Update:
             scores: dict[str, VolumeScores] = {}
             strategies: tuple[str, ...] = ("adaptive", "typicality")
         else:
-            scores = {name: VolumeScores.from_json(self.scores[name] or {}) for name in unlabelled}
+            scores = {name: VolumeScores.from_dict(self.scores[name] or {}) for name in unlabelled}
             strategies = ("typicality", *NEEDS_SCORES)
         orders = {}
         for strategy in strategies:

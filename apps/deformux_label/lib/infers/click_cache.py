@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deformux.interactive.editor import Editor, Study
+    from deformux.interactive.editor import Editor
+    from deformux.interactive.open_scan import OpenScan
     from deformux_label.lib.infers.served_network import ServedNetwork
 
 __all__ = ["ClientEditor", "Sessions", "StudyKey"]
@@ -65,7 +66,7 @@ class _Editing:
 
 @dataclass
 class _Open:
-    study: Study
+    study: OpenScan
     nbytes: int
     used: float
     editing: dict[str, _Editing] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class Sessions:
                 "evictions": self.evictions,
             }
 
-    def peek(self, key: StudyKey) -> Study | None:
+    def peek(self, key: StudyKey) -> OpenScan | None:
         """A study that is held, or None."""
         with self._lock:
             opened = self._open.get(key)
@@ -125,7 +126,7 @@ class Sessions:
         """Whether something of so many bytes could be held."""
         return nbytes <= self.most_bytes
 
-    def put(self, key: StudyKey, study: Study) -> None:
+    def put(self, key: StudyKey, study: OpenScan) -> None:
         """Hold a study; those of earlier states of its file, or of other versions, go."""
         with self._lock:
             if key in self._open or study.nbytes > self.most_bytes:
@@ -136,7 +137,7 @@ class Sessions:
             self._shrink()
             self._watch()
 
-    def study(self, key: StudyKey, compute: Callable[[], Study]) -> Study:
+    def study(self, key: StudyKey, compute: Callable[[], OpenScan]) -> OpenScan:
         """The study that is held, or what ``compute`` makes; others who want the same one meanwhile wait for it."""
         with self._one_at_a_time(key):
             held = self.peek(key)

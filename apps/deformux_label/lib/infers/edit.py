@@ -19,8 +19,12 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.grid import triple
-from deformux.data.preprocessing import UNLABELLED, LoadVolumed, Preprocessing, apply, inference_transforms
-from deformux.interactive.editor import Editor, Study, study_from_logits
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import OpenScan, scan_from_logits
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import ClientEditor, Sessions, StudyKey
 from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
@@ -126,7 +130,7 @@ class Edit(InferTask):
         warnings: list[str | None] = [self.models.warning(version)]
         network_s = 0.0
 
-        def compute() -> Study:
+        def compute() -> OpenScan:
             nonlocal network_s
             study, warning, seconds = open_study(self.models, version, request["image"], prep, device)
             warnings.append(warning)
@@ -151,7 +155,7 @@ class Edit(InferTask):
         self,
         request: dict[str, Any],
         key: StudyKey,
-        study: Study,
+        study: OpenScan,
         prep: Preprocessing,
         points: Points,
         attempt: Attempt,
@@ -187,9 +191,9 @@ class Edit(InferTask):
 
 def open_study(
     models: ServedModels, version: str, path: str, prep: Preprocessing, device: str
-) -> tuple[Study, str | None, float]:
+) -> tuple[OpenScan, str | None, float]:
     """Segment a volume for its edits: the study, a sentence if memory was short, and the network's seconds."""
-    image = apply(inference_transforms(prep, device=device), {"image": path})["image"]
+    image = run_transforms(inference_transforms(prep, device=device), {"image": path})["image"]
     networks: list[ServedNetwork] = []
 
     def logits(attempt: Attempt) -> torch.Tensor:
@@ -197,7 +201,7 @@ def open_study(
         return volume_logits(networks[-1], image)
 
     found, warning = within_memory(logits, prep.patch_size, device)
-    return study_from_logits(image, found), warning, sum(network.seconds for network in networks)
+    return scan_from_logits(image, found), warning, sum(network.seconds for network in networks)
 
 
 def _on_grid(request: dict[str, Any], size: Any, affine: Any) -> tuple[Points, np.ndarray]:

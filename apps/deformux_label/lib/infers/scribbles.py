@@ -22,8 +22,8 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
-from deformux.data.preprocessing import apply, inference_transforms
-from deformux.interactive.editor import Study
+from deformux.data.transforms import inference_transforms, run_transforms
+from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import Sessions, StudyKey
 from deformux_label.lib.infers.edit import open_study
@@ -116,7 +116,7 @@ class GraphCut(InferTask):
 
     def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = apply(inference_transforms(self.project.preprocessing), {"image": request["image"]})["image"]
+        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request["image"]})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
@@ -183,12 +183,12 @@ class NetworkGraphCut(GraphCut):
         warning = sentences(study.image, warning)
         return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
-    def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:
+    def _study(self, request: dict[str, Any], version: str) -> tuple[OpenScan, str | None]:
         device = request["device"]
         _, card = self.models.load(version, device)
         warnings: list[str | None] = [self.models.warning(version)]
 
-        def compute() -> Study:
+        def compute() -> OpenScan:
             study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
             warnings.append(warning)
             return study
