@@ -13,7 +13,7 @@ from torch import Tensor
 AXES = ("d", "h", "w")
 
 
-def triple(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
+def per_axis(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
     """Return `value` as one integer per spatial axis (d, h, w); one integer counts for all three."""
     if type(value) is int:
         return value, value, value

@@ -131,7 +131,7 @@ def _input_gradient(
     threads = _threads(g)
     reaches = _split(_rows(g), threads)
     _share(lambda first, last: _cpu_backward.reach(flat[0], sizes, first, last, low, high), reaches, threads)
-    # Divide by samples first, then by channels in whole cache lines, then by slices, which repeat work at their borders.
+    # Divide by samples first, then by channels in whole cache lines, then by slices, which repeat work at borders.
     wanted = -(-threads // max(g.batch, 1))
     by_channel = min(wanted, max(1, g.in_channels // 64))
     by_slice = min(-(-wanted // by_channel), g.size[0])

@@ -22,7 +22,7 @@ from ._launch import Kernel, Tuning, can_fuse_offset, source
 from ._launch import backward as _backward
 from ._launch import forward as _forward
 from ._launch import forward_fused_offset as _forward_fused_offset
-from ._launch.plan import DTYPES
+from ._launch.plan import DTYPE_CODES
 from .reference import Gradients
 
 __all__ = [
@@ -165,7 +165,7 @@ def can_run_cuda(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Return whether the CUDA kernels can run tensors of this device and dtype, and why (not)."""
     if device.type != "cuda":
         return False, f"the CUDA backend needs CUDA tensors, got {device}"
-    if dtype not in DTYPES:
+    if dtype not in DTYPE_CODES:
         return False, f"the CUDA backend has no kernel for {dtype}"
     problem = _cupy_problem()
     return not problem, problem or "CUDA tensors, and CuPy works"

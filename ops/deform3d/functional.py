@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._autograd import FUSED_OFFSET, OPERATOR
-from ._checks import triple
+from ._checks import per_axis
 from ._dispatch import can_fuse, check_backend
 
 _Size = int | Sequence[int]
@@ -65,9 +65,9 @@ def deform_conv3d(
         weight,
         bias,
         mask,
-        triple(stride, "stride"),
-        triple(padding, "padding"),
-        triple(dilation, "dilation"),
+        per_axis(stride, "stride"),
+        per_axis(padding, "padding"),
+        per_axis(dilation, "dilation"),
         backend,
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import triple
+from ._checks import per_axis
 from .functional import deform_conv3d
 
 
@@ -46,7 +46,7 @@ class DeformConv3d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.kernel_size = triple(kernel_size, "kernel_size")
+        self.kernel_size = per_axis(kernel_size, "kernel_size")
         if min(in_channels, out_channels, groups, *self.kernel_size) < 1:
             raise ValueError(
                 f"DeformConv3d: got in_channels {in_channels}, out_channels {out_channels}, groups {groups}, "
@@ -59,9 +59,9 @@ class DeformConv3d(nn.Module):
             )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.stride = triple(stride, "stride")
-        self.padding = triple(padding, "padding")
-        self.dilation = triple(dilation, "dilation")
+        self.stride = per_axis(stride, "stride")
+        self.padding = per_axis(padding, "padding")
+        self.dilation = per_axis(dilation, "dilation")
         self.groups = groups
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))

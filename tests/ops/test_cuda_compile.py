@@ -23,12 +23,12 @@ def is_fast_path(kernel: Kernel) -> bool:
     """Whether it is an instance that a network runs: 3x3x3, the widest loads, not float64."""
     defines = dict(kernel.defines)
     widest = {0: 8, 1: 8, 2: 4}
-    instances = [k for k in _launch.instances() if k.name == kernel.name]
+    instances = [k for k in _launch.all_kernels() if k.name == kernel.name]
     vector = max(dict(k.defines)["VECTOR"] for k in instances if dict(k.defines)["DTYPE"] == defines["DTYPE"])
     return defines["CUBE"] == 1 and defines["DTYPE"] in widest and defines["VECTOR"] == vector
 
 
-FAST_PATH = [kernel for kernel in _launch.instances() if is_fast_path(kernel)]
+FAST_PATH = [kernel for kernel in _launch.all_kernels() if is_fast_path(kernel)]
 
 
 class Compiled:
@@ -80,7 +80,7 @@ EVERY = [pytest.param(name, marks=() if name in WHOLE else pytest.mark.slow) for
 
 @pytest.mark.parametrize("architecture", EVERY)
 def test_every_instance(compiled, architecture):
-    kernels = list(_launch.instances())
+    kernels = list(_launch.all_kernels())
     check_programs(compiled.get(units(kernels), architecture), kernels)
 
 
@@ -115,7 +115,7 @@ def test_vector_loads(compiled, kernel):
 
 def test_no_tap_beyond_the_last(compiled):
     """Copies of a loop over an unknown number of taps need a check between them, which NVRTC 13 leaves out."""
-    kernels = [k for k in _launch.instances() if k.name == "deform_forward" and not dict(k.defines)["CUBE"]]
+    kernels = [k for k in _launch.all_kernels() if k.name == "deform_forward" and not dict(k.defines)["CUBE"]]
     for unit, program in compiled.get(units(kernels), "sm_90").items():
         reads = re.findall(r"ld\.shared\.u8", program.ptx)
         assert len(reads) <= 2, (

@@ -16,18 +16,18 @@ __all__ = [
     "Kernel",
     "Runtime",
     "Tuning",
+    "all_kernels",
     "backward",
     "can_fuse_offset",
     "forward",
     "forward_fused_offset",
-    "instances",
     "source",
 ]
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
-    yield from plan.instances()
-    yield from walk.instances()
-    yield from backward_taps.instances()
-    yield from backward_cells.instances()
+def all_kernels() -> Iterator[Kernel]:
+    """Yield every kernel that a call can launch."""
+    yield from plan.general_kernels()
+    yield from walk.walk_kernels()
+    yield from backward_taps.taps_kernels()
+    yield from backward_cells.cells_kernels()

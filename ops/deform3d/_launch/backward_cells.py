@@ -12,23 +12,23 @@ from torch import Tensor
 from .._checks import Geometry
 from ..reference import compute_dtype
 from .plan import (
-    DTYPES,
+    DTYPE_CODES,
     GATHER_VECTOR,
     INT32_MAX,
     Kernel,
     Runtime,
+    Strides,
     Tuning,
-    _vectors,
     blocks_for,
     is_cube,
     kernel,
     loaded_at_once,
     real_bytes,
     sizes,
+    vectors,
 )
 from .steps import Step
 
-Strides = tuple[int, int, int]
 _THREADS = 256
 _WARP = 32
 # Of a cell's number and an id; of a key, its sorted copy, an id of 8 bytes, and what PyTorch's sort needs as much of.
@@ -58,12 +58,12 @@ class Slab(NamedTuple):
     add: Step
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
-    for dtype in DTYPES:
+def cells_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
+    for dtype in DTYPE_CODES:
         for name in ("deform_cell_keys", "deform_cell_starts", "deform_cell_place"):
             yield _sort_kernel(name, dtype)
-        for vector in _vectors(dtype):
+        for vector in vectors(dtype):
             if vector <= GATHER_VECTOR:
                 for name in ("deform_cell_gather", "deform_add_edges"):
                     yield _vector_kernel(name, dtype, vector, Tuning())

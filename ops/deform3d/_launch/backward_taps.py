@@ -15,6 +15,7 @@ from .plan import (
     PRESET_CHANNELS,
     PRESET_DTYPES,
     Kernel,
+    Strides,
     Tile,
     Tuning,
     covering,
@@ -27,7 +28,6 @@ from .plan import (
 )
 from .steps import Step
 
-Strides = tuple[int, int, int]
 # Registers for so many warps per multiprocessor.
 MOST_WARPS = 16
 _WARP = 32
@@ -48,8 +48,8 @@ class TapsPlan(NamedTuple):
     sums: Step
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
+def taps_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
     for dtype in PRESET_DTYPES:
         for channels in PRESET_CHANNELS:
             yield _taps_kernel(dtype, channels, Tuning())

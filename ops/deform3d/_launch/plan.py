@@ -15,9 +15,10 @@ from torch import Tensor
 from .._checks import Geometry
 from ..reference import compute_dtype
 
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-LAST = torch.channels_last_3d
+DTYPE_CODES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+CHANNELS_LAST = torch.channels_last_3d
 INT32_MAX = 2**31 - 1
+Strides = tuple[int, int, int]  # sample, channel, voxel
 # What a block may use without a permission that differs between cards.
 SHARED_BYTES = 48 * 1024
 CUBE_TAPS = 27
@@ -104,10 +105,10 @@ def source(unit: str) -> str:
     return "\n".join((folder / f"{name}.cu").read_text(encoding="utf-8") for name in ("common", unit))
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
-    for dtype in DTYPES:
-        for vector in _vectors(dtype):
+def general_kernels() -> Iterator[Kernel]:
+    """Yield the kernels that run any convolution."""
+    for dtype in DTYPE_CODES:
+        for vector in vectors(dtype):
             for cube in (True, False):
                 yield kernel("forward", "deform_forward", dtype, vector, cube, FUSED=0)
                 yield kernel("backward_samples", "deform_backward_samples", dtype, vector, cube)
@@ -126,7 +127,7 @@ def instances() -> Iterator[Kernel]:
 @functools.cache
 def kernel(unit: str, name: str, dtype: torch.dtype, vector: int, cube: bool, **more: int) -> Kernel:
     """Return the instance of a kernel for a dtype, a number of channels per load, and the 3x3x3 case or any."""
-    return Kernel(unit, name, (("DTYPE", DTYPES[dtype]), ("VECTOR", vector), ("CUBE", int(cube)), *more.items()))
+    return Kernel(unit, name, (("DTYPE", DTYPE_CODES[dtype]), ("VECTOR", vector), ("CUBE", int(cube)), *more.items()))
 
 
 def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
@@ -134,7 +135,7 @@ def sort_kernel(name: str, dtype: torch.dtype, cube: bool) -> Kernel:
     return kernel("backward_input", name, dtype, 1, cube, COLUMNS=0)
 
 
-def _vectors(dtype: torch.dtype) -> tuple[int, ...]:
+def vectors(dtype: torch.dtype) -> tuple[int, ...]:
     """Loads of 16 bytes, of 8 bytes, and of one channel."""
     return tuple(n for n in (8, 4, 2, 1) if n == 1 or n * dtype.itemsize in (LOAD_BYTES, LOAD_BYTES // 2))
 
@@ -166,7 +167,7 @@ def loaded_at_once(channels: int, dtype: torch.dtype, addresses: int, most: int 
         addresses: the last four bits of those of their first elements, or-ed together.
         most: what the kernel has registers for.
     """
-    return next(n for n in _vectors(dtype) if n <= most and channels % n == 0 and addresses % (n * dtype.itemsize) == 0)
+    return next(n for n in vectors(dtype) if n <= most and channels % n == 0 and addresses % (n * dtype.itemsize) == 0)
 
 
 def check_sizes(g: Geometry) -> None:
@@ -226,7 +227,7 @@ class Field(NamedTuple):
     """A tensor with values per output voxel, as offset and mask, and its strides (sample, channel, voxel)."""
 
     tensor: Tensor | None
-    strides: tuple[int, int, int]
+    strides: Strides
 
     @classmethod
     def of(cls, tensor: Tensor | None) -> Field:
@@ -237,7 +238,7 @@ class Field(NamedTuple):
         voxels = d * h * w
         if tensor.is_contiguous():
             return cls(tensor, (channels * voxels, voxels, 1))
-        if tensor.is_contiguous(memory_format=LAST):
+        if tensor.is_contiguous(memory_format=CHANNELS_LAST):
             return cls(tensor, (channels * voxels, 1, channels))
         return cls(tensor.contiguous(), (channels * voxels, voxels, 1))
 
@@ -245,7 +246,7 @@ class Field(NamedTuple):
         """Return an unwritten tensor with these strides."""
         if self.tensor is None:
             return None
-        layout = LAST if self.strides[1] == 1 and self.strides[2] != 1 else torch.contiguous_format
+        layout = CHANNELS_LAST if self.strides[1] == 1 and self.strides[2] != 1 else torch.contiguous_format
         return torch.empty_like(self.tensor, memory_format=layout)
 
 

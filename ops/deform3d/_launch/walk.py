@@ -96,8 +96,8 @@ def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning) -> Wal
     return walk if vector == walk.vector and fits and walk.tiles(g) <= INT32_MAX else None
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every instance that can be asked for."""
+def walk_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
     for dtype in PRESET_DTYPES:
         for channels in PRESET_CHANNELS:
             yield Walk(channels, dtype).kernel
