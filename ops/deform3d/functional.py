@@ -55,6 +55,16 @@ def deform_conv3d(
         TypeError: the dtypes differ or are not floating point.
         RuntimeError: the backend asked for cannot run here, or a gradient is differentiated a second time.
 
+    Examples:
+        Sample each voxel half a voxel further along w; outside the volume is zero.
+
+        >>> import torch
+        >>> from deform3d import deform_conv3d
+        >>> volume = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 1, 4)
+        >>> offset = torch.tensor([0.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 4)
+        >>> deform_conv3d(volume, offset, torch.ones(1, 1, 1, 1, 1)).flatten()
+        tensor([1.5000, 2.5000, 3.5000, 2.0000])
+
     Source: Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.1; the mask is Zhu et al., Deformable
     ConvNets v2, CVPR 2019, section 3.2; depthwise in 3D is Lee et al., DeformUX-Net, arXiv 2310.00199, section 3.
     """

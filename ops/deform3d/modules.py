@@ -30,6 +30,17 @@ class DeformConv3d(nn.Module):
         ValueError: the channels are not divisible by the groups, or a size is not positive.
 
     Initialised as `torch.nn.Conv3d`: uniform within 1 / sqrt(fan in).
+
+    Examples:
+        A depthwise layer, with offsets from a 1x1x1 convolution of its input:
+
+        >>> import torch
+        >>> from deform3d import DeformConv3d
+        >>> layer = DeformConv3d(8, 8, kernel_size=3, padding=1, groups=8)
+        >>> make_offset = torch.nn.Conv3d(8, 3 * 27, kernel_size=1)
+        >>> x = torch.randn(2, 8, 4, 5, 6)
+        >>> layer(x, make_offset(x)).shape
+        torch.Size([2, 8, 4, 5, 6])
     """
 
     def __init__(
