@@ -1,4 +1,4 @@
-"""`DeformConv3d`: the parameters of one deformable convolution and its forward."""
+"""`DeformConv3d`: a deformable convolution layer with its parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .functional import deform_conv3d
 
 
 class DeformConv3d(nn.Module):
-    """3D deformable convolution layer: `deform_conv3d` with a learned weight and bias; the caller makes the offsets.
+    """3D deformable convolution layer: `deform_conv3d` with learned weight and bias; the caller supplies the offsets.
 
     Args:
         in_channels: channels of the input.
@@ -22,7 +22,7 @@ class DeformConv3d(nn.Module):
         stride: voxels between output positions.
         padding: voxels of zeros around the volume.
         dilation: voxels between kernel taps.
-        groups: channel groups; ``in_channels`` with as many output channels is the fast depthwise path.
+        groups: channel groups; ``groups == in_channels == out_channels`` is the fast depthwise path.
         bias: whether to add a learned bias.
         backend: as in `deform_conv3d`.
 

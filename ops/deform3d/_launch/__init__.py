@@ -1,8 +1,8 @@
-"""What the CUDA kernels are launched with: instances, grids, shared memory and arguments. Knows neither CuPy nor CUDA.
+"""Launches of the CUDA kernels: instances, grids, shared memory and arguments, without CuPy or CUDA.
 
-A `Runtime` compiles and starts kernels: CuPy's on a GPU, or one that runs the same source on the CPU in the tests.
-Depthwise convolution with one offset group is one fused kernel forward and a few backward. Everything else writes its
-samples out as the rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
+A `Runtime` compiles and starts kernels: CuPy's on a GPU, or the tests' own, which runs the same source on the CPU.
+Depthwise convolution with one offset group takes one fused kernel forward and a few backward. Everything else writes
+its samples out as rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
 """
 
 from collections.abc import Iterator

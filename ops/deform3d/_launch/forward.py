@@ -73,7 +73,7 @@ def forward_fused_offset(
     bias: Tensor | None,
     g: Geometry,
 ) -> Tensor:
-    """Return the output with offsets that the kernel computes from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
+    """Return the output; the kernel computes the offsets from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
     output = _empty_output(input, g)
     if output.numel():
         input = input.contiguous(memory_format=CHANNELS_LAST)
@@ -83,7 +83,7 @@ def forward_fused_offset(
 
 
 def can_fuse_offset(dtype: torch.dtype, input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
-    """Return whether `forward_fused_offset` can run: depthwise 3x3x3, one voxel's channels in a block's memory."""
+    """Return whether `forward_fused_offset` can run: depthwise 3x3x3, a voxel's channels fit a block's memory."""
     channels = input_shape[1]
     if tuple(weight_shape) != (channels, 1, 3, 3, 3) or dtype not in DTYPE_CODES:
         return False
@@ -97,16 +97,16 @@ def _empty_output(input: Tensor, g: Geometry) -> Tensor:
 
 
 def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> int:
-    """Shared memory of a tile's samples, offsets and input; the input has room for four voxels at least."""
+    """Return the shared memory for samples, offsets and input of a tile; the input takes at least four voxels."""
     computed = voxels * 3 * taps + max(voxels, 4) * channels
     return samples_bytes(dtype, voxels * taps, False) + computed * real_bytes(dtype)
 
 
 class _Plan(NamedTuple):
-    """A launch, and how the kernel takes its weight."""
+    """A launch, and the layout of the weight that its kernel reads."""
 
     step: Step
-    walks: bool  # the weight as it lies in memory, and no offset branch
+    walks: bool  # the weight in its own layout, and no offset branch
 
 
 def _depthwise(
@@ -154,7 +154,7 @@ def plan_depthwise(
     tuning: Tuning,
     multiprocessors: int,
 ) -> _Plan:
-    """Return the launch of one kind of call; kept, because a network makes the same few calls again and again."""
+    """Return the launch of one kind of call; cached, because a network repeats the same few calls."""
     strides = (*offset_strides, *(mask_strides or (0, 0, 0)))
     walk = None if fused else walk_of(g, dtype, vector, tuning)
     if walk:
