@@ -9,9 +9,9 @@ from .._checks import Geometry
 
 
 def weight_matrix(weight: Tensor, g: Geometry) -> Tensor:
-    """Return the weight as (groups, samples per group, C_out / groups), samples in the order of the columns."""
+    """Return the weight as (groups, samples per group, C_out / groups), samples ordered as in the columns."""
     if g.groups == 1:
-        # (C_out, offset_groups, C / offset_groups, taps) -> offset group, tap, channel: the memory order of the columns.
+        # (C_out, offset_groups, C / offset_groups, taps) -> offset group, tap, channel: as in the columns.
         split = weight.reshape(g.out_channels, g.offset_groups, g.sampled_together, g.taps)
         return split.permute(1, 3, 2, 0).reshape(1, g.in_channels * g.taps, g.out_channels)
     split = weight.reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups * g.taps)
