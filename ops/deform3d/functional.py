@@ -53,12 +53,10 @@ def deform_conv3d(
         RuntimeError: the requested backend cannot run here, or a gradient is differentiated a second time.
 
     Examples:
-        Sample each voxel half a voxel further along w; outside the volume is zero.
-
         >>> import torch
         >>> from deform3d import deform_conv3d
         >>> volume = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 1, 4)
-        >>> offset = torch.tensor([0.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 4)
+        >>> offset = torch.tensor([0.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 4)  # along w
         >>> deform_conv3d(volume, offset, torch.ones(1, 1, 1, 1, 1)).flatten()
         tensor([1.5000, 2.5000, 3.5000, 2.0000])
 
