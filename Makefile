@@ -18,12 +18,12 @@ help:
 	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
 	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml ops/pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ]; then echo "DeformUX Label needs Python 3.10 or 3.11 (found: $$(python3 --version 2>&1))." \
 		"Install one, or name it: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; fi
 	@echo "Setting up .venv with $(PYTHON) (about 8 GB, a few minutes, once) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./ops --editable '.[dev]'
 	@touch $@
 
 demo: $(READY)
@@ -69,7 +69,7 @@ ON_GPU = PYTHONPATH="$(CURDIR)/ops:$(CURDIR)/training$${PYTHONPATH:+:$$PYTHONPAT
 CUPY := .venv/.cupy-$(CUDA)
 
 $(CUPY): $(READY)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,cuda$(CUDA)]'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable './ops[cuda$(CUDA)]'
 	@touch $@
 
 test-gpu: $(if $(PYTHON_GPU),,$(CUPY))

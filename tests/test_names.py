@@ -9,7 +9,7 @@ ROOTS = ("ops/deform3d", "training/deformux", "apps/deformux_label")
 ONE_IN_EACH_MODULE = {"app", "log", "logger"}
 # The backends of the operator implement one interface.
 BACKENDS = {
-    "ops/deform3d/_cpu_kernels.py",
+    "ops/deform3d/_cpu_forward.py",
     "ops/deform3d/_launch/backward.py",
     "ops/deform3d/_launch/forward.py",
     "ops/deform3d/cpu.py",

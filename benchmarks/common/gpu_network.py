@@ -62,7 +62,7 @@ def _row(watch: Stopwatch, checkpointing: bool) -> dict[str, Any]:
     kernels = kernel_times(events, 3)
     total = sum(kernel["us"] for kernel in kernels)
     # A profiler that does not connect CuPy's launches with the operator still names their kernels.
-    names = {kernel.name for kernel in _launch.instances()}
+    names = {kernel.name for kernel in _launch.all_kernels()}
     own = sum(kernel["us"] for kernel in kernels if kernel["kernel"] in names)
     operator = max(own, operator_us(events, 3))
     return {

@@ -1,4 +1,4 @@
-"""The operator as PyTorch sees it: forward, backward and fused ops with fakes, autograd and autocast."""
+"""Registration with PyTorch: forward, backward and fused operators with fakes, autograd and autocast."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import reference
 from ._checks import Geometry, check, check_fused_offset
 from ._dispatch import choose_backend
 
-# `Library.define` and `impl` rather than `custom_op`: the wrapper of the latter costs more than the smallest kernels.
+# `Library.define` and `impl` rather than `custom_op`, whose wrapper takes longer than the smallest kernels.
 _LIBRARY = torch.library.Library("deform3d", "DEF")
 _COMMON = "int[3] stride, int[3] padding, int[3] dilation, str? backend"
 _LIBRARY.define(
@@ -40,7 +40,7 @@ _Triple = Sequence[int]
 
 
 def _format_of(tensor: Tensor) -> torch.memory_format:
-    """The layout of an output like `tensor`: channels-last stays channels-last, all else is contiguous."""
+    """Return the layout of an output for `tensor`: channels-last stays channels-last, anything else is contiguous."""
     if tensor.is_contiguous() or not tensor.is_contiguous(memory_format=torch.channels_last_3d):
         return torch.contiguous_format
     return torch.channels_last_3d
@@ -83,7 +83,7 @@ def _forward_fake(
     stride: _Triple,
     padding: _Triple,
     dilation: _Triple,
-    backend: str | None,  # noqa: ARG001 - the operator's own signature
+    backend: str | None,  # noqa: ARG001 - part of the operator's signature
 ) -> Tensor:
     geometry = check(input, offset, weight, bias, mask, stride, padding, dilation)
     return torch.empty(geometry.out_shape, dtype=input.dtype, device=input.device, memory_format=_format_of(input))
@@ -135,7 +135,7 @@ def _backward_fake(
     stride: _Triple,
     padding: _Triple,
     dilation: _Triple,
-    backend: str | None,  # noqa: ARG001 - the operator's own signature
+    backend: str | None,  # noqa: ARG001 - part of the operator's signature
     needs: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     geometry = check(input, offset, weight, None, mask, stride, padding, dilation)
@@ -187,15 +187,15 @@ def _module(input: Tensor, backend: str | None) -> Any:
 
 @functools.cache
 def _imported(backend: str) -> Any:
-    # The backends' libraries are large, or missing: a module is imported when it is first used.
+    # The libraries of the backends are large, or missing: a module is imported when it is first used.
     return reference if backend == "reference" else importlib.import_module(f"deform3d.{backend}")
 
 
 def _with_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
-    """Run the forward, recorded where a gradient may be asked for.
+    """Run the forward pass, and record it if a gradient may be needed.
 
-    `torch.library.register_autograd` does the same in a way that fits any operator, and costs more than the smallest
-    kernels. Where what is next is a backend, and not a mode or a subclass, this goes there directly.
+    `torch.library.register_autograd` does the same for any operator, but takes longer than the smallest kernels. If the
+    next in line is a backend, and not a mode or a subclass, this calls it directly.
     """
     below = keys & torch._C._after_autograd_keyset
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments[:5]):
@@ -205,7 +205,7 @@ def _with_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Tensor:
 
 
 def _is_direct(keys: torch._C.DispatchKeySet) -> bool:
-    """Return whether the kernel that the dispatcher would choose next is `_forward`."""
+    """Return whether the dispatcher would choose `_forward` next."""
     return keys.highestPriorityTypeId() in _BACKEND_KEYS
 
 
@@ -228,7 +228,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[1:6]
-        # Subclasses with behaviour of their own, such as MONAI's MetaTensor, are tensors like any other here.
+        # Treat subclasses with behaviour of their own, such as MONAI's MetaTensor, as plain tensors.
         with torch._C.DisableTorchFunctionSubclass():
             input, offset, weight, mask = ctx.saved_tensors
             gradients: Sequence[Tensor | None]
@@ -242,7 +242,7 @@ class _Convolution(torch.autograd.Function):
 
 
 def _is_plain(grad: Tensor) -> bool:
-    """Return whether nobody waits for the call of the backward operator: no mode, profiler, or second backward."""
+    """Return whether nothing observes the call of the backward operator: no mode, profiler or second backward."""
     keys = (torch._C._dispatch_keys(grad) & torch._C._after_autograd_keyset).remove(_Key.ADInplaceOrView)
     return _is_direct(keys) and not (
         torch.is_grad_enabled()
@@ -261,7 +261,7 @@ def _refuse_second_backward(_ctx: Any, *_grads: Tensor) -> tuple[None, ...]:
 
 
 def _autocast(device_type: str, operator: Any) -> Callable[..., Tensor]:
-    """Compute in float32 and answer in the input's dtype, as torchvision's deform_conv2d does under autocast."""
+    """Return a version that computes in float32 and returns the input's dtype, like torchvision's deform_conv2d."""
     casts = _autocast_keys(device_type)
 
     def run(input: Tensor, *others: Any) -> Tensor:
@@ -274,7 +274,7 @@ def _autocast(device_type: str, operator: Any) -> Callable[..., Tensor]:
 
 
 def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
-    """The forward has cast already; keep autocast out of what the reference calls."""
+    """Return a version without autocast: the forward has already cast, and the reference must not cast again."""
     casts = _autocast_keys(device_type)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
@@ -285,7 +285,7 @@ def _autocast_backward(device_type: str) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _autocast_keys(device_type: str) -> torch._C.DispatchKeySet:
-    """Return what `torch.autocast(device_type, enabled=False)` excludes; to enter that takes longer than a kernel."""
+    """Return what `torch.autocast(device_type, enabled=False)` excludes; entering that takes longer than a kernel."""
     return torch._C.DispatchKeySet(getattr(_Key, f"Autocast{device_type.upper()}"))
 
 

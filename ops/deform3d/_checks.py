@@ -1,4 +1,4 @@
-"""Every error of the operator: what was got, what was expected, what to do."""
+"""The checks of the operator's arguments: each error says what was got, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 AXES = ("d", "h", "w")
 
 
-def triple(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
-    """Return `value` as one integer per spatial axis (d, h, w); one integer counts for all three."""
+def per_axis(value: int | Sequence[int], name: str) -> tuple[int, int, int]:
+    """Return `value` as one integer per spatial axis (d, h, w); a single integer applies to all three."""
     if type(value) is int:
         return value, value, value
     values = tuple(value) if isinstance(value, Sequence) else (value,) * 3
@@ -44,7 +44,7 @@ class Geometry:
     offset_groups: int
 
     def __hash__(self) -> int:
-        # What is planned for a call is kept by its geometry: the hash of these fields would cost more than the look-up.
+        # Plans are cached by geometry: hashing these fields at every call would cost more than the look-up.
         return self._hash
 
     @functools.cached_property
@@ -57,17 +57,17 @@ class Geometry:
 
     @functools.cached_property
     def sampled_together(self) -> int:
-        """Channels that share their sampling positions: those of one offset group."""
+        """Number of channels that share their sampling positions: those of one offset group."""
         return self.in_channels // self.offset_groups
 
     @functools.cached_property
     def voxels(self) -> int:
-        """Input voxels per sample."""
+        """Number of input voxels per sample."""
         return self.size[0] * self.size[1] * self.size[2]
 
     @functools.cached_property
     def out_voxels(self) -> int:
-        """Output voxels per sample."""
+        """Number of output voxels per sample."""
         return self.out[0] * self.out[1] * self.out[2]
 
     @functools.cached_property
@@ -77,7 +77,7 @@ class Geometry:
 
     @functools.cached_property
     def depthwise(self) -> bool:
-        """One weight per channel and tap, and all channels sampled at the same places: the fast path."""
+        """Whether each channel has its own weights and all share their sampling positions: the fast path."""
         return self.groups == self.in_channels == self.out_channels and self.offset_groups == 1
 
 
@@ -91,7 +91,7 @@ def check(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Geometry:
-    """Check one call and return its sizes; raises ValueError (shapes, devices) or TypeError (dtypes)."""
+    """Check one call and return its sizes; raise ValueError (shapes, devices) or TypeError (dtypes)."""
     _check_tensors(input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     shapes = (
         input.shape,
@@ -103,7 +103,7 @@ def check(
     convolution = tuple(stride), tuple(padding), tuple(dilation)
     try:
         return _geometry(*shapes, *convolution)
-    except TypeError:  # symbols, a compiler's sizes that are not numbers yet, cannot be looked up
+    except TypeError:  # a compiler's symbolic sizes are not hashable
         return _geometry.__wrapped__(*shapes, *convolution)
 
 
@@ -118,7 +118,7 @@ def _geometry(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
 ) -> Geometry:
-    """Return the sizes of a call with tensors of these shapes; raises ValueError."""
+    """Return the sizes of a call with tensors of these shapes; raise ValueError if they do not fit together."""
     batch, in_channels, *size = input
     out_channels, group_channels, *kernel = weight
     if in_channels < 1 or min(size) < 1:
@@ -141,22 +141,10 @@ def _geometry(
         if len(values) != 3 or min(values) < least:
             raise ValueError(f"{name}: got {tuple(values)}, expected three integers of at least {least}.")
 
-    out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(3)]
-    for i, axis in enumerate(AXES):
-        if out[i] < 1:
-            raise ValueError(
-                f"input: got size {size[i]} with padding {padding[i]} along {axis}, expected at least the kernel's "
-                f"reach of {dilation[i] * (kernel[i] - 1) + 1}; enlarge the padding or the input."
-            )
-
+    out = _output_size(size, kernel, stride, padding, dilation)
     taps = kernel[0] * kernel[1] * kernel[2]
     offset_channels = offset[1]
-    offset_groups = offset_channels // (3 * taps)
-    if offset_groups < 1 or offset_channels % (3 * taps) or in_channels % offset_groups:
-        raise ValueError(
-            f"offset: got {offset_channels} channels, expected 3 * offset_groups * {taps} (three axes, "
-            f"{taps} kernel taps) with offset_groups dividing the input's {in_channels} channels, such as {3 * taps}."
-        )
+    offset_groups = _offset_groups(offset_channels, taps, in_channels)
     if offset[0] != batch or offset[2:] != (*out,):
         raise ValueError(
             f"offset: got shape {tuple(offset)}, expected {(batch, offset_channels, *out)}: the input's batch size "
@@ -182,10 +170,39 @@ def _geometry(
     )
 
 
+def _output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Return the spatial size of the output; raise ValueError if an axis of the input is too short."""
+    out = [(size[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(3)]
+    for i, axis in enumerate(AXES):
+        if out[i] < 1:
+            raise ValueError(
+                f"input: got size {size[i]} with padding {padding[i]} along {axis}, expected at least the kernel's "
+                f"reach of {dilation[i] * (kernel[i] - 1) + 1}; enlarge the padding or the input."
+            )
+    return out
+
+
+def _offset_groups(offset_channels: int, taps: int, in_channels: int) -> int:
+    """Return the number of offset groups; raise ValueError if the offset's channels do not fit."""
+    offset_groups = offset_channels // (3 * taps)
+    if offset_groups < 1 or offset_channels % (3 * taps) or in_channels % offset_groups:
+        raise ValueError(
+            f"offset: got {offset_channels} channels, expected 3 * offset_groups * {taps} (three axes, "
+            f"{taps} kernel taps) with offset_groups dividing the input's {in_channels} channels, such as {3 * taps}."
+        )
+    return offset_groups
+
+
 def check_fused_offset(
     input: Tensor, offset_weight: Tensor, offset_bias: Tensor | None, weight: Tensor, bias: Tensor | None
 ) -> Geometry:
-    """Check one call whose offsets come from a 1x1x1 convolution of the input; raises as `check`."""
+    """Check one call whose offsets come from a 1x1x1 convolution of the input; raise as `check` does."""
     _check_tensors(input=input, offset_weight=offset_weight, offset_bias=offset_bias, weight=weight, bias=bias)
     kernel = weight.shape[2:]
     if any(length % 2 == 0 for length in kernel):
@@ -204,7 +221,7 @@ def check_fused_offset(
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:
-    """Raise where the device, dtype or number of dimensions of a tensor does not fit; `input` comes first."""
+    """Raise if the device, dtype or number of dimensions of a tensor does not match; `input` comes first."""
     input = tensors["input"]
     assert input is not None
     dtype, device, floating = input.dtype, input.device, input.dtype.is_floating_point
@@ -217,7 +234,7 @@ def _check_tensors(**tensors: Tensor | None) -> None:
 
 
 def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
-    """Raise what is wrong with a tensor beside the input."""
+    """Raise an error that says how a tensor does not match the input."""
     if tensor.device != input.device:
         raise ValueError(
             f"{name}: got device {tensor.device}, expected {input.device} as input; move all tensors to one device."

@@ -1,4 +1,4 @@
-"""Which backend runs a call, and why: predicates, the choice, and the DEFORM3D_BACKEND override."""
+"""The choice of the backend for a call: predicates, the choice, and the DEFORM3D_BACKEND override."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ BACKENDS = ("cpu", "cuda", "reference")
 ENVIRONMENT = "DEFORM3D_BACKEND"
 CPU_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Offsets of this size fit beside any network: asking how much memory is free would only cost time.
+# Offsets of this size fit beside any network: a query for free memory would only cost time.
 _FUSE_NEVER_BYTES = 2**28
 
 log = logging.getLogger("deform3d")
 
 
 def can_run_cpu(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Return whether the Numba backend can run tensors of this device and dtype, and why (not)."""
+    """Return whether the Numba backend can run tensors of this device and dtype, and why or why not."""
     if device.type != "cpu":
         return False, f"the Numba backend needs CPU tensors, got {device}"
     if dtype not in CPU_DTYPES:
@@ -42,8 +42,8 @@ def check_backend(name: str | None, source: str) -> None:
 def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
     """Return the name of the backend for tensors of this device and dtype.
 
-    An explicit `backend` comes first, then the environment variable DEFORM3D_BACKEND, then the fastest that can
-    run. Raises ValueError for an unknown name and RuntimeError where the backend asked for cannot run.
+    An explicit `backend` comes first, then the environment variable DEFORM3D_BACKEND, then the fastest backend that
+    can run. Raise ValueError for an unknown name and RuntimeError if the requested backend cannot run.
     """
     source = "backend"
     if backend is None:
@@ -54,16 +54,16 @@ def choose_backend(device: torch.device, dtype: torch.dtype, backend: str | None
 
 
 def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
-    """Return whether a kernel computes the offsets of this call itself; logs the first time that one does.
+    """Return whether a kernel computes the offsets of this call itself; log the first time.
 
-    Two convolutions are faster, and so run wherever their memory can be had: the kernel is for calls whose offsets, 81
-    channels, would take more than half of the GPU's free memory, PyTorch's own reserve included.
+    Two convolutions are faster, so they run whenever memory allows. The kernel is for calls whose offsets, 81 channels,
+    would take more than half of the GPU's free memory, PyTorch's own reserve included.
     """
     if input.device.type != "cuda" or input.dim() != 5 or weight.dim() != 5 or torch.compiler.is_compiling():
         return False
     dtype = input.dtype
     if torch.is_autocast_enabled("cuda") and dtype != torch.float64:
-        dtype = torch.float32  # what the operator computes in then
+        dtype = torch.float32  # the operator computes in float32 under autocast
     offset_bytes = input.shape[0] * 3 * weight.shape[2:].numel() * input.shape[2:].numel() * dtype.itemsize
     if offset_bytes <= _FUSE_NEVER_BYTES or offset_bytes <= free_memory(input.device) // 2:
         return False
@@ -74,7 +74,7 @@ def can_fuse(input: Tensor, weight: Tensor, backend: str | None) -> bool:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that tensors on this GPU could still take: free, or held by PyTorch and not in use."""
+    """Return the bytes available for tensors on this GPU: free, or held by PyTorch and not in use."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
 
@@ -104,13 +104,13 @@ def _choose(device_type: str, dtype: torch.dtype, wanted: str | None, source: st
 
 @functools.cache
 def _warn_of_fallback(device_type: str, reason: str) -> None:
-    """Warn once per cause, whatever the warning filters say about repetition."""
+    """Warn once per cause, even if the warning filters repeat warnings."""
     warnings.warn(f"deform_conv3d uses its slow PyTorch reference on {device_type}: {reason}.", stacklevel=2)
 
 
 @functools.cache
 def _numba_problem() -> str:
-    """Say why the Numba backend cannot be loaded; Numba may be installed and still be broken."""
+    """Return why the Numba backend cannot be loaded, or an empty text; an installed Numba may still be broken."""
     try:
         importlib.import_module("deform3d.cpu")
     except Exception as error:  # a broken Numba fails in many ways: wrong NumPy, no LLVM library, no cache folder

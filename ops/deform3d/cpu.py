@@ -1,11 +1,11 @@
-"""The CPU backend: lays the tensors out for the Numba kernels and shares the work between threads.
+"""The CPU backend: arranges the tensors for the Numba kernels and divides the work among threads.
 
 Threads are Python threads in kernels that release the GIL, not Numba's own: its `workqueue` layer aborts the process
 when two Python threads enter it at once, its OpenMP layer aborts after a fork, and TBB is not in its wheels. A server
 calls this from several threads and trains in another process. The number of threads is `torch.get_num_threads()`.
 
-The kernels are depthwise with one offset group. Everything else goes through the reference: there the time is in one
-matrix product per tap, which PyTorch already does well, and the samples are shared by all output channels.
+The kernels are depthwise with one offset group. Everything else goes through the reference: its time goes into one
+matrix product per tap, which PyTorch already does well, and all output channels share the samples.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _cpu_kernels as kernels
-from . import reference
+from . import _cpu_backward, _cpu_forward, reference
 from ._checks import Geometry
+from ._cpu_sampling import Sizes
 from .reference import Gradients
 
-# Of what one call samples, channels times taps times output voxels: 0.1 to 0.2 ms of one core's work.
+# Samples of one call, channels times taps times output voxels, that take one core 0.1 to 0.2 ms.
 _SHARED_FROM = 2**17
 
 
@@ -53,7 +53,7 @@ def forward(
         arguments = (*inputs, _flat(output, dtype), _sizes(x, offset, mask, g))
         threads = _threads(g)
         units = _split(_rows(g), 4 * threads if threads > 1 else 1)
-        _share(lambda first, last: kernels.forward(*arguments, first, last), units, threads)
+        _share(lambda first, last: _cpu_forward.forward(*arguments, first, last), units, threads)
     return output.to(input.dtype)
 
 
@@ -112,11 +112,11 @@ def _sample_gradients(
     sizes = _sizes(x, offset, mask, g)
 
     def work(part: int, first: int, last: int) -> None:
-        kernels.grad_samples(*inputs, *outputs, rows[part], sizes, first, last)
+        _cpu_backward.grad_samples(*inputs, *outputs, rows[part], sizes, first, last)
 
     _share(work, [(part, *chunk) for part, chunk in enumerate(chunks)], _threads(g))
     if grad_taps is not None:
-        # In the order of the chunks, whose number depends on the shapes alone: equal bits for any thread count.
+        # Summed in the order of the chunks, whose number depends only on the shapes: equal bits for any thread count.
         torch.sum(parts, 0, out=grad_taps.view(-1))
 
 
@@ -130,8 +130,8 @@ def _input_gradient(
     flat = (_flat(offset, dtype), _flat(mask, dtype), taps_first, _flat(grad, dtype), low, high, _flat(total, dtype))
     threads = _threads(g)
     reaches = _split(_rows(g), threads)
-    _share(lambda first, last: kernels.reach(flat[0], sizes, first, last, low, high), reaches, threads)
-    # Whole samples first, then channels in whole cache lines, then slices, which near their borders repeat work.
+    _share(lambda first, last: _cpu_backward.reach(flat[0], sizes, first, last, low, high), reaches, threads)
+    # Divide by samples first, then by channels in whole cache lines, then by slices, which repeat work at borders.
     wanted = -(-threads // max(g.batch, 1))
     by_channel = min(wanted, max(1, g.in_channels // 64))
     by_slice = min(-(-wanted // by_channel), g.size[0])
@@ -141,12 +141,12 @@ def _input_gradient(
         for slices in _split(g.size[0], by_slice)
         for c_first, c_last in _split(-(-g.in_channels // 16), by_channel)
     ]
-    _share(lambda *unit: kernels.grad_volume(*flat, sizes, *unit), units, threads)
+    _share(lambda *unit: _cpu_backward.grad_volume(*flat, sizes, *unit), units, threads)
     return total.to(input.dtype)
 
 
 def _channels_last(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `tensor` so that a voxel's channels follow each other; without a copy where they do."""
+    """Return `tensor` with the channels of a voxel next to each other; no copy if they already are."""
     tensor = tensor.to(dtype)
     if tensor.stride(1) == 1:
         return tensor
@@ -154,20 +154,20 @@ def _channels_last(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Return `tensor` in one of the two layouts a gradient can have."""
+    """Return `tensor` in one of the two layouts that a gradient can have."""
     if tensor.is_contiguous(memory_format=torch.channels_last_3d):
         return tensor
     return tensor.contiguous()
 
 
 def _taps_first(weight: Tensor, dtype: torch.dtype) -> Any:
-    """Depthwise weight (C, 1, kD, kH, kW) -> flat (taps, C)."""
+    """Return a depthwise weight (C, 1, kD, kH, kW) as flat (taps, C)."""
     rows = weight.detach().to(dtype).numpy().reshape(weight.shape[0], -1)
     return np.ascontiguousarray(rows.T).reshape(-1)
 
 
 def _flat(tensor: Tensor | None, dtype: torch.dtype) -> Any:
-    """Return the tensor's memory from its first element to its last as a flat array; none is an empty one."""
+    """Return the tensor's memory from its first to its last element as a flat array; an empty one for None."""
     if tensor is None or not tensor.numel():
         return _nothing(dtype)
     span = tensor.numel()
@@ -185,10 +185,10 @@ def _rows(g: Geometry) -> int:
     return g.batch * g.out[0] * g.out[1]
 
 
-def _sizes(x: Tensor, offset: Tensor, mask: Tensor | None, g: Geometry) -> kernels.Sizes:
+def _sizes(x: Tensor, offset: Tensor, mask: Tensor | None, g: Geometry) -> Sizes:
     x_n, _, x_d, x_h, x_w = x.stride()
     mask_strides = (0, 0, 0, 0, 0) if mask is None else mask.stride()
-    return kernels.Sizes(
+    return Sizes(
         g.in_channels,
         *g.size,
         *g.out,
@@ -209,7 +209,7 @@ def _split(count: int, parts: int) -> list[tuple[int, int]]:
 
 
 def _threads(g: Geometry) -> int:
-    """Return how many threads share a call; to wake a second one takes longer than a small call."""
+    """Return the number of threads for a call; waking a second one takes longer than a small call."""
     return torch.get_num_threads() if g.batch * g.out_voxels * g.taps * g.in_channels >= _SHARED_FROM else 1
 
 
@@ -217,7 +217,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def _forget_pool() -> None:
-    """A forked process has none of its parent's threads: it starts its own on first use."""
+    """Drop the pool in a forked process: it has none of its parent's threads and starts its own on first use."""
     global _pool
     _pool = None
 
@@ -227,7 +227,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]], threads: int) -> None:
-    """Call `work` once per unit, on as many threads; this thread is one of them."""
+    """Call `work` once per unit, on up to `threads` threads including this one."""
     global _pool
     helpers = min(threads, len(units)) - 1
     if helpers < 1:
@@ -249,6 +249,6 @@ def _share(work: Callable[..., None], units: Sequence[tuple[int, ...]], threads:
     waiting = [_pool.submit(take) for _ in range(helpers)]
     take()
     for helper in waiting:
-        # One that has not started, because torch's own threads still spin on its core, has nothing left to do.
+        # A helper that has not started, because torch's own threads still spin on its core, has nothing left to do.
         if not helper.cancel():
             helper.result()

@@ -1,6 +1,6 @@
 """The CUDA backend: compiles the kernels with CuPy and starts them on PyTorch's current stream.
 
-CuPy may be missing, broken (another CUDA version, no driver) or installed twice: nothing here imports it before a CUDA
+CuPy may be missing, broken (another CUDA version, no driver) or installed twice. Nothing here imports it before a CUDA
 tensor arrives, and `can_run_cuda` says in one sentence what is wrong and what to install.
 """
 
@@ -22,7 +22,7 @@ from ._launch import Kernel, Tuning, can_fuse_offset, source
 from ._launch import backward as _backward
 from ._launch import forward as _forward
 from ._launch import forward_fused_offset as _forward_fused_offset
-from ._launch.plan import DTYPES
+from ._launch.plan import DTYPE_CODES
 from .reference import Gradients
 
 __all__ = [
@@ -38,9 +38,7 @@ __all__ = [
 log = logging.getLogger("deform3d")
 
 _OLDEST_CAPABILITY = (7, 5)
-
-
-# As many as any kernel takes, and some.
+# More than any kernel takes.
 _MOST_ARGUMENTS = 64
 
 
@@ -83,9 +81,9 @@ class CupyRuntime:
         if function is None or index not in started.devices:
             self._launch_first(index, kernel, grid, block, shared_bytes, args)
             return
-        # CuPy's own call makes three objects of each argument; the driver reads them from one array and keeps a copy.
+        # CuPy's own call makes three objects per argument; the driver reads this array and keeps a copy.
         struct.pack_into(f"{len(args)}q", started.arguments, 0, *args)
-        # Looked up at every launch: on another stream than PyTorch's, a CUDA graph would stay empty without error.
+        # Looked up at every launch: on any stream but PyTorch's, a CUDA graph would stay empty without an error.
         stream = torch._C._cuda_getCurrentRawStream(index)
         started.start(function.ptr, grid, 1, 1, *block, 1, shared_bytes, stream, started.addresses_at, 0)
 
@@ -95,7 +93,7 @@ class CupyRuntime:
         """Start a kernel not yet compiled, or this thread's first, for which CuPy prepares the device's context."""
         import cupy
 
-        # CuPy and PyTorch share the driver's current device, but CuPy compiles for the one that it set itself.
+        # CuPy and PyTorch share the driver's current device, but CuPy compiles for the device that it set itself.
         with cupy.cuda.Device(index), _external_stream(torch.cuda.current_stream(index).cuda_stream):
             function = self._functions.get((index, kernel)) or self._compile(index, kernel)
             function((grid,), block, tuple(args), shared_mem=shared_bytes)
@@ -111,14 +109,14 @@ class CupyRuntime:
         with self._lock:
             if (index, kernel) not in self._functions:
                 module = cupy.RawModule(code=source(kernel.unit), options=("-std=c++17", *kernel.options))
-                # Of the current device; it keeps its module loaded.
+                # A function of the current device; it keeps its module loaded.
                 self._functions[index, kernel] = module.get_function(kernel.name).kernel
                 log.debug("compiled %s %s for cuda:%d", kernel.name, " ".join(kernel.options), index)
             return self._functions[index, kernel]
 
 
 class _Started(threading.local):
-    """What one thread launches with: its devices that are ready, and the array of addresses that the driver reads."""
+    """Launch state of one thread: its initialised devices, and the array of addresses that the driver reads."""
 
     def __init__(self) -> None:
         import cupy
@@ -137,7 +135,7 @@ def _multiprocessors(index: int) -> int:
 
 
 def _external_stream(pointer: int) -> Any:
-    """Return PyTorch's stream as CuPy's context manager; CuPy 14 renamed the way to it."""
+    """Return PyTorch's stream as a context manager of CuPy; CuPy 14 renamed the constructor."""
     import cupy
 
     if hasattr(cupy.cuda.Stream, "from_external"):
@@ -146,7 +144,7 @@ def _external_stream(pointer: int) -> Any:
 
 
 class _ForeignStream:
-    """A stream as the CUDA stream protocol hands it over."""
+    """A stream in the form of the CUDA stream protocol."""
 
     def __init__(self, pointer: int) -> None:
         self.pointer = pointer
@@ -162,10 +160,10 @@ def runtime() -> CupyRuntime:
 
 
 def can_run_cuda(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """Return whether the CUDA kernels can run tensors of this device and dtype, and why (not)."""
+    """Return whether the CUDA kernels can run tensors of this device and dtype, and why or why not."""
     if device.type != "cuda":
         return False, f"the CUDA backend needs CUDA tensors, got {device}"
-    if dtype not in DTYPES:
+    if dtype not in DTYPE_CODES:
         return False, f"the CUDA backend has no kernel for {dtype}"
     problem = _cupy_problem()
     return not problem, problem or "CUDA tensors, and CuPy works"
@@ -173,7 +171,7 @@ def can_run_cuda(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
 
 @functools.cache
 def _cupy_problem() -> str:
-    """Say why the kernels cannot run, and what to install; CuPy may be there and still be broken."""
+    """Return why the kernels cannot run and what to install, or an empty text; CuPy may be installed but broken."""
     install = f"install it with `pip install {_cupy_package()}`"
     try:
         import cupy
@@ -226,5 +224,5 @@ def forward_fused_offset(
     bias: Tensor | None,
     g: Geometry,
 ) -> Tensor:
-    """Return the output with offsets that the kernel computes from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
+    """Return the output; the kernel computes the offsets from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
     return _forward_fused_offset(runtime(), input, offset_weight, offset_bias, weight, bias, g)

@@ -1,4 +1,4 @@
-"""The public functions: the contract, argument normalisation and nothing else."""
+"""The public functions: their contract and the normalisation of their arguments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._autograd import FUSED_OFFSET, OPERATOR
-from ._checks import triple
+from ._checks import per_axis
 from ._dispatch import can_fuse, check_backend
 
 _Size = int | Sequence[int]
@@ -29,10 +29,9 @@ def deform_conv3d(
 ) -> Tensor:
     """Convolve a volume, sampling each kernel tap at its own shifted position: the 3D `torchvision.ops.deform_conv2d`.
 
-    Samples are trilinear and zero outside the volume. A sampling position that is not finite contributes nothing.
-    Groups follow from the weight's shape and offset groups from the offset's. Depthwise convolution
-    (``groups == C_in == C_out``, one offset group) is the fast path; channels-last input
-    (``torch.channels_last_3d``) is read without a copy and gives channels-last output.
+    Samples are trilinear and zero outside the volume; a position that is not finite contributes nothing. Groups follow
+    from the weight's shape, offset groups from the offset's. Depthwise convolution (``groups == C_in == C_out``, one
+    offset group) is the fast path. Channels-last input is read without a copy and gives channels-last output.
 
     Args:
         input: (N, C_in, D, H, W), any floating dtype; half types accumulate in float32.
@@ -40,20 +39,26 @@ def deform_conv3d(
             raster order, the shift along (d, h, w).
         weight: (C_out, C_in / groups, kD, kH, kW).
         bias: (C_out,).
-        stride: voxels between output positions, one integer or (d, h, w).
-        padding: voxels of zeros around the volume, one integer or (d, h, w).
-        dilation: voxels between kernel taps, one integer or (d, h, w).
+        stride, padding, dilation: voxels, one integer or (d, h, w), as in `torch.nn.functional.conv3d`.
         mask: (N, offset_groups * kD*kH*kW, D_out, H_out, W_out), a factor for each sample (modulation).
-        backend: "cpu" (Numba), "cuda" or "reference" (plain PyTorch); None takes the environment variable
+        backend: "cpu" (Numba), "cuda" or "reference" (plain PyTorch); by default the environment variable
             DEFORM3D_BACKEND or else the fastest that can run.
 
     Returns:
         (N, C_out, D_out, H_out, W_out) in the input's dtype.
 
     Raises:
-        ValueError: shapes, devices or the offset's size do not fit; the message has got and expected.
+        ValueError: shapes, devices or the offset's size do not match; the message has got and expected.
         TypeError: the dtypes differ or are not floating point.
-        RuntimeError: the backend asked for cannot run here, or a gradient is differentiated a second time.
+        RuntimeError: the requested backend cannot run here, or a gradient is differentiated a second time.
+
+    Examples:
+        >>> import torch
+        >>> from deform3d import deform_conv3d
+        >>> volume = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 1, 1, 1, 4)
+        >>> offset = torch.tensor([0.0, 0.0, 0.5]).reshape(1, 3, 1, 1, 1).expand(1, 3, 1, 1, 4)  # along w
+        >>> deform_conv3d(volume, offset, torch.ones(1, 1, 1, 1, 1)).flatten()
+        tensor([1.5000, 2.5000, 3.5000, 2.0000])
 
     Source: Dai et al., Deformable Convolutional Networks, ICCV 2017, section 2.1; the mask is Zhu et al., Deformable
     ConvNets v2, CVPR 2019, section 3.2; depthwise in 3D is Lee et al., DeformUX-Net, arXiv 2310.00199, section 3.
@@ -65,9 +70,9 @@ def deform_conv3d(
         weight,
         bias,
         mask,
-        triple(stride, "stride"),
-        triple(padding, "padding"),
-        triple(dilation, "dilation"),
+        per_axis(stride, "stride"),
+        per_axis(padding, "padding"),
+        per_axis(dilation, "dilation"),
         backend,
     )
 
@@ -84,9 +89,9 @@ def deform_conv3d_fused_offset(
     """Convolve a volume with offsets from a 1x1x1 convolution of itself, without storing them where memory is short.
 
     Equals ``deform_conv3d(input, conv3d(input, offset_weight, offset_bias), weight, bias, padding=kernel // 2)``. The
-    two convolutions run one after the other where there is memory for the offsets, because that is faster. On a GPU,
-    outside of training and for a depthwise 3x3x3 weight, where the offsets would take more than half of the free
-    memory, the kernel computes those of a few voxels at a time instead: that spares 81 channels.
+    two convolutions run one after the other if there is memory for the offsets, because that is faster. On a GPU,
+    outside of training and for a depthwise 3x3x3 weight, if the offsets would take more than half of the free memory,
+    the kernel computes them for a few voxels at a time instead, which saves 81 channels.
 
     Args:
         input: (N, C, D, H, W), any floating dtype.

@@ -1,4 +1,4 @@
-"""`DeformConv3d`: the parameters of one deformable convolution and its forward."""
+"""`DeformConv3d`: a deformable convolution layer with its parameters."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ._checks import triple
+from ._checks import per_axis
 from .functional import deform_conv3d
 
 
 class DeformConv3d(nn.Module):
-    """3D deformable convolution layer: `deform_conv3d` with a learned weight and bias; the caller makes the offsets.
+    """3D deformable convolution layer: `deform_conv3d` with learned weight and bias; the caller supplies the offsets.
 
     Args:
         in_channels: channels of the input.
@@ -22,7 +22,7 @@ class DeformConv3d(nn.Module):
         stride: voxels between output positions.
         padding: voxels of zeros around the volume.
         dilation: voxels between kernel taps.
-        groups: channel groups; ``in_channels`` with as many output channels is the fast depthwise path.
+        groups: channel groups; ``groups == in_channels == out_channels`` is the fast depthwise path.
         bias: whether to add a learned bias.
         backend: as in `deform_conv3d`.
 
@@ -30,6 +30,17 @@ class DeformConv3d(nn.Module):
         ValueError: the channels are not divisible by the groups, or a size is not positive.
 
     Initialised as `torch.nn.Conv3d`: uniform within 1 / sqrt(fan in).
+
+    Examples:
+        A depthwise layer, with offsets from a 1x1x1 convolution of its input:
+
+        >>> import torch
+        >>> from deform3d import DeformConv3d
+        >>> layer = DeformConv3d(8, 8, kernel_size=3, padding=1, groups=8)
+        >>> make_offset = torch.nn.Conv3d(8, 3 * 27, kernel_size=1)
+        >>> x = torch.randn(2, 8, 4, 5, 6)
+        >>> layer(x, make_offset(x)).shape
+        torch.Size([2, 8, 4, 5, 6])
     """
 
     def __init__(
@@ -46,7 +57,7 @@ class DeformConv3d(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self.kernel_size = triple(kernel_size, "kernel_size")
+        self.kernel_size = per_axis(kernel_size, "kernel_size")
         if min(in_channels, out_channels, groups, *self.kernel_size) < 1:
             raise ValueError(
                 f"DeformConv3d: got in_channels {in_channels}, out_channels {out_channels}, groups {groups}, "
@@ -59,9 +70,9 @@ class DeformConv3d(nn.Module):
             )
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.stride = triple(stride, "stride")
-        self.padding = triple(padding, "padding")
-        self.dilation = triple(dilation, "dilation")
+        self.stride = per_axis(stride, "stride")
+        self.padding = per_axis(padding, "padding")
+        self.dilation = per_axis(dilation, "dilation")
         self.groups = groups
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))

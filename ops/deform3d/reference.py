@@ -1,8 +1,8 @@
-"""The oracle: deformable convolution in plain PyTorch, one kernel tap after the other.
+"""The oracle: deformable convolution in plain PyTorch, one kernel tap after another.
 
-It is slow and obvious, works for every floating dtype, device, group and mask, and is what the other
-backends are tested against. `forward` is differentiable by autograd; `backward` states the same
-gradients explicitly, so that training needs the memory of one tap instead of that of all of them.
+It is slow and obvious, and works for every floating dtype, device, group and mask. The other backends are tested
+against it. `forward` is differentiable by autograd; `backward` computes the same gradients explicitly, so that training
+needs the memory of one tap instead of all taps.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._checks import Geometry
 
 
 class Gradients(NamedTuple):
-    """Gradients in argument order; None where not asked for."""
+    """Gradients in argument order; None if not requested."""
 
     input: Tensor | None
     offset: Tensor | None
@@ -27,13 +27,13 @@ class Gradients(NamedTuple):
 
 
 class _Corner(NamedTuple):
-    rows: Tensor  # (N * offset_groups * P,) row of `_to_rows` to read
+    rows: Tensor  # (N * offset_groups * P,) the rows of `_to_rows` to read
     weight: Tensor  # (N * offset_groups * P,) trilinear weight, zero outside the volume
     slopes: tuple[Tensor, Tensor, Tensor]  # derivatives of `weight` by the position along d, h, w
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are held in: half types accumulate in float32."""
+    """Return the dtype that sums are computed in: float32 for half types, else `dtype`."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -103,7 +103,7 @@ def backward(
 
 
 def _to_rows(input: Tensor, g: Geometry) -> Tensor:
-    """(N, C, D, H, W) -> (N * offset_groups * D * H * W, C / offset_groups): one row per sample point."""
+    """Reshape (N, C, D, H, W) to (N * offset_groups * D * H * W, C / offset_groups): one row per voxel."""
     split = input.reshape(g.batch, g.offset_groups, g.sampled_together, g.voxels).transpose(2, 3)
     return split.reshape(g.batch * g.offset_groups * g.voxels, g.sampled_together)
 
@@ -114,7 +114,7 @@ def _from_rows(rows: Tensor, g: Geometry) -> Tensor:
 
 
 def _to_channels(rows: Tensor, g: Geometry) -> Tensor:
-    """(N * offset_groups * P, C / offset_groups) -> (N, groups, C / groups, P)."""
+    """Reshape (N * offset_groups * P, C / offset_groups) to (N, groups, C / groups, P)."""
     split = rows.view(g.batch, g.offset_groups, g.out_voxels, g.sampled_together).transpose(2, 3)
     return split.reshape(g.batch, g.groups, g.in_channels // g.groups, g.out_voxels)
 
@@ -141,7 +141,7 @@ def _interpolate(rows: Tensor, corners: Sequence[_Corner] | Iterator[_Corner]) -
 
 
 def _corners(offset: Tensor, tap: int, g: Geometry) -> Iterator[_Corner]:
-    """The eight voxels around each sampling position of one tap, as in torchvision: zero outside the volume."""
+    """Yield the eight voxels around each sampling position of one tap; zero outside the volume, as in torchvision."""
     _, k_h, k_w = g.kernel
     tap_index = (tap // (k_h * k_w), tap // k_w % k_h, tap % k_w)
     shifts = offset.reshape(g.batch, g.offset_groups, g.taps, 3, *g.out)[:, :, tap]
@@ -151,7 +151,7 @@ def _corners(offset: Tensor, tap: int, g: Geometry) -> Iterator[_Corner]:
         centre = torch.arange(g.out[axis], device=offset.device) * g.stride[axis] - g.padding[axis]
         centre = (centre + tap_index[axis] * g.dilation[axis]).to(offset.dtype)
         position = centre.view([-1 if i == axis else 1 for i in range(3)]) + shifts[:, :, axis]
-        # A position that is not finite, or a voxel or more outside, samples nothing (the comparison is false for NaN).
+        # A position that is not finite, or a voxel or more outside, samples nothing: comparisons are false for NaN.
         inside = inside & (position >= -1) & (position < g.size[axis])
         position = torch.where(inside, position, torch.zeros_like(position))
         floors.append(position.detach().floor())

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped unless `--device` names one (`make test-gpu`)."""
+"""Tests that need a GPU; skipped unless `--device` names one (`make test-gpu`)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +17,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _full_float32() -> Iterator[None]:
-    """cuDNN's convolutions otherwise round float32 to ten bits, and what is compared with them inherits that."""
+    """Switch off TF32: cuDNN's convolutions would round float32 to ten bits, and comparisons would inherit that."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
 
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """PyTorch's switch, put back afterwards."""
+    """Set PyTorch's switch, and restore it afterwards."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -19,7 +19,7 @@ CapturedNetwork, CaptureOptions = captured_inference.CapturedNetwork, captured_i
 
 @pytest.fixture
 def network(device) -> DeformUXNet:
-    """With offsets and guidance as after some training; at initialisation they are zero."""
+    """A network with offsets and guidance as after some training; at initialisation they are zero."""
     torch.manual_seed(0)
     built = DeformUXNet(1, 6, "tiny", guidance=True)
     for name, parameter in built.named_parameters():
@@ -48,7 +48,7 @@ def distance(actual, expected):
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def test_replays_give_what_the_network_gives(network, device, caplog):
+def test_replays_equal_the_network(network, device, caplog):
     captured = CapturedNetwork(network, device)
     with caplog.at_level(logging.WARNING):
         results = [captured(scan(seed)) for seed in range(6)]
@@ -63,7 +63,7 @@ def test_guided_calls(network, device, caplog):
         for seed, channels in enumerate(([0], [3, 10], [1, 2, 4, 5], list(range(11)), [])):
             guidance = guidance_of(channels, seed)
             result = captured(scan(seed), guidance)
-            # Empty channels beside the others may change cuDNN's algorithm, and the order of its sums.
+            # Additional empty channels may change cuDNN's algorithm and the order of its sums.
             assert distance(result, eager(network, device, scan(seed), guidance)) < 1e-2
     assert not caplog.records
 
@@ -77,10 +77,10 @@ def test_changed_weights_are_noticed(network, device):
     assert torch.equal(captured(scan(0)), eager(network, device, scan(0)))
 
 
-def test_a_failed_recording_leaves_the_generator_usable(network, device, caplog):
+def test_failed_recording_leaves_the_generator_usable(network, device, caplog):
     class Asking(torch.nn.Module):
         def forward(self, x):
-            return x * float(x.sum() > 0)  # the host asks, which a recording forbids
+            return x * float(x.sum() > 0)  # the host waits for a value, which a recording forbids
 
     torch.manual_seed(3)
     expected = torch.rand(4, device=device)
@@ -118,7 +118,7 @@ def test_threads_share_a_network(network, device):
     assert not wrong
 
 
-def test_memory_is_given_back(network, device):
+def test_memory_is_released(network, device):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device)
     captured = CapturedNetwork(network, device, options=CaptureOptions(calls_before=0))

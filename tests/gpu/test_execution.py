@@ -1,4 +1,4 @@
-"""The operator among PyTorch's ways to run work: graphs, streams, devices, compilation, autocast, training."""
+"""The operator with PyTorch's ways to run work: graphs, streams, devices, compilation, autocast, training."""
 
 import pytest
 import torch
@@ -14,11 +14,11 @@ LAST = torch.channels_last_3d
 @pytest.mark.parametrize("dense", [False, True], ids=["depthwise", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_graph_replays_with_new_data(device, dense, dtype):
-    """One warm call, one capture; each replay starts from whatever the one before left in the buffers."""
+    """After one warm call and one capture, each replay starts from the buffers that the previous one left."""
     layer = make_layer(16, (9, 10, 11), dtype=dtype, dense=dense)
     leaves, grad = leaves_on(device, layer), make_grad(layer).to(device)
     with torch.cuda.device(device):
-        # PyTorch wants the warm call on a stream of its own, so that autograd's streams are those of the capture.
+        # PyTorch needs the warm call on its own stream, so that autograd's streams are those of the capture.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -41,8 +41,8 @@ def test_graph_replays_with_new_data(device, dense, dtype):
             assert_all_near(results, oracle(fresh, fresh_grad))
 
 
-def test_work_follows_the_stream_it_is_given(device):
-    """The data arrives late on a side stream: a kernel on another stream would read what was there before."""
+def test_work_runs_on_the_current_stream(device):
+    """The data arrives late on a side stream: a kernel on another stream would read the old data."""
     layer = make_layer(16, (12, 13, 14), dtype=torch.float64)
     grad = make_grad(layer).to(device)
     source = leaves_on(device, layer)
@@ -52,7 +52,7 @@ def test_work_follows_the_stream_it_is_given(device):
         torch.cuda.synchronize()
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
-            run(source, grad)  # compiles and takes memory: from here on nothing makes the host wait
+            run(source, grad)  # compiles and allocates: from here on nothing makes the host wait
             side.synchronize()
             torch.cuda._sleep(10**9)  # cycles: about half a second
             with torch.no_grad():
@@ -64,7 +64,7 @@ def test_work_follows_the_stream_it_is_given(device):
     assert_all_near(results, oracle(layer, grad))
 
 
-def test_device_that_is_not_the_current_one(device):
+def test_device_other_than_the_current_one(device):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     layer = make_layer(16, (7, 8, 9), dtype=torch.float64)
@@ -79,7 +79,7 @@ def test_device_that_is_not_the_current_one(device):
 
 
 class Block(torch.nn.Module):
-    """Offsets from a convolution, then the deformable convolution, as in the network."""
+    """A convolution that makes offsets, then the deformable convolution, as in the network."""
 
     def __init__(self, channels: int = 16, backend: str | None = "cuda") -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def test_inductor(device, layout):
 
 
 def test_compiled_with_graphs(device):
-    """`reduce-overhead` captures CUDA graphs of what it compiled."""
+    """`reduce-overhead` captures CUDA graphs of the compiled code."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = Block().to(device, torch.float64)
@@ -123,7 +123,7 @@ def test_compiled_with_graphs(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_the_rounded_operator(device, dtype):
-    """Halves from a convolution, float32 parameters: the result is float32 arithmetic rounded once."""
+    """With half inputs and float32 parameters the result is float32 arithmetic, rounded once."""
     layer = make_layer(48, (8, 9, 7), dtype=dtype)
     grad = make_grad(layer)
     mixed = leaves_on(device, layer)
@@ -140,7 +140,7 @@ def test_autocast_is_the_rounded_operator(device, dtype):
 
 
 def test_block_learns_under_autocast(device):
-    """A training as the network's: bfloat16 autocast, fused AdamW; the same steps on the CPU in float64 beside it."""
+    """Train like the network, with bfloat16 autocast and fused AdamW; compare with the CPU in float64."""
     losses = {}
     for where, dtype, backend in ((device, torch.float32, "cuda"), ("cpu", torch.float64, "reference")):
         torch.manual_seed(0)
@@ -161,7 +161,7 @@ def test_block_learns_under_autocast(device):
 
 
 def test_threads_with_a_stream_each(device):
-    """Inference from several threads, each with a stream of its own, compiles and launches without mixing them up."""
+    """Several threads, each with its own stream, compile and launch without interfering."""
     from concurrent.futures import ThreadPoolExecutor
 
     layers = [make_layer(channels, (7, 8, 9), dtype=torch.float64) for channels in (3, 4, 6, 10)]

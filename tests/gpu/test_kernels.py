@@ -1,4 +1,4 @@
-"""The kernels' arithmetic on a GPU: instances, tiles, borders, determinism, very large tensors."""
+"""The arithmetic of the kernels on a GPU: instances, tiles, borders, determinism, free memory."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("channels", [1, 2, 12, 40, 48, 192])
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
 def test_agrees_with_the_oracle(device, dtype, channels, layout):
-    """Every vector width of the 3×3×3 instance, on a volume that no tile divides."""
+    """Check every vector width of the 3×3×3 instance, on a volume that no tile divides."""
     layer = make_layer(channels, (7, 9, 13), dtype=dtype, layout=layout)
     grad = make_grad(layer)
     assert_all_near(run(leaves_on(device, layer), grad.to(device)), oracle(layer, grad))
@@ -26,8 +26,8 @@ def test_agrees_with_the_oracle(device, dtype, channels, layout):
 @pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("channels", plan.PRESET_CHANNELS)
 @pytest.mark.parametrize("layout", [LAST, torch.contiguous_format])
-def test_blocks_that_stay(device, dtype, channels, layout):
-    """Every instance of the forward for the presets' channels, where some positions and voxels are not finite."""
+def test_persistent_blocks(device, dtype, channels, layout):
+    """Check every forward instance for the presets' channels, with some non-finite positions and voxels."""
     layer = make_layer(channels, (9, 14, 19), spread=2, dtype=dtype, layout=layout)
     layer["offset"][0, 3, :2] = torch.nan
     layer["offset"][1, 40, 3] = torch.tensor(1e30).to(dtype)
@@ -50,7 +50,7 @@ def test_shapes_and_spreads(device, size, spread):
 
 
 def test_all_samples_in_one_cell(device):
-    """Thousands of gradients meet in eight voxels."""
+    """Thousands of gradients are added to eight voxels."""
     layer = make_layer(16, (12, 12, 12), dtype=torch.float64)
     tap = torch.cartesian_prod(*[torch.arange(-1.0, 2)] * 3)
     voxel = torch.stack(torch.meshgrid(*[torch.arange(12.0)] * 3, indexing="ij"))
@@ -111,7 +111,7 @@ def test_fused_offset_is_convolution_then_operator(device, dtype, channels, bias
 
 @pytest.mark.parametrize("short", [False, True])
 def test_offsets_are_fused_where_memory_is_short(device, monkeypatch, short):
-    """The faster two steps run while their offsets fit; nothing is allocated for those where they would not."""
+    """The two faster steps run if their offsets fit; otherwise nothing is allocated for offsets."""
     x = torch.randn(2, 48, 96, 96, 96, device=device).contiguous(memory_format=LAST)
     weight, bias = torch.randn(48, 1, 3, 3, 3).to(x), torch.randn(48).to(x)
     offset_weight = torch.randn(81, 48, 1, 1, 1).to(x) / 48**0.5
@@ -135,5 +135,5 @@ def test_free_memory_counts_what_pytorch_holds(device):
     before = _dispatch.free_memory(device)
     kept = torch.empty(2**30, dtype=torch.uint8, device=device)
     assert before - 2**31 < _dispatch.free_memory(device) < before - 2**29
-    del kept  # PyTorch keeps the memory, and the next tensor can have it
+    del kept  # PyTorch keeps the memory, and the next tensor can use it
     assert _dispatch.free_memory(device) > before - 2**29

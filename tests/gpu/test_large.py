@@ -8,7 +8,7 @@ from torch import Tensor
 from deform3d import deform_conv3d
 from tolerances import assert_near
 
-# Offsets stay within 2 voxels: with the tap and the far corner of a cell, nothing further than 4 matters.
+# Offsets stay within 2 voxels: with the tap and the far corner of a cell, nothing beyond 4 voxels matters.
 SPREAD, REACH = 2.0, 4
 LAST = torch.channels_last_3d
 MANY_CHANNELS = {"channels": 1040, "size": (128, 127, 128)}  # the input has more than 2**31 elements
@@ -29,20 +29,20 @@ def test_forward_and_backward(device, layer, layout):
     channels, size = layer["channels"], layer["size"]
     voxels = size[0] * size[1] * size[2]
     assert max(channels, 81) * voxels > 2**31
-    # Input, output and their gradients, one of them in float32 on the way, and copies in the other layout.
+    # Input, output and their gradients, one of them temporarily in float32, and copies in the other layout.
     needed = 2 * voxels * (10 * channels + 6 * 81)
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
     if free < needed:
-        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, {free / 2**30:.0f} are")
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory, {free / 2**30:.0f} GiB are free")
 
     torch.manual_seed(0)
     x = torch.empty(1, channels, *size, dtype=torch.bfloat16, device=device, memory_format=layout).normal_()
     offset = torch.empty(1, 81, *size, dtype=torch.bfloat16, device=device, memory_format=layout)
     off_the_kinks(offset.uniform_(-SPREAD, SPREAD))
     weight = torch.randn(channels, 1, 3, 3, 3, device=device).bfloat16()
-    # The first and the last voxels, some between, and those where a channels-last tensor has its element 2**31;
-    # a contiguous one has it in the last channels, and so in every box.
+    # The first and the last voxels, some between, and those that hold element 2**31 of a channels-last tensor;
+    # a contiguous tensor holds it in the last channels, and so in every box.
     middle = 2**31 // max(channels, 81)
     crossing = (middle // (size[1] * size[2]), middle // size[2] % size[1], middle % size[2])
     centres = [(0, 0, 0), tuple(n // 2 for n in size), crossing, tuple(n - 1 for n in size)]
@@ -68,7 +68,7 @@ def test_forward_and_backward(device, layer, layout):
         small = [cut(x).requires_grad_(), cut(offset).requires_grad_(), weight.detach().cpu().double().requires_grad_()]
         expected = deform_conv3d(*small, padding=1, backend="reference")
         assert_near(results["output"][(..., *box)], expected.detach()[inner])
-        # Only this box's own gradient: no other box is within reach of what is compared.
+        # Only the gradient of this box: no other box is within its reach.
         own = torch.zeros_like(expected)
         own[inner] = cut(grad)[inner]
         by_input, by_offset, by_weight = torch.autograd.grad(expected, small, own)

@@ -13,7 +13,7 @@ network = pytest.importorskip("deformux.networks.deformux_net", reason="the netw
 
 @pytest.fixture
 def model() -> torch.nn.Module:
-    """With offsets as after some training; at initialisation they are zero."""
+    """A network with offsets as after some training; at initialisation they are zero."""
     torch.manual_seed(0)
     model = network.DeformUXNet(1, 4, "tiny").eval()
     for name, parameter in model.named_parameters():
@@ -31,7 +31,7 @@ def test_inference(model, device, caplog, monkeypatch, memory_is_short):
     if memory_is_short:
         monkeypatch.setattr(_dispatch, "free_memory", lambda _device: 0)
         monkeypatch.setattr(_dispatch, "_FUSE_NEVER_BYTES", 0)
-    _dispatch._log_fusion.cache_clear()  # each choice is logged once in a process
+    _dispatch._log_fusion.cache_clear()  # each choice is logged once per process
     x = torch.randn(2, 1, 32, 48, 40, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())

@@ -1,4 +1,4 @@
-"""Training patches that are varied on the GPU, against the same on the CPU."""
+"""Training patches that are augmented on the GPU, against the same on the CPU."""
 
 import nibabel as nib
 import numpy as np
@@ -19,8 +19,8 @@ def case(tmp_path):
     return sampling.Case("c", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz")
 
 
-def test_they_are_those_of_the_cpu(case, device):
-    """What is drawn does not depend on the device; resampling rounds."""
+def test_patches_equal_those_of_the_cpu(case, device):
+    """The random draws do not depend on the device; resampling rounds differently."""
     prep = sampling.Preprocessing("mr", patch_size=(32, 32, 32))
     every = {"affine_probability": 1.0, "elastic_probability": 0.5, "intensity_probability": 1.0, "flip_axes": (0,)}
     recipe = sampling.Recipe(steps=6, noise_std=0.1, gamma=(0.7, 1.5), low_resolution=0.5, intensity_scale=0.1, **every)
@@ -35,7 +35,7 @@ def test_they_are_those_of_the_cpu(case, device):
         assert (label != on_cpu["label"]).float().mean() < 1e-3, "but for voxels halfway between two"
 
 
-def test_processes_give_pinned_batches_that_are_those_of_the_cpu(case, device):
+def test_processes_return_pinned_batches_equal_to_the_cpus(case, device):
     prep, recipe = sampling.Preprocessing("mr", patch_size=(32, 32, 32)), sampling.Recipe(steps=6)
     drawn = []
     for where, workers in (("cpu", 0), (device, 3)):

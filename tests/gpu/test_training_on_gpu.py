@@ -1,4 +1,4 @@
-"""Training steps that are replayed from CUDA graphs, against the same steps launch by launch."""
+"""Training steps replayed from CUDA graphs, against the same steps launch by launch."""
 
 import copy
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-# cuBLAS is deterministic with a fixed workspace only, which it takes when it is first used.
+# cuBLAS is deterministic only with a fixed workspace, which it allocates on first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 engine = pytest.importorskip("deformux.fitting.fit", reason="training needs monai", exc_type=ImportError)
@@ -33,14 +33,14 @@ def network():
     torch.manual_seed(0)
     net = DeformUXNet(1, 3, "tiny", guidance=True)
     for name, parameter in net.named_parameters():
-        # As after some training: at initialisation offsets are zero.
+        # Offsets as after some training: at initialisation they are zero.
         if ".offset." in name:
             torch.nn.init.normal_(parameter, std=0.1)
     return net
 
 
 class Steps:
-    """A training on random batches; some of their volumes were annotated for one label only."""
+    """A training on random batches; some of their volumes are annotated for one label only."""
 
     def __init__(self, network, device, *, recipe=RECIPE, capture, loss=None):
         self.network = copy.deepcopy(network).to(device)
@@ -76,7 +76,7 @@ class Steps:
 
 
 @pytest.mark.parametrize("mixed_precision", [False, True])
-def test_graphs_give_what_launches_give_bit_for_bit(network, device, deterministic, mixed_precision):
+def test_graphs_equal_launches_bit_for_bit(network, device, deterministic, mixed_precision):
     recipe = RECIPE.replace(mixed_precision=mixed_precision)
     eager, captured = (Steps(network, device, recipe=recipe, capture=capture) for capture in (False, True))
     with warnings.catch_warnings():
@@ -89,7 +89,7 @@ def test_graphs_give_what_launches_give_bit_for_bit(network, device, determinist
 
 
 class Asking(PartialDiceCELoss):
-    """Waits for the GPU."""
+    """A loss that waits for the GPU."""
 
     def forward(self, *arguments):
         loss = super().forward(*arguments)
@@ -98,7 +98,7 @@ class Asking(PartialDiceCELoss):
 
 
 class Synchronizing(PartialDiceCELoss):
-    """Does what no capture survives, and what the check before it does not see."""
+    """A loss that breaks a capture and that the check before it does not detect."""
 
     def forward(self, *arguments):
         torch.cuda.synchronize()
@@ -106,7 +106,7 @@ class Synchronizing(PartialDiceCELoss):
 
 
 @pytest.mark.parametrize("loss", [Asking(), Synchronizing()])
-def test_a_capture_that_fails_leaves_everything_as_it_was(network, device, deterministic, loss):
+def test_failed_capture_changes_nothing(network, device, deterministic, loss):
     eager = Steps(network, device, capture=False)
     broken = Steps(network, device, capture=True, loss=loss)
     with pytest.warns(UserWarning, match="goes on without CUDA graphs") as said:
@@ -120,7 +120,7 @@ def test_a_capture_that_fails_leaves_everything_as_it_was(network, device, deter
 
 
 @pytest.mark.slow
-def test_a_compiled_network_learns_the_same(network, device):
+def test_compiled_network_learns_the_same(network, device):
     plain = RECIPE.replace(clicks=0)
     eager, compiled = (Steps(network, device, recipe=plain, capture=True) for _ in range(2))
     losses = compiled.take(1, 5)
@@ -133,7 +133,7 @@ def test_a_compiled_network_learns_the_same(network, device):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_gpu_than_the_current_one_is_captured_too(network):
+def test_capture_on_a_gpu_other_than_the_current_one(network):
     eager, captured = (Steps(network, "cuda:1", capture=capture) for capture in (False, True))
     np.testing.assert_allclose(captured.take(1, 12), eager.take(1, 12), rtol=1e-3)
     assert captured.step._captured
@@ -151,7 +151,7 @@ def cases(tmp_path: Path):
     return made
 
 
-def test_a_stopped_training_ends_as_an_uninterrupted_one(cases, device, deterministic, tmp_path):
+def test_interrupted_training_ends_like_an_uninterrupted_one(cases, device, deterministic, tmp_path):
     recipe = RECIPES["finetune"].replace(steps=12, epochs=3, click_start=0.25, mixed_precision=False)
 
     def run(**options):

@@ -13,7 +13,7 @@ MakeProblem = Callable[..., Problem]
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The problems are too small to share out, and CI's cores may be busy; tests of threads set their own number."""
+    """Use one thread: the problems are small, and CI's cores may be busy; tests of threads set their own number."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -22,7 +22,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def make_problem(device: str) -> MakeProblem:
-    """By default an asymmetric problem: every size, and every parameter per axis, is a different small number."""
+    """Return a problem, asymmetric by default: all sizes, and all parameters per axis, are different small numbers."""
 
     def make(
         *,
@@ -44,7 +44,7 @@ def make_problem(device: str) -> MakeProblem:
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            # Rounded to the dtype under test once, so that the oracle sees the same numbers.
+            # Rounded once to the dtype under test, so that the oracle sees the same numbers.
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
         out_channels = channels if out_channels is None else out_channels
@@ -65,7 +65,7 @@ def make_problem(device: str) -> MakeProblem:
 
 @pytest.fixture(scope="session")
 def kernel_compiler(tmp_path_factory: pytest.TempPathFactory, device: str) -> cuda_emulator.Compiler:
-    """Compiles CUDA kernels as C++, each once in a run of the tests."""
+    """Compile CUDA kernels as C++, each once per test run."""
     if device != "cpu":
         pytest.skip("the emulator reads tensors on the CPU: run without --device")
     if reason := cuda_emulator.missing_compiler():

@@ -1,7 +1,7 @@
-"""CUDA kernels without a GPU: the kernel source compiled by g++ and run over every block and every thread.
+"""CUDA kernels without a GPU: g++ compiles the kernel source, which runs over every block and every thread.
 
-`cuda_shim.h` says how a block of threads is emulated. What it does not show: races between threads that a barrier does
-not order either way round and that no order of the threads uncovers, and anything about speed.
+`cuda_shim.h` describes how a block of threads is emulated. It does not show speed, nor races between threads that no
+barrier orders and that no order of the threads uncovers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FLAGS = (
 )
 SANITIZERS = ("-O0", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 SANITIZE = "DEFORM3D_SANITIZE_KERNELS"
-# The limits of a launch that every GPU since Turing has, without opting in to more.
+# The limits of a launch on every GPU since Turing, without opting in to more.
 MOST_THREADS, MOST_SHARED_BYTES, MOST_BLOCKS = 1024, 48 * 1024, 2**31 - 1
 FORWARD, REVERSE, SHUFFLED = 0, 1, 7
 
 
 class KernelLike(Protocol):
-    """What identifies a kernel: `deform3d._launch.Kernel`."""
+    """The identity of a kernel: `deform3d._launch.Kernel`."""
 
     @property
     def unit(self) -> str: ...
@@ -47,7 +47,7 @@ class KernelLike(Protocol):
 
 
 class KernelError(RuntimeError):
-    """A launch that CUDA would refuse, or a block whose threads wait for each other for ever."""
+    """A launch that CUDA would refuse, or a block whose threads deadlock."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,14 @@ class Launch:
 
 @dataclass
 class Compiler:
-    """Compiles kernel sources to shared libraries, each once, in `folder`."""
+    """A compiler of kernel sources to shared libraries, each once, in `folder`."""
 
     folder: Path
     sanitize: bool = field(default_factory=lambda: SANITIZE in os.environ)
     libraries: dict[Path, ctypes.PyDLL] = field(default_factory=dict)
 
     def load(self, source: str, options: Sequence[str], name: str) -> ctypes.PyDLL:
-        """Return the library with the entry `name` of `source`; raises KernelError with the compiler's message."""
+        """Return the library with the entry `name` of `source`; raise KernelError with the compiler's message."""
         flags = (*FLAGS, *(SANITIZERS if self.sanitize else ()), *options, "-include", str(SHIM))
         text = f"{source}\nDEFORM3D_ENTRY({name})\n"
         key = hashlib.sha256("\0".join((text, SHIM.read_text(), *flags)).encode()).hexdigest()[:16]
@@ -88,7 +88,7 @@ class Compiler:
         code = library.with_suffix(".cpp")
         code.write_text(text)
         unfinished = library.with_suffix(".tmp")
-        # The compiler itself must not run under a sanitizer that this process was started with.
+        # The compiler itself must not run under the sanitizer of this process.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         command = ["g++", *flags, "-o", str(unfinished), str(code)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
@@ -99,17 +99,17 @@ class Compiler:
 
 @dataclass
 class EmulatedRuntime:
-    """`deform3d._launch.Runtime` for CPU tensors: runs and records every launch."""
+    """A `deform3d._launch.Runtime` for CPU tensors, which runs and records every launch."""
 
     compiler: Compiler
     source: Callable[[str], str]
     tuning: Any = None
     order: int = FORWARD
-    most_blocks: int = MOST_BLOCKS  # fewer than the launcher asks for make the kernels' loops over work go round
+    most_blocks: int = MOST_BLOCKS  # fewer than the launcher asks for, so that the kernels' loops over work repeat
     launches: list[Launch] = field(default_factory=list)
 
     def multiprocessors(self, device: torch.device) -> int:
-        """Few, so that the loops over a grid smaller than the work run more than once."""
+        """Return a small number, so that loops over a grid smaller than the work run more than once."""
         return 3
 
     def launch(
@@ -150,25 +150,25 @@ class EmulatedRuntime:
 
 @functools.cache
 def _stacks() -> ctypes.Array[ctypes.c_char]:
-    """The stacks of a block's threads, kept from launch to launch: mapping them takes longer than most.
+    """Return the stacks of a block's threads, reused by all launches: mapping them takes longer than most launches.
 
-    Mapped rather than allocated, so that a sanitizer neither fills nor guards them; untouched, they take no memory.
+    They are mapped, not allocated, so that a sanitizer neither fills nor guards them; unused, they take no memory.
     """
     memory = mmap.mmap(-1, MOST_THREADS * STACK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return (ctypes.c_char * len(memory)).from_buffer(memory)
 
 
 def missing_compiler() -> str:
-    """Say why kernels cannot be compiled here; empty where they can."""
+    """Return why kernels cannot be compiled here, or an empty text."""
     return "" if shutil.which("g++") else "g++ is not installed"
 
 
 def sanitizer_environment() -> dict[str, str] | None:
-    """The environment of a process whose kernels are compiled with sanitizers, or None where g++ has none.
+    """Return the environment of a process whose kernels are compiled with sanitizers, or None if g++ has none.
 
-    New memory, tensors' too, is filled with bits that no floating dtype takes for a number.
+    New memory, including that of tensors, is filled with bits that are NaN in every floating dtype.
     """
-    # The C++ library too, because Python itself does not bring it: the sanitizer looks for its `throw` at the start.
+    # The C++ library, too: Python does not load it, and the sanitizer looks for its `throw` at the start.
     libraries = [_library(name) for name in ("libasan.so", "libstdc++.so.6")]
     options = "detect_leaks=0:detect_stack_use_after_return=0:malloc_fill_byte=255:max_malloc_fill_size=1000000000"
     more = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": options, SANITIZE: "1"}
@@ -176,7 +176,7 @@ def sanitizer_environment() -> dict[str, str] | None:
 
 
 def _library(name: str) -> str:
-    """Where g++ has a library; empty where it has none, or a linker script of that name."""
+    """Return the path of a library of g++; empty if there is none, or only a linker script of that name."""
     done = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, timeout=60)
     path = Path(done.stdout.strip())
     return str(path) if path.is_absolute() and path.read_bytes()[:4] == b"\x7fELF" else ""

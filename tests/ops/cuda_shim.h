@@ -1,8 +1,8 @@
-// CUDA as C++: what the kernels use, and a block whose threads are fibers with real barriers and shuffles.
+// CUDA as C++: the parts that the kernels use, and a block whose threads are fibers with real barriers and shuffles.
 //
-// It comes before the kernel source. A barrier hands over to the next thread of the block, so that code which needs a
-// barrier and has none reads what another thread has not written yet: unwritten shared memory is not a number. The
-// order of threads and blocks can be chosen, for what only one order hides. One launch at a time: state is global.
+// It precedes the kernel source. A barrier hands over to the next thread of the block, so that code with a missing
+// barrier reads memory that another thread has not written yet: unwritten shared memory is NaN. The order of threads and
+// blocks can be chosen, because one order may hide a fault. One launch at a time: state is global.
 #pragma once
 
 #include <math.h>
@@ -43,7 +43,7 @@ enum Wait { NOTHING, BLOCK, GROUP, SYNCWARP, SHUFFLE, FINISHED };
 constexpr int BARRIERS = 16;
 
 #if defined(__x86_64__)
-// swapcontext makes a system call for the signal mask; this saves what the ABI says a callee keeps, and no more.
+// swapcontext makes a system call for the signal mask; this saves only the registers that the ABI has a callee preserve.
 using Context = void*;
 extern "C" void deform3d_switch(Context* from, Context to) __attribute__((visibility("hidden")));
 asm(R"(
@@ -93,9 +93,9 @@ struct Fiber {
   Dim3 index;
   Wait waits;
   unsigned shuffles;
-  int barrier;  // that it waits at, if it waits for a group
+  int barrier;  // the barrier that it waits at, if it waits for a group
 };
-// A barrier of a part of the block, by its number.
+// A numbered barrier for a part of the block.
 struct GroupBarrier {
   int threads, arrived, line;
 };
@@ -111,7 +111,7 @@ static Warp* warps;
 static Context scheduler;
 static int block_threads, block_arrived, block_line;
 static GroupBarrier group_barriers[BARRIERS];
-// Of the running block: heap memory of the requested size, so that a sanitizer guards it.
+// Shared memory of the running block: heap memory of the requested size, so that a sanitizer guards it.
 static unsigned char* shared_memory;
 static char message[512];
 static void (*kernel)(const int64_t*);
@@ -126,7 +126,7 @@ __attribute__((format(printf, 1, 2))) static inline void fail(const char* format
   va_end(rest);
 }
 
-// Not inlined: the caller must not keep threadIdx over the switch.
+// Not inlined: the caller must not keep threadIdx across the switch.
 __attribute__((noinline)) static inline void leave(Wait why) {
   current->waits = why;
   switch_context(current->context, scheduler);
@@ -147,7 +147,7 @@ __attribute__((noinline)) static inline void synchronize_block(int line) {
   for (int i = 0; i < block_threads; i++) fibers[i].waits = fibers[i].waits == BLOCK ? NOTHING : fibers[i].waits;
 }
 
-// bar.sync with a number and a count of threads: whole warps, which are the same from first to last.
+// bar.sync with a number and a count of threads: whole warps, the same ones every time.
 __attribute__((noinline)) static inline void synchronize_group(int number, int threads, int line) {
   if (number < 1 || number >= BARRIERS || threads < 1 || threads % WARP || threads > block_threads) {
     fail("barrier %d of %d threads in line %d, which no GPU has", number, threads, line);
@@ -191,7 +191,7 @@ static inline uint64_t exchange(unsigned mask, uint64_t value, int lane_mask) {
   uint64_t* values = warp.values[current->shuffles++ % 2];
   values[lane] = value;
   synchronize_warp(SHUFFLE);
-  return other < warp.threads ? values[other] : ~uint64_t(0);  // undefined in CUDA: not a number here
+  return other < warp.threads ? values[other] : ~uint64_t(0);  // undefined in CUDA: NaN here
 }
 
 static inline void run_thread() {
@@ -235,7 +235,7 @@ static inline bool run_warp(unsigned number, int order) {
 }
 
 static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes, int order) {
-  // malloc aligns to 16 bytes, as CUDA promises no more for dynamic shared memory declared so.
+  // malloc aligns to 16 bytes; CUDA promises no more for dynamic shared memory declared like this.
   shared_memory = static_cast<unsigned char*>(malloc(shared_bytes));
   memset(shared_memory, 0xff, shared_bytes);
   memset(fibers, 0, sizeof(Fiber) * block_threads);
@@ -248,7 +248,7 @@ static inline void run_block(char* stacks, unsigned* places, size_t shared_bytes
   }
   block_arrived = 0;
   memset(group_barriers, 0, sizeof group_barriers);
-  // A warp runs until its threads wait for the block, which leaves the others as far behind as they may be.
+  // A warp runs until its threads wait for the block, which leaves the others as far behind as possible.
   const unsigned all = (block_threads + WARP - 1) / WARP;
   for (bool moved = true; moved && !message[0];) {
     moved = false;
@@ -323,7 +323,7 @@ T add(T* address, T value) {
 
 }  // namespace emulated
 
-// What makes a kernel of the source callable: the emulator appends this for the entry that it launches.
+// Makes a kernel of the source callable: the emulator appends this for the entry that it launches.
 #define DEFORM3D_ENTRY(name)                                                                                         \
   static void deform3d_call(const int64_t* values) { emulated::call(&name, values); }                                \
   extern "C" int deform3d_arguments() { return emulated::count(&name); }                                             \

@@ -1,4 +1,4 @@
-"""One call of the operator as a value: tests change a part of it and run it."""
+"""One call of the operator as a value, of which tests change a part before they run it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ class Problem:
         return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})
 
     def oracle(self) -> "Problem":
-        """The same numbers for the float64 reference on the CPU, wherever the test runs."""
+        """Return the same numbers for the float64 reference on the CPU, wherever the test runs."""
         return self.map(lambda tensor: tensor.detach().double().cpu())
 
     def run(self, **more: Any) -> Tensor:
@@ -38,7 +38,7 @@ class Problem:
         return deform_conv3d(self.input, self.offset, self.weight, self.bias, **options)
 
     def run_with_gradients(self, **more: Any) -> dict[str, Tensor]:
-        """The output and the gradients of a fixed random projection of it, by name."""
+        """Return the output and the gradients of a fixed random projection of it, by name."""
         leaves = self.map(lambda tensor: tensor.detach().requires_grad_())
         output = leaves.run(**more)
         wanted = leaves.tensors()
@@ -47,6 +47,6 @@ class Problem:
 
 
 def direction_like(output: Tensor) -> Tensor:
-    """Fixed random numbers that every dtype can hold."""
+    """Return fixed random numbers that every dtype can hold."""
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
     return direction.bfloat16().half().to(output)

@@ -1,4 +1,4 @@
-"""NVIDIA's runtime compiler, bound as far as the tests need it: machine code for any architecture, without a driver."""
+"""Bindings to NVIDIA's runtime compiler for the tests: machine code for any architecture, without a driver."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERBOSE = "--ptxas-options=-v"
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel needs of a multiprocessor."""
+    """The resources of a multiprocessor that one kernel uses."""
 
     registers: int
     stack_bytes: int
@@ -24,7 +24,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program; `machine_code` is empty where the compiler refused, and `log` says why."""
+    """A compiled program; `machine_code` is empty if compilation failed, and `log` says why."""
 
     machine_code: bytes
     ptx: str
@@ -32,7 +32,7 @@ class Program:
 
     @property
     def usage(self) -> dict[str, Usage]:
-        """By kernel, from the assembler's report."""
+        """Return the usage of each kernel, from the assembler's report."""
         pattern = (
             r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
             r"(\d+) bytes spill loads.*?Used (\d+) registers"
@@ -44,13 +44,13 @@ class Program:
 
 
 class Nvrtc:
-    """The library's functions; raises OSError where it is not installed."""
+    """The functions of the library; raises OSError if it is not installed."""
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(_find())
 
     def architectures(self) -> list[str]:
-        """Return what it can compile for, such as "sm_90"."""
+        """Return the architectures that it can compile for, such as "sm_90"."""
         count = ctypes.c_int()
         self._call("GetNumSupportedArchs", ctypes.byref(count))
         numbers = (ctypes.c_int * count.value)()
@@ -58,7 +58,7 @@ class Nvrtc:
         return [f"sm_{number}" for number in numbers]
 
     def compile(self, source: str, options: Sequence[str], architecture: str) -> Program:
-        """Compile a CUDA source as CuPy does; safe to call from several threads."""
+        """Compile a CUDA source like CuPy; safe to call from several threads."""
         program = ctypes.c_void_p()
         self._call("CreateProgram", ctypes.byref(program), source.encode(), b"kernels.cu", 0, None, None)
         given = [option.encode() for option in ("-std=c++17", f"-arch={architecture}", _VERBOSE, *options)]
@@ -81,7 +81,7 @@ class Nvrtc:
 
 
 def _find() -> str:
-    """Where the library is: among the wheels that PyTorch brings, or installed with CUDA."""
+    """Return the path of the library: among the wheels that PyTorch installs, or installed with CUDA."""
     wheels = importlib.util.find_spec("nvidia")
     for folder in (wheels.submodule_search_locations or ()) if wheels else ():
         # nvidia/cu13/lib, or nvidia/cuda_nvrtc/lib before CUDA 13

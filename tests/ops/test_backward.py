@@ -13,7 +13,7 @@ from tolerances import assert_near
 
 
 def not_whole(offset: torch.Tensor) -> torch.Tensor:
-    """Move offsets away from whole voxels, where the trilinear sample has a kink and no derivative."""
+    """Move offsets away from integers, where the trilinear sample has a kink and no derivative."""
     fraction = offset - offset.floor()
     return offset.floor() + 0.1 + 0.8 * fraction
 
@@ -21,7 +21,7 @@ def not_whole(offset: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mask", [False, True])
 def test_finite_differences(make_problem, backend, layer, mask):
-    """Along random directions, for every input."""
+    """Check every input along random directions."""
     p = make_problem(**LAYERS[layer], batch=2, size=(3, 4, 5), kernel=(2, 1, 2), dilation=(1, 1, 2), mask=mask)
     check_gradients(p, backend, fast_mode=True)
 
@@ -41,14 +41,14 @@ def check_gradients(p, backend, *, fast_mode):
         return deform_conv3d(input, offset, weight, bias, mask=mask, **p.options, backend=backend)
 
     leaves = p.map(lambda t: t.requires_grad_()).tensors()
-    # Atomic additions on a GPU come in any order.
+    # Atomic additions on a GPU happen in any order.
     apart = 0.0 if p.input.device.type == "cpu" else 1e-12
     assert torch.autograd.gradcheck(run, tuple(leaves.values()), fast_mode=fast_mode, nondet_tol=apart)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("mask", [False, True])
-def test_explicit_backward_is_autograd_of_the_oracle(make_problem, backend, layer, mask):
+def test_backward_matches_autograd_of_the_oracle(make_problem, backend, layer, mask):
     p = make_problem(**LAYERS[layer], mask=mask)
     leaves = p.map(lambda t: t.detach().requires_grad_())
     convolution = [p.options[name] for name in ("stride", "padding", "dilation")]
@@ -71,8 +71,8 @@ def test_dtypes_and_channel_counts(make_problem, backend, dtype, channels):
         assert_near(actual[name], expected, name)
 
 
-def test_borders_as_torchvision(make_problem, backend):
-    """Gradients of samples on and past the border, whole positions included, where conventions differ."""
+def test_borders_match_torchvision(make_problem, backend):
+    """Check samples on and past the border, including integer positions, where conventions differ."""
     torchvision = pytest.importorskip("torchvision")
     p = make_problem(
         size=(1, 6, 5), kernel=(1, 3, 3), stride=(1, 1, 1), padding=(0, 1, 1), dilation=(1, 1, 1), spread=3
@@ -107,7 +107,7 @@ def test_layout_of_gradients(make_problem, backend, layer):
 
 
 @pytest.mark.parametrize("name", ["input", "offset", "weight", "bias", "mask"])
-def test_one_gradient_alone(make_problem, backend, name):
+def test_one_gradient_at_a_time(make_problem, backend, name):
     p = make_problem()
     expected = p.run_with_gradients(backend=backend)[name]
     leaf = getattr(p, name).requires_grad_()
@@ -117,14 +117,14 @@ def test_one_gradient_alone(make_problem, backend, name):
     assert all(t.grad is None for other, t in p.tensors().items() if other != name)
 
 
-def test_same_bits_again_and_for_any_number_of_threads(make_problem, backend):
+def test_same_bits_every_time_and_for_any_thread_count(make_problem, backend):
     p = make_problem(channels=67, size=(9, 11, 8), stride=(1, 1, 1), padding=(2, 2, 1), dtype=torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
         expected = p.run_with_gradients(backend=backend)
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            # The reference's sums and products are PyTorch's, which only promises equal bits for equal settings.
+            # The reference uses PyTorch's sums and products, which promise equal bits only for equal settings.
             if backend == "reference":
                 expected = p.run_with_gradients(backend=backend)
             for name, value in p.run_with_gradients(backend=backend).items():
@@ -133,15 +133,15 @@ def test_same_bits_again_and_for_any_number_of_threads(make_problem, backend):
         torch.use_deterministic_algorithms(False)
 
 
-def test_second_backward_says_so(make_problem, backend):
+def test_second_backward_is_a_clear_error(make_problem, backend):
     p = make_problem().map(lambda t: t.requires_grad_())
     (gradient,) = torch.autograd.grad(p.run(backend=backend).sum(), p.input, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second backward.*expected at most one"):
         gradient.sum().backward()
 
 
-def test_gradient_that_arrives_in_parts_of_a_larger_tensor(make_problem, backend):
-    """The output's gradient may have any strides, as behind a crop or an expand."""
+def test_output_gradient_with_any_strides(make_problem, backend):
+    """The gradient of the output may have any strides, as after a crop or an expand."""
     p = make_problem(channels=19)
     expected = p.run_with_gradients(backend=backend)
     leaves = p.map(lambda t: t.detach().requires_grad_())
@@ -156,7 +156,7 @@ def test_gradient_that_arrives_in_parts_of_a_larger_tensor(make_problem, backend
 
 
 def test_tensor_subclass(make_problem, backend):
-    """MONAI's tensors carry metadata and rules of their own through every operation."""
+    """MONAI's tensors carry metadata and their own rules through every operation."""
     data = pytest.importorskip("monai.data")
     p = make_problem(dtype=torch.float32)
     expected = p.run_with_gradients(backend=backend)

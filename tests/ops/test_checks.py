@@ -1,4 +1,4 @@
-"""Wrong arguments: what was got and what was expected."""
+"""Wrong arguments: the errors say what was got and what was expected."""
 
 from dataclasses import replace
 
@@ -51,7 +51,7 @@ def test_dtypes_differ(make_problem, name):
         replace(p, **{name: getattr(p, name).float()}).run()
 
 
-def test_whole_numbers(make_problem):
+def test_integer_dtype(make_problem):
     with pytest.raises(TypeError, match=r"input: got dtype torch.int64, expected a floating-point dtype"):
         make_problem().map(lambda t: t.long()).run()
 
@@ -81,8 +81,8 @@ def test_options(make_problem, option, value, message):
         make_problem().run(**{option: value})
 
 
-def test_the_operator_checks_by_itself(make_problem):
-    """The registered operator, without the function in front, reads nothing it should not."""
+def test_registered_operator_checks_its_arguments(make_problem):
+    """The registered operator, called without the public function, does not read out of bounds."""
     p = make_problem()
     with pytest.raises(ValueError, match="offset: got shape"):
         torch.ops.deform3d.deform_conv3d(

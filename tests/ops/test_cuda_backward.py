@@ -1,4 +1,4 @@
-"""The fast kernels of the backward, run over every block and thread on the CPU, against the float64 reference."""
+"""The fast backward kernels, run over every block and thread on the CPU, against the float64 reference."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def channels_last(problem):
 
 
 def gradients(runtime, p):
-    """The gradients of a fixed direction, and the reference's in float64, by name."""
+    """Return the gradients of a fixed direction and those of the float64 reference, by name."""
     options = (p.options[name] for name in ("stride", "padding", "dilation"))
     g = check(p.input, p.offset, p.weight, p.bias, p.mask, *options)
     needs = (True, True, True, True, p.mask is not None)
@@ -51,7 +51,7 @@ def assert_all_near(actual, expected):
     + [(torch.bfloat16, n) for n in (16, 24, 48, 64, 384)]
     + [(torch.float16, n) for n in (32, 96, 128, 192)],
 )
-def test_channels_of_the_presets(make_problem, runtime, dtype, channels):
+def test_preset_channels(make_problem, runtime, dtype, channels):
     runtime.order = SHUFFLED
     p = channels_last(make_problem(**CUBE, channels=channels, dtype=dtype, size=(5, 4, 7)))
     actual, expected = gradients(runtime, p)
@@ -59,7 +59,7 @@ def test_channels_of_the_presets(make_problem, runtime, dtype, channels):
     assert_all_near(actual, expected)
 
 
-# Pieces of voxels that are an odd and an even number, and the widest; most samples with all corners inside.
+# An odd and an even number of pieces per voxel, and the widest; most samples have all corners inside.
 @pytest.mark.parametrize("channels", [48, 64, 96])
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("last", [False, True])
@@ -96,7 +96,7 @@ def test_any_division_of_the_work(make_problem, runtime, tuning, deterministic):
 
 
 def test_same_bits_on_any_grid(make_problem, runtime):
-    """With deterministic algorithms: whatever runs first, and however few blocks there are."""
+    """With deterministic algorithms, neither the order nor the number of blocks matters."""
     p = make_problem(**CUBE, channels=48, dtype=torch.float32, size=(5, 9, 7), spread=3)
     first = None
     torch.use_deterministic_algorithms(True)
@@ -111,7 +111,7 @@ def test_same_bits_on_any_grid(make_problem, runtime):
 
 
 def test_many_samples_in_one_cell(make_problem, runtime):
-    """All positions within one voxel of each other: the sort and the gather depend on no count's size."""
+    """All positions are within one voxel: neither the sort nor the gather depends on the size of a count."""
     p = channels_last(make_problem(**CUBE, channels=16, dtype=torch.float32, size=(4, 5, 6)))
     axes = torch.meshgrid(*(torch.arange(n) for n in (4, 5, 6)), indexing="ij")
     shifts = p.offset.permute(0, 2, 3, 4, 1).reshape(2, 4, 5, 6, 3, 3, 3, 3)
@@ -123,7 +123,7 @@ def test_many_samples_in_one_cell(make_problem, runtime):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf, 1e30, -3e9, 2147483648.0])
-def test_impossible_positions_give_nothing(make_problem, runtime, poison):
+def test_impossible_positions_contribute_nothing(make_problem, runtime, poison):
     p = channels_last(make_problem(**CUBE, channels=48, dtype=torch.float32, size=(4, 5, 6)))
     p.offset[:, ::7, ::2, 1:4] = poison
     actual, expected = gradients(runtime, p)
@@ -133,10 +133,10 @@ def test_impossible_positions_give_nothing(make_problem, runtime, poison):
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_what_is_not_sampled_gives_nothing(make_problem, runtime, poison):
-    """Volumes that are not numbers beside those that are sampled: no gradient may take what has no weight."""
+def test_unsampled_voxels_contribute_nothing(make_problem, runtime, poison):
+    """Voxels without weight are NaN: no gradient may include them."""
     p = channels_last(make_problem(**CUBE, channels=48, dtype=torch.float32, size=(4, 6, 6)))
-    p.offset[:, :, :, :3] = -20  # these rows sample nothing; the others, no voxel before the third row
+    p.offset[:, :, :, :3] = -20  # these rows sample nothing; the others sample no voxel before the third row
     p.offset.view(2, 27, 3, 4, 6, 6)[:, :, 1, :, 3:].abs_()
     p.input[:, :, :, :2] = 0
     _, expected = gradients(runtime, p)
@@ -145,7 +145,7 @@ def test_what_is_not_sampled_gives_nothing(make_problem, runtime, poison):
     assert_all_near(actual, expected)
 
 
-def test_each_gradient_alone(make_problem, runtime):
+def test_each_gradient_at_a_time(make_problem, runtime):
     p = channels_last(make_problem(**CUBE, channels=48, dtype=torch.float32, size=(4, 5, 6)))
     _, expected = gradients(runtime, p)
     options = (p.options[name] for name in ("stride", "padding", "dilation"))

@@ -11,7 +11,7 @@ from nvrtc import Nvrtc, Program
 from deform3d import _launch
 from deform3d._launch import Kernel
 
-Unit = tuple[str, tuple[str, ...]]  # what is compiled at once: a unit's name and macros
+Unit = tuple[str, tuple[str, ...]]  # a compilation: the name of a unit and its macros
 ARCHITECTURES = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
 
 
@@ -20,15 +20,15 @@ def units(kernels: Iterable[Kernel]) -> list[Unit]:
 
 
 def is_fast_path(kernel: Kernel) -> bool:
-    """Whether it is an instance that a network runs: 3x3x3, the widest loads, not float64."""
+    """Return whether a network runs this instance: 3x3x3, the widest loads, not float64."""
     defines = dict(kernel.defines)
     widest = {0: 8, 1: 8, 2: 4}
-    instances = [k for k in _launch.instances() if k.name == kernel.name]
+    instances = [k for k in _launch.all_kernels() if k.name == kernel.name]
     vector = max(dict(k.defines)["VECTOR"] for k in instances if dict(k.defines)["DTYPE"] == defines["DTYPE"])
     return defines["CUBE"] == 1 and defines["DTYPE"] in widest and defines["VECTOR"] == vector
 
 
-FAST_PATH = [kernel for kernel in _launch.instances() if is_fast_path(kernel)]
+FAST_PATH = [kernel for kernel in _launch.all_kernels() if is_fast_path(kernel)]
 
 
 class Compiled:
@@ -39,7 +39,7 @@ class Compiled:
         self.programs: dict[tuple[Unit, str], Program] = {}
 
     def get(self, wanted: list[Unit], architecture: str) -> dict[Unit, Program]:
-        """Return the programs, or skip where this compiler does not know the architecture."""
+        """Return the programs, or skip if this compiler does not know the architecture."""
         if architecture not in self.nvrtc.architectures():
             pytest.skip(f"this NVRTC does not compile for {architecture}")
         missing = [unit for unit in wanted if (unit, architecture) not in self.programs]
@@ -72,21 +72,21 @@ def check_programs(programs: dict[Unit, Program], kernels: Iterable[Kernel]) -> 
         assert kernel.name in program.usage
 
 
-# The oldest, which has the fewest instructions, and the one that is measured; the others with --runslow. What a network
-# runs is compiled for all of them in any case, by `test_fast_path`.
+# The oldest, which has the fewest instructions, and the one that is measured; the others with --runslow.
+# `test_fast_path` always compiles the kernels that a network runs for all of them.
 WHOLE = ("sm_75", "sm_90")
 EVERY = [pytest.param(name, marks=() if name in WHOLE else pytest.mark.slow) for name in ARCHITECTURES]
 
 
 @pytest.mark.parametrize("architecture", EVERY)
 def test_every_instance(compiled, architecture):
-    kernels = list(_launch.instances())
+    kernels = list(_launch.all_kernels())
     check_programs(compiled.get(units(kernels), architecture), kernels)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fast_path(compiled, architecture):
-    """Machine code everywhere, with arrays in registers: what the assembler has no register for is a few bytes."""
+    """Every architecture gets machine code with arrays in registers: only a few bytes are spilled."""
     programs = compiled.get(units(FAST_PATH), architecture)
     check_programs(programs, FAST_PATH)
     for kernel in FAST_PATH:
@@ -94,13 +94,13 @@ def test_fast_path(compiled, architecture):
         usage = program.usage[kernel.name]
         print(f"{architecture} {kernel.name} {' '.join(kernel.options)}: {usage}")
         assert not re.search(r"\.local\b", program.ptx), f"{kernel}: an array is not in registers"
-        # What is measured, an H200 without fusion, spills nothing in its innermost loop.
+        # The kernels that are measured, on an H200 without fusion, spill nothing in their innermost loop.
         measured = architecture == "sm_90" and not dict(kernel.defines).get("FUSED")
         allowed = SPILLS.get(kernel.name, 0 if measured else 128)
         assert usage.spill_bytes <= allowed, f"{kernel}: {usage}"
 
 
-# Kernels that use all registers there are: counters of outer loops, and a few of 24 sums of 16-bit channels.
+# Kernels that use all registers spill counters of outer loops, and a few of 24 sums of 16-bit channels.
 SPILLS = {"deform_backward_taps": 320, "deform_cell_gather": 128}
 GATHERING_NAMES = ("deform_forward", "deform_forward_walk", "deform_backward_samples", "deform_backward_taps")
 GATHERING = [kernel for kernel in FAST_PATH if kernel.name in GATHERING_NAMES]
@@ -114,8 +114,8 @@ def test_vector_loads(compiled, kernel):
 
 
 def test_no_tap_beyond_the_last(compiled):
-    """Copies of a loop over an unknown number of taps need a check between them, which NVRTC 13 leaves out."""
-    kernels = [k for k in _launch.instances() if k.name == "deform_forward" and not dict(k.defines)["CUBE"]]
+    """An unrolled loop over an unknown number of taps needs a check between its copies, which NVRTC 13 omits."""
+    kernels = [k for k in _launch.all_kernels() if k.name == "deform_forward" and not dict(k.defines)["CUBE"]]
     for unit, program in compiled.get(units(kernels), "sm_90").items():
         reads = re.findall(r"ld\.shared\.u8", program.ptx)
         assert len(reads) <= 2, (

@@ -1,4 +1,4 @@
-"""The emulator itself: real barriers and shuffles, and it sees what it must see."""
+"""The emulator itself: real barriers and shuffles, and the faults that it must detect."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ extern "C" __global__ void add(const float* a, const float* b, float* sum, int64
 
 __device__ int linear() { return threadIdx.x + threadIdx.y * blockDim.x; }
 
-// Every block sums its row; BARRIER 0 leaves out the barriers that the sum needs.
+// Every block sums its row; BARRIER 0 omits the barriers that the sum needs.
 extern "C" __global__ void __launch_bounds__(1024) sum_rows(const float* values, float* sums, int64 n) {
     SHARED_MEMORY(shared);
     float* partial = reinterpret_cast<float*>(shared);
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(1024) sum_rows(const float* values,
     if (!linear()) sums[blockIdx.x] = partial[0];
 }
 
-// Two shuffles in a row without a barrier between them, among as many neighbours as `width`; y counts into the warp.
+// Two shuffles in a row without a barrier between them, among `width` neighbours; y counts into the warp.
 extern "C" __global__ void __launch_bounds__(128) sum_neighbours(
     const double* values, double* sums, int* lanes, int64 width
 ) {
@@ -71,7 +71,7 @@ extern "C" __global__ void two_barriers(int64 threads) {
     }
 }
 
-// Groups of 64 threads take rows in turn, each with a barrier of its own, and sum them; BARRIER 0: without those.
+// Groups of 64 threads, each with its own barrier, take rows in turn and sum them; BARRIER 0 omits the barriers.
 extern "C" __global__ void __launch_bounds__(256) sum_rows_in_groups(const float* values, float* sums, int64 rows) {
     SHARED_MEMORY(shared);
     int* taken = reinterpret_cast<int*>(shared);
@@ -151,8 +151,8 @@ def test_barriers(runtime, block):
     torch.testing.assert_close(sums, values.sum(1))
 
 
-def test_a_missing_barrier_shows(kernel_compiler):
-    """In one order or the other: which one depends on who has to wait for whom."""
+def test_missing_barrier_is_detected(kernel_compiler):
+    """One order of threads or the other shows it, depending on which thread has to wait."""
     values, sums = torch.randn(1, 64), torch.empty(1)
     wrong = 0
     for order in (FORWARD, REVERSE):
@@ -162,7 +162,7 @@ def test_a_missing_barrier_shows(kernel_compiler):
     assert wrong
 
 
-def test_barriers_of_groups(runtime):
+def test_group_barriers(runtime):
     values = torch.randn(11, 64)
     sums = torch.full((12,), torch.nan)
     launch(runtime, "sum_rows_in_groups", 1, (256, 1), 4 * (8 + 4 * 64), values, sums, 11)
@@ -170,7 +170,7 @@ def test_barriers_of_groups(runtime):
     assert sums[11].isnan()
 
 
-def test_a_missing_barrier_of_a_group_shows(kernel_compiler):
+def test_missing_group_barrier_is_detected(kernel_compiler):
     values, sums = torch.randn(11, 64), torch.empty(11)
     wrong = 0
     for order in (FORWARD, REVERSE):
@@ -190,7 +190,7 @@ def test_a_missing_barrier_of_a_group_shows(kernel_compiler):
         ((0, 1, 32), "barrier 1 of .* reached while others wait for"),
     ],
 )
-def test_wrong_barriers_of_groups_are_errors(kernel_compiler, arguments, message):
+def test_wrong_group_barriers_are_errors(kernel_compiler, arguments, message):
     runtime = EmulatedRuntime(kernel_compiler, lambda _unit: TOYS)
     with pytest.raises(KernelError, match=message):
         launch(runtime, "group_barriers", 1, (64, 1), 0, *arguments)
@@ -207,7 +207,7 @@ def test_shuffles(runtime, block, width):
     assert (lanes == width).all()
 
 
-def test_shuffle_with_a_lane_that_is_not_there_is_not_a_number(runtime):
+def test_shuffle_from_a_missing_lane_is_nan(runtime):
     values = torch.ones(40, dtype=torch.float64)
     sums, lanes = torch.empty_like(values), torch.empty(40, dtype=torch.int32)
     launch(runtime, "sum_neighbours", 1, (40, 1), 0, values, sums, lanes, 32)
@@ -228,12 +228,12 @@ def test_atomics(runtime):
     ("how", "waits"), [(0, "60 threads wait at"), (1, "28 in a shuffle, 36 returned"), (2, "28 at __syncwarp")]
 )
 def test_deadlock_is_an_error(runtime, how, waits):
-    """Four threads return; of two warps the second, where it waits for itself alone, goes on."""
+    """Four threads return early; the second of two warps continues if it waits only for itself."""
     with pytest.raises(KernelError, match=f"stop_early: block [01].*deadlock.*{waits}"):
         launch(runtime, "stop_early", 2, (64, 1), 0, 4, how)
 
 
-def test_barriers_of_two_places_are_an_error(runtime):
+def test_barriers_at_two_places_are_an_error(runtime):
     launch(runtime, "two_barriers", 1, (8, 1), 0, 8)
     with pytest.raises(KernelError, match=r"reached while others wait in line"):
         launch(runtime, "two_barriers", 1, (8, 1), 0, 5)
@@ -253,7 +253,7 @@ def test_wrong_launches(runtime):
         launch(runtime, "no_such_kernel", 1, (1, 1), 1)
 
 
-# What a GPU may do silently, and what the sanitizer says of it.
+# Faults that a GPU may not report, and the sanitizer's messages.
 FAULTS = {
     "read past a tensor": (
         "launch(runtime, 'add', 1, (32, 1), 0, torch.ones(25), torch.ones(26), torch.ones(26), 26)",
@@ -295,7 +295,7 @@ for fault, (statement, report) in FAULTS.items():
 """
 
 
-def test_sanitizer_stops_faults_and_nothing_else(kernel_compiler):
+def test_sanitizer_stops_only_faults(kernel_compiler):
     environment = cuda_emulator.sanitizer_environment()
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")

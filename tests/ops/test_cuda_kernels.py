@@ -1,7 +1,7 @@
-"""The CUDA kernels, run over every block and thread on the CPU through their launcher: what every backend faces.
+"""The CUDA kernels, run over every block and thread on the CPU through their launcher, in the tests of every backend.
 
-The tests imported from `test_forward` and `test_backward` run here on this backend. Those below add what only kernels
-have: instances, tiles, chunks, loops over a grid that is too small, and threads in any order.
+The tests imported from `test_forward` and `test_backward` run here on this backend. The tests below cover what only
+kernels have: instances, tiles, chunks, loops over a grid that is too small, and threads in any order.
 """
 
 import subprocess
@@ -13,18 +13,18 @@ import cuda_emulator
 import pytest
 import torch
 from cuda_emulator import FORWARD, REVERSE, SHUFFLED, EmulatedRuntime
+from test_backward import test_backward_matches_autograd_of_the_oracle as test_gradients_match_autograd  # noqa: F401
 from test_backward import (  # noqa: F401
-    test_borders_as_torchvision,
+    test_borders_match_torchvision,
     test_every_finite_difference,
     test_finite_differences,
-    test_gradient_that_arrives_in_parts_of_a_larger_tensor,
     test_layout_of_gradients,
-    test_one_gradient_alone,
-    test_same_bits_again_and_for_any_number_of_threads,
+    test_one_gradient_at_a_time,
+    test_output_gradient_with_any_strides,
+    test_same_bits_every_time_and_for_any_thread_count,
     test_tensor_subclass,
 )
 from test_backward import test_dtypes_and_channel_counts as test_gradients_of_dtypes_and_channel_counts  # noqa: F401
-from test_backward import test_explicit_backward_is_autograd_of_the_oracle as test_gradients_are_autograds  # noqa: F401
 from test_forward import (  # noqa: F401
     test_agrees_with_the_oracle,
     test_channels_last_patch_of_a_volume,
@@ -32,11 +32,11 @@ from test_forward import (  # noqa: F401
     test_empty_batch,
     test_expanded_offsets,
     test_impossible_positions_sample_nothing,
+    test_integer_offsets_are_a_shift,
     test_memory_formats,
     test_more_than_two_to_the_31_elements,
     test_nothing_is_read_between_or_beyond_the_voxels,
-    test_one_slice_is_torchvision,
-    test_whole_offsets_are_a_shift,
+    test_single_slice_matches_torchvision,
     test_zero_offset_is_a_convolution,
 )
 from torch.nn import functional as F
@@ -50,7 +50,7 @@ BACKENDS = ["cuda"]
 
 @dataclass(frozen=True)
 class Emulated:
-    """What the dispatcher takes for a backend's module."""
+    """A stand-in for the module of a backend."""
 
     runtime: EmulatedRuntime
 
@@ -63,7 +63,7 @@ class Emulated:
 
 @pytest.fixture(autouse=True)
 def runtime(monkeypatch, kernel_compiler):
-    """CPU tensors for the backend "cuda" go to its launcher, and the emulator runs what that launches."""
+    """Send CPU tensors for the backend "cuda" to its launcher, and run the launches in the emulator."""
     runtime = EmulatedRuntime(kernel_compiler, _launch.source, _launch.Tuning())
     module = _autograd._module
 
@@ -76,7 +76,7 @@ def runtime(monkeypatch, kernel_compiler):
 
 CUBE = {"kernel": (3, 3, 3), "stride": (1, 1, 1), "padding": (1, 1, 1), "dilation": (1, 1, 1), "spread": 3}
 MANY_TAPS = {"kernel": (4, 5, 4), "stride": (2, 1, 1), "padding": (1, 2, 2), "dilation": (1, 1, 2)}
-# Sizes larger than a tile; every width of vector loads; `tuning` makes chunks and rounds of small problems.
+# Sizes larger than a tile; every width of vector loads; `tuning` divides small problems into chunks and rounds.
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "3x3x3, 48 channels, float16": (
         {**CUBE, "channels": 48, "dtype": torch.float16},
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
 
 @pytest.fixture(params=CASES)
 def case(request, make_problem, runtime):
-    """A problem and, from the oracle, its output and gradients."""
+    """A problem, and its output and gradients by the oracle."""
     problem, tuning = CASES[request.param]
     runtime.tuning = replace(_launch.Tuning(), **tuning)
     p = make_problem(**{"batch": 2, "size": (4, 9, 7), **problem})
@@ -128,7 +128,7 @@ def test_grid_smaller_than_the_work(case, runtime):
 def test_same_bits_in_any_order_of_threads(case, runtime):
     p, expected = case
     first = None
-    torch.use_deterministic_algorithms(True)  # also fills new tensors with what is not a number
+    torch.use_deterministic_algorithms(True)  # also fills new tensors with NaN
     try:
         for runtime.order in (FORWARD, REVERSE, SHUFFLED):
             actual = p.run_with_gradients(backend="cuda")
@@ -153,7 +153,7 @@ def test_same_bits_in_any_order_of_threads(case, runtime):
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_offsets_computed_in_the_kernel(make_problem, runtime, channels, dtype, bias):
-    """As the 1x1x1 convolution and then the deformable one, in float64."""
+    """The result equals a 1x1x1 convolution followed by a deformable one, in float64."""
     p = make_problem(**CUBE, channels=channels, dtype=dtype, mask=False, bias=bias, size=(4, 5, 6), batch=2)
     generator = torch.Generator().manual_seed(3)
     weight = (torch.randn(81, channels, 1, 1, 1, generator=generator) / channels**0.5).to(dtype)
@@ -171,7 +171,7 @@ def test_offsets_computed_in_the_kernel(make_problem, runtime, channels, dtype, 
 
 
 def test_under_sanitizers():
-    """No read or write outside a tensor or shared memory, no misaligned vector, no undefined arithmetic."""
+    """No read or write is out of bounds, no vector misaligned, no arithmetic undefined."""
     environment = cuda_emulator.sanitizer_environment()
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")

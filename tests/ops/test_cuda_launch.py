@@ -1,6 +1,6 @@
-"""What the CUDA launcher asks for: instances, grids, copies and limits, told to a runtime that only writes it down.
+"""The launches of the CUDA backend: instances, grids, copies and limits, recorded by a runtime that starts nothing.
 
-That arguments arrive in the right order shows in `test_cuda_kernels`, which runs the launches.
+`test_cuda_kernels` runs the launches, which shows that arguments arrive in the right order.
 """
 
 from dataclasses import dataclass, field
@@ -41,7 +41,7 @@ def geometry_of(p):
 
 
 def launches(p, needs=ALL, **tuning):
-    """What forward and backward launch."""
+    """Return the launches of forward and backward."""
     runtime, g = Recorder(_launch.Tuning(**tuning)), geometry_of(p)
     output = _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, g)
     _launch.backward(runtime, torch.zeros_like(output), p.input, p.offset, p.weight, p.mask, g, needs)
@@ -64,7 +64,7 @@ LAYERS = [
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_kernels_do_not_depend_on_shapes(make_problem, dtype, layer, deterministic):
-    """Kept by what is compiled: other sizes, batches, bias or mask need nothing new, and all is in the list."""
+    """Other sizes, batches, bias or mask compile nothing new, and `all_kernels` lists every kernel."""
     torch.use_deterministic_algorithms(deterministic)
     try:
         one = {x.kernel for x in launches(make_problem(**layer, dtype=dtype))}
@@ -72,12 +72,12 @@ def test_kernels_do_not_depend_on_shapes(make_problem, dtype, layer, determinist
     finally:
         torch.use_deterministic_algorithms(False)
     assert one == other
-    assert one <= set(_launch.instances())
+    assert one <= set(_launch.all_kernels())
     assert len({hash(kernel) for kernel in one}) == len(one)
 
 
 def test_instances_are_distinct():
-    kernels = list(_launch.instances())
+    kernels = list(_launch.all_kernels())
     assert len(set(kernels)) == len(kernels)
     fast = {"forward_walk", "backward_taps", "backward_sums", "backward_sort", "backward_cells"}
     assert {kernel.unit for kernel in kernels} == {"forward", "backward_samples", "backward_input", "columns", *fast}
@@ -107,7 +107,7 @@ def test_loads_are_as_wide_as_channels_allow(make_problem, dtype, channels, vect
 
 @pytest.mark.parametrize(("shift", "vector"), [(0, 8), (8, 8), (4, 4), (2, 1), (1, 1)])
 def test_loads_are_as_wide_as_memory_is_aligned(make_problem, shift, vector):
-    """A view into a larger tensor may start anywhere: a load that is not aligned would be an error on a GPU."""
+    """A view into a larger tensor may start anywhere: a misaligned load would be an error on a GPU."""
     p = make_problem(channels=16, dtype=torch.float16, **CUBE)
     memory = p.input.new_zeros(p.input.numel() + shift)[shift:]
     n, c, d, h, w = p.input.shape
@@ -130,8 +130,8 @@ def test_general_instance_for_other_convolutions(make_problem, change):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(("channels", "name"), [(8, "deform_forward"), (16, "deform_forward_walk")])
-def test_offsets_are_read_where_they_are(make_problem, last, channels, name):
-    """Neither contiguous nor channels-last offsets and masks are copied; null stands for what is not there."""
+def test_offsets_are_read_without_a_copy(make_problem, last, channels, name):
+    """Neither contiguous nor channels-last offsets and masks are copied; null stands for a missing tensor."""
     layer = {**CUBE, "channels": channels, "dtype": torch.float32}
     p = make_problem(**layer)
     if last:
@@ -156,7 +156,7 @@ SORTED = {"deform_cell_starts", "deform_cell_place", "deform_cell_gather", "defo
         ((True, True, True, True, True), {"deform_backward_taps", "deform_sum_rows", *SORTED}),
     ],
 )
-def test_nothing_is_launched_for_what_is_not_needed(make_problem, needs, names):
+def test_only_needed_gradients_are_launched(make_problem, needs, names):
     recorded = launches(make_problem(channels=48, dtype=torch.float32, **CUBE), needs)
     assert {launch.kernel.name for launch in recorded} == {"deform_forward_walk", *names}
 
@@ -164,7 +164,7 @@ def test_nothing_is_launched_for_what_is_not_needed(make_problem, needs, names):
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        # A number of channels that few lanes do not divide evenly: only the sums over them are another kernel's.
+        # Few lanes do not divide this number of channels evenly: only the sums over them need another kernel.
         ({**CUBE, "channels": 35}, {"deform_backward_samples", "deform_cell_keys", *SORTED}),
         ({"channels": 48}, {"deform_backward_samples", "deform_count", "deform_place", "deform_gather"}),
     ],
@@ -176,7 +176,7 @@ def test_general_kernels_of_the_backward(make_problem, change, names):
 
 @pytest.mark.parametrize("channels", [16, 24, 32, 48, 64, 96, 128, 192, 384])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_presets_take_the_fast_kernels(make_problem, channels, dtype):
+def test_presets_use_the_fast_kernels(make_problem, channels, dtype):
     recorded = launches(make_problem(channels=channels, dtype=dtype, **CUBE))
     (launch,) = named(recorded, "deform_forward_walk")
     assert dict(launch.kernel.defines)["CHANNELS"] == channels
@@ -186,8 +186,8 @@ def test_presets_take_the_fast_kernels(make_problem, channels, dtype):
     assert defines["LANES"] in (1, 2, 4, 8, 16, 32)
 
 
-def test_launches_are_chosen_once(make_problem):
-    """Later calls of a kind only fill in addresses."""
+def test_launches_are_planned_once(make_problem):
+    """Later calls of the same kind only fill in addresses."""
     p = make_problem(channels=48, dtype=torch.float32, **CUBE)
     launches(p)
     plans = backward_taps.plan_taps, backward_cells.plan_cells
@@ -206,7 +206,7 @@ def test_nothing_is_launched_for_an_empty_batch(make_problem):
 @pytest.mark.parametrize("channels", [1, 16, 48, 384, 1500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_sizes_of_launches(make_problem, channels, dtype):
-    """Blocks fit every GPU; the tiles of the forward cover the output, and are not mostly beside it."""
+    """Blocks fit every GPU; the tiles of the forward cover the output and little more."""
     p = make_problem(channels=channels, size=(12, 12, 12), batch=1, dtype=dtype, **CUBE)
     recorded = launches(p, fast_forward=False)
     for launch in recorded:
@@ -223,7 +223,7 @@ def test_sizes_of_launches(make_problem, channels, dtype):
 @pytest.mark.parametrize("dtype", PRESET_DTYPES)
 @pytest.mark.parametrize("length", [1, 12, 29])
 def test_sizes_of_walks(make_problem, channels, dtype, length):
-    """A block per multiprocessor, where there are tiles enough; the tiles cover the output."""
+    """There is one block per multiprocessor, given enough tiles; the tiles cover the output."""
     p = make_problem(channels=channels, size=(length, 9, 7), batch=2, dtype=dtype, **CUBE)
     (launch,) = named(launches(p), "deform_forward_walk")
     tiles, lanes = launch.args[-1], channels // dict(launch.kernel.defines)["VECTOR"]
@@ -234,8 +234,8 @@ def test_sizes_of_walks(make_problem, channels, dtype, length):
     assert tiles * (group // lanes) >= 2 * length * 9 * 7
 
 
-def test_samples_of_more_bytes_than_32_bits_number_do_not_walk():
-    """Of 16 channels in float32; none of this takes memory."""
+def test_samples_over_4_gib_do_not_walk():
+    """Check 16 channels in float32, on tensors that take no memory."""
     one = torch.zeros(1, 1, 1, 1, 1)
     for depth, walks in ((1023, True), (1024, False)):
         size = (depth, 256, 256)
@@ -244,8 +244,8 @@ def test_samples_of_more_bytes_than_32_bits_number_do_not_walk():
         assert (walk.walk_of(g, torch.float32, 4, _launch.Tuning()) is not None) == walks
 
 
-def test_more_voxels_than_32_bits_number():
-    """An error, not a number that wraps; none of this takes memory."""
+def test_too_many_voxels_for_32_bits():
+    """They raise an error instead of wrapping; the tensors take no memory."""
     one = torch.zeros(1, 1, 1, 1, 1)
     size = (2048, 1024, 1025)
     input, offset = one.expand(1, 1, *size), one.expand(1, 3, *size)
@@ -255,7 +255,7 @@ def test_more_voxels_than_32_bits_number():
 
 
 def test_chunks_are_bounded(make_problem):
-    """Columns of dense convolutions take no more memory than they may."""
+    """Columns of dense convolutions stay within their memory limit."""
     p = make_problem(channels=8, groups=1, size=(8, 9, 10))
     runtime = Recorder(_launch.Tuning(chunk_bytes=50_000))
     _launch.forward(runtime, p.input, p.offset, p.weight, p.bias, p.mask, geometry_of(p))

@@ -1,4 +1,4 @@
-"""The forward by blocks that stay: every preset's channels, both layouts, and what is not finite, in the emulator.
+"""The forward by persistent blocks in the emulator: every preset's channels, both layouts, non-finite values.
 
 Sums and samples against the float64 reference; where the input is not finite, against the reference on the same volume
 with a margin of zeros, which never multiplies a voxel that a sample does not touch.
@@ -23,7 +23,7 @@ NOT_FINITE = (torch.nan, torch.inf, -torch.inf)
 
 @pytest.fixture
 def runtime(kernel_compiler):
-    """New tensors are not a number until they are written."""
+    """Fill new tensors with NaN until they are written."""
     torch.use_deterministic_algorithms(True)
     yield EmulatedRuntime(kernel_compiler, _launch.source, _launch.Tuning())
     torch.use_deterministic_algorithms(False)
@@ -39,7 +39,7 @@ def forward(runtime, p):
 
 
 def expected_of(p):
-    """The float64 reference on a volume with a margin of zeros, two wide: it reads the first cell for those outside."""
+    """Return the float64 reference with a margin of two zeros: it reads the first cell for positions outside."""
     q = p.oracle()
     fields = (F.pad(q.input, (2,) * 6), F.pad(q.offset, (1,) * 6))
     mask = None if q.mask is None else F.pad(q.mask, (1,) * 6)
@@ -48,7 +48,7 @@ def expected_of(p):
 
 
 def assert_same(actual, expected):
-    """As `assert_near`, but for what is not finite, which must be the same."""
+    """Check like `assert_near`, and require non-finite values to be equal."""
     expected = expected.to(actual.dtype).double()
     for name in ("isnan", "isposinf", "isneginf"):
         assert torch.equal(getattr(actual, name)(), getattr(expected, name)()), name
@@ -61,7 +61,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("channels", plan.PRESET_CHANNELS)
 def test_every_channel_count(make_problem, runtime, channels, dtype):
-    # No side a multiple of a tile's, but for the last.
+    # No side is a multiple of a tile's, except the last.
     size = (5, 7, 10) if channels < 64 else (3, 4, 5) if channels < 100 else (3, 2, 3)
     p = make_problem(**CUBE, channels=channels, dtype=dtype, batch=2, size=size, spread=2)
     expected = p.oracle().run(backend="reference")
@@ -91,7 +91,7 @@ def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, value
     masked.offset[hit] = 0
     masked.mask[hit.view(2, 27, 3, 4, 5, 6).any(2)] = 0
     p.offset[hit] = torch.tensor(value).to(dtype)
-    p.input[:, :, 0, 0, 0] = torch.nan  # nor the first voxel
+    p.input[:, :, 0, 0, 0] = torch.nan  # the first voxel is not sampled either
     masked.input[:, :, 0, 0, 0] = torch.nan
     missed = (masked.mask == 0).repeat_interleave(3, 1)
     expected = expected_of(replace(masked, offset=masked.offset.masked_fill(missed, 100.0)))
@@ -100,8 +100,8 @@ def test_impossible_positions_sample_nothing(make_problem, runtime, dtype, value
 
 @pytest.mark.parametrize("dtype", plan.PRESET_DTYPES)
 @pytest.mark.parametrize("spread", [0, 0.4, 3])
-def test_input_that_is_not_finite(make_problem, runtime, dtype, spread):
-    """It reaches the samples whose cells it is a corner of, in its own channel, and no other."""
+def test_non_finite_input(make_problem, runtime, dtype, spread):
+    """It affects, in its own channel, the samples whose cells have it as a corner, and no others."""
     p = make_problem(**CUBE, channels=48, dtype=dtype, batch=2, size=(7, 8, 9), spread=spread, mask=False)
     for i, value in enumerate(NOT_FINITE):
         for n, c, at in ((0, 5 + i, (0, 0, 0)), (1, 20 + i, (6, 7, 8)), (1, 30 + i, (3, i, 4)), (0, 47, (i, 7, 0))):
@@ -110,7 +110,7 @@ def test_input_that_is_not_finite(make_problem, runtime, dtype, spread):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "mask"])
-def test_factors_that_are_not_finite(make_problem, runtime, name):
+def test_non_finite_factors(make_problem, runtime, name):
     p = make_problem(**CUBE, channels=16, dtype=torch.float32, batch=1, size=(4, 5, 6), spread=0.5)
     flat = getattr(p, name).view(-1)
     flat[torch.arange(3) * (flat.numel() // 4)] = flat.new_tensor(NOT_FINITE)
@@ -118,7 +118,7 @@ def test_factors_that_are_not_finite(make_problem, runtime, name):
 
 
 def test_float16_beyond_its_range(make_problem, runtime):
-    """A sum of corners that float16 does not hold, in an output that it does."""
+    """A sum of corners exceeds float16, but the output does not."""
     p = make_problem(**CUBE, channels=48, dtype=torch.float16, batch=1, size=(4, 5, 6), spread=0.5)
     p = replace(p, input=p.input * 1e4, weight=p.weight * 1e-3, mask=p.mask.abs() * 9 + 1)
     expected = p.oracle().run(backend="reference")
@@ -133,7 +133,7 @@ def test_volumes_smaller_than_a_tile(make_problem, runtime, dtype, size):
     assert_near(forward(runtime, p), p.oracle().run(backend="reference"))
 
 
-def test_other_convolutions_are_another_kernels(make_problem, runtime):
+def test_other_convolutions_use_another_kernel(make_problem, runtime):
     walked = {**CUBE, "channels": 48, "dtype": torch.float32, "size": (4, 4, 4), "batch": 1}
     for change in (
         {"channels": 40},

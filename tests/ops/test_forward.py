@@ -35,7 +35,7 @@ def test_zero_offset_is_a_convolution(make_problem, backend, layer, geometry):
 
 
 @pytest.mark.parametrize("shift", [(1, 0, 0), (0, -2, 0), (0, 0, 3), (-1, 2, -3), (9, 0, 0)])
-def test_whole_offsets_are_a_shift(make_problem, backend, shift):
+def test_integer_offsets_are_a_shift(make_problem, backend, shift):
     p = make_problem(kernel=(1, 1, 1), stride=(1, 1, 1), padding=(0, 0, 0), dilation=(1, 1, 1), mask=False, bias=False)
     offset = p.offset.new_tensor(shift).view(1, 3, 1, 1, 1).expand(p.offset.shape)
     expected = torch.zeros_like(p.input)
@@ -48,8 +48,8 @@ def test_whole_offsets_are_a_shift(make_problem, backend, shift):
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("layer", LAYERS)
-def test_one_slice_is_torchvision(make_problem, backend, axis, layer):
-    """A volume one voxel thick along an axis, sampled within it; offsets reach well past the borders."""
+def test_single_slice_matches_torchvision(make_problem, backend, axis, layer):
+    """A volume one voxel thick along an axis is sampled within it; offsets reach well past the borders."""
     torchvision = pytest.importorskip("torchvision")
     planar = {"size": (7, 5), "kernel": (3, 2), "stride": (1, 2), "padding": (2, 1), "dilation": (1, 2)}
     thick = {"size": 1, "kernel": 1, "stride": 1, "padding": 0, "dilation": 1}
@@ -105,7 +105,7 @@ def test_memory_formats(make_problem, backend, layer):
     assert torch.equal(output, expected)
 
     def scatter(tensor: torch.Tensor) -> torch.Tensor:
-        """The same values, every second element of a larger tensor with its axes the other way round."""
+        """Return the same values as every second element of a larger tensor with reversed axes."""
         big = tensor.new_full([2 * n + 1 for n in reversed(tensor.shape)], torch.nan)
         view = big[tuple(slice(1, None, 2) for _ in tensor.shape)].permute(*reversed(range(tensor.dim())))
         view.copy_(tensor)
@@ -130,7 +130,7 @@ def test_channels_last_patch_of_a_volume(make_problem, backend):
 
 
 def test_expanded_offsets(make_problem, backend):
-    """One offset for all voxels, without memory for each."""
+    """All voxels share one offset, without memory for each."""
     p = make_problem()
     one = p.offset[:1, :, :1, :1, :1]
     expected = deform_conv3d(
@@ -155,7 +155,7 @@ def test_empty_batch(make_problem, backend, layer):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 2.0**31, -(2.0**63)])
 @pytest.mark.parametrize("layer", ["depthwise vectors", "dense, offset groups"])
 def test_impossible_positions_sample_nothing(make_problem, backend, value, layer):
-    """Not a number, infinite and far positions contribute zero, to the output and to every gradient."""
+    """NaN, infinite and distant positions contribute zero to the output and to every gradient."""
     p = make_problem(**LAYERS[layer], dtype=torch.float32)
     hit = torch.rand(p.offset.shape, generator=torch.Generator().manual_seed(2)) < 0.2
     p.offset[hit.to(p.offset.device)] = value
@@ -175,7 +175,7 @@ def test_impossible_positions_sample_nothing(make_problem, backend, value, layer
 
 
 def test_nothing_is_read_between_or_beyond_the_voxels(make_problem, backend):
-    """Memory around and between the input's elements is not a number: no sample may touch it."""
+    """Memory around and between the input's elements is NaN: no sample may read it."""
     p = make_problem(channels=19, spread=4, size=(4, 5, 6), stride=(1, 1, 1))
     surrounded = p.input.new_full((5, 6, 8, 9, 23), torch.nan)
     view = surrounded[1:4, 1:5, 1:6, 1:7, 1:20].permute(0, 4, 1, 2, 3)
@@ -185,10 +185,10 @@ def test_nothing_is_read_between_or_beyond_the_voxels(make_problem, backend):
 
 
 def test_more_than_two_to_the_31_elements(backend, device):
-    """Two slices that lie 2**31 elements apart: an index of 32 bits would wrap."""
+    """Two slices are 2**31 elements apart: an index of 32 bits would wrap."""
     apart = 2**31 + 64
     try:
-        memory = torch.empty(apart + 9 * 16, device=device)  # untouched, and so not in RAM, but for its two ends
+        memory = torch.empty(apart + 9 * 16, device=device)  # not touched, and so not in RAM, except at its two ends
     except RuntimeError as error:
         pytest.skip(f"cannot reserve the address space: {error}")
     near = torch.randn(1, 16, 2, 3, 3, device=device)
@@ -200,7 +200,7 @@ def test_more_than_two_to_the_31_elements(backend, device):
     assert torch.equal(deform_conv3d(far, offset, weight, padding=1, backend=backend), expected)
 
 
-def test_layer_is_the_function(backend, device):
+def test_layer_equals_the_function(backend, device):
     layer = DeformConv3d(4, 6, (3, 1, 2), (1, 2, 1), (1, 0, 1), 1, groups=2, backend=backend).to(device)
     assert layer.weight.shape == (6, 2, 3, 1, 2)
     input = torch.randn(2, 4, 5, 6, 7, device=device)
@@ -212,7 +212,7 @@ def test_layer_is_the_function(backend, device):
     assert DeformConv3d(4, 4, 3, bias=False).bias is None
 
 
-def test_layer_starts_as_conv3d():
+def test_layer_is_initialised_like_conv3d():
     torch.manual_seed(3)
     ours = DeformConv3d(8, 8, 3, groups=4)
     torch.manual_seed(3)

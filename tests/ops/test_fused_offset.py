@@ -1,4 +1,4 @@
-"""Offsets from a 1x1x1 convolution inside the operator: the same numbers as two convolutions one after the other."""
+"""Offsets from a 1x1x1 convolution inside the operator: the same numbers as two separate convolutions."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_gradients_reach_every_input(backend, device):
 
 
 def test_network_infers_as_it_trains():
-    """In inference mode the network takes the fused call; the segmentation must not change."""
+    """In inference mode the network uses the fused call; the segmentation must not change."""
     network = pytest.importorskip("deformux.networks.deformux_net")
     torch.manual_seed(0)
     mixer = network.DeformableMixer(6)
@@ -76,7 +76,7 @@ def test_network_infers_as_it_trains():
     ],
 )
 def test_wrong_shapes_say_what_was_expected(change, message):
-    """As the kernel's caller sees them: through the operator's fake, which checks what the kernel checks."""
+    """Check through the operator's fake, which checks the same as the kernel."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     given = list(tensors("cpu", dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""What the GPU benchmark compares with, and the page it writes, as far as they need no GPU."""
+"""The peers of the GPU benchmark and the page that it writes, as far as they need no GPU."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ NETWORK_ROW = {"checkpointing": False, "ms": 80.0, "peak_gb": 21.0, "operator_ms
 
 @pytest.fixture
 def load() -> Callable[[str], ModuleType]:
-    """Imports one of the benchmarks' shared modules."""
+    """Import one of the benchmarks' shared modules."""
     return lambda name: importlib.import_module(f"benchmarks.common.{name}")
 
 
@@ -57,7 +57,7 @@ def row(results, implementation: str, dtype: str, forward: float, training: floa
     )
 
 
-def test_page_has_the_targets_beside_what_was_measured(load, tmp_path):
+def test_page_lists_targets_beside_measurements(load, tmp_path):
     results = load("gpu_results")
     first = results.Results.resume(tmp_path, ["date: today", "card: A"])
     assert {target.verdict for target in results.targets({})} == {"not measured"}
@@ -85,14 +85,14 @@ def test_page_has_the_targets_beside_what_was_measured(load, tmp_path):
     assert "| off | 80.0 | 21.00 | 8.0 | 10.0 % |" in page
 
 
-def test_a_peer_that_cannot_be_loaded_says_why(load, tmp_path, monkeypatch):
+def test_unloadable_peer_says_why(load, tmp_path, monkeypatch):
     peers, results = load("gpu_peers"), load("gpu_results")
     monkeypatch.setitem(sys.modules, "tvdcn", None)
     with pytest.raises(ImportError, match="tvdcn is not installed") as caught:
         peers.tvdcn_operator()
     package = tmp_path / "tvdcn" / "__init__.py"
     package.parent.mkdir()
-    # As its wheel does where it was built for another PyTorch, and for another CUDA.
+    # The errors of its wheel when built for another PyTorch and for another CUDA.
     for source, reason in (
         ("__version__ = '1.1.0'\ndef has_ops(): return False", "its compiled library was not built for PyTorch"),
         ("raise RuntimeError('PyTorch and Extension were compiled with different CUDA versions')", "different CUDA"),
@@ -113,7 +113,7 @@ def test_a_peer_that_cannot_be_loaded_says_why(load, tmp_path, monkeypatch):
     assert "Not measured" not in page
 
 
-def test_parts_of_an_earlier_run_stay_on_the_same_machine_only(load, tmp_path):
+def test_earlier_results_are_kept_only_on_the_same_machine(load, tmp_path):
     results = load("gpu_results")
     kernels = {"float32": [{"kernel": "deform_forward", "calls": 1.0, "us": 300.0}]}
     results.Results.resume(tmp_path, ["date: yesterday", "card: A"]).keep("kernels", kernels)

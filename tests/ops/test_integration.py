@@ -49,7 +49,7 @@ def test_opcheck_backward(make_problem, backend, layer, needs, channels_last):
 
 
 class Block(torch.nn.Module):
-    """Offsets from a convolution, then the deformable convolution, as in a network."""
+    """A convolution that makes offsets, then the deformable convolution, as in a network."""
 
     def __init__(self, backend):
         super().__init__()
@@ -97,7 +97,7 @@ def test_fake_tensors_compute_nothing(backend, make_problem):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_in_float32(make_problem, backend, device, dtype):
-    """A half input and offsets, as convolutions make them under autocast, with float32 parameters."""
+    """Half input and offsets, as from convolutions under autocast, meet float32 parameters."""
     p = make_problem(dtype=torch.float32)
     mixed = replace(p, input=p.input.to(dtype), offset=p.offset.to(dtype), mask=p.mask.to(dtype))
     rounded = replace(p, input=mixed.input.float(), offset=mixed.offset.float(), mask=mixed.mask.float())
@@ -124,7 +124,7 @@ def test_autocast_network_trains(backend, device):
 
 
 class Named(TorchDispatchMode):
-    """Lists this package's operators that are called."""
+    """A mode that lists the called operators of this package."""
 
     def __init__(self):
         super().__init__()
@@ -136,8 +136,8 @@ class Named(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_mode_sees_forward_and_backward(make_problem, backend):
-    """Eager calls leave the dispatcher out where nobody listens."""
+def test_mode_sees_forward_and_backward(make_problem, backend):
+    """Eager calls bypass the dispatcher only if nothing observes them."""
     p = make_problem().map(lambda t: t.requires_grad_())
     with Named() as mode:
         p.run(backend=backend).sum().backward()
@@ -148,7 +148,7 @@ def test_a_mode_sees_forward_and_backward(make_problem, backend):
     assert mode.names == ["deform_conv3d_backward"]
 
 
-def test_a_profile_names_forward_and_backward(make_problem, backend):
+def test_profile_names_forward_and_backward(make_problem, backend):
     p = make_problem().map(lambda t: t.requires_grad_())
     with torch.profiler.profile() as profile:
         p.run(backend=backend).sum().backward()
@@ -158,7 +158,7 @@ def test_a_profile_names_forward_and_backward(make_problem, backend):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_several_gradients_at_once(make_problem, backend):
-    """`vmap` over the backward, as `torch.autograd.functional.jacobian(vectorize=True)` does, one after the other."""
+    """`vmap` over the backward, as in `torch.autograd.functional.jacobian(vectorize=True)`, runs one after another."""
     p = make_problem().map(lambda t: t.requires_grad_())
     inputs = list(p.tensors().values())
     output = p.run(backend=backend)
@@ -171,7 +171,7 @@ def test_several_gradients_at_once(make_problem, backend):
 
 
 def test_several_python_threads_at_once(make_problem, backend):
-    """The server infers from several threads, each call itself using several."""
+    """The server infers from several threads, and each call uses several itself."""
     torch.set_num_threads(2)
     problems = [make_problem(channels=channels, size=(7, 9, 8), stride=(1, 1, 1)) for channels in (17, 33, 48, 6)]
     expected = [p.run_with_gradients(backend=backend) for p in problems]
@@ -202,7 +202,7 @@ sys.exit(os.waitstatus_to_exitcode(status) or not torch.equal(run(), expected))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_after_a_fork():
-    """A child forked after the parent has computed, and so has threads, computes too."""
+    """A child that is forked after the parent has started threads computes, too."""
     subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
 
 
@@ -213,8 +213,8 @@ def test_import_loads_no_backend():
 
 
 @pytest.mark.parametrize("folder", ["/proc/none", ""])
-def test_without_a_place_for_the_compilers_cache(folder):
-    """Numba refuses to cache where it cannot write; the backend then compiles for this process alone."""
+def test_without_a_writable_cache_folder(folder):
+    """Numba cannot cache without a writable folder; the backend then compiles for this process alone."""
     code = (
         "import torch\nfrom deform3d import deform_conv3d\n"
         "print(deform_conv3d(torch.ones(1, 1, 1, 1, 1), torch.zeros(1, 3, 1, 1, 1), torch.ones(1, 1, 1, 1, 1),"
@@ -229,7 +229,7 @@ def test_without_a_place_for_the_compilers_cache(folder):
 
 @pytest.fixture
 def fresh_choice(monkeypatch):
-    """Forget earlier choices, and any override of whoever runs the tests."""
+    """Forget earlier choices, and any override in the environment of the test run."""
     monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
     for cached in (_dispatch._choose, _dispatch._warn_of_fallback):
         cached.cache_clear()
@@ -289,7 +289,7 @@ def test_cuda_falls_back_with_one_warning():
     ],
 )
 def test_broken_cupy_falls_back(tmp_path, module, reason):
-    """A CuPy that cannot be imported, or is only a shell: the operator imports, the CPU works, CUDA says what to do."""
+    """With a broken CuPy the operator imports, the CPU works, and CUDA says what to do."""
     (tmp_path / "cupy").mkdir()
     (tmp_path / "cupy" / "__init__.py").write_text(module)
     code = (
@@ -313,7 +313,7 @@ def test_broken_cupy_falls_back(tmp_path, module, reason):
 
 
 def test_broken_numba_falls_back(fresh_choice):
-    """Numba may be installed and still fail to import; the reason is told."""
+    """Numba may be installed and still fail to import; the warning gives the reason."""
     code = (
         "import sys, warnings, torch\nsys.modules['numba'] = None\nfrom deform3d import deform_conv3d\n"
         "warnings.simplefilter('always')\n"

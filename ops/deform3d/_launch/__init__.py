@@ -1,8 +1,8 @@
-"""What the CUDA kernels are launched with: instances, grids, shared memory and arguments. Knows neither CuPy nor CUDA.
+"""Launches of the CUDA kernels: instances, grids, shared memory and arguments, without CuPy or CUDA.
 
-A `Runtime` compiles and starts kernels: CuPy's on a GPU, or one that runs the same source on the CPU in the tests.
-Depthwise convolution with one offset group is one fused kernel forward and a few backward. Everything else writes its
-samples out as the rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
+A `Runtime` compiles and starts kernels: CuPy's on a GPU, or the tests' own, which runs the same source on the CPU.
+Depthwise convolution with one offset group takes one fused kernel forward and a few backward. Everything else writes
+its samples out as rows of a matrix, in chunks of bounded size, and leaves the sums to PyTorch's matrix product.
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,18 @@ __all__ = [
     "Kernel",
     "Runtime",
     "Tuning",
+    "all_kernels",
     "backward",
     "can_fuse_offset",
     "forward",
     "forward_fused_offset",
-    "instances",
     "source",
 ]
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
-    yield from plan.instances()
-    yield from walk.instances()
-    yield from backward_taps.instances()
-    yield from backward_cells.instances()
+def all_kernels() -> Iterator[Kernel]:
+    """Yield every kernel that a call can launch."""
+    yield from plan.general_kernels()
+    yield from walk.walk_kernels()
+    yield from backward_taps.taps_kernels()
+    yield from backward_cells.cells_kernels()

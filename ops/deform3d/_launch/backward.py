@@ -12,11 +12,11 @@ from .._checks import Geometry
 from ..reference import Gradients, compute_dtype
 from . import columns as matrices
 from .backward_cells import CellsPlan, empty_counts, gather, plan_cells, sorted_ids
+from .backward_input import InputGradient
 from .backward_taps import TapsPlan, plan_taps
 from .forward import COLUMN_THREADS, column_arguments, write_columns
 from .plan import (
-    GATHER_VECTOR,
-    LAST,
+    CHANNELS_LAST,
     LOAD_BYTES,
     SHARED_BYTES,
     Chunk,
@@ -24,23 +24,18 @@ from .plan import (
     Runtime,
     Tile,
     blocks_for,
-    cells_per_sample,
     check_sizes,
-    chunks,
     is_cube,
     kernel,
     pointers,
     real_bytes,
-    record_bytes,
     samples_bytes,
     sizes,
-    sort_kernel,
     taps_at_once,
     taps_first,
     vector_of,
 )
 
-_SORT_THREADS = 256
 _WARP = 32
 
 
@@ -61,8 +56,8 @@ def backward(
     need_input, need_offset, need_weight, need_bias, need_mask = needs
     call = _Call(
         runtime,
-        grad.contiguous(memory_format=LAST),
-        input.contiguous(memory_format=LAST),
+        grad.contiguous(memory_format=CHANNELS_LAST),
+        input.contiguous(memory_format=CHANNELS_LAST),
         Field.of(offset),
         Field.of(mask),
         weight,
@@ -81,7 +76,7 @@ def backward(
 def _of_nothing(
     input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, g: Geometry, needs: Sequence[bool]
 ) -> Gradients:
-    """Return the gradients where nothing was put out: what they sum over is empty."""
+    """Return the gradients for an empty output: every sum is empty."""
     bias = weight.new_empty((g.out_channels,))
     leaves = (input, offset, weight, bias, mask)
     return Gradients(
@@ -94,7 +89,7 @@ def _of_nothing(
 
 @dataclass(frozen=True)
 class _Call:
-    """One backward: the forward's tensors as the kernels read them."""
+    """One backward pass: the tensors of the forward in the layout that the kernels read."""
 
     runtime: Runtime
     grad: Tensor
@@ -136,7 +131,7 @@ class _Call:
         return grad_input, grad_weight, grad_bias
 
     def bias_gradient(self) -> Tensor:
-        """Return the sum of the output's gradient over all voxels."""
+        """Return the gradient of the bias: the sum of the output's gradient over all voxels."""
         return self.grad.sum((0, 2, 3, 4), dtype=compute_dtype(self.grad.dtype)).to(self.grad.dtype)
 
     def _plan_taps(self, taps: Tensor, with_bias: bool) -> TapsPlan | None:
@@ -200,14 +195,14 @@ class _Call:
         offset = self.shifts.tensor
         assert offset is not None
         ids, starts = sorted_ids(self.runtime, plan, offset, counted)
-        grad_input = torch.empty(self.input.shape, dtype=taps.dtype, device=taps.device, memory_format=LAST)
+        grad_input = torch.empty(self.input.shape, dtype=taps.dtype, device=taps.device, memory_format=CHANNELS_LAST)
         gather(self.runtime, plan, ids, starts, offset, taps, self.grad, self.factors.tensor, grad_input)
         return grad_input
 
     def _samples(
         self, taps: Tensor, grad_offset: Tensor | None, grad_mask: Tensor | None, need_weight: bool
     ) -> Tensor | None:
-        """Write the gradients of offset and mask; return the weight's."""
+        """Write the gradients of offset and mask; return that of the weight."""
         g, tuning, dtype = self.g, self.runtime.tuning, self.input.dtype
         vector = vector_of(g.in_channels, self.input, self.grad, taps)
         at_once = taps_at_once(g, tuning)
@@ -243,12 +238,14 @@ class _Call:
         return partial.sum(0).t().reshape(self.weight.shape).to(dtype)
 
     def _input_gradient(self, taps: Tensor) -> Tensor:
-        """Return the gradient of the input, gathered from the samples sorted by cell."""
-        grad_input: Tensor | None = None
-        for chunk in self._chunks(0):
-            grad_input = self._gather(chunk, grad_input, taps=taps)
-        assert grad_input is not None
-        return grad_input.to(self.input.dtype)
+        """Return the gradient of the input, gathered from samples sorted by cell."""
+        gradient = self._empty_input_gradient()
+        for chunk in gradient.chunks(0):
+            gradient.add(chunk, taps=taps)
+        return gradient.total
+
+    def _empty_input_gradient(self) -> InputGradient:
+        return InputGradient(self.runtime, self.grad, self.input, self.shifts, self.factors, self.g)
 
     # --------------------------------------------------------------------------------- convolutions that mix channels
 
@@ -260,8 +257,8 @@ class _Call:
         matrix = matrices.weight_matrix(self.weight, g)
         grad_matrix = torch.zeros(matrix.shape, dtype=real, device=matrix.device) if need_weight else None
         rows = self.grad.permute(0, 2, 3, 4, 1).view(-1, g.out_channels)
-        grad_input: Tensor | None = None
-        for chunk in self._chunks(2 * g.in_channels * g.taps * self.input.element_size()):
+        gradient = self._empty_input_gradient()
+        for chunk in gradient.chunks(2 * g.in_channels * g.taps * self.input.element_size()):
             part = matrices.group_rows(rows[chunk.first_voxel : chunk.first_voxel + chunk.voxels], g)
             if grad_matrix is not None:
                 columns = write_columns(self.runtime, self.input, self.shifts, self.factors, chunk, g)
@@ -271,11 +268,11 @@ class _Call:
             if grad_offset is not None or grad_mask is not None:
                 self._columns_backward(columns, grad_offset, grad_mask, chunk)
             if need_input:
-                grad_input = self._gather(chunk, grad_input, columns=columns)
+                gradient.add(chunk, columns=columns)
         grad_weight = None
         if grad_matrix is not None:
             grad_weight = matrices.weight_from_matrix(grad_matrix, g).to(self.weight.dtype)
-        return None if grad_input is None else grad_input.to(self.input.dtype), grad_weight
+        return gradient.total if need_input else None, grad_weight
 
     def _columns_backward(
         self, columns: Tensor, grad_offset: Tensor | None, grad_mask: Tensor | None, chunk: Chunk
@@ -299,124 +296,9 @@ class _Call:
             ),
         )
 
-    # ---------------------------------------------------------------------------------- the gradient of the input
-
-    def _chunks(self, more_bytes: int) -> list[Chunk]:
-        per_sample = record_bytes(self.input.dtype) + torch.int32.itemsize
-        return list(chunks(self.g, self.g.offset_groups * self.g.taps * per_sample + more_bytes, self.runtime.tuning))
-
-    def _gather(
-        self, chunk: Chunk, grad_input: Tensor | None, *, taps: Tensor | None = None, columns: Tensor | None = None
-    ) -> Tensor:
-        """Add the gradients from one chunk; `grad_input` is None before the first."""
-        g, tuning, real = self.g, self.runtime.tuning, compute_dtype(self.input.dtype)
-        if grad_input is None:
-            # A chunk of whole samples writes theirs; parts of a sample add to it, in the type of the sums.
-            kind = self.input.dtype if chunk.whole else real
-            grad_input = torch.empty(self.input.shape, dtype=kind, device=self.input.device, memory_format=LAST)
-            if not chunk.whole:
-                grad_input.zero_()
-        starts, records = self._sorted(chunk)
-        own = grad_input[chunk.first_sample : chunk.first_sample + chunk.samples].permute(0, 2, 3, 4, 1)
-        slice_bytes = 4 * chunk.samples * g.size[1] * g.size[2] * g.in_channels * real.itemsize
-        most = max(1, tuning.chunk_bytes // slice_bytes)
-        for first in range(0, g.size[0], most):
-            part = own[:, first : first + most]
-            edges = torch.empty((4, *part.shape), dtype=real, device=part.device)
-            self._gather_slab(chunk, edges, first, starts, records, taps, columns)
-            if chunk.whole:
-                part.copy_(edges.sum(0))
-            else:
-                part += edges.sum(0)
-        return grad_input
-
-    def _gather_slab(
-        self,
-        chunk: Chunk,
-        edges: Tensor,
-        first_d: int,
-        starts: Tensor,
-        records: Tensor,
-        taps: Tensor | None,
-        columns: Tensor | None,
-    ) -> None:
-        """Write the parts of the input's gradient, (4, samples, slices, H, W, C), of the slices from first_d on."""
-        g, tuning, dtype = self.g, self.runtime.tuning, self.input.dtype
-        read = (columns,) if taps is None else (self.grad, taps)
-        vector = vector_of(g.sampled_together, *read, most=GATHER_VECTOR)
-        lanes = min(g.in_channels // vector, tuning.gather_threads)
-        at_once = tuning.gather_threads // lanes
-        depth = edges.shape[2]
-        rows = chunk.samples * (depth + 1) * (g.size[1] + 1)
-        segment = tuning.gather_segment
-        # Shorter segments repeat more cells, but leave no multiprocessor idle where there are few rows.
-        wanted = tuning.gather_blocks * self.runtime.multiprocessors(self.input.device) * at_once
-        while segment > 1 and rows * -(-g.size[2] // segment) < wanted:
-            segment //= 2
-        rows *= -(-g.size[2] // segment)
-        self.runtime.launch(
-            self.input.device,
-            kernel(
-                "backward_input",
-                "deform_gather",
-                dtype,
-                vector,
-                columns is None and is_cube(g),
-                COLUMNS=int(columns is not None),
-            ),
-            blocks_for(rows, at_once),
-            (lanes, at_once),
-            0,
-            (
-                *pointers(records, starts, taps, self.grad, columns, self.factors.tensor, edges),
-                *sizes(g),
-                *(g.in_channels, chunk.first_voxel, g.offset_groups, *self.factors.strides),
-                *(chunk.samples, first_d, depth, segment),
-            ),
-        )
-
-    def _sorted(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Return where each cell's samples start, and the samples' records in that order."""
-        g, dtype, device = self.g, self.input.dtype, self.input.device
-        count = chunk.voxels * g.offset_groups * g.taps
-        cells = chunk.samples * cells_per_sample(g)
-        records = torch.empty(count * record_bytes(dtype), dtype=torch.uint8, device=device)
-        if torch.are_deterministic_algorithms_enabled():
-            keys = torch.empty(count, dtype=torch.int32, device=device)
-            self._sort_launch("deform_count", chunk, cells, (0, 0, keys.data_ptr()))
-            keys, order = torch.sort(keys, stable=True)
-            numbers = torch.arange(cells + 1, dtype=torch.int32, device=device)
-            starts = torch.searchsorted(keys, numbers, out_int32=True)
-            self._sort_launch("deform_place", chunk, cells, pointers(starts, None, order, records))
-            return starts, records
-        counts = torch.zeros(cells, dtype=torch.int32, device=device)
-        ranks = torch.empty(count, dtype=torch.int32, device=device)
-        self._sort_launch("deform_count", chunk, cells, pointers(counts, ranks, None))
-        starts = torch.zeros(cells + 1, dtype=torch.int32, device=device)
-        torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
-        self._sort_launch("deform_place", chunk, cells, pointers(starts, ranks, None, records))
-        return starts, records
-
-    def _sort_launch(self, name: str, chunk: Chunk, cells: int, more: tuple[int, ...]) -> None:
-        g = self.g
-        count = chunk.voxels * g.offset_groups * g.taps
-        self.runtime.launch(
-            self.input.device,
-            sort_kernel(name, self.input.dtype, is_cube(g) and g.depthwise),
-            blocks_for(count, _SORT_THREADS),
-            (_SORT_THREADS, 1),
-            0,
-            (
-                *pointers(self.shifts.tensor),
-                *sizes(g),
-                *(*self.shifts.strides, chunk.first_sample, chunk.first_voxel, chunk.voxels, g.offset_groups, cells),
-                *more,
-            ),
-        )
-
 
 def _lanes(vectors: int) -> int:
-    """Return how many lanes, a power of two, share a voxel's channels so that few are idle in their last round."""
+    """Return the number of lanes, a power of two, for the channels of a voxel: few idle in the last round."""
     for lanes in (32, 16, 8, 4, 2):
         rounds = -(-vectors // lanes)
         if vectors / (rounds * lanes) >= 0.9:

@@ -12,28 +12,28 @@ from torch import Tensor
 from .._checks import Geometry
 from ..reference import compute_dtype
 from .plan import (
-    DTYPES,
+    DTYPE_CODES,
     GATHER_VECTOR,
     INT32_MAX,
     Kernel,
     Runtime,
+    Strides,
     Tuning,
-    _vectors,
     blocks_for,
     is_cube,
     kernel,
     loaded_at_once,
     real_bytes,
     sizes,
+    vectors,
 )
 from .steps import Step
 
-Strides = tuple[int, int, int]
 _THREADS = 256
 _WARP = 32
-# Of a cell's number and an id; of a key, its sorted copy, an id of 8 bytes, and what PyTorch's sort needs as much of.
+# A cell number and an id; a key, its sorted copy, an id of 8 bytes, and as much again for PyTorch's sort.
 _SAMPLE_BYTES, _DETERMINISTIC_BYTES = 8, 32
-# What a segment of a row costs beyond its cells.
+# The cost of a segment beyond its cells, in cells.
 _SEGMENT_CELLS = 0.5
 
 
@@ -42,7 +42,7 @@ class CellsPlan(NamedTuple):
 
     samples: int
     rows: int
-    numbers: int  # of a row's cells, and one more
+    numbers: int  # cells of a row, plus one
     keys: Step
     starts: Step
     place: Step
@@ -50,7 +50,7 @@ class CellsPlan(NamedTuple):
 
 
 class Slab(NamedTuple):
-    """Slices of the gradient along d that are worked on together, so that the parts that are added fit the memory."""
+    """Slices of the gradient along d that are processed together, so that their parts fit in memory."""
 
     first_d: int
     edges_shape: tuple[int, ...]
@@ -58,12 +58,12 @@ class Slab(NamedTuple):
     add: Step
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
-    for dtype in DTYPES:
+def cells_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
+    for dtype in DTYPE_CODES:
         for name in ("deform_cell_keys", "deform_cell_starts", "deform_cell_place"):
             yield _sort_kernel(name, dtype)
-        for vector in _vectors(dtype):
+        for vector in vectors(dtype):
             if vector <= GATHER_VECTOR:
                 for name in ("deform_cell_gather", "deform_add_edges"):
                     yield _vector_kernel(name, dtype, vector, Tuning())
@@ -80,15 +80,15 @@ def plan_cells(
     tuning: Tuning,
     multiprocessors: int,
 ) -> CellsPlan | None:
-    """Return the launches for a depthwise convolution, or None where it has to be done in parts or more generally.
+    """Return the launches for a depthwise convolution, or None if it needs chunks or a general kernel.
 
     Args:
         g: sizes of the call.
         dtype: of its tensors.
-        addresses: the last four bits of those of the output's gradient and the weights, or-ed together.
+        addresses: the last four bits of the addresses of the output's gradient and the weights, or-ed together.
         offset_strides: of the offset (sample, channel, voxel).
         mask_strides: of the mask, zeros without one.
-        deterministic: whether a sum must have the same order every time.
+        deterministic: whether sums must have the same order every time.
         tuning: sizes of launches.
         multiprocessors: of the device.
     """
@@ -125,7 +125,7 @@ def plan_cells(
 def _sort_steps(
     g: Geometry, dtype: torch.dtype, offset_strides: Strides, samples: int, rows: int, numbers: int
 ) -> tuple[Step, Step, Step]:
-    """Return the launches that name or count cells, find where their samples start, and place these."""
+    """Return the launches that name or count cells, find where their samples start, and place the samples."""
     voxels = g.batch * g.out_voxels
     return (
         Step(
@@ -170,13 +170,13 @@ def _slab(
     rows = g.batch * (depth + 1) * -(-(height + 1) // band) * band
 
     def cost(segment: int) -> float:
-        """Return the cells that the busiest slot walks along."""
+        """Return the number of cells that the busiest slot visits."""
         units = -(-rows * -(-width // segment) // multiprocessors)
         return -(-units // slots) * (segment + 1 + _SEGMENT_CELLS)
 
     segment = tuning.cells_segment or min((-(-width // parts) for parts in range(1, width + 1)), key=cost)
     within = depth * height * width * g.in_channels
-    id_words = 2 if deterministic else 1  # PyTorch's sort numbers in 64 bits
+    id_words = 2 if deterministic else 1  # PyTorch's sort returns 64-bit indices
     gather = Step(
         _vector_kernel("deform_cell_gather", dtype, vector, tuning),
         min(rows * -(-width // segment), multiprocessors),
@@ -195,7 +195,7 @@ def _slab(
 
 
 def _band(rows: int, most: int) -> int:
-    """Return how many neighbouring rows of cells to walk along together: of numbers near `most`, the one that fits."""
+    """Return the number of neighbouring rows of cells to visit together: the best fit near `most`."""
     near = range(max(1, most - most // 2), most + 1)
     return min(near, key=lambda band: (-(-rows // band) * band, -band))
 
@@ -203,13 +203,13 @@ def _band(rows: int, most: int) -> int:
 def sorted_ids(
     runtime: Runtime, plan: CellsPlan, offset: Tensor, counted: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the samples' ids in the order of their cells, and where each cell's start.
+    """Return the ids of the samples in the order of their cells, and where each cell starts.
 
     Args:
         runtime: starts kernels.
         plan: of the call.
-        offset: as the plan's strides say.
-        counted: counts of cells and cells of samples, where another kernel has filled them.
+        offset: with the strides of the plan.
+        counted: counts per cell and the cells of the samples, if another kernel has filled them.
     """
     device = offset.device
     if torch.are_deterministic_algorithms_enabled():
@@ -230,7 +230,7 @@ def sorted_ids(
 
 
 def empty_counts(plan: CellsPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return counts of zero, and unwritten numbers of samples' cells."""
+    """Return zeroed counts per cell, and unwritten cell numbers per sample."""
     counts = torch.zeros(plan.rows * plan.numbers + 1, dtype=torch.int32, device=device)
     return counts, torch.empty(plan.samples, dtype=torch.int32, device=device)
 

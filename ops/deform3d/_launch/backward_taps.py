@@ -15,6 +15,7 @@ from .plan import (
     PRESET_CHANNELS,
     PRESET_DTYPES,
     Kernel,
+    Strides,
     Tile,
     Tuning,
     covering,
@@ -27,29 +28,28 @@ from .plan import (
 )
 from .steps import Step
 
-Strides = tuple[int, int, int]
-# Registers for so many warps per multiprocessor.
+# The number of warps per multiprocessor that registers allow.
 MOST_WARPS = 16
 _WARP = 32
-# Eleven integers and what aligns the next warp's samples.
+# Eleven integers, and padding to align the samples of the next warp.
 _TASK_BYTES = 48
-# What a warp does once for a tile and once for 32 voxels, in passes over as many voxels as it takes at once.
+# The cost for a warp of a tile and of 32 voxels, in units of one pass over the voxels that it takes at once.
 _TASK_PASSES, _BATCH_PASSES = 0.3, 0.5
-# More tiles would make the rows of partial sums, one per tile and tap, larger than they need be.
+# With more tiles, the rows of partial sums, one per tile and tap, would be needlessly large.
 _MANY_TILES = 16384
 _SUM_COLUMNS, _SUM_SLICES = 8, 32
 
 
 class TapsPlan(NamedTuple):
-    """The launch, and the one that sums its rows of partial gradients."""
+    """The main launch, and the launch that sums its rows of partial gradients."""
 
     step: Step
     partial_shape: tuple[int, int, int]  # (tiles, rows, C)
     sums: Step
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every kernel that can be asked for."""
+def taps_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
     for dtype in PRESET_DTYPES:
         for channels in PRESET_CHANNELS:
             yield _taps_kernel(dtype, channels, Tuning())
@@ -68,15 +68,15 @@ def plan_taps(
     tuning: Tuning,
     multiprocessors: int,
 ) -> TapsPlan | None:
-    """Return the launches for a depthwise convolution, or None where another kernel has to do it.
+    """Return the launches for a depthwise convolution, or None if it needs another kernel.
 
     Args:
         g: sizes of the call.
         dtype: of its tensors.
-        addresses: the last four bits of those of volumes and weights, or-ed together.
+        addresses: the last four bits of the addresses of volumes and weights, or-ed together.
         offset_strides: of the offset (sample, channel, voxel).
         mask_strides: of the mask, zeros without one.
-        with_bias: whether the bias's gradient is summed too.
+        with_bias: whether to sum the gradient of the bias, too.
         tuning: sizes of launches.
         multiprocessors: of the device.
     """
@@ -102,7 +102,7 @@ def plan_taps(
 
 
 def plan_sums(dtype: torch.dtype, tiles: int, taps: int, channels: int, with_bias: bool) -> Step:
-    """Return the launch that sums rows of partial gradients of weight and bias."""
+    """Return the launch that sums the rows of partial gradients of weight and bias."""
     return Step(
         _sums_kernel(dtype),
         -(-(taps + with_bias) * channels // _SUM_COLUMNS),
@@ -113,7 +113,7 @@ def plan_sums(dtype: torch.dtype, tiles: int, taps: int, channels: int, with_bia
 
 
 def _split(vectors: int) -> tuple[int, int]:
-    """Return (lanes, rounds) for as many loads of 16 bytes: few lanes, because sums over them take shuffles."""
+    """Return (lanes, rounds) for a number of 16-byte loads: few lanes, because sums over lanes take shuffles."""
     rounds = 3 if vectors % 3 == 0 else 2 if vectors >= 8 else 1
     return vectors // rounds, rounds
 
@@ -135,7 +135,7 @@ def _warp_bytes(dtype: torch.dtype) -> int:
 
 
 def _tile(g: Geometry, slots: int, rows: int, blocks: int, tuning: Tuning) -> Tile:
-    """Return the tile for which the busiest warp has least to do, the largest of equals."""
+    """Return the tile that gives the busiest warp the least work; of equals, the largest."""
     best, least = None, 0.0
     for log in range(max(tuning.taps_voxels, 1).bit_length()):
         tile = _box(g, log)
@@ -151,7 +151,7 @@ def _tile(g: Geometry, slots: int, rows: int, blocks: int, tuning: Tuning) -> Ti
 
 
 def _box(g: Geometry, log: int) -> Tile:
-    """Return the nearly cubic box of 2**log voxels, of fewer where the output is smaller; along w it grows first."""
+    """Return the nearly cubic box of 2**log voxels, or fewer if the output is smaller; it grows along w first."""
     logs = [0, 0, 0]
     while sum(logs) < log:
         free = [axis for axis in (2, 1, 0) if 1 << logs[axis] < g.out[axis]]

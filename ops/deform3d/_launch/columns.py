@@ -9,9 +9,9 @@ from .._checks import Geometry
 
 
 def weight_matrix(weight: Tensor, g: Geometry) -> Tensor:
-    """Weight -> (groups, samples per group, C_out / groups), with samples in the order of the columns."""
+    """Return the weight as (groups, samples per group, C_out / groups), samples ordered as in the columns."""
     if g.groups == 1:
-        # (C_out, offset_groups, C / offset_groups, taps) -> offset group, tap, channel: as the columns lie in memory.
+        # (C_out, offset_groups, C / offset_groups, taps) -> offset group, tap, channel: as in the columns.
         split = weight.reshape(g.out_channels, g.offset_groups, g.sampled_together, g.taps)
         return split.permute(1, 3, 2, 0).reshape(1, g.in_channels * g.taps, g.out_channels)
     split = weight.reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups * g.taps)
@@ -28,7 +28,7 @@ def weight_from_matrix(matrix: Tensor, g: Geometry) -> Tensor:
 
 
 def group_columns(columns: Tensor, g: Geometry) -> Tensor:
-    """Columns (R, offset_groups, taps, C / offset_groups) -> (groups, R, samples per group); no copy for one group."""
+    """Reshape columns (R, offset_groups, taps, C / offset_groups) to (groups, R, samples per group)."""
     rows = columns.shape[0]
     if g.groups == 1:
         return columns.view(1, rows, -1)
@@ -37,7 +37,7 @@ def group_columns(columns: Tensor, g: Geometry) -> Tensor:
 
 
 def ungroup_columns(grouped: Tensor, g: Geometry) -> Tensor:
-    """Undo `group_columns`, contiguous."""
+    """Undo `group_columns`; the result is contiguous."""
     rows = grouped.shape[1]
     if g.groups == 1:
         return grouped.reshape(rows, g.offset_groups, g.taps, g.sampled_together)
@@ -46,7 +46,7 @@ def ungroup_columns(grouped: Tensor, g: Geometry) -> Tensor:
 
 
 def group_rows(output: Tensor, g: Geometry) -> Tensor:
-    """Rows of the output or of its gradient (R, C_out) -> (groups, R, C_out / groups)."""
+    """Reshape rows of the output or of its gradient (R, C_out) to (groups, R, C_out / groups)."""
     return output.view(-1, g.groups, g.out_channels // g.groups).transpose(0, 1)
 
 

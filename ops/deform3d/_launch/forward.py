@@ -12,14 +12,15 @@ from torch import Tensor
 from .._checks import Geometry
 from . import columns as matrices
 from .plan import (
+    CHANNELS_LAST,
     CUBE_TAPS,
-    DTYPES,
-    LAST,
+    DTYPE_CODES,
     LOAD_BYTES,
     SHARED_BYTES,
     Chunk,
     Field,
     Runtime,
+    Strides,
     Tile,
     Tuning,
     blocks_for,
@@ -55,7 +56,7 @@ def forward(
     output = _empty_output(input, g)
     if not output.numel():
         return output
-    input = input.contiguous(memory_format=LAST)
+    input = input.contiguous(memory_format=CHANNELS_LAST)
     if g.depthwise:
         _depthwise(runtime, input, offset, mask, None, None, weight, bias, output, g)
     else:
@@ -72,19 +73,19 @@ def forward_fused_offset(
     bias: Tensor | None,
     g: Geometry,
 ) -> Tensor:
-    """Return the output with offsets that the kernel computes from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
+    """Return the output; the kernel computes the offsets from offset_weight (3 * taps, C, 1, 1, 1) as it goes."""
     output = _empty_output(input, g)
     if output.numel():
-        input = input.contiguous(memory_format=LAST)
+        input = input.contiguous(memory_format=CHANNELS_LAST)
         channels_first = offset_weight.reshape(3 * g.taps, g.in_channels).t().contiguous()
         _depthwise(runtime, input, None, None, channels_first, offset_bias, weight, bias, output, g)
     return output
 
 
 def can_fuse_offset(dtype: torch.dtype, input_shape: Sequence[int], weight_shape: Sequence[int]) -> bool:
-    """Return whether `forward_fused_offset` can run: depthwise 3x3x3, one voxel's channels in a block's memory."""
+    """Return whether `forward_fused_offset` can run: depthwise 3x3x3, a voxel's channels fit a block's memory."""
     channels = input_shape[1]
-    if tuple(weight_shape) != (channels, 1, 3, 3, 3) or dtype not in DTYPES:
+    if tuple(weight_shape) != (channels, 1, 3, 3, 3) or dtype not in DTYPE_CODES:
         return False
     return _fused_bytes(dtype, 1, CUBE_TAPS, channels) <= SHARED_BYTES
 
@@ -92,20 +93,20 @@ def can_fuse_offset(dtype: torch.dtype, input_shape: Sequence[int], weight_shape
 def _empty_output(input: Tensor, g: Geometry) -> Tensor:
     check_sizes(g)
     shape = (g.batch, g.out_channels, *g.out)
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=LAST)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=CHANNELS_LAST)
 
 
 def _fused_bytes(dtype: torch.dtype, voxels: int, taps: int, channels: int) -> int:
-    """Shared memory of a tile's samples, offsets and input; the input has room for four voxels at least."""
+    """Return the shared memory for samples, offsets and input of a tile; the input takes at least four voxels."""
     computed = voxels * 3 * taps + max(voxels, 4) * channels
     return samples_bytes(dtype, voxels * taps, False) + computed * real_bytes(dtype)
 
 
 class _Plan(NamedTuple):
-    """A launch, and how the kernel takes its weight."""
+    """A launch, and the layout of the weight that its kernel reads."""
 
     step: Step
-    walks: bool  # the weight as it lies in memory, and no offset branch
+    walks: bool  # the weight in its own layout, and no offset branch
 
 
 def _depthwise(
@@ -147,13 +148,13 @@ def plan_depthwise(
     g: Geometry,
     dtype: torch.dtype,
     vector: int,
-    offset_strides: tuple[int, int, int],
-    mask_strides: tuple[int, int, int] | None,
+    offset_strides: Strides,
+    mask_strides: Strides | None,
     fused: bool,
     tuning: Tuning,
     multiprocessors: int,
 ) -> _Plan:
-    """Return the launch of one kind of call; kept, because a network makes the same few calls again and again."""
+    """Return the launch of one kind of call; cached, because a network repeats the same few calls."""
     strides = (*offset_strides, *(mask_strides or (0, 0, 0)))
     walk = None if fused else walk_of(g, dtype, vector, tuning)
     if walk:

@@ -1,4 +1,4 @@
-"""A launch that is chosen once for a kind of call and started with the addresses of each."""
+"""A launch that is planned once for a kind of call and started with the addresses of each call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .plan import Kernel, Runtime
 
 
 class Step(NamedTuple):
-    """A launch without its addresses, which come before all other arguments."""
+    """A launch without the addresses, which precede all other arguments."""
 
     kernel: Kernel
     grid: int
@@ -19,5 +19,5 @@ class Step(NamedTuple):
     numbers: tuple[int, ...]
 
     def start(self, runtime: Runtime, device: torch.device, *addresses: int) -> None:
-        """Start it; 0 is the address of a tensor that is not there."""
+        """Start the launch; 0 is the address of a missing tensor."""
         runtime.launch(device, self.kernel, self.grid, self.block, self.shared_bytes, (*addresses, *self.numbers))

@@ -1,4 +1,4 @@
-"""The forward by blocks that stay: which calls it runs, and the sizes that `kernels/forward_walk.cu` computes too."""
+"""The forward by persistent blocks: the calls it can run, and the sizes that `kernels/forward_walk.cu` computes too."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _CELL_BYTES = 16 + 4
 
 @dataclass(frozen=True)
 class Walk:
-    """How a block's threads share the voxels and channels of its tiles."""
+    """How the threads of a block share the voxels and channels of its tiles."""
 
     channels: int
     dtype: torch.dtype
@@ -42,12 +42,12 @@ class Walk:
 
     @property
     def group(self) -> int:
-        """Threads that work on one tile."""
+        """Number of threads that work on one tile."""
         return 128 if self.lanes % 3 else 192
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Voxels along d, h, w."""
+        """Number of voxels along d, h, w."""
         log = (self.group // self.lanes).bit_length() - 1
         log_w = 2 if log > 2 else (log + 1) // 2
         log_h = 2 if log > 3 else log - log_w
@@ -59,7 +59,7 @@ class Walk:
 
     @property
     def shared_bytes(self) -> int:
-        """The copies of the weights, a cell per voxel and tap of those at once, and a number per group."""
+        """Size of the copies of the weights, one cell per voxel and tap held at once, and one number per group."""
         voxel = self.voxel_bytes
         groups = THREADS // self.group
         weights = CUBE_TAPS * voxel
@@ -69,7 +69,7 @@ class Walk:
         return -(-weights // 128) * 128 + cells * _CELL_BYTES + 4 * (1 + groups)
 
     def tiles(self, g: Geometry) -> int:
-        """Return how many tiles cover the output."""
+        """Return the number of tiles that cover the output."""
         return covering(g.out, g.batch, self.tile)
 
     @property
@@ -78,15 +78,15 @@ class Walk:
 
 
 def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning) -> Walk | None:
-    """Return how blocks walk, or None where the call is another kernel's.
+    """Return how blocks walk, or None if the call needs another kernel.
 
-    Small calls are no exception: down to 32 channels at two samples of 8 x 12 x 8, it is the fastest on an H200.
+    It is the fastest for small calls, too: on an H200, down to 32 channels at two samples of 8 x 12 x 8.
 
     Args:
         g: sizes of the call.
         dtype: of the input.
-        vector: channels that alignment allows to load at once.
-        tuning: `fast_forward` allows it.
+        vector: channels per load that alignment allows.
+        tuning: `fast_forward` enables it.
     """
     known = dtype in PRESET_DTYPES and g.in_channels in PRESET_CHANNELS
     if not (tuning.fast_forward and known and is_cube(g) and g.depthwise):
@@ -96,8 +96,8 @@ def walk_of(g: Geometry, dtype: torch.dtype, vector: int, tuning: Tuning) -> Wal
     return walk if vector == walk.vector and fits and walk.tiles(g) <= INT32_MAX else None
 
 
-def instances() -> Iterator[Kernel]:
-    """Yield every instance that can be asked for."""
+def walk_kernels() -> Iterator[Kernel]:
+    """Yield every kernel of this module."""
     for dtype in PRESET_DTYPES:
         for channels in PRESET_CHANNELS:
             yield Walk(channels, dtype).kernel

@@ -1,23 +1,23 @@
-// The gradient of a depthwise 3x3x3 convolution's input, one offset group, from samples sorted by backward_sort.cu.
+// The gradient of the input of a depthwise 3x3x3 convolution, one offset group, from samples sorted by backward_sort.cu.
 //
-//   deform_cell_gather  walks along rows of cells and writes what they give to the voxels at their four edges
-//   deform_add_edges    adds the four
+//   deform_cell_gather  walks along rows of cells and writes their contributions to the voxels at their four edges
+//   deform_add_edges    adds the four contributions
 //
-// What a cell's samples give to its eight corners is summed in registers. A sample's distances are those of its offset
-// from the whole number below. THREADS: of a block; UNROLL: samples that a thread has under way.
+// The contributions of a cell's samples to its eight corners are summed in registers. The distances of a sample are those
+// of its offset from the next lower integer. THREADS: threads of a block; UNROLL: samples that a thread has in flight.
 
-// VECTOR sums as they lie in memory: one store instruction.
+// VECTOR sums in memory order: one store instruction.
 struct __align__(sizeof(Real) * VECTOR) Sums {
     Real element[VECTOR];
 };
 
 // Along a row of cells each voxel lies between two cells, so that its sum stays in registers until both are done. Across
 // rows four cells meet at a voxel: each writes to an `edges` plane of its own, [edge][n][d][h][w][c]. A row is cut into
-// segments of `segment` voxels; the cell where two segments meet is walked twice. The launch covers the planes' `depth`
-// slices from `first_d` on.
+// segments of `segment` voxels; the cell where two segments meet is visited twice. The launch covers `depth` slices of
+// the planes from `first_d` on.
 //
-// A block takes a run of segments, those of `band` neighbouring rows and then the next along d, so that what it reads
-// of the output's gradient stays in the L1 cache.
+// A block takes a run of segments, those of `band` neighbouring rows and then the next along d, so that the output
+// gradients that it reads stay in the L1 cache.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) deform_cell_gather(
     const int* __restrict__ ids, const int* __restrict__ starts, const Scalar* __restrict__ offset,
     const Scalar* __restrict__ weight, const Scalar* __restrict__ grad, const Scalar* __restrict__ mask,
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) deform_cell_gather(
         const Scalar* factors = mask ? mask + n * (mask_n - out_voxels * mask_v) : nullptr;
         for (int c = threadIdx.x * VECTOR; c < C; c += blockDim.x * VECTOR) {
             const Scalar *grad_c = grad + c, *weight_c = weight + c;
-            Real low[4][VECTOR] = {};  // of the voxels below the cell along w, at its four edges (2 * d + h)
+            Real low[4][VECTOR] = {};  // sums of the voxels below the cell along w, at its four edges (2 * d + h)
             int begin = row_starts[first_w];
             for (int cell_w = first_w; cell_w <= end_w; ++cell_w) {
                 Real high[4][VECTOR] = {};
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) deform_cell_gather(
     }
 }
 
-// `within` vectors of each sample, whose samples lie `step_n` elements apart in the gradient.
+// Adds `within` vectors per sample; samples are `step_n` elements apart in the gradient.
 extern "C" __global__ void __launch_bounds__(256) deform_add_edges(
     const Real* __restrict__ edges, Scalar* __restrict__ grad_input, int64 samples, int64 within, int64 step_n
 ) {

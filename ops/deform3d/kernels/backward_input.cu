@@ -1,35 +1,35 @@
 // The gradient of the input, without atomics on it: samples are sorted by the cell of the volume that they fall into,
-// and what a cell's samples give to its eight corners is summed in registers.
+// and the contributions of a cell's samples to its eight corners are summed in registers.
 //
-// Scattering instead takes 8 x taps x C atomic additions per output voxel, which the L2 cache serves several times
-// slower than a multiprocessor adds in registers; and its sums have no fixed order. The sort moves 16 bytes per voxel
-// and tap, whatever the number of channels, and each sample's gradient is then read once, not once per corner.
+// Scattering instead takes 8 x taps x C atomic additions per output voxel. The L2 cache serves those several times
+// slower than a multiprocessor adds in registers, and their order is not fixed. The sort moves 16 bytes per voxel and
+// tap, for any number of channels, and each sample's gradient is then read once, not once per corner.
 //
 //   deform_count   counts the samples of each cell and gives each sample its rank there (integer atomics: the order
 //                  within a cell differs from run to run); or, with `keys`, only names the cells, for a stable sort
 //   deform_place   writes each sample's record at its place in the sorted order
-//   deform_gather  walks along rows of cells and writes what they give to the voxels at their four edges
+//   deform_gather  walks along rows of cells and writes their contributions to the voxels at their four edges
 //
 // A cell is the box between eight voxels, numbered by its lowest corner plus one along each axis, which may be outside:
 // (D + 1) x (H + 1) x (W + 1) cells per sample and offset group. A sample's id is
 // (voxel * offset_groups + group) * taps + tap, counted from `first_voxel`, the first output voxel of the launch.
 //
-// COLUMNS 1: the gradients to distribute are rows of `columns`, one per id, as dense and grouped convolutions have
-// them; 0: they are weight times the output's gradient, as depthwise convolution has it.
+// COLUMNS 1: the gradients to distribute are rows of `columns`, one per id, as in dense and grouped convolutions;
+// 0: they are the weight times the output's gradient, as in depthwise convolution.
 
 struct __align__(16) Record {
     Real d, h, w;
     int id;
 };
 
-// What `deform_count` and `deform_place` have to know to find a sample.
+// The data by which `deform_count` and `deform_place` find a sample.
 struct Search {
     Convolution v;
     StoredShifts shifts;
     int64 first_voxel, first_n;
     int groups;
 
-    // The cell of a sample, or -1 where it is outside; its distances; and its place in the launch.
+    // Returns the cell of a sample, or -1 if it is outside, and writes its distances.
     __device__ __forceinline__ int64 cell(int64 voxel, int group, int tap, Sample& s) const {
         int64 within = (int64)v.out_D * v.out_H * v.out_W, all = first_voxel + voxel;
         int n = (int)(all / within), rest = (int)(all % within);
@@ -52,7 +52,7 @@ struct Search {
             first_n, (int)groups                                                                                      \
     }
 
-// Item number -> voxel, group and tap, so that neighbouring threads read neighbouring shifts.
+// Splits an item number into voxel, group and tap so that neighbouring threads read neighbouring shifts.
 __device__ __forceinline__ void divide(
     int64 item, int64 voxels, int groups, int taps, bool taps_first, int64& voxel, int& group, int& tap
 ) {
@@ -108,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(256) deform_place(
 
 // Along a row of cells each voxel lies between two cells, so that its sum stays in registers until both are done. Across
 // rows four cells meet at a voxel: each writes to an `edges` plane of its own, [edge][n][d][h][w][c], and the four are
-// added afterwards. A row is cut into segments of `segment` voxels; the cell where two segments meet is walked twice.
-// The launch covers the planes' `depth` slices from `first_d` on.
+// added afterwards. A row is cut into segments of `segment` voxels; the cell where two segments meet is visited twice.
+// The launch covers `depth` slices of the planes from `first_d` on.
 extern "C" __global__ void __launch_bounds__(128, 4) deform_gather(
     const Record* __restrict__ records, const int* __restrict__ starts, const Scalar* __restrict__ weight,
     const Scalar* __restrict__ grad, const Scalar* __restrict__ columns, const Scalar* __restrict__ mask,
@@ -134,11 +134,11 @@ extern "C" __global__ void __launch_bounds__(128, 4) deform_gather(
             const int* row_starts =
                 starts + (((n * groups + group) * (v.D + 1) + cell_d) * (v.H + 1) + cell_h) * (v.W + 1);
 #if !COLUMNS
-            const int step = C * (int)sizeof(Scalar);  // between the channels of two voxels, in bytes
+            const int step = C * (int)sizeof(Scalar);  // from voxel to voxel, in bytes
             const Scalar* grad_c = moved(grad, first_voxel * step) + c;
             const Scalar* weight_c = weight + c;
 #endif
-            Real low[4][VECTOR] = {};  // of the voxels below the cell along w, at its four edges (2 * d + h)
+            Real low[4][VECTOR] = {};  // sums of the voxels below the cell along w, at its four edges (2 * d + h)
             for (int cell_w = first_w; cell_w <= end_w; ++cell_w) {
                 Real high[4][VECTOR] = {};
                 const int end = row_starts[cell_w + 1];

@@ -1,10 +1,10 @@
-// Depthwise backward by what is sampled, one offset group: the gradients of offset, mask and weight.
+// Depthwise backward of the sampling, one offset group: the gradients of offset, mask and weight.
 //
 // A warp takes one tap at a time through all voxels of the block's tile. Its lanes are divided into slots: LANES
-// neighbouring lanes (a power of two) share a voxel and divide its channels. Over the voxels a lane keeps its channels'
-// weight gradient in registers; over the channels the lanes of a slot reduce the offset's gradient by shuffles.
-// A tap of a tile belongs to one warp alone and a block writes its own row of `partial`, so nothing needs an atomic,
-// and the sums have one order.
+// neighbouring lanes (a power of two) share a voxel and divide its channels. A lane sums the weight gradient of its
+// channels over the voxels in registers; the lanes of a slot sum the offset's gradient over the channels by shuffles.
+// Only one warp handles a tap of a tile, and a block writes its own row of `partial`: nothing needs an atomic, and the
+// order of the sums is fixed.
 
 __device__ __forceinline__ Real sum_over(Real value, int from, int to) {
     for (int lane = from; lane < to; lane *= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);

@@ -1,15 +1,15 @@
 // The samples of a depthwise 3x3x3 convolution, one offset group, sorted by the cell of the volume that they fall into.
 //
-// As in backward_input.cu, but a sorted sample is its id alone, 4 bytes instead of 16: what else the gather needs it
-// finds by the id.
+// As in backward_input.cu, but a sorted sample is only its id, 4 bytes instead of 16: the gather finds everything else
+// by the id.
 //
 //   deform_cell_keys    names each sample's cell, for a stable sort by PyTorch; or, with `counts`, counts the samples of
 //                       each cell and keeps each sample's cell (`deform_backward_taps` can do so too)
-//   deform_cell_starts  gives each row of cells a range of the sorted ids; which row comes first is left to chance
-//   deform_cell_place   writes each sample's id in its cell's range; their order there is left to chance, too
+//   deform_cell_starts  gives each row of cells a range of the sorted ids; the order of the rows is arbitrary
+//   deform_cell_place   writes each sample's id into the range of its cell, in arbitrary order
 //
-// A row of cells along w has W + 2 numbers, of which the last has no samples: where it starts, the row ends. A sample's
-// id is voxel * taps + tap. Keys are in the order of ids, `sample_cells` in that of [tap][voxel], -1 outside.
+// A row of cells along w has W + 2 numbers. The last one has no samples: its start is the end of the row. A sample's id
+// is voxel * taps + tap. Keys are in the order of ids, `sample_cells` in the order [tap][voxel], -1 outside.
 
 extern "C" __global__ void __launch_bounds__(256) deform_cell_keys(
     const Scalar* __restrict__ offset, int* __restrict__ counts, int* __restrict__ sample_cells, int* __restrict__ keys,
@@ -41,8 +41,8 @@ extern "C" __global__ void __launch_bounds__(256) deform_cell_keys(
     }
 }
 
-// A warp to a row. counts[rows * numbers] is the number of ids given away so far. Number i + 1 of a row's starts is where
-// cell i starts, until `deform_cell_place` has moved it to where the cell ends and the next one starts.
+// One warp per row. counts[rows * numbers] is the number of ids assigned so far. Entry i + 1 of a row's starts is the
+// start of cell i, until `deform_cell_place` has moved it to the end of that cell, where the next one starts.
 extern "C" __global__ void __launch_bounds__(256) deform_cell_starts(
     int* __restrict__ counts, int* __restrict__ starts, int64 rows, int64 numbers
 ) {

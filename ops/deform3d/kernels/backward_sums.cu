@@ -1,5 +1,5 @@
-// The gradients of weight and bias from the rows [tile][tap][C] of `partial`, the bias's row after the taps'. A block
-// takes 8 columns; 32 threads divide the tiles among themselves.
+// The gradients of weight and bias from the rows [tile][tap][C] of `partial`; the row of the bias follows the taps.
+// A block takes 8 columns, and 32 threads divide the tiles among themselves.
 extern "C" __global__ void __launch_bounds__(256) deform_sum_rows(
     const Real* __restrict__ partial, Scalar* __restrict__ grad_weight, Scalar* __restrict__ grad_bias, int64 tiles,
     int64 taps, int64 channels
@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(256) deform_sum_rows(
 #pragma unroll 4
             for (int64 tile = threadIdx.y; tile < tiles; tile += 32) sum += partial[tile * columns + column];
         }
-        __syncthreads();  // the previous columns' sums have been read
+        __syncthreads();  // the sums of the previous columns have been read
         sums[threadIdx.y * 8 + threadIdx.x] = sum;
         __syncthreads();
         if (threadIdx.y || column >= columns) continue;

@@ -1,18 +1,18 @@
-// Depthwise backward by what is sampled, 3x3x3 and one offset group, where the channels divide evenly among a few lanes.
+// Depthwise backward of the sampling, 3x3x3 and one offset group, for channels that divide evenly among a few lanes.
 //
-// It computes what `deform_backward_samples` does, for C = LANES * ROUNDS * VECTOR. A warp takes one tap through the
-// voxels of a tile, LANES neighbouring lanes to a voxel, each with ROUNDS vectors of its channels: a sample's position,
-// addresses and weights are computed once for all of them. Sums over channels stay in registers over the rounds, and
-// are reduced once. Warps share nothing but the L1 cache: no warp waits for another.
+// It computes the same as `deform_backward_samples`, for C = LANES * ROUNDS * VECTOR. A warp takes one tap through the
+// voxels of a tile, with LANES neighbouring lanes per voxel and ROUNDS vectors of channels per lane: the position, the
+// addresses and the weights of a sample are computed once for all of them. Sums over channels stay in registers over the
+// rounds and are reduced once. Warps share nothing but the L1 cache: no warp waits for another.
 //
-// A block walks a run of neighbouring tiles, so that what they share stays in the L1 cache. A warp has the same taps in
-// every tile, and a row of `partial` belongs to one part of one block: nothing needs an atomic, and sums have one order.
+// A block walks a run of neighbouring tiles, so that the voxels they share stay in the L1 cache. A warp has the same taps
+// in every tile, and a row of `partial` belongs to one part of one block: no atomics, and a fixed order of the sums.
 //
-// Four or eight slots of a quarter warp read pieces of voxels at once. Where a voxel is an odd number of pieces, a sample
-// reads its two corners along w in the order that keeps neighbouring slots in different memory banks; where it is an
-// even number, odd slots take the rounds in another order.
+// Four or eight slots of a quarter warp read pieces of voxels at once. If a voxel has an odd number of pieces, a sample
+// reads its two corners along w in the order that keeps neighbouring slots in different memory banks; if the number is
+// even, odd slots take the rounds in another order.
 //
-// With `counts`, the samples of each cell are counted on the way, and each sample's cell is kept: see backward_sort.cu.
+// With `counts`, the samples of each cell are counted as well, and each sample's cell is stored: see backward_sort.cu.
 
 constexpr int SLOTS = 32 / LANES, CHANNELS = LANES * ROUNDS * VECTOR, VOXEL_BYTES = CHANNELS * sizeof(Scalar);
 constexpr int PIECE_BYTES = LANES * VECTOR * sizeof(Scalar);
@@ -20,7 +20,7 @@ constexpr bool ODD_PIECES = PIECE_BYTES < 128 && ROUNDS % 2 == 1;
 constexpr bool EVEN_PIECES = PIECE_BYTES < 128 && ROUNDS % 2 == 0;
 constexpr unsigned SLOT_BITS = SLOTS == 32 ? 0xffffffffu : (1u << SLOTS % 32) - 1;
 
-// Tile `number` of a walk whose next tile is the neighbour along d: of three axes the one whose neighbours share most.
+// Tile `number` of a walk along d first: neighbours along that axis share the most voxels.
 __device__ __forceinline__ Tile walked_tile(
     int64 number, int size_D, int size_H, int size_W, int log_d, int log_h, int log_w
 ) {
@@ -38,11 +38,11 @@ __device__ __forceinline__ Tile walked_tile(
     return tile;
 }
 
-// What a warp works on: a tap of a tile. In shared memory, because its registers are needed elsewhere.
+// The task of a warp: one tap of a tile. It is in shared memory, because registers are needed elsewhere.
 struct Task {
     int number, end, tap;
-    int first;       // of its voxels, the first that is worked on now
-    unsigned whole;  // as bits, which of those samples have all corners inside the volume
+    int first;       // the first of the 32 voxels in progress
+    unsigned whole;  // a bit for each of them: all corners are inside the volume
     Tile tile;
 };
 
@@ -50,12 +50,12 @@ struct Task {
 struct WarpSamples {
     Sample at[32];
     Real factor[32];
-    int voxel[32];            // its number within the batch, -1 beyond the tile or the volume
+    int voxel[32];            // voxel number over all samples, -1 beyond the tile or the volume
     unsigned char inside[32];
     Task task;
 };
 
-// What the lanes of a warp do for one sample each, or for a part of its channels.
+// The place of a lane in its warp: lane `lane` of slot `slot`, and the channels that it takes.
 struct Lane {
     int number, slot, lane;
 
@@ -64,7 +64,7 @@ struct Lane {
     }
 };
 
-// The dot products of a sample's corners with the gradient that reaches them, and what it adds to the weight's gradient.
+// The dot products of a sample's corners with the gradient that reaches them, and its part of the weight's gradient.
 // WHOLE: all corners are inside the volume.
 template <bool WHOLE>
 __device__ __forceinline__ void sample_gradients(
@@ -95,7 +95,7 @@ __device__ __forceinline__ void sample_gradients(
             if (WHOLE) {
                 corner[k] = load(corner_at[k] + c);
             } else {
-                // Corners outside are not read: zero times what lies there could be not a number.
+                // Corners outside are not read: zero times their value could be NaN.
                 corner[k] = nothing();
                 if (inside >> k & 1u) corner[k] = load(corner_at[k] + c);
             }
@@ -133,8 +133,8 @@ __device__ __forceinline__ void sample_gradients(
     }
 }
 
-// Sums `values` over the lanes of a slot, dividing them among the lanes as it goes: returns how many a lane ends with,
-// from number `first` on.
+// Sums `values` over the lanes of a slot, dividing them among the lanes as it goes: returns the number of values that a
+// lane ends with, from number `first` on.
 __device__ __forceinline__ int sum_slot(Real (&values)[4], int lane, int& first) {
     int held = 4;
     first = 0;
@@ -157,8 +157,8 @@ __device__ __forceinline__ int sum_slot(Real (&values)[4], int lane, int& first)
     return held;
 }
 
-// Writes the sum over a warp's slots of its lanes' channels to a row of C: each stage halves what a lane holds
-// as long as that divides.
+// Writes the sum over a warp's slots of its lanes' channels to a row of C. Each stage halves the values that a lane
+// holds, as long as their number is even.
 __device__ __forceinline__ void write_row(const Real (&sums)[ROUNDS][VECTOR], const Lane& me, Real* row) {
     constexpr bool PAIRS = EVEN_PIECES && SLOTS > 1;
     Real held_sums[ROUNDS * VECTOR];
@@ -167,7 +167,7 @@ __device__ __forceinline__ void write_row(const Real (&sums)[ROUNDS][VECTOR], co
     for (int i = 0; i < ROUNDS * VECTOR; ++i) {
         if (i >= held) continue;
         if (PAIRS) {
-            // Neighbouring slots take a pair of rounds in opposite order: each keeps what it takes first.
+            // Neighbouring slots take a pair of rounds in opposite order: each keeps the one that it takes first.
             const int round = i / VECTOR * 2 % ROUNDS;
             const Real given = __shfl_xor_sync(0xffffffffu, sums[(round + 1) % ROUNDS][i % VECTOR], LANES);
             held_sums[i] = sums[round][i % VECTOR] + given;
@@ -203,7 +203,7 @@ __device__ __forceinline__ void write_row(const Real (&sums)[ROUNDS][VECTOR], co
     }
 }
 
-// Finds where a tap samples from 32 voxels of the tile, one to a lane.
+// Finds the samples of a tap for 32 voxels of the tile, one per lane.
 __device__ __forceinline__ void find_samples(
     WarpSamples& own, const Lane& me, const Convolution& v, const StoredShifts& shifts, int voxels, int* counts,
     int* cells, int64 samples
@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
     SHARED_MEMORY(shared);
     WarpSamples& own = reinterpret_cast<WarpSamples*>(shared)[warp];
 
-    // A task is a tap of a tile, or the bias's gradient there, which comes after the taps.
+    // A task is a tap of a tile, or the bias's gradient of the tile, which follows the taps.
     const int rows = v.taps + (with_bias ? 1 : 0);
     if (me.number == 0) {
         own.task.number = (int)(tiles * rows * blockIdx.x / gridDim.x) + warp;
@@ -279,7 +279,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) deform_back
             }
             while (own.task.first < voxels) {
                 find_samples(own, me, v, shifts, voxels, counts, cells, samples);
-                const int count = voxels < 32 ? voxels : 32;  // powers of two
+                const int count = voxels < 32 ? voxels : 32;  // both are powers of two
 #pragma unroll 1
                 for (int pass = 0; pass < count; pass += SLOTS) {
                     const int at = pass + me.slot;

@@ -1,11 +1,11 @@
-// Dense and grouped convolution, any number of offset groups: the samples are written out as rows of a matrix that the
-// convolution's matrix product takes, and the gradients of those rows come back from one.
+// Dense and grouped convolution, any number of offset groups: the samples are written out as rows of a matrix for the
+// matrix product of the convolution, and the gradients of those rows come back from another one.
 //
 // Row (voxel * groups + group) * taps + tap of `columns` holds the channels of that offset group; voxels are counted
 // from `first_voxel`, the first output voxel of the launch.
 
 struct Row {
-    int64 voxel, n, at;  // in the launch; its sample; within the sample
+    int64 voxel, n, at;  // number in the launch; sample; number within the sample
     int group, tap;
     unsigned inside;
     Sample s;
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(256)
     }
 }
 
-// The gradients of offset and mask from those of the columns: a warp takes one row, its lanes divide the channels.
+// The gradients of offset and mask from those of the columns: a warp takes one row, and its lanes divide the channels.
 extern "C" __global__ void __launch_bounds__(256) deform_columns_backward(
     COLUMN_ARGUMENTS, const Scalar* __restrict__ columns, Scalar* __restrict__ grad_offset,
     Scalar* __restrict__ grad_mask

@@ -1,12 +1,12 @@
-// What all units share: element types, vector loads, sampling positions, tiles of voxels.
+// The part that all units share: element types, vector loads, sampling positions, tiles of voxels.
 //
 // Every unit is this file followed by its own, compiled with these macros:
 //   DTYPE   0 float16, 1 bfloat16, 2 float32, 3 float64
 //   VECTOR  channels that a thread loads at once: 1, 2, 4 or 8, at most 16 bytes
 //   CUBE    1: kernel 3x3x3, stride 1, padding 1, dilation 1, known to the compiler; 0: all sizes are arguments
-// No CUDA header is included, so that a bare NVRTC compiles this. Every kernel argument is a 64-bit integer or a
-// pointer; a pointer that does not apply is null. Volumes are channels-last: element (n, d, h, w, c) lies at
-// (((n * D + d) * H + h) * W + w) * C + c. Voxel numbers within one sample fit 32 bits, element numbers take 64.
+// No CUDA header is included, so that NVRTC alone compiles this. Every kernel argument is a 64-bit integer or a
+// pointer; a pointer that does not apply is null. Volumes are channels-last: element (n, d, h, w, c) is at
+// (((n * D + d) * H + h) * W + w) * C + c. Voxel numbers within one sample fit 32 bits; element numbers need 64.
 
 typedef long long int64;
 
@@ -74,9 +74,9 @@ __device__ __forceinline__ unsigned short bits_from_real(Real value) { return fl
 #elif DTYPE == 1
 __device__ __forceinline__ Real real_from_bits(unsigned short bits) { return float_from_bits((unsigned)bits << 16); }
 __device__ __forceinline__ unsigned short bits_from_real(Real value) {
-    // To the nearest, ties to even; in integers, because sm_75 has no instruction for it.
+    // Round to nearest, ties to even; in integers, because sm_75 has no instruction for it.
     unsigned bits = bits_from_float(value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)(bits >> 16 | 0x40u);  // not a number stays so
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)(bits >> 16 | 0x40u);  // NaN stays NaN
     return (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 #endif
@@ -95,7 +95,7 @@ __device__ __forceinline__ Scalar to_scalar(Real value) {
 
 // ----------------------------------------------------------------------------------------------- vector loads
 
-// VECTOR neighbouring channels of a voxel as they lie in memory: one load instruction.
+// VECTOR neighbouring channels of a voxel in memory order: one load instruction.
 #if DTYPE >= 2 || VECTOR == 1
 struct __align__(sizeof(Scalar) * VECTOR) Pack {
     Scalar element[VECTOR];
@@ -114,7 +114,7 @@ struct __align__(sizeof(Scalar) * VECTOR) Pack {
 __device__ __forceinline__ Real part(const Pack& pack, int i) {
     unsigned pair = pack.pair[i / 2];
 #if DTYPE == 1
-    // The upper half of a pair is a float32 already, but for its lowest bits.
+    // The upper half of a pair is already a float32, except for its lowest bits.
     return float_from_bits(i % 2 ? pair & 0xffff0000u : pair << 16);
 #else
     return real_from_bits((unsigned short)(i % 2 ? pair >> 16 : pair & 0xffffu));
@@ -146,15 +146,15 @@ __device__ __forceinline__ double floor_(double x) { return floor(x); }
 __device__ __forceinline__ float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ __forceinline__ double fma_(double a, double b, double c) { return fma(a, b, c); }
 
-// Where one tap samples: the distances (0 to 1) from the voxel below along each axis, and that voxel's number within
-// its sample; coordinates of -1 are possible and make the number meaningless on its own, but right with a corner added.
+// The position that one tap samples: the distances (0 to 1) from the lower voxel along each axis, and the number of that
+// voxel within its sample. Coordinates can be -1: the number is then meaningless, but correct with a corner added.
 struct __align__(16) Sample {
     Real d, h, w;
     int base;
 };
 
-// One axis: false where the position is not finite, or a voxel or more outside. The floor of the shift alone, not of
-// the position, so that far from the origin no digit of the shift is lost.
+// One axis: false if the position is not finite, or a voxel or more outside. Takes the floor of the shift, not of the
+// position, so that no digit of the shift is lost far from the origin.
 __device__ __forceinline__ bool place(Real shift, int centre, int size, Real& fraction, int& low) {
     Real whole = floor_(shift);
     fraction = shift - whole;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void corner_weights(const Sample& s, Real (&weight)[8
     weight[7] = s.d * h1w1;
 }
 
-// The derivatives of the trilinear sample by the position along d, h and w, given the corners' values.
+// The derivatives of the trilinear sample by the position along d, h and w, from the values at the corners.
 __device__ __forceinline__ void slopes_of(const Real (&value)[8], const Sample& s, Real (&slope)[3]) {
     Real d0 = 1 - s.d, h0 = 1 - s.h, w0 = 1 - s.w;
     slope[0] = h0 * (w0 * (value[4] - value[0]) + s.w * (value[5] - value[1])) +
@@ -196,8 +196,8 @@ __device__ __forceinline__ void slopes_of(const Real (&value)[8], const Sample& 
                s.d * (h0 * (value[5] - value[4]) + s.h * (value[7] - value[6]));
 }
 
-// How far apart the voxels of a volume are in memory, in bytes. One voxel's channels fit 32 bits, which makes the address
-// of a voxel one multiplication.
+// The distances between the voxels of a volume in memory, in bytes. The channels of one voxel fit 32 bits, so that the
+// address of a voxel takes one multiplication.
 struct Steps {
     int64 d, h;
     int w;
@@ -213,7 +213,7 @@ __device__ __forceinline__ const Scalar* moved(const Scalar* from, int64 bytes) 
     return reinterpret_cast<const Scalar*>(reinterpret_cast<const char*>(from) + bytes);
 }
 
-// The eight corners' channels. Corners outside are not read: zero times what lies there could be not a number.
+// The channels of the eight corners. Corners outside are not read: zero times their value could be NaN.
 __device__ __forceinline__ void load_corners(
     const Scalar* origin, int base, unsigned inside, const Steps& step, Pack (&corner)[8]
 ) {
@@ -238,7 +238,7 @@ __device__ __forceinline__ void load_corners(
 
 // ----------------------------------------------------------------------------------------------- convolutions
 
-// The convolution's sizes as the launcher passes them, and what follows from them.
+// The sizes of the convolution as the launcher passes them, and values derived from them.
 struct Convolution {
     int D, H, W, out_D, out_H, out_W, taps, k_h, k_w;
     int stride_d, stride_h, stride_w, padding_d, padding_h, padding_w, dilation_d, dilation_h, dilation_w;
@@ -261,7 +261,7 @@ struct Convolution {
     }
 #endif
 
-// Where tap `tap` of output voxel (d, h, w) samples after a shift; the corners inside the volume, none if it is far out.
+// The position that tap `tap` of output voxel (d, h, w) samples after a shift; returns the corners inside the volume.
 __device__ __forceinline__ unsigned locate(
     const Convolution& v, int d, int h, int w, int tap, Real shift_d, Real shift_h, Real shift_w, Sample& s,
     int& low_d, int& low_h, int& low_w
@@ -282,8 +282,8 @@ __device__ __forceinline__ unsigned locate(
 
 // ------------------------------------------------------------------------------------------------------ tiles
 
-// A box of output (or input) voxels of one sample that a block works on together, so that the voxels that its samples
-// read stay in the L1 cache. Its sides are powers of two, given by their logarithms.
+// A box of output (or input) voxels of one sample that a block processes together, so that the voxels that its samples
+// read stay in the L1 cache. The sides are powers of two, given by their logarithms.
 struct Tile {
     int n, d, h, w;
     int log_h, log_w;
@@ -313,8 +313,8 @@ __device__ __forceinline__ void voxel_of(const Tile& tile, int i, int& d, int& h
     d = tile.d + (i >> (tile.log_w + tile.log_h));
 }
 
-// The samples of a block's voxels for the taps from `first` on, `count` of them, computed once by all threads together
-// and shared by all channels. `Shifts` gives the three shifts and the factor (mask) of a voxel and tap.
+// The samples of a block's voxels for `count` taps from `first` on, computed once by all threads together and shared by
+// all channels. `Shifts` returns the three shifts and the factor (mask) of a voxel and tap.
 struct Samples {
     Sample* at;              // [voxel][tap - first]
     Real* factor;            // the same, null without a mask
@@ -328,7 +328,7 @@ __device__ __forceinline__ void compute_samples(
 ) {
     int thread = threadIdx.x + threadIdx.y * blockDim.x, threads = blockDim.x * blockDim.y;
     for (int i = thread; i < voxels * count; i += threads) {
-        // Neighbouring threads read neighbouring shifts, in whichever order these lie in memory.
+        // Neighbouring threads read neighbouring shifts in either memory layout.
         int voxel = taps_first ? i / count : i % voxels;
         int tap = taps_first ? i % count : i / voxels;
         int d, h, w;
@@ -348,8 +348,8 @@ __device__ __forceinline__ void compute_samples(
     }
 }
 
-// Shifts and factors that lie in memory: element (n, channel, voxel) at n * stride_n + channel * stride_c + voxel *
-// stride_v, which covers contiguous and channels-last tensors.
+// Shifts and factors in memory: element (n, channel, voxel) is at n * stride_n + channel * stride_c + voxel * stride_v,
+// which covers contiguous and channels-last tensors.
 struct StoredShifts {
     const Scalar* offset;
     const Scalar* mask;
@@ -374,7 +374,7 @@ struct StoredShifts {
     }
 };
 
-// How a block's shared memory is divided; the launcher asks for as much.
+// The layout of a block's shared memory; the launcher requests the same amount.
 __device__ __forceinline__ Samples samples_in(unsigned char* shared, int slots, bool with_factor, unsigned char*& rest) {
     Samples samples;
     samples.at = reinterpret_cast<Sample*>(shared);

@@ -2,10 +2,10 @@
 //
 // A block owns a tile of output voxels. Its threads first compute the tile's sampling positions together, once for all
 // channels; then each thread carries VECTOR channels of one voxel through all taps with its sums in registers.
-// What limits it is the gather of 8 corners per tap through the L1 cache.
+// The bottleneck is the gather of 8 corners per tap through the L1 cache.
 //
-// FUSED 1: the shifts are not read but computed from the input at the output voxel, by the 1x1x1 convolution that is
-// the network's offset branch: the tensor of shifts never exists. The input and output grids are then the same.
+// FUSED 1: the shifts are not read but computed from the input at the output voxel, by the 1x1x1 convolution of the
+// network's offset branch: the tensor of shifts never exists. The input and output grids are then the same.
 
 struct FusedShifts {
     const Real* computed;  // [voxel][3 * taps]
@@ -19,7 +19,7 @@ struct FusedShifts {
 };
 
 // The offset branch for a tile: computed[voxel][j] = bias[j] + sum over c of weight[c, j] * input[voxel, c].
-// A thread computes four voxels of one j at a time: one load of the weight serves four products.
+// A thread computes four voxels of one j at a time: each load of the weight serves four products.
 __device__ __forceinline__ void compute_shifts(
     const Scalar* input, const Scalar* weight, const Scalar* bias, Real* volume, Real* computed, const Tile& tile,
     const Convolution& v, int voxels, int C, int channels
@@ -38,7 +38,7 @@ __device__ __forceinline__ void compute_shifts(
         int j = i % channels, voxel = i / channels * 4;
         Real start = bias ? to_real(bias[j]) : Real(0);
         Real sum[4] = {start, start, start, start};
-        // In parts: hundreds of terms in one sum would lose a digit.
+        // Summed in parts: hundreds of terms in one sum would lose a digit.
         for (int first = 0; first < C; first += 32) {
             const int end = first + 32 < C ? first + 32 : C;
             Real part[4] = {};
@@ -93,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
         const bool exists = d < v.out_D && h < v.out_H && w < v.out_W;
         const Scalar* sample_n = moved(input, (int64)tile.n * v.D * step.d);
 #if FUSED
-        __syncthreads();  // the previous tile's samples have been read
+        __syncthreads();  // the samples of the previous tile have been read
         Real* volume = computed + voxels * 3 * v.taps;
         compute_shifts(input, offset_weight, offset_bias, volume, computed, tile, v, voxels, C, 3 * v.taps);
 #endif
@@ -112,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(384, 2) deform_forward(
                 const Scalar* origin = sample_n + c;
                 const Scalar* tap_weights = weight + (int64)first * C + c;
                 const int slot = voxel * chunk;
-                // Only where the number of taps is known: for others NVRTC 13 drops the check between the copies, and
-                // runs up to two taps too many.
+                // Only if the number of taps is known: otherwise NVRTC 13 drops the check between the copies and runs
+                // up to two taps too many.
 #if CUBE
 #pragma unroll 3
 #else

@@ -1,32 +1,32 @@
-// Depthwise 3x3x3 forward of volumes of the presets' channels: the sums of `deform_forward`, by blocks that stay.
+// Depthwise 3x3x3 forward for the presets' channels: the sums of `deform_forward`, by persistent blocks.
 //
-// One block per multiprocessor walks a run of neighbouring tiles, so that what two tiles share is still in the L1 cache:
-// nine of ten misses of a grid of small blocks are of that kind. Its threads form groups, each with a barrier of its own,
-// that take the tiles in turn: while one group computes sampling positions, the others gather. A gather is served for
-// eight threads at a time, in one step if what these read lies in different banks: where a voxel's channels do not fill
-// whole lines of 128 bytes, its neighbours w and w + 1 are read in the order that brings this about most often.
+// One block per multiprocessor walks a run of neighbouring tiles, so that the voxels that two tiles share are still in
+// the L1 cache: nine of ten misses of a grid of small blocks are of that kind. Its threads form groups, each with its own
+// barrier, that take the tiles in turn: while one group computes sampling positions, the others gather. A gather is
+// served for eight threads at a time, in one step if they read different banks. If a voxel's channels do not fill whole
+// lines of 128 bytes, its neighbours w and w + 1 are read in the order that avoids conflicts most often.
 //
-// Every load of a corner is made, without a test: a corner outside the volume repeats one that is inside, with weight 0,
-// and a sample wholly outside reads the first voxel with weight 0. That is the same sum as long as it is finite. A voxel
-// whose sum is not is computed again as `deform_forward` does, from the corners inside alone.
+// Every corner is loaded without a test: a corner outside the volume repeats one inside with weight 0, and a sample
+// entirely outside reads the first voxel with weight 0. The sum is the same as long as it is finite. A voxel whose sum is
+// not finite is computed again as in `deform_forward`, from the corners inside alone.
 //
-// Corners are summed in float32, but those of float16 four at a time in float16, two channels at once: on an H200 this
-// takes 0.32 ms instead of 0.37 (two samples of 48 x 48 x 48 voxels, 48 channels), with a relative error of 4e-4 instead
-// of 2e-4. For bfloat16 the like gains 2 %, with a larger error; the tensor cores are slower for both.
+// Corners are summed in float32, except for float16: four corners at a time in float16, two channels at once. On an H200
+// this takes 0.32 ms instead of 0.37 (two samples of 48 x 48 x 48 voxels, 48 channels), with a relative error of 4e-4
+// instead of 2e-4. The same for bfloat16 gains 2 %, with a larger error; the tensor cores are slower for both.
 //
-//   CHANNELS  of the volume; a multiple of VECTOR, with 16 bytes per VECTOR
+//   CHANNELS  channels of the volume; a multiple of VECTOR, with 16 bytes per VECTOR
 
 #ifdef DEFORM3D_EMULATED
 #define GROUP_BARRIER(number, threads) emulated::synchronize_group(number, threads, __LINE__)
 #define COMPUTE_HERE(value)
 #else
 #define GROUP_BARRIER(number, threads) asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(threads) : "memory")
-// Keeps what follows from `value` from being computed before the loop and held in registers that the gather needs.
+// Stops the compiler from computing values derived from `value` before the loop, in registers that the gather needs.
 #define COMPUTE_HERE(value) asm volatile("" : "+r"(value))
 #endif
 
 constexpr int VOXEL_BYTES = CHANNELS * sizeof(Scalar);
-constexpr int LANES = CHANNELS / VECTOR;  // threads that carry one voxel together
+constexpr int LANES = CHANNELS / VECTOR;  // threads that share one voxel
 constexpr int THREADS = 768;
 constexpr int GROUP = LANES % 3 ? 128 : 192;
 constexpr int GROUPS = THREADS / GROUP;
@@ -40,38 +40,38 @@ constexpr int LOG_W = LOG_VOXELS > 2 ? 2 : (LOG_VOXELS + 1) / 2;
 constexpr int LOG_H = LOG_VOXELS > 3 ? 2 : LOG_VOXELS - LOG_W;
 constexpr int LOG_D = LOG_VOXELS - LOG_W - LOG_H;
 
-// The samples of so many taps are in shared memory together: fewer where a group has many voxels, because shared memory
+// The number of taps with samples in shared memory together: fewer if a group has many voxels, because shared memory
 // is taken from the L1 cache.
 constexpr int TAPS_AT_ONCE = LANES < 6 ? 3 : 9;
 constexpr int SAMPLES = VOXELS * TAPS_AT_ONCE;
-constexpr int SAMPLES_EACH = (SAMPLES + GROUP - 1) / GROUP;  // that a thread computes
+constexpr int SAMPLES_EACH = (SAMPLES + GROUP - 1) / GROUP;  // samples that a thread computes
 
-// 16-bit channels need twice the registers: copies of the loop would not fit.
+// 16-bit channels need twice the registers: an unrolled loop would not fit.
 constexpr int TAPS_UNROLLED = DTYPE == 2 ? 3 : 1;
 
 // The address bit in which the two orders of reading w and w + 1 differ; 7 if none matters: voxels of whole lines.
 constexpr int ORDER_BIT = VOXEL_BYTES % 128 == 0 ? 7 : VOXEL_BYTES % 64 == 0 ? 6 : VOXEL_BYTES % 32 == 0 ? 5 : 4;
-// Threads of two voxels that are served together read different parts of one tap's weights. Where these would lie in
-// the same banks, every second voxel reads a copy that lies 64 bytes further on.
+// Threads of two voxels that are served together read different parts of one tap's weights. If these are in the same
+// banks, every second voxel reads a copy that is 64 bytes further on.
 constexpr int WEIGHT_COPIES = VOXEL_BYTES > 128 && VOXEL_BYTES % 128 == 64 ? 2 : 1;
 constexpr int WEIGHT_BYTES = 27 * VOXEL_BYTES;
 constexpr int COPY_BYTES = WEIGHT_COPIES == 1 ? WEIGHT_BYTES : (WEIGHT_BYTES + 127) / 128 * 128 + 64;
 
-// The distances along d and h from the lower corners, and the weights of the voxel read first and second along w, which
-// carry the mask.
+// The distances along d and h from the lower corners, and the weights of the voxels read first and second along w, which
+// include the mask.
 struct __align__(16) Cell {
     float d, h, first, second;
 };
 
-// How shared memory is divided; the launcher asks for as much.
+// The layout of shared memory; the launcher requests the same amount.
 struct Workspace {
     unsigned char* weights;  // [copy][tap][channel]
     Cell* cells;             // [group][voxel][tap]
-    // Of each cell the byte, counted from its sample's first, of the voxel read first; in bits 0 and 1 the step to the
-    // second along w, -1, 0 or 1; in bits 2 and 3 whether there are steps along h and d. A step of 0 repeats a corner.
+    // Per cell, the byte offset within its sample of the voxel read first; bits 0 and 1 hold the step to the second
+    // along w, -1, 0 or 1; bits 2 and 3 whether there are steps along h and d. A step of 0 repeats a corner.
     unsigned* places;
-    int* taken;  // tiles of the block's run
-    int* tile;   // [group]: the tile that it works on
+    int* taken;  // tiles of the block's run taken so far
+    int* tile;   // [group]: its current tile
 };
 
 __device__ __forceinline__ Workspace workspace_in(unsigned char* shared) {
@@ -84,7 +84,7 @@ __device__ __forceinline__ Workspace workspace_in(unsigned char* shared) {
     return work;
 }
 
-// Tiles along d first: their samples overlap most, because a tile is thin along d.
+// Walks along d first: a tile is thin along d, so that samples of neighbours overlap most.
 __device__ __forceinline__ Tile walked_tile(int number, int D, int H, int W) {
     int along_d = (D + (1 << LOG_D) - 1) >> LOG_D;
     int along_w = (W + (1 << LOG_W) - 1) >> LOG_W;
@@ -101,8 +101,8 @@ __device__ __forceinline__ Tile walked_tile(int number, int D, int H, int W) {
     return tile;
 }
 
-// One axis of a cell: keeps the corners inside. Where one of two is outside, its weight leaves with `scale`, and the
-// other counts whole. Returns whether there is a step to a second corner.
+// One axis of a cell: keeps the corners inside. If one of two is outside, `scale` takes its weight out, and the other
+// counts in full. Returns whether there is a step to a second corner.
 __device__ __forceinline__ bool clamp_axis(int& low, int size, float& fraction, float& scale) {
     if (low >= 0 && low + 1 < size) return true;
     scale *= low < 0 ? fraction : 1 - fraction;
@@ -121,7 +121,7 @@ __device__ __forceinline__ unsigned place_cell(
     near = place(shift[1], h - 1 + tap / 3 % 3, v.H, cell.h, low_h) && near;
     near = place(shift[2], w - 1 + tap % 3, v.W, along_w, low_w) && near;
     if (!near) {
-        cell = {0, 0, 0 * factor, 0 * factor};  // not a number where the mask is none
+        cell = {0, 0, 0 * factor, 0 * factor};  // NaN if the mask is not finite
         return 0;
     }
     unsigned bits = clamp_axis(low_d, v.D, cell.d, factor) ? 8u : 0u;
@@ -231,8 +231,8 @@ __device__ __forceinline__ void add_tap(
 }
 #endif
 
-// The voxel and the tap, counted from the first of those at once, of a thread's sample. Neighbouring threads have
-// neighbours in memory, in whichever order the shifts lie there.
+// The voxel and the tap, counted from the first of those held at once, of a thread's sample. Neighbouring threads get
+// neighbours in either memory layout of the shifts.
 __device__ __forceinline__ bool sample_of(int member, int e, bool taps_first, const Convolution& v, const Tile& tile,
                                           int& voxel, int& tap, int& d, int& h, int& w) {
     int i = member + e * GROUP;
@@ -273,7 +273,7 @@ __device__ __forceinline__ void place_cells(
     }
 }
 
-// Whether all are finite: what is infinite or not a number is not equal to itself after subtraction.
+// Whether all are finite: infinity and NaN minus themselves are not zero.
 __device__ __forceinline__ bool all_finite(const Real (&sum)[VECTOR]) {
     bool finite = true;
 #pragma unroll
@@ -281,8 +281,8 @@ __device__ __forceinline__ bool all_finite(const Real (&sum)[VECTOR]) {
     return finite;
 }
 
-// The sum of one voxel's taps from the corners inside alone. One corner after the other: where this is rarely needed,
-// it must not take registers from the gather.
+// The sum of one voxel's taps from the corners inside alone. One corner after another: this is rarely needed and must
+// not take registers from the gather.
 __device__ __forceinline__ void sum_inside(
     const Convolution& v, const StoredShifts& shifts, const Scalar* origin, const unsigned char* weights,
     int n, int d, int h, int w, Real (&sum)[VECTOR]
@@ -327,7 +327,7 @@ extern "C" __global__ void __launch_bounds__(768, 1) deform_forward_walk(
 
     SHARED_MEMORY(shared);
     const Workspace work = workspace_in(shared);
-    // (C, 1, 3, 3, 3) as it lies in memory; for the shared copies, one voxel's channels after the other.
+    // From (C, 1, 3, 3, 3) in memory to [tap][channel] in the shared copies.
     for (int i = thread; i < 27 * CHANNELS; i += THREADS) {
         const Scalar value = weight[i % CHANNELS * 27 + i / CHANNELS];
 #pragma unroll
@@ -345,7 +345,7 @@ extern "C" __global__ void __launch_bounds__(768, 1) deform_forward_walk(
 
     while (true) {
         if (member == 0) work.tile[group] = first_tile + atomicAdd(work.taken, 1);
-        GROUP_BARRIER(group + 1, GROUP);  // and the previous tile's samples have been read
+        GROUP_BARRIER(group + 1, GROUP);  // also: the samples of the previous tile have been read
         const int number = work.tile[group];
         if (number >= last_tile) break;
         const Tile tile = walked_tile(number, D, H, W);
@@ -359,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(768, 1) deform_forward_walk(
             if (first_tap) GROUP_BARRIER(group + 1, GROUP);
             place_cells(shifts, v, tile, member, first_tap, ahead, cells, places);
             GROUP_BARRIER(group + 1, GROUP);
-            // On their way while this thread gathers.
+            // In flight while this thread gathers.
             if (first_tap + TAPS_AT_ONCE < 27) fetch_shifts(shifts, v, tile, member, first_tap + TAPS_AT_ONCE, ahead);
 #pragma unroll (TAPS_UNROLLED)
             for (int tap = 0; tap < TAPS_AT_ONCE; ++tap) {

@@ -1,11 +1,11 @@
 """Explicit SIMD for the Numba backend: vector values, and the few operations the kernels need on them.
 
-Numba leaves vectorising to LLVM, which here stops at run-time alias checks and keeps accumulators in memory. These
-intrinsics emit LLVM's own vector types instead: the code is vector code on every processor (LLVM splits what is wider
-than the machine), accumulators stay in registers, and there is no loop for the compiler to analyse, which makes
-compilation short. Every operation also accepts plain floats, so that one kernel body serves vectors and the tail.
+Numba leaves vectorising to LLVM, which here gives up at run-time alias checks and keeps accumulators in memory. These
+intrinsics emit LLVM's own vector types instead: the code is vector code on every processor (LLVM splits vectors wider
+than the machine's), accumulators stay in registers, and the compiler has no loop to analyse, which makes compilation
+short. Every operation also accepts plain floats, so that one kernel body serves both vectors and the tail.
 
-Only `_cpu_kernels` imports this module.
+Only the other ``_cpu_*`` modules import this one.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
 
-class Vector(types.Type):
+class SimdVector(types.Type):
     """A SIMD vector of `lanes` floats of type `dtype`."""
 
     def __init__(self, dtype: types.Float, lanes: int) -> None:
         self.dtype = dtype
         self.lanes = lanes
-        super().__init__(name=f"Vector({dtype}, {lanes})")
+        super().__init__(name=f"SimdVector({dtype}, {lanes})")
 
 
-@register_model(Vector)
+@register_model(SimdVector)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+    def __init__(self, dmm: Any, fe_type: SimdVector) -> None:
         super().__init__(dmm, fe_type, _llvm_type(fe_type))
 
 
 def _llvm_type(numba_type: Any) -> ir.Type:
-    if isinstance(numba_type, Vector):
+    if isinstance(numba_type, SimdVector):
         return ir.VectorType(_llvm_type(numba_type.dtype), numba_type.lanes)
     return {types.float32: ir.FloatType(), types.float64: ir.DoubleType(), types.int64: ir.IntType(64)}[numba_type]
 
 
 def _alignment(numba_type: Any) -> int:
-    """Bytes: that of one float, because a voxel's channels start anywhere."""
+    """Return the alignment of one float, in bytes: the channels of a voxel can start anywhere."""
     return 4 if getattr(numba_type, "dtype", numba_type) == types.float32 else 8
 
 
@@ -52,8 +52,8 @@ def _address(context: Any, builder: Any, array_type: Any, array: Any, index: Any
 
 @intrinsic(prefer_literal=True)
 def vector(typingctx: Any, array: Any, registers: Any) -> Any:
-    """vector(array, registers): zeros of the array's dtype filling that many 64-byte registers (a literal number)."""
-    result = Vector(array.dtype, registers.literal_value * 64 // (array.dtype.bitwidth // 8))
+    """vector(array, registers): zeros of the array's dtype that fill a literal number of 64-byte registers."""
+    result = SimdVector(array.dtype, registers.literal_value * 64 // (array.dtype.bitwidth // 8))
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return cgutils.get_null_value(_llvm_type(result))
@@ -61,7 +61,7 @@ def vector(typingctx: Any, array: Any, registers: Any) -> Any:
     return result(array, registers), codegen
 
 
-def _spread(builder: Any, scalar: Any, vector_type: Vector) -> Any:
+def _spread(builder: Any, scalar: Any, vector_type: SimdVector) -> Any:
     llvm_type = _llvm_type(vector_type)
     undefined = ir.Constant(llvm_type, ir.Undefined)
     single = builder.insert_element(undefined, scalar, ir.Constant(ir.IntType(32), 0))
@@ -104,7 +104,7 @@ def zero(typingctx: Any, like: Any) -> Any:
 
 @intrinsic
 def floor(typingctx: Any, scalar: Any) -> Any:
-    """floor(x): the largest whole number up to x, as a float; Numba's own calls the C library."""
+    """floor(x): the largest integer up to x, as a float; Numba's own calls the C library."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = builder.module.declare_intrinsic("llvm.floor", [_llvm_type(scalar)])
@@ -116,7 +116,7 @@ def floor(typingctx: Any, scalar: Any) -> Any:
 @intrinsic
 def corner_weights(typingctx: Any, d: Any, h: Any, w: Any) -> Any:
     """corner_weights(d, h, w): the eight products of (1 - d, d), (1 - h, h) and (1 - w, w), w changing fastest."""
-    result = Vector(d, 8)
+    result = SimdVector(d, 8)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         llvm_type = _llvm_type(result)
@@ -153,7 +153,7 @@ def mul_add(typingctx: Any, value: Any, factor: Any, total: Any) -> Any:
 
 
 def _widen(builder: Any, value: Any, value_type: Any, target: Any) -> Any:
-    if isinstance(target, Vector) and not isinstance(value_type, Vector):
+    if isinstance(target, SimdVector) and not isinstance(value_type, SimdVector):
         return _spread(builder, value, target)
     return value
 
@@ -174,7 +174,7 @@ def store_sums(
         while lanes > 1:
             lanes //= 2
             sums = _add_halves(builder, sums, None, lanes)
-        pointer = _address(context, builder, array, args[0], args[1], Vector(v0.dtype, 8))
+        pointer = _address(context, builder, array, args[0], args[1], SimdVector(v0.dtype, 8))
         builder.store(sums, pointer, align=_alignment(v0))
         return context.get_dummy_value()
 
