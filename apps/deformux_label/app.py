@@ -38,7 +38,8 @@ from deformux_label.lib.infers.scribbles import all_scribble_tasks
 from deformux_label.lib.infers.segmentation import Segmentation
 from deformux_label.lib.infers.served_network import UNTRAINED
 from deformux_label.lib.infers.uncertainty_map import store_uncertainty
-from deformux_label.lib.requests.clicks import BACKGROUND
+from deformux_label.lib.requests.caller import Caller, calling, note, require, with_login
+from deformux_label.lib.requests.clicks import BACKGROUND_LABEL
 from deformux_label.lib.requests.options import checked_device, find_image, inference_options, known
 from deformux_label.lib.requests.uploads import own_folder, private_uploads
 from deformux_label.lib.scoring.dice import DiceScoring
@@ -49,7 +50,6 @@ from deformux_label.lib.trainers.finetune import FineTune
 from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue, with_queue
 from deformux_label.web.audit import AuditLog
-from deformux_label.web.caller import Caller, calling, note, require, with_login
 from deformux_label.web.error_responses import install
 from deformux_label.web.install import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
@@ -92,7 +92,7 @@ class DeformUXLabel(MONAILabelApp):
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version="0.1.0",
             # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
-            labels=[*self.project.labels, BACKGROUND],
+            labels=[*self.project.labels, BACKGROUND_LABEL],
         )
         # It would start a Python process at every Next Sample; scores are updated where they change instead.
         self._auto_update_scoring = False

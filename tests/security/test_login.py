@@ -45,8 +45,8 @@ from monailabel.client.client import MONAILabelClientException
 from typer.testing import CliRunner
 
 from deformux_label.cli.main import app
-from deformux_label.web.offered import ROLES
-from deformux_label.web.users import Users, may
+from deformux_label.lib.requests.roles import ROLES, may
+from deformux_label.web.users import Users
 
 # What a caller who may would really begin, in processes that outlive the test.
 _COSTLY = {("POST", "/scoring/")}

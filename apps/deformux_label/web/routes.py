@@ -16,9 +16,10 @@ from deformux_label.lib.activelearning.strategies import ADDRESS
 from deformux_label.lib.configs.server import ServerOptions
 from deformux_label.lib.infers.batch_inference import BatchInferences
 from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.requests.caller import current_user, note, require, with_login
 from deformux_label.lib.requests.identifiers import checked_revision, checked_text, checked_version
 from deformux_label.lib.requests.json_text import json_object
-from deformux_label.lib.requests.unknown_options import CLIENT_OPTIONS, refuse_unknown
+from deformux_label.lib.requests.options import CLIENT_OPTIONS, refuse_unknown
 from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.label_states import claimed
@@ -27,8 +28,7 @@ from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
 from deformux_label.web.api_pages import pages_router
 from deformux_label.web.batch_routes import batch_router
-from deformux_label.web.caller import current_user, note, require, with_login
-from deformux_label.web.label_upload import inference_router
+from deformux_label.web.inference_routes import inference_router
 from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.server_routes import about_router, scoring_router
 from deformux_label.web.upload_routes import MOST_INFO_BYTES, datastore_router, session_router

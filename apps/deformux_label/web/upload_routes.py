@@ -13,13 +13,13 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
+from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.json_text import json_object
+from deformux_label.lib.requests.request_folder import request_folder
 from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.label_states import claimed
 from deformux_label.lib.store.volume_sessions import VolumeSessions
-from deformux_label.web.caller import note, with_login
 from deformux_label.web.opened_file import OpenedFile
-from deformux_label.web.request_folder import request_folder
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["MOST_INFO_BYTES", "datastore_router", "session_router"]

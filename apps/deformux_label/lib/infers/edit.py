@@ -27,12 +27,12 @@ from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
-from deformux_label.lib.requests.clicks import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
+from deformux_label.lib.requests.clicks import BACKGROUND_LABEL, VOXEL_ORDERS, Points, in_files_order, points_of
 from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.requests.uploaded_label import label_file_of
 from deformux_label.lib.store.label_check import label_array
 from deformux_label.lib.store.leases import annotator_of
 from deformux_label.lib.store.volume_writer import write_result
-from deformux_label.web.label_upload import label_file_of
 
 __all__ = ["Edit", "open_study"]
 
@@ -62,7 +62,7 @@ class Edit(InferTask):
         super().__init__(
             type=InferType.DEEPEDIT,
             # Slicer then offers clicks on the background too; a mask has no such value.
-            labels={**project.label_values, BACKGROUND: 0},
+            labels={**project.label_values, BACKGROUND_LABEL: 0},
             dimension=3,
             description="DeformUX-Net, corrected by clicks",
             config={"device": device_list(), "voxel_order": list(VOXEL_ORDERS), **OPTION},
@@ -76,7 +76,7 @@ class Edit(InferTask):
 
     def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
         """The part of a request that is this task's own, checked as far as that needs no image."""
-        file, active = label_file_of(request, (*self.project.labels, BACKGROUND), uploads)
+        file, active = label_file_of(request, (*self.project.labels, BACKGROUND_LABEL), uploads)
         return {
             "points": points_of(request, self.project.labels, active),
             "voxel_order": one_of("voxel_order", chosen(request.get("voxel_order", "file")), VOXEL_ORDERS),

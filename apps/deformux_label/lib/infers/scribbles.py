@@ -25,7 +25,9 @@ from deformux.data.grid import Box, ScanGrid, slices, triple
 from deformux.data.preprocessing import apply, inference_transforms
 from deformux.interactive.editor import Study
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
 from deformux_label.lib.infers.click_cache import Sessions, StudyKey
+from deformux_label.lib.infers.drawn_scribbles import Drawn, Scribbles, drawn_of
 from deformux_label.lib.infers.edit import open_study
 from deformux_label.lib.infers.graph_cut import (
     CutOptions,
@@ -41,18 +43,14 @@ from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.served_network import UNTRAINED, in_a_sentence, sentences
 from deformux_label.lib.requests.options import saves_label
 from deformux_label.lib.requests.scribbles import (
-    BACKGROUND,
-    FOREGROUND,
-    Drawn,
-    Scribbles,
-    drawn_of,
+    SCRIBBLED_BACKGROUND,
+    SCRIBBLED_FOREGROUND,
     number_of,
     roi_of,
     segment_ids_of,
 )
+from deformux_label.lib.requests.uploaded_label import label_file_of
 from deformux_label.lib.store.volume_writer import write_result
-from deformux_label.web.label_upload import label_file_of
-from deformux_label.web.worker_threads import raise_if_client_gone
 
 __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 
@@ -123,7 +121,7 @@ class GraphCut(InferTask):
         found = region.cut(log_odds, _cut_options(request), connected=True)
         mask = np.zeros(grid.size, dtype=np.uint8)
         _paste(mask, found, region, drawn)
-        warning = sentences(image, None if (drawn.scribbles == BACKGROUND).any() else _no_background(request))
+        warning = sentences(image, None if (drawn.scribbles == SCRIBBLED_BACKGROUND).any() else _no_background(request))
         return mask, grid.affine, {"warning": warning} if warning else {}
 
     def _by(self, request: dict[str, Any]) -> Evidence:
@@ -259,7 +257,7 @@ def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
     found = ndimage.affine_transform(
         drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
     )
-    for value in (BACKGROUND, FOREGROUND):
+    for value in (SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND):
         voxels = np.argwhere(drawn.scribbles == value)
         reached = np.rint(apply_affine(grid.to_network, voxels)).astype(int)
         within = ((reached >= 0) & (reached < grid.network_size)).all(axis=1)
@@ -285,8 +283,8 @@ def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _R
     values = torch.from_numpy(found[None].astype(np.float32))
     inside = region.grid.interpolate(values, lambda part: part[0] > 0.5, box=drawn.inside)
     mask[slices(drawn.inside)] = inside.numpy()
-    mask[drawn.scribbles == BACKGROUND] = 0
-    mask[drawn.scribbles == FOREGROUND] = 1
+    mask[drawn.scribbles == SCRIBBLED_BACKGROUND] = 0
+    mask[drawn.scribbles == SCRIBBLED_FOREGROUND] = 1
 
 
 def _scaled(image: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,9 @@ from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.sliding_window import WindowInferer
 from deformux.networks.model_file import InvalidModel
 from deformux.networks.precision import mixed_precision
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
 from deformux_label.lib.infers.gpu_memory import Attempt
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.web.worker_threads import raise_if_client_gone
 
 __all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "volume_logits"]
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from fastapi import HTTPException
 
-__all__ = ["BACKGROUND", "MOST_POINTS", "VOXEL_ORDERS", "Points", "in_files_order", "points_of"]
+__all__ = ["BACKGROUND_LABEL", "MOST_POINTS", "VOXEL_ORDERS", "Points", "in_files_order", "points_of"]
 
-BACKGROUND = "background"
+BACKGROUND_LABEL = "background"
 MOST_POINTS = 1_000
 # Slicer mirrors the third axis of every left-handed scan that it loads, and counts voxels in that order. Its extension
 # sends the first value of an option; a client that sends none means the voxels of the file.
@@ -31,12 +31,12 @@ def points_of(request: Mapping[str, Any], labels: Sequence[str], active: str | N
     Raises:
         HTTPException: 400 for what is no point, a label that the project does not have, or too many points.
     """
-    values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND: 0}
+    values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND_LABEL: 0}
     if active is not None and active not in values:
         raise HTTPException(400, f"label must be one of {', '.join(values)}; got {active!r}")
     lists = {name: _voxels(name, request[name]) for name in values if request.get(name)}
     if request.get("foreground"):
-        if active is None or active == BACKGROUND:
+        if active is None or active == BACKGROUND_LABEL:
             raise HTTPException(400, f"foreground points need a label, one of {', '.join(labels)}; got {active!r}")
         lists[active] = lists.get(active, []) + _voxels("foreground", request["foreground"])
     for name, value in request.items():

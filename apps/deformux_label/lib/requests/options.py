@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,22 @@ from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.utils.others.generic import device_map, name_to_device
 
-from deformux_label.lib.store.volume_writer import FORMATS
+from deformux_label.lib.requests.label_formats import LABEL_FORMATS
 
-__all__ = ["checked_device", "chosen", "find_image", "inference_options", "known", "one_of", "saves_label"]
+__all__ = [
+    "CLIENT_OPTIONS",
+    "checked_device",
+    "chosen",
+    "find_image",
+    "inference_options",
+    "known",
+    "one_of",
+    "refuse_unknown",
+    "saves_label",
+]
 
+CLIENT_OPTIONS = ("client_id",)
+"""What every client may send with anything."""
 _DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -64,7 +76,7 @@ def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
     }
     if extension := request.get("result_extension"):
         # It becomes the end of a file name on the server.
-        options["result_extension"] = one_of("result_extension", extension, FORMATS)
+        options["result_extension"] = one_of("result_extension", extension, LABEL_FORMATS)
     if dtype := request.get("result_dtype"):
         options["result_dtype"] = one_of("result_dtype", dtype, _DTYPES)
     return options
@@ -107,6 +119,19 @@ def one_of(name: str, value: Any, valid: Sequence[str]) -> str:
     if value not in valid:
         raise HTTPException(400, f"{name} must be one of {', '.join(valid)}; got {value!r}")
     return str(value)
+
+
+def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+    """Refuse options that nobody reads: they would be kept and sent back with every status.
+
+    Raises:
+        HTTPException: 400 with the options there are.
+    """
+    valid = sorted({*known, *CLIENT_OPTIONS})
+    unknown = sorted(str(name) for name in options if name not in valid)
+    if unknown:
+        shown = ", ".join(ascii(name)[:40] for name in unknown[:3])
+        raise HTTPException(400, f"{what} has no option {shown}; there are {', '.join(valid)}")
 
 
 def _is_or_are(names: list[str]) -> str:

@@ -12,11 +12,11 @@ import nibabel as nib
 import nrrd
 import numpy as np
 
-from deformux_label.web.request_folder import request_folder
+from deformux_label.lib.requests.label_formats import LABEL_FORMATS
+from deformux_label.lib.requests.request_folder import request_folder
 
-__all__ = ["FORMATS", "write_labels", "write_result"]
+__all__ = ["write_labels", "write_result"]
 
-FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
@@ -26,7 +26,7 @@ def write_result(labels: np.ndarray, affine: np.ndarray, request: Mapping[str, A
     Without one it is the image's own format, where that can hold labels.
     """
     image = str(request["image"])
-    own = next((suffix for suffix in FORMATS if image.endswith(suffix)), FORMATS[0])
+    own = next((suffix for suffix in LABEL_FORMATS if image.endswith(suffix)), LABEL_FORMATS[0])
     handle, path = tempfile.mkstemp(suffix=request.get("result_extension") or own, dir=request_folder())
     os.close(handle)
     dtype = np.dtype(request.get("result_dtype") or "uint8")
