@@ -15,7 +15,7 @@ from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.activelearning.strategies import ADDRESS
 from deformux_label.lib.configs.server import ServerOptions
 from deformux_label.lib.infers.batch_inference import BatchInferences
-from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.click_cache import ClickCache
 from deformux_label.lib.requests.caller import current_user, note, require, with_login
 from deformux_label.lib.requests.identifiers import checked_revision, checked_text, checked_version
 from deformux_label.lib.requests.json_text import json_object
@@ -49,7 +49,7 @@ class App(Protocol):
     queue: TrainingQueue
     leases: Leases
     batches: BatchInferences
-    kept: Sessions
+    click_cache: ClickCache
     server_options: ServerOptions
 
     def sessions(self) -> VolumeSessions | None:
@@ -240,7 +240,7 @@ def _sessions(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/deformux/sessions", tags=["Infer"])
 
     def kept(user: User = _USER) -> Any:
-        return app.kept.state()
+        return app.click_cache.state()
 
     router.add_api_route("", in_thread(kept, threads=2), methods=["GET"])
     return router

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,7 @@ from fastapi import HTTPException
 from nibabel.affines import apply_affine, voxel_sizes
 
 from deformux.data.grid import Box, bounding_box, slices, triple
-from deformux_label.lib.requests.scribbles import SCRIBBLE_SEGMENTS, SCRIBBLED_FOREGROUND
+from deformux_label.lib.requests.scribbles import SCRIBBLE_SEGMENTS, SCRIBBLED_FOREGROUND, ScribblesRequest
 from deformux_label.lib.store.label_check import segment_values
 
 __all__ = ["Drawn", "Scribbles", "drawn_of"]
@@ -38,23 +37,22 @@ class Drawn:
         return start, triple(np.clip(self.region[1], 0, self.scribbles.shape))
 
 
-def drawn_of(request: Mapping[str, Any], *, of_foreground: bool) -> Drawn:
+def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
     """The scribbles of a request; their region is around the foreground, or around all of them.
 
     Raises:
         HTTPException: 422 for a file without scribbles, or a region without any of the foreground.
     """
-    image = Path(request["image"])
-    values, to_scan, affine = segment_values(request["scribbles"], image, request["image_id"] or image.name)
+    values, to_scan, affine = segment_values(request.scribbles, Path(request.scan.path), request.scan.name)
     scribbles = np.zeros(values.shape, dtype=np.uint8)
-    for name, number in request["segment_ids"].items():
+    for name, number in request.segment_ids.items():
         scribbles[values == number] = SCRIBBLE_SEGMENTS[name]
     if not scribbles.any():
         raise HTTPException(422, "there are no scribbles in the label file; draw on the foreground first")
     if not (scribbles == SCRIBBLED_FOREGROUND).any():
         raise HTTPException(422, "there is no foreground scribble; draw at least one on what is to be segmented")
-    if request["roi"] is not None:
-        region = _clipped(request["roi"], to_scan, scribbles.shape)
+    if request.roi is not None:
+        region = _clipped(request.roi, to_scan, scribbles.shape)
         outside = np.ones(scribbles.shape, dtype=bool)
         outside[slices(region)] = False
         scribbles[outside] = 0

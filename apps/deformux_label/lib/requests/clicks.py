@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import HTTPException
+from pydantic import SkipValidation
 
-__all__ = ["BACKGROUND_LABEL", "MOST_POINTS", "VOXEL_ORDERS", "Points", "in_files_order", "points_of"]
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.requests.uploaded_label import label_file_of
+
+__all__ = ["BACKGROUND_LABEL", "MOST_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "in_files_order"]
 
 BACKGROUND_LABEL = "background"
 MOST_POINTS = 1_000
@@ -16,13 +22,81 @@ MOST_POINTS = 1_000
 # sends the first value of an option; a client that sends none means the voxels of the file.
 VOXEL_ORDERS = ("slicer", "file")
 
-Voxel = tuple[int, int, int]
+_Voxel = tuple[int, int, int]
 # Label value (0 is background) to voxels; a voxel belongs to one label.
-Points = dict[int, list[Voxel]]
+ClickedVoxels = dict[int, list[_Voxel]]
 
 
-def points_of(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> Points:
-    """The clicked voxels of each label of a request, without repetitions.
+class EditRequest(InferenceRequest):
+    """A request to correct a segmentation by clicks.
+
+    Args:
+        points: the clicks of each label, in the order of voxels that ``voxel_order`` names.
+        voxel_order: one of ``VOXEL_ORDERS``.
+        mask: the client's own segmentation to start from, or None for the automatic one.
+        label_info: the segments of ``mask``, as a submitted label lists its own.
+        client: who clicks; each keeps an editor.
+    """
+
+    points: Annotated[ClickedVoxels, SkipValidation]
+    voxel_order: str
+    mask: Path | None
+    label_info: Any
+    client: str
+
+    @classmethod
+    def of(
+        cls,
+        sent: Mapping[str, Any],
+        asked: InferenceRequest,
+        *,
+        labels: Sequence[str],
+        uploads: Path | None,
+        client: str,
+    ) -> EditRequest:
+        """Parse the part of a request that is about clicks, as far as that needs no image.
+
+        Args:
+            sent: the request.
+            asked: its other part.
+            labels: of the project.
+            uploads: the folder in which a label file must lie.
+            client: who asks.
+
+        Raises:
+            HTTPException: 400 or 403.
+        """
+        file, active = label_file_of(sent, (*labels, BACKGROUND_LABEL), uploads)
+        return cls(
+            scan=asked.scan,
+            options=asked.options,
+            points=_points(sent, labels, active),
+            voxel_order=one_of("voxel_order", chosen(sent.get("voxel_order", "file")), VOXEL_ORDERS),
+            mask=file,
+            label_info=sent.get("label_info"),
+            client=client,
+        )
+
+
+def in_files_order(points: ClickedVoxels, size: Sequence[int], affine: np.ndarray, order: str) -> ClickedVoxels:
+    """Return the same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
+
+    Raises:
+        HTTPException: 422 for a point outside the image.
+    """
+    for voxels in points.values():
+        for voxel in voxels:
+            if not all(0 <= index < n for index, n in zip(voxel, size, strict=True)):
+                shown = " x ".join(map(str, size))
+                raise HTTPException(422, f"point {list(voxel)} lies outside the image, which has {shown} voxels")
+    if order != "slicer" or np.linalg.det(np.asarray(affine)[:3, :3]) > 0:
+        return points
+    last = size[2] - 1
+    return {value: [(i, j, last - k) for i, j, k in voxels] for value, voxels in points.items()}
+
+
+def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> ClickedVoxels:
+    """Return the clicked voxels of each label of a request, without repetitions.
 
     Both forms are read: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
     labels), and ``foreground`` and ``background`` for the ``active`` label. Where two labels have the same voxel, the
@@ -45,34 +119,17 @@ def points_of(request: Mapping[str, Any], labels: Sequence[str], active: str | N
     if (number := sum(map(len, lists.values()))) > MOST_POINTS:
         raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
     order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
-    owner: dict[Voxel, int] = {}
+    owner: dict[_Voxel, int] = {}
     for name in order:
         for voxel in lists[name]:
             owner.setdefault(voxel, values[name])
-    points: Points = {}
+    points: ClickedVoxels = {}
     for voxel, value in owner.items():
         points.setdefault(value, []).append(voxel)
     return points
 
 
-def in_files_order(points: Points, size: Sequence[int], affine: np.ndarray, order: str) -> Points:
-    """The same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
-
-    Raises:
-        HTTPException: 422 for a point outside the image.
-    """
-    for voxels in points.values():
-        for voxel in voxels:
-            if not all(0 <= index < n for index, n in zip(voxel, size, strict=True)):
-                shown = " x ".join(map(str, size))
-                raise HTTPException(422, f"point {list(voxel)} lies outside the image, which has {shown} voxels")
-    if order != "slicer" or np.linalg.det(np.asarray(affine)[:3, :3]) > 0:
-        return points
-    last = size[2] - 1
-    return {value: [(i, j, last - k) for i, j, k in voxels] for value, voxels in points.items()}
-
-
-def _voxels(name: str, value: Any) -> list[Voxel]:
+def _voxels(name: str, value: Any) -> list[_Voxel]:
     if not isinstance(value, list):
         raise HTTPException(400, f"the points of {name!r} must be a list of [i, j, k]; got {_short(value)}")
     if len(value) > MOST_POINTS:
@@ -80,7 +137,7 @@ def _voxels(name: str, value: Any) -> list[Voxel]:
     return [_voxel(name, point) for point in value]
 
 
-def _voxel(name: str, point: Any) -> Voxel:
+def _voxel(name: str, point: Any) -> _Voxel:
     if not isinstance(point, list) or len(point) != 3 or not all(_is_whole(index) for index in point):
         raise HTTPException(400, f"a point of {name!r} must be three whole numbers [i, j, k]; got {_short(point)}")
     i, j, k = (int(index) for index in point)
