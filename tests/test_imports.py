@@ -23,7 +23,7 @@ TRAINING_ROOMS: dict[str, set[str]] = {
 APP_ROOMS: dict[str, set[str]] = {
     "lib.configs": set(),  # options of the command line: no request, no file of the studies
     "lib.requests": {"lib.configs"},  # what a client sends, checked without looking at the studies
-    "lib.background": set(),  # processes, whatever they run
+    "lib.background": {"lib.requests"},  # processes, whatever they run, on the GPUs that a request chooses
     "lib.store": {"lib.configs", "lib.requests"},  # keeps what was checked, for the caller that requests know
     "lib.infers": {"lib.configs", "lib.requests", "lib.background", "lib.store"},  # answers requests, stores results
     "lib.scoring": {"lib.configs"},  # compares files through MONAI Label's datastore

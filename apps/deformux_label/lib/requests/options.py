@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,19 @@ from fastapi import HTTPException
 from monailabel.utils.others.generic import device_map, name_to_device
 
 from deformux_label.lib.configs.numbers import number_between
+from deformux_label.lib.requests.identifiers import checked_text
 
-__all__ = ["CLIENT_OPTIONS", "checked_device", "checked_number", "chosen", "known", "one_of", "refuse_unknown"]
+__all__ = [
+    "CLIENT_OPTIONS",
+    "checked_device",
+    "checked_gpus",
+    "checked_number",
+    "chosen",
+    "known",
+    "one_of",
+    "refuse_unknown",
+    "with_checked_client",
+]
 
 CLIENT_OPTIONS = ("client_id",)
 """What every client may send with anything."""
@@ -53,6 +65,16 @@ def checked_device(value: Any) -> str:
     return device
 
 
+def checked_gpus(value: Any) -> str:
+    """Return the GPUs that a request chooses, ``all`` or numbers such as ``0,1``; raise HTTPException 400."""
+    value = value[0] if isinstance(value, list) and value else value
+    if value in (None, "", "all"):
+        return "all"
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3}){0,31}", value):
+        raise HTTPException(400, f"gpus must be all, or numbers such as 0,1; got {ascii(value)[:60]}")
+    return value
+
+
 def checked_number(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
     """Return the number of an option, as ``number_between``; raise HTTPException 400."""
     try:
@@ -71,6 +93,15 @@ def one_of(name: str, value: Any, valid: Sequence[str]) -> str:
     if value not in valid:
         raise HTTPException(400, f"{name} must be one of {', '.join(valid)}; got {value!r}")
     return str(value)
+
+
+def with_checked_client(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the parameters; raise HTTPException 400 for a client id that is not text."""
+    given = dict(params or {})
+    for name in CLIENT_OPTIONS:
+        if given.get(name) is not None:
+            checked_text(name, given[name])
+    return given
 
 
 def _is_or_are(names: list[str]) -> str:
