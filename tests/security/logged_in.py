@@ -44,6 +44,12 @@ def headers_of(server: LiveServer, *names: str) -> dict[str, dict[str, str]]:
     return {name: bearer(log_in(server, name).json()["access_token"]) for name in names or PEOPLE}
 
 
+def call(server: LiveServer, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
+    return requests.request(
+        method, f"{server.url}{path}", headers=headers, timeout=120, **{"allow_redirects": False, **more}
+    )
+
+
 def routes() -> list[tuple[str, str, str | None]]:
     """Method, path and least role of every route that is offered."""
     found = []
