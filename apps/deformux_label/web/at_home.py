@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
-import json
-import logging
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from filelock import FileLock
-
-from deformux.data.atomic_files import write_text
+from deformux_label.web.shared_json import SharedJson
 
 __all__ = ["AtHome", "place_of"]
-
-logger = logging.getLogger(__name__)
 
 # Of one user: whoever has a login cannot make the others' places be forgotten.
 _MOST_OF_A_NAME = 20
@@ -43,7 +37,13 @@ class AtHome:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+        self._file: SharedJson | None = None
+        if path is not None:
+            self._file = SharedJson(
+                path,
+                unreadable="Where users logged in before cannot be read, and is not known: %s: %s",
+                unwritten="Where users log in is known until this server ends only: %s: %s",
+            )
         self._places: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._lock = threading.Lock()
         self._read()
@@ -57,18 +57,15 @@ class AtHome:
             if (name, place) in self._places:
                 self._places.move_to_end((name, place))
                 return
-            if self._path is None:
+
+            def merged() -> list[tuple[str, str]]:
+                # Another server with these users may have added some.
+                self._read()
                 self._remember(name, place)
-                return
-            try:
-                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
-                    # Another server with these users may have added some.
-                    self._read()
-                    self._remember(name, place)
-                    write_text(self._path, json.dumps(list(self._places)) + "\n", mode=0o600)
-            except OSError as error:
+                return list(self._places)
+
+            if self._file is None or not self._file.rewrite(merged):
                 self._remember(name, place)
-                logger.warning("Where users log in is known until this server ends only: %s: %s", self._path, error)
 
     def _remember(self, name: str, place: str) -> None:
         self._places[name, place] = None
@@ -79,16 +76,9 @@ class AtHome:
             self._places.popitem(last=False)
 
     def _read(self) -> None:
-        if self._path is None:
+        if self._file is None:
             return
-        try:
-            listed = json.loads(self._path.read_bytes())
-            found = [(str(name), str(place)) for name, place in listed]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            logger.warning("Where users logged in before cannot be read, and is not known: %s: %s", self._path, error)
-            return
-        for name, place in found[-_MOST:]:
+        found = self._file.read(lambda listed: [(str(name), str(place)) for name, place in listed])
+        for name, place in (found or [])[-_MOST:]:
             if (name, place) not in self._places:
                 self._remember(name, place)

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
-import logging
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import jwt
-from filelock import FileLock
 
-from deformux.data.atomic_files import write_text
+from deformux_label.web.shared_json import SharedJson
 from deformux_label.web.users import User, Users
 
 __all__ = ["SECONDS", "EndedTokens", "Tokens"]
-
-logger = logging.getLogger(__name__)
 
 SECONDS = 12 * 3600
 _ALGORITHM = "HS256"
@@ -100,7 +96,11 @@ class EndedTokens:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = SharedJson(
+            path,
+            unreadable="The logouts in %s cannot be read, and are not known: %s",
+            unwritten="A logout holds until this server ends only: %s cannot be written: %s",
+        )
         self._held: dict[str, float] = {}
         self._seen: tuple[int, int, int] | None = None
         self._lock = threading.Lock()
@@ -112,30 +112,31 @@ class EndedTokens:
 
     def add(self, token: str, until: float) -> None:
         """End a token that would be valid ``until`` a time in seconds of the epoch."""
+
+        def merged() -> dict[str, float]:
+            self._refresh()
+            now = time.time()
+            left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
+            self._held = {name: end for end, name in left}
+            return self._held
+
         with self._lock:
             self._held[token] = until
-            try:
-                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
-                    self._refresh()
-                    now = time.time()
-                    left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
-                    self._held = {name: end for end, name in left}
-                    write_text(self._path, json.dumps(self._held) + "\n", mode=0o600)
-            except OSError as error:
-                logger.warning(
-                    "A logout holds until this server ends only: %s cannot be written: %s", self._path, error
-                )
+            self._file.rewrite(merged)
 
     def _refresh(self) -> None:
         """Add what the file holds, if it has changed."""
+
+        def held(listed: Mapping[str, float]) -> dict[str, float]:
+            return {str(name): float(end) for name, end in listed.items()}
+
         try:
-            status = self._path.stat()
+            status = self._file.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if version == self._seen:
-                return
-            self._seen = version
-            self._held |= {str(name): float(end) for name, end in json.loads(self._path.read_bytes()).items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            logger.warning("The logouts in %s cannot be read, and are not known: %s", self._path, error)
+        except OSError:
+            version = None  # reading says why
+        if version is None or version != self._seen:
+            self._seen = version
+            self._held |= self._file.read(held) or {}
