@@ -1,4 +1,4 @@
-"""Where users have logged in before: there, a stranger's guesses do not keep them out."""
+"""Places where users have logged in before: there, a stranger's guesses do not lock them out."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deformux_label.web.shared_json import SharedJson
 
 __all__ = ["AtHome", "place_of"]
 
-# Of one user: whoever has a login cannot make the others' places be forgotten.
+# Of one user, who could otherwise make the server forget the places of others.
 _MOST_OF_A_NAME = 20
 _MOST = 10_000
 
 
 def place_of(address: str) -> str:
-    """Return what an address is counted as: itself, and of IPv6 its network of 64 bits, which one machine may have."""
+    """Return the place of an address: itself, or for IPv6 its network of 64 bits, which one machine may own."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -33,7 +33,7 @@ class AtHome:
     """Pairs of a user's name and a place where their password was right.
 
     Args:
-        path: the file that keeps them over restarts, for its owner alone and written by rename; None for none.
+        path: file that keeps them over restarts, readable by its owner alone; None for memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -52,14 +52,14 @@ class AtHome:
         return pair in self._places
 
     def add(self, name: str, place: str) -> None:
-        """Remember a place of a user; the file is written only if it is a new one."""
+        """Remember a place of a user; write the file only if the place is new."""
         with self._lock:
             if (name, place) in self._places:
                 self._places.move_to_end((name, place))
                 return
 
             def merged() -> list[tuple[str, str]]:
-                # Another server with these users may have added some.
+                # Another server of these users may have added some.
                 self._read()
                 self._remember(name, place)
                 return list(self._places)

@@ -119,7 +119,7 @@ def _redirect(path: str) -> RedirectResponse:
 
 
 def _local(path: str) -> str:
-    """The path to go on to after a login: a route of this server, whatever a link says."""
+    """Return the path to open after a login: a route of this server, whatever a link says."""
     return path if offered("GET", path) is not None and "//" not in path and "\\" not in path else "/"
 
 

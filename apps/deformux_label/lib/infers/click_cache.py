@@ -50,13 +50,13 @@ class ClientEditor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it holds beside its scan and the model."""
+        """Bytes that the editor holds beside its scan and the model."""
         return self.editor.nbytes
 
 
 @dataclass
 class _Editing:
-    """A client's editor: for one starting mask, which ``mask`` identifies."""
+    """A client's editor for one starting mask, which ``mask`` identifies."""
 
     editor: ClientEditor
     mask: str
@@ -87,24 +87,23 @@ class _Held(TLRUCache[Any, Any]):
                 super().__delitem__(editor)
 
     def scans(self) -> list[ScanKey]:
-        """The keys of all scans."""
+        """Return the keys of all scans."""
         return [key for key in self if isinstance(key, ScanKey)]
 
     def use(self, key: Any) -> None:
-        """Make an item the one that was used last."""
+        """Mark an item as used now."""
         self[key] = self[key]
 
 
 class ClickCache:
     """Scans, and on top of each the editors of its clients; the least recently used are dropped first.
 
-    All methods may be called from any thread. Nothing is computed while others wait, except for what they wait for:
-    a scan that two requests need is computed once.
+    All methods may be called from any thread. A scan that two requests need is computed once; nobody else waits for it.
 
     Args:
-        most_bytes: bound of what is held; what does not fit by itself is used once and not held.
+        most_bytes: bound of the memory; an item that does not fit by itself is used once and not held.
         idle_s: seconds after which an unused item is dropped.
-        clock: seconds from some moment on.
+        clock: returns seconds since any fixed moment.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class ClickCache:
         self._timer: threading.Timer | None = None
 
     def state(self) -> dict[str, Any]:
-        """Return what is held, as JSON for the operator."""
+        """Return sizes and counts for the operator."""
         with self._lock:
             volumes = len(self._held.scans())
             return {
@@ -176,14 +175,14 @@ class ClickCache:
                 self._used(key, client, editing)
 
     def forget_other_versions(self, version: str | None) -> None:
-        """Drop what other versions of the model made."""
+        """Drop the scans of other versions of the model."""
         with self._lock:
             for key in self._held.scans():
                 if key.version != version:
                     del self._held[key]
 
     def expire(self) -> None:
-        """Drop what was not used for ``idle_s``."""
+        """Drop items that were not used for ``idle_s``."""
         with self._lock:
             self._held.expire()
 
@@ -215,7 +214,7 @@ class ClickCache:
                     self._opening[key] = (lock, users - 1)
 
     def _watch(self) -> None:
-        """Look for what has expired even if no request comes."""
+        """Start the timer that drops expired items even if no request comes."""
         if self._timer is None and len(self._held):
             self._timer = threading.Timer(self.idle_s, self._look)
             self._timer.daemon = True

@@ -19,7 +19,7 @@ __all__ = ["Drawn", "Scribbles", "drawn_of"]
 
 Scribbles = npt.NDArray[np.uint8]
 
-# An object reaches at most as far beyond its scribbles as they are long, but at least so far.
+# An object reaches at most as far beyond its scribbles as they are long; this is the least margin.
 _LEAST_MARGIN_MM = 20.0
 
 
@@ -38,7 +38,7 @@ class Drawn:
 
 
 def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
-    """The scribbles of a request; their region is around the foreground, or around all of them.
+    """Read the scribbles of a request; their region is around the foreground, or around all of them.
 
     Raises:
         HTTPException: 422 for a file without scribbles, or a region without any of the foreground.
@@ -68,7 +68,7 @@ def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
 
 
 def _clipped(roi: Sequence[int], to_scan: npt.NDArray[np.float64], size: Sequence[int]) -> Box:
-    """The box of the scan between two corners, both included, of the label file's voxels."""
+    """Return the box of the scan between two corners, both included, given in voxels of the label file."""
     corners = np.rint(apply_affine(to_scan, np.reshape(roi, (3, 2)).T))
     start, stop = corners.min(0).astype(int), corners.max(0).astype(int) + 1
     if (stop <= 0).any() or (start >= np.array(size)).any():

@@ -1,4 +1,4 @@
-"""Editing: the clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own, where they are."""
+"""Editing: clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own, near them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ UNGUIDED = "This model was not trained with clicks, so that they move borders ne
 
 @dataclass(frozen=True)
 class _Edited:
-    """Labels ``(X, Y, Z)`` on the scan's grid, and what computing them took."""
+    """Labels ``(X, Y, Z)`` on the scan's grid, and the cost of computing them."""
 
     labels: np.ndarray
     windows: int
@@ -59,14 +59,14 @@ class Edit(InferTask):
     """Segmentation corrected by clicks on any label or the background, on the scan's own grid.
 
     It starts from the label file of the request, else from the automatic segmentation. The answer depends on the
-    image, the model, the start and the set of clicks alone: what ``cache`` keeps only makes it faster. Without any
-    model the clicked voxels are set, and nothing else.
+    image, the model, the start and the set of clicks only: ``cache`` just makes it faster. Without any model, only
+    the clicked voxels are set.
     """
 
     def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(
             type=InferType.DEEPEDIT,
-            # Slicer then offers clicks on the background too; a mask has no such value.
+            # With the background in it, Slicer offers clicks on it too.
             labels={**project.label_values, BACKGROUND_LABEL: 0},
             dimension=3,
             description="DeformUX-Net, corrected by clicks",
@@ -117,7 +117,7 @@ class Edit(InferTask):
         key = ScanKey.of(request.scan.path, version, device)
         held = self.cache.peek(key)
         if held is None:
-            # Before a whole volume is segmented for a request that cannot be answered.
+            # Refuse bad points before a whole volume is segmented.
             image = LoadVolumed("image")({"image": request.scan.path})["image"]
             points, _ = _on_grid(request, image.shape[1:], image.affine)
         else:
@@ -152,7 +152,7 @@ class Edit(InferTask):
                 Editor(study, network, tried, device=placement.volume_device, mask=self._mask(request)), network
             )
 
-        # What was computed another way, for want of memory, is not what the next click is to start from.
+        # The next click must not start from results of another placement, taken for lack of memory.
         first = placement == Placement(tuple(prep.patch_size), key.device, key.device)
         held = self.cache.editor(key, request.client, _mask_id(request), make)
         with held if first and request.scan.keep else nullcontext(make()) as client:
@@ -164,12 +164,12 @@ class Edit(InferTask):
             return _Edited(labels, client.editor.windows_computed, client.network.seconds - before)
 
     def _mask(self, request: EditRequest) -> np.ndarray | None:
-        """The client's own segmentation ``(X, Y, Z)`` in the project's values, or None if it sent none."""
+        """Return the client's own segmentation ``(X, Y, Z)`` in the project's values, or None if it sent none."""
         if request.mask is None:
             return None
         scan, info = request.scan, {"label_info": request.label_info}
         labels = label_array(request.mask, Path(scan.path), scan.name, self.project.labels, info)
-        # What nobody has labelled yet is no structure.
+        # Unlabelled voxels count as background.
         return np.where(labels == UNLABELLED, 0, labels)
 
 
@@ -179,7 +179,7 @@ def _on_grid(request: EditRequest, size: Any, affine: Any) -> tuple[ClickedVoxel
 
 
 def _mask_id(request: EditRequest) -> str:
-    """The same for the same label file with the same names, empty without one."""
+    """Return an id of the label file and its names; empty without a file."""
     if request.mask is None:
         return ""
     names = json.dumps(request.label_info, sort_keys=True, default=str)

@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _SMALLEST_WINDOW = 32
-# Halves of a window are rounded to what the network's four halvings divide evenly.
+# Halves of a window are rounded to a multiple that the network's four halvings divide evenly.
 _MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A way to compute: the window in voxels, where the network is, and where image and logits are."""
+    """Where to compute: the window in voxels, the device of the network, and that of image and logits."""
 
     window: tuple[int, ...]
     device: str
@@ -34,7 +34,7 @@ class Placement:
 
 
 def placements(window: Sequence[int], device: str) -> Iterator[Placement]:
-    """From the fastest to the most frugal: all on the GPU, the volume beside it, smaller windows, no GPU at all."""
+    """Yield placements from fast to frugal: all on the GPU, the volume in RAM, smaller windows, no GPU."""
     window = tuple(window)
     yield Placement(window, device, device)
     if not device.startswith("cuda"):
@@ -50,7 +50,7 @@ def placements(window: Sequence[int], device: str) -> Iterator[Placement]:
 def within_memory(
     run: Callable[[Placement], _Result], window: Sequence[int], device: str
 ) -> tuple[_Result, str | None]:
-    """What ``run`` returns at the first placement that fits into memory, and a sentence if that was not the first.
+    """Return the result of ``run`` at the first placement that fits into memory, and a warning if not the first.
 
     Raises:
         MemoryError: not even the most frugal one fits.
@@ -66,7 +66,7 @@ def within_memory(
             if number == 0:
                 return result, None
             return result, f"The GPU's memory is full, so this was computed {placement}, which is slower."
-        # Outside the handler: the error holds the frames, and with them the tensors that did not fit.
+        # Outside the handler: the error keeps the frames, and with them the tensors, alive.
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -79,7 +79,7 @@ def _half(window: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Torch's own, CuPy's, cuDNN's and cuBLAS's errors, and those of the CPU's allocator, share no class."""
+    """Recognize the errors of torch, CuPy, cuDNN, cuBLAS and the CPU's allocator, which share no class."""
     text = str(error).lower()
     known = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in known)

@@ -23,7 +23,7 @@ class OpenedScan:
 
     Args:
         study: the scan and its segmentation.
-        warning: a sentence where memory was short.
+        warning: a sentence if memory was short, else None.
         network_s: seconds that the network took for this request; 0 where the scan was in the cache.
     """
 
@@ -36,10 +36,10 @@ def open_requested_scan(models: ServedModels, cache: ClickCache, scan: Requested
     """Return a scan from the cache, else segment it, and cache it if its request allows that.
 
     Args:
-        models: which have the version that ``key`` names.
-        cache: of all requests.
-        scan: the file.
-        key: of the file as it is now, with the version and the device.
+        models: the served models.
+        cache: the cache of all requests.
+        scan: the scan to open.
+        key: its current state, with the model version and the device.
     """
     made: list[OpenedScan] = []
 

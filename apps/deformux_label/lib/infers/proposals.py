@@ -1,4 +1,4 @@
-"""Which model proposed what to whom: a submitted label records the model that it started from."""
+"""Model versions of recent proposals: a submitted label records the model that it started from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Proposals:
     """The model versions of the latest proposals, by annotator and image; any thread may ask.
 
     Args:
-        most: how many are remembered.
+        most: number of proposals that are remembered.
     """
 
     def __init__(self, most: int = 10_000) -> None:

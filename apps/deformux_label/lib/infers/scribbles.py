@@ -1,4 +1,4 @@
-"""Segments from scribbles: Slicer's scribble tool, which needs no model."""
+"""Tasks of Slicer's scribble tool: segments from scribbles, with and without a model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 
 logger = logging.getLogger(__name__)
 
-# A cut of more voxels than these takes too long and too much memory, so it is computed on larger ones.
+# Cutting more voxels takes too long and too much memory, so larger voxels are cut instead.
 _MOST_VOXELS = 3_000_000
 
 
@@ -115,7 +115,7 @@ class GraphCut(InferTask):
 
 
 class NetworkGraphCut(GraphCut):
-    """One label as the published model sees it, corrected by scribbles: by intensities where there is no model yet."""
+    """One label of the published model, corrected by scribbles; without a model, from intensities alone."""
 
     needs_label = True
 
@@ -137,7 +137,7 @@ class NetworkGraphCut(GraphCut):
                 params.get("warning"),
             ]
             return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
-        drawn = drawn_of(request, of_foreground=False)  # before a whole volume is segmented
+        drawn = drawn_of(request, of_foreground=False)  # refuses bad scribbles before a whole volume is segmented
         key = ScanKey.of(request.scan.path, version, request.options.device)
         opened = open_requested_scan(self.models, self.cache, request.scan, key)
         study = opened.study
@@ -146,7 +146,7 @@ class NetworkGraphCut(GraphCut):
         probability = region.cropped(study.logits.float().softmax(0)[value : value + 1])
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
-        # Far from the scribbles it is what it was; beyond a region that the client drew there is nothing.
+        # Far from the scribbles the mask stays; outside a region that the client drew it is empty.
         mask = (study.labels == value).astype(np.uint8)
         if request.roi is not None:
             mask[:] = 0
@@ -156,7 +156,7 @@ class NetworkGraphCut(GraphCut):
 
 
 def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache) -> dict[str, InferTask]:
-    """The scribble tasks by name; the first is the one that the Slicer extension starts with."""
+    """Return the scribble tasks by name; the Slicer extension starts with the first."""
     return {
         "network+graphcut": NetworkGraphCut(project, models, cache),
         "histogram+graphcut": GraphCut(project, "histogram", "Histograms of intensity and nearness to scribbles"),
@@ -166,15 +166,15 @@ def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache
 
 @dataclass(frozen=True)
 class _Region:
-    """What is cut: a box of the network's grid, perhaps on larger voxels.
+    """The region that is cut: a box of the network's grid, perhaps on larger voxels.
 
     Args:
         image: ``(x, y, z)``, scaled to 0..1.
         scribbles: ``(x, y, z)``.
-        around: distances from them.
+        around: distances from the scribbles.
         grid: the scan's grid, seen from these voxels.
         box: of the network's grid.
-        factors: voxels of the network's grid in one of these, along each axis.
+        factors: voxels of the network's grid in each of these, along each axis.
     """
 
     image: npt.NDArray[np.float32]
@@ -186,7 +186,7 @@ class _Region:
 
     @classmethod
     def of(cls, image: MetaTensor, grid: ScanGrid, drawn: Drawn) -> _Region:
-        """The region that was drawn, of a preprocessed image ``(1, x, y, z)``."""
+        """Return the drawn region of a preprocessed image ``(1, x, y, z)``."""
         box = grid.needed(drawn.inside)
         spacing = voxel_sizes(np.asarray(image.affine, dtype=float))
         factors = _factors([b - a for a, b in zip(*box, strict=True)], spacing)
@@ -202,17 +202,17 @@ class _Region:
         return cls(cropped, scribbles, around, here, box, factors)
 
     def cropped(self, values: torch.Tensor) -> npt.NDArray[np.float32]:
-        """Values ``(1, x, y, z)`` of the network's grid in this region."""
+        """Crop values ``(1, x, y, z)`` of the network's grid to this region."""
         return _pooled(values[(slice(None), *slices(self.box))], self.factors)[0].numpy()
 
     def cut(self, log_odds: npt.NDArray[np.float32], options: CutOptions, *, connected: bool) -> npt.NDArray[np.bool_]:
-        """The segment ``(x, y, z)`` here."""
+        """Return the segment ``(x, y, z)`` of this region."""
         raise_if_client_gone()
         return cut(self.image, self.scribbles, log_odds, options, connected=connected)
 
 
 def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
-    """The scribbles on the voxels of a region: none gets lost, however coarse these are."""
+    """Resample scribbles to the voxels of a region; none gets lost, however coarse these are."""
     found = ndimage.affine_transform(
         drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
     )
@@ -225,8 +225,8 @@ def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
 
 
 def _distance_from_edge(grid: ScanGrid, region: Box, sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Distance in mm of each voxel from the nearest face of a region of the scan; 0 beyond it."""
-    # The grids' axes are parallel.
+    """Return the distance in mm of each voxel from the nearest face of a region of the scan; 0 outside it."""
+    # The axes of the grids are parallel.
     corners = apply_affine(grid.to_network, np.array(region) - 0.5)
     low, high = corners.min(0), corners.max(0)
     distance = np.full(grid.network_size, np.inf, dtype=np.float32)
@@ -238,7 +238,7 @@ def _distance_from_edge(grid: ScanGrid, region: Box, sizes: npt.NDArray[np.float
 
 
 def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _Region, drawn: Drawn) -> None:
-    """Write what was found in a region into the mask on the scan's grid; what was scribbled is as it was scribbled."""
+    """Write the segment of a region into the mask on the scan's grid; scribbled voxels follow the scribbles."""
     values = torch.from_numpy(found[None].astype(np.float32))
     inside = region.grid.interpolate(values, lambda part: part[0] > 0.5, box=drawn.inside)
     mask[slices(drawn.inside)] = inside.numpy()
@@ -252,7 +252,7 @@ def _scaled(image: torch.Tensor) -> torch.Tensor:
 
 
 def _factors(size: Sequence[int], spacing: npt.NDArray[np.float64]) -> tuple[int, int, int]:
-    """How many voxels to take as one along each axis: the shortest sides grow first."""
+    """Return the number of voxels to merge along each axis; the shortest sides grow first."""
     factors = [1, 1, 1]
     while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MOST_VOXELS:
         factors[min(range(3), key=lambda axis: spacing[axis] * factors[axis])] += 1

@@ -54,13 +54,13 @@ class Segmentation(BasicInferTask):
         return True
 
     def parsed(self, sent: Mapping[str, Any], asked: InferenceRequest, uploads: Path | None) -> InferenceRequest:  # noqa: ARG002
-        """Return the typed request: this task needs no more than any other."""
+        """Return the typed request; this task has no options of its own."""
         return asked
 
     def __call__(
         self, request: InferenceRequest, callbacks: dict[Any, Any] | None = None
     ) -> tuple[str | None, dict[str, Any]]:
-        # MONAI Label's own steps hand a dict from one to the next.
+        # MONAI Label's steps pass a dict on.
         given = {
             "image": request.scan.path,
             "device": request.options.device,
@@ -115,7 +115,7 @@ class Segmentation(BasicInferTask):
         request: InferenceRequest = data["request"]
         path = write_reply(labels, affine, request, self.project.label_values)
         if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
-            # The first click on what Slicer shows after Next Sample need not wait for another segmentation.
+            # The first click after Next Sample need not wait for another segmentation.
             key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
             self.cache.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
@@ -127,7 +127,7 @@ class Segmentation(BasicInferTask):
         return path, result
 
     def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:
-        """The model's own, which may differ from what the server was started with until the next training."""
+        """Return the model's preprocessing, which differs from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
             return self.project.preprocessing

@@ -1,4 +1,4 @@
-"""Who calls, and what the call did: one note for each request, in reach of all code that works for it."""
+"""The caller of the current request, and the note of what it did, for all code that works for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LoggedIn(Protocol):
 
     @property
     def name(self) -> str:
-        """As every record of their work shows it."""
+        """The name that every record of their work shows."""
 
     @property
     def role(self) -> str:
@@ -32,9 +32,9 @@ class Caller:
     """One request's caller.
 
     Args:
-        address: the client's, without the port.
-        user: who has logged in; None where the login is off, or before it.
-        done: what the request did, for the audit log: which image, revision, version.
+        address: address of the client, without the port.
+        user: the logged-in user; None while the login is off, and before it.
+        done: fields for the audit log, such as image, revision and version.
     """
 
     address: str = ""
@@ -42,13 +42,13 @@ class Caller:
     done: dict[str, Any] = field(default_factory=dict)
 
 
-# Threads that a request's work runs in get a copy of its context, and with it this same object.
+# Worker threads of a request get a copy of its context, which refers to the same object.
 _caller: ContextVar[Caller | None] = ContextVar("caller", default=None)
 
 
 @contextmanager
 def calling(caller: Caller) -> Iterator[Caller]:
-    """Make ``caller`` the one whose request is worked on inside the block."""
+    """Make ``caller`` the current one inside the block."""
     token = _caller.set(caller)
     try:
         yield caller
@@ -57,32 +57,32 @@ def calling(caller: Caller) -> Iterator[Caller]:
 
 
 def calling_now() -> Caller:
-    """Return the note of the request that is worked on; outside requests one that nobody reads."""
+    """Return the current caller; outside requests, a new one that nothing reads."""
     return _caller.get() or Caller()
 
 
 def current_user() -> LoggedIn | None:
-    """Return who has logged in for this request; None where the login is off, and outside requests."""
+    """Return the logged-in user of this request; None while the login is off, and outside requests."""
     caller = _caller.get()
     return caller.user if caller is not None else None
 
 
 def note(**done: Any) -> None:
-    """Say what the request did, for the audit log, such as ``revision=3``; without effect outside requests."""
+    """Record what the request did for the audit log, such as ``revision=3``; do nothing outside requests."""
     caller = _caller.get()
     if caller is not None:
         caller.done.update(done)
 
 
 def with_login(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request's params with the login's name under ``user``; whatever the client says there is dropped."""
+    """Return a request's params with the logged-in name under ``user``; a name that the client sent is dropped."""
     user = current_user()
     claimed = {key: value for key, value in params.items() if key != "user"}
     return claimed if user is None else {**claimed, "user": user.name}
 
 
 def require(role: str, what: str) -> None:
-    """Refuse a caller whose role is less than ``role``; without a login everybody may do all.
+    """Refuse a caller whose role is below ``role``; without a login everybody may do everything.
 
     Raises:
         HTTPException: 403.

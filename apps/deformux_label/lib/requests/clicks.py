@@ -35,7 +35,7 @@ class EditRequest(InferenceRequest):
         voxel_order: one of ``VOXEL_ORDERS``.
         mask: the client's own segmentation to start from, or None for the automatic one.
         label_info: the segments of ``mask``, as a submitted label lists its own.
-        client: who clicks; each keeps an editor.
+        client: name of the client, which has an editor of its own.
     """
 
     points: Annotated[ClickedVoxels, SkipValidation]
@@ -58,10 +58,10 @@ class EditRequest(InferenceRequest):
 
         Args:
             sent: the request.
-            asked: its other part.
+            asked: the part that all inference requests share.
             labels: of the project.
             uploads: the folder in which a label file must lie.
-            client: who asks.
+            client: name of the client.
 
         Raises:
             HTTPException: 400 or 403.
@@ -103,7 +103,7 @@ def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | Non
     active one wins, else the first one in order of values.
 
     Raises:
-        HTTPException: 400 for what is no point, a label that the project does not have, or too many points.
+        HTTPException: 400 for a malformed point, a label that the project does not have, or too many points.
     """
     values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND_LABEL: 0}
     if active is not None and active not in values:

@@ -26,9 +26,9 @@ class RequestedScan:
     """The scan that a request names.
 
     Args:
-        path: of its file.
-        image_id: in the studies; None for a file that is not of them, such as an upload.
-        keep: whether what is computed of it may serve the next request; an upload has another path each time.
+        path: path of its file.
+        image_id: id in the studies; None for any other file, such as an upload.
+        keep: whether results may be cached for the next request; not for an upload, whose path never recurs.
     """
 
     path: str
@@ -37,7 +37,7 @@ class RequestedScan:
 
     @property
     def name(self) -> str:
-        """What sentences call it."""
+        """The name that messages use."""
         return self.image_id or Path(self.path).name
 
 

@@ -54,7 +54,7 @@ class ScribblesRequest(InferenceRequest):
 
         Args:
             sent: the request.
-            asked: its other part.
+            asked: the part that all inference requests share.
             labels: of the project.
             uploads: the folder in which a label file must lie.
             defaults: the task's options, whose numbers are read.
@@ -80,7 +80,7 @@ class ScribblesRequest(InferenceRequest):
 
 
 def _segment_ids(listed: Any) -> dict[str, int]:
-    """The values of the scribbles' segments in the label file."""
+    """Return the values of the scribbles' segments in the label file."""
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise HTTPException(400, "label_info must list the segments of the label file, each with its name and id")
     found = {}
@@ -97,7 +97,7 @@ def _segment_ids(listed: Any) -> dict[str, int]:
 
 
 def _roi(value: Any) -> tuple[int, ...] | None:
-    """Six voxel bounds, a pair for each axis, or None for the whole image."""
+    """Return six voxel bounds, a pair for each axis, or None for the whole image."""
     if value is None or value == []:
         return None
     numbers = isinstance(value, list) and len(value) == 6 and all(_is_number(bound) for bound in value)
@@ -107,7 +107,7 @@ def _roi(value: Any) -> tuple[int, ...] | None:
 
 
 def _selected(name: Any, labels: Sequence[str], *, needs_label: bool) -> str | None:
-    """The label that a request names; where the project has one label, that is meant without a name."""
+    """Return the label that a request names; a project's only label needs no name."""
     if name in (None, ""):
         if len(labels) == 1:
             return labels[0]

@@ -13,7 +13,7 @@ from deformux_label.lib.requests.options import with_checked_client
 __all__ = ["FINAL_TAG", "MOST_INFO_BYTES", "Submission"]
 
 FINAL_TAG = DefaultLabelTag.FINAL.value
-# What is stored beside a volume or a label is sent with every listing.
+# Information about volumes and labels is sent with every listing.
 MOST_INFO_BYTES = 100_000
 
 
@@ -23,7 +23,7 @@ class Submission(BaseModel):
     Args:
         image: id of its volume.
         tag: ``final`` where the client gives none.
-        info: what the client tells of it: kept beside it, unknown fields too.
+        info: the client's information about it, stored with unknown fields.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -34,6 +34,6 @@ class Submission(BaseModel):
 
     @classmethod
     def of(cls, image: str, tag: str, params: str) -> Submission:
-        """Parse a request's parts; raise HTTPException for bad ones."""
+        """Parse the parts of a request; raise HTTPException for bad ones."""
         info = with_checked_client(json_object(params, most=MOST_INFO_BYTES))
         return cls(image=image, tag=tag or FINAL_TAG, info=info)

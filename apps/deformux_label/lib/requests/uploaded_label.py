@@ -1,4 +1,4 @@
-"""The label file of an inference request, beside the name of the active label."""
+"""The uploaded label file of an inference request, and the name of its active label."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["label_file_of"]
 def label_file_of(
     request: Mapping[str, Any], names: Collection[str], uploads: Path | None
 ) -> tuple[Path | None, str | None]:
-    """The uploaded label file and the active label's name of a request to infer, as far as there are any.
+    """Return the uploaded label file and the active label of an inference request, or None for each.
 
     Raises:
-        HTTPException: 400 where ``label`` is no name, 403 where it names a file that was not uploaded.
+        HTTPException: 400 where ``label`` is not a name, 403 where it names a file that was not uploaded.
     """
     label, active = request.get("label"), request.get("active_label")
     for value in (label, active):

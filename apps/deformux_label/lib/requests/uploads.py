@@ -1,4 +1,4 @@
-"""Uploaded files: where they lie while their request lasts, and what clears up after a server that was killed."""
+"""Uploaded files: their folder while the request lasts, and the clean-up after a server that was killed."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 _SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
 _PREFIX = "deformux-label-"
 _LOCK = ".in-use"
-# A folder without a lock is of a server that has not locked it yet, or of an early one that is long gone.
+# A folder without a lock belongs to a server that is about to lock it, or to an early one that is long gone.
 _SECONDS_TO_LOCK = 3600
-# The locks of this process, which end with it, however it ends.
+# The locks of this process: they end with it, however it ends.
 _held: list[int] = []
 
 
@@ -40,14 +40,14 @@ class StoredUpload(UploadFile):
 
 
 def stored_upload(upload: UploadFile, name: str) -> Path:
-    """Return the path of an uploaded volume; of the name that the client gave it only the suffix is kept.
+    """Return the path of an uploaded volume; only the suffix of the client's name for it is kept.
 
     Args:
         upload: a file of the request's form.
         name: what to call it, in the folder of the request and in sentences about it.
 
     Raises:
-        HTTPException: 422 for a suffix of no volume.
+        HTTPException: 422 for a suffix that volumes do not have.
     """
     assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
     name_sent = (upload.filename or "").lower()
@@ -75,7 +75,7 @@ def private_uploads() -> Path:
 def own_folder(parent: Path) -> Path:
     """Make a folder in ``parent`` that only this user can read and that goes with this process, however that ends.
 
-    Folders that remain of a whole machine that was switched off, or a container that was killed, go now.
+    Folders left behind by a machine that was switched off, or a container that was killed, are removed now.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(parent)
@@ -89,7 +89,7 @@ def own_folder(parent: Path) -> Path:
 
 
 def _remove_afterwards(folder: Path) -> None:
-    """Leave a shell that waits for the end of this process: uvicorn ends by its signal, past any ``atexit``."""
+    """Start a shell that outlives this process and removes the folder: uvicorn's signals bypass ``atexit``."""
     try:
         subprocess.Popen(
             ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)],
@@ -107,7 +107,7 @@ def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             status = folder.lstat()
-            # A link, or what somebody else put into the shared temporary folder, is none of ours.
+            # Links, and other users' files in the shared temporary folder, are not ours.
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and _is_left(folder, status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
                 logger.warning("Removed %s: files of a server that was killed", folder)
