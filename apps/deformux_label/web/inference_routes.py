@@ -20,12 +20,12 @@ __all__ = ["inference_router"]
 
 
 def inference_router(sessions: VolumeSessions | None) -> APIRouter:
-    """MONAI Label's inference, which gets its files from here.
+    """Return MONAI Label's routes of inference, which get their files from here.
 
-    It would copy each upload once more, leave the copy behind when the request fails, believe a session's own words
-    about where its image is, and let ``params`` choose another model than the path. It also puts the path of an
-    uploaded label file under ``label``, and then everything of ``params`` beside it: SmartEdit's ``label``, the name
-    of the active one, would replace the path. Where both come, the name moves to ``active_label``.
+    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session about where
+    its image is, and let ``params`` choose another model than the path. It also puts the path of an uploaded label file
+    under ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
+    path. If both are sent, the name moves to ``active_label``.
     """
     router = APIRouter()
     for route in infer.router.routes:
@@ -42,7 +42,7 @@ def _with_files(
         if arguments.get("output") == "dicom_seg":
             raise HTTPException(400, "DICOM SEG needs a DICOM web store; ask for output=image or output=all")
         params = json_object(arguments.get("params"))
-        # The route, and with it the role that may call it, was chosen by the path.
+        # The path has chosen the route, and with it the role that may call it.
         params.pop("model", None)
         if arguments.get("session_id"):
             if sessions is None:

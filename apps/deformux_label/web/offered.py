@@ -1,4 +1,4 @@
-"""Every route that the server offers, with the least role that may call it; whatever is not listed here is 404."""
+"""Every route that the server offers, with the least role that may call it; any other path is 404."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Offered:
     role: str | None
 
 
-# In order: the first that fits decides.
+# The first match decides.
 OFFERED = (
     Offered(("GET",), "/favicon.ico", None),
     Offered(("GET",), "/auth/", None),
@@ -30,7 +30,7 @@ OFFERED = (
     Offered(("GET",), "/auth/token/valid", None),
     Offered(("GET", "POST"), "/auth/login", None),
     Offered(("POST",), "/auth/logout", None),
-    # What can be called, and how the project stands.
+    # The API, and the state of the project.
     Offered(("GET",), "/", "reader"),
     Offered(("GET",), "/docs", "reader"),
     Offered(("GET",), "/assets/{name}", "reader"),

@@ -1,4 +1,4 @@
-"""The web server's routes that are this app's own, or that answer in place of MONAI Label's of the same path."""
+"""The routes of this app, including those that replace MONAI Label's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LABEL_FILE = File(...)
 
 
 class App(Protocol):
-    """What the routes need of the app."""
+    """The part of the app that the routes need."""
 
     queue: TrainingQueue
     leases: Leases
@@ -52,19 +52,19 @@ class App(Protocol):
     server_options: ServerOptions
 
     def sessions(self) -> VolumeSessions | None:
-        """Volumes that clients uploaded for a while."""
+        """Return the volumes that clients uploaded for a while."""
 
     def datastore(self) -> Datastore:
-        """The studies."""
+        """Return the studies."""
 
     def versions(self) -> ModelVersions:
-        """The project's models."""
+        """Return the project's model versions."""
 
     def options_of(self, kind: str, name: str) -> set[str]:
-        """The options that a task of a kind (trainers or strategies) takes; 404 where there is no such task."""
+        """Return the options of a task of a kind (trainers or strategies); raise HTTPException 404 for no such task."""
 
     def scoring_methods(self) -> Mapping[str, Any]:
-        """The scoring methods by name."""
+        """Return the scoring methods by name."""
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Raise HTTPException for a training that cannot work."""
@@ -73,23 +73,23 @@ class App(Protocol):
         """Raise HTTPException for a batch inference that cannot work."""
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What an active-learning strategy chose."""
+        """Return the choice of an active-learning strategy."""
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
-        """The model whose proposal an annotator was shown."""
+        """Return the version of the model whose proposal an annotator was shown."""
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any] | None:
-        """A label was stored."""
+        """React to a stored label."""
 
     def submitted(self, image_id: str, tag: str) -> None:
-        """A label was saved."""
+        """Release the volume of a saved label."""
 
     def model_changed(self) -> None:
-        """Another version is published."""
+        """Use a version that was just published."""
 
 
 def routers(app: App) -> list[APIRouter]:
-    """Routers to put in front of MONAI Label's."""
+    """Return the routers to put in front of MONAI Label's."""
     return [
         _training(app),
         _samples(app),
@@ -154,7 +154,7 @@ def _samples(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/activelearning", tags=["ActiveLearning"])
 
     def sample(http_request: Request, strategy: str, params: dict | None = None, user: User = _USER) -> Any:
-        # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
+        # MONAI Label would record each sample in the index, and rewrite it; the lease records it instead.
         refuse_unknown(params or {}, app.options_of("strategies", strategy), "active learning")
         client = with_checked_client(params)
         request = {**with_login(client), "strategy": strategy, ADDRESS: _address(http_request)}
@@ -225,7 +225,7 @@ def _leases(app: App) -> APIRouter:
 
         lease = app.leases.release(image, check=may_end)
         if lease is None:
-            raise HTTPException(404, f"nobody has image {image!r}")
+            raise HTTPException(404, f"image {image!r} is not leased")
         note(annotator=lease.annotator)
         return asdict(lease)
 
@@ -305,7 +305,7 @@ def _versions(app: App) -> APIRouter:
 
 
 def _address(request: Request) -> str:
-    """What leases are counted by beside the annotator: with a login that is enough, and a ward may share an address."""
+    """Return the address by which leases are counted; empty with a login, as a ward may share an address."""
     return "" if current_user() is not None or request.client is None else request.client.host
 
 

@@ -1,4 +1,4 @@
-"""A small JSON file beside the users, which several servers add to."""
+"""A small JSON file beside the users, which several servers write."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Parsed = TypeVar("_Parsed")
 
 
 class SharedJson:
-    """Read and rewrite the file, for its owner alone; failures are logged and cost memory over a restart only.
+    """Read and rewrite the file, for its owner alone; failures are logged, and lose its content at a restart only.
 
     Args:
         path: the file; written by rename, under a lock beside it.
@@ -34,7 +34,7 @@ class SharedJson:
         self._unwritten = unwritten
 
     def read(self, parse: Callable[[Any], _Parsed]) -> _Parsed | None:
-        """Return what ``parse`` makes of the content; None where there is no file or it is damaged."""
+        """Return the content as ``parse`` converts it; None without a file or for a damaged one."""
         try:
             return parse(json.loads(self.path.read_bytes()))
         except FileNotFoundError:
@@ -44,7 +44,7 @@ class SharedJson:
             return None
 
     def rewrite(self, merged: Callable[[], Any]) -> bool:
-        """Write what ``merged`` returns, which it makes under the lock; return whether that succeeded."""
+        """Write the result of ``merged``, called under the lock; return whether that succeeded."""
         try:
             with FileLock(self.path.with_name(f"{self.path.name}.lock")):
                 write_text(self.path, json.dumps(merged()) + "\n", mode=0o600)

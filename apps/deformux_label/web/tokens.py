@@ -1,4 +1,4 @@
-"""The tokens that a login gives: signed, for twelve hours, and bound to what the users file says at that moment."""
+"""The tokens of the login: signed, valid for twelve hours, and bound to the state of their user."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ _LONGEST = 4_096
 class Tokens:
     """JSON web tokens of the users in a file.
 
-    A token names a user and carries a digest of their role, password hash and count of changes: when one of these
-    changes, or the user is removed, even if it is changed back or one of the same name is added again, the token ends
-    at once and for good. Nothing in it is believed beside
-    the name.
+    A token names a user and carries a digest of their role, password hash and count of changes. When one of these
+    changes, or the user is removed, the token ends at once and for good, even if the change is undone or the name is
+    added again. Only the name in it is trusted.
     """
 
     def __init__(self, users: Users) -> None:
@@ -38,7 +37,7 @@ class Tokens:
         self._ended = EndedTokens(users.path.with_name(f"{users.path.name}.ended"))
 
     def make(self, user: User) -> str:
-        """Return a token for somebody whose password was right."""
+        """Return a token for a user whose password was right."""
         now = int(time.time())
         claims = {
             "sub": user.name,
@@ -50,7 +49,7 @@ class Tokens:
         return jwt.encode(claims, self._key(), _ALGORITHM)
 
     def user(self, token: str) -> User | None:
-        """Return whose token it is; None for one that is forged, has expired, or was ended."""
+        """Return the user of a token; None for one that is forged, expired or ended."""
         claims = self._claims(token)
         if claims is None or claims["jti"] in self._ended:
             return None
@@ -83,16 +82,16 @@ class Tokens:
         return hmac.digest(self._key(), text.encode(), hashlib.sha256).hex()[:32]
 
     def _key(self) -> bytes:
-        # Not before there is a user: a server without a login leaves no files.
+        # Only once there is a user: a server without a login leaves no files.
         if self._secret is None:
             self._secret = self._users.secret()
         return self._secret
 
 
 class EndedTokens:
-    """Ids of the tokens that a logout ended, in a file beside the users: no restart and no other server revives one.
+    """Ids of tokens that a logout ended, in a file beside the users, so that no restart or other server revives them.
 
-    Each is kept for as long as its token would have been valid.
+    Each is kept as long as its token would be valid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -111,7 +110,7 @@ class EndedTokens:
             return token in self._held
 
     def add(self, token: str, until: float) -> None:
-        """End a token that would be valid ``until`` a time in seconds of the epoch."""
+        """End a token that would be valid until ``until``, in seconds since 1970."""
 
         def merged() -> dict[str, float]:
             self._refresh()
@@ -125,7 +124,7 @@ class EndedTokens:
             self._file.rewrite(merged)
 
     def _refresh(self) -> None:
-        """Add what the file holds, if it has changed."""
+        """Add the content of the file if it has changed."""
 
         def held(listed: Mapping[str, float]) -> dict[str, float]:
             return {str(name): float(end) for name, end in listed.items()}
@@ -136,7 +135,7 @@ class EndedTokens:
         except FileNotFoundError:
             return
         except OSError:
-            version = None  # reading says why
+            version = None  # ``read`` logs why
         if version is None or version != self._seen:
             self._seen = version
             self._held |= self._file.read(held) or {}

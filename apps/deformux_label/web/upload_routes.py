@@ -1,4 +1,4 @@
-"""The routes by which volumes, sessions and information about them come in and go out."""
+"""The routes that exchange volumes, labels, sessions and information about them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
 _MOST_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-# One for each name: FastAPI writes the name of the parameter into it.
+# One for each parameter: FastAPI writes the name of the parameter into it.
 _FILE = File(...)
 _FILES = File(...)
 _PARAMS = Form("{}")
@@ -43,7 +43,7 @@ class _App(Protocol):
 
 
 def datastore_router(app: _App) -> APIRouter:
-    """Uploads of images, information about images and labels, checksums, and the archive of all of it."""
+    """Return the routes of images, labels, information about them, checksums, and the archive of all."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/datastore", tags=["Datastore"])
 
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
@@ -99,7 +99,7 @@ def datastore_router(app: _App) -> APIRouter:
 
 
 def session_router(app: _App) -> APIRouter:
-    """Volumes that are not of the studies."""
+    """Return the routes of sessions: volumes outside the studies."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/session", tags=["Session"])
 
     def sessions() -> VolumeSessions:

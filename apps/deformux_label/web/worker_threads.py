@@ -1,4 +1,4 @@
-"""Running endpoints that block in threads, so that the event loop answers everybody else meanwhile."""
+"""Running blocking endpoints in threads, so that the event loop can answer other requests."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from deformux_label.lib.infers.cancellation import ClientGone, watch_client
 
 __all__ = ["client_left", "in_thread", "watched", "with_endpoint", "with_signature"]
 
-# nginx's number for a client that closed its connection; nobody is there to read it.
+# nginx's status for a client that closed its connection; it is never read.
 _CLIENT_CLOSED_REQUEST = 499
 
 
 def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """An endpoint with the same parameters that runs in one of its own ``threads``; its answer becomes JSON there too.
+    """Return an endpoint with the same parameters that runs, and encodes its answer, in one of its own ``threads``.
 
     ``endpoint`` is a function, or a coroutine function that never awaits, as MONAI Label's are.
     """
@@ -38,13 +38,13 @@ def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Co
 def watched(
     endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Callable[[], None]]]
 ) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """An endpoint that waits for its ``turn``, then runs in a thread of its own, and ends early when its client leaves.
+    """Return an endpoint that waits for its ``turn``, runs in a thread, and ends early when its client leaves.
 
     Args:
         endpoint: as of ``in_thread``.
-        turn: waits, given the endpoint's arguments and the request, and returns what ends the turn.
+        turn: waits, given the endpoint's arguments and the request, and returns the function that ends the turn.
     """
-    # The turns decide how many run; a second limit would put the order of the turns out.
+    # Turns limit how many run; a second limit would break their order.
     limiter = CapacityLimiter(1_000_000)
 
     async def run(http_request: Request, **arguments: Any) -> Response:
@@ -83,7 +83,7 @@ def _answer(endpoint: Callable[..., Any], arguments: Mapping[str, Any]) -> Respo
 
 
 def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that never awaits to its end."""
+    """Run a coroutine that never awaits, and return its result."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -95,7 +95,7 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def with_endpoint(
     route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "", kind: type[APIRoute] = APIRoute
 ) -> APIRoute:
-    """The same route with another endpoint, below a prefix."""
+    """Return the same route with another endpoint, below a prefix."""
     return kind(
         f"{prefix}{route.path}",
         endpoint,
