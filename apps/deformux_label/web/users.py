@@ -288,9 +288,9 @@ def _parsed(content: bytes, path: Path) -> dict[str, User]:
             checked_name(user.name)
             _checked_role(user.role)
             if not _HASH.fullmatch(user.password):
-                raise ValueError(f"user {user.name!r} has no hash of a password")
+                raise ValueError(f"user {user.name!r} has no password hash")
             if type(user.changes) is not int:
-                raise ValueError(f"the changes of user {user.name!r} are no number")
+                raise ValueError(f"the changes of user {user.name!r} are not a number")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(

@@ -200,8 +200,8 @@ def batch_options(images: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     if tag != _ORIGINAL:
         raise HTTPException(
             400,
-            f"label_tag must be {_ORIGINAL}: what a model proposes must not take the place of a label that somebody "
-            f"submitted; got {ascii(tag)[:60]}",
+            f"label_tag must be {_ORIGINAL}: a model's proposal must not replace a submitted label; got "
+            f"{ascii(tag)[:60]}",
         )
     if str(params.get("multi_gpu", True)).lower() not in ("true", "false"):
         raise HTTPException(400, f"multi_gpu must be true or false; got {ascii(params['multi_gpu'])[:60]}")

@@ -115,7 +115,7 @@ def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | Non
         lists[active] = lists.get(active, []) + _voxels("foreground", request["foreground"])
     for name, value in request.items():
         if name not in values and name != "foreground" and _is_points(value):
-            raise HTTPException(400, f"there are points for {name!r}, which is none of {', '.join(values)}")
+            raise HTTPException(400, f"there are points for {name!r}, which is not one of {', '.join(values)}")
     if (number := sum(map(len, lists.values()))) > MOST_POINTS:
         raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
     order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))

@@ -64,7 +64,7 @@ class ScribblesRequest(InferenceRequest):
             HTTPException: 400 or 403.
         """
         if asked.options.save_label:
-            raise HTTPException(400, "a segment from scribbles is no whole label; submit it with the others")
+            raise HTTPException(400, "a segment from scribbles is not a whole label; submit it with the others")
         file, _ = label_file_of(sent, labels, uploads)
         if file is None:
             raise HTTPException(400, "the request has no scribbles; send them as its label file")
