@@ -1,4 +1,4 @@
-"""What is kept between clicks: computed once, bounded in bytes, dropped when idle, right under concurrency."""
+"""The cache between clicks: computes once, bounds bytes, drops idle items, and is thread-safe."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def key(name: str, version: str = "v0001") -> ScanKey:
 
 
 def sized(nbytes: int, **more: Any) -> Any:
-    """A study or an editor, as far as this cache knows either."""
+    """Return a scan or an editor, as far as this cache knows either."""
     return SimpleNamespace(nbytes=nbytes, **more)
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -57,7 +57,7 @@ def edit(cache: ClickCache, name: str, client: str, nbytes: int, clock: Clock, m
 
 
 def held(cache: ClickCache, *names: str) -> list[bool]:
-    """Without touching what would then have been used last."""
+    """Return which scans are held, without marking them as used."""
     return [key(name) in cache._held for name in names]
 
 
@@ -101,7 +101,7 @@ def test_an_editor_that_grows_is_weighed_again(cache: ClickCache, clock: Clock) 
     assert cache.state()["editors"] == 0, "it does not fit beside its own study"
 
 
-def test_what_nobody_uses_expires(cache: ClickCache, clock: Clock) -> None:
+def test_unused_items_expire(cache: ClickCache, clock: Clock) -> None:
     hold(cache, "a", 100, clock)
     edit(cache, "a", "one", 50, clock)
     edit(cache, "a", "two", 50, clock)
@@ -150,7 +150,7 @@ def test_a_study_is_computed_once_and_others_do_not_wait(cache: ClickCache) -> N
     assert all(each is found[0] for each in found)
 
 
-def test_a_client_that_leaves_does_not_end_the_others(cache: ClickCache) -> None:
+def test_a_client_that_disconnects_does_not_fail_the_others(cache: ClickCache) -> None:
     started, go = threading.Event(), threading.Event()
 
     def leaves() -> Any:
@@ -185,7 +185,7 @@ def test_another_version_or_another_file_of_the_same_name_replaces_a_study(cache
 
 
 def test_many_clients_at_once() -> None:
-    """Whatever the order, a client gets the editor of its own mask and study, alone, and the bound holds."""
+    """In any order, a client gets the editor of its own mask and scan for itself, and the bound holds."""
     cache = ClickCache(1_000)
 
     def client(number: int) -> None:

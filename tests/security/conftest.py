@@ -1,4 +1,4 @@
-"""The servers, volumes and clients of ``tests/app``, for attacks on them, and a server with a login."""
+"""The servers, volumes and clients of ``tests/app``, for attacks on them; and a server with a login."""
 
 from __future__ import annotations
 

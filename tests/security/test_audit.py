@@ -1,4 +1,4 @@
-"""The audit log: what a running server writes of what was done, and what survives of it."""
+"""The audit log of a running server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from deformux_label.web.audit import AUDITED
 from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users
 
-# They change nothing that outlives the request, or what they change is recorded where the app does it.
+# They change nothing that outlives the request, or the app itself records the change.
 _NOT_RECORDED = {"/infer/segmentation", "/infer/{model}"}
 _NOT_RECORDED |= {"/auth/token", "/auth/login", "/auth/logout"}
 
@@ -49,7 +49,7 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Users:
 
 @pytest.fixture(scope="module")
 def server(case: Volume, users: Users, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """MONAI Label's own command, open to everybody, as somebody asked for it."""
+    """Start MONAI Label's own command, open to everybody by an explicit option."""
     conf = {**CONF, "users": str(users.path), "insecure": "true"}
     publish_untrained(case.image.parent, conf)
     server = LiveServer(stock_command(case.image.parent, conf), tmp_path_factory.mktemp("server"), host="0.0.0.0")
@@ -68,7 +68,7 @@ def lines(log: Path) -> list[dict[str, Any]]:
 
 
 def last(log: Path) -> dict[str, Any]:
-    """The newest line, without its time."""
+    """Return the newest line, without its time."""
     return {key: value for key, value in lines(log)[-1].items() if key != "time"}
 
 
@@ -79,19 +79,19 @@ def test_the_start_is_recorded_and_warned_of(server: LiveServer, log: Path, case
     assert start == {"what": "start server", "studies": str(case.image.parent.resolve()), "users": {}}
     info = requests.get(f"{server.url}/info/", timeout=30).json()
     assert "--insecure" in info["warnings"][0]
-    # With this, Slicer's extension would refuse the server.
+    # With a config, Slicer's extension would refuse the server.
     assert not info.get("config")
     assert "--insecure" in server.log.read_text()
 
 
-def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
+def test_actions_are_recorded(server: LiveServer, log: Path, case: Volume) -> None:
     here = {"status": 200, "address": "127.0.0.1"}
 
     def did(method: str, path: str, expected: dict[str, Any], **more: Any) -> Any:
         before = len(lines(log))
         answer = requests.request(method, f"{server.url}{path}", timeout=60, **more)
         assert len(lines(log)) == before + 1, answer.text
-        # In time: whoever has the answer can read of it.
+        # At once: the line is written before the answer arrives.
         assert last(log) == {**here, **expected}
         return answer
 
@@ -146,7 +146,7 @@ def test_what_was_done_is_recorded(server: LiveServer, log: Path, case: Volume) 
         ("POST", "/auth/logout?a=1&a="),
     ],
 )
-def test_a_parameter_that_comes_twice_is_refused(server: LiveServer, log: Path, method: str, query: str) -> None:
+def test_a_repeated_parameter_is_refused(server: LiveServer, log: Path, method: str, query: str) -> None:
     before = len(lines(log))
     answer = requests.request(method, f"{server.url}{query}", timeout=30, allow_redirects=False)
     assert answer.status_code == 400
@@ -167,7 +167,7 @@ def test_a_parameter_that_comes_twice_is_refused(server: LiveServer, log: Path, 
         ("DELETE", "/train/?image=c", {}),
     ],
 )
-def test_only_what_the_endpoint_reads_is_recorded(
+def test_only_parameters_that_the_endpoint_reads_are_recorded(
     server: LiveServer, log: Path, method: str, query: str, expected: dict[str, str]
 ) -> None:
     before = len(lines(log))
@@ -196,7 +196,7 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
     before = lines(log)
     requests.delete(f"{server.url}/datastore/image?id={name}", timeout=30)
     after = lines(log)
-    # What the perimeter refuses before anything else is not recorded.
+    # Refusals of the perimeter are not recorded.
     assert before in (after, after[:-1])
     assert after[-1]["what"] == "delete image"
     assert log.read_bytes().isascii()
@@ -208,7 +208,7 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
 
 
 @pytest.mark.usefixtures("unwatched")
-def test_what_commands_restore_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
+def test_restoring_by_commands_is_recorded(server: LiveServer, log: Path, case: Volume) -> None:
     studies = case.image.parent
     who = {"user": getpass.getuser(), "address": "command line"}
 
@@ -246,7 +246,7 @@ def test_the_command_finds_the_log_by_the_studies(server: LiveServer, log: Path,
         assert refused.output.count("\n") == 1
 
 
-def test_a_first_user_closes_a_server_that_runs(server: LiveServer, log: Path, users: Users) -> None:
+def test_a_first_user_closes_a_running_server(server: LiveServer, log: Path, users: Users) -> None:
     def auth() -> bool:
         return requests.get(f"{server.url}/auth/", timeout=30).json()["enabled"]
 
@@ -259,7 +259,7 @@ def test_a_first_user_closes_a_server_that_runs(server: LiveServer, log: Path, u
 
     assert not auth()
     assert info(Authorization="bearer x") == 200
-    # What MONAI Label answers a client that asks all the same.
+    # The answer of MONAI Label without a login.
     assert log_in(server, "anna").json() == {"access_token": None, "token_type": None}
     users_command("add", "anna", "--role", "annotator", "--password-stdin", stdin=f"{password('anna')}\n")
     assert info() == 401
@@ -322,7 +322,7 @@ def test_a_stranger_adds_nothing(server: LiveServer, log: Path, users: Users) ->
     finally:
         users.path.write_bytes(kept)
     assert lines(log) == before
-    # Who has a token is recorded, once, and without what the query says.
+    # A caller with a token is recorded once, without the query.
     for _ in range(3):
         post("/auth/logout?image=c1&tag=final&revision=1", 303, headers=bearer(mia))
     assert len(lines(log)) == len(before) + 1

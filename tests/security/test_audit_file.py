@@ -28,7 +28,7 @@ while True:
 """
 
 
-def test_what_was_acknowledged_survives_kill_9(tmp_path: Path) -> None:
+def test_acknowledged_lines_survive_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     command = [sys.executable, "-c", _WRITER, str(path)]
     writers = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(2)]
@@ -64,7 +64,7 @@ def test_a_torn_line_is_left_alone(tmp_path: Path, torn: bytes) -> None:
     assert "1 lines" in shown.output
 
 
-def test_a_log_that_cannot_be_written_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_log_that_cannot_be_written_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "target").write_text("mine\n")
     (tmp_path / "audit.jsonl").symlink_to(tmp_path / "target")
     log = AuditLog(tmp_path / "audit.jsonl")

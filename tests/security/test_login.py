@@ -1,4 +1,4 @@
-"""The login, on a running server: who may do what, whose tokens are good, and in whose name work is kept."""
+"""The login of a running server: permissions of roles, and the names under which work is recorded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from monailabel.client.client import MONAILabelClientException
 
 from deformux_label.lib.requests.roles import ROLES, may
 
-# What a caller who may would really begin, in processes that outlive the test.
+# A permitted call would start processes that outlive the test.
 _COSTLY = {("POST", "/scoring/")}
 
 
@@ -52,7 +52,7 @@ def tokens(login_tokens: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]
     return login_tokens
 
 
-def test_without_a_token_nothing_is_said(server: LiveServer) -> None:
+def test_without_a_token_nothing_is_told(server: LiveServer) -> None:
     for method, path, role in routes():
         answer = call(server, method, path)
         if role is None:
@@ -111,7 +111,7 @@ def test_the_stock_clients(
     assert client(token).auth_valid_token()
     assert client(token).info()["name"] == "DeformUX Label"
     sample = client(token).next_sample("first", {})
-    # Slicer's SampleData: no header, no cookie, once the path that the server named is not there.
+    # Slicer's SampleData sends no header and no cookie if the path from the server does not exist.
     url = f"{server.url}/datastore/image?image={sample['id']}"
     with urllib.request.urlopen(url) as answer:
         assert answer.read() == cases[sample["id"]].image.read_bytes()
@@ -148,11 +148,13 @@ def lines_of(log: Path, what: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, log.read_text().splitlines()) if line["what"] == what]
 
 
-def test_the_one_call_without_a_token(server: LiveServer, log: Path, tokens: dict[str, dict[str, str]]) -> None:
+def test_a_handed_out_image_is_fetched_without_a_token(
+    server: LiveServer, log: Path, tokens: dict[str, dict[str, str]]
+) -> None:
     def fetch(image: str, **headers: str) -> int:
         return call(server, "GET", "/datastore/image", headers, params={"image": image}).status_code
 
-    # A proxy on the same machine says for whom it asks.
+    # A proxy on the same machine forwards the address of the client.
     elsewhere = {"X-Forwarded-For": "10.0.0.7"}
     here = {"X-Forwarded-For": "10.0.0.8"}
     assert fetch("case_3", **here) == 401
@@ -174,7 +176,7 @@ def test_the_one_call_without_a_token(server: LiveServer, log: Path, tokens: dic
     assert "without_token" not in lines_of(log, "download image")[-1]
 
 
-def test_a_logout_ends_the_call_without_a_token(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+def test_a_logout_ends_fetching_without_a_token(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
     here = {"X-Forwarded-For": "10.0.0.18"}
     token = headers_of(server, "anna")["anna"]
     sample = call(server, "POST", "/activelearning/random", {**token, **here}, json={}).json()["id"]
@@ -184,7 +186,7 @@ def test_a_logout_ends_the_call_without_a_token(server: LiveServer, tokens: dict
     call(server, "DELETE", "/deformux/leases", tokens["rob"], params={"image": sample})
 
 
-def test_work_is_kept_in_the_name_of_the_login(
+def test_work_is_recorded_under_the_logged_in_name(
     server: LiveServer, cases: dict[str, Volume], tokens: dict[str, dict[str, str]]
 ) -> None:
     spoof = {"client_id": "rob", "user": "rob"}
@@ -193,7 +195,7 @@ def test_work_is_kept_in_the_name_of_the_login(
     sample = call(server, "POST", "/activelearning/first", tokens["anna"], json=claimed).json()["id"]
     leases = call(server, "GET", "/deformux/leases", tokens["rita"]).json()["leases"]
     assert {lease["image"]: lease["annotator"] for lease in leases}[sample] == "anna"
-    # What was proposed to anna is what her label started from, whichever client ids she uses.
+    # Anna's label started from the proposal that she got, whichever client ids she uses.
     params = {"params": (None, json.dumps({**spoof, "client_id": "one"}))}
     inferred = call(server, "POST", f"/infer/segmentation?image={sample}", tokens["anna"], files=params)
     assert inferred.status_code == 200, inferred.text
@@ -215,7 +217,7 @@ def test_work_is_kept_in_the_name_of_the_login(
     query = {"image": sample, "revision": 1, "client_id": "anna"}
     restored = call(server, "POST", "/deformux/labels/restore", tokens["rob"], params=query)
     assert restored.json()["annotator"] == "rob"
-    # What others say about a label does not make it theirs.
+    # Information from others about a label does not change its author.
     label = {"label": sample, "tag": "final"}
     claim = {"info": json.dumps({**spoof, **forged, "user": "andy", "note": "fine"})}
     assert call(server, "PUT", "/datastore/label/info", tokens["andy"], params=label, data=claim).ok
@@ -239,7 +241,7 @@ def test_work_is_kept_in_the_name_of_the_login(
     assert call(server, "GET", "/deformux/versions", tokens["rita"]).json()["history"][-1]["by"] == "ada"
 
 
-def test_an_annotator_ends_no_other_ones_lease(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+def test_an_annotator_cannot_end_the_leases_of_others(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
     def sample(name: str) -> str:
         return call(server, "POST", "/activelearning/random", tokens[name], json={}).json()["id"]
 
@@ -276,8 +278,8 @@ def test_a_reader_stores_nothing(server: LiveServer, tokens: dict[str, dict[str,
     assert objects["case_6"]["labels"] == {}
 
 
-def test_turns_are_the_logins(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
-    """One login that asks under many client ids is still one, and does not come before the others."""
+def test_turns_belong_to_logins(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    """A login with many client ids counts as one client, and does not overtake others."""
     seen: set[str] = set()
 
     def infer(number: int) -> int:

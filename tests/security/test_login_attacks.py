@@ -111,7 +111,7 @@ def test_tokens_end_at_once(server: LiveServer, users: Users) -> None:
     users_command("remove", "eve")
 
 
-def test_guessing_is_slow_and_others_do_not_wait(
+def test_guessing_is_slow_and_does_not_delay_others(
     server: LiveServer, tokens: dict[str, dict[str, str]], users: Users
 ) -> None:
     attacker = {"X-Forwarded-For": "203.0.113.5"}
@@ -142,7 +142,7 @@ def test_guessing_is_slow_and_others_do_not_wait(
         assert time.monotonic() - begin < 5
         for future in running:
             future.result()
-    # Three are free, then 0.5, 1, 2, 4 s; the address is let down later.
+    # Three are free, then 0.5, 1, 2, 4 s; the address is delayed later.
     assert guesses <= 9
     assert statistics.median(waits) < 0.5
     log = server.log.read_text()
@@ -150,8 +150,8 @@ def test_guessing_is_slow_and_others_do_not_wait(
     assert "a wrong one" not in log
 
 
-def test_innocents_are_not_locked_out(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
-    """Not at an address from which somebody guesses names, nor elsewhere while somebody guesses their name."""
+def test_guesses_do_not_lock_out_the_users(server: LiveServer, tokens: dict[str, dict[str, str]]) -> None:
+    """Neither at an address from which names are guessed, nor elsewhere while their own name is guessed."""
     ward, attacker = {"X-Forwarded-For": "192.0.2.50"}, {"X-Forwarded-For": "192.0.2.66"}
     assert log_in(server, "andy", **ward).status_code == 200
     deadline = time.monotonic() + 3
@@ -173,7 +173,7 @@ def test_innocents_are_not_locked_out(server: LiveServer, tokens: dict[str, dict
         answers = list(pool.map(lambda headers: log_in(server, "ada", **headers).status_code, elsewhere))
         assert answers == [200] * 8
         assert time.monotonic() - begin < 15
-        # A user's own logins at once are no failures.
+        # Concurrent logins of a user are not failures.
         assert list(pool.map(lambda _: log_in(server, "rita").status_code, range(12))) == [200] * 12
         for future in running:
             future.result()
@@ -181,13 +181,13 @@ def test_innocents_are_not_locked_out(server: LiveServer, tokens: dict[str, dict
     assert seen.count(401) < 40
 
 
-def test_an_unknown_name_takes_as_long(server: LiveServer) -> None:
+def test_unknown_and_known_names_take_equally_long(server: LiveServer) -> None:
     def seconds(name: str, address: str) -> float:
         begin = time.perf_counter()
         assert log_in(server, name, "a wrong one", **{"X-Forwarded-For": address}).status_code == 401
         return time.perf_counter() - begin
 
-    # Below the number from which on attempts are slowed.
+    # Fewer attempts than are free of delays.
     known = [
         seconds(name, f"198.51.100.{n}") for n, name in enumerate(("anna", "andy", "rita", "anna", "andy", "rita"))
     ]

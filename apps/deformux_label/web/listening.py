@@ -14,7 +14,7 @@ from deformux_label.web.users import InvalidUsers, Users, default_users_file
 __all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "is_own_address", "reason_not_to_start"]
 
 NO_LOGIN = "this server has no login, so it answers only programs on its own machine"
-UNSAFE = "the server listens to the network without a login (--insecure): anybody who reaches it can read and change everything"
+UNSAFE = "the server listens to the network without a login (--insecure): anybody there can read and change everything"
 
 
 def is_own_address(text: str) -> bool:

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deformux_label.lib.requests.caller import Caller, calling_now, note
+from deformux_label.lib.requests.caller import Caller, current_caller, note
 from deformux_label.lib.requests.roles import may
 from deformux_label.web.at_home import AtHome, place_of
 from deformux_label.web.attempts import Attempts, TooManyAttempts
@@ -152,7 +152,7 @@ class Login:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            caller = calling_now()
+            caller = current_caller()
             refusal = self._refusal(scope, caller)
             if refusal is not None:
                 if caller.user is None:

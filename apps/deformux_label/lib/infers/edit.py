@@ -26,7 +26,7 @@ from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.opened_scan import open_requested_scan
 from deformux_label.lib.infers.reply_file import write_reply
-from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences
+from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, as_http_errors, joined_warnings
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
 from deformux_label.lib.requests.clicks import (
     BACKGROUND_LABEL,
@@ -87,7 +87,7 @@ class Edit(InferTask):
     def __call__(self, request: EditRequest) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
         version = self.models.current()
-        with in_a_sentence():
+        with as_http_errors():
             if version is None:
                 labels, affine, params = self._without_a_model(request)
             else:
@@ -108,7 +108,7 @@ class Edit(InferTask):
             labels = np.zeros(image.shape[1:], dtype=np.uint8)
         for value, voxels in points.items():
             labels[tuple(np.transpose(voxels))] = value
-        return labels, affine, {"warning": sentences(image, self.models.warning(None), UNTRAINED)}
+        return labels, affine, {"warning": joined_warnings(image, self.models.warning(None), UNTRAINED)}
 
     def _edited(self, request: EditRequest, version: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         device = request.options.device
@@ -132,7 +132,7 @@ class Edit(InferTask):
         params = {"latencies": {"network": round(network_s, 4)}, "windows": changed.windows}
         if request.options.uncertainty:
             params["uncertainty"] = uncertainty_reply(study.logits, study.image)
-        if text := sentences(study.image, self.models.warning(version), opened.warning, warning, unguided):
+        if text := joined_warnings(study.image, self.models.warning(version), opened.warning, warning, unguided):
             params["warning"] = text
         return changed.labels, np.asarray(study.image.meta["original_affine"], dtype=float), params
 

@@ -39,7 +39,7 @@ from deformux_label.lib.infers.graph_cut import (
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.opened_scan import open_requested_scan
 from deformux_label.lib.infers.reply_file import write_reply
-from deformux_label.lib.infers.served_network import UNTRAINED, in_a_sentence, sentences
+from deformux_label.lib.infers.served_network import UNTRAINED, as_http_errors, joined_warnings
 from deformux_label.lib.requests.inference import InferenceRequest
 from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, ScribblesRequest
 
@@ -87,7 +87,7 @@ class GraphCut(InferTask):
 
     def __call__(self, request: ScribblesRequest) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
-        with in_a_sentence():
+        with as_http_errors():
             mask, affine, params = self._segment(request)
         name = request.selected or "foreground"
         path = write_reply(mask, affine, request, {name: 1})
@@ -104,7 +104,9 @@ class GraphCut(InferTask):
         found = region.cut(log_odds, _cut_options(request), connected=True)
         mask = np.zeros(grid.size, dtype=np.uint8)
         _paste(mask, found, region, drawn)
-        warning = sentences(image, None if (drawn.scribbles == SCRIBBLED_BACKGROUND).any() else _no_background(request))
+        warning = joined_warnings(
+            image, None if (drawn.scribbles == SCRIBBLED_BACKGROUND).any() else _no_background(request)
+        )
         return mask, grid.affine, {"warning": warning} if warning else {}
 
     def _by(self, request: ScribblesRequest) -> Evidence:
@@ -151,7 +153,7 @@ class NetworkGraphCut(GraphCut):
         if request.roi is not None:
             mask[:] = 0
         _paste(mask, found, region, drawn)
-        warning = sentences(study.image, self.models.warning(version), opened.warning)
+        warning = joined_warnings(study.image, self.models.warning(version), opened.warning)
         return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
 

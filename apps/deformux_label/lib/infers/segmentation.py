@@ -19,7 +19,13 @@ from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
 from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.reply_file import write_reply
-from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, served_logits
+from deformux_label.lib.infers.served_network import (
+    UNTRAINED,
+    ServedNetwork,
+    as_http_errors,
+    joined_warnings,
+    served_logits,
+)
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
 from deformux_label.lib.requests.inference import InferenceRequest
 
@@ -69,7 +75,7 @@ class Segmentation(BasicInferTask):
             # One version for the whole request, whatever is published meanwhile.
             "model_version": self.models.current(),
         }
-        with in_a_sentence():
+        with as_http_errors():
             return super().__call__(given, callbacks)
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
@@ -120,7 +126,7 @@ class Segmentation(BasicInferTask):
             self.cache.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
-        if warning := sentences(data[self.input_key], self.models.warning(data["model_version"]), short):
+        if warning := joined_warnings(data[self.input_key], self.models.warning(data["model_version"]), short):
             result["warning"] = warning
         if "uncertainty_reply" in data:
             result["uncertainty"] = data["uncertainty_reply"]

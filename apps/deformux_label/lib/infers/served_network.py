@@ -20,7 +20,7 @@ from deformux_label.lib.infers.cancellation import raise_if_client_gone
 from deformux_label.lib.infers.gpu_memory import Placement
 from deformux_label.lib.infers.model_loader import ServedModels
 
-__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "served_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "as_http_errors", "joined_warnings", "served_logits"]
 
 # Freeing less and allocating it again would cost a click more than other processes gain.
 _FEW_BYTES = 256 * 2**20
@@ -81,14 +81,14 @@ def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
         network.give_back_memory()
 
 
-def sentences(image: MetaTensor, *warnings: str | None) -> str | None:
+def joined_warnings(image: MetaTensor, *warnings: str | None) -> str | None:
     """Join the warnings of a reply, each once, with what the scan ``image`` itself lacks; None for none."""
     filled = filled_voxels(image, "of this scan")
     return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
 
 
 @contextmanager
-def in_a_sentence() -> Iterator[None]:
+def as_http_errors() -> Iterator[None]:
     """Turn errors about the scan, the model or memory into HTTPException with one sentence."""
     try:
         yield

@@ -12,7 +12,7 @@ from fastapi import HTTPException
 
 from deformux_label.lib.requests.roles import may
 
-__all__ = ["Caller", "LoggedIn", "calling", "calling_now", "current_user", "note", "require", "with_login"]
+__all__ = ["Caller", "LoggedIn", "calling", "current_caller", "current_user", "note", "require", "with_login"]
 
 
 class LoggedIn(Protocol):
@@ -56,7 +56,7 @@ def calling(caller: Caller) -> Iterator[Caller]:
         _caller.reset(token)
 
 
-def calling_now() -> Caller:
+def current_caller() -> Caller:
     """Return the current caller; outside requests, a new one that nothing reads."""
     return _caller.get() or Caller()
 
