@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from live import LABELS, Volume, rotation, write, write_volume
 
-from deformux_label.lib.store import changed_labels as label_check
-from deformux_label.lib.store import studies_folder
+from deformux_label.lib.store import external_labels, studies_folder
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.label_check import label_array
 from deformux_label.lib.store.volume_writer import write_labels
@@ -195,14 +194,14 @@ def test_nobody_waits_for_the_checks(volume: Volume, tmp_path: Path, monkeypatch
     for number in range(40):
         shutil.copy(volume.image, volume.image.with_name(f"more_{number}.nii.gz"))
         shutil.copy(volume.label, folder / f"more_{number}.nii.gz")
-    go, judge = threading.Event(), label_check.judge
+    go, judge = threading.Event(), external_labels.judge
 
     def slow(*arguments: object) -> object:
         go.wait(60)
         return judge(*arguments)
 
     monkeypatch.setattr(studies_folder, "_WAIT_FOR_CHECKS_S", 0.1)
-    monkeypatch.setattr(label_check, "judge", slow)
+    monkeypatch.setattr(external_labels, "judge", slow)
     start = time.monotonic()
     store = opened(volume)
     assert time.monotonic() - start < 5

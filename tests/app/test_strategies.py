@@ -23,7 +23,7 @@ from deformux.active_learning.uncertainty_scores import volume_uncertainty
 from deformux.inference.sliding_window import segment
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
-from deformux_label.lib.activelearning.background_scores import UNTRAINED, SelectionScores
+from deformux_label.lib.activelearning.background_scores import UNTRAINED_MODEL, SelectionScores
 from deformux_label.lib.activelearning.strategies import all_strategies
 from deformux_label.lib.activelearning.waiting_volumes import WaitingVolumes
 from deformux_label.lib.configs.project import Project
@@ -101,8 +101,8 @@ def test_the_first_strategy_is_adaptive_and_the_old_names_still_work(desk: Desk)
 def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) -> None:
     desk.scores.update(desk.datastore)
     cold = desk.next("adaptive", "a")
-    assert cold["id"] == desk.kept(UNTRAINED)["orders"]["adaptive"][0]
-    assert cold["scored_with"] == UNTRAINED
+    assert cold["id"] == desk.kept(UNTRAINED_MODEL)["orders"]["adaptive"][0]
+    assert cold["scored_with"] == UNTRAINED_MODEL
     assert "note" not in cold
     assert "typical volumes" in desk.next("entropy", "b")["note"]
     assert desk.requested == 0
@@ -110,7 +110,7 @@ def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) 
     first = desk.publish(seed=1)
     # The new model has no scores yet: the old order serves, and says so.
     waiting = desk.next("uncertainty", "c")
-    assert waiting["scored_with"] == UNTRAINED
+    assert waiting["scored_with"] == UNTRAINED_MODEL
     assert first in waiting["note"]
     assert desk.requested == 1
 
@@ -188,8 +188,8 @@ def test_only_unreadable_volumes_are_left_until_one_is_repaired(desk: Desk, volu
     assert desk.next("first")["id"] == desk.next("adaptive")["id"] == "case_0"
     assert desk.requested == 1
     desk.scores.update(desk.datastore)
-    assert desk.kept(UNTRAINED)["scores"]["case_0"] is not None
-    assert desk.kept(UNTRAINED)["scores"]["case_1"] is None
+    assert desk.kept(UNTRAINED_MODEL)["scores"]["case_0"] is not None
+    assert desk.kept(UNTRAINED_MODEL)["scores"]["case_1"] is None
     desk.datastore.save_label("case_0", str(volumes["case_0"].label), "final", {})
     assert "1 is unreadable: case_1" in desk.next("random")["note"]
     desk.datastore.remove_image("case_1")

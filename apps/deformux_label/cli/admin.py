@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli.common import app_folder, print_table, refuse, shown
+from deformux_label.cli.common import app_folder, print_table, refuse, terminal_text
 from deformux_label.web.offered import ROLES
 
 if TYPE_CHECKING:
@@ -183,6 +183,6 @@ def _print(records: Iterable[Record]) -> None:
     table = Table("time", "user", "role", "address", "what", "status", "details", box=None)
     for record in records:
         values = record.values
-        seen = [shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
-        table.add_row(*seen, " ".join(f"{key}={shown(value)}" for key, value in record.details.items()))
+        seen = [terminal_text(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
+        table.add_row(*seen, " ".join(f"{key}={terminal_text(value)}" for key, value in record.details.items()))
     print_table(table)

@@ -17,7 +17,7 @@ from deformux_label.lib.store.notices import printable
 if TYPE_CHECKING:
     from deformux_label.lib.store.datastore import CheckedDatastore
 
-__all__ = ["app_folder", "open_studies", "print_table", "refuse", "shown"]
+__all__ = ["app_folder", "open_studies", "print_table", "refuse", "terminal_text"]
 
 # Of a line in a file or a pipe, where nobody wraps lines.
 _WIDEST = 20_000
@@ -67,6 +67,6 @@ def open_studies(studies: Path) -> CheckedDatastore:
         refuse(str(error))
 
 
-def shown(value: Any) -> str:
+def terminal_text(value: Any) -> str:
     """A value as text that can neither move the cursor nor colour the terminal."""
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

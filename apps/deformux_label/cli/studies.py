@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from deformux_label.cli.command_log import recorded
-from deformux_label.cli.common import open_studies, print_table, refuse, shown
+from deformux_label.cli.common import open_studies, print_table, refuse, terminal_text
 
 __all__ = ["studies_app"]
 
@@ -22,7 +22,7 @@ _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 
 
 @studies_app.callback(invoke_without_command=True)
-def show(
+def show_command(
     context: typer.Context,
     studies: Annotated[Path | None, typer.Option(help="Folder with the volumes.")] = None,
 ) -> None:
@@ -41,10 +41,10 @@ def show(
         if reasons:
             table = Table(title, "reason", box=None)
             for name, reason in sorted(reasons.items()):
-                table.add_row(shown(name), shown(reason))
+                table.add_row(terminal_text(name), terminal_text(reason))
             print_table(table)
     for warning in store.warnings():
-        typer.echo(f"Warning: {shown(warning)}.")
+        typer.echo(f"Warning: {terminal_text(warning)}.")
 
 
 @studies_app.command("trash")
@@ -53,7 +53,7 @@ def list_trash(studies: _Studies) -> None:
     table = Table("name", "what", "image", "deleted", "labels", box=None)
     for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")
-        table.add_row(shown(entry.name), entry.kind, shown(entry.image), when, ", ".join(entry.labels))
+        table.add_row(terminal_text(entry.name), entry.kind, terminal_text(entry.image), when, ", ".join(entry.labels))
     print_table(table)
 
 

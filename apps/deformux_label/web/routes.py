@@ -20,9 +20,10 @@ from deformux_label.lib.requests.identifiers import checked_revision, checked_te
 from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.unknown_options import CLIENT_OPTIONS, refuse_unknown
 from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.datastore import CheckedDatastore
-from deformux_label.lib.store.label_states import claimed
-from deformux_label.lib.store.leases import Lease, Leases, annotator_of
+from deformux_label.lib.store.label_fields import claimed
+from deformux_label.lib.store.leases import Lease, Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
 from deformux_label.web.api_pages import pages_router

@@ -15,7 +15,7 @@ from monailabel.utils.others.generic import file_checksum
 
 from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.uploads import stored_upload
-from deformux_label.lib.store.label_states import claimed
+from deformux_label.lib.store.label_fields import claimed
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.web.caller import note, with_login
 from deformux_label.web.opened_file import OpenedFile
@@ -121,17 +121,17 @@ def session_router(app: _App) -> APIRouter:
         client = request.client.host if request.client else ""
         session = sessions().add(files, client=client, expiry_s=expiry)
         note(session=session.id)
-        return {"session_id": session.id, "session_info": session.to_json()}
+        return {"session_id": session.id, "session_info": session.to_dict()}
 
     def show(session_id: str, update_ts: bool = False, image: bool = False, user: User = _USER) -> Any:
         session = sessions().find(session_id, touch=update_ts)
         if not image:
-            return session.to_json()
+            return session.to_dict()
         note(what="download session image", session=session.id)
         return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:
-        removed = sessions().remove(session_id).to_json()
+        removed = sessions().remove(session_id).to_dict()
         note(session=session_id)
         return removed
 

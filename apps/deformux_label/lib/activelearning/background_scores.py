@@ -38,11 +38,11 @@ from deformux.networks.model_file import (
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 
-__all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
+__all__ = ["UNTRAINED_MODEL", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = "untrained"
+UNTRAINED_MODEL = "untrained"
 """Stands for the model before there is one: an encoder that still tells volumes apart."""
 
 # So many volumes are chosen with regard to each other; more are rarely handed out between two versions.
@@ -83,7 +83,7 @@ class SelectionScores:
 
     def current(self) -> str:
         """The model whose scores are wanted now."""
-        return self.models.current() or UNTRAINED
+        return self.models.current() or UNTRAINED_MODEL
 
     def orders(self, model: str) -> Orders:
         """What is known with a model; the file is read again only after it has been replaced."""
@@ -105,7 +105,7 @@ class SelectionScores:
 
     def latest_orders(self) -> Orders:
         """The orders of the served model, or those of the newest before it that has some; empty where none has."""
-        for model in (self.current(), *self._earlier(), UNTRAINED):
+        for model in (self.current(), *self._earlier(), UNTRAINED_MODEL):
             orders = self.orders(model)
             if orders.by_strategy:
                 return orders
@@ -131,7 +131,7 @@ class SelectionScores:
 
     def networks(self, model: str) -> tuple[list[DeformUXNet], Preprocessing, tuple[int, ...]]:
         """The networks whose predictions are compared, newest first, their preprocessing, and the mirrored axes."""
-        if model == UNTRAINED:
+        if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
             network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
             if self.project.pretrained:
@@ -167,7 +167,7 @@ class SelectionScores:
         return [name for name in dict.fromkeys(names) if name != current]
 
     def _prune(self) -> None:
-        wanted = {self.current(), UNTRAINED, *self._earlier()[:_SNAPSHOTS]}
+        wanted = {self.current(), UNTRAINED_MODEL, *self._earlier()[:_SNAPSHOTS]}
         for path in self.folder.iterdir():
             if path.suffix in (".json", ".safetensors") and path.stem not in wanted:
                 path.unlink(missing_ok=True)
@@ -207,7 +207,7 @@ class _Update:
         for name in todo:
             if not self.wanted() or self.owner.current() != self.model:
                 return
-            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED)
+            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED_MODEL)
             if time.monotonic() - written > wait:
                 began = time.monotonic()
                 self._write()
@@ -226,7 +226,7 @@ class _Update:
                 self.scores[name], self.features[name] = seen.scores.to_json(), seen.features
             else:
                 self.features[name] = self._on_device(lambda device: encode(networks[0], image, prep, device=device))
-                if self.model == UNTRAINED:
+                if self.model == UNTRAINED_MODEL:
                     self.scores[name] = {"uncertainty": None}
         except (InvalidVolume, OSError) as error:
             # Deleted meanwhile, or no scan: never looked at again with this model.
@@ -249,7 +249,7 @@ class _Update:
         write_checked(self.path, {"model": self.model, "scores": self.scores, "orders": orders})
 
     def _orders(self, unlabelled: Sequence[str], labelled: Sequence[str]) -> dict[str, list[str]]:
-        if self.model == UNTRAINED:
+        if self.model == UNTRAINED_MODEL:
             scores: dict[str, VolumeScores] = {}
             strategies: tuple[str, ...] = ("adaptive", "typicality")
         else:

@@ -11,9 +11,10 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from deformux_label.lib.activelearning.background_scores import UNTRAINED, Orders, SelectionScores
+from deformux_label.lib.activelearning.background_scores import UNTRAINED_MODEL, Orders, SelectionScores
 from deformux_label.lib.activelearning.waiting_volumes import Waiting, WaitingVolumes
-from deformux_label.lib.store.leases import Leases, annotator_of
+from deformux_label.lib.store.annotator import annotator_of
+from deformux_label.lib.store.leases import Leases
 
 __all__ = ["ADDRESS", "First", "Ordered", "Random", "all_strategies"]
 
@@ -160,11 +161,10 @@ class Ordered(Strategy):
         if scored_with is None:
             return "a random volume; scores are being computed"
         if scored_with != model:
-            what = (
-                "typical volumes come first" if scored_with == UNTRAINED else f"chosen with the scores of {scored_with}"
-            )
+            cold = scored_with == UNTRAINED_MODEL
+            what = "typical volumes come first" if cold else f"chosen with the scores of {scored_with}"
             return f"{what}, until those of {model} are there"
-        if model == UNTRAINED and self.name not in ("adaptive", "typicality"):
+        if model == UNTRAINED_MODEL and self.name not in ("adaptive", "typicality"):
             return "typical volumes come first, until there is a trained model"
         return None
 

@@ -14,7 +14,7 @@ from deformux_label.lib.store.leases import Lease
 __all__ = ["Waiting", "WaitingVolumes"]
 
 # Of a list of volumes in a sentence.
-_NAMED = 5
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Waiting:
             until = time.strftime("%H:%M", time.localtime(min(ends)))
             reasons.append(f"{_number(len(ends))} in other hands, the first of them until {until}")
         if self.unreadable:
-            reasons.append(f"{_number(len(self.unreadable))} unreadable: {named(self.unreadable)}")
+            reasons.append(f"{_number(len(self.unreadable))} unreadable: {first_names(self.unreadable)}")
         if not reasons:
             return "no volume is left without a label"
         return f"of the volumes without a label {' and '.join(reasons)}"
@@ -55,7 +55,7 @@ class Waiting:
         only = "" if self.images else "; no other volume is left without a label"
         return [
             f"of the volumes without a label {_number(len(self.unreadable))} unreadable and not handed out: "
-            f"{named(self.unreadable)}{only}; repair the files or take them away"
+            f"{first_names(self.unreadable)}{only}; repair the files or take them away"
         ]
 
 
@@ -84,10 +84,10 @@ class WaitingVolumes:
         return found
 
 
-def named(images: Sequence[str]) -> str:
+def first_names(images: Sequence[str]) -> str:
     """Some names, and how many more there are."""
-    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-    return f"{', '.join(images[:_NAMED])}{more}"
+    more = f" and {len(images) - _MOST_NAMED} more" if len(images) > _MOST_NAMED else ""
+    return f"{', '.join(images[:_MOST_NAMED])}{more}"
 
 
 def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders, unusable: frozenset[str]) -> Waiting:

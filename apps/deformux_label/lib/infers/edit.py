@@ -29,8 +29,8 @@ from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, i
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
 from deformux_label.lib.requests.clicks import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
 from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.label_check import label_array
-from deformux_label.lib.store.leases import annotator_of
 from deformux_label.lib.store.volume_writer import write_result
 from deformux_label.web.label_upload import label_file_of
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deformux.active_learning.uncertainty_map import find_uncertainty
 from deformux.data.grid import ScanGrid
-from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
 from deformux_label.lib.store.volume_writer import write_labels
 from deformux_label.web.request_folder import request_folder
 

@@ -13,9 +13,9 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from deformux_label.lib.requests.identifiers import is_tag
-from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked, why_unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions
-from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, unchecked, why_unusable
+from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
 
 __all__ = ["Reconciled", "file_of", "label_entry", "of_revision", "reconciled", "restored"]
@@ -44,7 +44,7 @@ def reconciled(
     model: LocalDatastoreModel,
     known: Mapping[str, ImageLabelModel],
     revisions: Revisions,
-    change: Change | None,
+    transaction: Transaction | None,
     project: Sequence[str],
 ) -> Reconciled:
     """Compare the index with the files; the caller holds the studies' lock.
@@ -77,7 +77,7 @@ def reconciled(
         tags = [tag for tag in with_revisions.get(image, []) if is_tag(tag)]
         if not there and not entry.labels and not tags:
             continue
-        one = _Labels(model, image, entry, revisions, change, list(project), result)
+        one = _Labels(model, image, entry, revisions, transaction, list(project), result)
         updated = {}
         for tag in sorted({*there, *filter(is_tag, entry.labels), *tags}):
             label = one.label(tag, there.get(tag, {}), has_revisions=tag in tags)
@@ -121,7 +121,7 @@ class _Labels:
     image: str
     entry: ImageLabelModel
     revisions: Revisions
-    change: Change | None
+    transaction: Transaction | None
     project: list[str]
     result: Reconciled
 
@@ -144,8 +144,8 @@ class _Labels:
         newest = self.revisions.newest(self.image, tag) if last else None
         if newest is not None and newest.deleted and number is not None and number < last:
             logger.warning("A crash interrupted the deletion of a label of image %s; finished now", self.image)
-            if self.change is not None:
-                self.change.remove(Path(self.model.label_path(tag)) / (self.image + suffix))
+            if self.transaction is not None:
+                self.transaction.remove(Path(self.model.label_path(tag)) / (self.image + suffix))
             return None
         self.result.to_check.append((self.image, tag))
         if held is not None and number is not None and number == last:
@@ -163,21 +163,25 @@ class _Labels:
 
     def _without_file(self, tag: str, held: DataModel | None, last: int) -> DataModel | None:
         newest = self.revisions.newest(self.image, tag) if last else None
-        if newest is None or newest.deleted or self.change is None:
+        if newest is None or newest.deleted or self.transaction is None:
             return None
         if held is not None and held.info.get("revision") == last:
             logger.info("The file of label %s of image %s was deleted by hand", tag, self.image)
             file = file_of(self.image, self.entry)
-            self.revisions.stage(self.change, self.image, tag, last + 1, None, annotator="", info={}, image_file=file)
+            self.revisions.stage(
+                self.transaction, self.image, tag, last + 1, None, annotator="", info={}, image_file=file
+            )
             return None
         logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
-        return restored(self.model, self.revisions, self.change, newest)
+        return restored(self.model, self.revisions, self.transaction, newest)
 
 
-def restored(model: LocalDatastoreModel, revisions: Revisions, change: Change, revision: Revision) -> DataModel:
+def restored(
+    model: LocalDatastoreModel, revisions: Revisions, transaction: Transaction, revision: Revision
+) -> DataModel:
     """Make the kept file of a revision the current one, and return its entry."""
     target = Path(model.label_path(revision.tag)) / (revision.image + revision.suffix)
-    temporary = change.copy(revisions.file(revision), target)
+    temporary = transaction.copy(revisions.file(revision), target)
     return of_revision(revision, revision.suffix, checked=file_state(temporary.stat()))
 
 

@@ -15,22 +15,22 @@ from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from deformux.data.preprocessing import InvalidVolume, LoadVolumed
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
-from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import file_of, label_entry
-from deformux_label.lib.store.index_file import VOLUME_SUFFIXES
 from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
 from deformux_label.lib.store.label_names import looked_for, mapped_info, write_mapped
 from deformux_label.lib.store.label_revisions import Revision, checksum
-from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
-from deformux_label.lib.store.leases import annotator_of
 from deformux_label.lib.store.listed_studies import ListedStudies
 from deformux_label.lib.store.studies_folder import StudiesError
-from deformux_label.lib.store.uploads import checked_info, checked_suffix, refuse_taken
+from deformux_label.lib.store.transaction import Transaction
+from deformux_label.lib.store.upload_check import checked_info, checked_suffix, refuse_taken
 from deformux_label.lib.store.volumes import split_suffix
 from deformux_label.web.caller import note, with_login
 
-__all__ = ["UNCERTAINTY_TAG", "VOLUME_SUFFIXES", "CheckedDatastore", "StudiesError"]
+__all__ = ["CheckedDatastore", "StudiesError"]
 
 
 # For tools on a folder that was never served with names.
@@ -113,13 +113,13 @@ class CheckedDatastore(ListedStudies):
         names = list(labels or self.labels)
         info = {**said(info), "labels": names}
         revision = None
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             previous = entry.labels.get(tag)
             if tag not in PLAIN_TAGS:
-                number = self._keep_if_unknown(change, image_id, tag, previous, entry) + 1
+                number = self._keep_if_unknown(transaction, image_id, tag, previous, entry) + 1
                 revision = self.revisions.stage(
-                    change,
+                    transaction,
                     image_id,
                     tag,
                     number,
@@ -134,9 +134,9 @@ class CheckedDatastore(ListedStudies):
                 )
                 info["revision"] = revision.number
                 note(revision=revision.number, annotator=revision.annotator, restored_from=restored_from)
-            temporary = change.copy(file, self._label_file(image_id, tag, suffix))
+            temporary = transaction.copy(file, self._label_file(image_id, tag, suffix))
             if previous is not None and previous.ext != suffix:
-                change.remove(self._label_file(image_id, tag, previous.ext))
+                transaction.remove(self._label_file(image_id, tag, previous.ext))
             info["checked"] = file_state(temporary.stat())
             objects[image_id] = _with_label(entry, tag, label_entry(image_id, suffix, info))
         return revision
@@ -144,27 +144,29 @@ class CheckedDatastore(ListedStudies):
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Move a label to the trash; its revisions stay, and each can be restored."""
         tag = checked_tag(label_tag)
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, label_id)
             label = self._label(label_id, tag)
-            place = self.trash.stage(change, "label", label_id, labels={tag: label.info.get("revision", 0)})
-            self._stage_removal(change, label_id, tag, entry, place)
+            place = self.trash.stage(transaction, "label", label_id, labels={tag: label.info.get("revision", 0)})
+            self._stage_removal(transaction, label_id, tag, entry, place)
             objects[label_id] = _with_label(entry, tag, None)
 
-    def _stage_removal(self, change: Change, image_id: str, tag: str, entry: ImageLabelModel, place: Path) -> None:
+    def _stage_removal(
+        self, transaction: Transaction, image_id: str, tag: str, entry: ImageLabelModel, place: Path
+    ) -> None:
         label = entry.labels[tag]
         if tag not in PLAIN_TAGS:
-            number = self._keep_if_unknown(change, image_id, tag, label, entry)
+            number = self._keep_if_unknown(transaction, image_id, tag, label, entry)
             author = with_login({})
             more = {"annotator": author.get("user", ""), "info": author, "image_file": file_of(image_id, entry)}
-            gone = self.revisions.stage(change, image_id, tag, number + 1, None, **more)
+            gone = self.revisions.stage(transaction, image_id, tag, number + 1, None, **more)
             note(revision=gone.number)
         file = self._label_file(image_id, tag, label.ext)
         if os.path.lexists(file):
-            change.move(file, place / "labels" / tag / file.name)
+            transaction.move(file, place / "labels" / tag / file.name)
 
     def _keep_if_unknown(
-        self, change: Change, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
+        self, transaction: Transaction, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
     ) -> int:
         """Make a revision of a label that came another way, such as copied into the folder, before it goes.
 
@@ -184,7 +186,7 @@ class CheckedDatastore(ListedStudies):
         annotator = annotator_of(info) if info else ""
         more = {"image_file": file_of(image_id, entry)}
         self.revisions.stage(
-            change, image_id, tag, number + 1, file, suffix=label.ext, annotator=annotator, info=info, **more
+            transaction, image_id, tag, number + 1, file, suffix=label.ext, annotator=annotator, info=info, **more
         )
         return number + 1
 
@@ -200,30 +202,30 @@ class CheckedDatastore(ListedStudies):
             LoadVolumed("image")({"image": image_filename})
         except InvalidVolume as error:
             raise HTTPException(422, str(error).replace(Path(image_filename).name, name)) from error
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             if name in objects and filecmp.cmp(image_filename, self._image_file(name, objects[name]), shallow=False):
                 return name
             root = Path(self._datastore_path)
             refuse_taken(name, suffix, image_filename, root, objects, self.revisions.known(), self.trash)
             target = root / (name + suffix)
-            change.copy(Path(image_filename), target, new=True)
+            transaction.copy(Path(image_filename), target, new=True)
             info = {**said(info), "ts": int(time.time()), "name": target.name, "file": target.name}
             objects[name] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
         return name
 
     def remove_image(self, image_id: str) -> None:
         """Move a volume (of a link the link itself) and its labels to the trash; the labels' revisions stay."""
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             labels = {tag: label.info.get("revision", 0) for tag, label in entry.labels.items()}
             file = self._image_file(image_id, entry)
             known = {"file": file_of(image_id, entry), "info": entry.image.info}
-            place = self.trash.stage(change, "image", image_id, labels=labels, **known)
+            place = self.trash.stage(transaction, "image", image_id, labels=labels, **known)
             # Labels first: those of a volume that is gone would be taken for those of the next one of its name.
             for tag in entry.labels:
-                self._stage_removal(change, image_id, tag, entry, place)
+                self._stage_removal(transaction, image_id, tag, entry, place)
             if os.path.lexists(file):
-                change.move(file, place / "image" / file.name)
+                transaction.move(file, place / "image" / file.name)
             del objects[image_id]
         self._mapped.forget(image_id)
 
@@ -240,13 +242,13 @@ class CheckedDatastore(ListedStudies):
         if entry.kind == "damaged label":
             raise HTTPException(409, f"{name!r} is a damaged file; the label was restored from its revision")
         image_id = entry.image
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             # A call before this one may have ended after it.
             if "image" in files:
                 target = Path(self._datastore_path) / entry.file
                 if image_id in objects or os.path.lexists(target):
                     raise HTTPException(409, f"another volume has the id or the place of {image_id!r} by now")
-                change.move(files["image"], target)
+                transaction.move(files["image"], target)
                 suffix = (split_suffix(target.name) or ("", ""))[1]
                 info = {**checked_info(dict(entry.info)), "file": entry.file}
                 objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
@@ -254,7 +256,7 @@ class CheckedDatastore(ListedStudies):
             for tag in PLAIN_TAGS:
                 if tag in files and tag not in before.labels:
                     ext = checked_suffix(files[tag].name)
-                    change.move(files[tag], self._label_file(image_id, tag, ext))
+                    transaction.move(files[tag], self._label_file(image_id, tag, ext))
                     objects[image_id] = _with_label(objects[image_id], tag, label_entry(image_id, ext, {}))
         for tag, number in entry.labels.items():
             if tag in files and tag not in PLAIN_TAGS and tag not in before.labels:
@@ -271,8 +273,8 @@ class CheckedDatastore(ListedStudies):
 
     def _bring_back_unusable(self, image_id: str, tag: str, file: Path) -> None:
         ext = checked_suffix(file.name)
-        with self._changing() as (objects, change):
-            change.move(file, self._label_file(image_id, tag, ext))
+        with self._changing() as (objects, transaction):
+            transaction.move(file, self._label_file(image_id, tag, ext))
             label = label_entry(image_id, ext, unchecked({}))
             objects[image_id] = _with_label(self._entry(objects, image_id), tag, label)
         self._check([(image_id, tag)])

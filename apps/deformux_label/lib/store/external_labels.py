@@ -19,16 +19,16 @@ from pathlib import Path
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
-from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import label_entry, of_revision, restored
 from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_fields import file_state, said, unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions, checksum
-from deformux_label.lib.store.label_states import file_state, said, unusable
-from deformux_label.lib.store.leases import annotator_of
+from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.trash import Trash
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
-__all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "give_way", "judge"]
+__all__ = ["BackgroundChecks", "LabelContext", "Look", "Verdict", "apply_verdict", "give_way", "judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,13 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Studies:
+class LabelContext:
     """What a verdict is applied to: ``image_file`` is the volume's path in the studies, ``warn`` tells the operator."""
 
     model: LocalDatastoreModel
     revisions: Revisions
     trash: Trash
-    change: Change
+    transaction: Transaction
     names: Sequence[str]
     image_file: str
     warn: Callable[[str], None]
@@ -108,7 +108,7 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
         return Verdict(image_id, tag, file, state, revision=kept, replace=kept is not None, reason=str(error.detail))
 
 
-def apply(verdict: Verdict, held: DataModel, studies: Studies) -> DataModel:
+def apply_verdict(verdict: Verdict, held: DataModel, studies: LabelContext) -> DataModel:
     """Add what follows from a verdict to a change of files, and return the label's entry."""
     suffix = (split_suffix(verdict.file.name, LABEL_SUFFIXES) or ("", ""))[1]
     if verdict.revision is not None and not verdict.replace:
@@ -122,21 +122,21 @@ def apply(verdict: Verdict, held: DataModel, studies: Studies) -> DataModel:
     return _hand_made(verdict, verdict.usable, held, suffix, studies)
 
 
-def _brought_back(verdict: Verdict, revision: Revision, studies: Studies) -> DataModel:
+def _brought_back(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
     image, tag = verdict.image, verdict.tag
     known = any(kept.sha256 == checksum(verdict.file) for kept in studies.revisions.history(image, tag))
     if not known:
-        place = studies.trash.stage(studies.change, "damaged label", image, labels={tag: revision.number})
-        studies.change.move(verdict.file, place / "labels" / tag / verdict.file.name)
+        place = studies.trash.stage(studies.transaction, "damaged label", image, labels={tag: revision.number})
+        studies.transaction.move(verdict.file, place / "labels" / tag / verdict.file.name)
     elif verdict.file.name != image + revision.suffix:
-        studies.change.remove(verdict.file)
+        studies.transaction.remove(verdict.file)
     studies.warn(
         f"the label {tag!r} of image {image!r} was restored from its revision {revision.number}: {verdict.reason}"
     )
-    return restored(studies.model, studies.revisions, studies.change, revision)
+    return restored(studies.model, studies.revisions, studies.transaction, revision)
 
 
-def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: Studies) -> DataModel:
+def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
     """Keep a label that was copied in or drawn over by hand as a revision, and as it can be used as a second one."""
     image, tag = verdict.image, verdict.tag
     number = studies.revisions.last_number(image, tag) + 1
@@ -147,19 +147,19 @@ def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, stu
     annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
     more = {"labels": list(studies.names), "image_file": studies.image_file}
     revision = studies.revisions.stage(
-        studies.change, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
+        studies.transaction, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
     )
     if usable == verdict.file:
         logger.info("The label %s of image %s was copied or drawn by hand; it is used", verdict.file, image)
         return of_revision(revision, suffix, checked=verdict.state)
     new_suffix = (split_suffix(usable.name, LABEL_SUFFIXES) or ("", ".nii.gz"))[1]
     revision = studies.revisions.stage(
-        studies.change, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
+        studies.transaction, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
     )
     target = verdict.file.with_name(image + new_suffix)
-    temporary = studies.change.copy(usable, target)
+    temporary = studies.transaction.copy(usable, target)
     if verdict.file.name != target.name:
-        studies.change.remove(verdict.file)
+        studies.transaction.remove(verdict.file)
     logger.info("The label %s of image %s was copied by hand; it is used in its scan's order", verdict.file, image)
     return of_revision(revision, new_suffix, checked=file_state(temporary.stat()))
 

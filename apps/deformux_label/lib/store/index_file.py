@@ -12,10 +12,9 @@ from typing import Any
 
 from monailabel.datastore.local import ImageLabelModel, LocalDatastoreModel
 
-from deformux_label.lib.store.records import repaired
-from deformux_label.lib.store.volumes import VOLUME_SUFFIXES
+from deformux_label.lib.store.json_repair import repaired
 
-__all__ = ["VOLUME_SUFFIXES", "IndexFile"]
+__all__ = ["IndexFile"]
 
 logger = logging.getLogger(__name__)
 

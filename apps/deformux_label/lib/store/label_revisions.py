@@ -15,8 +15,8 @@ from typing import Any
 from fastapi import HTTPException
 
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, is_image_id
-from deformux_label.lib.store.changes import WRITING, Change
-from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.json_repair import repaired
+from deformux_label.lib.store.transaction import WRITING, Transaction
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES
 
 __all__ = ["Revision", "Revisions", "checksum", "inside"]
@@ -81,7 +81,7 @@ class Revisions:
 
     def stage(
         self,
-        change: Change,
+        transaction: Transaction,
         image: str,
         tag: str,
         number: int,
@@ -99,7 +99,7 @@ class Revisions:
         stem = self._stem(image, tag, number)
         sha256 = ""
         if file is not None:
-            sha256 = checksum(change.copy(file, stem.with_name(stem.name + suffix)))
+            sha256 = checksum(transaction.copy(file, stem.with_name(stem.name + suffix)))
         revision = Revision(
             image=image,
             tag=tag,
@@ -111,7 +111,7 @@ class Revisions:
             info=dict(info),
             **more,
         )
-        change.write_text(stem.with_name(stem.name + ".json"), json.dumps(asdict(revision), indent=1) + "\n")
+        transaction.write_text(stem.with_name(stem.name + ".json"), json.dumps(asdict(revision), indent=1) + "\n")
         return revision
 
     def history(self, image: str, tag: str) -> list[Revision]:

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from typing import Any
 from deformux_label.lib.requests.identifiers import checked_text, is_image_id, is_text
 from deformux_label.lib.store.state import StateDatabase, put_aside
 
-__all__ = ["ANONYMOUS", "MOST_LEASES", "Lease", "Leases", "annotator_of"]
+__all__ = ["MOST_LEASES", "Lease", "Leases"]
 
 logger = logging.getLogger(__name__)
 
-ANONYMOUS = "anonymous"
 MOST_LEASES = 50
 """Volumes that one annotator, or one address, may have in hand at a time."""
 _LONGEST_NAME = 200
@@ -280,14 +279,3 @@ def _fault(lease: Lease) -> str:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in times):
         return "its times are not numbers"
     return ""
-
-
-def annotator_of(request: Mapping[str, Any]) -> str:
-    """Who asks: the login, which only the server writes under ``user``, else the client id that Slicer sends.
-
-    ``anonymous`` where there is neither.
-    """
-    for name in (request.get("user"), request.get("client_id")):
-        if isinstance(name, str) and name.strip():
-            return name.strip()
-    return ANONYMOUS

@@ -11,11 +11,11 @@ from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from deformux_label.lib.store.archive import write_archive
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
 from deformux_label.lib.store.label_names import looked_for, mapped_info, names_of
-from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
 from deformux_label.lib.store.notices import listed
 from deformux_label.lib.store.studies_folder import StudiesFolder
-from deformux_label.lib.store.summary import Summary
+from deformux_label.lib.store.studies_summary import StudiesSummary
 
 __all__ = ["ListedStudies"]
 
@@ -23,7 +23,7 @@ __all__ = ["ListedStudies"]
 class ListedStudies(StudiesFolder):
     """The part of MONAI Label's datastore that only reads."""
 
-    _summary: Summary | None = None
+    _summary: StudiesSummary | None = None
 
     def get_image_uri(self, image_id: str) -> str:
         """Path of a volume, in the studies also where that is a link; empty where there is none."""
@@ -87,11 +87,11 @@ class ListedStudies(StudiesFolder):
             for image in self.get_labeled_images()
         ]
 
-    def summary(self) -> Summary:
+    def summary(self) -> StudiesSummary:
         """The volumes by whether they are labelled; made once for each state of the index."""
         model, summary = self._datastore, self._summary
         if summary is None or summary.objects is not model.objects:
-            summary = self._summary = Summary.of(model.objects, self._why_not)
+            summary = self._summary = StudiesSummary.of(model.objects, self._why_not)
         return summary
 
     def status(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deformux.data.volume_reader import InvalidVolume, open_volume
-from deformux_label.lib.store.label_states import file_state
+from deformux_label.lib.store.label_fields import file_state
 
 __all__ = ["ScanChecks"]
 

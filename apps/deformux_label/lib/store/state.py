@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from deformux.data.atomic_files import replacing
 
-__all__ = ["StateDatabase", "put_aside", "shown"]
+__all__ = ["StateDatabase", "put_aside", "shortened_ascii"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ class StateDatabase:
 
     def set_aside(self, db: sqlite3.Connection, kind: str, record: object, reason: str) -> None:
         """Keep a record that makes no sense where it does no harm, and warn."""
-        text = shown(record, _MOST_KEPT)
-        logger.warning("A record of %s is set aside (%s): %s", kind, reason, shown(record))
+        text = shortened_ascii(record, _MOST_KEPT)
+        logger.warning("A record of %s is set aside (%s): %s", kind, reason, shortened_ascii(record))
         self._noted = [*self._noted, f"a record of {kind} makes no sense and is set aside: {reason}"][-_MOST_WARNINGS:]
         db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
         db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
@@ -230,7 +230,7 @@ def put_aside(path: Path, word: str = "damaged") -> Path:
     return aside
 
 
-def shown(value: object, most: int = 300) -> str:
+def shortened_ascii(value: object, most: int = 300) -> str:
     """A value as ASCII, which can be written and sent whatever it is."""
     text = ascii(value)
     return text if len(text) <= most else f"{text[:most]}…"

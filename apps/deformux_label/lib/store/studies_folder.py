@@ -17,19 +17,20 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import checked_tag
-from deformux_label.lib.store import changed_labels as label_check
-from deformux_label.lib.store.changes import WRITING, Change, all_or_nothing
+from deformux_label.lib.store import external_labels
 from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconciled
 from deformux_label.lib.store.index_file import IndexFile
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, why_unusable
 from deformux_label.lib.store.label_names import MappedLabels, names_of
 from deformux_label.lib.store.label_revisions import Revisions, checksum, inside
-from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, why_unusable
 from deformux_label.lib.store.notices import Notices
 from deformux_label.lib.store.project_record import ProjectRecord
 from deformux_label.lib.store.scan_check import ScanChecks
+from deformux_label.lib.store.transaction import WRITING, Transaction, all_or_nothing
 from deformux_label.lib.store.trash import Trash
-from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 from deformux_label.lib.store.watcher import StudiesWatcher
 
 __all__ = ["StudiesError", "StudiesFolder"]
@@ -74,7 +75,7 @@ class StudiesFolder(LocalDatastore):
         self.revisions = Revisions(state / "revisions")
         self.trash = Trash(state / "trash")
         self._mapped = MappedLabels(None if self.read_only else state / "mapped")
-        self._checks = label_check.BackgroundChecks(self._check)
+        self._checks = external_labels.BackgroundChecks(self._check)
         self._scans: ScanChecks | None = None
         self.unusable_scans: frozenset[str] = frozenset()
         self._files: Reconciled | None = None
@@ -182,7 +183,7 @@ class StudiesFolder(LocalDatastore):
             )
 
     @contextmanager
-    def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Change]]:
+    def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Transaction]]:
         """Hold the lock, start from the index on disk, and make all changes of files and the index at the end, or none.
 
         Entries are replaced, never changed in place.
@@ -193,12 +194,12 @@ class StudiesFolder(LocalDatastore):
             before = self._datastore.objects
             objects = dict(before)
             changed = None
-            with all_or_nothing() as change:
-                yield objects, change
+            with all_or_nothing() as transaction:
+                yield objects, transaction
                 unlike = any(objects[key] is not before[key] for key in objects.keys() & before.keys())
                 if objects.keys() != before.keys() or unlike or self._index.mended or not self._index.path.exists():
                     changed = self._datastore.model_copy(update={"objects": objects})
-                    self._index.write(changed, change.write(self._index.path))
+                    self._index.write(changed, transaction.write(self._index.path))
             if changed is not None:
                 self._index.is_as_written()
                 self._datastore = changed
@@ -217,8 +218,8 @@ class StudiesFolder(LocalDatastore):
                 self._datastore = model
 
     def _update_datastore_file(self, lock: bool = True) -> None:
-        with self._lock, all_or_nothing() as change:
-            self._index.write(self._datastore, change.write(self._index.path))
+        with self._lock, all_or_nothing() as transaction:
+            self._index.write(self._datastore, transaction.write(self._index.path))
         self._index.is_as_written()
 
     def refresh(self) -> None:
@@ -245,7 +246,7 @@ class StudiesFolder(LocalDatastore):
 
     def check_files(self) -> None:
         """Read every scan's header and every label's bytes in this thread, which gives way to all others."""
-        label_check.give_way()
+        external_labels.give_way()
         self.check_scans()
         for image_id, entry in self._datastore.objects.items():
             for tag, label in entry.labels.items():
@@ -270,8 +271,8 @@ class StudiesFolder(LocalDatastore):
                 found = self._reconciled(self._datastore.objects, None)
                 self._datastore = self._datastore.model_copy(update={"objects": found.objects})
             else:
-                with self._changing() as (objects, change):
-                    found = self._reconciled(objects, change)
+                with self._changing() as (objects, transaction):
+                    found = self._reconciled(objects, transaction)
                     objects.clear()
                     objects.update(found.objects)
         except OSError as error:
@@ -286,8 +287,8 @@ class StudiesFolder(LocalDatastore):
         if self.labels and not self.read_only:
             self._checks.add(found.to_check)
 
-    def _reconciled(self, objects: Mapping[str, ImageLabelModel], change: Change | None) -> Reconciled:
-        return reconciled(self._datastore, objects, self.revisions, change, self.labels)
+    def _reconciled(self, objects: Mapping[str, ImageLabelModel], transaction: Transaction | None) -> Reconciled:
+        return reconciled(self._datastore, objects, self.revisions, transaction, self.labels)
 
     def _check(self, labels: Sequence[tuple[str, str]]) -> None:
         """Look at the files of labels that changed without this server, and bring the index in step with them."""
@@ -304,15 +305,17 @@ class StudiesFolder(LocalDatastore):
                 if not file.is_file():
                     continue
                 image = self._image_file(image_id, entry)
-                look = label_check.Look(tag, file, image_id, image, self.labels)
-                verdicts.append(label_check.judge(look, held, self.revisions, stack))
+                look = external_labels.Look(tag, file, image_id, image, self.labels)
+                verdicts.append(external_labels.judge(look, held, self.revisions, stack))
             if not verdicts:
                 return
-            with self._changing() as (objects, change):
+            with self._changing() as (objects, transaction):
                 for verdict in verdicts:
-                    self._apply(verdict, objects, change)
+                    self._apply(verdict, objects, transaction)
 
-    def _apply(self, verdict: label_check.Verdict, objects: dict[str, ImageLabelModel], change: Change) -> None:
+    def _apply(
+        self, verdict: external_labels.Verdict, objects: dict[str, ImageLabelModel], transaction: Transaction
+    ) -> None:
         entry = objects.get(verdict.image)
         held = entry.labels.get(verdict.tag) if entry else None
         # Somebody saved another one meanwhile.
@@ -320,16 +323,16 @@ class StudiesFolder(LocalDatastore):
             return
         if file_state(verdict.file.stat()) != verdict.state:
             return
-        studies = label_check.Studies(
+        studies = external_labels.LabelContext(
             self._datastore,
             self.revisions,
             self.trash,
-            change,
+            transaction,
             self.labels,
             file_of(verdict.image, entry),
             self.notices.warn,
         )
-        label = label_check.apply(verdict, held, studies)
+        label = external_labels.apply_verdict(verdict, held, studies)
         objects[verdict.image] = entry.model_copy(update={"labels": {**entry.labels, verdict.tag: label}})
 
     def _is_news(self, kind: str, path: str) -> bool:

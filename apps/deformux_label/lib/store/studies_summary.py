@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from deformux_label.lib.store.label_states import UNCERTAINTY_TAG
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
 
-__all__ = ["Summary"]
+__all__ = ["StudiesSummary"]
 
 _FINAL = DefaultLabelTag.FINAL.value
 
 
 @dataclass(frozen=True)
-class Summary:
+class StudiesSummary:
     """What can be said of all entries at once.
 
     Args:
@@ -35,7 +35,7 @@ class Summary:
     unusable: Mapping[str, str]
 
     @classmethod
-    def of(cls, objects: Mapping[str, ImageLabelModel], why_not: Callable[[DataModel], str | None]) -> Summary:
+    def of(cls, objects: Mapping[str, ImageLabelModel], why_not: Callable[[DataModel], str | None]) -> StudiesSummary:
         """Sum up the entries; ``why_not`` says why a label does not count."""
         labelled, unlabelled = [], []
         tags: Counter[str] = Counter()

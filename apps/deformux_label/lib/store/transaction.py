@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deformux.data.atomic_files import sync_folder, umask
 
-__all__ = ["WRITING", "Change", "all_or_nothing", "place"]
+__all__ = ["WRITING", "Transaction", "all_or_nothing", "place"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class _Step:
 
 
 @dataclass
-class Change:
+class Transaction:
     """Renames that are made together at the end of ``all_or_nothing``, in the order in which they were asked for."""
 
     _steps: list[_Step] = field(default_factory=list)
@@ -126,22 +126,22 @@ class Change:
 
 
 @contextmanager
-def all_or_nothing() -> Iterator[Change]:
+def all_or_nothing() -> Iterator[Transaction]:
     """Collect changes of files, and make them at the end of the block, unless it raises.
 
     New files are written completely, beside their places, before the first rename, so that a full disk is noticed
     while nothing has changed yet. A rename that fails nevertheless undoes those before it, which needs no room. After
     a crash in the middle of the renames the first of them are done, in the given order.
     """
-    change = Change()
+    transaction = Transaction()
     try:
-        yield change
-        change._prepare()
-        change._commit()
+        yield transaction
+        transaction._prepare()
+        transaction._commit()
     except BaseException:
-        change._clean(failed=True)
+        transaction._clean(failed=True)
         raise
-    change._clean(failed=False)
+    transaction._clean(failed=False)
 
 
 def place(source: Path, target: Path, *, replace: bool = False) -> None:

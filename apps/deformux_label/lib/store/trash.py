@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deformux_label.lib.requests.identifiers import is_image_id, is_tag
-from deformux_label.lib.store.changes import Change
-from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.json_repair import repaired
+from deformux_label.lib.store.transaction import Transaction
 
 __all__ = ["Trash", "Trashed"]
 
@@ -57,7 +57,7 @@ class Trash:
 
     def stage(
         self,
-        change: Change,
+        transaction: Transaction,
         kind: str,
         image: str,
         *,
@@ -68,7 +68,7 @@ class Trash:
         """Add a new entry to a change of files; its files are to be moved to the folder that is returned."""
         place = self._free(f"{time.strftime('%Y%m%d-%H%M%S')}-{image}")
         entry = Trashed(place.name, kind, image, time.time(), file, dict(info or {}), dict(labels))
-        change.write_text(place / "record.json", json.dumps(asdict(entry), indent=1) + "\n")
+        transaction.write_text(place / "record.json", json.dumps(asdict(entry), indent=1) + "\n")
         return place
 
     def entries(self) -> list[Trashed]:

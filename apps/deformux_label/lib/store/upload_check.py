@@ -12,9 +12,10 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import refuse_invalid_text
 from deformux_label.lib.store.trash import Trash
-from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, free_id
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, free_id
 
 __all__ = ["checked_info", "checked_suffix", "refuse_taken"]
 

@@ -44,7 +44,7 @@ class VolumeSession:
     used: float
     expiry: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """What a client is told, in MONAI Label's words."""
         return {
             "name": self.id,

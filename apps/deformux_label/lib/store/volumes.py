@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import is_image_id
 
 __all__ = [
     "LABEL_SUFFIXES",
-    "VOLUME_SUFFIXES",
     "Found",
     "find_volumes",
     "free_id",
@@ -20,7 +20,6 @@ __all__ = [
     "with_ids",
 ]
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LABEL_SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES)
 _DEEPEST_FOLDER = 16
 # What people expect to be served; every other file, such as a text, is none of this server's business.
