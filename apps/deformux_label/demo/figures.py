@@ -1,9 +1,7 @@
-"""Pictures and a self-contained HTML report of annotation rounds: scans, truth, predictions and the learning curve."""
+"""Figures of annotation rounds: scans, truth, predictions and the learning curve."""
 
 from __future__ import annotations
 
-import base64
-import html
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +20,14 @@ from matplotlib.ticker import MaxNLocator
 from deformux.data.volume_reader import read_volume
 
 __all__ = [
-    "Round",
-    "Scan",
+    "DemoRound",
+    "WindowedScan",
     "label_colours",
     "read_label",
     "read_scan",
     "save_comparison",
     "save_learning_curve",
     "save_montage",
-    "write_html",
 ]
 
 # Okabe and Ito's palette tells labels apart with every kind of colour vision; black and grey are left to the scan.
@@ -40,7 +37,7 @@ _STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "ax
 
 
 @dataclass(frozen=True)
-class Round:
+class DemoRound:
     """What one round of annotate, train and predict reached; Dice are means over the scored volumes (NaN: absent)."""
 
     number: int
@@ -56,7 +53,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Scan:
+class WindowedScan:
     """An image (X, Y, Z) in RAS axes with its voxel size, and the grey values to show as black and white."""
 
     image: npt.NDArray[np.float32]
@@ -64,13 +61,13 @@ class Scan:
     window: tuple[float, float] = field(default=(-160.0, 260.0))
 
 
-def read_scan(path: Path, *, modality: str = "ct") -> Scan:
+def read_scan(path: Path, *, modality: str = "ct") -> WindowedScan:
     """Return the scan of a file; CT gets a soft tissue window, other modalities their own percentiles."""
     volume = _canonical(path)
     image = np.nan_to_num(np.asarray(volume.dataobj, np.float32))
     spacing = tuple(float(s) for s in volume.header.get_zooms()[:3])
     low, high = (-160.0, 260.0) if modality == "ct" else (float(v) for v in np.percentile(image, (1, 99.5)))
-    return Scan(image, (spacing[0], spacing[1], spacing[2]), (low, high))
+    return WindowedScan(image, (spacing[0], spacing[1], spacing[2]), (low, high))
 
 
 def read_label(path: Path) -> npt.NDArray[np.uint8]:
@@ -115,7 +112,7 @@ class _View:
         flat = np.take(volume, self.index, axis=self.axis)
         return flat.T if self.axis == 0 else flat[::-1].T
 
-    def size_mm(self, scan: Scan) -> tuple[float, float]:
+    def size_mm(self, scan: WindowedScan) -> tuple[float, float]:
         across, up = (a for a in range(3) if a != self.axis)
         return scan.image.shape[across] * scan.spacing_mm[across], scan.image.shape[up] * scan.spacing_mm[up]
 
@@ -125,7 +122,9 @@ def _views(truth: npt.NDArray[np.uint8], axial: int = 2) -> list[_View]:
     return [*rows, *(_View(1, i) for i in _best_slices(truth, 1, 1, 1))]
 
 
-def _draw(axes: Axes, scan: Scan, view: _View, label: npt.NDArray[np.uint8] | None, colours: Sequence[str]) -> None:
+def _draw(
+    axes: Axes, scan: WindowedScan, view: _View, label: npt.NDArray[np.uint8] | None, colours: Sequence[str]
+) -> None:
     width, height = view.size_mm(scan)
     extent = (0.0, width, 0.0, height)
     axes.imshow(
@@ -170,7 +169,7 @@ def _save(figure: Figure, path: Path) -> Path:
 def _draw_grid(
     figure: Figure,
     place: SubplotSpec | None,
-    scan: Scan,
+    scan: WindowedScan,
     columns: Sequence[tuple[str, npt.NDArray[np.uint8] | None]],
     views: Sequence[_View],
     colours: Sequence[str],
@@ -195,7 +194,7 @@ def _draw_grid(
 
 def save_comparison(
     path: Path,
-    scan: Scan,
+    scan: WindowedScan,
     truth: npt.NDArray[np.uint8],
     prediction: npt.NDArray[np.uint8],
     labels: Sequence[str],
@@ -227,7 +226,7 @@ def save_comparison(
         return _save(figure, path)
 
 
-def _draw_curve(axes: Axes, rounds: Sequence[Round], labels: Sequence[str]) -> None:
+def _draw_curve(axes: Axes, rounds: Sequence[DemoRound], labels: Sequence[str]) -> None:
     x = [r.labelled for r in rounds]
     for name, colour in label_colours(labels).items():
         axes.plot(x, [r.dice[name] for r in rounds], color=colour, linewidth=1.6, marker="o", markersize=4)
@@ -256,7 +255,7 @@ def _draw_curve(axes: Axes, rounds: Sequence[Round], labels: Sequence[str]) -> N
     axes.legend(handles=handles, loc="lower right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8.5)
 
 
-def save_learning_curve(path: Path, rounds: Sequence[Round], labels: Sequence[str], *, title: str) -> Path:
+def save_learning_curve(path: Path, rounds: Sequence[DemoRound], labels: Sequence[str], *, title: str) -> Path:
     """Write a PNG with the Dice on unlabelled volumes, mean and per label, over the number of labelled volumes."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.2, 4.6), dpi=110, layout="constrained")
@@ -268,10 +267,10 @@ def save_learning_curve(path: Path, rounds: Sequence[Round], labels: Sequence[st
 
 def save_montage(
     path: Path,
-    scan: Scan,
+    scan: WindowedScan,
     columns: Sequence[tuple[str, npt.NDArray[np.uint8] | None]],
     truth: npt.NDArray[np.uint8],
-    rounds: Sequence[Round],
+    rounds: Sequence[DemoRound],
     labels: Sequence[str],
     *,
     title: str,
@@ -295,63 +294,3 @@ def save_montage(
         _draw_curve(figure.add_subplot(lower[0]), rounds, labels)
         figure.text(0.5, 1 - 0.14 / height, title, fontsize=13, fontweight="bold", ha="center", va="top")
         return _save(figure, path)
-
-
-def _score(value: float | None) -> str:
-    return "–" if value is None or np.isnan(value) else f"{value:.3f}"
-
-
-def _embedded(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    text = html.escape(caption)
-    return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-
-def write_html(
-    path: Path,
-    *,
-    title: str,
-    rounds: Sequence[Round],
-    labels: Sequence[str],
-    pictures: Sequence[tuple[Path, str]],
-    facts: Mapping[str, str],
-) -> Path:
-    """Write a report in one HTML file: a table of the rounds, the `pictures` (path, caption) embedded, and `facts`."""
-    held_out = any(r.held_out_dice is not None for r in rounds)
-    heads = ["round", "labelled", "unlabelled", "mean Dice", *labels, *(["held-out Dice"] if held_out else [])]
-    heads += ["corrected by hand", "seconds"]
-    rows = []
-    for r in rounds:
-        cells = [str(r.number), str(r.labelled), str(r.unlabelled), f"<b>{_score(r.mean_dice)}</b>"]
-        cells += [_score(r.dice[name]) for name in labels]
-        cells += [_score(r.held_out_dice)] if held_out else []
-        cells += [f"{100 * r.edited:.0f} %", f"{r.seconds:.0f}"]
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in heads)
-    about = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items())
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; color: {_INK}; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd }}
-img {{ max-width: 100%; height: auto }} figure {{ margin: 2rem 0 }} figcaption {{ color: #555; font-size: .9rem }}
-dl {{ display: grid; grid-template-columns: max-content auto; gap: .2rem 1.2rem }}
-dt {{ color: #555 }} dd {{ margin: 0 }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-<table><thead><tr>{head}</tr></thead><tbody>
-{chr(10).join(rows)}
-</tbody></table>
-<p>Dice: overlap with the true label on volumes that were not yet labelled, 1 is perfect.
-Corrected by hand: share of the labelled voxels the simulated radiologist had to change in this round's volumes.</p>
-{"".join(_embedded(picture, caption) for picture, caption in pictures)}
-<dl>{about}</dl>
-<p>Research software, not a medical device.</p>
-</body></html>
-"""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
-    return path
