@@ -1,4 +1,4 @@
-"""The code of docs/python.md, run as one script on small volumes."""
+"""The code of docs/python.md and docs/operator.md, run as a reader would: one script each, in an empty folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-GUIDE = Path(__file__).parents[2] / "docs" / "python.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Settings of the guide that take minutes, and what the test puts in their place.
 SMALLER = {
@@ -17,23 +16,36 @@ SMALLER = {
 }
 
 
-def test_the_guide_runs(write_case, tmp_path: Path) -> None:
+def code_of(guide: Path) -> str:
+    """Return all Python blocks of a page as one script."""
+    blocks = BLOCK.findall(guide.read_text())
+    assert blocks
+    return "\n".join(blocks)
+
+
+def run(script: str, folder: Path) -> str:
+    """Run a script in a folder and return what it printed."""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_guide_for_python_runs(repository: Path, write_case, tmp_path: Path) -> None:
     for i in range(4):
         write_case(f"case{i}", seed=i, size=(24, 24, 16))
-    data = tmp_path / "data"
-    data.mkdir()
+    (tmp_path / "data").mkdir()
     for folder in ("images", "labels"):
-        (tmp_path / folder).rename(data / folder)
-    blocks = BLOCK.findall(GUIDE.read_text())
-    assert len(blocks) == 5
-    script = "\n".join(blocks)
-    for guide, test in SMALLER.items():
-        assert guide in script
-        script = script.replace(guide, test)
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=500
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        (tmp_path / folder).rename(tmp_path / "data" / folder)
+    script = code_of(repository / "docs" / "python.md")
+    for slow, fast in SMALLER.items():
+        assert slow in script
+        script = script.replace(slow, fast)
+    printed = run(script, tmp_path)
+    assert "v0001 True" in printed
     assert (tmp_path / "model.json").is_file()
     assert (tmp_path / "mask.nii.gz").is_file()
-    assert "v0001" in done.stdout
+
+
+def test_the_guide_for_the_operator_runs(repository: Path, tmp_path: Path) -> None:
+    run(code_of(repository / "docs" / "operator.md"), tmp_path)
