@@ -14,7 +14,7 @@ export OMP_WAIT_POLICY := passive
 .PHONY: help demo serve test test-all test-gpu lint bench bench-gpu clean
 help:
 	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
-	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (more: docs/server.md)"
+	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (more: README, options table)"
 	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
 	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
