@@ -25,6 +25,7 @@ from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.model_file import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
 from deformux_label.lib.background.task_process import checked_gpus
+from deformux_label.lib.configs.numbers import number_between
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.requests.options import checked_device, chosen
@@ -232,15 +233,12 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
 
 
 def _number(request: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    """Return an option of a training; it must be a whole number where the default is one."""
     value = chosen(request.get(name, default))
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not low <= number <= high or (isinstance(default, int) and number != int(number)):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise HTTPException(400, f"{name} must be {kind} from {low:g} to {high:g}; got {value!r}")
-    return number
+        return number_between(name, value, low=low, high=high, whole=isinstance(default, int))
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
