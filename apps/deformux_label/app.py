@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,15 +30,18 @@ from deformux_label.lib.configs.project import InvalidOption, Project
 from deformux_label.lib.configs.refuse_to_start import refuse_to_start
 from deformux_label.lib.configs.server import SERVER_OPTIONS, ServerOptions
 from deformux_label.lib.infers.batch_inference import BatchInferences, images_of, run_batch
-from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.click_cache import ClickCache
 from deformux_label.lib.infers.edit import Edit
 from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.proposals import Proposals
 from deformux_label.lib.infers.scribbles import all_scribble_tasks
 from deformux_label.lib.infers.segmentation import Segmentation
 from deformux_label.lib.infers.served_network import UNTRAINED
 from deformux_label.lib.infers.uncertainty_map import store_uncertainty
-from deformux_label.lib.requests.clicks import BACKGROUND
-from deformux_label.lib.requests.options import checked_device, find_image, inference_options, known
+from deformux_label.lib.requests.caller import Caller, calling, note, require, with_login
+from deformux_label.lib.requests.clicks import BACKGROUND_LABEL
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, find_scan
+from deformux_label.lib.requests.options import checked_device, known
 from deformux_label.lib.requests.uploads import own_folder, private_uploads
 from deformux_label.lib.scoring.dice import DiceScoring
 from deformux_label.lib.store.annotator import annotator_of
@@ -51,14 +53,11 @@ from deformux_label.lib.trainers.finetune import FineTune
 from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue, with_queue
 from deformux_label.web.audit import AuditLog
-from deformux_label.web.caller import Caller, calling, note, require, with_login
 from deformux_label.web.error_responses import install
 from deformux_label.web.install import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)
-
-_REMEMBERED_PROPOSALS = 10_000
 
 
 class DeformUXLabel(MONAILabelApp):
@@ -79,11 +78,9 @@ class DeformUXLabel(MONAILabelApp):
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
         self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
         self.batches = BatchInferences(self.state_folder)
-        # Which model proposed what to whom, of late: (annotator, image) to version.
-        self._proposals: OrderedDict[tuple[str, str], str | None] = OrderedDict()
+        self._proposals = Proposals()
         self.dice = DiceScoring(self.project)
-        # Not ``sessions``, which are MONAI Label's uploads.
-        self.kept = Sessions(int(self.project.cache_gb * 1e9))
+        self.click_cache = ClickCache(int(self.project.cache_gb * 1e9))
         self.uploads: Path | None = None
         self._login_warnings: Callable[[], list[str]] = list
         super().__init__(
@@ -94,7 +91,7 @@ class DeformUXLabel(MONAILabelApp):
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version="0.1.0",
             # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
-            labels=[*self.project.labels, BACKGROUND],
+            labels=[*self.project.labels, BACKGROUND_LABEL],
         )
         # It would start a Python process at every Next Sample; scores are updated where they change instead.
         self._auto_update_scoring = False
@@ -111,9 +108,9 @@ class DeformUXLabel(MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         # Slicer runs the first one by itself on every new case.
         return {
-            "segmentation": Segmentation(self.project, self.models, self.kept),
-            "edit": Edit(self.project, self.models, self.kept),
-            **all_scribble_tasks(self.project, self.models, self.kept),
+            "segmentation": Segmentation(self.project, self.models, self.click_cache),
+            "edit": Edit(self.project, self.models, self.click_cache),
+            **all_scribble_tasks(self.project, self.models, self.click_cache),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
@@ -180,37 +177,32 @@ class DeformUXLabel(MONAILabelApp):
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         datastore = datastore or self.datastore()
-        request = with_login(request)
-        model = request.get("model")
+        sent = with_login(request)
+        model = sent.get("model")
         task = known("model", model, self._infers)
-        options = inference_options(request)
-        folders = [Path(self.studies), Path(self.sessions().store_path) if self.sessions() is not None else None]
-        image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
-        if options["save_label"]:
+        options = InferenceOptions.model_validate(sent)
+        sessions = self.sessions()
+        folders = [Path(self.studies), *([Path(sessions.store_path)] if sessions is not None else [])]
+        scan = find_scan(sent.get("image"), datastore, folders, self.uploads)
+        if options.save_label:
             require("annotator", "storing a segmentation (save_label)")
-        if options["uncertainty"] and image_id is not None:
+        if options.uncertainty and scan.image_id is not None:
             require("annotator", "storing where the model is unsure (uncertainty)")
-        if options["save_label"] and self.models.current() is None:
+        if options.save_label and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
-        if hasattr(task, "options"):
-            options |= task.options(request, self.uploads)
-        # An upload has another path each time.
-        keep = self.uploads is None or not Path(path).resolve().is_relative_to(self.uploads.resolve())
-        options |= {"image": path, "image_id": image_id, "keep": keep}
-        file, params = task({"model": model, "description": task.description, **options})
-        with_map = store_uncertainty(datastore, image_id, params)
+        file, params = task(task.parsed(sent, InferenceRequest(scan=scan, options=options), self.uploads))
+        with_map = store_uncertainty(datastore, scan.image_id, params)
         if with_map:
-            note(what="store uncertainty map", image=image_id, tag=UNCERTAINTY_TAG, version=params["model_version"])
-        if image_id is not None and "model_version" in params:
-            self._proposals[annotator_of(request), image_id] = params["model_version"]
-            while len(self._proposals) > _REMEMBERED_PROPOSALS:
-                self._proposals.popitem(last=False)
+            version = params["model_version"]
+            note(what="store uncertainty map", image=scan.image_id, tag=UNCERTAINTY_TAG, version=version)
+        if scan.image_id is not None and "model_version" in params:
+            self._proposals.remember(annotator_of(sent), scan.image_id, params["model_version"])
         label = file
-        if options["save_label"] and image_id is not None:
+        if options.save_label and scan.image_id is not None:
             info = with_login({"model": model, "params": params})
-            label = datastore.save_label(image_id, file, options["label_tag"], info)
-            stored = {"tag": options["label_tag"], "version": params["model_version"]}
-            note(what="store segmentation", image=image_id, **stored, uncertainty_map=with_map or None)
+            label = datastore.save_label(scan.image_id, file, options.label_tag, info)
+            stored = {"tag": options.label_tag, "version": params["model_version"]}
+            note(what="store segmentation", image=scan.image_id, **stored, uncertainty_map=with_map or None)
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def check_batch_inference(self, model: str) -> None:
@@ -287,7 +279,7 @@ class DeformUXLabel(MONAILabelApp):
 
     def _preload(self) -> None:
         name = self.models.current()
-        self.kept.forget_other_versions(name)
+        self.click_cache.forget_other_versions(name)
         if name is None:
             return
         try:
@@ -339,10 +331,9 @@ class DeformUXLabel(MONAILabelApp):
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
         """The model whose proposal an annotator was shown, as far as that is remembered."""
-        if (annotator, image_id) in self._proposals:
-            return self._proposals[annotator, image_id]
         lease = self.leases.active().get(image_id)
-        return lease.model_version if lease is not None and lease.annotator == annotator else None
+        leased = lease.model_version if lease is not None and lease.annotator == annotator else None
+        return self._proposals.find(annotator, image_id, leased)
 
     def bundle_path(self, model: str | None) -> None:
         # MONAI Label asks for it before every background task, which makes it the place to refuse an unknown model.

@@ -20,6 +20,7 @@ from scipy import ndimage
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers import scribbles as module
 from deformux_label.lib.infers.scribbles import GraphCut, all_scribble_tasks
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
 TASKS = ["network+graphcut", "histogram+graphcut", "gmm+graphcut"]
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd"]
@@ -233,10 +234,14 @@ def refused(answer: requests.Response, case: str, *words: str) -> None:
 # At the limits, without a server between.
 
 
+def asked(sent: Mapping[str, Any], image: str) -> InferenceRequest:
+    return InferenceRequest(scan=RequestedScan(image, keep=False), options=InferenceOptions.model_validate(sent))
+
+
 def run(task: GraphCut, volume: Volume, drawn: np.ndarray, folder: Path, **params: Any) -> np.ndarray:
     label = write(folder / "scribbles.nii.gz", drawn, volume.affine)
-    options = task.options({"label": str(label), "label_info": LABEL_INFO, **params}, folder)
-    file, _ = task({"image": str(volume.image), "image_id": None, "keep": False, "result_extension": ".nii", **options})
+    sent = {"label": str(label), "label_info": LABEL_INFO, "result_extension": ".nii", **params}
+    file, _ = task(task.parsed(sent, asked(sent, str(volume.image)), folder))
     return np.asarray(nib.load(file).dataobj)
 
 
@@ -313,6 +318,7 @@ def test_tasks_of_one_label_need_no_name(tmp_path: Path) -> None:
     label = write(tmp_path / "scribbles.nrrd", np.zeros((2, 2, 2), np.uint8), np.eye(4))
     for task in tasks.values():
         assert isinstance(task, GraphCut)
-        assert task.options({"label": str(label), "label_info": LABEL_INFO}, tmp_path)["selected"] == "liver"
+        sent = {"label": str(label), "label_info": LABEL_INFO}
+        assert task.parsed(sent, asked(sent, ""), tmp_path).selected == "liver"
         with pytest.raises(HTTPException, match="liver"):
-            task.options({"label": str(label), "label_info": LABEL_INFO, "selected_label_name": "x"}, tmp_path)
+            task.parsed({**sent, "selected_label_name": "x"}, asked(sent, ""), tmp_path)

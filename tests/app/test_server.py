@@ -17,7 +17,7 @@ import requests
 import torch
 from live import LABELS, PATIENCE_S, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
 
-from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.web.inference_queue import Turns
 
 # The smallest windows: a scan can then be as slow as a test needs, and ends as soon as its client leaves.
@@ -207,21 +207,23 @@ def test_a_turn_that_is_given_up_in_the_moment_it_comes_goes_to_the_next() -> No
 @pytest.mark.parametrize(
     ("fits", "expected"),
     [
-        (lambda _: True, Attempt((96, 96, 64), "cuda", "cuda")),
-        (lambda a: a.volume_device == "cpu", Attempt((96, 96, 64), "cuda", "cpu")),
-        (lambda a: np.prod(a.window) <= 48 * 48 * 32, Attempt((48, 48, 32), "cuda", "cpu")),
-        (lambda a: a.device == "cpu", Attempt((96, 96, 64), "cpu", "cpu")),
+        (lambda _: True, Placement((96, 96, 64), "cuda", "cuda")),
+        (lambda a: a.volume_device == "cpu", Placement((96, 96, 64), "cuda", "cpu")),
+        (lambda a: np.prod(a.window) <= 48 * 48 * 32, Placement((48, 48, 32), "cuda", "cpu")),
+        (lambda a: a.device == "cpu", Placement((96, 96, 64), "cpu", "cpu")),
     ],
 )
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
 )
-def test_a_full_gpu_is_a_slower_answer(fits: Callable[[Attempt], bool], expected: Attempt, error: Exception) -> None:
-    tried: list[Attempt] = []
+def test_a_full_gpu_is_a_slower_answer(
+    fits: Callable[[Placement], bool], expected: Placement, error: Exception
+) -> None:
+    tried: list[Placement] = []
 
-    def run(attempt: Attempt) -> torch.Tensor:
-        tried.append(attempt)
-        if not fits(attempt):
+    def run(placement: Placement) -> torch.Tensor:
+        tried.append(placement)
+        if not fits(placement):
             raise error
         return torch.ones(())
 
@@ -235,7 +237,7 @@ def test_a_full_gpu_is_a_slower_answer(fits: Callable[[Attempt], bool], expected
 
 
 def test_other_errors_are_not_taken_for_a_full_gpu() -> None:
-    def run(attempt: Attempt) -> torch.Tensor:
+    def run(placement: Placement) -> torch.Tensor:
         raise RuntimeError("the shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):

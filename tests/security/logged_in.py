@@ -9,7 +9,8 @@ from typing import Any
 import requests
 from live import LiveServer
 
-from deformux_label.web.offered import OFFERED, ROLES
+from deformux_label.lib.requests.roles import ROLES
+from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users
 
 # One of each role, and a second annotator.
@@ -41,6 +42,12 @@ def bearer(token: str) -> dict[str, str]:
 def headers_of(server: LiveServer, *names: str) -> dict[str, dict[str, str]]:
     """The headers of each of ``PEOPLE``, or of some."""
     return {name: bearer(log_in(server, name).json()["access_token"]) for name in names or PEOPLE}
+
+
+def call(server: LiveServer, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
+    return requests.request(
+        method, f"{server.url}{path}", headers=headers, timeout=120, **{"allow_redirects": False, **more}
+    )
 
 
 def routes() -> list[tuple[str, str, str | None]]:

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deformux_label.cli.main import app
-from deformux_label.web.offered import ROLES
-from deformux_label.web.users import InvalidUsers, Users, may, verified
+from deformux_label.lib.requests.roles import ROLES, may
+from deformux_label.web.users import InvalidUsers, Users, verified
 
 PASSWORD = "correct horse"
 # Of the property Default_Ignorable_Code_Point in Unicode's DerivedCoreProperties.txt, one of each range.

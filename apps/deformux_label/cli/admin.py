@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from deformux_label.cli.common import app_folder, print_table, refuse, terminal_text
-from deformux_label.web.offered import ROLES
+from deformux_label.lib.requests.roles import ROLES
 
 if TYPE_CHECKING:
     from deformux_label.web.audit import Record

@@ -28,8 +28,8 @@ def recorded(studies: Path, what: str) -> Iterator[dict[str, Any]]:
     The line goes to every project of these studies, for it concerns each; where none has a log that this account may
     write, to a log in the studies. ``deformux-label audit --studies`` reads both.
     """
+    from deformux_label.lib.requests.caller import Caller, calling
     from deformux_label.web.audit import AuditLog
-    from deformux_label.web.caller import Caller, calling
 
     with calling(Caller()) as caller:
         yield caller.done

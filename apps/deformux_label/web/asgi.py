@@ -33,7 +33,7 @@ from monailabel.endpoints import (
 )
 from monailabel.utils.others.generic import name_to_device
 
-from deformux_label.web.caller import current_user
+from deformux_label.lib.requests.caller import current_user
 from deformux_label.web.inference_queue import Turns
 from deformux_label.web.worker_threads import in_thread, watched, with_endpoint
 

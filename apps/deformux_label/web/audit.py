@@ -18,7 +18,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deformux_label.web.caller import Caller, calling
+from deformux_label.lib.requests.caller import Caller, calling
 from deformux_label.web.offered import offered
 
 __all__ = ["AUDITED", "Act", "AuditLog", "Audited", "Record", "read_log"]

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from deformux_label.web.caller import note
+from deformux_label.lib.requests.caller import note
 from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
 from deformux_label.web.login_page import login_page
 from deformux_label.web.offered import offered

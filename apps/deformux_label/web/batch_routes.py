@@ -10,7 +10,7 @@ from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
 
 from deformux_label.lib.infers.batch_inference import BatchInferences, batch_options
-from deformux_label.web.caller import with_login
+from deformux_label.lib.requests.caller import with_login
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["batch_router"]

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from monailabel.endpoints.user import auth
 from starlette.middleware import Middleware
 
+from deformux_label.lib.requests.caller import current_user
 from deformux_label.web.audit import Audited, AuditLog
 from deformux_label.web.auth_routes import auth_router
-from deformux_label.web.caller import current_user
 from deformux_label.web.listening import UNSAFE, host_of, is_loopback
 from deformux_label.web.login import Gate, Login
 from deformux_label.web.users import User, Users, default_users_file

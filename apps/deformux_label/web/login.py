@@ -17,13 +17,14 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deformux_label.lib.requests.caller import Caller, calling_now, note
+from deformux_label.lib.requests.roles import may
 from deformux_label.web.at_home import AtHome, place_of
 from deformux_label.web.attempts import Attempts, TooManyAttempts
-from deformux_label.web.caller import Caller, calling_now, note
 from deformux_label.web.listening import NO_LOGIN, is_own_address
 from deformux_label.web.offered import offered
 from deformux_label.web.tokens import Tokens
-from deformux_label.web.users import InvalidUsers, User, Users, may, verified
+from deformux_label.web.users import InvalidUsers, User, Users, verified
 
 __all__ = ["CHALLENGE", "COOKIE", "LOGIN_PAGE", "OUT_OF_ORDER", "Gate", "Login", "token_of"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,25 +13,18 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 
-from deformux_label.web.request_folder import request_folder
+from deformux_label.lib.requests.request_folder import request_folder
+from deformux_label.lib.requests.uploads import StoredUpload
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-__all__ = ["MOST_FIELD_BYTES", "StoredUpload", "read_multipart"]
+__all__ = ["MOST_FIELD_BYTES", "read_multipart"]
 
 MOST_FIELD_BYTES = 1_000_000
 _MOST_FIELDS = 32
 _MOST_NAME_BYTES = 1_000
 _MOST_HEADER_BYTES = 8_000
-
-
-class StoredUpload(UploadFile):
-    """A file of a form, whole at ``path``; ``file`` stays empty."""
-
-    def __init__(self, path: Path, filename: str) -> None:
-        super().__init__(io.BytesIO(), filename=filename)
-        self.path = path
 
 
 async def read_multipart(headers: Headers, stream: AsyncIterator[bytes], *, most_files: int) -> FormData:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OFFERED", "ROLES", "Offered", "offered"]
-
-ROLES = ("reader", "annotator", "reviewer", "admin")
-"""From the least to the most: each may do what those before it may."""
+__all__ = ["OFFERED", "Offered", "offered"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,7 @@ class Offered:
     Args:
         methods: HTTP methods; HEAD only where it is listed.
         path: as FastAPI writes it, with ``{name}`` for one segment.
-        role: the least of ``ROLES`` that may call it, or None where no login is needed.
+        role: the least of ``roles.ROLES`` that may call it, or None where no login is needed.
     """
 
     methods: tuple[str, ...]

@@ -16,9 +16,9 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deformux_label.lib.requests.identifiers import is_text
+from deformux_label.lib.requests.request_folder import requests_folder
 from deformux_label.web.listening import host_of
 from deformux_label.web.offered import OFFERED, offered
-from deformux_label.web.request_folder import requests_folder
 
 __all__ = ["Perimeter", "host_names"]
 

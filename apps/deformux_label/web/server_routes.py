@@ -17,8 +17,7 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import tasks
 
-from deformux_label.lib.requests.options import known
-from deformux_label.lib.requests.unknown_options import refuse_unknown
+from deformux_label.lib.requests.options import known, refuse_unknown
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["about_router", "scoring_router"]

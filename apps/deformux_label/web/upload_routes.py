@@ -13,19 +13,18 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
+from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.json_text import json_object
+from deformux_label.lib.requests.request_folder import request_folder
+from deformux_label.lib.requests.submission import MOST_INFO_BYTES
 from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.label_fields import claimed
 from deformux_label.lib.store.volume_sessions import VolumeSessions
-from deformux_label.web.caller import note, with_login
 from deformux_label.web.opened_file import OpenedFile
-from deformux_label.web.request_folder import request_folder
 from deformux_label.web.worker_threads import in_thread
 
-__all__ = ["MOST_INFO_BYTES", "datastore_router", "session_router"]
+__all__ = ["datastore_router", "session_router"]
 
-# What is stored beside a volume or a label is sent with every listing.
-MOST_INFO_BYTES = 100_000
 _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
 _MOST_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))

@@ -19,9 +19,9 @@ import bcrypt
 from filelock import FileLock
 
 from deformux.data.atomic_files import write_text
-from deformux_label.web.offered import ROLES
+from deformux_label.lib.requests.roles import ROLES
 
-__all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", "default_users_file", "may", "verified"]
+__all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", "default_users_file", "verified"]
 
 logger = logging.getLogger(__name__)
 
@@ -200,11 +200,6 @@ def default_users_file() -> Path:
     except RuntimeError as error:
         raise InvalidUsers("there is no home folder to look for the users file in; name one with --users") from error
     return Path(config) / "deformux-label" / "users.json"
-
-
-def may(role: str, least: str) -> bool:
-    """Return whether a role may do what needs the role ``least``."""
-    return ROLES.index(role) >= ROLES.index(least)
 
 
 def verified(user: User | None, password: str) -> bool:

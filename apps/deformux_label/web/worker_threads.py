@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import anyio.to_thread
@@ -15,29 +14,12 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-__all__ = [
-    "ClientGone",
-    "client_left",
-    "in_thread",
-    "raise_if_client_gone",
-    "watched",
-    "with_endpoint",
-    "with_signature",
-]
+from deformux_label.lib.infers.cancellation import ClientGone, watch_client
+
+__all__ = ["client_left", "in_thread", "watched", "with_endpoint", "with_signature"]
 
 # nginx's number for a client that closed its connection; nobody is there to read it.
 _CLIENT_CLOSED_REQUEST = 499
-_gone: ContextVar[Callable[[], bool]] = ContextVar("gone", default=lambda: False)
-
-
-class ClientGone(Exception):
-    """Whoever asked has closed the connection, so the work is for nobody."""
-
-
-def raise_if_client_gone() -> None:
-    """To be called now and then in long work: raises ClientGone once the client has closed its connection."""
-    if _gone.get()():
-        raise ClientGone
 
 
 def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Coroutine[Any, Any, Response]]:
@@ -73,7 +55,7 @@ def watched(
             if leaving.done():
                 return Response(status_code=_CLIENT_CLOSED_REQUEST)
             waiting.result()
-            _gone.set(leaving.done)
+            watch_client(leaving.done)
             return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
         except ClientGone:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fastapi import HTTPException
 
-__all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "checked_gpus", "kill", "last_lines", "reason", "run_method"]
+from deformux_label.lib.requests.options import checked_gpus
+
+__all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "kill", "last_lines", "reason", "run_method"]
 
 # Set for a process whose standard input ends when its server does.
 PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
@@ -68,16 +68,6 @@ def run_method(
                 continue
         _forward(lines, method)
     return process.returncode, stopping_since is not None
-
-
-def checked_gpus(value: Any) -> str:
-    """The GPUs that a request chooses, ``all`` or numbers such as ``0,1``; raises HTTPException 400 for the rest."""
-    value = value[0] if isinstance(value, list) and value else value
-    if value in (None, "", "all"):
-        return "all"
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3}){0,31}", value):
-        raise HTTPException(400, f"gpus must be all, or numbers such as 0,1; got {ascii(value)[:60]}")
-    return value
 
 
 def alive(identity: list[Any] | None) -> psutil.Process | None:

@@ -15,9 +15,9 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from deformux_label.lib.background.task_process import PAUSE_S, alive, checked_gpus, last_lines, reason, run_method
+from deformux_label.lib.background.task_process import PAUSE_S, alive, last_lines, reason, run_method
 from deformux_label.lib.requests.identifiers import checked_text, refuse_invalid_text
-from deformux_label.lib.requests.options import checked_device, one_of
+from deformux_label.lib.requests.options import checked_device, checked_gpus, one_of
 from deformux_label.lib.store.state import StateDatabase
 from deformux_label.lib.store.tasks import DONE, FAILED, FINISHED, RUNNING, STOPPED, Tasks, end, new_task, unfinished
 

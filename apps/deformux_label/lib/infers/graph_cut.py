@@ -19,7 +19,7 @@ from monailabel.scribbles.utils import make_iseg_unary, make_likelihood_image_hi
 from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 
-from deformux_label.lib.requests.scribbles import BACKGROUND, FOREGROUND
+from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND
 
 __all__ = [
     "CutOptions",
@@ -47,9 +47,9 @@ _STEPS = 512
 _NEIGHBOURS = 6
 
 Values = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
+_Mask = npt.NDArray[np.bool_]
 # Log-odds (x, y, z) of the foreground by intensity: of an image scaled to 0..1 and the samples of both sides.
-Evidence = Callable[[Values, Mask, Mask], Values]
+Evidence = Callable[[Values, _Mask, _Mask], Values]
 
 
 @dataclass(frozen=True)
@@ -85,10 +85,10 @@ class Surroundings:
     def of(cls, scribbles: npt.NDArray[np.uint8], spacing: npt.NDArray[np.float64], edge: Values) -> Surroundings:
         """Of scribbles ``(x, y, z)`` with at least one of the foreground; ``edge`` is the distance from the edge."""
         background = edge
-        if (scribbles == BACKGROUND).any():
-            to_scribble = ndimage.distance_transform_edt(scribbles != BACKGROUND, sampling=spacing)
+        if (scribbles == SCRIBBLED_BACKGROUND).any():
+            to_scribble = ndimage.distance_transform_edt(scribbles != SCRIBBLED_BACKGROUND, sampling=spacing)
             background = np.minimum(edge, to_scribble)
-        foreground = ndimage.distance_transform_edt(scribbles != FOREGROUND, sampling=spacing)
+        foreground = ndimage.distance_transform_edt(scribbles != SCRIBBLED_FOREGROUND, sampling=spacing)
         return cls(foreground.astype(np.float32), background.astype(np.float32), spacing)
 
     def log_odds(self) -> Values:
@@ -103,12 +103,12 @@ def cut(
     options: CutOptions,
     *,
     connected: bool,
-) -> Mask:
+) -> _Mask:
     """The segment ``(x, y, z)`` of least energy.
 
     Args:
         image: ``(x, y, z)``, 0..1; edges in it are where the segment's border likes to be.
-        scribbles: ``(x, y, z)``, FOREGROUND, BACKGROUND or 0; a scribbled voxel is what it was scribbled as.
+        scribbles: ``(x, y, z)``, SCRIBBLED_FOREGROUND, SCRIBBLED_BACKGROUND or 0; the segment follows them.
         log_odds: of the foreground for each voxel by itself.
         options: of the energy.
         connected: leave out what is not connected with a foreground scribble.
@@ -117,15 +117,15 @@ def cut(
     unary = make_iseg_unary(
         np.stack([1 - foreground, foreground]).astype(np.float32),
         scribbles[None],
-        scribbles_bg_label=BACKGROUND,
-        scribbles_fg_label=FOREGROUND,
+        scribbles_bg_label=SCRIBBLED_BACKGROUND,
+        scribbles_fg_label=SCRIBBLED_FOREGROUND,
     )
     found = numpymaxflow.maxflow(image[None], unary, options.lamda, options.sigma, _NEIGHBOURS)[0] > 0
-    found[scribbles == BACKGROUND] = False
-    found[scribbles == FOREGROUND] = True
+    found[scribbles == SCRIBBLED_BACKGROUND] = False
+    found[scribbles == SCRIBBLED_FOREGROUND] = True
     if connected:
         pieces, _ = ndimage.label(found)
-        found = np.isin(pieces, np.unique(pieces[scribbles == FOREGROUND]))
+        found = np.isin(pieces, np.unique(pieces[scribbles == SCRIBBLED_FOREGROUND]))
     return found
 
 
@@ -134,10 +134,10 @@ def from_scribbles(image: Values, scribbles: npt.NDArray[np.uint8], around: Surr
 
     Without a background scribble, what lies nearer to the edge of the region than to the foreground is its sample.
     """
-    background = scribbles == BACKGROUND
+    background = scribbles == SCRIBBLED_BACKGROUND
     if not background.any():
-        background = (around.background < around.foreground) & (scribbles != FOREGROUND)
-    return evidence(image, scribbles == FOREGROUND, background) + around.log_odds()
+        background = (around.background < around.foreground) & (scribbles != SCRIBBLED_FOREGROUND)
+    return evidence(image, scribbles == SCRIBBLED_FOREGROUND, background) + around.log_odds()
 
 
 def from_network(
@@ -152,14 +152,14 @@ def from_network(
     Near a scribble that contradicts the network, intensity and nearness decide instead, as without a network.
     """
     own = np.log((probability + 1e-4) / (1 - probability + 1e-4))
-    contradicted = ((scribbles == FOREGROUND) & (probability < 0.5)) | (
-        (scribbles == BACKGROUND) & (probability >= 0.5)
+    contradicted = ((scribbles == SCRIBBLED_FOREGROUND) & (probability < 0.5)) | (
+        (scribbles == SCRIBBLED_BACKGROUND) & (probability >= 0.5)
     )
     if not contradicted.any():
         return own
     unscribbled = scribbles == 0
-    foreground = (scribbles == FOREGROUND) | ((probability > _SURE) & unscribbled)
-    background = (scribbles == BACKGROUND) | ((probability < 1 - _SURE) & unscribbled)
+    foreground = (scribbles == SCRIBBLED_FOREGROUND) | ((probability > _SURE) & unscribbled)
+    background = (scribbles == SCRIBBLED_BACKGROUND) | ((probability < 1 - _SURE) & unscribbled)
     drawn = evidence(image, foreground, background) + around.log_odds()
     distance = ndimage.distance_transform_edt(~contradicted, sampling=around.spacing)
     weight = np.exp(-distance / (_REACH * around.scale)).astype(np.float32)
@@ -169,9 +169,11 @@ def from_network(
 def by_histogram(n_bins: int) -> Evidence:
     """Intensities of the two sides as histograms (MONAI Label's, with its pseudo-counts)."""
 
-    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
-        sides = np.where(foreground, FOREGROUND, np.where(background, BACKGROUND, 0))
-        densities = make_likelihood_image_histogram(image[None], sides[None], BACKGROUND, FOREGROUND, num_bins=n_bins)
+    def log_odds(image: Values, foreground: _Mask, background: _Mask) -> Values:
+        sides = np.where(foreground, SCRIBBLED_FOREGROUND, np.where(background, SCRIBBLED_BACKGROUND, 0))
+        densities = make_likelihood_image_histogram(
+            image[None], sides[None], SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, num_bins=n_bins
+        )
         return _log_ratio(densities[1], densities[0], floor=1e-3)
 
     return log_odds
@@ -180,7 +182,7 @@ def by_histogram(n_bins: int) -> Evidence:
 def by_mixture(n_mixtures: int) -> Evidence:
     """Intensities of the two sides as mixtures of Gaussians (Rother, Kolmogorov and Blake, GrabCut, 2004)."""
 
-    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
+    def log_odds(image: Values, foreground: _Mask, background: _Mask) -> Values:
         steps = np.linspace(0, 1, _STEPS, dtype=np.float32)
         densities = [_density(image[side], n_mixtures, steps) for side in (foreground, background)]
         ratio = _log_ratio(densities[0], densities[1], floor=1e-3)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from fastapi import HTTPException
 from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
@@ -23,10 +22,10 @@ from torch.nn import functional as F
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
 from deformux.data.preprocessing import apply, inference_transforms
-from deformux.interactive.editor import Study
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.infers.click_cache import Sessions, StudyKey
-from deformux_label.lib.infers.edit import open_study
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
+from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
+from deformux_label.lib.infers.drawn_scribbles import Drawn, Scribbles, drawn_of
 from deformux_label.lib.infers.graph_cut import (
     CutOptions,
     Evidence,
@@ -38,21 +37,11 @@ from deformux_label.lib.infers.graph_cut import (
     from_scribbles,
 )
 from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.opened_scan import open_requested_scan
+from deformux_label.lib.infers.reply_file import write_reply
 from deformux_label.lib.infers.served_network import UNTRAINED, in_a_sentence, sentences
-from deformux_label.lib.requests.options import saves_label
-from deformux_label.lib.requests.scribbles import (
-    BACKGROUND,
-    FOREGROUND,
-    Drawn,
-    Scribbles,
-    drawn_of,
-    number_of,
-    roi_of,
-    segment_ids_of,
-)
-from deformux_label.lib.store.volume_writer import write_result
-from deformux_label.web.label_upload import label_file_of
-from deformux_label.web.worker_threads import raise_if_client_gone
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, ScribblesRequest
 
 __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 
@@ -60,12 +49,12 @@ logger = logging.getLogger(__name__)
 
 # A cut of more voxels than these takes too long and too much memory, so it is computed on larger ones.
 _MOST_VOXELS = 3_000_000
-# Smallest and largest value of each number in a task's config.
-_RANGES = {"lamda": (0.0, 1_000.0), "sigma": (1e-4, 1_000.0), "num_bins": (2, 1_024), "num_mixtures": (1, 64)}
 
 
 class GraphCut(InferTask):
     """One segment from the intensities under the scribbles and from nearness to them; no model is involved."""
+
+    needs_label = False
 
     def __init__(self, project: Project, evidence: str, description: str) -> None:
         self.project = project
@@ -85,80 +74,60 @@ class GraphCut(InferTask):
         own = {"num_mixtures": 8} if self.evidence == "mixture" else {"num_bins": 32}
         return {"lamda": CutOptions.lamda, "sigma": CutOptions.sigma, **own}
 
-    def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
-        """The part of a request that is this task's own, checked as far as that needs no image."""
-        if saves_label(request):
-            raise HTTPException(400, "a segment from scribbles is no whole label; submit it with the others")
-        file, _ = label_file_of(request, self.project.labels, uploads)
-        if file is None:
-            raise HTTPException(400, "the request has no scribbles; send them as its label file")
-        return {
-            "scribbles": file,
-            "segment_ids": segment_ids_of(request.get("label_info")),
-            "roi": roi_of(request.get("roi")),
-            "selected": self._selected(request.get("selected_label_name")),
-            "numbers": {
-                name: number_of(name, request.get(name), self._defaults()[name], *bounds)
-                for name, bounds in _RANGES.items()
-                if name in self._defaults()
-            },
-        }
+    def parsed(self, sent: Mapping[str, Any], asked: InferenceRequest, uploads: Path | None) -> ScribblesRequest:
+        """Return the typed request; raise HTTPException for a bad one."""
+        return ScribblesRequest.of(
+            sent,
+            asked,
+            labels=self.project.labels,
+            uploads=uploads,
+            defaults=self._defaults(),
+            needs_label=self.needs_label,
+        )
 
-    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def __call__(self, request: ScribblesRequest) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
         with in_a_sentence():
             mask, affine, params = self._segment(request)
-        name = request["selected"] or "foreground"
-        path = write_result(mask, affine, request, {name: 1})
+        name = request.selected or "foreground"
+        path = write_reply(mask, affine, request, {name: 1})
         params["latencies"] = {"total": round(time.perf_counter() - start, 4)}
-        logger.info("Scribbles on %s: %s", Path(request["image"]).name, params)
+        logger.info("Scribbles on %s: %s", Path(request.scan.path).name, params)
         return path, {"label_names": {name: 1}, **params}
 
-    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+    def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = apply(inference_transforms(self.project.preprocessing), {"image": request["image"]})["image"]
+        image = apply(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
         found = region.cut(log_odds, _cut_options(request), connected=True)
         mask = np.zeros(grid.size, dtype=np.uint8)
         _paste(mask, found, region, drawn)
-        warning = sentences(image, None if (drawn.scribbles == BACKGROUND).any() else _no_background(request))
+        warning = sentences(image, None if (drawn.scribbles == SCRIBBLED_BACKGROUND).any() else _no_background(request))
         return mask, grid.affine, {"warning": warning} if warning else {}
 
-    def _by(self, request: dict[str, Any]) -> Evidence:
-        numbers = request["numbers"]
+    def _by(self, request: ScribblesRequest) -> Evidence:
+        numbers = request.numbers
         if self.evidence == "mixture":
             return by_mixture(int(numbers["num_mixtures"]))
         return by_histogram(int(numbers["num_bins"]))
-
-    def _selected(self, name: Any) -> str | None:
-        names = self.project.labels
-        if name in (None, ""):
-            return names[0] if len(names) == 1 else None
-        if name not in names:
-            raise HTTPException(400, f"selected_label_name must be one of {', '.join(names)}; got {name!r}")
-        return str(name)
 
 
 class NetworkGraphCut(GraphCut):
     """One label as the published model sees it, corrected by scribbles: by intensities where there is no model yet."""
 
-    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
+    needs_label = True
+
+    def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(project, "histogram", "DeformUX-Net's probabilities, corrected by scribbles")
         self.models = models
-        self.sessions = sessions
+        self.cache = cache
 
     def _defaults(self) -> dict[str, Any]:
         return {**super()._defaults(), "lamda": 2.0, "device": device_list()}
 
-    def _selected(self, name: Any) -> str | None:
-        selected = super()._selected(name)
-        if selected is None:
-            raise HTTPException(400, f"selected_label_name must be one of {', '.join(self.project.labels)}; got none")
-        return selected
-
-    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+    def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         version = self.models.current()
         if version is None:
             mask, affine, params = super()._segment(request)
@@ -169,39 +138,27 @@ class NetworkGraphCut(GraphCut):
             ]
             return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
         drawn = drawn_of(request, of_foreground=False)  # before a whole volume is segmented
-        study, warning = self._study(request, version)
-        value = self.project.labels.index(request["selected"]) + 1
+        key = ScanKey.of(request.scan.path, version, request.options.device)
+        opened = open_requested_scan(self.models, self.cache, request.scan, key)
+        study = opened.study
+        value = self.project.labels.index(request.selected or "") + 1
         region = _Region.of(study.image, study.grid, drawn)
         probability = region.cropped(study.logits.float().softmax(0)[value : value + 1])
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
         # Far from the scribbles it is what it was; beyond a region that the client drew there is nothing.
         mask = (study.labels == value).astype(np.uint8)
-        if request["roi"] is not None:
+        if request.roi is not None:
             mask[:] = 0
         _paste(mask, found, region, drawn)
-        warning = sentences(study.image, warning)
+        warning = sentences(study.image, self.models.warning(version), opened.warning)
         return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
-    def _study(self, request: dict[str, Any], version: str) -> tuple[Study, str | None]:
-        device = request["device"]
-        _, card = self.models.load(version, device)
-        warnings: list[str | None] = [self.models.warning(version)]
 
-        def compute() -> Study:
-            study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
-            warnings.append(warning)
-            return study
-
-        key = StudyKey.of(request["image"], version, device)
-        study = self.sessions.study(key, compute) if request["keep"] else compute()
-        return study, " ".join(filter(None, warnings)) or None
-
-
-def all_scribble_tasks(project: Project, models: ServedModels, sessions: Sessions) -> dict[str, InferTask]:
+def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache) -> dict[str, InferTask]:
     """The scribble tasks by name; the first is the one that the Slicer extension starts with."""
     return {
-        "network+graphcut": NetworkGraphCut(project, models, sessions),
+        "network+graphcut": NetworkGraphCut(project, models, cache),
         "histogram+graphcut": GraphCut(project, "histogram", "Histograms of intensity and nearness to scribbles"),
         "gmm+graphcut": GraphCut(project, "mixture", "Mixtures of Gaussians of intensity and nearness to scribbles"),
     }
@@ -259,7 +216,7 @@ def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
     found = ndimage.affine_transform(
         drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
     )
-    for value in (BACKGROUND, FOREGROUND):
+    for value in (SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND):
         voxels = np.argwhere(drawn.scribbles == value)
         reached = np.rint(apply_affine(grid.to_network, voxels)).astype(int)
         within = ((reached >= 0) & (reached < grid.network_size)).all(axis=1)
@@ -285,8 +242,8 @@ def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _R
     values = torch.from_numpy(found[None].astype(np.float32))
     inside = region.grid.interpolate(values, lambda part: part[0] > 0.5, box=drawn.inside)
     mask[slices(drawn.inside)] = inside.numpy()
-    mask[drawn.scribbles == BACKGROUND] = 0
-    mask[drawn.scribbles == FOREGROUND] = 1
+    mask[drawn.scribbles == SCRIBBLED_BACKGROUND] = 0
+    mask[drawn.scribbles == SCRIBBLED_FOREGROUND] = 1
 
 
 def _scaled(image: torch.Tensor) -> torch.Tensor:
@@ -308,10 +265,10 @@ def _pooled(values: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
     return F.avg_pool3d(values[None], tuple(factors), ceil_mode=True)[0]
 
 
-def _cut_options(request: dict[str, Any]) -> CutOptions:
-    return CutOptions(lamda=float(request["numbers"]["lamda"]), sigma=float(request["numbers"]["sigma"]))
+def _cut_options(request: ScribblesRequest) -> CutOptions:
+    return CutOptions(lamda=request.numbers["lamda"], sigma=request.numbers["sigma"])
 
 
-def _no_background(request: dict[str, Any]) -> str:
-    where = "outside the region of interest" if request["roi"] is not None else "far from the foreground's scribbles"
+def _no_background(request: ScribblesRequest) -> str:
+    where = "outside the region of interest" if request.roi is not None else "far from the foreground's scribbles"
     return f"No background was scribbled: what lies {where} was taken for it."

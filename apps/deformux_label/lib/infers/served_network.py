@@ -16,11 +16,11 @@ from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.sliding_window import WindowInferer
 from deformux.networks.model_file import InvalidModel
 from deformux.networks.precision import mixed_precision
-from deformux_label.lib.infers.gpu_memory import Attempt
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
+from deformux_label.lib.infers.gpu_memory import Placement
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.web.worker_threads import raise_if_client_gone
 
-__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "volume_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "served_logits"]
 
 # Freeing these and taking them again would cost a click more than others gain by them.
 _FEW_BYTES = 256 * 2**20
@@ -29,28 +29,28 @@ UNTRAINED = "There is no trained model yet: submit a label and train, or start f
 
 
 class ServedNetwork:
-    """A version on the device of an attempt, for patches from anywhere; ends with the client that waits for it.
+    """A version on the device of an placement, for patches from anywhere; ends with the client that waits for it.
 
     It looks the weights up at each call: what outlives a request, such as an editor, must not keep those of versions
     that are served no more.
     """
 
-    def __init__(self, models: ServedModels, version: str, attempt: Attempt) -> None:
+    def __init__(self, models: ServedModels, version: str, placement: Placement) -> None:
         self.models = models
         self.version = version
-        self.attempt = attempt
+        self.placement = placement
         self.seconds = 0.0
 
     @torch.inference_mode()
     def __call__(self, patch: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Logits ``(N, C, D, H, W)``, float32, where the attempt keeps the volume; adds its time to ``seconds``."""
+        """Logits ``(N, C, D, H, W)``, float32, where the placement keeps the volume; adds its time to ``seconds``."""
         raise_if_client_gone()
-        device = self.attempt.device
+        device = self.placement.device
         network = self.models.network(self.version, device)
         start = time.perf_counter()
         with mixed_precision(device):
             logits = network(patch.to(device), None if guidance is None else guidance.to(device))
-        logits = logits.float().to(self.attempt.volume_device)
+        logits = logits.float().to(self.placement.volume_device)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - start
@@ -58,12 +58,12 @@ class ServedNetwork:
 
     def batch_size(self, window: Sequence[int]) -> int:
         """How many windows of so many voxels it should be given at once."""
-        network = self.models.network(self.version, self.attempt.device)
+        network = self.models.network(self.version, self.placement.device)
         return network.batch_size(window) if isinstance(network, BatchedNetwork) else 1
 
     def give_back_memory(self) -> None:
         """Free what it and torch keep of a GPU's memory: a training in its own process cannot use it."""
-        device = self.attempt.device
+        device = self.placement.device
         if not device.startswith("cuda"):
             return
         self.models.give_back_memory(device)
@@ -72,11 +72,11 @@ class ServedNetwork:
 
 
 @torch.inference_mode()
-def volume_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
+def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
     """Logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
-    attempt = network.attempt
+    placement = network.placement
     try:
-        return WindowInferer(attempt.window)(image[None].to(attempt.volume_device), network)[0]
+        return WindowInferer(placement.window)(image[None].to(placement.volume_device), network)[0]
     finally:
         network.give_back_memory()
 

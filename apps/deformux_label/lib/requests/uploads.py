@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import io
 import logging
 import os
 import shutil
@@ -13,16 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastapi import HTTPException, UploadFile
+from fastapi import HTTPException
+from starlette.datastructures import UploadFile
 
-from deformux_label.web.multipart import StoredUpload
-
-__all__ = ["VOLUME_SUFFIXES", "own_folder", "private_uploads", "stored_upload", "volume_suffix"]
+__all__ = ["StoredUpload", "own_folder", "private_uploads", "stored_upload"]
 
 logger = logging.getLogger(__name__)
 
-# The longest first.
-VOLUME_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
+# Of volumes and of labels, the longest first.
+_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
 _PREFIX = "deformux-label-"
 _LOCK = ".in-use"
 # A folder without a lock is of a server that has not locked it yet, or of an early one that is long gone.
@@ -31,9 +31,12 @@ _SECONDS_TO_LOCK = 3600
 _held: list[int] = []
 
 
-def volume_suffix(name: str) -> str | None:
-    """Return the suffix, in lower case, by which the name of a file says that it holds a volume."""
-    return next((suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), None)
+class StoredUpload(UploadFile):
+    """A file of a form, whole at ``path``; ``file`` stays empty."""
+
+    def __init__(self, path: Path, filename: str) -> None:
+        super().__init__(io.BytesIO(), filename=filename)
+        self.path = path
 
 
 def stored_upload(upload: UploadFile, name: str) -> Path:
@@ -47,12 +50,12 @@ def stored_upload(upload: UploadFile, name: str) -> Path:
         HTTPException: 422 for a suffix of no volume.
     """
     assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
-    suffix = volume_suffix(upload.filename or "")
+    name_sent = (upload.filename or "").lower()
+    suffix = next((suffix for suffix in _SUFFIXES if name_sent.endswith(suffix)), None)
     if suffix is None:
         raise HTTPException(
             422,
-            f"the file {ascii(upload.filename or '')[:80]} cannot be a volume; send one of "
-            f"{', '.join(VOLUME_SUFFIXES)}",
+            f"the file {ascii(upload.filename or '')[:80]} cannot be a volume; send one of {', '.join(_SUFFIXES)}",
         )
     return upload.path.rename(upload.path.with_name(f"{name}{suffix}"))
 

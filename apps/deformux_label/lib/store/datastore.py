@@ -16,6 +16,7 @@ from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from deformux.data.preprocessing import InvalidVolume, LoadVolumed
 from deformux.data.volume_reader import VOLUME_SUFFIXES
+from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import file_of, label_entry
@@ -28,7 +29,6 @@ from deformux_label.lib.store.studies_folder import StudiesError
 from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.upload_check import checked_info, checked_suffix, refuse_taken
 from deformux_label.lib.store.volumes import split_suffix
-from deformux_label.web.caller import note, with_login
 
 __all__ = ["CheckedDatastore", "StudiesError"]
 

@@ -15,8 +15,7 @@ from fastapi import HTTPException, UploadFile
 
 from deformux.data.preprocessing import InvalidVolume, LoadVolumed
 from deformux_label.lib.requests.dicom_series import write_series
-from deformux_label.lib.requests.uploads import stored_upload
-from deformux_label.web.multipart import StoredUpload
+from deformux_label.lib.requests.uploads import StoredUpload, stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
 

@@ -6,13 +6,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import HTTPException
 
-from deformux_label.web.users import User, may
+from deformux_label.lib.requests.roles import may
 
-__all__ = ["Caller", "calling", "calling_now", "current_user", "note", "require", "with_login"]
+__all__ = ["Caller", "LoggedIn", "calling", "calling_now", "current_user", "note", "require", "with_login"]
+
+
+class LoggedIn(Protocol):
+    """A user who has logged in."""
+
+    @property
+    def name(self) -> str:
+        """As every record of their work shows it."""
+
+    @property
+    def role(self) -> str:
+        """One of ``roles.ROLES``."""
 
 
 @dataclass
@@ -26,7 +38,7 @@ class Caller:
     """
 
     address: str = ""
-    user: User | None = None
+    user: LoggedIn | None = None
     done: dict[str, Any] = field(default_factory=dict)
 
 
@@ -49,7 +61,7 @@ def calling_now() -> Caller:
     return _caller.get() or Caller()
 
 
-def current_user() -> User | None:
+def current_user() -> LoggedIn | None:
     """Return who has logged in for this request; None where the login is off, and outside requests."""
     caller = _caller.get()
     return caller.user if caller is not None else None

@@ -1,10 +1,9 @@
-"""The files of an inference request: a volume, a session's volume, and a label file beside the active label's name."""
+"""The routes of inference, and the files of their requests: a volume, a session's volume, a label."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
@@ -17,7 +16,7 @@ from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.web.worker_threads import with_endpoint, with_signature
 
-__all__ = ["inference_router", "label_file_of"]
+__all__ = ["inference_router"]
 
 
 def inference_router(sessions: VolumeSessions | None) -> APIRouter:
@@ -34,26 +33,6 @@ def inference_router(sessions: VolumeSessions | None) -> APIRouter:
             endpoint = _with_files(route.endpoint, sessions)
             router.routes.append(with_endpoint(route, endpoint, prefix=settings.MONAI_LABEL_API_STR))
     return router
-
-
-def label_file_of(
-    request: Mapping[str, Any], names: Collection[str], uploads: Path | None
-) -> tuple[Path | None, str | None]:
-    """The uploaded label file and the active label's name of a request to infer, as far as there are any.
-
-    Raises:
-        HTTPException: 400 where ``label`` is no name, 403 where it names a file that was not uploaded.
-    """
-    label, active = request.get("label"), request.get("active_label")
-    for value in (label, active):
-        if value is not None and not isinstance(value, str):
-            raise HTTPException(400, f"label must be the name of one label; got {value!r}")
-    if not label or label in names or ("/" not in label and "\\" not in label):
-        return None, active or label or None
-    path = None if "\0" in label else Path(label).resolve()
-    if path is None or uploads is None or not path.is_relative_to(uploads.resolve()) or not path.is_file():
-        raise HTTPException(403, "label must be the name of a label; send a label file as a part of the request")
-    return path, active or None
 
 
 def _with_files(
