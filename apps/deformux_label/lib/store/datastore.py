@@ -1,4 +1,4 @@
-"""The studies folder: MONAI Label's local datastore, which believes everything, made to check and keep what it gets."""
+"""The datastore of a studies folder: MONAI Label's, with checks of what it is given, and a history of it."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ _NUMBERS = tuple(map(str, range(1, 255)))
 class CheckedDatastore(ListedStudies):
     """Volumes in a folder and their labels under ``labels/<tag>``, indexed by ``datastore_v2.json``.
 
-    What cannot be used is refused with a 4xx and changes nothing; every submitted label stays, as a revision, under
-    ``.deformux/revisions``; what is deleted is moved to ``.deformux/trash``; the files of a change and the index are
-    written by rename, all of them or none; every change of the index starts from what is on disk, since training and
-    scoring run in processes of their own, and readers in other threads see the index before or after a change, never
-    within one. A folder that cannot be written to is served for inference alone, with the index in memory.
+    - Unusable input is refused with a 4xx and changes nothing.
+    - Every submitted label is kept as a revision under ``.deformux/revisions``; deleted files are moved to
+      ``.deformux/trash``.
+    - The files of a change and the index are written by rename, all or none.
+    - Every change starts from the index on disk, because training and scoring run in other processes. Readers in other
+      threads see the index before or after a change, never in between.
+    - A folder that cannot be written to is served for inference only, with the index in memory.
     """
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Store a label that lies on its image's grid and holds the project's values; returns the label's id."""
+        """Store a label on its image's grid with the project's values, and return its id."""
         self._image(image_id)
         tag = checked_tag(label_tag)
         if tag == UNCERTAINTY_TAG:
@@ -62,7 +64,7 @@ class CheckedDatastore(ListedStudies):
         return image_id
 
     def save_uncertainty(self, image_id: str, file: Path, info: dict[str, Any]) -> bool:
-        """Store where a model is unsure of a volume, in the place of an earlier map; False where none can be stored."""
+        """Store a map of a model's uncertainty, replacing an earlier one; return False if the folder is read-only."""
         if not self.read_only:
             self._store_label(image_id, UNCERTAINTY_TAG, file, checked_info(info))
         return not self.read_only
@@ -93,7 +95,7 @@ class CheckedDatastore(ListedStudies):
             if tuple(names) != tuple(project):
                 info = mapped_info(info, names, project)
                 file = stack.enter_context(_mapped_copy(file, image, image_id, names, project))
-            # Kept labels hold the project's values, whatever the segments were numbered when they were sent.
+            # A kept label already holds the project's values, however the client had numbered its segments.
             sent = {key: value for key, value in info.items() if key == "annotated"}
             checked = stack.enter_context(checked_labels(file, image, image_id, project, sent))
             kept = self._store_label(image_id, tag, checked, info, restored_from=number, labels=project)
@@ -168,7 +170,7 @@ class CheckedDatastore(ListedStudies):
     def _keep_if_unknown(
         self, transaction: Transaction, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
     ) -> int:
-        """Make a revision of a label that came another way, such as copied into the folder, before it goes.
+        """Keep a label that was not submitted, such as one copied into the folder, as a revision before it is replaced.
 
         Returns:
             the number of the last revision.
@@ -191,7 +193,7 @@ class CheckedDatastore(ListedStudies):
         return number + 1
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Store a new volume and return its id; a name that is taken by other bytes is refused."""
+        """Store a new volume and return its id; a name that other bytes have is refused."""
         suffix = checked_suffix(image_filename, VOLUME_SUFFIXES)
         name = checked_image_id((image_id or Path(image_filename).name).removesuffix(suffix))
         if split_suffix(name + suffix) != (name, suffix) or (name + suffix).lower().endswith(".seg.nrrd"):
@@ -214,14 +216,14 @@ class CheckedDatastore(ListedStudies):
         return name
 
     def remove_image(self, image_id: str) -> None:
-        """Move a volume (of a link the link itself) and its labels to the trash; the labels' revisions stay."""
+        """Move a volume (a link itself, not its target) and its labels to the trash; the labels' revisions stay."""
         with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             labels = {tag: label.info.get("revision", 0) for tag, label in entry.labels.items()}
             file = self._image_file(image_id, entry)
             known = {"file": file_of(image_id, entry), "info": entry.image.info}
             place = self.trash.stage(transaction, "image", image_id, labels=labels, **known)
-            # Labels first: those of a volume that is gone would be taken for those of the next one of its name.
+            # Labels first: if they outlived their volume, they would be taken for those of the next one with its name.
             for tag in entry.labels:
                 self._stage_removal(transaction, image_id, tag, entry, place)
             if os.path.lexists(file):
@@ -230,10 +232,10 @@ class CheckedDatastore(ListedStudies):
         self._mapped.forget(image_id)
 
     def bring_back(self, name: str, annotator: str) -> str:
-        """Bring an entry of the trash back to where it was, and return the id of its volume.
+        """Move an entry of the trash back to where it was, and return the id of its volume.
 
         Raises:
-            HTTPException: 404 where there is no such entry, 409 where its place is taken.
+            HTTPException: 404 if there is no such entry, 409 if its place is taken.
         """
         entry = self.trash.get(name)
         files = self.trash.files(entry) if entry is not None else {}
@@ -243,7 +245,7 @@ class CheckedDatastore(ListedStudies):
             raise HTTPException(409, f"{name!r} is a damaged file; the label was restored from its revision")
         image_id = entry.image
         with self._changing() as (objects, transaction):
-            # A call before this one may have ended after it.
+            # An earlier call may have finished meanwhile.
             if "image" in files:
                 target = Path(self._datastore_path) / entry.file
                 if image_id in objects or os.path.lexists(target):
@@ -266,7 +268,7 @@ class CheckedDatastore(ListedStudies):
                 except HTTPException as error:
                     if error.status_code != 422:
                         raise
-                    # It was of no use before it was deleted, either.
+                    # It could not be used before it was deleted, either.
                     self._bring_back_unusable(image_id, tag, files[tag])
         self.trash.forget(entry)
         return image_id
@@ -280,7 +282,7 @@ class CheckedDatastore(ListedStudies):
         self._check([(image_id, tag)])
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Merge ``info`` into what is known about a volume."""
+        """Merge ``info`` into the metadata of a volume."""
         more = said(checked_info(info))
         with self._changing() as (objects, _):
             entry = self._entry(objects, image_id)
@@ -288,8 +290,8 @@ class CheckedDatastore(ListedStudies):
             objects[image_id] = entry.model_copy(update={"image": image})
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Merge ``info`` into what is known about a label; what was looked for is said when it is submitted."""
-        # Whose work a label is does not change with what others say about it.
+        """Merge ``info`` into the metadata of a label; ``annotated`` can only be set by submitting the label."""
+        # The annotator of a label stays the same, whoever changes its metadata.
         more = {key: value for key, value in claimed(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
@@ -311,7 +313,7 @@ def _with_label(entry: ImageLabelModel, tag: str, label: DataModel | None) -> Im
 def _mapped_copy(
     file: Path, image: Path, image_id: str, names: Sequence[str], project: Sequence[str]
 ) -> Iterator[Path]:
-    """A temporary copy of a label with the values of the project's list."""
+    """Yield a temporary copy of a label with the values of the project's list."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "label.nii.gz"
         write_mapped(file, image, image_id, names, project, copy)

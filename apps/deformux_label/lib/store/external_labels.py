@@ -1,6 +1,6 @@
-"""Labels whose files changed without this server: which are what a revision says, which are new, which are of no use.
+"""Labels whose files changed without this server: each matches a revision, is new, or cannot be used.
 
-Reading a label and its scan takes a second, and there may be thousands: it happens in the background, or when a label
+Reading a label and its scan takes a second, and there may be thousands. It happens in the background or when a label
 is used, and never twice for the same file.
 """
 
@@ -38,15 +38,16 @@ _OF_A_SUBMIT = frozenset({"annotated", "client_id", "label_info", "model_version
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the file of a label is.
+    """The result of looking at a label's file.
 
     Args:
-        image, tag: which label.
-        file, state: its file, and that file's state when it was looked at.
-        revision: of ``same``, the one that the file is; of ``replace``, the one that must become the current label.
-        usable: of a hand-made label, a file with it in the project's values and its scan's order; ``file`` itself
-            where it is in them already.
-        reason: why it is of no use, or why it must be replaced.
+        image, tag: the label.
+        file, state: its file, and the file's state when it was looked at.
+        revision: the revision that the file matches, or the one that must replace it.
+        replace: whether ``revision`` must become the current label again.
+        usable: for a hand-made label, a file with the project's values in its scan's order; this is ``file`` itself
+            where it already has both.
+        reason: why the label cannot be used, or why it must be replaced.
     """
 
     image: str
@@ -61,7 +62,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Look:
-    """A label to be looked at, and the project's labels."""
+    """A label to look at, and the project's labels."""
 
     tag: str
     file: Path
@@ -72,7 +73,10 @@ class Look:
 
 @dataclass(frozen=True)
 class LabelContext:
-    """What a verdict is applied to: ``image_file`` is the volume's path in the studies, ``warn`` tells the operator."""
+    """Where a verdict is applied.
+
+    ``image_file`` is the volume's path in the studies; ``warn`` tells the operator.
+    """
 
     model: LocalDatastoreModel
     revisions: Revisions
@@ -84,7 +88,7 @@ class LabelContext:
 
 
 def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
-    """Look at the file of a label; ``stack`` keeps what the verdict needs until it is applied."""
+    """Look at a label's file and return the verdict; ``stack`` keeps the files that it needs until it is applied."""
     tag, file, image_id = look.tag, look.file, look.image_id
     state = file_state(file.stat())
     newest = revisions.newest(image_id, tag)
@@ -96,7 +100,7 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
         if kept is not None:
             reason = "its file holds other bytes than were written, and nobody has changed it: check the disk"
             return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
-    # The index of an interrupted save does not know yet that its file was as it should be.
+    # After an interrupted save the index does not say that the file was checked.
     interrupted = newest is not None and not newest.deleted and "checked" not in held.info
     if interrupted and any(revision.sha256 == content for revision in revisions.history(image_id, tag)):
         return Verdict(image_id, tag, file, state, revision=newest, replace=True, reason="a crash interrupted a save")
@@ -109,7 +113,7 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
 
 
 def apply_verdict(verdict: Verdict, held: DataModel, studies: LabelContext) -> DataModel:
-    """Add what follows from a verdict to a change of files, and return the label's entry."""
+    """Add the file changes that a verdict requires to the transaction, and return the label's entry."""
     suffix = (split_suffix(verdict.file.name, LABEL_SUFFIXES) or ("", ""))[1]
     if verdict.revision is not None and not verdict.replace:
         return of_revision(verdict.revision, suffix, checked=verdict.state)
@@ -137,12 +141,12 @@ def _brought_back(verdict: Verdict, revision: Revision, studies: LabelContext) -
 
 
 def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
-    """Keep a label that was copied in or drawn over by hand as a revision, and as it can be used as a second one."""
+    """Keep a label that was copied in or edited by hand as a revision; if it was converted, keep that as a second one."""
     image, tag = verdict.image, verdict.tag
     number = studies.revisions.last_number(image, tag) + 1
     info = said(held.info)
     if "checked" in held.info or "revision" in held.info:
-        # Said of what the file was before somebody drew over it.
+        # These fields describe the file before somebody edited it.
         info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
     annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
     more = {"labels": list(studies.names), "image_file": studies.image_file}
@@ -165,13 +169,13 @@ def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, stu
 
 
 def give_way() -> None:
-    """Let whoever waits for the server come before this thread. Linux counts each thread as a process here."""
+    """Lower this thread's priority, so that requests come first; Linux sets priorities per thread."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class BackgroundChecks:
-    """A thread that checks labels, a few at a time, and ends when there are none left."""
+    """A thread that checks labels in small batches and ends when none are left."""
 
     _AT_A_TIME = 16
 
@@ -182,7 +186,7 @@ class BackgroundChecks:
         self._running = False
 
     def add(self, labels: Iterable[tuple[str, str]]) -> None:
-        """Have labels checked, each once."""
+        """Queue labels, as (image, tag), to be checked; each is checked once."""
         with self._condition:
             self._waiting.update(dict.fromkeys(labels))
             if self._waiting and not self._running:
@@ -190,7 +194,7 @@ class BackgroundChecks:
                 threading.Thread(target=self._run, name="label checks", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all are checked; return whether they are."""
+        """Wait until all labels are checked; return False after a timeout."""
         with self._condition:
             return self._condition.wait_for(lambda: not self._running, timeout=seconds)
 
@@ -207,7 +211,7 @@ class BackgroundChecks:
                     break
             try:
                 self._check(some)
-            except Exception as error:  # the next ones may be better, and these are checked when they are used
+            except Exception as error:  # the next batch may succeed, and these labels are checked again when used
                 logger.warning("Labels could not be checked: %s", error)
             number += len(some)
         logger.info("Checked %d labels in %.0f seconds", number, time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""What the index says about a label's file, beside what its annotator said."""
+"""The fields of a label in the index: which the server writes, and which a client may send."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ __all__ = [
     "why_unusable",
 ]
 
-# Where the model was unsure, 0 to 100: it lies beside the labels, but nobody drew it and nothing learns from it.
+# A map of the model's uncertainty, 0 to 100. It is stored beside the labels, but is not a label: nothing learns from it.
 UNCERTAINTY_TAG = "uncertainty"
-# What a model proposed is no work of an annotator's, and can be computed again: no revisions, no checks.
+# The model's output can be computed again: these tags have no revisions and no checks.
 PLAIN_TAGS = (DefaultLabelTag.ORIGINAL.value, UNCERTAINTY_TAG)
-# Written by the server alone: what a client sends under these names is left out.
+# Only the server writes these; a client's values are dropped.
 OWN_FIELDS = ("checked", "file", "labels", "name", "revision", "state", "stored_labels", "ts", "unusable")
-# Whose work it is, and over which model's proposal: the server knows that, and a client cannot say otherwise.
+# Who made a label, over which model's proposal. The server knows this; a client's values are dropped.
 PROVENANCE = ("annotator", "model", "model_version", "params", "restored_from", "user")
 
 
 def claimed(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client may say about a volume or a label, of what it sent."""
+    """Return the fields that a client may set, out of those that it sent."""
     return {name: value for name, value in said(info).items() if name not in PROVENANCE}
 
 
 def file_state(status: os.stat_result) -> str:
-    """What tells one content of a file from the next without reading it."""
+    """Return a text that changes with a file's content, without reading the file."""
     return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 def said(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a client said, without what only the server knows."""
+    """Return the fields that came from a client, without those that only the server writes."""
     return {name: value for name, value in info.items() if name not in OWN_FIELDS}
 
 
 def unchecked(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the info of a label that came another way, such as copied into the folder, and was not looked at yet."""
+    """Return the fields of a label that was not submitted, such as one copied into the folder, and not checked yet."""
     return {**said(info), "state": "unchecked"}
 
 
 def unusable(info: Mapping[str, Any], reason: str, checked: str, labels: list[str]) -> dict[str, Any]:
-    """Return the info of a label that was looked at and cannot be used for the project with these labels."""
+    """Return the fields of a label that was checked and cannot be used for a project with these labels."""
     return {**said(info), "state": "unusable", "unusable": reason, "checked": checked, "labels": labels}
 
 
 def why_unusable(info: Mapping[str, Any]) -> str | None:
-    """Return why a label does not count; None where it does."""
+    """Return why a label cannot be used, or None."""
     if info.get("state") == "unchecked":
         return "it was copied into the folder and is being checked"
     return str(info.get("unusable")) if info.get("state") == "unusable" else None
