@@ -23,7 +23,7 @@ from deformux_label.lib.requests.submission import FINAL_TAG, Submission
 from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.datastore import CheckedDatastore
-from deformux_label.lib.store.label_fields import claimed
+from deformux_label.lib.store.label_fields import client_fields
 from deformux_label.lib.store.leases import Lease, Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
@@ -178,7 +178,7 @@ def _labels(app: App) -> APIRouter:
         user: User = _ANNOTATOR,
     ) -> Any:
         submission = Submission.of(image, tag, params)
-        info = with_login(claimed(submission.info))
+        info = with_login(client_fields(submission.info))
         info["model_version"] = app.started_from(annotator_of(info), image)
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), submission.tag, info)
         answer = app.on_save_label(image, saved)

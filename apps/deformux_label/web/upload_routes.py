@@ -18,7 +18,7 @@ from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.request_folder import request_folder
 from deformux_label.lib.requests.submission import MOST_INFO_BYTES
 from deformux_label.lib.requests.uploads import stored_upload
-from deformux_label.lib.store.label_fields import claimed
+from deformux_label.lib.store.label_fields import client_fields
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.worker_threads import in_thread
@@ -49,11 +49,11 @@ def datastore_router(app: _App) -> APIRouter:
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
         if not image:
             raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
-        info = with_login(claimed(json_object(params, most=MOST_INFO_BYTES)))
+        info = with_login(client_fields(json_object(params, most=MOST_INFO_BYTES)))
         return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
 
     def image_info(image: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
-        more = claimed(json_object(info, name="info", most=MOST_INFO_BYTES))
+        more = client_fields(json_object(info, name="info", most=MOST_INFO_BYTES))
         return app.datastore().update_image_info(image, more)
 
     def label_info(label: str, tag: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:

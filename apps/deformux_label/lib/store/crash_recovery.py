@@ -13,12 +13,12 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from deformux_label.lib.requests.identifiers import is_tag
-from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked, why_unusable
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked_fields, why_unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions
 from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
 
-__all__ = ["Reconciled", "file_of", "label_entry", "of_revision", "reconciled", "restored"]
+__all__ = ["Reconciled", "file_of", "label_entry", "reconcile", "restore_revision", "revision_entry"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Reconciled:
     stray: dict[str, str] = field(default_factory=dict)
 
 
-def reconciled(
+def reconcile(
     model: LocalDatastoreModel,
     known: Mapping[str, ImageLabelModel],
     revisions: Revisions,
@@ -151,8 +151,8 @@ class _Labels:
         if held is not None and number is not None and number == last:
             return held if held.ext == suffix else held.model_copy(update={"ext": suffix})
         if newest is not None and not newest.deleted:
-            return of_revision(newest, suffix)
-        return label_entry(self.image, suffix, unchecked(held.info if held is not None else {}))
+            return revision_entry(newest, suffix)
+        return label_entry(self.image, suffix, unchecked_fields(held.info if held is not None else {}))
 
     def _is_known(self, held: DataModel, state: str, last: int) -> bool:
         """Return whether the file is the one that the index describes."""
@@ -173,19 +173,19 @@ class _Labels:
             )
             return None
         logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
-        return restored(self.model, self.revisions, self.transaction, newest)
+        return restore_revision(self.model, self.revisions, self.transaction, newest)
 
 
-def restored(
+def restore_revision(
     model: LocalDatastoreModel, revisions: Revisions, transaction: Transaction, revision: Revision
 ) -> DataModel:
     """Make the kept file of a revision the current label, and return its entry."""
     target = Path(model.label_path(revision.tag)) / (revision.image + revision.suffix)
     temporary = transaction.copy(revisions.file(revision), target)
-    return of_revision(revision, revision.suffix, checked=file_state(temporary.stat()))
+    return revision_entry(revision, revision.suffix, checked=file_state(temporary.stat()))
 
 
-def of_revision(revision: Revision, suffix: str, checked: str | None = None) -> DataModel:
+def revision_entry(revision: Revision, suffix: str, checked: str | None = None) -> DataModel:
     """Return the entry of a revision's label; ``checked`` is the state of its file, if that was verified."""
     names: dict[str, Any] = {} if revision.labels is None else {"labels": list(revision.labels)}
     state = {} if checked is None else {"checked": checked}

@@ -21,7 +21,14 @@ from deformux_label.lib.requests.identifiers import checked_image_id, checked_re
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import file_of, label_entry
 from deformux_label.lib.store.label_check import checked_labels
-from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
+from deformux_label.lib.store.label_fields import (
+    PLAIN_TAGS,
+    UNCERTAINTY_TAG,
+    client_fields,
+    file_state,
+    unchecked_fields,
+    without_server_fields,
+)
 from deformux_label.lib.store.label_names import looked_for, mapped_info, write_mapped
 from deformux_label.lib.store.label_revisions import Revision, checksum
 from deformux_label.lib.store.listed_studies import ListedStudies
@@ -113,7 +120,7 @@ class CheckedDatastore(ListedStudies):
     ) -> Revision | None:
         suffix = checked_suffix(file.name)
         names = list(labels or self.labels)
-        info = {**said(info), "labels": names}
+        info = {**without_server_fields(info), "labels": names}
         revision = None
         with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
@@ -130,7 +137,7 @@ class CheckedDatastore(ListedStudies):
                     annotator=annotator_of(info),
                     model_version=_text(info.get("model_version")),
                     restored_from=restored_from,
-                    info=said(info),
+                    info=without_server_fields(info),
                     labels=names,
                     image_file=file_of(image_id, entry),
                 )
@@ -184,7 +191,7 @@ class CheckedDatastore(ListedStudies):
         newest = self.revisions.newest(image_id, tag)
         if newest is not None and newest.sha256 == checksum(file):
             return number
-        info = said(label.info)
+        info = without_server_fields(label.info)
         annotator = annotator_of(info) if info else ""
         more = {"image_file": file_of(image_id, entry)}
         self.revisions.stage(
@@ -211,7 +218,7 @@ class CheckedDatastore(ListedStudies):
             refuse_taken(name, suffix, image_filename, root, objects, self.revisions.known(), self.trash)
             target = root / (name + suffix)
             transaction.copy(Path(image_filename), target, new=True)
-            info = {**said(info), "ts": int(time.time()), "name": target.name, "file": target.name}
+            info = {**without_server_fields(info), "ts": int(time.time()), "name": target.name, "file": target.name}
             objects[name] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
         return name
 
@@ -277,13 +284,13 @@ class CheckedDatastore(ListedStudies):
         ext = checked_suffix(file.name)
         with self._changing() as (objects, transaction):
             transaction.move(file, self._label_file(image_id, tag, ext))
-            label = label_entry(image_id, ext, unchecked({}))
+            label = label_entry(image_id, ext, unchecked_fields({}))
             objects[image_id] = _with_label(self._entry(objects, image_id), tag, label)
         self._check([(image_id, tag)])
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into the metadata of a volume."""
-        more = said(checked_info(info))
+        more = without_server_fields(checked_info(info))
         with self._changing() as (objects, _):
             entry = self._entry(objects, image_id)
             image = entry.image.model_copy(update={"info": {**entry.image.info, **more}})
@@ -292,7 +299,7 @@ class CheckedDatastore(ListedStudies):
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into the metadata of a label; ``annotated`` can only be set by submitting the label."""
         # The annotator of a label stays the same, whoever changes its metadata.
-        more = {key: value for key, value in claimed(checked_info(info)).items() if key != "client_id"}
+        more = {key: value for key, value in client_fields(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):

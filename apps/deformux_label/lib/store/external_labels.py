@@ -20,15 +20,15 @@ from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
 from deformux_label.lib.store.annotator import annotator_of
-from deformux_label.lib.store.crash_recovery import label_entry, of_revision, restored
+from deformux_label.lib.store.crash_recovery import label_entry, restore_revision, revision_entry
 from deformux_label.lib.store.label_check import checked_labels
-from deformux_label.lib.store.label_fields import file_state, said, unusable
+from deformux_label.lib.store.label_fields import file_state, unusable_fields, without_server_fields
 from deformux_label.lib.store.label_revisions import Revision, Revisions, checksum
 from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.trash import Trash
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
-__all__ = ["BackgroundChecks", "LabelContext", "Look", "Verdict", "apply_verdict", "give_way", "judge"]
+__all__ = ["BackgroundChecks", "LabelContext", "LabelToCheck", "Verdict", "apply_verdict", "give_way", "judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Look:
+class LabelToCheck:
     """A label to look at, and the project's labels."""
 
     tag: str
@@ -87,7 +87,7 @@ class LabelContext:
     warn: Callable[[str], None]
 
 
-def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
+def judge(look: LabelToCheck, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
     """Look at a label's file and return the verdict; ``stack`` keeps the files that it needs until it is applied."""
     tag, file, image_id = look.tag, look.file, look.image_id
     state = file_state(file.stat())
@@ -116,17 +116,17 @@ def apply_verdict(verdict: Verdict, held: DataModel, studies: LabelContext) -> D
     """Add the file changes that a verdict requires to the transaction, and return the label's entry."""
     suffix = (split_suffix(verdict.file.name, LABEL_SUFFIXES) or ("", ""))[1]
     if verdict.revision is not None and not verdict.replace:
-        return of_revision(verdict.revision, suffix, checked=verdict.state)
+        return revision_entry(verdict.revision, suffix, checked=verdict.state)
     if verdict.revision is not None:
-        return _brought_back(verdict, verdict.revision, studies)
+        return _restore_kept(verdict, verdict.revision, studies)
     if verdict.usable is None:
         logger.warning("The label %s of image %s is not used: %s", verdict.file, verdict.image, verdict.reason)
-        info = unusable(held.info, verdict.reason, verdict.state, list(studies.names))
+        info = unusable_fields(held.info, verdict.reason, verdict.state, list(studies.names))
         return label_entry(verdict.image, suffix, info)
-    return _hand_made(verdict, verdict.usable, held, suffix, studies)
+    return _keep_hand_made(verdict, verdict.usable, held, suffix, studies)
 
 
-def _brought_back(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
+def _restore_kept(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
     image, tag = verdict.image, verdict.tag
     known = any(kept.sha256 == checksum(verdict.file) for kept in studies.revisions.history(image, tag))
     if not known:
@@ -137,14 +137,14 @@ def _brought_back(verdict: Verdict, revision: Revision, studies: LabelContext) -
     studies.warn(
         f"the label {tag!r} of image {image!r} was restored from its revision {revision.number}: {verdict.reason}"
     )
-    return restored(studies.model, studies.revisions, studies.transaction, revision)
+    return restore_revision(studies.model, studies.revisions, studies.transaction, revision)
 
 
-def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
-    """Keep a label that was copied in or edited by hand as a revision; if it was converted, keep that as a second one."""
+def _keep_hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
+    """Keep a label that was copied in or edited by hand as a revision, and a converted copy as a second one."""
     image, tag = verdict.image, verdict.tag
     number = studies.revisions.last_number(image, tag) + 1
-    info = said(held.info)
+    info = without_server_fields(held.info)
     if "checked" in held.info or "revision" in held.info:
         # These fields describe the file before somebody edited it.
         info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
@@ -155,7 +155,7 @@ def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, stu
     )
     if usable == verdict.file:
         logger.info("The label %s of image %s was copied or drawn by hand; it is used", verdict.file, image)
-        return of_revision(revision, suffix, checked=verdict.state)
+        return revision_entry(revision, suffix, checked=verdict.state)
     new_suffix = (split_suffix(usable.name, LABEL_SUFFIXES) or ("", ".nii.gz"))[1]
     revision = studies.revisions.stage(
         studies.transaction, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
@@ -165,7 +165,7 @@ def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, stu
     if verdict.file.name != target.name:
         studies.transaction.remove(verdict.file)
     logger.info("The label %s of image %s was copied by hand; it is used in its scan's order", verdict.file, image)
-    return of_revision(revision, new_suffix, checked=file_state(temporary.stat()))
+    return revision_entry(revision, new_suffix, checked=file_state(temporary.stat()))
 
 
 def give_way() -> None:

@@ -1,4 +1,4 @@
-"""A folder of studies as it lies on the disk: its index, its lock, and what changes in it by hand."""
+"""A studies folder on disk: its index, its lock, and changes that are made in it by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from monailabel.interfaces.datastore import DefaultLabelTag
 from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import checked_tag
 from deformux_label.lib.store import external_labels
-from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconciled
+from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconcile
 from deformux_label.lib.store.index_file import IndexFile
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, why_unusable
 from deformux_label.lib.store.label_names import MappedLabels, names_of
@@ -38,29 +38,29 @@ __all__ = ["StudiesError", "StudiesFolder"]
 logger = logging.getLogger(__name__)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Seconds that a start waits for labels to be checked; the rest follows in the background.
+# A start waits this long for labels to be checked; the rest is checked in the background.
 _WAIT_FOR_CHECKS_S = 5.0
 
 
 class StudiesError(ValueError):
-    """A folder cannot be served; the message is one sentence."""
+    """The folder cannot be served; the message is one sentence."""
 
 
 class StudiesFolder(LocalDatastore):
-    """The index of a folder, kept in step with the files and with what other processes write.
+    """The index of a folder, kept in step with the files and with the writes of other processes.
 
     Args:
         folder: the studies.
-        labels: the project's labels; None for tools, which take those of the last start.
+        labels: the project's labels; None for tools, which use those of the last start.
 
     Raises:
-        StudiesError: it cannot be read, or its labels are of another project.
+        StudiesError: the folder cannot be read, or its labels belong to another project.
     """
 
     _datastore: LocalDatastoreModel
 
     def __init__(self, folder: str, *, labels: Sequence[str] | None) -> None:
-        # Not MONAI Label's own start, which writes at once, and lists the folder in its own way.
+        # MONAI Label's own start is not called: it writes at once, and lists the folder in its own way.
         self._datastore_path = os.path.realpath(folder)
         self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
         self._lock_file = os.path.join(self._datastore_path, ".lock")
@@ -68,7 +68,7 @@ class StudiesFolder(LocalDatastore):
         self._auto_reload = settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD
         self.notices = Notices()
         self.read_only = _cannot_write(self._datastore_path) or bool(settings.MONAI_LABEL_DATASTORE_READ_ONLY)
-        # One re-entrant lock: MONAI Label opens a new one for each step of a change.
+        # One re-entrant lock; MONAI Label opens a new one for each step of a change.
         self._lock: AbstractContextManager[Any] = threading.RLock() if self.read_only else FileLock(self._lock_file)
         self._index = IndexFile(Path(self._datastore_config_path))
         state = Path(self._datastore_path) / ".deformux"
@@ -94,7 +94,7 @@ class StudiesFolder(LocalDatastore):
             for tag in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
                 self._make_label_folder(tag)
             with self._lock:
-                # Whoever writes holds the lock, so these are what a crash left.
+                # A writer holds the lock, so a crash left these.
                 root = Path(self._datastore_path)
                 for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"labels/*/{WRITING}*")):
                     leftover.unlink(missing_ok=True)
@@ -157,7 +157,7 @@ class StudiesFolder(LocalDatastore):
     # Paths.
 
     def _image_file(self, image_id: str, entry: ImageLabelModel) -> Path:
-        """The file of a volume, or the link to it, in the studies."""
+        """Return the file of a volume in the studies, or the link to it."""
         root = Path(self._datastore_path)
         path = root / file_of(image_id, entry)
         if ".." in path.parts:
@@ -165,7 +165,7 @@ class StudiesFolder(LocalDatastore):
         return inside(root, path.parent) / path.name
 
     def _label_folder(self, tag: str) -> Path:
-        """The folder of the labels of a tag."""
+        """Return the folder of a tag's labels."""
         folder = Path(self._datastore.label_path(checked_tag(tag)))
         return inside(Path(self._datastore_path), folder)
 
@@ -184,9 +184,9 @@ class StudiesFolder(LocalDatastore):
 
     @contextmanager
     def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Transaction]]:
-        """Hold the lock, start from the index on disk, and make all changes of files and the index at the end, or none.
+        """Hold the lock and yield the entries on disk and a transaction; both are written at the end, or neither.
 
-        Entries are replaced, never changed in place.
+        Entries must be replaced, never changed in place.
         """
         self._refuse_read_only()
         with self._lock:
@@ -223,17 +223,17 @@ class StudiesFolder(LocalDatastore):
         self._index.is_as_written()
 
     def refresh(self) -> None:
-        """Take note of files that came or went by hand; labels that came are looked at in the background."""
+        """Notice files that were added or removed by hand; new labels are checked in the background."""
         self._reconcile_datastore()
         self._checks.wait(_WAIT_FOR_CHECKS_S)
         if self._scans is not None:
             self.check_scans()
 
     def check_scans(self) -> Mapping[str, str]:
-        """Read the headers of all scans, some milliseconds each, now and after each refresh.
+        """Read the headers of all scans, a few milliseconds each, now and after each refresh.
 
         Returns:
-            file to the reason, of those that nothing can use; they are logged once.
+            file to the reason, for unusable scans; they are logged once.
         """
         if self._scans is None:
             self._scans = ScanChecks()
@@ -245,7 +245,7 @@ class StudiesFolder(LocalDatastore):
         return reasons
 
     def check_files(self) -> None:
-        """Read every scan's header and every label's bytes in this thread, which gives way to all others."""
+        """Read every scan's header and every label's bytes, in this thread at a low priority."""
         external_labels.give_way()
         self.check_scans()
         for image_id, entry in self._datastore.objects.items():
@@ -254,7 +254,7 @@ class StudiesFolder(LocalDatastore):
                     self._checks.add([(image_id, tag)])
 
     def _is_rotten(self, image_id: str, tag: str, label: DataModel) -> bool:
-        """Whether a label that nobody wrote to has other bytes than its revision: a failing disk changes no date."""
+        """Return whether an untouched label differs from its revision: a failing disk does not change the time."""
         if self.read_only or why_unusable(label.info) is not None:
             return False
         newest = self.revisions.newest(image_id, tag)
@@ -288,10 +288,10 @@ class StudiesFolder(LocalDatastore):
             self._checks.add(found.to_check)
 
     def _reconciled(self, objects: Mapping[str, ImageLabelModel], transaction: Transaction | None) -> Reconciled:
-        return reconciled(self._datastore, objects, self.revisions, transaction, self.labels)
+        return reconcile(self._datastore, objects, self.revisions, transaction, self.labels)
 
     def _check(self, labels: Sequence[tuple[str, str]]) -> None:
-        """Look at the files of labels that changed without this server, and bring the index in step with them."""
+        """Look at labels that changed without this server, and update the index."""
         if self.read_only or not self.labels:
             return
         with ExitStack() as stack:
@@ -305,7 +305,7 @@ class StudiesFolder(LocalDatastore):
                 if not file.is_file():
                     continue
                 image = self._image_file(image_id, entry)
-                look = external_labels.Look(tag, file, image_id, image, self.labels)
+                look = external_labels.LabelToCheck(tag, file, image_id, image, self.labels)
                 verdicts.append(external_labels.judge(look, held, self.revisions, stack))
             if not verdicts:
                 return
@@ -318,7 +318,7 @@ class StudiesFolder(LocalDatastore):
     ) -> None:
         entry = objects.get(verdict.image)
         held = entry.labels.get(verdict.tag) if entry else None
-        # Somebody saved another one meanwhile.
+        # Another label was saved meanwhile.
         if entry is None or held is None or not verdict.file.is_file():
             return
         if file_state(verdict.file.stat()) != verdict.state:
@@ -336,7 +336,7 @@ class StudiesFolder(LocalDatastore):
         objects[verdict.image] = entry.model_copy(update={"labels": {**entry.labels, verdict.tag: label}})
 
     def _is_news(self, kind: str, path: str) -> bool:
-        """Whether the index does not know yet that a file came, went or changed; its own writes are no news."""
+        """Return whether a file changed in a way that the index does not know yet, unlike after its own writes."""
         parts = os.path.relpath(path, self._datastore_path).split(os.sep)
         if parts[0] != "labels":
             file = "/".join(parts)
@@ -358,7 +358,7 @@ class StudiesFolder(LocalDatastore):
 
 
 def _cannot_write(folder: str) -> bool:
-    """Whether a folder, made where it does not exist, cannot be written to.
+    """Make a folder unless it exists, and return whether it is read-only.
 
     Raises:
         StudiesError: it is not a folder, or cannot be read.
