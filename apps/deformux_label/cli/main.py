@@ -1,4 +1,4 @@
-"""The ``deformux-label`` command line: what it can do, and the commands for labels."""
+"""The ``deformux-label`` command line: its commands, and those of ``labels``."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ app.command("audit")(audit)
 app.add_typer(studies_app, name="studies")
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
-_Tag = Annotated[str, typer.Option(help="Which label of a volume.")]
+_Tag = Annotated[str, typer.Option(help="Tag of the label.")]
 
 
 @labels_app.command("list")
 def list_labels(
     studies: _Studies,
-    image: Annotated[str, typer.Argument(help="Id of one volume; all of them without it.")] = "",
+    image: Annotated[str, typer.Argument(help="Id of one volume; all volumes without it.")] = "",
     tag: _Tag = "final",
 ) -> None:
-    """List the revisions of labels, with who submitted them, when, and over which model's proposal."""
+    """List the revisions of labels, with annotator, time and the model whose proposal they correct."""
     from fastapi import HTTPException
 
     table = Table("image", "revision", "time", "annotator", "model", "what", box=None)
@@ -64,10 +64,10 @@ def list_labels(
 def restore_label(
     studies: _Studies,
     image: Annotated[str, typer.Argument(help="Id of the volume.")],
-    revision: Annotated[int, typer.Argument(help="Number of the revision that becomes the current one again.")],
+    revision: Annotated[int, typer.Argument(help="Number of the revision to restore.")],
     tag: _Tag = "final",
 ) -> None:
-    """Make an earlier revision of a label the current one; the present one stays as a revision."""
+    """Make an earlier revision of a label the current one; the current one stays as a revision."""
     from fastapi import HTTPException
 
     try:

@@ -64,8 +64,8 @@ def _without_markup(text: str) -> str:
 @_taking(SERVE_OPTIONS)
 def serve(studies: str, **options: str | bool) -> None:
     """Serve a folder of volumes to 3D Slicer and other MONAI Label clients."""
-    # Read when OpenMP is loaded, with the imports below: threads that wait must not spin while a training needs the
-    # processors.
+    # OpenMP reads this when it is loaded by the imports below: waiting threads must not spin while a training needs
+    # the processors.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deformux_label.lib.configs.project import Project
     from deformux_label.lib.configs.server import ServerOptions
@@ -92,7 +92,7 @@ def serve(studies: str, **options: str | bool) -> None:
 
 
 def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Sequence[str]) -> None:
-    """Become MONAI Label's own server."""
+    """Run MONAI Label's own server in this process."""
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
     arguments += ["--uvicorn_app", "deformux_label.server:app", *tls]
     for key, value in conf.items():
@@ -100,7 +100,7 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
     scheme = "https" if tls else "http"
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address {scheme}://{host}:{port}")
     sys.stdout.flush()
-    # MLflow, where it is not switched off, refuses what MONAI Label sets up.
+    # Unless it is switched off, MLflow refuses MONAI Label's set-up.
     os.environ.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
     from monailabel.main import Main
 
@@ -109,7 +109,7 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
 
 
 def _checked_tls(certificate: str, key: str) -> list[str]:
-    """MONAI Label's arguments for a certificate and its key, which are tried first; none without them."""
+    """Return MONAI Label's arguments for a certificate and its key after trying them; none without them."""
     if not certificate and not key:
         return []
     if not certificate or not key:
@@ -121,19 +121,20 @@ def _checked_tls(certificate: str, key: str) -> list[str]:
             refuse(f"{option} {path} cannot be read: {error.strerror}")
 
     def passphrase() -> str:
-        # Without this, OpenSSL would ask at the terminal, at each start.
+        # Otherwise OpenSSL would ask at the terminal, at each start.
         raise ValueError("the key has a passphrase; remove it with openssl pkey and keep the file to yourself")
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, passphrase)
     except (OSError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) and not isinstance(error, ssl.SSLError) else _of_ssl(error)
+        own = isinstance(error, ValueError) and not isinstance(error, ssl.SSLError)
+        reason = str(error) if own else _ssl_reason(error)
         refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not make a pair for https: {reason}")
     return ["--ssl_certfile", str(Path(certificate).resolve()), "--ssl_keyfile", str(Path(key).resolve())]
 
 
-def _of_ssl(error: Exception) -> str:
-    """OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; what is no PEM file has none."""
+def _ssl_reason(error: Exception) -> str:
+    """Return OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; without one, the files are not PEM files."""
     reason = getattr(error, "reason", None)
     return str(reason).lower().replace("_", " ") if reason else "they are not PEM files"
 

@@ -1,4 +1,4 @@
-"""``deformux-label studies``: what a folder holds, what is not used and why, and what was deleted."""
+"""``deformux-label studies``: the volumes of a folder, what cannot be used and why, and what was deleted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deformux_label.cli.common import open_studies, print_table, refuse, termina
 
 __all__ = ["studies_app"]
 
-studies_app = typer.Typer(help="What a studies folder holds, what is not served, and what was deleted.")
+studies_app = typer.Typer(help="The content of a studies folder, what is not served, and what was deleted.")
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 
@@ -26,12 +26,12 @@ def show_command(
     context: typer.Context,
     studies: Annotated[Path | None, typer.Option(help="Folder with the volumes.")] = None,
 ) -> None:
-    """List how many volumes are served, which files are not, and which labels do not count, with the reasons."""
+    """Show the number of served volumes, the files that are not served and unusable labels, with the reasons."""
     if context.invoked_subcommand is not None:
         return
     if studies is None:
         refuse("give the folder with the volumes as --studies")
-    # What the studies log is in the tables.
+    # The tables show what the studies log.
     logging.getLogger("deformux_label").addHandler(logging.NullHandler())
     store = open_studies(studies)
     unusable = store.check_scans()
@@ -49,7 +49,7 @@ def show_command(
 
 @studies_app.command("trash")
 def list_trash(studies: _Studies) -> None:
-    """List what was deleted and can be brought back."""
+    """List what was deleted and can be restored."""
     table = Table("name", "what", "image", "deleted", "labels", box=None)
     for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")
@@ -59,9 +59,9 @@ def list_trash(studies: _Studies) -> None:
 
 @studies_app.command("restore")
 def restore(
-    studies: _Studies, name: Annotated[str, typer.Argument(help="Of what was deleted, as `studies trash` lists it.")]
+    studies: _Studies, name: Annotated[str, typer.Argument(help="Name of the entry, as `studies trash` lists it.")]
 ) -> None:
-    """Bring back a volume with its labels, or a label, that was deleted."""
+    """Restore a deleted volume with its labels, or a deleted label."""
     from fastapi import HTTPException
 
     try:

@@ -79,7 +79,7 @@ def main(
 
 @contextmanager
 def _one_sentence(console: Console) -> Iterator[None]:
-    """End the command with one sentence where the demo cannot go on, also when it is interrupted."""
+    """End the command with one sentence if the demo fails or is interrupted."""
     logging.getLogger("monailabel").setLevel(logging.WARNING)
     # SIGINT as well: a shell that starts the demo in the background has it ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -97,7 +97,7 @@ def _one_sentence(console: Console) -> Iterator[None]:
 def _teach(
     cohort: Cohort, plan: DemoPlan, options: dict[str, str], output: Path, console: Console, started: float
 ) -> None:
-    """Run the rounds on a server with these options, and print what they reached in the time since ``started``."""
+    """Run the rounds on a server with these options, and print the result and the time since ``started``."""
     state = Project.from_conf(options).state_folder(app_folder(), str(output / "studies"))
     shutil.rmtree(state, ignore_errors=True)  # of an earlier demo: this one starts untrained
     console.print(f"{cohort.description}. Labels: {', '.join(cohort.labels)}. Starting the server …")
@@ -114,7 +114,7 @@ def _teach(
 
 
 def _make_empty(output: Path) -> None:
-    """Make an empty output folder; of an earlier demo everything goes, of anything else nothing."""
+    """Make an empty output folder; delete an earlier demo, but nothing else."""
     if output.exists() and not output.is_dir():
         raise DemoError(f"--output {output} is a file, expected a folder")
     if output.is_dir() and any(output.iterdir()):

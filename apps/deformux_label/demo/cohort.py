@@ -22,7 +22,7 @@ __all__ = ["Cohort", "CohortVolume", "open_cohort", "synthetic_cohort"]
 
 _Labels = npt.NDArray[np.uint8]
 
-# What a training step on two CPU cores can afford, in voxels; a patch grows and shrinks in steps of 16.
+# Most voxels that a training step on two CPU cores can afford; a patch grows and shrinks in steps of 16.
 _PATCH_VOXELS = 165_000
 _VOLUME_VOXELS = 600_000
 
@@ -66,7 +66,7 @@ class CohortVolume:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Volumes to annotate, volumes that are only scored, and what the server must be told about them."""
+    """Volumes to annotate, volumes that are only scored, and the options of a server for them."""
 
     volumes: list[CohortVolume]
     labels: tuple[str, ...]
@@ -178,7 +178,7 @@ def _plain(name: str) -> str:
 
 
 def _modality(folder: Path, cases: Sequence[Case]) -> str:
-    """Return the decathlon description's modality, else what the values tell: only CT knows air far below zero."""
+    """Return the modality of the decathlon description, else judge by the values: only CT has air far below zero."""
     path = folder / "dataset.json"
     if path.is_file():
         said = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()

@@ -38,7 +38,7 @@ _STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "ax
 
 @dataclass(frozen=True)
 class DemoRound:
-    """What one round of annotate, train and predict reached; Dice are means over the scored volumes (NaN: absent)."""
+    """Result of one round of annotate, train and predict; Dice are means over the scored volumes (NaN: absent)."""
 
     number: int
     labelled: int

@@ -83,7 +83,7 @@ class _Teaching:
         return predictions + labelled[-1] + sum(map(plan.steps_in, range(1, plan.rounds + 1)))
 
     def run_round(self, number: int) -> None:
-        """Annotate, train and predict, and add what came of it to the results."""
+        """Annotate, train and predict, and add the round to the results."""
         start = time.monotonic()
         strategy = "first" if number == 1 else self.plan.strategy
         edited = self._annotate(number, self.plan.first if number == 1 else self.plan.batch, strategy)
@@ -216,7 +216,7 @@ def _check_strategy(client: AnnotationClient, strategy: str) -> None:
 
 
 def _facts(cohort: Cohort, plan: DemoPlan, options: dict[str, str]) -> dict[str, str]:
-    """Return what the report says about how its numbers came about."""
+    """Return what the report says about the conditions of the demo."""
     facts = {
         "cohort": cohort.description,
         "scored on": "the volumes that were unlabelled at the end of each round",

@@ -1,4 +1,4 @@
-"""The options of ``--conf`` (and of ``deformux-label serve``), checked, and where a project keeps its state."""
+"""The project: its options, checked, and the folder of its state."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = ["OPTIONS", "InvalidOption", "Project"]
 
 OPTIONS = tuple(sorted(option.name for option in PROJECT_OPTIONS))
 """Names of the options that describe the project."""
-# Names with a meaning of their own: to the Slicer extension, in requests, and as options of a task, which requests
-# carry beside the labels.
+# Names with another meaning: to the Slicer extension, in requests, and as options of a task, which requests carry
+# beside the labels.
 _RESERVED = frozenset(
     {
         *("background", "background_scribbles", "foreground", "foreground_scribbles", "image", "label", "model"),
@@ -45,16 +45,16 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Project:
-    """What the server was started for.
+    """A server's purpose: the labels, and how they are learned.
 
     Args:
         labels: names of the label values 1..N, in order.
         preset: size of the network that is trained.
         preprocessing: how scans become network input.
         pretrained: name of the weights to start from, or None.
-        auto_train: submitted labels after which a training is queued; 0 for never.
-        lease_minutes: how long a volume that was handed out is offered to nobody else; 0 for not at all.
-        cache_gb: most gigabytes (10^9 bytes) kept in memory for the next click on the same volume; 0 for nothing.
+        auto_train: number of images with a new label after which a training is queued; 0 for never.
+        lease_minutes: how long a volume is kept for the annotator who got it; 0 switches this off.
+        cache_gb: gigabytes (10^9 bytes) of memory that keep the next click on the same volume fast; 0 for none.
         train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
     """
 
@@ -69,7 +69,7 @@ class Project:
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
-        """Parse ``--conf`` pairs; what is not given comes from the pretrained model, else from the defaults.
+        """Parse ``--conf`` pairs; missing ones come from the pretrained model, else from the defaults.
 
         Raises:
             InvalidOption: an unknown option or a bad value.
@@ -103,7 +103,7 @@ class Project:
         return cls(labels, preset, preprocessing, pretrained, **plain)
 
     def to_conf(self) -> dict[str, str]:
-        """Return the options that ``from_conf`` makes this project of."""
+        """Return the options from which ``from_conf`` makes this project."""
         return {
             "labels": ",".join(self.labels),
             "modality": self.preprocessing.modality,
@@ -116,13 +116,13 @@ class Project:
 
     @property
     def label_values(self) -> dict[str, int]:
-        """Name to value, dense 1..N in order: the form in which the Slicer extension reads ``label_names``."""
+        """Return name to value, 1..N in order, as the Slicer extension reads ``label_names``."""
         return {name: value for value, name in enumerate(self.labels, start=1)}
 
     def state_folder(self, app_dir: str | Path, studies: str) -> Path:
-        """Where versions, scores and training state of this project live.
+        """Return the folder of this project's versions, scores and training state.
 
-        Other studies, other labels or another modality are another project, so that weights never mix.
+        Other studies, other labels or another modality make another project, so that weights never mix.
         """
         place = studies if re.match(r"https?://", studies) else os.path.realpath(studies)
         identity = json.dumps([place, self.labels, self.preprocessing.modality])

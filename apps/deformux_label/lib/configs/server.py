@@ -1,4 +1,4 @@
-"""How the server meets the network: the options of ``--conf`` that are not about the project, checked."""
+"""The options of the server itself, such as limits and login, checked."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SERVER_OPTIONS = tuple(sorted(option.name for option in WEB_OPTIONS))
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the server meets the network.
+    """Who may call the server, and how much it accepts.
 
     Args:
         allow_origin: origins such as ``https://viewer.hospital.org`` whose pages may call the server, beside its own.
-        max_upload_gb: most gigabytes (10^9 bytes) of an uploaded volume or label.
-        max_voxels: most voxels of a volume that is read; larger ones are refused before they are decompressed.
-        users: file with the users; with at least one in it the login is on. None for the default place.
+        max_upload_gb: largest uploaded volume or label, in gigabytes (10^9 bytes).
+        max_voxels: largest volume that is read; larger ones are refused before they are decompressed.
+        users: file with the users; at least one in it switches the login on. None for the default place.
         insecure: listen to the network without a login.
     """
 
