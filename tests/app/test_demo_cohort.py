@@ -69,7 +69,7 @@ def test_decathlon_layout_names_and_modality(tmp_path: Path) -> None:
     assert len(cohort.volumes) == 4
 
 
-def test_a_modality_that_is_given_wins(tmp_path: Path) -> None:
+def test_a_given_modality_wins(tmp_path: Path) -> None:
     assert open_cohort(write_folder(tmp_path), volumes=3, modality="mr").modality == "mr"
 
 

@@ -37,7 +37,7 @@ def show_command(
     unusable = store.check_scans()
     status = store.status()
     typer.echo(f"{status['total'] - len(unusable)} volumes are served, {status['completed']} of them are labelled.")
-    for title, reasons in (("not served", store.not_served()), ("label without use", store.unusable_labels())):
+    for title, reasons in (("not served", store.not_served()), ("unusable label", store.unusable_labels())):
         if reasons:
             table = Table(title, "reason", box=None)
             for name, reason in sorted(reasons.items()):
@@ -70,4 +70,4 @@ def restore(
             done |= {"image": image, "trash": name}
     except HTTPException as error:
         refuse(error.detail)
-    typer.echo(f"Image {image} is back.")
+    typer.echo(f"Image {image} is restored.")

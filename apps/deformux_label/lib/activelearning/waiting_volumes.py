@@ -41,7 +41,7 @@ class Waiting:
         reasons = []
         if ends:
             until = time.strftime("%H:%M", time.localtime(min(ends)))
-            reasons.append(f"{_number(len(ends))} in other hands, the first of them until {until}")
+            reasons.append(f"{_number(len(ends))} leased to others, the first until {until}")
         if self.unreadable:
             reasons.append(f"{_number(len(self.unreadable))} unreadable: {first_names(self.unreadable)}")
         if not reasons:

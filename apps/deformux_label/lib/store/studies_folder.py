@@ -283,7 +283,7 @@ class StudiesFolder(LocalDatastore):
             self._datastore = self._datastore.model_copy(update={"objects": found.objects})
         self._files = found
         self.notices.tell("Not served", found.found.not_served)
-        self.notices.tell("A label of no volume", found.stray)
+        self.notices.tell("A label without a volume", found.stray)
         if self.labels and not self.read_only:
             self._checks.add(found.to_check)
 
