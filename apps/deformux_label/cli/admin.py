@@ -71,9 +71,7 @@ def remove_user(name: _Name, file: _File = None) -> None:
     except ValueError as error:
         refuse(str(error))
     _noted(users, "remove user", name)
-    typer.echo(
-        f"{name} cannot log in any more." + ("" if left else " No user is left: nobody can log in to running servers.")
-    )
+    typer.echo(f"{name} can no longer log in." + ("" if left else " No user is left: nobody can log in."))
 
 
 @users_app.command("passwd")

@@ -314,6 +314,6 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return nothing
     except (ValueError, TypeError, KeyError, AttributeError):
-        # It can be computed again.
-        logger.warning("%s is damaged and is written anew", path)
+        # The scores can be computed again.
+        logger.warning("%s is damaged and is replaced", path)
         return nothing

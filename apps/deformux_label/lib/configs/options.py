@@ -205,7 +205,7 @@ AUTO_TRAIN = Option(
 LEASE_MINUTES = Option(
     name="lease_minutes",
     default="60",
-    help="how long a case that was handed out is offered to nobody else",
+    help="minutes for which a case is kept for the annotator who got it; 0 switches this off",
     parse=_number(100_000),
     variable="LEASE",
 )

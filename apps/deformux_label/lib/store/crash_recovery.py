@@ -172,7 +172,7 @@ class _Labels:
                 self.transaction, self.image, tag, last + 1, None, annotator="", info={}, image_file=file
             )
             return None
-        logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
+        logger.warning("The file of revision %d of the label of image %s is missing; restored", last, self.image)
         return restore_revision(self.model, self.revisions, self.transaction, newest)
 
 

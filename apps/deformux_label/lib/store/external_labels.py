@@ -98,7 +98,7 @@ def judge(look: LabelToCheck, held: DataModel, revisions: Revisions, stack: Exit
     if newest is not None and held.info.get("checked") == state and held.info.get("revision") == newest.number:
         kept = revisions.newest_intact(image_id, tag)
         if kept is not None:
-            reason = "its file holds other bytes than were written, and nobody has changed it: check the disk"
+            reason = "its file differs from what was written, although nothing wrote to it: check the disk"
             return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
     # After an interrupted save the index does not say that the file was checked.
     interrupted = newest is not None and not newest.deleted and "checked" not in held.info
@@ -146,7 +146,7 @@ def _keep_hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str
     number = studies.revisions.last_number(image, tag) + 1
     info = without_server_fields(held.info)
     if "checked" in held.info or "revision" in held.info:
-        # These fields describe the file before somebody edited it.
+        # These fields describe the file as it was before the edit.
         info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
     annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
     more = {"labels": list(studies.names), "image_file": studies.image_file}

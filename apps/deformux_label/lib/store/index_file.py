@@ -85,7 +85,9 @@ class IndexFile:
             "The index holds entries that cannot be used (%s); it is kept as %s, and %s",
             str(reason).splitlines()[0],
             aside,
-            f"those of {', '.join(map(ascii, bad[:20]))} are made anew of the files" if bad else "their text is mended",
+            f"those of {', '.join(map(ascii, bad[:20]))} are rebuilt from the files"
+            if bad
+            else "their text is repaired",
         )
         return model
 

@@ -38,7 +38,7 @@ class ProjectRecord:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.error("The record %s cannot be used: %s", path, error)
-            warn(f"the record {path} was damaged, and is made anew of the labels of this start")
+            warn(f"the record {path} was damaged, and is replaced by one of this start's labels")
             try:
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
             except OSError as other:

@@ -49,8 +49,8 @@ CREATE TABLE IF NOT EXISTS set_aside (
 );
 """
 _LOST = (
-    "the project's state was damaged and is begun anew: leases are forgotten, and trainings that waited are lost, so "
-    "ask for them again; the damaged file is kept as {}, and this is said until you remove it"
+    "the project's state was damaged and has been reset: leases are forgotten, and trainings that waited are lost, so "
+    "ask for them again; the damaged file is kept as {}: remove it to end this warning"
 )
 
 
@@ -104,7 +104,7 @@ class StateDatabase:
         """Keep an invalid record in the table ``set_aside``, and warn."""
         text = shortened_ascii(record, _MOST_KEPT)
         logger.warning("A record of %s is set aside (%s): %s", kind, reason, shortened_ascii(record))
-        self._noted = [*self._noted, f"a record of {kind} makes no sense and is set aside: {reason}"][-_MOST_WARNINGS:]
+        self._noted = [*self._noted, f"a record of {kind} is invalid and is set aside: {reason}"][-_MOST_WARNINGS:]
         db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
         db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
 
@@ -130,7 +130,7 @@ class StateDatabase:
                 _raise_if_full(error)
                 if not _means_damage(error):
                     raise
-                self._begin_anew(error)
+                self._reset(error)
             return do(self._connection())
 
     def _connection(self) -> sqlite3.Connection:
@@ -201,7 +201,7 @@ class StateDatabase:
             return False
         return sound
 
-    def _begin_anew(self, error: Exception) -> None:
+    def _reset(self, error: Exception) -> None:
         if self._open is not None:
             self._open[0].close()
             self._open = None

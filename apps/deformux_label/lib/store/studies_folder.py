@@ -211,7 +211,7 @@ class StudiesFolder(LocalDatastore):
             except ValueError as error:
                 aside = self._index.path if self.read_only else self._index.put_aside()
                 logger.error("The index cannot be read: %s", str(error).splitlines()[0])
-                self.notices.warn(f"the index was damaged, is kept as {aside}, and is made anew of the files")
+                self.notices.warn(f"the index was damaged; it is kept as {aside}, and rebuilt from the files")
                 return
             if model is not None:
                 model.base_path = self._datastore_path
@@ -278,7 +278,7 @@ class StudiesFolder(LocalDatastore):
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
-            self.notices.warn("the disk of the studies is full, so that files copied in by hand are not taken note of")
+            self.notices.warn("the disk of the studies is full, so files that are copied in by hand are not noticed")
             found = self._reconciled(self._datastore.objects, None)
             self._datastore = self._datastore.model_copy(update={"objects": found.objects})
         self._files = found

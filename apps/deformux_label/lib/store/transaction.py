@@ -116,7 +116,7 @@ class Transaction:
                     try:
                         _undo(step)
                     except OSError as error:
-                        logger.error("%s could not be brought back: %s", step.target, error)
+                        logger.error("%s could not be restored: %s", step.target, error)
             raise
 
     def _clean(self, *, failed: bool) -> None:
