@@ -11,6 +11,8 @@ import pytest
 import typer
 
 from deformux.data.preprocessing import Preprocessing
+from deformux.networks.deformux_net import PRESETS
+from deformux.networks.model_file import PRETRAINED
 from deformux_label.cli.main import app
 from deformux_label.lib.configs.options import (
     LISTEN_OPTIONS,
@@ -93,3 +95,9 @@ def test_the_defaults_of_a_model_are_the_declared_ones() -> None:
     assert project == Project(("liver",), preprocessing=Preprocessing())
     declared = {option.name: option.default for option in PROJECT_OPTIONS}
     assert project.to_conf() == {**declared, "labels": "liver"}
+
+
+def test_the_help_names_every_choice() -> None:
+    described = {option.name: option.help for option in SERVE_OPTIONS}
+    for name, choices in (("preset", PRESETS), ("pretrained", (*PRETRAINED, "none"))):
+        assert all(f"`{choice}`" in described[name] for choice in choices)
