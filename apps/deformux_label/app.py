@@ -44,8 +44,10 @@ from deformux_label.lib.requests.inference import InferenceOptions, InferenceReq
 from deformux_label.lib.requests.options import checked_device, known
 from deformux_label.lib.requests.uploads import own_folder, private_uploads
 from deformux_label.lib.scoring.dice import DiceScoring
-from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore, StudiesError
-from deformux_label.lib.store.leases import Leases, annotator_of
+from deformux_label.lib.store.annotator import annotator_of
+from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
+from deformux_label.lib.store.leases import Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.finetune import FineTune
 from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu

@@ -1,4 +1,4 @@
-"""Several annotators at once, with trainings that come and go, on a server that is killed on the way."""
+"""Several annotators at once, with trainings in between, on a server that is killed and restarted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ N_CASES = 18
 
 @dataclass
 class Cohort:
-    """Scans that a server serves, and what has been submitted: (case, voxels, annotator), in no order."""
+    """Scans that a server serves, and the submitted labels as (case, voxels, annotator), in no order."""
 
     studies: Path
     cases: dict[str, Volume]
     submitted: list[tuple[str, int, str]] = field(default_factory=list)
 
     def label(self, case: str, voxels: int) -> Path:
-        """A label that can be told from any other by its number of voxels."""
+        """Write a label that is identified by its number of voxels."""
         volume = self.cases[case]
         values = np.zeros(volume.truth.size, np.uint8)
         values[:voxels] = 1
@@ -75,7 +75,7 @@ def stats(server: LiveServer) -> dict[str, Any]:
 
 
 def processes_of(task: str) -> list[psutil.Process]:
-    """Trainings of this task, without the workers that they may have."""
+    """Return the training processes of this task, without their workers."""
     alive = (p for p in psutil.process_iter(["cmdline", "status", "ppid"]) if p.info["status"] != psutil.STATUS_ZOMBIE)
     found = [process for process in alive if any(task in part for part in process.info["cmdline"] or [])]
     return [process for process in found if process.info["ppid"] not in [other.pid for other in found]]
@@ -93,7 +93,7 @@ def wait_for_a_step(server: LiveServer, task: str) -> None:
     def under_way() -> bool:
         seen = stats(server)
         assert seen["queue"]["running"] in (None, task)
-        assert not seen["total_time"], "nothing of the training before is shown"
+        assert not seen["total_time"], "nothing of the previous training is shown"
         assert 0 <= seen["epoch"] <= seen["total_epochs"]
         return seen["status"] == "running" and seen.get("step", 0) > 0
 
@@ -101,7 +101,7 @@ def wait_for_a_step(server: LiveServer, task: str) -> None:
 
 
 def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: pytest.FixtureRequest) -> None:
-    """Each asks, looks at the proposal, submits, and asks again, until nothing is left, while a training runs."""
+    """Each annotator asks, looks at the proposal, submits and asks again until none is left, while a training runs."""
     assert training(server).status_code == 404
     for voxels, case in enumerate(("case_00", "case_01", "case_02"), start=1):
         assert server.submit(case, cohort.label(case, voxels), client_id="early", model_version="v0001").ok
@@ -144,9 +144,9 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
     with ThreadPoolExecutor(6) as pool:
         answers = [status for result in pool.map(annotate, [f"annotator {n}" for n in range(6)]) for status in result]
     assert set(answers) == {200}
-    # Nobody skipped a case, so each was handed out once.
+    # No annotator skipped a case, so each was handed out once.
     assert sorted(case for case, _ in handed_out) == sorted(set(cohort.cases) - {"case_00", "case_01", "case_02"})
-    # Newer labels wait for the next training.
+    # Newer labels are for the next training.
     tasks = {known["id"]: known["status"] for known in training(server, all="true").json()}
     assert tasks.pop(task) in ("RUNNING", "DONE")
     assert len(tasks) >= 1
@@ -155,7 +155,7 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
 
 
 def check_labels(server: LiveServer, cohort: Cohort) -> None:
-    """Every submit is there, with its annotator; the newest is the current one."""
+    """Check that every submitted label is kept with its annotator, and that the newest is the current one."""
     kept: list[tuple[str, int, str]] = []
     for case in {case for case, _, _ in cohort.submitted}:
         query = {"image": case}
@@ -167,7 +167,7 @@ def check_labels(server: LiveServer, cohort: Cohort) -> None:
         query = {"label": case, "tag": "final"}
         current = requests.get(f"{server.url}/datastore/label", params=query, timeout=60)
         assert voxels_of(current.content) == kept[-1][1]
-        # Who submitted without a look at a proposal started from none, whatever their client says.
+        # Without a proposal from the server, a label has no model, whatever the client says.
         blind = ("early", "anna", "ben")
         assert all((r["model_version"] is None) == (r["annotator"] in blind) for r in listed)
     assert sorted(kept) == sorted((case, voxels % 4000, name) for case, voxels, name in cohort.submitted)
@@ -180,12 +180,12 @@ def voxels_of(label: bytes) -> int:
 
 
 def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer) -> None:
-    """One runs, at most one of the server's own waits."""
+    """One training runs, and at most one automatic training waits."""
     wait_for(lambda: training(server, check_if_running="true").ok, "a training is queued")
     automatic = [task for task in training(server, all="true").json() if task["automatic"]]
-    assert 2 <= len(automatic) <= 4, "the submits above are six times what --conf auto_train asks for"
+    assert 2 <= len(automatic) <= 4, "six times as many labels as auto_train were submitted above"
     by_hand = train(server, 4000)
-    assert by_hand.status_code == 200, "one that the server began by itself is no obstacle"
+    assert by_hand.status_code == 200, "an automatic training is not an obstacle"
     again = train(server, 4000)
     assert again.status_code == 429
     assert by_hand.json()["id"] in again.json()["detail"]
@@ -193,7 +193,7 @@ def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer) -> None:
     assert queued.status_code == 200
     state = stats(server)["queue"]
     assert [state["running"], *state["waiting"]][-2:] == [by_hand.json()["id"], queued.json()["id"]]
-    # The server's own may just have been about to end.
+    # The automatic one may have been about to end.
     assert stop(server)["status"] in ("STOPPED", "DONE")
     known = {task["id"]: task["status"] for task in training(server, all="true").json()}
     assert known[by_hand.json()["id"]] == known[queued.json()["id"]] == "STOPPED"
@@ -232,11 +232,11 @@ def test_a_killed_server_finishes_its_training_after_a_restart(
     wait_for(ended, "the training ends")
     assert training(again).json()["status"] == "DONE", training(again).json()
     assert most == 1, "two processes never train at once"
-    # What was learnt of these labels need not be better than what was there.
+    # The new model need not be better than the old one.
     assert (stats(again)["task_id"], stats(again)["status"] in ("done", "rejected")) == (task, True)
     check_labels(again, cohort)
 
-    # And one that dies by itself is told as that.
+    # A training whose process dies is reported as failed.
     died = train(again, 4000).json()["id"]
     (process,) = wait_for(lambda: processes_of(died), "its process runs")
     process.kill()
@@ -244,7 +244,7 @@ def test_a_killed_server_finishes_its_training_after_a_restart(
     assert "SIGKILL" in training(again).json()["error"]
     assert (stats(again)["status"] in ("failed", "stopped"), bool(stats(again)["error"])) == (True, True)
 
-    # Two annotators submit the same case in the same moment: both labels are kept, one of them is current.
+    # Two annotators submit the same case at the same time: both labels are kept, one of them is current.
     case = next(iter(cohort.cases))
     together = threading.Barrier(2)
 
@@ -271,14 +271,14 @@ def test_leases_are_exclusive_in_time_and_across_restarts(tmp_path: Path) -> Non
     everybody = threading.Barrier(8)
 
     def ask(name: str) -> list[str | None]:
-        # As if in a process of its own.
+        # As if in another process.
         own = Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0])
         everybody.wait()
         return [own.claim(name, cases) for _ in range(5)]
 
     with ThreadPoolExecutor(8) as pool:
         given = [case for got in pool.map(ask, [f"annotator {n}" for n in range(8)]) for case in got]
-    assert sorted(map(str, given)) == sorted(cases), "asking again skips to another; nobody gets what another has"
+    assert sorted(map(str, given)) == sorted(cases), "asking again gives another case; no case is given twice"
     assert leases.claim("somebody new", cases) is None
     mine = [case for case, lease in leases.active().items() if lease.annotator == "annotator 3"]
     assert leases.claim("annotator 3", cases) in mine, "their own come round again"

@@ -50,8 +50,8 @@ def install(server: FastAPI, app: App) -> None:
     server.user_middleware[:] = [
         Middleware(
             Perimeter,
-            hosts=host_names(options.allow_origins),
-            origins=options.allow_origins,
+            hosts=host_names(options.allow_origin),
+            origins=options.allow_origin,
             max_upload_gb=options.max_upload_gb,
             prefix=settings.MONAI_LABEL_API_STR,
         )

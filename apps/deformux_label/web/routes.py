@@ -21,9 +21,10 @@ from deformux_label.lib.requests.identifiers import checked_revision, checked_ve
 from deformux_label.lib.requests.options import refuse_unknown, with_checked_client
 from deformux_label.lib.requests.submission import FINAL_TAG, Submission
 from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.datastore import CheckedDatastore
-from deformux_label.lib.store.label_states import claimed
-from deformux_label.lib.store.leases import Lease, Leases, annotator_of
+from deformux_label.lib.store.label_fields import client_fields
+from deformux_label.lib.store.leases import Lease, Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
 from deformux_label.web.api_pages import pages_router
@@ -177,7 +178,7 @@ def _labels(app: App) -> APIRouter:
         user: User = _ANNOTATOR,
     ) -> Any:
         submission = Submission.of(image, tag, params)
-        info = with_login(claimed(submission.info))
+        info = with_login(client_fields(submission.info))
         info["model_version"] = app.started_from(annotator_of(info), image)
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), submission.tag, info)
         answer = app.on_save_label(image, saved)

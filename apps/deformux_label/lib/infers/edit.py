@@ -36,8 +36,8 @@ from deformux_label.lib.requests.clicks import (
     in_files_order,
 )
 from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.label_check import label_array
-from deformux_label.lib.store.leases import annotator_of
 
 __all__ = ["Edit"]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from deformux.active_learning.uncertainty_map import find_uncertainty
 from deformux.data.grid import ScanGrid
 from deformux_label.lib.requests.request_folder import request_folder
-from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
 from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]

@@ -74,7 +74,7 @@ def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapp
 
 
 def _segments(shape: tuple[int, ...], names: Mapping[str, int]) -> dict[str, str]:
-    """The header fields by which Slicer names the segments of a label volume."""
+    """Return the header fields by which Slicer names the segments of a label volume."""
     extent = " ".join(f"0 {n - 1}" for n in shape)
     fields = {
         "Segmentation_MasterRepresentation": "Binary labelmap",

@@ -36,11 +36,11 @@ __all__ = ["FineTune"]
 logger = logging.getLogger(__name__)
 
 _STEPS_PER_EPOCH = 20
-# Of the learning rate from scratch, for a start from weights that already work.
+# The learning rate for a start from trained weights, as a fraction of the one from scratch.
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
-# The same labels give the same model, but for rounding.
+# The same labels give the same model, except for rounding.
 _SEED = 0
-# Cases of which it is said why they were not used.
+# Number of unused or doubtful cases whose reasons are reported.
 _MOST_TOLD = 100
 _STARTS = ("published", "pretrained", "scratch")
 
@@ -48,8 +48,8 @@ _STARTS = ("published", "pretrained", "scratch")
 class FineTune(TrainTask):
     """Train on every submitted label, write the result as a version, and publish it unless it is worse.
 
-    MONAI Label runs this in a process of its own; ``stats`` is read by the server from the status file. On SIGTERM the
-    step under way is finished and kept, and the next training on the same labels goes on from there.
+    MONAI Label runs this in a separate process; in the server, ``stats`` reads the status file. On SIGTERM the current
+    step is finished and kept, and the next training on the same labels continues from there.
     """
 
     def __init__(self, project: Project, models: ServedModels, state_folder: Path) -> None:
@@ -62,7 +62,7 @@ class FineTune(TrainTask):
         self.status = TrainingStatus(state_folder / "training.json")
 
     def config(self) -> dict[str, Any]:
-        """Options as the Slicer extension shows them: of a list it sends the first unless another is chosen."""
+        """Return the options as the Slicer extension shows them; the first of a list is its default."""
         recipe = RECIPES["finetune"]
         return {
             "device": device_list(),
@@ -171,7 +171,7 @@ class FineTune(TrainTask):
         return tuple(devices[:used])
 
     def _tell(self, outcome: Outcome) -> None:
-        """The end of a training that gave a version; the Slicer extension takes ``total_time`` as the end."""
+        """Report that a training has written a version; the Slicer extension takes ``total_time`` as the end."""
         last = self.status.read()
         self.status.update(
             now=True,
@@ -211,7 +211,7 @@ def _recipe(asked: TrainingRequest) -> Recipe:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; only the main thread may listen, and elsewhere nobody sends it."""
+    """Yield an event that SIGTERM sets; outside the main thread, where no handler can be set, it stays unset."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -224,7 +224,7 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
 
 
 def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of the first cases: every reply to ``GET /info/`` has it."""
+    """Return the first cases only: every reply to ``GET /info/`` contains them."""
     return dict(islice(by_case.items(), _MOST_TOLD))
 
 
@@ -233,5 +233,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def _share(value: float | None) -> float:
-    """A Dice between 0 and 1 that the Slicer extension can draw; 0 where nothing was validated."""
+    """Return a Dice from 0 to 1 that the Slicer extension can draw; 0 if nothing was validated."""
     return min(1.0, max(0.0, _finite(value) or 0.0))
