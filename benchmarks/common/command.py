@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.common.trials import Task
 
-from deformux.cli.common import torch_device
+from deformux.cli.devices import torch_device
 from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import RECIPES

@@ -9,7 +9,8 @@ from benchmarks.common.gpu_timing import Progress, Stopwatch, kernel_times, oper
 from monai.losses import DiceCELoss
 
 from deform3d import _launch
-from deformux.networks.deformux_net import DeformableMixer, DeformUXNet
+from deformux.networks.blocks import DeformableMixer
+from deformux.networks.deformux_net import DeformUXNet
 
 BATCH, PATCH, CLASSES = 2, 96, 14
 # Offsets of a trained network are small, but not zero as at initialisation.

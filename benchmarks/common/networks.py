@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from deformux.networks.deformux_net import DeformableMixer, DeformUXNet
+from deformux.networks.blocks import DeformableMixer
+from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.fast_cpu_conv import Conv3d, adopt
 
 __all__ = ["NETWORKS", "OURS", "SIZES", "build", "gmac"]

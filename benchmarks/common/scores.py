@@ -10,7 +10,9 @@ from monai.metrics import compute_hausdorff_distance
 from torch import nn
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
 from deformux.inference.sliding_window import segment
 
@@ -37,7 +39,7 @@ def score(
     scores: Scores = {}
     for case in cases:
         found, _ = segment(network, case.image, prep, device=device)
-        truth = apply(load, {"image": case.image, "label": case.label})["label"]
+        truth = run_transforms(load, {"image": case.image, "label": case.label})["label"]
         spacing_mm = [float(size) for size in truth.pixdim]
         scores[case.id] = compare(np.asarray(found[0]), np.asarray(truth[0]), n_labels, spacing_mm)
         on_case()

@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deformux.cli.common import ProgressBar, torch_device
-from deformux.data.preprocessing import InvalidVolume
+from deformux.cli.common import ProgressBar
+from deformux.cli.devices import torch_device
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.fit import TrainingError
 from deformux.networks.model_file import InvalidModel
 

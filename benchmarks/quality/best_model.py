@@ -39,8 +39,8 @@ from benchmarks.common.trials import Result, Task, Trial, model_file
 
 from deformux.active_learning.simulation import held_out
 from deformux.fitting.recipe import RECIPES
-from deformux.networks.deformux_net import PRESETS
 from deformux.networks.model_file import load_model, save_model
+from deformux.networks.presets import PRESETS
 
 CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

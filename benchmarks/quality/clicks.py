@@ -30,12 +30,13 @@ from benchmarks.common.machine import machine_lines
 from benchmarks.common.report import spread, table, write_report
 from rich.progress import track
 
-from deformux.cli.clicks import plot, summary_rows
-from deformux.cli.common import model_path, torch_device
+from deformux.cli.common import model_path
+from deformux.cli.devices import torch_device
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case, find_cases
 from deformux.inference.sliding_window import segment
-from deformux.interactive.click_benchmark import THRESHOLDS, CaseResult, Robot, play_case, summarise
+from deformux.interactive.click_benchmark import THRESHOLDS, CaseResult, Robot, play_case, summarise_clicks
+from deformux.interactive.click_report import click_rows, plot_clicks
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, load_model, with_guidance
 
@@ -96,7 +97,7 @@ def _read(file: Path) -> Played:
 def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Played], planned: int) -> None:
     results = [result for case in played for result in case.robots]
     trained = "with" if card.network_options.get("guidance") else "without"
-    head, *rows = summary_rows(summarise(results))
+    head, *rows = click_rows(summarise_clicks(results))
     drawing = [arguments.slice_seconds * case.slices for case in played]
     costs = {
         (robot.name, goal): [_seconds(arguments, case, index, goal) for case in played]
@@ -142,7 +143,7 @@ def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Pla
             ),
         ],
     )
-    plot(arguments.results / "quality_clicks.png", results)
+    plot_clicks(arguments.results / "quality_clicks.png", results)
 
 
 def _seconds(arguments: argparse.Namespace, case: Played, robot: int, goal: float) -> float:

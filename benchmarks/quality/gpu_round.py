@@ -24,7 +24,7 @@ from benchmarks.common.report import figure, table, write_report
 from benchmarks.common.scores import score
 from matplotlib.figure import Figure
 
-from deformux.cli.common import torch_device
+from deformux.cli.devices import torch_device
 from deformux.fitting.recipe import RECIPES
 from deformux.inference.metrics import mean_dice
 from deformux.networks.model_file import load_model

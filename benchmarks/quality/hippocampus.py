@@ -17,9 +17,10 @@ from benchmarks.common.machine import machine_lines
 
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import find_cases
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate
-from deformux.networks.model_file import load_model, pretrained_path
+from deformux.networks.model_file import load_model
+from deformux.networks.pretrained import pretrained_path
 
 
 def main() -> None:

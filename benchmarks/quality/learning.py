@@ -34,8 +34,8 @@ from deformux.data.cases import Case, find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import TrainingError
 from deformux.fitting.recipe import RECIPES
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate
 from deformux.networks.model_file import load_model
 from deformux.publishing.learner import Learner, Round
 

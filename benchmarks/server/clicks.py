@@ -27,7 +27,8 @@ from requests_toolbelt import MultipartDecoder
 from rich.progress import track
 
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import ModelCard, load_model, pretrained_path
+from deformux.networks.model_file import ModelCard, load_model
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.configs.project import Project
 from server import checked, get, serving, state_of

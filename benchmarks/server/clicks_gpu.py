@@ -32,9 +32,11 @@ from deformux.fitting.fit import fit
 from deformux.fitting.recipe import RECIPES
 from deformux.inference.captured_network import prepared
 from deformux.interactive import editor as editing
-from deformux.interactive.editor import Editor, Study, open_study
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import OpenScan, open_scan
 from deformux.interactive.simulated_annotator import ClickAnnotator, dense_labels
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS
 
 HERE = Path(__file__).resolve().parents[1]
 LABELS = ("liver", "spleen", "stomach")
@@ -122,9 +124,9 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
     trained_s = time.perf_counter() - began
     network.to(args.device).eval()
     ready = prepared(network, args.device)
-    open_study(ready, case.image, PREP, device=args.device)  # compiles what training did not call
+    open_scan(ready, case.image, PREP, device=args.device)  # compiles what training did not call
     began = time.perf_counter()
-    study = open_study(ready, case.image, PREP, device=args.device)
+    study = open_scan(ready, case.image, PREP, device=args.device)
     automatic_s = time.perf_counter() - began
     truth = np.asarray(nib.load(case.label).dataobj).astype(np.uint8)
     ways = {EAGER: network} if ready is network else {CAPTURED: ready, EAGER: network}
@@ -142,7 +144,7 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 
 
 def clicked(
-    network: Callable[..., Tensor], study: Study, truth: np.ndarray, args: argparse.Namespace
+    network: Callable[..., Tensor], study: OpenScan, truth: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Milliseconds of a robot's clicks with a network, whole and by part."""
     stages = Stages(args.device)

@@ -25,11 +25,14 @@ import torch
 from benchmarks.common.machine import machine_lines
 from torch import Tensor
 
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms, restore_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import CapturedNetwork, CaptureOptions
 from deformux.inference.sliding_window import WindowInferer
-from deformux.networks.deformux_net import PRESETS, DeformableMixer, DeformUXNet
+from deformux.networks.blocks import DeformableMixer
+from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.precision import mixed_precision
+from deformux.networks.presets import PRESETS
 
 HERE = Path(__file__).resolve().parents[1]
 CLICK, WINDOW = (64, 64, 64), (96, 96, 96)
@@ -181,13 +184,13 @@ def stages(network: Callable[..., Tensor], path: Path, prep: Preprocessing, devi
         found[stage], began = time.perf_counter() - began, time.perf_counter()
 
     read, *rest = inference_transforms(prep, device=device)
-    loaded = apply([read], {"image": path})
+    loaded = run_transforms([read], {"image": path})
     note("read")
-    image = apply(rest, loaded)["image"]
+    image = run_transforms(rest, loaded)["image"]
     note("prepare")
     logits = WindowInferer(WINDOW)(image[None].to(device), network)[0]
     note("windows")
-    labels = apply(restore_transforms(), {"image": image, "pred": logits})["pred"]
+    labels = run_transforms(restore_transforms(), {"image": image, "pred": logits})["pred"]
     note("restore")
     target = path.with_name("labels.nii.gz")
     nib.save(nib.Nifti1Image(labels[0].numpy(), labels.affine.numpy()), target)

@@ -29,8 +29,10 @@ from rich.console import Console
 from deformux.active_learning.learning_curve import Round, Summary, plot, read_rounds, summarise, write_rounds
 from deformux.active_learning.simulation import Plan
 from deformux.active_learning.strategies import STRATEGIES
-from deformux.cli.simulate import play, short_recipe
+from deformux.cli.simulate import play
+from deformux.cli.simulate_options import short_recipe
 from deformux.data.atomic_files import write_text
+from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
 
@@ -76,9 +78,8 @@ def main() -> None:
         own = arguments.work / f"seed-{seed}"
         play(
             dataclasses.replace(plan, seeds=(seed,)),
-            arguments.data,
+            find_cases(arguments.data, subset="train"),
             own,
-            subset="train",
             test_fraction=_TEST_FRACTION,
             console=Console(),
         )

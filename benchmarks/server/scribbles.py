@@ -28,7 +28,8 @@ from monailabel.scribbles.transforms import (
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.scribbles import GraphCut
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
@@ -117,7 +118,7 @@ def _own(image: Path, label: Path, modality: str, evidence: str) -> np.ndarray:
 
 def _stock(image: Path, drawn: np.ndarray, modality: str) -> np.ndarray:
     """MONAI Label's transforms, as its HistogramBasedGraphCut chains them."""
-    volume = apply(inference_transforms(Preprocessing(modality)), {"image": image})["image"]
+    volume = run_transforms(inference_transforms(Preprocessing(modality)), {"image": image})["image"]
     order = ornt_transform(*(io_orientation(np.asarray(a)) for a in (volume.affine, volume.meta["original_affine"])))
     array = apply_orientation(volume[0].numpy(), order)[None]
     array = np.ascontiguousarray((array - array.min()) / (array.max() - array.min()))

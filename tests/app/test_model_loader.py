@@ -13,7 +13,8 @@ import torch
 
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import PRETRAINED, ModelCard
+from deformux.networks.model_file import ModelCard
+from deformux.networks.pretrained import PRETRAINED
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.trainers.status import TrainingStatus

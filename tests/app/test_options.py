@@ -10,8 +10,8 @@ import pytest
 from live import environment, serve_command, stock_command
 from typer.testing import CliRunner
 
-from deformux.networks.deformux_net import PRESETS
-from deformux.networks.model_file import PRETRAINED
+from deformux.networks.presets import PRESETS
+from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
 from deformux_label.lib.configs.project import OPTIONS, InvalidOption, Project
 

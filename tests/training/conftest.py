@@ -14,7 +14,7 @@ WriteCase = Callable[..., Case]
 
 @pytest.fixture
 def write_case(tmp_path: Path) -> WriteCase:
-    """Writes a noisy CT-like volume with a bright ball (label 1) and a dark box (label 2)."""
+    """Return a function that writes a noisy CT-like volume with a bright ball (label 1) and a dark box (label 2)."""
 
     def write(name: str, *, seed: int = 0, size: tuple[int, int, int] = (32, 32, 24), affine=None) -> Case:
         rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def write_case(tmp_path: Path) -> WriteCase:
 
 @pytest.fixture
 def oblique() -> np.ndarray:
-    """An affine with rotation about two axes, anisotropic spacing, flips and permuted axes."""
+    """Return an affine with rotation about two axes, anisotropic spacing, flips and permuted axes."""
     a, b = np.deg2rad([17, -9])
     rx = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
     rz = np.array([[np.cos(b), -np.sin(b), 0], [np.sin(b), np.cos(b), 0], [0, 0, 1]])

@@ -26,7 +26,7 @@ from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import TrainingStopped, fit
 from deformux.fitting.recipe import RECIPES
-from deformux.networks.deformux_net import Preset
+from deformux.networks.presets import Preset
 from deformux.publishing.learner import Learner, Round
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))

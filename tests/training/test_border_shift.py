@@ -1,27 +1,29 @@
-"""What clicks say of borders: they win, hold along the border they were placed on, and nowhere else."""
+"""Clicks near borders: they win, and hold along the border they were placed on, and nowhere else."""
 
 import numpy as np
 import pytest
 import torch
 from scipy import ndimage
 
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.interactive.border_shift import border_evidence
-from deformux.interactive.editor import Editor, study_from_logits
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
 
-# Logits per voxel across a border: those of networks trained on the hippocampus data lie between 3 and 7.
+# Logits per voxel across a border: 3 to 7 in networks trained on the hippocampus data.
 SLOPE = 5.0
 
 
 def of_lead(lead: np.ndarray) -> np.ndarray:
-    """Logits of background and one label, which leads by so much."""
+    """Return logits of background and one label with the given lead."""
     return np.stack([np.zeros_like(lead), lead]).astype(np.float32)
 
 
 def with_clicks(logits: np.ndarray, clicks: dict[int, np.ndarray]) -> np.ndarray:
-    """The logits with what the clicks add."""
+    """Return the logits plus the evidence of clicks."""
     result = logits.copy()
     for label, added in border_evidence(logits, clicks).items():
         assert added.min() >= 0
@@ -30,7 +32,7 @@ def with_clicks(logits: np.ndarray, clicks: dict[int, np.ndarray]) -> np.ndarray
 
 
 def slab() -> np.ndarray:
-    """Logits of a slab of label 1, from 12 to 33 along the first axis."""
+    """Return logits of a slab of label 1, from 12 to 33 along the first axis."""
     x = np.arange(48)
     lead = SLOPE * np.clip(np.minimum(x - 11.5, 33.5 - x), -4, 4)
     return of_lead(np.broadcast_to(lead[:, None, None], (48, 40, 40)))
@@ -42,7 +44,7 @@ def test_a_click_moves_the_border_it_was_placed_on() -> None:
     after = with_clicks(logits, {1: np.array([(11, 20, 20)])}).argmax(0)
     grown = np.argwhere((after == 1) & (before == 0))
     assert np.all(after >= before)
-    # One layer, in a disc about the click that is several voxels wide, and nothing at the other side of the slab.
+    # One layer changes, in a disc around the click several voxels wide, and nothing on the slab's other side.
     assert set(grown[:, 0]) == {11}
     radius = np.hypot(*(grown[:, 1:] - 20).T).max()
     assert 3 <= radius <= 10
@@ -55,7 +57,7 @@ def test_every_click_wins_where_it_is_and_only_its_label_gains(shape: tuple[int,
     noise = rng.standard_normal((4, *shape))
     logits = (15 * ndimage.gaussian_filter(noise, (0, 3, 3, 3))).astype(np.float32)
     places = rng.permutation(np.argwhere(np.ones(shape, bool)))[:12]
-    # Side by side, with different labels.
+    # Adjacent clicks with different labels.
     places[1] = places[0] + [1 if places[0][0] + 1 < shape[0] else -1, 0, 0]
     clicks = {label: places[label::3] for label in range(3)}
     after = with_clicks(logits, clicks)
@@ -66,7 +68,7 @@ def test_every_click_wins_where_it_is_and_only_its_label_gains(shape: tuple[int,
             assert at[label] - np.delete(at, label).max() > 2
 
 
-def test_a_click_into_what_is_clearly_right_changes_nothing() -> None:
+def test_a_click_where_its_label_leads_clearly_changes_nothing() -> None:
     logits = slab()
     clicks = {1: np.array([(23, 20, 20)]), 0: np.array([(3, 5, 5)])}
     np.testing.assert_array_equal(with_clicks(logits, clicks), logits)
@@ -75,14 +77,14 @@ def test_a_click_into_what_is_clearly_right_changes_nothing() -> None:
 
 @pytest.fixture
 def ball(write_case) -> tuple[Editor, np.ndarray]:
-    """An editor of a ball, radius 12, with a network that ignores clicks; and distances from the ball's centre."""
+    """Return an editor of a ball of radius 12, whose network ignores clicks, and distances from the centre."""
     size = (44, 44, 44)
     prep = Preprocessing("ct", patch_size=(48, 48, 48))
-    image = apply(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": write_case("a", size=size).image})["image"]
     distance = np.sqrt(sum((axis - 21.7) ** 2 for axis in np.indices(size)))
     logits = torch.from_numpy(of_lead(SLOPE * (12 - distance)))
     padded = torch.nn.functional.pad(logits[None], (2,) * 6, mode="replicate")
-    return Editor(study_from_logits(image, logits), lambda *_: padded, prep), distance
+    return Editor(scan_from_logits(image, logits), lambda *_: padded, prep), distance
 
 
 @pytest.mark.parametrize("radius", [11, 13])

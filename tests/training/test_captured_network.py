@@ -1,4 +1,4 @@
-"""When calls of a network are recorded and replayed: here by Python, on a GPU by CUDA graphs."""
+"""Recording and replaying calls of a network: here in Python, on a GPU by CUDA graphs."""
 
 import logging
 from collections.abc import Callable
@@ -16,7 +16,7 @@ SIZE = (32, 16, 16)
 
 
 class Recorder:
-    """Counts recordings and replays; a replay reads and writes the memory that the recording did."""
+    """Counts recordings and replays; a replay uses the same memory as its recording."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -100,7 +100,7 @@ def test_the_least_recently_used_recording_is_dropped(network: DeformUXNet) -> N
     assert recorder.recorded == 4
 
 
-def test_what_cannot_be_recorded_is_computed_with_one_warning(network: DeformUXNet, caplog) -> None:
+def test_a_call_that_cannot_be_recorded_is_computed_with_one_warning(network: DeformUXNet, caplog) -> None:
     attempts = []
 
     def fail(*arguments: object) -> tuple[Callable[[], None], Tensor]:
@@ -133,7 +133,7 @@ def test_changed_weights_are_noticed(network: DeformUXNet) -> None:
     assert torch.equal(captured(scan(0)), expected(network, scan(0)))
 
 
-def test_recordings_are_dropped_where_memory_is_short(network: DeformUXNet) -> None:
+def test_recordings_are_dropped_if_memory_is_short(network: DeformUXNet) -> None:
     recorder = Recorder()
     full = False
 
@@ -158,7 +158,7 @@ def test_recordings_are_dropped_where_memory_is_short(network: DeformUXNet) -> N
 
 
 @pytest.mark.parametrize("size", [(40, 33, 16), (16, 16, 16), (60, 16, 20)])
-def test_windows_in_batches_give_what_single_ones_give(size: tuple[int, int, int], network: DeformUXNet) -> None:
+def test_batched_windows_equal_single_ones(size: tuple[int, int, int], network: DeformUXNet) -> None:
     class Batched:
         def __init__(self) -> None:
             self.shapes: set[int] = set()

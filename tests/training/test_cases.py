@@ -1,4 +1,4 @@
-"""Labelled folders: which image belongs to which label, and the names of the labels."""
+"""Labelled folders: pairs of image and label, and names of labels."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_cases_are_paired_by_name(tmp_path: Path) -> None:
         (["a.mha", "a.nii.gz"], ["a.nii.gz", "a.nrrd"], ("a.nii.gz", "a.nii.gz")),
     ],
 )
-def test_of_two_files_of_one_stem_the_pair_of_one_suffix_counts(
+def test_files_that_share_a_stem_are_paired_by_suffix(
     images: list[str], labels: list[str], paired: tuple[str, str], tmp_path: Path
 ) -> None:
     _folder(tmp_path, images, labels)
@@ -58,19 +58,19 @@ def test_of_two_files_of_one_stem_the_pair_of_one_suffix_counts(
         (["a.mha", "a.nii", "a.nrrd"], ["a.nii", "a.nrrd"], ("images/a.nii", "images/a.nrrd")),
     ],
 )
-def test_an_ambiguous_pair_is_refused_by_its_files(
+def test_an_ambiguous_pair_is_refused_naming_its_files(
     images: list[str], labels: list[str], named: tuple[str, str], tmp_path: Path
 ) -> None:
     _folder(tmp_path, ["b.nii.gz", *images], ["b.nii.gz", *labels])
     sentence = re.escape(f"{tmp_path / named[0]} and {tmp_path / named[1]} ")
     with pytest.raises(InvalidFolder, match=f"^{sentence}.*keep one"):
         find_cases(tmp_path)
-    # Whatever is not asked for does no harm.
+    # Cases outside the subset do no harm.
     (tmp_path / "split.json").write_text(json.dumps({"train": ["a"], "val": ["b"]}))
     assert [case.id for case in find_cases(tmp_path, subset="val")] == ["b"]
 
 
-def test_two_files_of_one_stem_do_no_harm_without_a_label(tmp_path: Path) -> None:
+def test_files_that_share_a_stem_do_no_harm_without_a_label(tmp_path: Path) -> None:
     _folder(tmp_path, ["a.nii.gz", "a.nrrd", "b.nii.gz"], ["b.nii.gz", "c.mha", "c.nii"])
     assert [case.id for case in find_cases(tmp_path)] == ["b"]
 
@@ -89,7 +89,7 @@ def test_label_names_come_from_a_decathlon_file(tmp_path: Path) -> None:
             label_names(tmp_path)
 
 
-def test_label_names_of_an_option_are_a_list_of_different_names() -> None:
+def test_label_names_of_an_option_must_differ() -> None:
     assert split_label_names(" left kidney , tumour (3)") == ("left kidney", "tumour (3)")
     assert len(split_label_names(",".join(map(str, range(254))))) == 254
     for text, words in (("a,b,a", "'a' twice"), ("a,,b", "without gaps"), (",".join(map(str, range(255))), "254")):

@@ -61,7 +61,7 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
             assert float(row[name]) == pytest.approx(expected, abs=1e-5)
     assert len(rows) == 3
 
-    # One unreadable scan costs neither the other results nor a stack trace.
+    # An unreadable scan does not cost the other results, and prints no stack trace.
     (tmp_path / "images" / "broken.nii.gz").write_text("no image")
     done = deformux("predict", model, tmp_path / "images", tmp_path / "again")
     assert done.returncode == 1
@@ -100,7 +100,7 @@ def test_a_mistake_ends_in_one_sentence(
 
 _LABELLED = ("--labels", "ball,box", "--patch-size", "16,16,16")
 _SHORT = ("--strategy", "random", "--rounds", "1", "--batch", "1", "--start", "2", "--seeds", "1", "--steps", "1")
-# Every path that a command takes: the command with {} in its place, and what the path is.
+# Every path that a command takes: the command with {} in its place, and the kind of path.
 _PATHS = [
     (("fit", "{}", "new/m.safetensors", *_LABELLED), "data"),
     (("fit", "{}", "new/m.safetensors"), "data without labels"),
@@ -125,7 +125,7 @@ _PATHS = [
     ),
 ]
 _EMPTY_DATA = "empty must hold the folders images/ and labels/"
-# What a path must not be, by its kind: the path, and the words that blame it.
+# Wrong paths of each kind: the path, and the words that blame it.
 _WRONG = {
     "data": [
         ("nowhere", "there is no folder nowhere"),
@@ -181,7 +181,7 @@ _WRONG = {
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders and files of every kind that a path may wrongly name."""
+    """Make folders and files of every kind that a path may wrongly name."""
     folder = tmp_path_factory.mktemp("workspace")
     for name in ("empty", "hollow/images", "hollow/labels", "unreadable", "folder.safetensors"):
         (folder / name).mkdir(parents=True)
@@ -212,7 +212,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for path, words in _WRONG[kind]
     ],
 )
-def test_a_wrong_path_is_what_is_blamed(
+def test_the_error_names_the_wrong_path(
     arguments: tuple[str, ...], path: str, words: str, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace)
@@ -228,7 +228,7 @@ def test_a_wrong_path_is_what_is_blamed(
 
 
 def test_the_list_of_paths_is_complete() -> None:
-    """Every argument and option of every command whose value is a path, or the name of a model file."""
+    """The list holds every argument and option whose value is a path, or the name of a model file."""
     commands = {("",): app.registered_commands, ("versions",): versions_app.registered_commands}
     taken = [
         (*group, command.name or command.callback.__name__.replace("_command", ""), name)
@@ -272,6 +272,6 @@ def test_a_log_shows_progress_before_the_end(line_seconds: float, seen: list[str
     assert log.getvalue().count("clicking 3/3") == 1
 
 
-def test_commands_are_silent_about_what_monai_does() -> None:
+def test_commands_hide_monais_warnings() -> None:
     done = deformux("--help")
     assert (done.returncode, done.stderr) == (0, "")

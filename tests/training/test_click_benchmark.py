@@ -1,4 +1,4 @@
-"""What clicks buy, as ``deformux clicks`` measures it: against sums by hand and the evaluation that is there."""
+"""Results of ``deformux clicks``, against sums by hand and ``evaluate``."""
 
 import csv
 from pathlib import Path
@@ -11,15 +11,15 @@ from typer.testing import CliRunner
 from deformux.cli.main import app
 from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import surface_dice_per_label
-from deformux.inference.sliding_window import evaluate
-from deformux.interactive.click_benchmark import COUNTS, CaseResult, summarise
+from deformux.interactive.click_benchmark import CLICK_COUNTS, CaseResult, summarise_clicks
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
 
 
 def result(robot: str, dice: tuple[float, ...], seconds: tuple[float, ...]) -> CaseResult:
-    return CaseResult("a", robot, dice, (0.5,) * len(COUNTS), seconds, cap=20)
+    return CaseResult("a", robot, dice, (0.5,) * len(CLICK_COUNTS), seconds, cap=20)
 
 
 def test_area_and_clicks_needed() -> None:
@@ -30,14 +30,14 @@ def test_area_and_clicks_needed() -> None:
     # Nothing left to correct after one click: the mask stays as it is.
     quick = result("robot", (0.9, 1.0), (0.3,))
     assert quick.area == pytest.approx(4.0)
-    (line,) = summarise([slow, quick])
+    (line,) = summarise_clicks([slow, quick])
     assert line.cases == 2
     np.testing.assert_allclose(line.dice, [(0.2 + 0.9) / 2, *(np.array([0.5, 0.5, 0.6, 0.7, 0.8]) + 1) / 2])
     assert line.clicks_to == (3.0, 5.5, 5.5)
     assert line.failures == (0, 0, 0)
     assert line.median_s == pytest.approx(0.1)
     hopeless = result("other", (0.1,) * 21, (0.1,) * 20)
-    first, second = summarise([slow, quick, hopeless])
+    first, second = summarise_clicks([slow, quick, hopeless])
     assert (first.robot, second.robot) == ("robot", "other")
     assert second.clicks_to == (20.0, 20.0, 20.0)
     assert second.failures == (1, 1, 1)

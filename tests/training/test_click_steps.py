@@ -15,8 +15,9 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.fit import fit
 from deformux.fitting.recipe import RECIPES, Recipe
-from deformux.networks.deformux_net import PRESETS, DeformUXNet, Preset
+from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.guidance import encode_guidance
+from deformux.networks.presets import PRESETS, Preset
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 LABELS = ("ball", "box")

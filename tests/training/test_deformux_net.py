@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deformux.networks import deformux_net as network_module
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
+from deformux.networks import blocks
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS
 
 CHANNELS = (48, 96, 192, 384)
 
@@ -57,7 +58,7 @@ def test_at_initialisation_it_is_an_ordinary_convolutional_network(
         def plain(x, offset, weight, bias, padding):
             return F.conv3d(x, weight, bias, padding=padding, groups=x.shape[1] // weight.shape[1])
 
-        monkeypatch.setattr(network_module, "deform_conv3d", plain)
+        monkeypatch.setattr(blocks, "deform_conv3d", plain)
         ordinary = net(x)
     torch.testing.assert_close(deformable, ordinary, rtol=1e-4, atol=1e-4)
 
@@ -69,8 +70,8 @@ def test_one_plane_moves_taps_along_its_two_axes_only(monkeypatch: pytest.Monkey
         seen.append(offset.unflatten(1, (27, 3)))
         return x
 
-    monkeypatch.setattr(network_module, "deform_conv3d", record)
-    mixer = network_module.DeformableMixer(4, offset_planes="xz")
+    monkeypatch.setattr(blocks, "deform_conv3d", record)
+    mixer = blocks.DeformableMixer(4, offset_planes="xz")
     torch.nn.init.normal_(mixer.offset.weight)
     mixer(torch.randn(1, 4, 5, 6, 7))
     moved = seen[0].abs().amax(dim=(0, 1, 3, 4, 5))
@@ -81,7 +82,7 @@ def test_one_plane_moves_taps_along_its_two_axes_only(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("size", [(17, 30, 41), (1, 33, 20), (16, 16, 16), (5, 5, 5), (48, 32, 16)])
 @pytest.mark.parametrize("training", [True, False])
-def test_any_size_comes_back_at_its_own_size(size: tuple[int, int, int], training: bool) -> None:
+def test_logits_have_the_size_of_any_input(size: tuple[int, int, int], training: bool) -> None:
     net = DeformUXNet(2, 4, "tiny").train(training)
     logits = net(torch.randn(1, 2, *size))
     assert logits.shape == (1, 4, *size)
@@ -129,19 +130,19 @@ def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep
     gradients = []
     for enabled in (False, True):
         net.zero_grad()
-        # What a later allocation may find in memory that was freed.
+        # A later allocation may find this in freed memory.
         del [torch.full((256 * 256 * 27,), float("nan")) for _ in range(4)][:]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             logits = net(x)
         logits.float().square().mean().backward()
         gradients.append({name: p.grad.clone() for name, p in net.skips[-1].named_parameters()})
     for name, exact in gradients[0].items():
-        # Rounding on the way turns a gradient by some degrees; memory that was never written, by any angle.
+        # Rounding turns a gradient by a few degrees; unwritten memory, by any angle.
         assert F.cosine_similarity(gradients[1][name].flatten(), exact.flatten(), dim=0) > 0.9, name
 
 
 def guided_twins(in_channels: int = 1, out_channels: int = 3) -> tuple[DeformUXNet, DeformUXNet]:
-    """An automatic network and one with guidance, from the same seed."""
+    """Return an automatic network and one with guidance, from the same seed."""
     twins = []
     for guidance in (False, True):
         torch.manual_seed(0)
@@ -185,14 +186,14 @@ def test_guidance_is_more_channels_of_the_scan(in_channels: int, checkpointing: 
         scan = name.replace(".guidance", ".weight")
         merged[scan] = torch.cat([state[scan], state[name]], 1)
     if in_channels == 16:
-        # A block that keeps its width adds the scan itself; in the twin, a convolution that passes it on.
+        # A block that keeps its width adds the scan itself; the twin needs a convolution that passes it on.
         side = twin.skips[0].layer
         merged["skips.0.layer.conv3.conv.weight"] = torch.eye(16, 16 + channels)[:, :, None, None, None]
         merged |= {f"skips.0.layer.norm3.{name}": value for name, value in side.norm3.state_dict().items()}
         side.norm3 = torch.nn.Identity()
         merged = {name: value for name, value in merged.items() if ".0.layer.norm3" not in name}
     twin.load_state_dict(merged)
-    # One channel is empty in all the batch, another in half of it, and the padding to 32 voxels meets zeros.
+    # One channel is empty in the whole batch, another in half of it, and padding to 32 voxels meets zeros.
     guidance = torch.rand(2, channels, 32, 27, 32)
     guidance[:, 2] = guidance[0, 1] = guidance[..., -1, :] = 0
     x = torch.randn(2, in_channels, 32, 27, 32)
@@ -239,7 +240,7 @@ def test_a_wrong_input_says_what_was_expected() -> None:
 
 
 def test_training_compiles_without_a_break() -> None:
-    """In double precision, where on a CPU too every convolution is PyTorch's own, as on a GPU."""
+    """Use double precision, so that every convolution is PyTorch's own on a CPU too."""
     torch.manual_seed(0)
     net = DeformUXNet(1, 3, "tiny").double()
     x = torch.randn(1, 1, 16, 16, 32, dtype=torch.float64)

@@ -24,7 +24,8 @@ from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.patches import Patches
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import RECIPES
-from deformux.networks.deformux_net import PRESETS, DeformUXNet, Preset
+from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.presets import PRESETS, Preset
 
 HERE = Path(__file__).parent
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))

@@ -1,4 +1,4 @@
-"""Edits by clicks: exact where exactness is promised, in the right place on any grid, and useful on real scans."""
+"""Edits by clicks: exact as promised, in the right place on any grid, and useful on real scans."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -11,14 +11,17 @@ import torch
 from scipy import ndimage
 
 from deformux.data.cases import Case, find_cases
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
 from deformux.inference.sliding_window import segment
 from deformux.interactive.click_windows import Lattice, edit_window
-from deformux.interactive.editor import Editor, Study, open_study, study_from_logits
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import OpenScan, open_scan, scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import load_model, pretrained_path, with_guidance
+from deformux.networks.model_file import load_model, with_guidance
+from deformux.networks.pretrained import pretrained_path
 
 Clicks = dict[int, list[tuple[int, int, int]]]
 WINDOW = 32
@@ -29,7 +32,7 @@ RESAMPLED = Preprocessing("ct", spacing_mm=(2.6, 1.4, 3.0), patch_size=(WINDOW,)
 
 @pytest.fixture(scope="module")
 def network() -> Callable[[int], DeformUXNet]:
-    """Untrained networks whose guidance has random weights, so that clicks change a lot."""
+    """Build untrained networks whose guidance has random weights, so that clicks change a lot."""
 
     def build(n_labels: int) -> DeformUXNet:
         torch.manual_seed(n_labels)
@@ -43,7 +46,7 @@ def network() -> Callable[[int], DeformUXNet]:
 
 
 def random_clicks(shape: Sequence[int], n_labels: int, count: int, seed: int) -> Clicks:
-    """Clicks of all labels at different voxels, some side by side."""
+    """Return clicks of all labels at different voxels, some of them adjacent."""
     rng = np.random.default_rng(seed)
     clicks: Clicks = {}
     taken = set()
@@ -78,13 +81,13 @@ def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write
     prep, size, is_oblique, n_labels = GRIDS[grid]
     case = write_case("a", size=size, affine=oblique if is_oblique else None)
     net = network(n_labels)
-    study = open_study(net, case.image, prep)
+    scan = open_scan(net, case.image, prep)
     automatic, _ = segment(net, case.image, prep)
     few = random_clicks(size, n_labels, 4, seed=1)
     more = joined(few, {label: v for label, v in random_clicks(size, n_labels, 3, seed=2).items() if label in few})
     more = {label: list(dict.fromkeys(voxels)) for label, voxels in more.items()}
 
-    editor = Editor(study, net, prep)
+    editor = Editor(scan, net, prep)
     np.testing.assert_array_equal(editor.apply({}), automatic[0].numpy())
     assert editor.windows_computed == 0
     first = editor.apply(few)
@@ -94,26 +97,26 @@ def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write
     np.testing.assert_array_equal(undone, first)
     np.testing.assert_array_equal(editor.apply({}), automatic[0].numpy())
     backwards = {label: voxels[::-1] for label, voxels in reversed(more.items())}
-    np.testing.assert_array_equal(Editor(study, net, prep).apply(backwards), second)
+    np.testing.assert_array_equal(Editor(scan, net, prep).apply(backwards), second)
 
     assert first.dtype == np.uint8
     for clicks, mask in ((few, first), (more, second)):
         for label, voxels in clicks.items():
             assert all(mask[voxel] == label for voxel in voxels)
-        # Nothing becomes a label that nobody clicked.
-        changed = mask != study.labels
+        # No voxel gets a label that was not clicked.
+        changed = mask != scan.labels
         assert set(np.unique(mask[changed])) <= set(clicks)
 
 
-def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_case) -> None:
+def test_changes_stay_near_their_click_and_connected_with_it(network, write_case) -> None:
     size = (110, 34, 40)
     case = write_case("a", size=size)
     net = network(2)
-    study = open_study(net, case.image, NATIVE)
+    scan = open_scan(net, case.image, NATIVE)
     clicks = {1: [(8, 20, 10)], 2: [(70, 9, 30), (71, 9, 30)], 0: [(100, 30, 5)]}
-    mask = Editor(study, net, NATIVE).apply(clicks)
-    changed = mask != study.labels
-    assert changed.sum() > 50  # the test is about something
+    mask = Editor(scan, net, NATIVE).apply(clicks)
+    changed = mask != scan.labels
+    assert changed.sum() > 50  # the test covers something
     distance = np.full(size, 10**6)
     for voxels in clicks.values():
         for voxel in voxels:
@@ -121,7 +124,7 @@ def test_changes_stay_near_their_click_and_hang_together_with_it(network, write_
             distance = np.minimum(distance, away)
     assert distance[changed].max() < WINDOW
     for label, voxels in clicks.items():
-        # Gaps of up to two voxels do not part what belongs together.
+        # Parts stay connected across gaps of up to two voxels.
         near = ndimage.binary_dilation(changed & (mask == label), np.ones((3, 3, 3)))
         components, count = ndimage.label(near, np.ones((3, 3, 3)))
         clicked = {int(components[voxel]) for voxel in voxels} - {0}
@@ -133,11 +136,11 @@ def test_an_edit_starts_from_the_mask_on_the_screen(network, write_case, oblique
     case = write_case("a", size=size, affine=oblique)
     net = network(2)
     for prep in (NATIVE, RESAMPLED):
-        study = open_study(net, case.image, prep)
+        scan = open_scan(net, case.image, prep)
         drawn = np.zeros(size, np.uint8)
         drawn[5:20, 5:20, 5:20] = 1
         drawn[30:33, 30, 10:30] = 2
-        editor = Editor(study, net, prep, mask=drawn)
+        editor = Editor(scan, net, prep, mask=drawn)
         np.testing.assert_array_equal(editor.apply({}), drawn)
         edited = editor.apply({2: [(12, 12, 12)]})
         assert edited[12, 12, 12] == 2
@@ -145,11 +148,11 @@ def test_an_edit_starts_from_the_mask_on_the_screen(network, write_case, oblique
         np.testing.assert_array_equal(editor.apply({}), drawn)
     for wrong, reason in ((drawn[1:], "voxels"), (np.full(size, 3), "values")):
         with pytest.raises(ValueError, match=reason):
-            Editor(study, net, prep, mask=wrong)
+            Editor(scan, net, prep, mask=wrong)
 
 
 def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
-    """Segments a ball about each click, by the clicks' own maps."""
+    """Segment a ball around each click, from the clicks' maps."""
     logits = 20 * guidance[:, : (guidance.shape[1] + 1) // 2] - 10
     logits[:, 0] += 5
     return logits
@@ -158,21 +161,21 @@ def painter(x: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("prep", [NATIVE, RESAMPLED], ids=["native", "resampled"])
 @pytest.mark.parametrize("size", [(70, 45, 36), (24, 20, 12), (40, 36, 1)])
 def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case, oblique: np.ndarray) -> None:
-    """Through orientation, resampling, windows and padding: the ball drawn for a click is centred on it."""
+    """The ball drawn for a click is centred on it, through orientation, resampling, windows and padding."""
     case = write_case("a", size=size, affine=oblique)
-    image = apply(inference_transforms(prep), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": case.image})["image"]
     background = torch.zeros(3, *image.shape[1:])
     background[0] = 5
-    study = study_from_logits(image, background)
-    assert study.labels.shape == size
-    assert not study.labels.any()
-    editor = Editor(study, painter, prep)
+    scan = scan_from_logits(image, background)
+    assert scan.labels.shape == size
+    assert not scan.labels.any()
+    editor = Editor(scan, painter, prep)
     spacing = np.maximum(nib.affines.voxel_sizes(oblique), nib.affines.voxel_sizes(image.affine.numpy()))
     for corner in product(*[(0.2, 0.55, 0.9)] * 3):
         click = tuple(int(part * n) for part, n in zip(corner, size, strict=True))
         mask = editor.apply({2: [click]})
         assert set(np.unique(mask)) == {0, 2}
-        # The volume's border cuts balls: what is left is closer to the click than its radius.
+        # The volume's border cuts balls, and moves their centre by less than their radius.
         offset = nib.affines.apply_affine(oblique, np.argwhere(mask == 2)) - nib.affines.apply_affine(oblique, click)
         free = min(min(v, n - 1 - v) if n > 1 else 9 for v, n in zip(click, size, strict=True))
         if free >= 6:
@@ -183,11 +186,11 @@ def test_a_click_lands_where_it_was_placed(prep: Preprocessing, size, write_case
 
 def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
     case = write_case("a", size=(40, 34, 20))
-    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(NATIVE), {"image": case.image})["image"]
     logits = torch.zeros(3, *image.shape[1:])
     logits[0] = 8
     editor = Editor(
-        study_from_logits(image, logits),
+        scan_from_logits(image, logits),
         lambda x, _guidance: 8 * torch.eye(3)[0][None, :, None, None, None].expand(1, 3, *x.shape[2:]),
         NATIVE,
     )
@@ -197,10 +200,10 @@ def test_a_click_that_the_network_ignores_changes_little(write_case) -> None:
 
 
 def test_a_click_counts_for_its_own_region_only(write_case) -> None:
-    """Two regions around corners, whose boxes overlap; a third lies in the box around both, and touches neither's."""
+    """The boxes of two regions around corners overlap; a third region lies in the box of both and touches neither."""
     size = (40, 24, 12)
     case = write_case("a", size=size)
-    image = apply(inference_transforms(NATIVE), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(NATIVE), {"image": case.image})["image"]
     regions = np.zeros(size, dtype=np.uint8)
     regions[:14, :2, 4:8] = regions[:2, :14, 4:8] = 1
     regions[9:34, 10:12, 4:8] = 1
@@ -217,17 +220,17 @@ def test_a_click_counts_for_its_own_region_only(write_case) -> None:
         logits[(0, 1, *inside)] = 16 * torch.from_numpy(regions).float()
         return logits
 
-    editor = Editor(study_from_logits(image, background), network, prep)
+    editor = Editor(scan_from_logits(image, background), network, prep)
     np.testing.assert_array_equal(editor.apply(clicks), regions)
 
 
 def test_memory_stays_bounded(network, write_case) -> None:
     case = write_case("a", size=(50, 30, 30))
     net = network(2)
-    study = open_study(net, case.image, NATIVE)
-    free, tight = Editor(study, net, NATIVE), Editor(study, net, NATIVE, cache_bytes=10_000)
+    scan = open_scan(net, case.image, NATIVE)
+    free, tight = Editor(scan, net, NATIVE), Editor(scan, net, NATIVE, cache_bytes=10_000)
     for seed in range(2):
-        clicks = random_clicks(study.labels.shape, 2, 3, seed=seed)
+        clicks = random_clicks(scan.labels.shape, 2, 3, seed=seed)
         np.testing.assert_array_equal(free.apply(clicks), tight.apply(clicks))
         assert tight.nbytes <= 10_000
     assert free.nbytes > 10_000
@@ -247,11 +250,11 @@ def test_an_impossible_click_is_refused(clicks: Mapping, reason: str, network, w
     case = write_case("a", size=(20, 20, 20))
     net = network(2)
     with pytest.raises(ValueError, match=reason):
-        Editor(open_study(net, case.image, NATIVE), net, NATIVE).apply(clicks)
+        Editor(open_scan(net, case.image, NATIVE), net, NATIVE).apply(clicks)
 
 
 @pytest.mark.parametrize("size", [(122, 101, 112), (512, 30, 65), (33, 32, 31), (1, 70, 200)])
-def test_every_voxel_has_one_window_that_sees_enough_of_it(size: tuple[int, int, int]) -> None:
+def test_every_voxel_has_one_window_with_enough_around_it(size: tuple[int, int, int]) -> None:
     window = edit_window((96, 96, 96))
     lattice = Lattice(size, window)
     for axis, (length, side) in enumerate(zip(size, window, strict=True)):
@@ -264,7 +267,7 @@ def test_every_voxel_has_one_window_that_sees_enough_of_it(size: tuple[int, int,
                 tuple(zip(*box, strict=True))[axis] for box in (lattice.inside(cell), lattice.sight(cell))
             )
             assert 0 <= start <= sight[0] <= at < sight[1] <= stop <= length
-            # A fifth of the window on both sides of the click, as far as there is volume.
+            # A fifth of the window on both sides of the click, within the volume.
             assert at - start >= min(at, side // 5)
             assert stop - 1 - at >= min(length - 1 - at, side // 5)
             weights = lattice.weights(cell)[axis]
@@ -283,28 +286,28 @@ def test_the_window_follows_the_patch() -> None:
 
 
 @pytest.fixture(scope="module")
-def hippocampus(shared_data: Path) -> list[tuple[Case, np.ndarray, Study]]:
-    """A few held-out real scans, their true labels and what the shipped model makes of them."""
+def hippocampus(shared_data: Path) -> list[tuple[Case, np.ndarray, OpenScan]]:
+    """Return a few held-out real scans, their true labels and the shipped model's segmentations."""
     net, card = load_model(pretrained_path("hippocampus"))
     cases = find_cases(shared_data / "hippocampus", subset="val")[::20]
     return [
         (
             case,
             np.asarray(nib.load(case.label).dataobj).astype(np.uint8),
-            open_study(net, case.image, card.preprocessing),
+            open_scan(net, case.image, card.preprocessing),
         )
         for case in cases
     ]
 
 
-def test_correct_clicks_only_help_where_they_are(hippocampus) -> None:
-    """Each further click improves its label's Dice around the error that it was placed in, and the whole in the end."""
+def test_correct_clicks_help_around_their_place(hippocampus) -> None:
+    """Each click improves its label's Dice around the error it was placed in, and all together the whole."""
     net, card = load_model(pretrained_path("hippocampus"))
     net = with_guidance(net).eval()
-    for _, truth, study in hippocampus:
-        editor = Editor(study, net, card.preprocessing)
+    for _, truth, scan in hippocampus:
+        editor = Editor(scan, net, card.preprocessing)
         robot = ClickAnnotator(2)
-        shown, clicks = study.labels, {}
+        shown, clicks = scan.labels, {}
         for _ in range(4):
             (click,) = robot.clicks(truth, shown)
             clicks.setdefault(click.label, []).append(click.voxel)
@@ -315,4 +318,4 @@ def test_correct_clicks_only_help_where_they_are(hippocampus) -> None:
             assert right[0] == 0
             assert right[1] > 0
             assert all(shown[voxel] == label for label, voxels in clicks.items() for voxel in voxels)
-        assert dice_per_label(shown, truth, 2).mean() > dice_per_label(study.labels, truth, 2).mean()
+        assert dice_per_label(shown, truth, 2).mean() > dice_per_label(scan.labels, truth, 2).mean()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from deformux.networks.fast_cpu_conv import Conv3d, InstanceNorm3d, adopt, conv3d
 from tolerances import assert_near
 
-# input, output channels, kernel, stride, padding: each side of every choice that is made, and very thin grids.
+# input, output channels, kernel, stride, padding: both sides of every choice, and very thin grids.
 PROBLEMS = [
     ((1, 16, 32, 24, 32), 8, 3, 1, 1),
     ((1, 64, 20, 20, 20), 48, 3, 1, 1),
@@ -26,7 +26,7 @@ PROBLEMS = [
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize(("shape", "channels", "kernel", "stride", "padding"), PROBLEMS)
-def test_values_and_gradients_are_those_of_float64(shape, channels, kernel, stride, padding, memory) -> None:
+def test_values_and_gradients_equal_float64(shape, channels, kernel, stride, padding, memory) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape).contiguous(memory_format=memory)
     weight, bias = torch.randn(channels, shape[1], *(kernel,) * 3), torch.randn(channels)
@@ -50,7 +50,7 @@ def test_values_and_gradients_are_those_of_float64(shape, channels, kernel, stri
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("shape", [(1, 5, 4, 6, 7), (3, 16, 9, 8, 10), (2, 8, 1, 1, 2)])
-def test_a_norm_is_that_of_float64(shape, affine, memory) -> None:
+def test_a_norm_equals_float64(shape, affine, memory) -> None:
     torch.manual_seed(0)
     layer = InstanceNorm3d(shape[1], affine=affine)
     exact = nn.InstanceNorm3d(shape[1], affine=affine).double()
@@ -64,7 +64,7 @@ def test_a_norm_is_that_of_float64(shape, affine, memory) -> None:
 
 
 @torch.no_grad()
-def test_norms_that_pytorch_computes() -> None:
+def test_other_norms_are_left_to_pytorch() -> None:
     x = torch.randn(2, 4, 3, 4, 5)
     layer, other = InstanceNorm3d(4), nn.InstanceNorm3d(4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -78,14 +78,14 @@ def test_norms_that_pytorch_computes() -> None:
         layer(x[..., :1, :1, :1])
 
 
-def test_only_what_needs_a_gradient_gets_one() -> None:
+def test_only_tensors_that_need_a_gradient_get_one() -> None:
     x, weight = torch.randn(1, 4, 6, 6, 6), torch.randn(4, 4, 3, 3, 3, requires_grad=True)
     conv3d(x, weight, None, stride=(1, 1, 1), padding=(1, 1, 1)).sum().backward()
     assert x.grad is None
     assert weight.grad is not None
 
 
-def test_autocast_and_other_types_go_pytorchs_way() -> None:
+def test_autocast_and_other_types_are_left_to_pytorch() -> None:
     x, weight = torch.randn(1, 4, 6, 6, 6), torch.randn(4, 4, 3, 3, 3)
     own = {"stride": (1, 1, 1), "padding": (1, 1, 1)}
     with torch.autocast("cpu", dtype=torch.bfloat16):

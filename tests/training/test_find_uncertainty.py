@@ -10,7 +10,8 @@ from scipy.ndimage import affine_transform
 
 from deformux.active_learning.uncertainty_map import find_uncertainty, look_next, uncertainty_map
 from deformux.active_learning.uncertainty_scores import volume_uncertainty
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 
 
 def everywhere(*probabilities: float) -> torch.Tensor:
@@ -74,7 +75,7 @@ def test_nothing_to_look_at_and_a_single_slice() -> None:
 @pytest.mark.parametrize("prep", [Preprocessing("ct"), Preprocessing("ct", spacing_mm=(1.5, 1.5, 1.5))])
 def test_the_map_lies_on_the_scan(write_case, oblique: np.ndarray, prep: Preprocessing) -> None:
     case = write_case("a", affine=oblique)
-    image = apply(inference_transforms(prep), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(prep), {"image": case.image})["image"]
     # Undecided in a ball about a voxel of the scan that no flip or swap of axes leaves in place, sure elsewhere.
     voxel = (9, 21, 15)
     indices = np.stack(np.meshgrid(*map(np.arange, image.shape[1:]), indexing="ij"), -1)
@@ -105,7 +106,7 @@ def test_the_map_lies_on_the_scan(write_case, oblique: np.ndarray, prep: Preproc
 
 def test_a_sure_volume_has_no_place_to_look(write_case) -> None:
     case = write_case("a")
-    image = apply(inference_transforms(Preprocessing("ct")), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(Preprocessing("ct")), {"image": case.image})["image"]
     logits = torch.zeros(2, *image.shape[1:])
     logits[0] = 30
     found = find_uncertainty(logits, image)

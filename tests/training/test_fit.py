@@ -11,7 +11,8 @@ from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import Progress, TrainingError, fit
 from deformux.fitting.recipe import RECIPES, Recipe
-from deformux.inference.sliding_window import evaluate, segment
+from deformux.inference.evaluate import evaluate
+from deformux.inference.sliding_window import segment
 from deformux.networks.deformux_net import DeformUXNet
 
 PREP = Preprocessing("ct", patch_size=(32, 32, 16))

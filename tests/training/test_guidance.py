@@ -39,7 +39,7 @@ def test_order_and_repetition_of_clicks_change_nothing() -> None:
     assert torch.equal(one, other)
 
 
-def test_a_window_sees_what_the_whole_volume_has_there() -> None:
+def test_a_window_equals_its_part_of_the_whole_volume() -> None:
     points = np.random.default_rng(1).integers(0, 30, (20, 3))
     clicks = {0: points[:10], 1: points[10:]}
     whole = encode_guidance(clicks, None, n_labels=1, size=(30, 30, 30))
@@ -49,7 +49,7 @@ def test_a_window_sees_what_the_whole_volume_has_there() -> None:
     assert torch.equal(beyond[:, 4:, :10], whole[:, :16, 20:, 5:9])
 
 
-def test_what_cannot_be_encoded_is_refused() -> None:
+def test_invalid_guidance_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got label 3, expected 0 \(background\) to 2"):
         encode_guidance({3: np.zeros((1, 3), int)}, None, n_labels=2, size=(4, 4, 4))
     with pytest.raises(ValueError, match=r"got shape \(2, 2\), expected \(n, 3\)"):

@@ -21,8 +21,9 @@ from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.fit import FitResult, TrainingError, TrainingStopped
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import RECIPES
-from deformux.networks.deformux_net import PRESETS, Preset
-from deformux.networks.model_file import load_model, pretrained_path
+from deformux.networks.model_file import load_model
+from deformux.networks.presets import PRESETS, Preset
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
 from deformux.publishing.model_versions import ModelVersions
 

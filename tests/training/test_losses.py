@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import labelled_transforms
 from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.fit import TrainingError, fit
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.recipe import RECIPES
-from deformux.inference.sliding_window import evaluate
+from deformux.inference.evaluate import evaluate
 
 ALL = torch.ones(2, 4, dtype=torch.bool)
 
@@ -135,7 +136,7 @@ def test_a_partly_painted_volume_trains_and_is_scored(write_case, tmp_path) -> N
     scores = evaluate(network, cases, prep, n_labels=2, labels=("ball", "box"))
     assert np.isnan(scores["whole"][1])
     assert not np.isnan(scores["whole"][0])
-    with pytest.raises(ValueError, match="'spleen', which is no label"):
+    with pytest.raises(ValueError, match="'spleen', which is not a label"):
         fit(network, [Case("x", whole.image, whole.label, ("spleen",))], recipe=quick, prep=prep, labels=("a", "b"))
     nib.save(nib.Nifti1Image(np.full_like(values, 255), file.affine), painted)
     with pytest.raises(TrainingError, match=r"painted\.nii\.gz has no labelled voxel"):

@@ -19,7 +19,7 @@ def test_a_label_in_neither_volume_is_nan_and_in_one_is_zero() -> None:
     np.testing.assert_array_equal(dice_per_label(pred, truth, 2), [0, np.nan])
 
 
-def test_the_mean_leaves_out_what_is_absent() -> None:
+def test_the_mean_ignores_absent_labels() -> None:
     assert mean_dice([[0.5, np.nan], [0.7, 0.9]]) == pytest.approx((0.6 + 0.9) / 2)
     assert np.isnan(mean_dice([[np.nan, np.nan]]))
 

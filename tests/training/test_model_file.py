@@ -1,4 +1,4 @@
-"""Model files and versions: what is written can be read, and nothing half-written is ever seen."""
+"""Model files and versions: written files can be read, and no half-written file is ever visible."""
 
 import dataclasses
 import hashlib
@@ -20,12 +20,12 @@ from deformux.networks.model_file import (
     InvalidModel,
     ModelCard,
     load_model,
-    pretrained_path,
     read_card,
     save_model,
     warm_start,
     with_guidance,
 )
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 
 
@@ -34,7 +34,7 @@ def card(**changes) -> ModelCard:
     return ModelCard(**{**values, "preset": "tiny", **changes})
 
 
-def test_a_model_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_model_survives_saving_and_loading(tmp_path: Path) -> None:
     net = DeformUXNet(1, 3, "tiny", offset_planes="xy")
     written = card(network_options={"offset_planes": "xy"}, training_cases=("a", "b"), parent="v0001")
     save_model(tmp_path / "m.safetensors", net, written)
@@ -55,13 +55,13 @@ def test_flipped_bits_are_noticed(tmp_path: Path) -> None:
         for use in (load_model, lambda file: warm_start(DeformUXNet(1, 3, "tiny"), file)):
             with pytest.raises(InvalidModel, match="its checksum is not the one in its card"):
                 use(path)
-    # Cards of older versions have no checksum.
+    # Older cards have no checksum.
     path.with_suffix(".json").write_text(dataclasses.replace(read, weights_sha256="").to_json())
     assert load_model(path)[1].labels == read.labels
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"labels": "ab"}', '{"preprocessing": []}', "null", "\x00", "1e999"])
-def test_what_is_no_card_is_named(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_card_is_named(text: str, tmp_path: Path) -> None:
     save_model(tmp_path / "m.safetensors", DeformUXNet(1, 3, "tiny"), card())
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(InvalidModel, match=r"m\.json is not a model card"):
@@ -100,7 +100,7 @@ def test_a_damaged_model_is_named(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_warm_start_leaves_only_the_output_layer_fresh(tmp_path: Path) -> None:
+def test_warm_start_copies_all_but_the_output_layer(tmp_path: Path) -> None:
     source = DeformUXNet(1, 3, "tiny")
     save_model(tmp_path / "m.safetensors", source, card())
     other = DeformUXNet(1, 6, "tiny")
@@ -132,7 +132,7 @@ def test_an_automatic_model_becomes_an_interactive_one_and_back_without_losing_a
     fresh = warm_start(again, tmp_path / "automatic.safetensors")
     assert fresh == [name for name in sorted(again.state_dict()) if name.endswith(".guidance")]
     assert not any(again.get_parameter(name).any() for name in fresh)
-    # Of other labels, guidance means something else.
+    # With other labels, guidance means something else.
     fresh = warm_start(DeformUXNet(1, 5, "tiny", offset_planes="xy", guidance=True), tmp_path / "guided.safetensors")
     assert {name.rpartition(".")[2] for name in fresh if not name.startswith("head.")} == {"guidance"}
 

@@ -1,4 +1,4 @@
-"""What ``deformux predict`` writes and says: a result per scan, and which scans hold voxels without an intensity."""
+"""Output of ``deformux predict``: a result for each scan, and a note on scans with non-finite voxels."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "300"})
 
 
-def test_every_scan_has_a_result_of_its_own(model: Path, tmp_path: Path) -> None:
+def test_every_scan_gets_its_own_result(model: Path, tmp_path: Path) -> None:
     scans, output = tmp_path / "scans", tmp_path / "out"
     # Different patients, told apart by their shapes.
     _scan(scans / "one.NII.GZ", (8, 9, 10))

@@ -1,4 +1,4 @@
-"""Preprocessing and its way back, against nibabel and scipy."""
+"""Preprocessing and restoring, against nibabel and scipy."""
 
 from pathlib import Path
 
@@ -9,16 +9,10 @@ import SimpleITK as sitk
 import torch
 from scipy.ndimage import affine_transform
 
-from deformux.data.preprocessing import (
-    InvalidVolume,
-    LoadLabeld,
-    LoadVolumed,
-    Preprocessing,
-    apply,
-    inference_transforms,
-    labelled_transforms,
-    restore_transforms,
-)
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, labelled_transforms, restore_transforms, run_transforms
+from deformux.data.volume_reader import InvalidVolume
 
 
 def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
@@ -29,14 +23,18 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
 def test_ct_is_clipped_to_its_window(write_case) -> None:
     case = write_case("a")
     hu = np.asarray(nib.load(case.image).dataobj)
-    image = apply(inference_transforms(Preprocessing("ct", window_hu=(-100, 100))), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(Preprocessing("ct", window_hu=(-100, 100))), {"image": case.image})[
+        "image"
+    ]
     np.testing.assert_allclose(image[0].numpy(), (np.clip(hu, -100, 100) + 100) / 200, atol=1e-5)
 
 
 def test_mr_is_clipped_to_percentiles_and_standardised(write_case) -> None:
     case = write_case("a")
     values = np.asarray(nib.load(case.image).dataobj)
-    image = apply(inference_transforms(Preprocessing("mr", percentiles=(1, 99))), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(Preprocessing("mr", percentiles=(1, 99))), {"image": case.image})[
+        "image"
+    ]
     clipped = np.clip(values, *np.percentile(values, (1, 99)))
     np.testing.assert_allclose(image[0].numpy(), (clipped - clipped.mean()) / clipped.std(), atol=1e-3)
 
@@ -45,19 +43,24 @@ def test_mr_does_not_depend_on_the_scanners_scale(write_case, tmp_path: Path) ->
     case = write_case("a")
     scan = nib.load(case.image)
     scaled = save(tmp_path / "b.nii.gz", np.asarray(scan.dataobj) * 4711 + 99, scan.affine)
-    both = [apply(inference_transforms(Preprocessing("mr")), {"image": path})["image"] for path in (case.image, scaled)]
+    both = [
+        run_transforms(inference_transforms(Preprocessing("mr")), {"image": path})["image"]
+        for path in (case.image, scaled)
+    ]
     torch.testing.assert_close(both[0].as_tensor(), both[1].as_tensor(), rtol=1e-3, atol=1e-3)
 
 
 def test_the_networks_grid_is_right_anterior_superior(write_case, oblique: np.ndarray) -> None:
     case = write_case("a", affine=oblique)
-    image = apply(inference_transforms(Preprocessing("ct")), {"image": case.image})["image"]
+    image = run_transforms(inference_transforms(Preprocessing("ct")), {"image": case.image})["image"]
     assert nib.aff2axcodes(image.affine.numpy()) == ("R", "A", "S")
 
 
-def test_spacing_is_as_asked(write_case, oblique: np.ndarray) -> None:
+def test_spacing_is_the_requested_one(write_case, oblique: np.ndarray) -> None:
     case = write_case("a", affine=oblique)
-    image = apply(inference_transforms(Preprocessing("ct", spacing_mm=(1.5, 2.0, 2.5))), {"image": case.image})["image"]
+    image = run_transforms(
+        inference_transforms(Preprocessing("ct", spacing_mm=(1.5, 2.0, 2.5))), {"image": case.image}
+    )["image"]
     np.testing.assert_allclose(nib.affines.voxel_sizes(image.affine.numpy()), (1.5, 2.0, 2.5), atol=1e-4)
 
 
@@ -65,9 +68,9 @@ def test_spacing_is_as_asked(write_case, oblique: np.ndarray) -> None:
 def test_labels_come_back_on_the_scans_own_grid(write_case, oblique: np.ndarray, spacing) -> None:
     case = write_case("a", affine=oblique, size=(30, 26, 21))
     prep = Preprocessing("ct", spacing_mm=spacing)
-    data = apply(labelled_transforms(prep, n_labels=2), {"image": case.image, "label": case.label})
+    data = run_transforms(labelled_transforms(prep, n_labels=2), {"image": case.image, "label": case.label})
     one_hot = torch.nn.functional.one_hot(data["label"][0].long().as_tensor(), 3).movedim(-1, 0).float()
-    restored = apply(restore_transforms(), {**data, "pred": one_hot})["pred"]
+    restored = run_transforms(restore_transforms(), {**data, "pred": one_hot})["pred"]
     file = nib.load(case.label)
     truth = np.asarray(file.dataobj)
     np.testing.assert_allclose(restored.affine.numpy(), file.affine, atol=1e-5)
@@ -75,7 +78,7 @@ def test_labels_come_back_on_the_scans_own_grid(write_case, oblique: np.ndarray,
     if spacing is None:
         np.testing.assert_array_equal(restored[0].numpy(), truth)
     else:
-        # Through a finer grid nothing but single voxels on an edge may change.
+        # Through a finer grid only single voxels on an edge may change.
         for label in (1, 2):
             a, b = restored[0].numpy() == label, truth == label
             assert 2 * (a & b).sum() / (a.sum() + b.sum()) > 0.95
@@ -83,10 +86,10 @@ def test_labels_come_back_on_the_scans_own_grid(write_case, oblique: np.ndarray,
 
 def test_logits_are_interpolated_as_scipy_does(write_case, oblique: np.ndarray) -> None:
     case = write_case("a", affine=oblique, size=(30, 26, 21))
-    data = apply(inference_transforms(Preprocessing("ct", spacing_mm=(3.0, 2.0, 4.0))), {"image": case.image})
+    data = run_transforms(inference_transforms(Preprocessing("ct", spacing_mm=(3.0, 2.0, 4.0))), {"image": case.image})
     image = data["image"]
     logits = torch.randn(4, *image.shape[1:], generator=torch.Generator().manual_seed(0))
-    restored = apply(restore_transforms(), {**data, "pred": logits})["pred"][0].numpy()
+    restored = run_transforms(restore_transforms(), {**data, "pred": logits})["pred"][0].numpy()
     file = nib.load(case.image)
     matrix = np.linalg.inv(image.affine.numpy()) @ file.affine
     sampled = [
@@ -104,9 +107,11 @@ def test_real_ct_survives_the_round_trip(shared_data: Path) -> None:
     image, label = (shared_data / "ct" / name for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz"))
     truth = np.asarray(nib.load(label).dataobj)
     n = int(truth.max())
-    data = apply(labelled_transforms(Preprocessing("ct"), n_labels=n), {"image": image, "label": label})
+    data = run_transforms(labelled_transforms(Preprocessing("ct"), n_labels=n), {"image": image, "label": label})
     one_hot = torch.nn.functional.one_hot(data["label"][0].long().as_tensor(), n + 1).movedim(-1, 0).float()
-    np.testing.assert_array_equal(apply(restore_transforms(), {**data, "pred": one_hot})["pred"][0].numpy(), truth)
+    np.testing.assert_array_equal(
+        run_transforms(restore_transforms(), {**data, "pred": one_hot})["pred"][0].numpy(), truth
+    )
 
 
 def broken_volumes(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -148,11 +153,11 @@ def test_an_image_is_a_volume_of_one_slice(
     image.SetSpacing((2.0, 3.0))
     image.SetOrigin((5.0, 7.0))
     sitk.WriteImage(image, str(tmp_path / f"a{suffix}"))
-    data = apply(
+    data = run_transforms(
         inference_transforms(Preprocessing(modality="mr", spacing_mm=spacing)), {"image": tmp_path / f"a{suffix}"}
     )
     logits = torch.cat([-data["image"], data["image"]])
-    labels = apply(restore_transforms(), {**data, "pred": logits})["pred"]
+    labels = run_transforms(restore_transforms(), {**data, "pred": logits})["pred"]
     assert labels.shape == (1, 30, 20, 1)
     np.testing.assert_allclose(labels.affine[:2], [[-2.0, 0, 0, -5.0], [0, -3.0, 0, -7.0]])
     assert (np.asarray(labels)[0, :, :, 0] == (np.arange(20) >= 10)).all()
@@ -212,4 +217,4 @@ def test_a_bad_option_names_the_valid_ones(options: tuple[str, str, str], words:
 
 def test_preprocessing_survives_the_card() -> None:
     prep = Preprocessing.from_options("mr", "1.5,1.5,2", "48,64,48")
-    assert Preprocessing.from_json(prep.to_json()) == prep
+    assert Preprocessing.from_dict(prep.to_dict()) == prep

@@ -1,4 +1,4 @@
-"""The simulated annotator: what is handed in, and how the amount of correction is counted."""
+"""The simulated annotator: its labels, its clicks, and the counted amount of correction."""
 
 import nibabel as nib
 import numpy as np
@@ -27,7 +27,7 @@ def test_dense_labels_refuse_ambiguous_values(values: list[int]) -> None:
         dense_labels(np.zeros(3, int), values)
 
 
-def test_correction_hands_in_the_truth_and_counts_the_edits() -> None:
+def test_a_correction_is_the_truth_and_counts_the_edits() -> None:
     truth = np.array([0, 1, 1, 2, 2, 2], np.uint8)
     shown = np.array([1, 1, 1, 2, 2, 0], np.uint8)
     correction = WholeLabelAnnotator(["liver", "spleen", "kidneys"]).correct(truth, shown)
@@ -44,7 +44,7 @@ def test_a_perfect_prediction_needs_no_edit_and_none_needs_everything() -> None:
     assert annotator.correct(truth).edited_voxels == 3
 
 
-def test_the_handed_in_label_is_a_copy() -> None:
+def test_the_corrected_label_is_a_copy() -> None:
     truth = np.zeros((2, 2), np.uint8)
     WholeLabelAnnotator(["a"]).correct(truth).label[0, 0] = 1
     assert truth.sum() == 0
@@ -59,7 +59,7 @@ def test_wrong_shapes_and_values_are_refused() -> None:
 
 
 def depth(inside: np.ndarray) -> np.ndarray:
-    """Distance of each voxel to the nearest one outside, by looking at all of them."""
+    """Return the distance of each voxel to the nearest one outside, by brute force."""
     padded = np.pad(inside, 1)
     out, within = np.argwhere(~padded), np.argwhere(padded)
     result = np.zeros(padded.shape)
@@ -83,7 +83,7 @@ def test_the_largest_error_is_clicked_where_it_is_thickest() -> None:
     assert ClickAnnotator(2).clicks(truth, truth) == []
 
 
-def test_many_clicks_are_the_first_of_more() -> None:
+def test_fewer_clicks_are_the_first_of_more() -> None:
     rng = np.random.default_rng(0)
     truth, shown = (np.kron(rng.integers(0, 9, (4, 4, 4)), np.ones((3, 3, 3), int)).astype(np.uint8) for _ in range(2))
     every = ClickAnnotator(8).clicks(truth, shown, most=1000)
@@ -130,7 +130,7 @@ def test_jitter_stays_in_the_component_and_follows_the_seed() -> None:
         ClickAnnotator(1, jitter=2)
 
 
-def test_what_nobody_annotated_is_no_error() -> None:
+def test_an_unannotated_class_is_not_an_error() -> None:
     truth = np.array([255, 0, 0, 1, 1, 0], np.uint8).reshape(6, 1, 1)
     shown = np.array([1, 2, 1, 2, 1, 0], np.uint8).reshape(6, 1, 1)
     annotator = ClickAnnotator(2)

@@ -31,7 +31,7 @@ from deformux.active_learning.learning_curve import (
 from deformux.active_learning.simulation import Plan, held_out, simulate
 from deformux.active_learning.strategies import STRATEGIES
 from deformux.cli.main import app
-from deformux.cli.simulate import short_recipe
+from deformux.cli.simulate_options import short_recipe
 from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.synthetic import write_cohort

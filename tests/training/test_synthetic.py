@@ -72,7 +72,7 @@ def test_organs_have_realistic_hu_and_volume(cohort: Path) -> None:
         assert hu.max() > 350  # bone
 
 
-def test_noise_is_that_of_a_scanner(cohort: Path) -> None:
+def test_noise_resembles_a_scanners(cohort: Path) -> None:
     for image, label in read(cohort):
         core = ndimage.binary_erosion(np.asarray(label.dataobj) == 1, iterations=2)
         hu = np.asarray(image.dataobj, np.float64)

@@ -1,4 +1,4 @@
-"""Headers that lie, and files that grow when they are read: refused at once, and without their size in memory."""
+"""Headers that lie and files that grow when read: refused at once, without using their size in memory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ import numpy as np
 import pytest
 
 from deformux.data.header import MAX_VOXELS_VARIABLE
-from deformux.data.preprocessing import LoadLabeld, LoadVolumed, Preprocessing, apply, inference_transforms
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 
-# Reads in a process of its own, whose largest memory can be measured from one file to the next.
+# Reads in a process of its own, whose peak memory can be measured from file to file.
 _READER = """
 import json, sys, time
 from pathlib import Path
-from deformux.data.preprocessing import InvalidVolume, LoadLabeld, LoadVolumed
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.volume_reader import InvalidVolume
 def megabytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
@@ -46,7 +49,7 @@ Read = Callable[..., tuple[str, float, float]]
 
 @pytest.fixture(scope="module")
 def read() -> Iterator[Read]:
-    """Read a file, perhaps as the label of an image: what is said, seconds of the processor, megabytes more."""
+    """Yield a function that reads a file, or a label of an image: message, processor seconds, extra megabytes."""
     command = [sys.executable, "-c", _READER]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -142,7 +145,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", BOMBS)
-def test_it_is_refused_in_a_second(read: Read, tmp_path: Path, kind: str) -> None:
+def test_a_bad_file_is_refused_in_a_second(read: Read, tmp_path: Path, kind: str) -> None:
     name, make, words = BOMBS[kind]
     path = tmp_path / name
     path.write_bytes(make())
@@ -154,9 +157,7 @@ def test_it_is_refused_in_a_second(read: Read, tmp_path: Path, kind: str) -> Non
 
 
 @pytest.mark.parametrize("layers", [0, 900])
-def test_a_label_is_measured_against_its_image_before_it_is_decompressed(
-    read: Read, tmp_path: Path, layers: int
-) -> None:
+def test_a_label_is_compared_with_its_image_before_it_is_decompressed(read: Read, tmp_path: Path, layers: int) -> None:
     image = np.random.default_rng(0).normal(size=(20, 20, 20)).astype(np.float32)
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
     label = tmp_path / "label.nii.gz"
@@ -184,7 +185,7 @@ def test_decompressing_stops_where_the_header_says(read: Read, tmp_path: Path) -
     np.testing.assert_array_equal(read_volume(path).values, values)
 
 
-def test_memory_is_that_of_the_array(read: Read, tmp_path: Path) -> None:
+def test_reading_takes_the_memory_of_the_array(read: Read, tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 99, (200, 200, 300)).astype(np.int16)
     nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii.gz")
     said, _, megabytes = read(tmp_path / "a.nii.gz")
@@ -203,13 +204,13 @@ def test_the_bound_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_scan_too_large_for_the_networks_spacing(tmp_path: Path) -> None:
-    """Ten metres at a millimetre: the header is small, what it is resampled to is not."""
+    """Ten metres at one millimetre: the file is small, the resampled scan is not."""
     path = tmp_path / "a.nii"
     values = np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype(np.uint8)
     path.write_bytes(nifti_start(20, 20, 20, spacing=500) + values.tobytes("F"))
     with pytest.raises(InvalidVolume, match=r"a\.nii measures 1e\+04 x 1e\+04 x 1e\+04 mm, too large"):
-        apply(inference_transforms(Preprocessing("ct", spacing_mm=(1, 1, 1))), {"image": path})
-    assert apply(inference_transforms(Preprocessing("ct")), {"image": path})["image"].shape == (1, 20, 20, 20)
+        run_transforms(inference_transforms(Preprocessing("ct", spacing_mm=(1, 1, 1))), {"image": path})
+    assert run_transforms(inference_transforms(Preprocessing("ct")), {"image": path})["image"].shape == (1, 20, 20, 20)
 
 
 @pytest.mark.parametrize("shape", [(512, 512), (512, 512, 1), (1, 400, 300), (40, 2000), (512, 512, 8), (7, 7, 300)])
@@ -220,7 +221,7 @@ def test_images_slices_and_thin_slabs_are_scans(tmp_path: Path, shape: tuple[int
 
 
 def test_an_empty_label_may_be_compressed_as_far_as_it_goes(tmp_path: Path) -> None:
-    """What betrays a scan as constant is usual for a label."""
+    """Compression that shows a scan to be constant is usual for a label."""
     shape = (256, 256, 1100)
     path = tmp_path / "label.nii.gz"
     path.write_bytes(gzipped(nifti_start(*shape), int(np.prod(shape))))
@@ -230,7 +231,7 @@ def test_an_empty_label_may_be_compressed_as_far_as_it_goes(tmp_path: Path) -> N
     assert LoadLabeld(n_labels=1)({"image": image, "label": path})["label"].shape == (1, *shape)
 
 
-def test_gzip_members_and_what_follows_them(tmp_path: Path) -> None:
+def test_gzip_members_and_trailing_bytes(tmp_path: Path) -> None:
     values = np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype(np.uint8)
     whole = nifti_start(20, 20, 20) + values.tobytes("F")
     path = tmp_path / "a.nii.gz"

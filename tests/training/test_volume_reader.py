@@ -1,4 +1,4 @@
-"""Formats, numbers and headers as SimpleITK reads them, and what is no volume said as what it is."""
+"""Formats, numbers and headers as SimpleITK reads them, and errors that name what a file is instead."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 import SimpleITK as sitk
 
 from deformux.data.cases import find_images, volume_id
-from deformux.data.preprocessing import LoadLabeld, LoadVolumed
+from deformux.data.loading import LoadLabeld, LoadVolumed
 from deformux.data.volume_reader import InvalidVolume, read_volume
 
 TYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float32", "float64")
@@ -47,7 +47,7 @@ def mha(
 
 
 def nifti(path: Path, values: np.ndarray = VALUES, **fields: Sequence[float]) -> Path:
-    """A file whose header is as given whatever nibabel thinks of it."""
+    """Write a file with the given header fields, unchecked by nibabel."""
     image = nib.Nifti1Image(values.astype(np.int16) if values is VALUES else values, AFFINE)
     image.header.set_qform(AFFINE, code=1)
     image.header.set_sform(AFFINE, code=1)
@@ -206,7 +206,7 @@ def with_nan(share: int) -> np.ndarray:
     return values if share < 100 else np.full_like(values, np.nan)
 
 
-def test_voxels_that_are_not_finite_are_the_lowest(tmp_path: Path) -> None:
+def test_non_finite_voxels_get_the_lowest_intensity(tmp_path: Path) -> None:
     image = LoadVolumed()({"image": nifti(tmp_path / "a.nii.gz", with_nan(50))})["image"]
     expected = with_nan(50)
     lowest = expected[np.isfinite(expected)].min()
@@ -302,7 +302,7 @@ def zero_qform(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", NOT_VOLUMES)
-def test_what_is_no_volume_is_called_what_it_is(tmp_path: Path, kind: str) -> None:
+def test_an_error_says_what_a_file_is(tmp_path: Path, kind: str) -> None:
     name, make, words = NOT_VOLUMES[kind]
     with pytest.raises(InvalidVolume) as error:
         read_volume(make(tmp_path / name))
@@ -311,7 +311,7 @@ def test_what_is_no_volume_is_called_what_it_is(tmp_path: Path, kind: str) -> No
     assert "\n" not in str(error.value)
 
 
-def test_values_that_no_label_has_are_not_shown(tmp_path: Path) -> None:
+def test_impossible_label_values_are_not_shown(tmp_path: Path) -> None:
     image = LoadVolumed()({"image": nifti(tmp_path / "image.nii.gz")})["image"]
     for values, words in (
         (VALUES * 1000.0 + 0.5, "holds values that no label has"),
@@ -325,8 +325,8 @@ def test_values_that_no_label_has_are_not_shown(tmp_path: Path) -> None:
         assert "expected whole numbers from 0 to 2" in str(error.value)
 
 
-def test_seeded_damage_is_always_a_sentence(tmp_path: Path) -> None:
-    """Bytes of headers replaced, cut and inserted: a volume or InvalidVolume, nothing else."""
+def test_random_damage_is_always_reported_in_a_sentence(tmp_path: Path) -> None:
+    """Replace, cut and insert bytes of headers: reading gives a volume or InvalidVolume, nothing else."""
     rng = np.random.default_rng(7)
     originals = [
         nifti(tmp_path / "a.nii"),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deformux.data.preprocessing import geometry_difference
+from deformux.data.header import geometry_difference
 from deformux.data.volume_reader import read_volume
 from deformux.inference.metrics import dice_per_label, mean_dice
 from deformux.interactive.simulated_annotator import WholeLabelAnnotator

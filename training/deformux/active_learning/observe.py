@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deformux.active_learning.uncertainty_scores import VolumeScores, score_samples
-from deformux.data.preprocessing import Preprocessing, apply, inference_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.sliding_window import sliding_window
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -110,5 +111,5 @@ def observe(
 
 
 def _load(image: Path, prep: Preprocessing, device: str | torch.device) -> Tensor:
-    volume = apply(inference_transforms(prep), {"image": image})["image"]
+    volume = run_transforms(inference_transforms(prep), {"image": image})["image"]
     return volume.as_tensor()[None].to(device)

@@ -25,8 +25,8 @@ from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import Progress, fit
 from deformux.fitting.recipe import Recipe
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import warm_start
 
@@ -208,7 +208,7 @@ class _Laboratory:
         start_from = plan.start_from
         self.settings: dict[str, Any] = {
             "recipe": plan.recipe.to_json(),
-            "prep": plan.prep.to_json(),
+            "prep": plan.prep.to_dict(),
             "labels": plan.labels,
             "preset": plan.preset,
             "start_from": hashlib.sha256(start_from.read_bytes()).hexdigest() if start_from else None,

@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.active_learning.diversity import diverse_batch, standardised, typical_batch
+from deformux.active_learning.strategy_names import NEEDS_SCORES, STRATEGIES
 from deformux.active_learning.uncertainty_scores import VolumeScores
 
 __all__ = ["NEEDS_SCORES", "STRATEGIES", "choose", "coldness", "power_noise", "stochastic_batch"]
-
-STRATEGIES = ("adaptive", "random", "typicality", "uncertainty", "entropy", "bald", "stochastic_batch")
-NEEDS_SCORES = ("adaptive", "uncertainty", "entropy", "bald", "stochastic_batch")
-"""Strategies that look at predictions of a trained model."""
 
 Array = npt.NDArray[np.float64]
 

@@ -1,23 +1,31 @@
-"""What the commands of ``deformux`` share: reading options, and errors in one sentence."""
+"""Parts that the commands of ``deformux`` share: options, errors in one sentence, progress."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, TaskID
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from deformux.data.cases import InvalidFolder, label_names, split_label_names
-from deformux.data.preprocessing import InvalidVolume
-from deformux.fitting.fit import TrainingError
-from deformux.networks.model_file import PRETRAINED, InvalidModel, pretrained_path
+from deformux.networks.pretrained import PRETRAINED, pretrained_path
 
 __all__ = [
     "LARGEST_SEED",
@@ -26,32 +34,33 @@ __all__ = [
     "assignments",
     "clear_errors",
     "console",
-    "device_name",
     "existing_folder",
     "model_path",
     "named_labels",
-    "one_of",
-    "torch_device",
-    "use_threads",
+    "print_sentences",
+    "timed_bar",
+    "valid_device",
     "writable_file",
     "writable_folder",
 ]
 
-# What numpy's and PyTorch's generators take, with room for the seeds that are counted up from it.
+# NumPy's and PyTorch's generators take more; seeds are counted up from here.
 LARGEST_SEED = 2**31 - 1
-# More than any machine has, and few enough that PyTorch can start them.
+# More than any machine has, and few enough for PyTorch to start.
 MOST_THREADS = 1024
+# mps and xpu are not promised, but PyTorch may know them.
+_DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,2})?")
 
 console = Console()
 
 
 class ProgressBar(Progress):
-    """Progress that is also seen in a log or a pipe, where no bar can be redrawn: there it prints a line at intervals.
+    """A progress bar that prints a line at intervals in a log or a pipe, where no bar can be redrawn.
 
     Args:
         columns: of the bar, and of a line.
         console: where to show it.
-        line_seconds: least time between two lines.
+        line_seconds: shortest time between two lines.
         disable: show nothing.
     """
 
@@ -68,7 +77,7 @@ class ProgressBar(Progress):
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         super().update(task_id, **changes)
-        # The last state is printed by the bar itself when it ends.
+        # The bar itself prints the last state when it ends.
         if (
             self.disable
             or self.console.is_terminal
@@ -81,11 +90,34 @@ class ProgressBar(Progress):
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
-    """What a user can cause ends in one sentence."""
+def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
+    """Show a progress bar under a title, with elapsed and remaining time."""
+    columns = (
+        TextColumn(f"{what}: {{task.description}}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with ProgressBar(*columns, disable=not shown) as bar:
+        yield bar
+
+
+def print_sentences(sentences: Sequence[str]) -> None:
+    """Print sentences about files, each in a line."""
+    for sentence in sentences:
+        console.print(escape(sentence), soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def clear_errors(*others: type[Exception]) -> Iterator[None]:
+    """End the command with one sentence on an error that a user can cause: ValueError, OSError and ``others``."""
+    user_errors: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
         yield
-    except (InvalidFolder, InvalidModel, InvalidVolume, TrainingError, ValueError, OSError) as error:
+    except user_errors as error:
         console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
@@ -93,51 +125,38 @@ def clear_errors() -> Iterator[None]:
         raise typer.Exit(130) from error
 
 
-def use_threads(threads: int) -> None:
-    """Let PyTorch compute on a number of CPU threads; 0 leaves the choice to it."""
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def torch_device(name: str) -> str:
-    """The device of an option, ``auto`` resolved; raises ValueError where this machine has no such device."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("this machine has no usable CUDA device; use --device cpu")
+def valid_device(name: str) -> str:
+    """Return the device of an option, there or not; raise ValueError if it does not name one."""
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
     return name
 
 
-def device_name(device: str) -> str:
-    """What to call a device in a card."""
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-
-
 def model_path(name: str) -> Path:
-    """The model file of an option: a path, or the name of a shipped model."""
+    """Return the model file of an option: a path, or the name of a shipped model.
+
+    Raises:
+        ValueError: there is no such file or model.
+    """
     path = Path(name)
     if path.is_dir():
-        raise InvalidModel(f"{path} is a folder; name a model file (.safetensors) in it")
+        raise ValueError(f"{path} is a folder; name a model file (.safetensors) in it")
     if path.suffix == ".safetensors" or len(path.parts) > 1:
         if not path.is_file():
-            raise InvalidModel(f"there is no model file {path}")
+            raise ValueError(f"there is no model file {path}")
         if path.suffix != ".safetensors":
-            raise InvalidModel(f"{path} is not a model file; those end in .safetensors")
+            raise ValueError(f"{path} is not a model file; those end in .safetensors")
         return path
     try:
         return pretrained_path(name)
     except ValueError as error:
-        raise InvalidModel(
+        raise ValueError(
             f"{name!r} is neither a model file (.safetensors) nor a shipped model; these are {', '.join(PRETRAINED)}"
         ) from error
 
 
 def existing_folder(path: Path) -> Path:
-    """The folder of an argument; raises InvalidFolder where there is none."""
+    """Return the folder of an argument; raise InvalidFolder where there is none."""
     if not path.exists():
         raise InvalidFolder(f"there is no folder {path}")
     if not path.is_dir():
@@ -146,9 +165,9 @@ def existing_folder(path: Path) -> Path:
 
 
 def writable_folder(path: Path) -> Path:
-    """A folder for results, made where it is missing; raises ValueError where nothing can be written to it.
+    """Return a folder for results, made if missing; raise ValueError where nothing can be written to it.
 
-    Asked before the work, which may take hours.
+    Check it before the work, which may take hours.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -159,7 +178,7 @@ def writable_folder(path: Path) -> Path:
 
 
 def writable_file(path: Path, *, suffix: str = "") -> Path:
-    """A file for results, its folder made where it is missing; raises ValueError where it cannot be written."""
+    """Return a file for results, its folder made if missing; raise ValueError where it cannot be written."""
     if suffix and path.suffix != suffix:
         raise ValueError(f"the name of {path} must end in {suffix}")
     if path.is_dir():
@@ -174,7 +193,7 @@ def _reason(path: Path, error: OSError) -> str:
 
 
 def named_labels(option: str, data: Path) -> list[str]:
-    """Names of labels 1..N: those of an option, else those of the folder.
+    """Return the names of labels 1..N from an option, else from the folder.
 
     Raises:
         ValueError: the option is not a list of different names.
@@ -187,7 +206,7 @@ def named_labels(option: str, data: Path) -> list[str]:
 
 
 def assignments(pairs: list[str]) -> dict[str, object]:
-    """Changes to a recipe from ``name=value`` options."""
+    """Parse ``name=value`` options as changes to a recipe."""
     changes: dict[str, object] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -198,7 +217,7 @@ def assignments(pairs: list[str]) -> dict[str, object]:
 
 
 def _value(text: str) -> object:
-    """A recipe's value from the command line: number, none, comma-separated tuple, or word."""
+    """Parse a value of a recipe: a number, none, a comma-separated tuple, or a word."""
     if "," in text:
         return tuple(_value(part) for part in text.split(",") if part)
     if text.lower() in ("none", "true", "false"):
@@ -209,10 +228,3 @@ def _value(text: str) -> object:
         except ValueError:
             continue
     return text
-
-
-def one_of(name: str, value: str, valid: tuple[str, ...]) -> str:
-    """An option's value, which must be one of the valid ones."""
-    if value not in valid:
-        raise ValueError(f"{name} must be one of {', '.join(valid)}; got {value!r}")
-    return value

@@ -1,59 +1,39 @@
-"""The ``deformux`` command: train, apply and score on plain NIfTI folders."""
+"""The ``deformux`` command: train, apply and score on plain NIfTI folders.
+
+This module and its imports stay light: PyTorch and MONAI take seconds to import, and ``--help`` or a wrong argument
+needs neither. Each command checks its arguments first, then imports the module that does the work.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import nibabel as nib
 import numpy as np
-import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from deformux.cli.clicks import clicks_command
+from deformux.active_learning.strategy_names import STRATEGIES
 from deformux.cli.common import (
     LARGEST_SEED,
     MOST_THREADS,
-    ProgressBar,
     assignments,
     clear_errors,
-    console,
-    device_name,
     existing_folder,
     model_path,
     named_labels,
-    one_of,
-    torch_device,
-    use_threads,
+    valid_device,
     writable_file,
     writable_folder,
 )
-from deformux.cli.simulate import simulate_command
+from deformux.cli.simulate_options import chosen_strategies, short_recipes
 from deformux.cli.versions import app as versions_app
-from deformux.data.atomic_files import replacing, write_text
-from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names, volume_id
-from deformux.data.preprocessing import MODALITIES, InvalidVolume, Preprocessing, filled_voxels
-from deformux.fitting.checkpoint import label_checksum
-from deformux.fitting.distributed import joined
-from deformux.fitting.fit import Progress, fit
+from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names
+from deformux.data.preprocessing import MODALITIES, Preprocessing
 from deformux.fitting.recipe import RECIPES
-from deformux.inference.captured_network import prepared
-from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate as evaluate_cases
-from deformux.inference.sliding_window import segment
-from deformux.networks.deformux_net import PRESETS, DeformUXNet
-from deformux.networks.model_file import ModelCard, load_model, network_options, save_model, warm_start
+from deformux.networks.presets import PRESETS
 
 __all__ = ["app"]
 
@@ -64,18 +44,30 @@ app = typer.Typer(
     help="DeformUX-Net on folders of NIfTI volumes: train, predict, evaluate.",
 )
 app.add_typer(versions_app, name="versions")
-app.command(name="simulate")(simulate_command)
-app.command(name="clicks")(clicks_command)
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
 ]
+LabelNames = Annotated[str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")]
+Modality = Annotated[str, typer.Option(help=" or ".join(MODALITIES))]
+PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
+Spacing = Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")]
+PatchSize = Annotated[str, typer.Option(help="Patch R,A,S in voxels.")]
+FirstSeed = Annotated[
+    int, typer.Option(help="Share a folder between processes: give each other seeds.", min=0, max=LARGEST_SEED)
+]
+ContinueSteps = Annotated[
+    int, typer.Option(help="Go on from the round before in this number of steps; 0: from scratch each time.", min=0)
+]
+TestFraction = Annotated[
+    float, typer.Option(help="Part of the volumes that test, by a hash of their ids.", min=0, max=1)
+]
 
 
 @app.callback()
-def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is being done.")] = False) -> None:
+def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log each step.")] = False) -> None:
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(message)s",
@@ -87,13 +79,11 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say wha
 def fit_command(
     data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
     output: Annotated[Path, typer.Argument(help="Model file to write (.safetensors; its .json card goes beside it).")],
-    labels: Annotated[
-        str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")
-    ] = "",
-    modality: Annotated[str, typer.Option(help=" or ".join(MODALITIES))] = "ct",
-    preset: Annotated[str, typer.Option(help=", ".join(PRESETS))] = "tiny",
-    spacing: Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")] = "native",
-    patch_size: Annotated[str, typer.Option(help="Patch R,A,S in voxels.")] = "96,96,96",
+    labels: LabelNames = "",
+    modality: Modality = "ct",
+    preset: PresetName = "tiny",
+    spacing: Spacing = "native",
+    patch_size: PatchSize = "96,96,96",
     recipe: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "finetune",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set steps=2000.")] = None,
     start_from: Annotated[str, typer.Option(help="Model file or shipped name to fine-tune from.")] = "",
@@ -102,78 +92,42 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of every random choice.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=LARGEST_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
     """Train a network on a labelled folder; under torchrun, in several processes together."""
-    with clear_errors(), joined(torch_device(device)) as ranks:
-        use_threads(threads)
-        where = ranks.device
+    with clear_errors():
+        valid_device(device)
         names = named_labels(labels, existing_folder(data))
         prep = Preprocessing.from_options(modality, spacing, patch_size)
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
-        # Evenly through the list: neighbours in a folder often come from one site.
-        held_out = {int(i) for i in np.linspace(0, len(cases) - 1, validate)} if validate else set()
-        if ranks.is_writer:
-            writable_file(output, suffix=".safetensors")
-        plan = RECIPES[one_of("recipe", recipe, tuple(RECIPES))].replace(**assignments(set_ or []))
-        torch.manual_seed(seed)
-        network = DeformUXNet(1, len(names) + 1, preset, guidance=plan.clicks > 0)
-        if start_from:
-            warm_start(network, model_path(start_from))
-        train_cases = [case for i, case in enumerate(cases) if i not in held_out]
-        # A folder of its own: what a killed process was writing goes with it.
-        kept = output.with_suffix(".resume")
-        with _bar("training", shown=ranks.is_writer) as bar:
-            task = bar.add_task(f"preparing {len(train_cases)} volumes", total=None)
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+        changed = RECIPES[recipe].replace(**assignments(set_ or []))
+        start = (start_from, model_path(start_from)) if start_from else None
+        from deformux.cli.fit import train_on_folder
 
-            def show(p: Progress) -> None:
-                dice = "" if p.best_dice is None else f", best Dice {p.best_dice:.3f}"
-                bar.update(task, total=p.total_steps, completed=p.step, description=f"loss {p.loss:.3f}{dice}")
-
-            result = fit(
-                network,
-                train_cases,
-                recipe=plan,
-                prep=prep,
-                labels=names,
-                val_cases=[cases[i] for i in sorted(held_out)],
-                device=where,
-                on_progress=show,
-                seed=seed,
-                checkpoint=kept / "checkpoint.safetensors" if resume else None,
-                ranks=ranks,
-            )
-        if not ranks.is_writer:
-            return
-        card = ModelCard(
-            labels=tuple(names),
-            preprocessing=prep,
+        train_on_folder(
+            cases,
+            output,
+            labels=names,
+            prep=prep,
             preset=preset,
-            network_options=network_options(network),
-            parent=start_from or None,
-            training_cases=tuple(case.id for case in train_cases),
-            training_labels={case.id: label_checksum(case) for case in train_cases},
-            recipe=plan.to_json(),
+            recipe=changed,
+            start_from=start,
+            validate=validate,
+            resume=resume,
             seed=seed,
-            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
-            seconds=round(result.seconds, 1),
-            device=device_name(where),
-        )
-        save_model(output, network, card)
-        shutil.rmtree(kept, ignore_errors=True)
-        if result.resumed_from:
-            console.print(f"went on after step {result.resumed_from}")
-        console.print(
-            f"{output}: {len(train_cases)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}"
+            device=device,
+            threads=threads,
         )
 
 
-@app.command()
-def predict(
+@app.command(name="predict")
+def predict_command(
     model: ModelFile,
     images: Annotated[Path, typer.Argument(help="A volume, or a folder of volumes.")],
     output: Annotated[Path, typer.Argument(help="Folder for the label volumes (.nii.gz).")],
@@ -182,44 +136,22 @@ def predict(
 ) -> None:
     """Segment volumes; each result lies on its scan's own grid."""
     with clear_errors():
-        use_threads(threads)
-        where = torch_device(device)
-        network, card = load_model(model_path(model))
-        ready = prepared(network, where)
+        valid_device(device)
+        file = model_path(model)
         paths = [images] if images.is_file() else find_images(existing_folder(images))
-        names = result_names(paths)
+        results = dict(zip(result_names(paths), paths, strict=True))
         scans = {path.resolve() for path in paths}
-        for name in names:
+        for name in results:
             if (target := output / f"{name}.nii.gz").resolve() in scans:
                 raise InvalidFolder(f"a result would replace the scan {target}; give another folder than the scans'")
         writable_folder(output)
-        failed, said = [], []
-        with _bar("segmenting") as bar:
-            task = bar.add_task("segmenting", total=len(paths))
-            for path, name in zip(paths, names, strict=True):
-                try:
-                    labels, _ = segment(ready, path, card.preprocessing, device=where)
-                except InvalidVolume as error:
-                    # One bad file must not cost the results of a folder.
-                    failed.append(str(error))
-                else:
-                    _write_labels(output / f"{name}.nii.gz", labels[0].numpy(), labels.affine.numpy())
-                    if filled := filled_voxels(labels):
-                        said.append(f"{path.name}: {filled}")
-                    if (stem := volume_id(path)) != name:
-                        other = paths[names.index(stem)].name
-                        said.append(f"{path.name} is written as {name}.nii.gz: {stem}.nii.gz is for {other}")
-                bar.update(task, advance=1)
-        _say(said)
-        for message in failed:
-            console.print(f"[red]skipped:[/red] {escape(message)}")
-        console.print(f"{len(paths) - len(failed)} of {len(paths)} volumes written to {output}; labels {_legend(card)}")
-        if failed:
-            raise typer.Exit(1)
+        from deformux.cli.predict import segment_files
+
+        segment_files(file, results, output, device=device, threads=threads)
 
 
-@app.command()
-def evaluate(
+@app.command(name="evaluate")
+def evaluate_command(
     model: ModelFile,
     data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/.")],
     subset: Annotated[str, typer.Option(help="Subset of split.json, e.g. val.")] = "",
@@ -229,71 +161,113 @@ def evaluate(
 ) -> None:
     """Score a model on a labelled folder: Dice per label and case."""
     with clear_errors():
-        use_threads(threads)
-        where = torch_device(device)
-        network, card = load_model(model_path(model))
+        valid_device(device)
+        file = model_path(model)
         cases = find_cases(existing_folder(data), subset=subset or None)
         if csv_file is not None:
             writable_file(csv_file)
-        said: list[str] = []
-        with _bar("scoring") as bar:
-            task = bar.add_task("scoring", total=len(cases))
-            scores = evaluate_cases(
-                network,
-                cases,
-                card.preprocessing,
-                n_labels=len(card.labels),
-                device=where,
-                on_case=lambda *_: bar.update(task, advance=1),
-                on_warning=lambda case, filled: said.append(f"{case.image.name}: {filled}"),
-            )
-        _say(said)
-        per_case = np.array(list(scores.values()))
-        table = Table("label", "mean Dice", "median", "worst", title=f"{model} on {len(cases)} volumes")
-        for index, name in enumerate(card.labels):
-            values = per_case[:, index][~np.isnan(per_case[:, index])]
-            if len(values):
-                table.add_row(name, f"{values.mean():.4f}", f"{np.median(values):.4f}", f"{values.min():.4f}")
-            else:
-                table.add_row(name, "in no case", "", "")
-        console.print(table)
-        console.print(f"mean Dice {mean_dice(per_case):.4f}")
-        if csv_file is not None:
-            text = io.StringIO()
-            writer = csv.writer(text)
-            writer.writerow(["case", *card.labels])
-            writer.writerows([name, *(f"{value:.6f}" for value in row)] for name, row in scores.items())
-            write_text(csv_file, text.getvalue())
+        from deformux.cli.evaluate import score_on_folder
+
+        score_on_folder(file, cases, title=model, csv_file=csv_file, device=device, threads=threads)
 
 
-@contextmanager
-def _bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    columns = (
-        TextColumn(f"{what}: {{task.description}}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with ProgressBar(*columns, disable=not shown) as bar:
-        yield bar
+@app.command(name="clicks")
+def clicks_command(
+    data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
+    model: Annotated[str, typer.Option(help="Model file with its card, or the name of a shipped model.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for per_case.csv, summary.csv, summary.md and clicks.png.")
+    ] = None,
+    subset: Annotated[str, typer.Option(help="Subset of split.json, e.g. val.")] = "",
+    limit: Annotated[int, typer.Option(help="Volumes at most, evenly through the list; 0 takes all.", min=0)] = 0,
+    noc_cap: Annotated[int, typer.Option(help="Clicks after which the robot gives up.", min=1)] = 20,
+    jitter: Annotated[
+        float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Measure what clicks buy: robots correct a labelled folder, at the centres of errors and beside them."""
+    with clear_errors():
+        valid_device(device)
+        file = model_path(model)
+        cases = find_cases(existing_folder(data), subset=subset or None)
+        if output is not None:
+            writable_folder(output)
+        if limit:
+            cases = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, min(limit, len(cases))).astype(int))]
+        from deformux.cli.clicks import correct_by_robots
+
+        correct_by_robots(
+            file,
+            cases,
+            title=model,
+            output=output,
+            cap=noc_cap,
+            jitter=jitter,
+            seed=seed,
+            device=device,
+            threads=threads,
+        )
 
 
-def _say(sentences: Sequence[str]) -> None:
-    """Print sentences about files, each in a line."""
-    for sentence in sentences:
-        console.print(escape(sentence), soft_wrap=True, highlight=False)
+@app.command(name="simulate")
+def simulate_command(
+    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
+    output: Annotated[Path, typer.Option(help="Folder for rounds.csv, summary.csv, curves.png and kept results.")],
+    strategy: Annotated[str, typer.Option(help=f"all, or some of {', '.join(STRATEGIES)}, comma separated.")] = "all",
+    rounds: Annotated[int, typer.Option(help="Trainings per strategy and seed.", min=1)] = 6,
+    batch: Annotated[int, typer.Option(help="Volumes labelled after each.", min=1)] = 5,
+    start: Annotated[int, typer.Option(help="Volumes labelled before the first.", min=1)] = 5,
+    seeds: Annotated[int, typer.Option(help="Number of repetitions of everything.", min=1, max=1000)] = 5,
+    first_seed: FirstSeed = 0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
+    continue_steps: ContinueSteps = 0,
+    test_fraction: TestFraction = 0.25,
+    subset: Annotated[str, typer.Option(help="Subset of split.json to play on, e.g. train.")] = "",
+    labels: LabelNames = "",
+    modality: Modality = "ct",
+    preset: PresetName = "tiny",
+    spacing: Spacing = "native",
+    patch_size: PatchSize = "96,96,96",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set flip_axes=0,")] = None,
+    snapshots: Annotated[int, typer.Option(help="Models of the last rounds whose predictions compare.", min=1)] = 1,
+    start_from: Annotated[str, typer.Option(help="Model file or shipped name that every training starts from.")] = "",
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Compare strategies of choosing what to label, on a folder whose labels are all known."""
+    with clear_errors():
+        valid_device(device)
+        names = named_labels(labels, existing_folder(data))
+        recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
+        strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))
+        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        first_model = model_path(start_from) if start_from else None
+        cases = find_cases(data, subset=subset or None)
+        writable_folder(output)
+        from deformux.cli.simulate import simulate_on_folder
 
-
-def _write_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:
-    with replacing(path) as temporary:
-        nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), temporary)
-
-
-def _legend(card: ModelCard) -> str:
-    return ", ".join(f"{value} {name}" for value, name in enumerate(card.labels, start=1))
+        simulate_on_folder(
+            cases,
+            output,
+            test_fraction=test_fraction,
+            strategies=strategies,
+            rounds=rounds,
+            batch=batch,
+            start=start,
+            seeds=tuple(range(first_seed, first_seed + seeds)),
+            recipe=recipe,
+            continue_recipe=continue_recipe,
+            prep=prep,
+            labels=tuple(names),
+            preset=preset,
+            snapshots=snapshots,
+            start_from=first_model,
+            device=device,
+            threads=threads,
+        )
 
 
 if __name__ == "__main__":

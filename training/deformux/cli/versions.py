@@ -1,18 +1,20 @@
-"""``deformux versions``: what a project's trainings gave, and which of it is served."""
+"""``deformux versions``: the models that a project's trainings made, and which one is served."""
 
 from __future__ import annotations
 
 import getpass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from deformux.cli.common import clear_errors, existing_folder
-from deformux.networks.model_file import ModelCard
-from deformux.publishing.model_versions import ModelVersions, VersionInfo
+
+if TYPE_CHECKING:
+    from deformux.networks.model_file import ModelCard
+    from deformux.publishing.model_versions import ModelVersions, VersionInfo
 
 __all__ = ["app"]
 
@@ -20,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, help="List, inspect, publish and roll ba
 
 
 def _console() -> Console:
-    """A new one each time: it reads the terminal's width when it is made."""
+    """Make a console for each command: it reads the terminal's width when it is made."""
     return Console()
 
 
@@ -33,7 +35,7 @@ Reason = Annotated[str, typer.Option(help="Kept in the history.")]
 
 @app.command(name="list")
 def list_command(folder: Folder) -> None:
-    """List all versions, and what was published when."""
+    """List all versions, and the history of publications."""
     with clear_errors():
         versions = _open(folder)
         table = Table("version", "created", "parent", "cases", "validation Dice", "", title=str(versions.root))
@@ -52,43 +54,43 @@ def list_command(folder: Folder) -> None:
             )
 
 
-@app.command()
-def show(folder: Folder, name: Name) -> None:
-    """Print the card of a version: where it comes from, and why it was published or not."""
+@app.command(name="show")
+def show_command(folder: Folder, name: Name) -> None:
+    """Print the card of a version: its origin, and why it was published or not."""
     with clear_errors():
         _console().print_json(_open(folder).card(name).to_json())
 
 
-@app.command()
-def publish(folder: Folder, name: Name, reason: Reason = "published by hand") -> None:
+@app.command(name="publish")
+def publish_command(folder: Folder, name: Name, reason: Reason = "published by hand") -> None:
     """Serve this version from now on."""
     with clear_errors():
         _open(folder).publish(name, reason, by=getpass.getuser())
         _console().print(f"{name} is published")
 
 
-@app.command()
-def rollback(folder: Folder, reason: Reason = "rolled back") -> None:
-    """Serve what was published before; again goes further back."""
+@app.command(name="rollback")
+def rollback_command(folder: Folder, reason: Reason = "rolled back") -> None:
+    """Serve the version published before; repeat to go further back."""
     with clear_errors():
         name = _open(folder).rollback(reason, by=getpass.getuser())
         _console().print(f"{name} is published again")
 
 
-@app.command()
-def pin(
+@app.command(name="pin")
+def pin_command(
     folder: Folder,
     name: Annotated[str, typer.Argument(help="Name of a version; default: the published one.")] = "",
     reason: Reason = "pinned",
 ) -> None:
-    """Serve this version until unpin, whatever trainings give."""
+    """Serve this version until it is unpinned, whatever trainings publish."""
     with clear_errors():
         pinned = _open(folder).pin(name or None, reason, by=getpass.getuser())
         _console().print(f"{pinned} is published and pinned")
 
 
-@app.command()
-def unpin(folder: Folder) -> None:
+@app.command(name="unpin")
+def unpin_command(folder: Folder) -> None:
     """Let trainings publish again."""
     with clear_errors():
         _open(folder).unpin()
@@ -96,8 +98,11 @@ def unpin(folder: Folder) -> None:
 
 
 def _open(folder: Path) -> ModelVersions:
-    """The versions in a folder; opening a wrong one must not make it a folder of versions."""
+    """Open the versions in a folder; opening a wrong one must not make it a folder of versions."""
     existing_folder(folder)
+    # It imports torch, which a wrong folder need not wait for.
+    from deformux.publishing.model_versions import ModelVersions
+
     for root in (folder, folder / "versions"):
         versions = ModelVersions(root)
         if versions.names() or versions.damaged():

@@ -1,4 +1,4 @@
-"""Writing files that must never be seen half-written."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["replacing", "sync_folder", "umask", "write_text"]
 
 @contextmanager
 def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place, synced to disk, when the block ends without an error.
+    """Yield a temporary path that replaces ``path``, synced to disk, when the block ends without an error.
 
-    ``mode`` is the file's permissions, at no moment wider; without it they are those of any new file.
+    ``mode`` sets the file's permissions, which are never wider; without it they are those of any new file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays: some writers choose the format by it.
+    # Keep the suffix: some writers choose the format by it.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-", suffix="".join(path.suffixes))
     os.close(handle)
     temporary = Path(name)
@@ -26,7 +26,7 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files for the owner alone; a label must be readable as any other file is.
+        # mkstemp makes files that only the owner can read.
         temporary.chmod(0o666 & ~umask() if mode is None else mode)
         os.replace(temporary, path)
         sync_folder(path.parent)
@@ -35,13 +35,13 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
-    """Replace a text file at once; ``mode`` as of ``replacing``."""
+    """Replace a text file at once; ``mode`` as in ``replacing``."""
     with replacing(path, mode=mode) as temporary:
         temporary.write_text(text)
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a rename on the disk: it is lost with the power until its folder is there."""
+    """Sync a folder to disk: until then a power cut undoes a rename in it."""
     if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open a folder
         return
     with suppress(OSError):  # some network file systems refuse to sync a folder; the file itself is safe
@@ -53,7 +53,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def umask() -> int:
-    """Return what new files must not permit."""
+    """Return the permissions that new files do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

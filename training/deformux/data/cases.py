@@ -1,4 +1,4 @@
-"""Labelled volumes in plain folders: which image belongs to which label."""
+"""Cases in plain folders: each image with its label."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ __all__ = [
     "volume_id",
 ]
 
-# Results are uint8, and of a label 255 means that nobody has labelled the voxel.
+# Results are uint8, and 255 in a label marks an unlabelled voxel.
 _MOST_LABELS = 254
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
 class InvalidFolder(ValueError):
-    """A folder does not hold what it should; the message says what was looked for."""
+    """A folder does not hold what it should; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled volume: its id, its image file and its label file.
+    """One labelled volume: its id, image file and label file.
 
-    Voxels of value 255 in the label are unlabelled. ``annotated`` names the labels that were looked for, where these
-    are not all: the others may be present anywhere in the volume.
+    Voxels of value 255 in the label are unlabelled. ``annotated`` names the labels that were annotated, if not all
+    were: the others may be present anywhere in the volume.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Case:
     annotated: tuple[str, ...] | None = None
 
     def annotates(self, labels: Sequence[str], n_labels: int) -> npt.NDArray[np.bool_]:
-        """Which of labels 1..n_labels, named by ``labels``, were looked for in this volume, ``(n_labels,)``.
+        """Return which of labels 1..n_labels, named by ``labels``, were annotated in this volume, ``(n_labels,)``.
 
         Raises:
             ValueError: ``annotated`` names something that is not a label.
@@ -58,21 +58,22 @@ class Case:
         foreign = sorted(set(self.annotated) - set(labels))
         if foreign:
             raise ValueError(
-                f"case {self.id} was annotated for {foreign[0]!r}, which is no label; there are {', '.join(labels)}"
+                f"case {self.id} was annotated for {foreign[0]!r}, which is not a label; "
+                f"the labels are {', '.join(labels)}"
             )
         return np.array([name in self.annotated for name in labels])
 
 
 def volume_id(path: Path) -> str:
-    """File name without its volume suffix: ``liver_1.nii.gz`` is ``liver_1``."""
+    """Return a file name without its volume suffix: ``liver_1`` for ``liver_1.nii.gz``."""
     suffix = volume_suffix(path.name)
     return path.name.removesuffix(suffix) if suffix else path.stem
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for the result of each volume, without a suffix; no two are the same.
+    """Return a different name, without a suffix, for the result of each volume.
 
-    The first volume of a stem has the stem, each other one its whole file name, with a number where that is taken too.
+    The first volume of a stem gets the stem. Any other gets its whole file name, with a number if that is taken too.
     """
     names: dict[str, None] = {}
     for path in paths:
@@ -83,7 +84,7 @@ def result_names(paths: Sequence[Path]) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Volumes directly in a folder, by name.
+    """Return the volumes directly in a folder, by name.
 
     Raises:
         InvalidFolder: the folder does not exist or holds no volume.
@@ -98,13 +99,13 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
-    """Cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``), paired by file name.
+    """Return the cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``).
 
-    Where several files have one stem, such as ``a.nii.gz`` and ``a.nrrd``, the image and the label of one suffix count.
+    Files are paired by name. If several share a stem, such as ``a.nii.gz`` and ``a.nrrd``, the suffix must match too.
 
     Args:
         folder: the data set.
-        subset: a key of ``split.json`` in that folder, such as ``train`` or ``val``; all cases without it.
+        subset: a key of ``split.json`` in that folder, such as ``train`` or ``val``; None takes all cases.
 
     Raises:
         InvalidFolder: no such layout, no image with a label, no such subset, or several files of one stem that
@@ -138,7 +139,7 @@ def _by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def _pair(images: Sequence[Path], labels: Sequence[Path]) -> tuple[Path, Path]:
-    """The image and the label of a case, of the files of its stem."""
+    """Choose the image and the label of a case among the files of its stem."""
     pairs = list(itertools.product(images, labels))
     # Capitals in a suffix matter only where two files differ in nothing else.
     for same in (str, str.lower):
@@ -146,7 +147,7 @@ def _pair(images: Sequence[Path], labels: Sequence[Path]) -> tuple[Path, Path]:
         if len(pairs) > 1 and equal:
             pairs = equal
     if len(pairs) > 1:
-        # The images that are left, unless it is one with several labels.
+        # Blame the images, or the labels if there is one image only.
         first, second, *_ = max((list(dict.fromkeys(files)) for files in zip(*pairs, strict=True)), key=len)
         raise InvalidFolder(
             f"{first} and {second} differ only in their suffix, and either may be meant: keep one of them there"
@@ -165,7 +166,7 @@ def _subset(folder: Path, subset: str) -> list[str]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; raises InvalidFolder where it is no object."""
+    """Read a JSON object; raise InvalidFolder if the file holds anything else."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -176,7 +177,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def label_names(folder: Path) -> list[str] | None:
-    """Names of labels 1..N from a decathlon ``dataset.json``, or None where there is none.
+    """Return the names of labels 1..N from a decathlon ``dataset.json``, or None if there is none.
 
     Raises:
         InvalidFolder: the file does not give each of the labels 1..N a name of its own.
@@ -203,10 +204,10 @@ def label_names(folder: Path) -> list[str] | None:
 
 
 def split_label_names(text: str) -> tuple[str, ...]:
-    """Names of labels 1..N from a comma-separated list.
+    """Return the names of labels 1..N in a comma-separated list.
 
     Raises:
-        ValueError: a name is empty or there twice, or there are too many.
+        ValueError: a name is empty or repeated, or there are too many.
     """
     names = tuple(name.strip() for name in text.split(","))
     if not all(names):

@@ -1,4 +1,4 @@
-"""JSON files of a project's state that are checked when they are read, and the important ones kept twice."""
+"""JSON files with a checksum, and important ones with a second copy."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ __all__ = ["copy_of", "read_checked", "read_kept_twice", "write_checked", "write
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-# At the end of the text, so that it can be cut off again without writing the rest anew.
+# At the end of the text, so that it can be cut off without rewriting the rest.
 _CHECKSUM = re.compile(r',?\s*"sha256": "([0-9a-f]{64})"\s*\}\s*\Z')
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def write_checked(path: Path, values: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replace a JSON file at once; its last key, ``sha256``, is the checksum of all before it."""
+    """Replace a JSON file at once; its last key, ``sha256``, is the checksum of everything before it."""
     body = json.dumps(values, indent=indent)[:-1].rstrip()
     comma = ", " if values else ""
     write_text(path, f'{body}{comma}"sha256": "{_checksum(body)}"}}\n')
 
 
-def read_checked(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
-    """Read what ``write_checked`` wrote; a file without a checksum, as older versions wrote it, is only parsed.
+def read_checked(path: Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
+    """Read a file of ``write_checked``; one without a checksum, as older versions wrote it, is only parsed.
 
     Raises:
         FileNotFoundError: there is no file.
-        ValueError: it cannot be read, is damaged, or ``parse`` refuses it.
+        ValueError: it is unreadable or damaged, or ``parse`` refuses it.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -54,14 +54,14 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], T]) -> T:
 
 
 def copy_of(path: Path) -> Path:
-    """The second copy of a file that is kept twice."""
+    """Return the path of a file's second copy."""
     return path.with_suffix(f".copy{path.suffix}")
 
 
 def write_kept_twice(path: Path, values: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replace a file, then its copy; a damaged one is kept as ``*.damaged.json`` first.
+    """Replace a file, then its copy; a damaged file is kept as ``*.damaged.json`` first.
 
-    A copy that cannot be written is logged: the change itself was made.
+    A copy that cannot be written is only logged: the change itself was made.
     """
     _set_aside(path)
     write_checked(path, values, indent=indent)
@@ -71,12 +71,12 @@ def write_kept_twice(path: Path, values: Mapping[str, Any], *, indent: int | Non
         logger.warning("The second copy of %s cannot be written: %s", path.name, error)
 
 
-def read_kept_twice(path: Path, parse: Callable[[dict[str, Any]], T]) -> tuple[T | None, str | None]:
-    """Read a file, or its copy where it is damaged or missing, and say what is wrong.
+def read_kept_twice(path: Path, parse: Callable[[dict[str, Any]], _T]) -> tuple[_T | None, str | None]:
+    """Read a file, or its copy if the file is damaged or missing, and say what is wrong.
 
     Returns:
-        The values and a fault: (values, None) of a good file, (values, fault) of its copy, (None, fault) where both
-        are damaged, (None, None) where neither is there.
+        (values, None) from a good file, (values, fault) from its copy, (None, fault) if both are damaged,
+        (None, None) if neither exists.
     """
     try:
         return read_checked(path, parse), None

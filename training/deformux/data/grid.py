@@ -1,11 +1,11 @@
-"""Where the voxels of a scan lie on the network's grid, and how values get back from there."""
+"""A scan's voxels on the network's grid, and values back from there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,21 +14,25 @@ from monai.data import MetaTensor
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["Box", "Index", "ScanGrid", "bounding_box", "grown", "highest", "slices", "triple"]
+__all__ = ["Box", "Index", "Logits", "ScanGrid", "Voxels", "bounding_box", "grown", "highest", "slices", "triple"]
 
-Index = tuple[int, int, int]
+Index: TypeAlias = tuple[int, int, int]
 # The first voxel of a box, and the one after its last along every axis.
-Box = tuple[Index, Index]
+Box: TypeAlias = tuple[Index, Index]
+# Indices of voxels, (n, 3).
+Voxels: TypeAlias = npt.NDArray[np.int64]
+# Logits on the network's grid, (C, x, y, z), or at voxels, (C, n).
+Logits: TypeAlias = npt.NDArray[np.float32]
 
-# Interpolation coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
+# Coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000
-# Grids whose voxels lie less than this part of a voxel apart are the same.
+# Grids are the same if their voxels lie less than this part of a voxel apart.
 _SAME_VOXEL = 1e-3
 
 
 @dataclass(frozen=True)
 class ScanGrid:
-    """The grid of a scan's file, seen from the network's.
+    """The grid of a scan's file, relative to the network's.
 
     Args:
         size: voxels of the file.
@@ -44,7 +48,7 @@ class ScanGrid:
 
     @classmethod
     def of(cls, image: MetaTensor) -> ScanGrid:
-        """The grid of the file that ``inference_transforms`` made an image ``(1, x, y, z)`` of."""
+        """Return the grid of the file from which ``inference_transforms`` made an image ``(1, x, y, z)``."""
         affine = np.asarray(image.meta["original_affine"], dtype=float)
         return cls(
             size=triple(image.meta["spatial_shape"]),
@@ -58,20 +62,20 @@ class ScanGrid:
         return np.linalg.inv(self.to_network)
 
     def nearest(self, voxels: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """The voxels of the network's grid nearest to voxels ``(n, 3)`` of the file."""
+        """Return the voxels of the network's grid nearest to voxels ``(n, 3)`` of the file."""
         index = np.asarray(voxels, dtype=float).reshape(-1, 3)
         moved = index @ self.to_network[:3, :3].T + self.to_network[:3, 3]
         return np.clip(np.rint(moved), 0, np.array(self.network_size) - 1).astype(np.int64)
 
     def reached(self, box: Box) -> Box:
-        """The box of the file whose interpolated values depend on a box of the network's grid."""
-        # One voxel for interpolation; where the box touches the border, one more for what lies beyond it.
+        """Return the box of the file whose interpolated values depend on a box of the network's grid."""
+        # One voxel for interpolation; at the border one more, for what lies beyond it.
         low = [start - (2 if start == 0 else 1) for start in box[0]]
         high = [stop + (stop == n) for stop, n in zip(box[1], self.network_size, strict=True)]
         return _moved_box((low, high), self._from_network, self.size, margin=0)
 
     def needed(self, box: Box) -> Box:
-        """The box of the network's grid that interpolation in a box of the file reads."""
+        """Return the box of the network's grid that interpolation in a box of the file reads."""
         last = [stop - 1 for stop in box[1]]
         return _moved_box((box[0], last), self.to_network, self.network_size, margin=1)
 
@@ -83,7 +87,7 @@ class ScanGrid:
         box: Box | None = None,
         origin: Sequence[int] = (0, 0, 0),
     ) -> Tensor:
-        """Values ``(C, x, y, z)`` interpolated linearly at the file's voxels, uint8 ``(X, Y, Z)`` on the CPU.
+        """Interpolate values ``(C, x, y, z)`` linearly at the file's voxels; return uint8 ``(X, Y, Z)`` on the CPU.
 
         Args:
             values: any floating type; on any device.
@@ -103,7 +107,7 @@ class ScanGrid:
         return found.cpu()
 
     def _same_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor] | None:
-        """How to read values in a box where the grids differ in the order and direction of axes only; exact."""
+        """Return a reader of values in a box if the grids differ only in order and direction of axes; exact."""
         matrix, shift = np.rint(self.to_network[:3, :3]), np.rint(self.to_network[:3, 3])
         off = np.abs(self.to_network[:3, :3] - matrix) @ np.array(self.size) + np.abs(self.to_network[:3, 3] - shift)
         if off.max() > _SAME_VOXEL or not np.array_equal(np.abs(matrix).sum(0), np.ones(3)):
@@ -121,7 +125,7 @@ class ScanGrid:
         return read
 
     def _between_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor]:
-        """How to interpolate values linearly in a box."""
+        """Return a linear interpolator of values in a box."""
         device, source = values.device, values.float()[None]
         # From a voxel index of the scan to grid_sample's -1..1 over the values; its last coordinate comes first.
         extent = np.array([max(n - 1, 1) for n in values.shape[1:]], dtype=float)
@@ -140,28 +144,28 @@ class ScanGrid:
         return read
 
     def labels(self, logits: Tensor, *, box: Box | None = None, origin: Sequence[int] = (0, 0, 0)) -> Tensor:
-        """The highest of logits ``(C, x, y, z)`` at the file's voxels, as ``interpolate``.
+        """Return the class of the highest logit ``(C, x, y, z)`` at the file's voxels; arguments as ``interpolate``.
 
-        They are interpolated first and compared afterwards, so that edges stay smooth where the scan is finer than
-        the network's spacing.
+        Logits are interpolated first and compared afterwards, so that edges stay smooth on a scan finer than the
+        network's spacing.
         """
         return self.interpolate(logits, highest, box=box, origin=origin)
 
 
 def highest(values: Tensor) -> Tensor:
-    """The index ``(x, y, z)`` of the highest of values ``(C, x, y, z)``, the first of equal ones, as ``argmax(0)``."""
-    # On a CPU it takes a fifth of the time of argmax along the outermost axis; on a GPU it may name any of equal ones.
+    """Return the index ``(x, y, z)`` of the highest of values ``(C, x, y, z)``, the first of equals, as argmax does."""
+    # On a CPU max takes a fifth of argmax's time along the outermost axis; on a GPU it may name any of equals.
     return values.argmax(0) if values.is_cuda else values.max(0).indices
 
 
 def slices(box: Box) -> tuple[slice, slice, slice]:
-    """A box as an index of an array."""
+    """Return a box as an index of an array."""
     (a, b, c), (d, e, f) = box
     return slice(a, d), slice(b, e), slice(c, f)
 
 
 def grown(box: Box, margin: int, size: Sequence[int]) -> Box:
-    """A box with a margin on all sides, as far as there is volume."""
+    """Return a box with a margin on all sides, within the volume."""
     start, stop = box
     return triple(max(0, a - margin) for a in start), triple(
         min(n, b + margin) for b, n in zip(stop, size, strict=True)
@@ -169,7 +173,7 @@ def grown(box: Box, margin: int, size: Sequence[int]) -> Box:
 
 
 def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
-    """The smallest box around the true voxels ``(x, y, z)``, or None where there are none."""
+    """Return the smallest box around the true voxels ``(x, y, z)``, or None if there are none."""
     start, stop = [], []
     for axis in range(3):
         found = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
@@ -183,7 +187,7 @@ def bounding_box(mask: npt.NDArray[np.bool_]) -> Box | None:
 def _moved_box(
     corners: tuple[Sequence[int], Sequence[int]], matrix: npt.NDArray[np.float64], size: Sequence[int], *, margin: int
 ) -> Box:
-    """The whole voxels around the image of a box under an affine map, with a margin, inside a volume."""
+    """Map a box by an affine; return the box of whole voxels around it, with a margin, inside a volume."""
     index = np.array(np.meshgrid(*zip(*corners, strict=True), indexing="ij"), dtype=float).reshape(3, -1)
     moved = matrix[:3, :3] @ index + matrix[:3, 3:]
     # Rounding must not lose a voxel that lies exactly on the box.
@@ -194,6 +198,6 @@ def _moved_box(
 
 
 def triple(values: Iterable[Any]) -> Index:
-    """Three whole numbers, such as an index or a size."""
+    """Return three whole numbers, such as an index or a size."""
     x, y, z = (int(value) for value in values)
     return x, y, z

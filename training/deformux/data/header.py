@@ -1,4 +1,4 @@
-"""What the header of a volume says, and which headers are refused before a voxel is read."""
+"""Headers of volumes, and the checks they must pass before a voxel is read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "GEOMETRY_TOLERANCE_MM",
     "LPS_TO_RAS",
     "MAX_VOXELS_VARIABLE",
     "InvalidVolume",
@@ -18,20 +20,23 @@ __all__ = [
     "affine_of",
     "check_affine",
     "check_shape",
+    "geometry_difference",
     "max_voxels",
     "one_volume",
     "shown_shape",
 ]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+# Positions that differ by less than this are the same position.
+GEOMETRY_TOLERANCE_MM = 1e-3
 # Carries the server's --max-voxels to the processes that train and score.
 MAX_VOXELS_VARIABLE = "DEFORMUX_MAX_VOXELS"
 _DEFAULT_MAX_VOXELS = 1_500_000_000
 # A whole-body scan at 0.25 mm has 8,000 slices; no detector row and no radiograph is longer.
 _LONGEST_AXIS = 10_000
-# The longest axis against the second longest one: of a scout view about 4. Beyond it the volume is a line.
+# The longest axis against the second longest: about 4 in a scout view. Beyond this the volume is a line.
 _MOST_ELONGATED = 64
-# Columns of an affine whose determinant is a smaller part of the product of their lengths lie in a plane.
+# An affine's columns lie in a plane if their determinant is a smaller part of the product of their lengths.
 _SINGULAR = 1e-6
 
 
@@ -41,7 +46,7 @@ class InvalidVolume(ValueError):
 
 @dataclass(frozen=True)
 class VolumeHeader:
-    """Where the voxels of a file lie, in the file and in the patient.
+    """The place of a file's voxels, in the file and in the patient.
 
     Args:
         shape: voxels along the three spatial axes, in the file's order; 1 along the third of a 2D image.
@@ -53,7 +58,7 @@ class VolumeHeader:
         skip: decoded bytes before the first voxel.
         slope: factor of the stored numbers.
         intercept: added after it.
-        layers: volumes of a segmentation that are stored together; its file has them along ``layer_axis``.
+        layers: number of volumes of a segmentation in one file.
         layer_axis: the axis of ``file_shape`` along which the layers lie.
         fields: key/value pairs of a NRRD file.
     """
@@ -73,7 +78,7 @@ class VolumeHeader:
 
     @property
     def n_values(self) -> int:
-        """Numbers that are stored."""
+        """Count of stored numbers."""
         return math.prod(self.file_shape)
 
     @property
@@ -88,20 +93,20 @@ class VolumeHeader:
 
 
 def max_voxels() -> int:
-    """Most voxels of a volume that is read: of the environment, where the server puts its own bound."""
+    """Return the largest number of voxels that is read: the server's bound in the environment, or the default."""
     return int(os.environ.get(MAX_VOXELS_VARIABLE, _DEFAULT_MAX_VOXELS))
 
 
 def shown_shape(shape: Sequence[object]) -> str:
-    """A shape as people write it."""
+    """Format a shape as people write it."""
     return " x ".join(str(n) for n in shape)
 
 
 def check_shape(name: str, shape: Sequence[int]) -> None:
-    """Refuse sizes that no scan has, of all axes of a file.
+    """Refuse a file whose axes have sizes that no scan has.
 
-    A 2D image and a single slice are thin along one axis. What is thin along two is a line, each voxel of which would
-    cost as much as a patch.
+    A 2D image and a single slice are thin along one axis. A volume thin along two is a line, and each of its voxels
+    would cost as much as a patch.
 
     Raises:
         InvalidVolume: an axis without voxels, too many voxels, or a shape that no scan has.
@@ -124,7 +129,7 @@ def check_shape(name: str, shape: Sequence[int]) -> None:
 
 
 def check_affine(name: str, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return an affine that gives each voxel a place of its own.
+    """Return the affine if it gives each voxel a place of its own.
 
     Raises:
         InvalidVolume: it is not finite, or singular.
@@ -141,9 +146,9 @@ def check_affine(name: str, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.f
 
 
 def affine_of(directions: npt.ArrayLike, origin: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """The affine ``(4, 4)`` of steps from voxel to voxel in its columns, for one to three axes.
+    """Return the affine ``(4, 4)`` whose columns are steps from voxel to voxel, for one to three axes.
 
-    Missing axes are 1 mm along their own direction, as in ITK's and Slicer's view of a 2D image.
+    A missing axis gets 1 mm along its own direction, as ITK and Slicer treat a 2D image.
     """
     steps, start = np.asarray(directions, dtype=float), np.asarray(origin, dtype=float)
     affine = np.eye(4)
@@ -155,7 +160,7 @@ def affine_of(directions: npt.ArrayLike, origin: npt.ArrayLike) -> npt.NDArray[n
 def one_volume(
     name: str, file_shape: Sequence[int], spatial: Sequence[int], others: str = "time points"
 ) -> tuple[int, int, int]:
-    """The sizes of the spatial axes as three, where no other axis is longer than 1; ``others`` says what these hold.
+    """Return three sizes of the spatial axes if no other axis is longer than 1; ``others`` says what these hold.
 
     Raises:
         InvalidVolume: there is more than one volume, or less than an image.
@@ -172,3 +177,22 @@ def one_volume(
         )
     x, y, z = (*sizes, 1)[:3]
     return x, y, z
+
+
+def geometry_difference(
+    image_shape: Any,
+    image_affine: Any,
+    label_shape: Any,
+    label_affine: Any,
+    tolerance_mm: float = GEOMETRY_TOLERANCE_MM,
+) -> str | None:
+    """Describe how two grids differ, or return None: by shape in voxels, else by largest corner distance in mm."""
+    if tuple(image_shape) != tuple(label_shape):
+        return f"the image has {tuple(image_shape)} voxels, the label {tuple(label_shape)}"
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in image_shape], indexing="ij")).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(8)])
+    offset = (np.asarray(image_affine, dtype=float) - np.asarray(label_affine, dtype=float)) @ homogeneous
+    distance = float(np.linalg.norm(offset[:3], axis=0).max())
+    if distance > tolerance_mm:
+        return f"their corners lie up to {distance:.3g} mm apart"
+    return None

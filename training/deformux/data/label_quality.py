@@ -1,4 +1,4 @@
-"""What a label file says about itself: how much of each label there is, and whether it is more than noise."""
+"""Quality of a label file: the share of each label, and whether it is more than noise."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.transforms import run_transforms
 
 __all__ = ["LabelFacts", "coherence", "label_facts"]
 
 # A straight line of single voxels has 0.33, a sheet 0.67, independent voxels 0.
 _LEAST_COHERENCE = 0.2
-# Of fewer voxels, which may be single clicks or the thinnest vessels, nothing is concluded.
+# Fewer voxels may be single clicks or the thinnest vessels: draw no conclusion.
 _FEWEST_VOXELS, _LEAST_SHARE = 200, 0.01
 
 
 @dataclass(frozen=True)
 class LabelFacts:
-    """The part of the volume that each label fills (0 to 1), and why the label cannot be learnt from, or nothing."""
+    """Share of the volume that each label fills (0 to 1), and why training on it is useless, or an empty string."""
 
     shares: tuple[float, ...]
     fault: str = ""
@@ -34,7 +36,7 @@ def label_facts(case: Case, labels: Sequence[str]) -> LabelFacts:
         InvalidVolume: the scan or the label is not usable.
     """
     load = (LoadVolumed("image"), LoadLabeld("label", n_labels=len(labels), unlabelled=True))
-    label = np.asarray(apply(load, {"image": case.image, "label": case.label})["label"][0]).astype(np.uint8)
+    label = np.asarray(run_transforms(load, {"image": case.image, "label": case.label})["label"][0]).astype(np.uint8)
     known = max(1, int((label != UNLABELLED).sum()))
     shares = tuple(float((label == value).sum()) / known for value in range(1, len(labels) + 1))
     value = coherence(label)
@@ -46,11 +48,11 @@ def label_facts(case: Case, labels: Sequence[str]) -> LabelFacts:
 
 
 def coherence(label: npt.NDArray[np.uint8]) -> float | None:
-    """How much likelier than chance a neighbour of a labelled voxel has the same label: 1 solid, 0 independent voxels.
+    """Return how much likelier than chance a labelled voxel's neighbour has its label: 1 solid, 0 independent voxels.
 
     A join-count statistic (Cliff and Ord, Spatial Autocorrelation, 1973) in the form of Cohen's kappa: ``(p - q) /
-    (1 - q)``, p the share of face neighbours of labelled voxels with the same label, q the same if voxels were
-    shuffled. None where too few voxels are labelled to tell.
+    (1 - q)``, p the share of face neighbours of labelled voxels with the same label, q that share if voxels were
+    shuffled. None if too few voxels are labelled to tell.
 
     Args:
         label: ``(D, H, W)``, 0 background, 255 unlabelled.

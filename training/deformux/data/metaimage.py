@@ -15,7 +15,7 @@ __all__ = ["metaimage_header"]
 
 _LONGEST_HEADER = 2**20
 _MOST_AXES = 10
-# MetaIO's long has four bytes wherever it is read.
+# MetaIO's long has four bytes on every platform.
 _TYPES = {
     "MET_CHAR": "i1", "MET_ASCII_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
     "MET_INT": "i4", "MET_UINT": "u4", "MET_LONG": "i4", "MET_ULONG": "u4", "MET_LONG_LONG": "i8",
@@ -27,10 +27,10 @@ def metaimage_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
     """Read the header of an open file of ``size`` bytes, from its beginning.
 
     Raises:
-        InvalidVolume: it is damaged, or describes something else than one scalar volume in this file.
+        InvalidVolume: it is damaged, or does not describe one scalar volume in this file.
     """
     fields = _fields(name, file)
-    # A header size is for voxels in another file, behind a header of its own.
+    # A header size is given for voxels in another file, behind a header of its own.
     elsewhere = fields["ElementDataFile"].upper() != "LOCAL" or fields.get("HeaderSize", "0") not in ("0", "-1")
     if elsewhere:
         raise InvalidVolume(f"{name} has its voxels in another file; expected a volume that is whole in one file")
@@ -96,7 +96,7 @@ class _Numbers:
         return values
 
     def affine(self, n: int) -> npt.NDArray[np.float64]:
-        """From voxels to LPS millimetres, not yet checked; ``AnatomicalOrientation`` says nothing to ITK."""
+        """Return the map from voxels to LPS millimetres, not yet checked; ITK ignores ``AnatomicalOrientation``."""
         spacing_key, matrix_key, origin_key = (
             next((key for key in keys if key in self.fields), keys[0])
             for keys in (
@@ -109,13 +109,13 @@ class _Numbers:
         directions = self.floats(matrix_key, n * n, np.eye(n).ravel().tolist()).reshape(n, n).T
         origin = self.floats(origin_key, n, [0.0] * n)
         if n > 3:
-            # Slicer keeps no directions of a file with time; labels that are drawn in it do neither.
+            # Slicer drops the directions of a file with time, also in labels drawn on it.
             directions = np.eye(3)
         return affine_of(directions * spacing[:3], origin[:3])
 
 
 def _fields(name: str, file: BinaryIO) -> dict[str, str]:
-    """The header's fields, up to the one that says where the voxels are."""
+    """Read the header's fields, up to the one that says where the voxels are."""
     fields: dict[str, str] = {}
     left = _LONGEST_HEADER
     while True:

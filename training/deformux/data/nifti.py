@@ -14,7 +14,7 @@ from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine
 
 __all__ = ["LONGEST_HEADER", "nifti_header"]
 
-Matrix = npt.NDArray[np.float64]
+_Matrix = npt.NDArray[np.float64]
 _TYPES = {
     2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
 }  # fmt: skip
@@ -22,7 +22,7 @@ _OTHER_TYPES = {
     1: "a bitmap", 32: "a complex image", 128: "a colour image", 1536: "an image of 128-bit numbers",
     1792: "a complex image", 2048: "a complex image", 2304: "a colour image",
 }  # fmt: skip
-# Millimetres in the units of space: unknown, metre, millimetre, micrometre.
+# Millimetres in each unit of space: unknown, metre, millimetre, micrometre.
 _UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 # Bytes before the voxels: the header, and extensions such as a copy of the DICOM header.
 LONGEST_HEADER = 16 * 2**20
@@ -32,7 +32,7 @@ _ORTHONORMAL, _SAME_MATRIX, _SAME_OFFSET, _SIMILAR = 1e-4, 1e-5, 1e-7, 1e-4
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where the fields of a version of the header are, as struct formats with their offsets."""
+    """Offsets and struct formats of the fields in one version of the header."""
 
     size: int
     magic: tuple[int, bytes]
@@ -61,7 +61,7 @@ def nifti_header(name: str, start: bytes, *, compressed: bool) -> VolumeHeader:
     """Read the header from the first 540 bytes of a file, decompressed.
 
     Raises:
-        InvalidVolume: it is damaged, or describes something else than one scalar volume in this file.
+        InvalidVolume: it is damaged, or does not describe one scalar volume in this file.
     """
     layout, order = _layout(name, start)
 
@@ -73,7 +73,7 @@ def nifti_header(name: str, start: bytes, *, compressed: bool) -> VolumeHeader:
     if not start[layout.magic[0] :].startswith(layout.magic[1]):
         raise InvalidVolume(f"{name} cannot be read: it is damaged, or not a NIfTI file")
     n_dims, *sizes = values(layout.dim)
-    # Sizes of 0 behind the third axis are common, and mean 1.
+    # Sizes of 0 after the third axis are common, and mean 1.
     file_shape = tuple(max(n, 1) if axis > 2 else n for axis, n in enumerate(sizes[:n_dims]))
     check_shape(name, file_shape)
     (code,) = values(layout.datatype)
@@ -106,7 +106,7 @@ def nifti_header(name: str, start: bytes, *, compressed: bool) -> VolumeHeader:
         encoding="gzip" if compressed else "raw",
         start=0 if compressed else int(offset),
         skip=int(offset) if compressed else 0,
-        # As ITK: without a slope there is still an intercept.
+        # As in ITK, the intercept counts even without a slope.
         slope=slope or 1.0,
         intercept=intercept,
     )
@@ -125,20 +125,20 @@ def _layout(name: str, start: bytes) -> tuple[_Layout, Literal["<", ">"]]:
 
 @dataclass(frozen=True)
 class _Geometry:
-    """The fields of a header from which the affine comes."""
+    """The fields of a header that give the affine."""
 
     flat: bool
     qfac: float
-    spacing: Matrix
+    spacing: _Matrix
     codes: tuple[int, ...]
-    quaternion: Matrix
-    sform: Matrix
+    quaternion: _Matrix
+    sform: _Matrix
     unit_mm: float
 
-    def affine(self) -> Matrix:
-        """From voxels to RAS millimetres, not yet checked.
+    def affine(self) -> _Matrix:
+        """Return the map from voxels to RAS millimetres, not yet checked.
 
-        ITK takes the directions and the origin of one of the two affines, and the voxel sizes of ``pixdim``.
+        ITK takes directions and origin from one of the two affines, and voxel sizes from ``pixdim``.
         """
         qform_code, sform_code = self.codes
         if not qform_code and not sform_code:
@@ -148,17 +148,17 @@ class _Geometry:
         n = 2 if self.flat and abs(np.linalg.det(matrix[:2, :2])) > 0 else 3
         steps = matrix[:n, :n]
         if self._sheared_only(matrix):
-            # ITK refuses such a file; nobody else doubts where its voxels are.
+            # ITK refuses such a file; all other readers agree on its geometry.
             return affine_of(steps * self.unit_mm, matrix[:n, 3] * self.unit_mm)
         with np.errstate(invalid="ignore", divide="ignore"):
             directions = steps / np.linalg.norm(steps, axis=0)
         return affine_of(directions * self.spacing[:n] * self.unit_mm, matrix[:n, 3] * self.unit_mm)
 
-    def _sheared_only(self, matrix: Matrix) -> bool:
+    def _sheared_only(self, matrix: _Matrix) -> bool:
         return matrix is self.sform and not _is_orthonormal(matrix) and bool(np.isfinite(matrix).all())
 
-    def _qform(self) -> Matrix:
-        """Method 2 of nifti1.h: a rotation by a unit quaternion, whose real part is not stored."""
+    def _qform(self) -> _Matrix:
+        """Return the qform by method 2 of nifti1.h: a unit quaternion, whose real part is not stored."""
         b, c, d, *offset = self.quaternion
         rest = 1.0 - (b * b + c * c + d * d)
         if rest < 1e-7:
@@ -175,10 +175,10 @@ class _Geometry:
         return affine_of(rotation * spacing * [1, 1, self.qfac], offset)
 
     def _prefers_sform(self) -> bool:
-        """Choose as ITK 5.4 does, and Slicer with it.
+        """Choose between the affines as ITK 5.4 and Slicer do.
 
-        The sform counts where its axes are perpendicular and it is the only one, or stands for scanner coordinates
-        (code 1), or says the same as the qform; else the qform.
+        The sform counts if its axes are perpendicular and it is the only one, or has scanner coordinates (code 1),
+        or equals the qform. Otherwise the qform counts.
         """
         qform_code, sform_code = self.codes
         if not sform_code or not qform_code:
@@ -188,19 +188,19 @@ class _Geometry:
         if difference[:, :3].max() <= _SAME_MATRIX and difference[:, 3].sum() <= _SAME_OFFSET:
             return True
         if not _is_orthonormal(self.sform):
-            # Without numbers there is nothing to fall back from: the check of the affine says so.
+            # If it is not finite, the check of the affine will say so.
             return not np.isfinite(self.sform).all()
         return sform_code == 1 or _are_similar(self.sform, qform)
 
 
-def _is_orthonormal(matrix: Matrix) -> bool:
+def _is_orthonormal(matrix: _Matrix) -> bool:
     if not np.isfinite(matrix).all() or np.linalg.det(matrix[:3, :3]) == 0:
         return False
     directions = matrix[:3, :3] / np.linalg.norm(matrix[:3, :3], axis=0)
     return bool(np.abs(directions @ directions.T - np.eye(3)).max() <= _ORTHONORMAL)
 
 
-def _are_similar(sform: Matrix, qform: Matrix) -> bool:
+def _are_similar(sform: _Matrix, qform: _Matrix) -> bool:
     u_s, w_s, _ = np.linalg.svd(sform[:3, :3].astype(np.float32))
     u_q, w_q, _ = np.linalg.svd(qform[:3, :3].astype(np.float32))
     return bool(

@@ -35,10 +35,10 @@ _ENCODINGS = {
     "txt": "text", "hex": "hex",
 }  # fmt: skip
 _FILE_POINTERS = ("datafile", "datafiles")
-# Kinds of axes along which there is space or time; all others hold several numbers of one place.
+# Kinds of axes along space or time; all others hold several numbers of one place.
 _DOMAINS = ("domain", "space", "time", "???", "none", "")
 _COLOURS = ("rgb-color", "rgba-color", "hsv-color", "xyz-color", "3-color", "4-color")
-# What turns the directions of a space into ITK's left, posterior, superior; others are taken for these.
+# Signs that turn a space's directions into ITK's left, posterior, superior; any other space is taken for it.
 _TO_LPS = {
     "right-anterior-superior": (-1.0, -1.0, 1.0), "ras": (-1.0, -1.0, 1.0),
     "left-anterior-superior": (1.0, -1.0, 1.0), "las": (1.0, -1.0, 1.0),
@@ -46,11 +46,11 @@ _TO_LPS = {
 _WITH_TIME = re.compile(r".*-time|rast|last|lpst")
 _SEGMENT = re.compile(r"Segment[0-9]+_(ID|Name|LabelValue)|Segmentation_\w+")
 
-Vector = npt.NDArray[np.float64]
+_Vector = npt.NDArray[np.float64]
 
 
 def is_segmentation(fields: dict[str, str] | VolumeHeader) -> bool:
-    """Whether a NRRD file names segments, as ``.seg.nrrd`` files of Slicer do."""
+    """Return whether a NRRD file names segments, as Slicer's ``.seg.nrrd`` files do."""
     pairs = fields.fields if isinstance(fields, VolumeHeader) else fields
     return any(_SEGMENT.fullmatch(key) for key in pairs)
 
@@ -59,7 +59,7 @@ def nrrd_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
     """Read the header of an open file of ``size`` bytes, from its beginning.
 
     Raises:
-        InvalidVolume: it is damaged, or describes something else than one scalar volume in this file.
+        InvalidVolume: it is damaged, or does not describe one scalar volume in this file.
     """
     fields, pairs = _fields(name, file)
     if any(key in fields for key in _FILE_POINTERS):
@@ -79,7 +79,7 @@ def nrrd_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
             break
         start = file.tell()
     if encoding == "raw" and skip:
-        # -1: the voxels are the end of the file.
+        # -1: the voxels fill the end of the file.
         start = size - math.prod(file_shape) * dtype.itemsize if skip < 0 else start + skip
         skip = 0
     if not 0 <= skip <= _LONGEST_HEADER or not 0 <= start <= size:
@@ -93,7 +93,7 @@ def nrrd_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
 class _Axes:
     """The axes of a file: their directions ``(n)`` in the file's space or None, and which are spatial."""
 
-    directions: Sequence[Vector | None] | None
+    directions: Sequence[_Vector | None] | None
     kinds: Sequence[str]
     spatial: Sequence[int]
 
@@ -147,11 +147,11 @@ class _Header:
         domains = [axis for axis in range(n) if kinds[axis] in _DOMAINS]
         if directions is not None and any(d is not None for d in directions):
             domains = [axis for axis in domains if directions[axis] is not None]
-        # Behind the three of space comes time.
+        # After the three of space comes time.
         return _Axes(directions, kinds, domains[:3])
 
     def layers(self, file_shape: Sequence[int], axes: _Axes) -> tuple[int, int]:
-        """Number of layers of a segmentation and their axis; 1 and 0 for every other file."""
+        """Return the number of layers of a segmentation and their axis; 1 and 0 for any other file."""
         others = [axis for axis in range(len(file_shape)) if axis not in axes.spatial and file_shape[axis] > 1]
         if len(others) == 1 and is_segmentation(self.pairs):
             return file_shape[others[0]], others[0]
@@ -165,8 +165,8 @@ class _Header:
             return "values in each voxel: it is a vector image"
         return "time points or channels" if "list" in kinds else "time points"
 
-    def affine(self, axes: _Axes) -> Vector:
-        """From the spatial axes' voxels to LPS millimetres, not yet checked."""
+    def affine(self, axes: _Axes) -> _Vector:
+        """Return the map from voxels of the spatial axes to LPS millimetres, not yet checked."""
         n = len(axes.spatial)
         space = self.fields.get("space", "").lower()
         if axes.directions is None or all(d is None for d in axes.directions):
@@ -175,7 +175,7 @@ class _Header:
         steps = np.array([d for d in directions if d is not None])
         origin = self._vector(self.fields.get("spaceorigin", ""), steps.shape[1])
         if _WITH_TIME.fullmatch(space) or (steps.shape[1] == 4 and n == 3):
-            # Slicer keeps the voxel sizes of a file with time, and no directions; labels that are drawn in it do too.
+            # Slicer keeps voxel sizes but no directions of a file with time, also in labels drawn on it.
             return affine_of(np.diag(np.linalg.norm(steps[:, :3], axis=1)), origin[:3])
         if steps.shape[1] == 3 and n == 2:
             normal = np.cross(*steps)
@@ -185,7 +185,7 @@ class _Header:
             raise self.damaged("its space directions do not match its axes")
         return affine_of((steps * signs).T, origin * signs)
 
-    def _without_directions(self, axes: _Axes) -> Vector:
+    def _without_directions(self, axes: _Axes) -> _Vector:
         n = len(axes.spatial)
         n_axes = len(axes.kinds)
         spacings = self._numbers("spacings", n_axes)
@@ -205,8 +205,8 @@ class _Header:
             origin = self._first_centres(minima, axes, sizes)
         return affine_of(np.diag(sizes), origin)
 
-    def _first_centres(self, minima: Sequence[float], axes: _Axes, sizes: Sequence[float]) -> Vector:
-        """Where the first voxels lie if an axis begins at a minimum: half a voxel behind it, but for nodes."""
+    def _first_centres(self, minima: Sequence[float], axes: _Axes, sizes: Sequence[float]) -> _Vector:
+        """Return the centre of the first voxel of axes that begin at a minimum: half a voxel on, except for nodes."""
         centers = _words(self.fields.get("centerings", self.fields.get("centers", "")), len(axes.kinds), "cell")
         origin = [
             minima[axis] + (0.0 if centers[axis] == "node" else step / 2)
@@ -214,7 +214,7 @@ class _Header:
         ]
         return np.array(origin) if np.isfinite(origin).all() else np.zeros(len(origin))
 
-    def _directions(self, n: int) -> list[Vector | None] | None:
+    def _directions(self, n: int) -> list[_Vector | None] | None:
         if "spacedirections" not in self.fields:
             return None
         parts = re.findall(r"none|\([^()]*\)", self.fields["spacedirections"].lower())
@@ -225,7 +225,7 @@ class _Header:
             raise self.damaged("its space directions differ in length")
         return found
 
-    def _vector(self, text: str, n: int) -> Vector:
+    def _vector(self, text: str, n: int) -> _Vector:
         if not text:
             return np.zeros(n)
         vector = self._coordinates(text)
@@ -233,7 +233,7 @@ class _Header:
             raise self.damaged("its space origin has too few coordinates")
         return vector[:n]
 
-    def _coordinates(self, text: str) -> Vector:
+    def _coordinates(self, text: str) -> _Vector:
         try:
             return np.array([float(part) for part in text.strip().strip("()").split(",")])
         except ValueError as error:
@@ -252,7 +252,7 @@ class _Header:
 
 
 def _fields(name: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
-    """The header's fields, with names in small letters and without spaces, and its key/value pairs."""
+    """Read the header's fields, their names in lower case and without spaces, and its key/value pairs."""
     if not re.fullmatch(rb"NRRD000[1-6]\r?\n", file.readline(16)):
         raise InvalidVolume(f"{name} cannot be read: it is damaged, or not a NRRD file")
     fields: dict[str, str] = {}
@@ -276,6 +276,6 @@ def _fields(name: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _words(text: str, n: int, missing: str) -> list[str]:
-    """One word for each axis, in small letters."""
+    """Return one word for each axis, in lower case."""
     words = text.lower().split()
     return words if len(words) == n else [missing] * n

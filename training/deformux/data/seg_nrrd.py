@@ -1,4 +1,4 @@
-"""The segments of a ``.seg.nrrd`` file: by the value, the layer and the name that its header gives each of them."""
+"""Segments of ``.seg.nrrd`` files: the value, layer and name that the header gives each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.data.header import InvalidVolume, VolumeHeader
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Segment", "labels_of_segments", "segments_of"]
 
-# Segments of clients that stand for no label.
+# Names of segments that are not labels.
 _BACKGROUND = ("background",)
-_UNLABELLED = 255
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Segment:
 
 
 def segments_of(name: str, header: VolumeHeader) -> tuple[Segment, ...]:
-    """The segments that a header names, in its order.
+    """Return the segments that a header names, in its order.
 
-    Files of before Slicer 4.11 give no values and layers: each segment has a layer of its own, with ones in it.
+    Files from before Slicer 4.11 give no values and layers: each segment has its own layer, filled with ones.
 
     Raises:
         InvalidVolume: a value or a layer is not a number, or there is no such layer.
@@ -52,17 +52,17 @@ def segments_of(name: str, header: VolumeHeader) -> tuple[Segment, ...]:
 def labels_of_segments(
     name: str, layers: npt.NDArray, segments: tuple[Segment, ...], labels: Mapping[str, int]
 ) -> npt.NDArray[np.uint8]:
-    """Labels ``(X, Y, Z)`` of the segments in layers ``(L, X, Y, Z)``, found by their names.
+    """Return labels ``(X, Y, Z)`` of the segments in layers ``(L, X, Y, Z)``, found by name.
 
-    Voxels of 255 that no segment claims are unlabelled. Labels exclude each other, segments need not.
+    Voxels of 255 outside all segments are unlabelled. Labels exclude each other; segments need not.
 
     Raises:
-        InvalidVolume: a segment that is not empty is no label, two of different labels overlap, or there are voxels of
-            no segment.
+        InvalidVolume: a segment with voxels is not a label, segments of different labels overlap, or voxels lie
+            outside all segments.
     """
     found = np.zeros(layers.shape[1:], dtype=np.uint8)
     owner = np.zeros(layers.shape[1:], dtype=np.uint16)
-    claimed: list[set[int]] = [{0, _UNLABELLED} for _ in layers]
+    claimed: list[set[int]] = [{0, UNLABELLED} for _ in layers]
     for number, segment in enumerate(segments, start=1):
         claimed[segment.layer].add(segment.value)
         if segment.value == 0 or segment.name in _BACKGROUND:
@@ -86,7 +86,7 @@ def labels_of_segments(
     for layer, values in zip(layers, claimed, strict=True):
         if not set(np.unique(layer).tolist()) <= values:
             raise InvalidVolume(f"{name} holds voxels of values that none of its segments has; expected named segments")
-        unlabelled = (layer == _UNLABELLED) & (found == 0)
-        if not any(s.value == _UNLABELLED for s in segments):
-            found[unlabelled] = _UNLABELLED
+        unlabelled = (layer == UNLABELLED) & (found == 0)
+        if not any(s.value == UNLABELLED for s in segments):
+            found[unlabelled] = UNLABELLED
     return found

@@ -1,4 +1,4 @@
-"""Stored voxels as a stream of bytes, which is never longer than what a header asks for."""
+"""Stored voxels as a stream of bytes, never longer than the header asks for."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from deformux.data.header import VolumeHeader
 __all__ = ["Damaged", "is_too_short", "open_voxels"]
 
 _CHUNK = 256 * 1024
-# Bytes behind the voxels that are decompressed to reach the checksum at the end of a stream.
+# Bytes after the voxels that are decompressed to reach the checksum at the end of a stream.
 _TAIL = 64 * 1024
 _LONGEST_NUMBER = 64
-# By how much a format can make a volume smaller at most: a block of bzip2 holds 46 MB of zeros in some 40 bytes.
+# The largest factor by which a format can shrink a volume: bzip2 holds 46 MB of zeros in a block of some 40 bytes.
 _MOST_INFLATION = {"raw": 1, "gzip": 1040, "zlib": 1040, "bzip2": 2_000_000, "hex": 1}
 
 
 class Damaged(Exception):
-    """The voxels of a file end too early, or are not what their encoding says."""
+    """The voxels of a file end too early, or do not match their encoding."""
 
 
 class _Decompressor(Protocol):
-    """What the decompressors of bz2 have."""
+    """The interface of bz2's decompressors."""
 
     @property
     def eof(self) -> bool: ...
@@ -72,11 +72,11 @@ class _Compressed:
         self._waiting = b""
 
     def read(self, n: int) -> bytes:
-        """At most ``n`` bytes; none at the end."""
+        """Return at most ``n`` bytes; none at the end."""
         while True:
             if self._member.eof:
                 self._waiting = self._member.unused_data or self._file.read(_CHUNK)
-                # Other bytes than a further member may follow the last one.
+                # Other bytes may follow the last member.
                 if not self._waiting.startswith((b"\x1f\x8b", b"BZh")):
                     return b""
                 self._member = self._make()
@@ -93,7 +93,7 @@ class _Compressed:
                 return found
 
     def finish(self) -> None:
-        """Check what a stream says about itself at its end, if that is near."""
+        """Check the checksum at the end of the stream, if that is near."""
         left = _TAIL
         while left > 0 and not self._member.eof and (found := self.read(left)):
             left -= len(found)
@@ -111,7 +111,7 @@ class _Plain:
 
 
 class _Hex:
-    """Two hexadecimal digits for each byte; white space between them counts for nothing."""
+    """Two hexadecimal digits for each byte; white space between them is ignored."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -137,7 +137,7 @@ class _Hex:
 
 
 class _Text:
-    """Numbers in plain text, as the bytes that they have in a binary file."""
+    """Numbers in plain text, converted to the bytes of a binary file."""
 
     def __init__(self, file: BinaryIO, dtype: np.dtype) -> None:
         self._file = file
@@ -172,13 +172,13 @@ class _Text:
 
 
 def is_too_short(size: int, header: VolumeHeader) -> bool:
-    """Whether a file of ``size`` bytes cannot hold its voxels, however well they are compressed."""
+    """Return whether a file of ``size`` bytes cannot hold its voxels, however well compressed."""
     least = 2 * header.n_values - 1 if header.encoding == "text" else header.n_bytes
     return (size - header.start) * _MOST_INFLATION.get(header.encoding, 1) < least
 
 
 def open_voxels(file: BinaryIO, size: int, header: VolumeHeader) -> _Compressed | _Plain | _Hex | _Text:
-    """The decoded bytes of a file's voxels, from the first one on.
+    """Return a stream of the decoded bytes of a file's voxels.
 
     Raises:
         Damaged: the file is too short for them.

@@ -1,7 +1,7 @@
-"""The one reader of volumes: scans and labels, in every format that is served.
+"""The reader of volumes: scans and labels, in every format that is served.
 
-The header is read and judged before a voxel is. What it names must be in the file itself, and nothing of a file is
-repeated in a message. Positions are those that ITK and Slicer give the same file.
+The header is read and checked before any voxel. Everything it names must be in the file itself, and messages repeat
+nothing of a file. Positions are those that ITK and Slicer give the same file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 # The first bytes of a NIfTI file that hold the header of either version.
 _NIFTI_START = 540
 _GZIP = b"\x1f\x8b"
-# Bytes that are decoded and converted at a time.
+# Bytes decoded and converted at a time.
 _SLAB = 4 * 2**20
-# Scans, with their noise, compress to a tenth; masked ones to a hundredth. What compresses further holds no scan.
+# Scans, with their noise, compress to a tenth; masked ones to a hundredth. Anything smaller holds no scan.
 _MOST_COMPRESSED_SCAN, _SMALL_SCAN = 250, 64 * 2**20
 
 
@@ -54,13 +54,13 @@ class Volume:
 
     @property
     def affine(self) -> npt.NDArray[np.float64]:
-        """From voxels to RAS millimetres, ``(4, 4)``."""
+        """Map from voxels to RAS millimetres, ``(4, 4)``."""
         return self.header.affine
 
 
 @dataclass(frozen=True)
 class OpenVolume:
-    """A file whose header has been read and found usable."""
+    """An open file whose header is usable."""
 
     name: str
     header: VolumeHeader
@@ -68,10 +68,10 @@ class OpenVolume:
     size: int
 
     def refuse_constant(self) -> None:
-        """Refuse what is compressed so far that it cannot be a scan, without decompressing it.
+        """Refuse a file compressed too far to be a scan, without decompressing it.
 
         Raises:
-            InvalidVolume: it is.
+            InvalidVolume: it is compressed too far.
         """
         header = self.header
         compressed = header.encoding in ("gzip", "zlib", "bzip2")
@@ -82,7 +82,7 @@ class OpenVolume:
             )
 
     def read(self, dtype: npt.DTypeLike = np.float32) -> Volume:
-        """Read the voxels; memory is what they take in ``dtype``.
+        """Read the voxels, using no more memory than they take in ``dtype``.
 
         Raises:
             InvalidVolume: they end too early, or are damaged.
@@ -113,22 +113,22 @@ class OpenVolume:
 
 
 def is_compressed_too_far(n_bytes: int, size: int) -> bool:
-    """Whether what takes ``n_bytes`` in memory is no scan, as its file of ``size`` bytes is too small for its noise."""
+    """Return whether a file of ``size`` bytes is too small for the noise of a scan of ``n_bytes`` in memory."""
     return n_bytes > _SMALL_SCAN and n_bytes > _MOST_COMPRESSED_SCAN * size
 
 
 def volume_suffix(name: str) -> str | None:
-    """The suffix of a volume's file name as it is written, such as ``.NII.GZ``, or None if it has none."""
+    """Return the suffix of a volume's file name as written, such as ``.NII.GZ``, or None if it has none."""
     lower = name.lower()
     return next((name[-len(suffix) :] for suffix in VOLUME_SUFFIXES if lower.endswith(suffix)), None)
 
 
 @contextmanager
 def open_volume(path: Path) -> Iterator[OpenVolume]:
-    """Open a file and read its header, by the format of its suffix.
+    """Open a file and read its header, in the format of its suffix.
 
     Raises:
-        InvalidVolume: it cannot be opened, or its header describes nothing that can be used.
+        InvalidVolume: it cannot be opened, or its header is not usable.
     """
     suffix = (volume_suffix(path.name) or "").lower()
     if not suffix:
@@ -148,10 +148,10 @@ def open_volume(path: Path) -> Iterator[OpenVolume]:
 
 
 def read_volume(path: Path, dtype: npt.DTypeLike = np.float32) -> Volume:
-    """Read a file whole.
+    """Read a whole file.
 
     Raises:
-        InvalidVolume: it cannot be used.
+        InvalidVolume: it is not usable.
     """
     with open_volume(path) as opened:
         return opened.read(dtype)
@@ -159,7 +159,7 @@ def read_volume(path: Path, dtype: npt.DTypeLike = np.float32) -> Volume:
 
 def _opened(path: Path) -> BinaryIO:
     try:
-        # Not to wait for whoever writes into a pipe.
+        # Do not wait for the writer of a pipe.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         file = os.fdopen(descriptor, "rb")
     except (OSError, ValueError) as error:
@@ -202,7 +202,7 @@ def _fill(block: memoryview, read: Callable[[int], bytes]) -> None:
 
 
 def _scaled(slab: npt.NDArray, header: VolumeHeader) -> npt.NDArray:
-    """Stored numbers as intensities; a slope or an intercept makes them 32-bit floats, as in ITK."""
+    """Turn stored numbers into intensities: 32-bit floats if there is a slope or an intercept, as in ITK."""
     if header.slope == 1 and header.intercept == 0:
         return slab
     return (slab * np.float64(header.slope) + header.intercept).astype(np.float32)

@@ -26,7 +26,8 @@ from monai.transforms import (
     Transform,
 )
 
-from deformux.data.preprocessing import UNLABELLED, Preprocessing
+from deformux.data.label_values import UNLABELLED
+from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
 
 __all__ = ["SamplingMapsd", "training_augmentation"]

@@ -143,7 +143,7 @@ def fingerprint(
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     said = {
         "recipe": recipe.to_json(),
-        "preprocessing": prep.to_json(),
+        "preprocessing": prep.to_dict(),
         "labels": list(labels),
         "seed": seed,
         "training": [(case.id, label_checksum(case)) for case in cases],

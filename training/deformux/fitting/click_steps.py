@@ -16,7 +16,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 from deformux.fitting.recipe import Recipe
 from deformux.interactive.simulated_annotator import Click, ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.checkpoint import Checkpoint, CheckpointFile, fingerprint
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.compilation import Compilation
@@ -29,8 +30,8 @@ from deformux.fitting.optimizer import make_average, make_optimizer, make_schedu
 from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.training_step import LossReader, TrainingStep
+from deformux.inference.evaluate import evaluate
 from deformux.inference.metrics import mean_dice
-from deformux.inference.sliding_window import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]

@@ -7,7 +7,7 @@ from monai.losses import DiceLoss
 from monai.networks.utils import one_hot
 from torch import Tensor, nn
 
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["PartialDiceCELoss"]
 

@@ -20,7 +20,8 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import RandomizableTrait, Transform
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import Preprocessing, labelled_transforms
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import labelled_transforms
 from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.distributed import ALONE, Ranks
 from deformux.fitting.recipe import Recipe

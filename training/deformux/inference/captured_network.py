@@ -1,7 +1,7 @@
-"""Inference on a GPU: the kernels of a call are recorded in a CUDA graph once, and then launched all together.
+"""Inference on a GPU: the kernels of a call are recorded in a CUDA graph once, then launched together.
 
-Launching them one by one from Python takes longer than a small window takes the card. The weights of convolutions and
-linear layers lie ready in bfloat16, to which autocast would otherwise cast them anew in every call.
+Launching them one by one from Python takes longer than computing a small window. The weights of convolutions and linear
+layers are kept in bfloat16, to which autocast would otherwise cast them in every call.
 """
 
 from __future__ import annotations
@@ -19,47 +19,49 @@ from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from deformux.networks.blocks import DeformableMixer
 from deformux.networks.cuda_graphs import CaptureFailed, captured
-from deformux.networks.deformux_net import PRESETS, DeformableMixer, DeformUXNet, used_channels
+from deformux.networks.deformux_net import DeformUXNet, used_channels
 from deformux.networks.precision import computes_bfloat16, mixed_precision
+from deformux.networks.presets import PRESETS
 
 __all__ = ["BatchedNetwork", "CaptureOptions", "CapturedNetwork", "prepared"]
 
 logger = logging.getLogger(__name__)
 
-# What replays a recorded call, and where it leaves the result.
+# A function that replays a recorded call, and the tensor that holds its result.
 Recording: TypeAlias = tuple[Callable[[], None], Tensor]
-# Records a call on a device; the last argument is a memory pool, which recordings of scans of one shape share.
+# Records a call on a device; the last argument is a memory pool, shared by recordings of one scan shape.
 Recorder: TypeAlias = Callable[[Callable[[], Tensor], torch.device, Any], Recording]
 
-# Windows of fewer voxels together leave a large card idle; more of them gain nothing.
+# Windows of fewer voxels in total leave a large card idle; more gain nothing.
 _VOXELS_AT_ONCE = 2 * 96**3
 _MOST_WINDOWS = 16
-# Tensors of the first stage's width and the window's size that a call needs at a time, generously.
+# Generous number of tensors of the first stage's width and the window's size that a call needs at a time.
 _LIVE_TENSORS = 16
-# Part of the memory that windows may take, of what is free; and a recording, of the whole card, as it keeps it.
+# Share of the free memory that windows may take, and of the whole card that a recording may keep.
 _SHARE = 0.25
-# Part of the card that a recording may keep between requests.
+# Share of the card that a recording may keep between requests.
 _SMALL_SHARE = 1 / 64
-# Guidance channels are filled up with empty ones to a multiple of this, so that few recordings serve all clicks.
+# Guidance is padded with empty channels to a multiple of this, so that few recordings serve all clicks.
 _CHANNELS = 8
 
 
 @runtime_checkable
 class BatchedNetwork(Protocol):
-    """A network that computes several windows at once as well as one by one."""
+    """A network that can compute several windows at once."""
 
     def batch_size(self, window: Sequence[int]) -> int:
-        """How many windows of so many voxels it should be given at once."""
+        """Return the number of windows of this size to compute at once."""
 
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """How a network is captured.
+    """Options of capturing a network.
 
     Args:
-        calls_before: calls of a kind that are computed without recording: a recording costs more than it spares them.
-        most: recordings that are kept; beyond it, the one that was not used for longest is dropped.
+        calls_before: number of calls of a kind before it is recorded: for fewer, recording costs more than it saves.
+        most: number of recordings to keep; the least recently used one is dropped.
         compiled: compile the network with ``torch.compile`` first, which takes a minute or more for each kind of call.
     """
 
@@ -70,7 +72,7 @@ class CaptureOptions:
 
 @dataclass(frozen=True)
 class _Kind:
-    """Calls that one recording serves: shape of the scan, number of guidance channels, or None without guidance."""
+    """Calls that one recording serves: shape of the scan, and number of guidance channels or None."""
 
     shape: tuple[int, ...]
     channels: int | None
@@ -78,7 +80,7 @@ class _Kind:
 
 @dataclass
 class _Call:
-    """What is known of one kind of call: how often it came, and its recording, once there is one."""
+    """State of one kind of call: how often it came, and its recording if there is one."""
 
     seen: int = 0
     refused: bool = False
@@ -90,15 +92,15 @@ class _Call:
 class CapturedNetwork:
     """A network as inference calls it on a GPU; for any thread.
 
-    Its results are those of the network under ``mixed_precision``, but for guidance whose empty channels fill up the
-    others. Where recording fails, or would keep too much memory, calls are computed one kernel after another, and one
-    warning says so.
+    Its results are those of the network under ``mixed_precision``, except that guidance is padded with empty channels.
+    If recording fails, or would keep too much memory, calls are computed one kernel after another, and one warning
+    says so.
 
     Args:
-        network: in evaluation mode. Changes of its weights in place are noticed, unless a CUDA graph makes them.
+        network: in evaluation mode. Changes of its weights in place are noticed, except by a CUDA graph.
         device: a GPU.
         options: how to capture.
-        recorder: what records a call.
+        recorder: records a call.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class CapturedNetwork:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Logits ``(N, classes, D, H, W)``, float32, on the device, of tensors that may be elsewhere."""
+        """Return logits ``(N, classes, D, H, W)``, float32, on the device, of tensors on any device."""
         used = None if guidance is None else used_channels(guidance)
         if used is None or len(used) == 0:
             guidance = used = None
@@ -141,27 +143,27 @@ class CapturedNetwork:
                     inputs += (self._moved(guidance.index_select(1, used)), used.to(self.device))
                 return self._run(*inputs).float()
             except torch.OutOfMemoryError:
-                # Whoever tries again with less needs what the recordings keep.
+                # A retry with less needs the memory that recordings keep.
                 self._forget(self._calls)
                 raise
 
     def give_back(self) -> None:
-        """Drop recordings that keep more of the card's memory than others should have to miss between requests."""
+        """Drop recordings that keep too much of the card's memory between requests."""
         with self._lock:
             most = _SMALL_SHARE * _card_bytes(self.device)
-            # Those of one shape lie in one pool, which is free when all are gone.
+            # Recordings of one shape share a pool, which is freed when all of them are gone.
             kept: dict[tuple[int, ...], int] = {}
             for kind, call in self._calls.items():
                 kept[kind.shape] = kept.get(kind.shape, 0) + call.kept_bytes
             self._forget([kind for kind in self._calls if kept[kind.shape] > most])
 
     def close(self) -> None:
-        """Wait for what was recorded to be computed, and drop it."""
+        """Wait for recorded calls to finish, and drop the recordings."""
         with self._lock:
             self._forget(self._calls)
 
     def batch_size(self, window: Sequence[int]) -> int:
-        """How many windows fill the card, and fit into its memory."""
+        """Return the number of windows that fill the card and fit into its memory."""
         voxels = math.prod(window)
         wanted = max(1, min(_MOST_WINDOWS, _VOXELS_AT_ONCE // voxels))
         if self.device.type != "cuda" or not isinstance(self.network, DeformUXNet):
@@ -182,7 +184,7 @@ class CapturedNetwork:
 
     def _replayed(self, call: _Call, x: Tensor, guidance: Tensor | None, used: Tensor | None) -> Tensor:
         replay, result = cast(Recording, call.recording)
-        # The call before, which another thread's stream may be computing, has its tensors in the same memory.
+        # The previous call, maybe still running on another thread's stream, uses the same memory.
         if self._done is not None:
             self._done.wait()
         call.inputs[0].copy_(x)
@@ -219,7 +221,7 @@ class CapturedNetwork:
             self._warned = True
 
     def _fixed_inputs(self, kind: _Kind) -> tuple[Tensor, ...]:
-        """Memory for the inputs of recorded calls of one kind."""
+        """Allocate the inputs of recorded calls of one kind."""
         image = torch.zeros(kind.shape, device=self.device)
         if kind.channels is None:
             return (image,)
@@ -231,24 +233,24 @@ class CapturedNetwork:
 
     def _forget(self, kinds: Iterable[_Kind]) -> None:
         if self._done is not None:
-            # Its memory is not free before it has been computed.
+            # Its memory is in use until then.
             self._done.synchronize()
         for kind in list(kinds):
             del self._calls[kind]
         self._drop_empty_pools()
 
     def _drop_empty_pools(self) -> None:
-        # A pool ends with the last recording in it, and cannot be begun again.
+        # A pool ends with its last recording, and cannot be used again.
         used = {kind.shape for kind, call in self._calls.items() if call.recording is not None}
         self._pools = {shape: pool for shape, pool in self._pools.items() if shape in used}
 
     def _run(self, *inputs: Tensor) -> Tensor:
-        # A cast that is kept beyond a recording would lie in memory that is not the recording's.
+        # A cached cast would outlive the recording that owns its memory.
         with mixed_precision(self.device, keep_casts=False):
             return self._resident(*inputs)
 
     def _refresh(self) -> None:
-        """Copy the weights if there is no copy yet or they have changed, and drop recordings of the earlier copy."""
+        """Copy the weights if they are new or have changed, and drop recordings of the earlier copy."""
         weights = tuple((t.data_ptr(), _version(t)) for t in (*self.network.parameters(), *self.network.buffers()))
         if weights == self._weights:
             return
@@ -269,9 +271,10 @@ def _kind(x: Tensor, guidance: Tensor | None, used: Tensor | None) -> _Kind:
 
 
 def prepared(network: Any, device: str | torch.device) -> Any:
-    """The network on a device as inference calls it, in evaluation mode: captured on a GPU, else itself.
+    """Return a network ready for inference on a device, in evaluation mode: captured on a GPU, else itself.
 
-    It holds as long as the weights stay what they are. What is no module, such as a captured network, stays what it is.
+    The result is valid while the weights stay the same. Anything but a module, such as a captured network, is returned
+    unchanged.
     """
     if not isinstance(network, nn.Module):
         return network
@@ -280,9 +283,9 @@ def prepared(network: Any, device: str | torch.device) -> Any:
 
 
 def _with_resident_weights(network: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose weights need no cast: those that autocast would cast are bfloat16.
+    """Return a copy whose weights need no cast: those that autocast would cast are bfloat16.
 
-    With everything in bfloat16 a window of 96³ took 3 % less on an H200, and 0.5 % of the voxels got another class;
+    With everything in bfloat16, a window of 96³ took 3 % less time on an H200, and 0.5 % of the voxels changed class;
     with channels-last memory it took longer.
     """
     # Inference tensors cannot become parameters of another type.
@@ -299,7 +302,7 @@ def _with_resident_weights(network: nn.Module, device: torch.device) -> nn.Modul
 
 
 def _record_graph(run: Callable[[], Tensor], device: torch.device, pool: Any) -> Recording:
-    """Record a call in a CUDA graph; raises CaptureFailed."""
+    """Record a call in a CUDA graph; raise CaptureFailed if that is impossible."""
     try:
         graph, result = captured(run, device, pool=pool)
     except CaptureFailed:
@@ -317,7 +320,7 @@ def _card_bytes(device: torch.device) -> int:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; inference tensors do not count it."""
+    """Return how often a tensor was changed in place; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
 
 

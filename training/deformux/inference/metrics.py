@@ -1,4 +1,4 @@
-"""How well two label volumes agree."""
+"""Agreement of two label volumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["dice_per_label", "mean_dice", "surface_dice_per_label"]
 
 
 def dice_per_label(pred: ArrayLike, truth: ArrayLike, n_labels: int) -> np.ndarray:
-    """Dice of labels 1..n_labels of two label volumes of one shape; NaN where a label is in neither.
+    """Return Dice of labels 1..n_labels of two volumes of one shape; NaN if a label is in neither.
 
     Raises:
         ValueError: the shapes differ.
@@ -22,7 +22,7 @@ def dice_per_label(pred: ArrayLike, truth: ArrayLike, n_labels: int) -> np.ndarr
     a, b = (torch.as_tensor(np.asarray(volume)).long() for volume in (pred, truth))
     if a.shape != b.shape:
         raise ValueError(f"volumes to compare must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-    # One label at a time: a one-hot volume of all labels can be larger than the scan a hundredfold.
+    # One label at a time: a one-hot volume of all labels can be a hundred times as large as the scan.
     values = []
     for label in range(1, n_labels + 1):
         pair = [(volume == label)[None, None] for volume in (a, b)]
@@ -34,9 +34,9 @@ def dice_per_label(pred: ArrayLike, truth: ArrayLike, n_labels: int) -> np.ndarr
 def surface_dice_per_label(
     pred: ArrayLike, truth: ArrayLike, n_labels: int, *, spacing_mm: Sequence[float], tolerance_mm: float = 2.0
 ) -> np.ndarray:
-    """Share of the surfaces of labels 1..n_labels that lie within a tolerance of each other; NaN where in neither.
+    """Return the share of the surfaces of labels 1..n_labels within a tolerance of each other; NaN if in neither.
 
-    As Nikolov et al. (arXiv 1809.04430) define it and MONAI computes it; 0 where a label is in one volume only.
+    Nikolov et al. (arXiv 1809.04430) define it, MONAI computes it. It is 0 if a label is in one volume only.
 
     Raises:
         ValueError: the shapes differ.
@@ -62,7 +62,7 @@ def surface_dice_per_label(
 
 
 def mean_dice(per_case: ArrayLike) -> float:
-    """Mean over labels of the mean over cases of ``(cases, labels)`` Dice without NaN; NaN where nothing is left."""
+    """Return the mean over labels of the mean over cases of Dice ``(cases, labels)``, ignoring NaN; NaN if empty."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a label that is in no case
         return float(np.nanmean(np.nanmean(np.atleast_2d(np.asarray(per_case, dtype=float)), axis=0)))

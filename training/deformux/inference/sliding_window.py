@@ -6,41 +6,30 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from deformux.data.cases import Case
-from deformux.data.preprocessing import (
-    UNLABELLED,
-    LoadLabeld,
-    LoadVolumed,
-    Preprocessing,
-    apply,
-    filled_voxels,
-    inference_transforms,
-    restore_transforms,
-)
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
-from deformux.inference.metrics import dice_per_label
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["WindowInferer", "evaluate", "segment", "sliding_window", "volume_logits"]
+__all__ = ["Network", "WindowInferer", "segment", "sliding_window", "volume_logits"]
 
-# A network, or what ``prepared`` made of one, for several volumes.
+# A network, or the result of ``prepared``, for several volumes.
 Network: TypeAlias = nn.Module | CapturedNetwork
 
 
 class WindowInferer(Inferer):
     """MONAI's sliding window with Gaussian blending.
 
-    Takes ``(N, C, D, H, W)`` and returns float32 logits ``(N, classes, D, H, W)`` on the input's device.
+    It takes ``(N, C, D, H, W)`` and returns float32 logits ``(N, classes, D, H, W)`` on the input's device.
 
     Args:
         window: voxels.
-        overlap: part of a window that its neighbour repeats, 0 to below 1.
+        overlap: share of a window that its neighbour covers too, 0 to below 1.
         progress: show a bar over the windows.
     """
 
@@ -55,8 +44,8 @@ class WindowInferer(Inferer):
         at_once = 1
         if isinstance(network, BatchedNetwork):
             at_once = min(network.batch_size(self.window), self._count(plain.shape[2:]) * len(plain))
-        # A volume smaller than the window is padded as in training, about its centre and with its border: the network
-        # has learnt what a margin looks like, and on the hippocampus data loses 0.02 Dice without one.
+        # A volume smaller than the window is padded as in training, around its centre with its border. The network
+        # has learnt what a margin looks like, and loses 0.02 Dice on the hippocampus data without one.
         slide = SlidingWindowInferer(
             self.window,
             sw_batch_size=at_once,
@@ -69,7 +58,7 @@ class WindowInferer(Inferer):
         def run(patch: Tensor) -> Tensor:
             count = len(patch)
             if count < at_once:
-                # The last ones: a network that captures its calls knows the full number.
+                # The last windows: a captured network expects the full number.
                 patch = torch.cat([patch, patch[-1:].expand(at_once - count, *patch.shape[1:])])
             with mixed_precision(patch.device):
                 return network(patch, *args, **kwargs)[:count].float()
@@ -77,7 +66,7 @@ class WindowInferer(Inferer):
         return slide(plain, run)
 
     def _count(self, size: Sequence[int]) -> int:
-        """The number of windows that cover a volume."""
+        """Return the number of windows that cover a volume."""
         count = 1
         for length, window in zip(size, self.window, strict=True):
             step = max(1, int(window * (1 - self.overlap)))
@@ -86,7 +75,7 @@ class WindowInferer(Inferer):
 
 
 def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool = False) -> WindowInferer:
-    """The inferer for volumes that ``inference_transforms(prep)`` made."""
+    """Return the inferer for results of ``inference_transforms(prep)``."""
     return WindowInferer(prep.patch_size, overlap=overlap, progress=progress)
 
 
@@ -94,12 +83,12 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
 def volume_logits(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """A preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
+    """Return a preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    image = apply(inference_transforms(prep, device=device), {"image": image_path})["image"]
+    image = run_transforms(inference_transforms(prep, device=device), {"image": image_path})["image"]
     return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 
@@ -107,49 +96,33 @@ def volume_logits(
 def segment(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """Labels ``(1, X, Y, Z)``, uint8, on the scan's own grid, and probabilities ``(C, x, y, z)`` on the network's.
+    """Segment a scan: labels ``(1, X, Y, Z)``, uint8, on its own grid, probabilities ``(C, x, y, z)`` on the network's.
+
+    Args:
+        network: a network, or the result of ``prepared`` for several volumes.
+        image_path: the scan: NIfTI, NRRD or MetaImage.
+        prep: the model's preprocessing.
+        device: where to compute.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import nibabel as nib
+        >>> import numpy as np
+        >>> from deformux import DeformUXNet, Preprocessing, segment
+        >>> hu = np.random.default_rng(0).normal(40, 20, size=(20, 24, 12)).astype(np.float32)
+        >>> network = DeformUXNet(in_channels=1, out_channels=3, preset="tiny")
+        >>> prep = Preprocessing(modality="ct", patch_size=(16, 16, 16))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     scan = Path(folder) / "scan.nii.gz"
+        ...     nib.save(nib.Nifti1Image(hu, np.diag([1.5, 1.5, 3.0, 1.0])), scan)
+        ...     labels, probabilities = segment(network, scan, prep)
+        >>> labels.shape, probabilities.shape
+        (torch.Size([1, 20, 24, 12]), torch.Size([3, 20, 24, 12]))
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
-    restored = apply(restore_transforms(), {"image": image, "pred": logits})
+    restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})
     return restored["pred"], logits.softmax(0)
-
-
-def evaluate(
-    network: Network,
-    cases: Sequence[Case],
-    prep: Preprocessing,
-    *,
-    n_labels: int,
-    labels: Sequence[str] = (),
-    device: str | torch.device = "cpu",
-    on_case: Callable[[Case, np.ndarray], None] | None = None,
-    on_warning: Callable[[Case, str], None] | None = None,
-) -> dict[str, list[float]]:
-    """Dice of each label of each case, on the scans' own grids: case id to ``n_labels`` values, NaN where absent.
-
-    Voxels that nobody labelled (255) do not count, and a label for which a case was not annotated is NaN; for the
-    latter, the names of the ``labels`` 1..N must be given. ``on_case`` takes each case and its values, ``on_warning``
-    each case whose scan holds voxels that are not finite, and a sentence about them.
-
-    Raises:
-        InvalidVolume: a scan or a label is not usable.
-    """
-    load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    scores: dict[str, list[float]] = {}
-    network = prepared(network, device)
-    for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
-        filled = filled_voxels(found)
-        if filled and on_warning is not None:
-            on_warning(case, filled)
-        truth = apply(load_truth, {"image": case.image, "label": case.label})["label"]
-        known = truth != UNLABELLED
-        dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
-        dice[~case.annotates(labels, n_labels)] = np.nan
-        scores[case.id] = [float(value) for value in dice]
-        if on_case is not None:
-            on_case(case, dice)
-    return scores

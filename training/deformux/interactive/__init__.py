@@ -1,1 +1,1 @@
-"""Corrections by clicks, and simulated annotators that make them."""
+"""Corrections by clicks, and simulated annotators."""

@@ -1,11 +1,11 @@
-"""How far a click moves the borders around it.
+"""Shift of the borders around a click.
 
-A trained network is rarely wrong by much: on the hippocampus data 97 % of the wrong voxels lie in shells of one or two
-along borders. Who clicks into such a shell says that the border is elsewhere, and not only at that voxel. How far
-that holds is a matter of statistics and not of the image: a border's error resembles that of the borders nearby that
-face the same way. So the error of the logits is regressed from the clicks, as a Gaussian process over place and
-direction (Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2), which a network that has
-learnt its few training volumes by heart cannot learn from them.
+A trained network is rarely wrong by much: on the hippocampus data 97 % of the wrong voxels lie along borders, in shells
+one or two voxels thick. A click into such a shell says that the border is elsewhere, and not only at that voxel. How
+far this holds is a matter of statistics, not of the image: a border's error resembles that of nearby borders facing
+the same way. So the error of the logits is regressed from the clicks by a Gaussian process over place and direction
+(Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, chapter 2). A network that knows its few
+training volumes by heart cannot learn this from them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,27 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.data.grid import triple
+from deformux.data.grid import Logits, Voxels, triple
 
 __all__ = ["REACH", "border_evidence"]
 
-Logits = npt.NDArray[np.float32]
-Voxels = npt.NDArray[np.int64]
-
-# Standard deviation of the Gaussian by which errors resemble each other, in voxels; and where it ends.
+# Standard deviation of the Gaussian of similarity between errors, and its end, in voxels.
 _LENGTH = 6.0
 REACH = 15
-# Where there are more clicks than these, what is left is smaller: it shrinks with the root of their density.
+# With more clicks nearby, the remaining errors are smaller: the length shrinks with the root of their density.
 _FEW = 3
-# How much the error of a border resembles that of one at right angles to it; none that of one that faces it.
+# Similarity between the errors of borders at right angles; borders that face each other have none.
 _ACROSS = 0.4
-# A border faces where the logits fall, smoothed by a Gaussian of this standard deviation in voxels.
+# A border faces along the falling logits, smoothed by a Gaussian of this standard deviation in voxels.
 _SMOOTHING = 1.0
-# Logits per voxel: where they change by much less, there is no border.
+# Logits per voxel; there is no border where they change much less.
 _FLAT = 0.5
-# By how much a label should lead where it was clicked: half a voxel's worth, as logits change by 5 in a voxel there.
+# Lead of a label where it was clicked: half a voxel's worth, as logits change by 5 per voxel there.
 _MARGIN = 2.5
-# What takes more has another reason than a border in the wrong place.
+# An error that takes more has another cause than a misplaced border.
 _MOST = 12.0
-# Variance of an error that concerns its voxel alone beside that of those that neighbours share. It also keeps clicks of
-# two labels side by side from outbidding each other by more than a few times the margin.
+# Variance of errors of single voxels against that of errors shared by neighbours. It also keeps adjacent clicks of two
+# labels from outbidding each other by more than a few margins.
 _NUGGET = 0.2
 _SWEEPS = 20
 
@@ -52,16 +49,16 @@ def border_evidence(
     known: MutableMapping[tuple[int, ...], Logits] | None = None,
     origin: Sequence[int] = (0, 0, 0),
 ) -> dict[int, Logits]:
-    """What clicks add to the logits of their labels, by label ``(x, y, z)``, nowhere less than nothing.
+    """Return what clicks add to the logits of their labels, by label ``(x, y, z)``, nowhere negative.
 
-    Near a border the clicked label then leads where it was clicked; far inside another label, it may not.
+    Near a border the clicked label then leads at the click; far inside another label it may not.
 
     Args:
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
-        clicks: by label, voxels ``(n, 3)`` of it, in any order.
-        known: what was found out about the surroundings of clicks before, by label and voxel, and is added to; for the
-            same logits, which may be another part of them if that holds ``REACH`` voxels around each click.
-        origin: where this part of the logits begins in what ``known`` belongs to.
+        clicks: voxels ``(n, 3)`` by label, in any order.
+        known: cache of the surroundings of clicks by label and voxel, updated in place. It is for the same logits, or
+            to another part of them that holds ``REACH`` voxels around each click.
+        origin: first voxel of this part of the logits, in the coordinates of ``known``.
     """
     unique = {label: np.unique(voxels, axis=0) for label, voxels in sorted(clicks.items()) if len(voxels)}
     if not unique:
@@ -88,7 +85,7 @@ def border_evidence(
 
 @dataclass(frozen=True)
 class _Kernel:
-    """How much of what a click says holds around it: ``values`` of the box whose first voxel is ``low``."""
+    """Weight of a click around it: ``values`` of the box whose first voxel is ``low``."""
 
     low: Voxels
     values: npt.NDArray[np.float32]
@@ -106,7 +103,7 @@ class _Kernel:
 
 
 def _alike(logits: Logits, label: int, voxel: Voxels) -> Logits:
-    """How much the border of a label around a click resembles that at the click, within ``REACH``."""
+    """Return the similarity of a label's border around a click to that at the click, within ``REACH``."""
     low = np.maximum(voxel - REACH, 0)
     part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, voxel + REACH + 1, strict=True)))]
     centre = triple(voxel - low)
@@ -129,13 +126,13 @@ def _kernel(alike: Logits, voxel: Voxels, length: float) -> _Kernel:
 
 
 def _lead(logits: Logits, label: int) -> npt.NDArray[np.float32]:
-    """By how much a label leads the others, ``(x, y, z)``; negative where it does not."""
+    """Return the lead of a label over the others, ``(x, y, z)``; negative where it trails."""
     others = [part.max(0) for part in (logits[:label], logits[label + 1 :]) if len(part)]
     return logits[label] - np.maximum.reduce(others)
 
 
 def _facing(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Vectors ``(3, x, y, z)`` along the gradient: of length 1 near borders, and shorter where little changes."""
+    """Return vectors ``(3, x, y, z)`` along the gradient: of length 1 near borders, shorter where little changes."""
     smooth = ndimage.gaussian_filter(values, _SMOOTHING, truncate=3)
     gradient = np.zeros((3, *values.shape), np.float32)
     for axis, length in enumerate(values.shape):
@@ -147,19 +144,19 @@ def _facing(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _amounts(
     found: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], shared: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """How much of each click's kernel makes the clicked labels lead where they were clicked, all together.
+    """Return the amount of each click's kernel that together make the clicked labels lead at their clicks.
 
     Args:
-        found: logits there, ``(C, n)``.
-        labels: that were clicked, ``(n,)``.
+        found: logits at the clicks, ``(C, n)``.
+        labels: clicked labels, ``(n,)``.
         shared: each kernel's values at all clicks, ``(n, n)``.
     """
-    # Lists, since numpy takes many times as long for so few numbers.
+    # Lists: numpy takes many times as long for so few numbers.
     count, classes = len(labels), len(found)
     columns, owners = found.T.tolist(), labels.tolist()
     weights = shared.T.tolist()
     amounts = [0.0] * count
-    # Coordinate descent, as in the dual of a support vector machine.
+    # Coordinate descent, as for the dual of a support vector machine.
     for _ in range(_SWEEPS):
         before = amounts.copy()
         for index, label in enumerate(owners):

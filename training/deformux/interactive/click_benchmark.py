@@ -1,4 +1,4 @@
-"""How much clicks buy: a robot annotator corrects labelled volumes, and every click is scored and timed."""
+"""Benchmark of clicks: a robot annotator corrects labelled volumes, and every click is scored and timed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from nibabel.affines import voxel_sizes
 from scipy.integrate import trapezoid
 
 from deformux.data.cases import Case
-from deformux.data.preprocessing import UNLABELLED, LoadLabeld, LoadVolumed, Preprocessing, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
-from deformux.interactive.editor import Editor, open_study
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import open_scan
 from deformux.interactive.simulated_annotator import ClickAnnotator
 from deformux.networks.deformux_net import DeformUXNet
 
-__all__ = ["COUNTS", "THRESHOLDS", "CaseResult", "Robot", "Summary", "play_case", "summarise"]
+__all__ = ["CLICK_COUNTS", "THRESHOLDS", "CaseResult", "ClickSummary", "Robot", "play_case", "summarise_clicks"]
 
 # Numbers of clicks after which a mask is reported.
-COUNTS = (0, 1, 2, 3, 5, 10)
+CLICK_COUNTS = (0, 1, 2, 3, 5, 10)
 THRESHOLDS = (0.80, 0.85, 0.90)
 _AREA = (1, 5)
 
 
 @dataclass(frozen=True)
 class Robot:
-    """A simulated annotator: its name, and how far from the centre of an error it clicks (``ClickAnnotator``)."""
+    """A simulated annotator: its name, and the jitter of its clicks (``ClickAnnotator``)."""
 
     name: str
     jitter: float = 0.0
@@ -36,14 +40,14 @@ class Robot:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What one robot did to one volume.
+    """Result of one robot on one volume.
 
     Args:
-        case, robot: their names.
+        case, robot: names.
         dice: mean over labels after 0, 1, 2, … clicks, all labels counted together.
-        surface_dice: the same at 2 mm, after each of ``COUNTS``.
+        surface_dice: the same at 2 mm, after each of ``CLICK_COUNTS``.
         seconds: of each click, from the clicks to the mask on the scan's grid.
-        cap: clicks after which the robot gives up.
+        cap: number of clicks after which the robot gives up.
     """
 
     case: str
@@ -54,7 +58,7 @@ class CaseResult:
     cap: int
 
     def after(self, clicks: int) -> float:
-        """Mean Dice after a number of clicks; where nothing was left to correct, after the last."""
+        """Return mean Dice after a number of clicks, or after the last one if nothing was left to correct."""
         return self.dice[min(clicks, len(self.dice) - 1)]
 
     @property
@@ -63,15 +67,15 @@ class CaseResult:
         return float(trapezoid([self.after(n) for n in range(_AREA[0], _AREA[1] + 1)]))
 
     def clicks_to(self, threshold: float) -> int | None:
-        """Clicks until mean Dice reaches a threshold, 0 where it does without any; None where the robot gave up."""
+        """Return the number of clicks until mean Dice reaches a threshold; None if the robot gave up."""
         return next((n for n, dice in enumerate(self.dice[: self.cap + 1]) if dice >= threshold), None)
 
 
 @dataclass(frozen=True)
-class Summary:
-    """One robot over all volumes: means, and the time of a click in seconds.
+class ClickSummary:
+    """Means of one robot over all volumes, and the time of a click in seconds.
 
-    ``clicks_to`` counts a volume that never reached the threshold with the cap; ``failures`` counts these volumes.
+    ``clicks_to`` counts a volume that did not reach the threshold as the cap; ``failures`` counts these volumes.
     """
 
     robot: str
@@ -83,6 +87,42 @@ class Summary:
     failures: tuple[int, ...]
     median_s: float
     p95_s: float
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """The label of a case: values ``(X, Y, Z)``, which labels were annotated ``(N,)``, voxel sizes in mm."""
+
+    values: npt.NDArray[np.uint8]
+    annotated: npt.NDArray[np.bool_]
+    spacing: tuple[float, ...]
+
+    @classmethod
+    def of(cls, case: Case, labels: Sequence[str]) -> _Truth:
+        n_labels = len(labels)
+        load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
+        label = run_transforms(load, {"image": case.image, "label": case.label})["label"]
+        return cls(
+            values=label[0].numpy().astype(np.uint8),
+            annotated=case.annotates(labels, n_labels),
+            spacing=tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float))),
+        )
+
+    def dice(self, shown: npt.NDArray[np.uint8]) -> float:
+        """Return mean Dice over the labels that are annotated and present."""
+        return self._mean(dice_per_label(*self._known(shown), len(self.annotated)))
+
+    def surface_dice(self, shown: npt.NDArray[np.uint8]) -> float:
+        """Return mean surface Dice at 2 mm over these labels."""
+        return self._mean(surface_dice_per_label(*self._known(shown), len(self.annotated), spacing_mm=self.spacing))
+
+    def _known(self, shown: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        known = self.values != UNLABELLED
+        return shown * known, self.values * known
+
+    def _mean(self, values: npt.NDArray[np.float64]) -> float:
+        values = values[self.annotated & ~np.isnan(values)]
+        return float(values.mean()) if len(values) else float("nan")
 
 
 def play_case(
@@ -98,72 +138,57 @@ def play_case(
 ) -> Iterator[CaseResult]:
     """Let robots correct one volume, each starting from the automatic mask.
 
-    A robot clicks as often as the last of ``COUNTS``, and goes on to the cap until the highest of ``THRESHOLDS`` is
-    reached; it ends where nothing is left to correct.
+    A robot makes the last number of ``CLICK_COUNTS``, then goes on to the cap until it reaches the highest of
+    ``THRESHOLDS``. It ends where nothing is left to correct.
 
     Raises:
         InvalidVolume: the scan or its label is not usable.
     """
-    n_labels = len(labels)
-    load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
-    label = apply(load, {"image": case.image, "label": case.label})["label"]
-    truth = label[0].numpy().astype(np.uint8)
-    spacing = tuple(float(size) for size in voxel_sizes(np.asarray(label.affine, dtype=float)))
-    known = truth != UNLABELLED
-    annotated = case.annotates(labels, n_labels)
-    study = open_study(network, case.image, prep, device=device)
-
-    def scores(shown: npt.NDArray[np.uint8], *, surface: bool) -> float:
-        pair = (shown * known, truth * known)
-        values = (
-            surface_dice_per_label(*pair, n_labels, spacing_mm=spacing) if surface else dice_per_label(*pair, n_labels)
-        )
-        values = values[annotated & ~np.isnan(values)]
-        return float(values.mean()) if len(values) else float("nan")
-
+    truth = _Truth.of(case, labels)
+    scan = open_scan(network, case.image, prep, device=device)
     for robot in robots:
-        editor = Editor(study, network, prep, device=device)
-        annotator = ClickAnnotator(n_labels, jitter=robot.jitter, spacing=spacing, seed=seed)
-        shown = study.labels
-        dice, surface, seconds = [scores(shown, surface=False)], {0: scores(shown, surface=True)}, []
+        editor = Editor(scan, network, prep, device=device)
+        annotator = ClickAnnotator(len(labels), jitter=robot.jitter, spacing=truth.spacing, seed=seed)
+        shown = scan.labels
+        dice, surface, seconds = [truth.dice(shown)], {0: truth.surface_dice(shown)}, []
         points: dict[int, list[tuple[int, int, int]]] = {}
-        for number in range(1, max(cap, COUNTS[-1]) + 1):
-            if number > COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
+        for number in range(1, max(cap, CLICK_COUNTS[-1]) + 1):
+            if number > CLICK_COUNTS[-1] and max(dice) >= THRESHOLDS[-1]:
                 break
-            clicks = annotator.clicks(truth, shown, annotated=np.array([True, *annotated]))
+            clicks = annotator.clicks(truth.values, shown, annotated=np.array([True, *truth.annotated]))
             if not clicks:
                 break
             points.setdefault(clicks[0].label, []).append(clicks[0].voxel)
             began = time.perf_counter()
             shown = editor.apply(points)
             seconds.append(time.perf_counter() - began)
-            dice.append(scores(shown, surface=False))
-            if number in COUNTS:
-                surface[number] = scores(shown, surface=True)
-        last = scores(shown, surface=True)
+            dice.append(truth.dice(shown))
+            if number in CLICK_COUNTS:
+                surface[number] = truth.surface_dice(shown)
+        last = truth.surface_dice(shown)
         yield CaseResult(
             case=case.id,
             robot=robot.name,
             dice=tuple(dice),
-            surface_dice=tuple(surface.get(count, last) for count in COUNTS),
+            surface_dice=tuple(surface.get(count, last) for count in CLICK_COUNTS),
             seconds=tuple(seconds),
             cap=cap,
         )
 
 
-def summarise(results: Sequence[CaseResult]) -> list[Summary]:
-    """One line per robot, in order of appearance."""
+def summarise_clicks(results: Sequence[CaseResult]) -> list[ClickSummary]:
+    """Summarise each robot, in order of appearance."""
     lines = []
     for robot in dict.fromkeys(result.robot for result in results):
         own = [result for result in results if result.robot == robot]
         needed = [[result.clicks_to(threshold) for result in own] for threshold in THRESHOLDS]
         seconds = np.array([second for result in own for second in result.seconds] or [np.nan])
         lines.append(
-            Summary(
+            ClickSummary(
                 robot=robot,
                 cases=len(own),
-                dice=tuple(float(np.nanmean([result.after(count) for result in own])) for count in COUNTS),
-                surface_dice=tuple(float(np.nanmean([r.surface_dice[i] for r in own])) for i in range(len(COUNTS))),
+                dice=tuple(float(np.nanmean([result.after(count) for result in own])) for count in CLICK_COUNTS),
+                surface_dice=tuple(float(v) for v in np.nanmean([result.surface_dice for result in own], axis=0)),
                 area=float(np.nanmean([result.area for result in own])),
                 clicks_to=tuple(float(np.mean([own[0].cap if n is None else n for n in counts])) for counts in needed),
                 failures=tuple(sum(n is None for n in counts) for counts in needed),

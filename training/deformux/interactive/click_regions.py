@@ -1,4 +1,4 @@
-"""What clicks change in a mask: which voxels, as far as they hang together with a click for it."""
+"""Regions of a mask that clicks change: the voxels connected with a click for their new label."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.data.grid import bounding_box, grown, highest, slices, triple
+from deformux.data.grid import Logits, Voxels, bounding_box, grown, highest, slices, triple
 
-__all__ = ["Change", "Settled", "find_changes", "mix", "pieces", "settle"]
+__all__ = ["MaskChange", "Settled", "find_changes", "mix", "pieces", "settle"]
 
-Voxels = npt.NDArray[np.int64]
-Logits = npt.NDArray[np.float32]
-
-# How far the logit of a clicked label is raised beyond all others at the click.
+# Lead over all others to which the logit of a clicked label is raised at the click.
 _MARGIN = 1.0
-# A click that the network ignores still counts as evidence for its neighbours: standard deviation in voxels.
+# A click that the network ignores is still evidence for its neighbours: standard deviation in voxels.
 _EVIDENCE_SIGMA = 1.0
 _EVIDENCE_REACH = 2
 # Voxels touch by a face, an edge or a corner.
@@ -28,13 +25,13 @@ _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 
 
 @dataclass(frozen=True)
-class Change:
-    """A connected set of voxels that a window may change, in the volume.
+class MaskChange:
+    """A connected set of voxels that a window may change.
 
     Args:
-        voxels: ``(n, 3)``.
-        logits: the window's, ``(C, n)``, float16.
-        weights: how much they count against the mask to start from, ``(n,)``.
+        voxels: of the volume, ``(n, 3)``.
+        logits: of the window, ``(C, n)``, float16.
+        weights: of the logits against the mask to start from, ``(n,)``.
     """
 
     voxels: Voxels
@@ -43,7 +40,7 @@ class Change:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that the change takes."""
         return self.voxels.nbytes + self.logits.nbytes + self.weights.nbytes
 
 
@@ -53,15 +50,15 @@ def find_changes(
     clicks: Mapping[int, Voxels],
     origin: Sequence[int],
     profiles: Sequence[npt.NDArray[np.float32]],
-) -> list[Change]:
-    """What a window's logits ``(C, x, y, z)`` change, connected with a click for it; and the click's neighbourhood.
+) -> list[MaskChange]:
+    """Return the changes by a window's logits that are connected with a click for them, and each click's neighbourhood.
 
     Args:
-        logits: of the part of the window that lies in the volume; on any device.
-        start: the mask to start from, there.
-        clicks: by label, in the volume; those outside this part are left out.
-        origin: where it lies in the volume.
-        profiles: weights along each axis, which multiply.
+        logits: of the part of the window inside the volume, ``(C, x, y, z)``; on any device.
+        start: the mask to start from, in that part.
+        clicks: voxels of the volume by label; those outside the part are ignored.
+        origin: first voxel of the part.
+        profiles: weights along each axis; the weight is their product.
     """
     classes = _highest(logits)
     wanted = np.zeros(start.shape, dtype=bool)
@@ -78,7 +75,7 @@ def find_changes(
     box = bounding_box(wanted)
     if box is None:
         return []
-    # Interpolation mixes a changed voxel with those that touch it.
+    # Interpolation mixes a changed voxel with its neighbours.
     box = grown(box, 1, wanted.shape)
     numbered, _ = ndimage.label(_dilated(wanted[slices(box)]), _TOUCHING)
     changes = []
@@ -87,12 +84,12 @@ def find_changes(
         voxels = np.argwhere(numbered[part] == number) + first
         x, y, z = voxels.T
         weights = profiles[0][x] * profiles[1][y] * profiles[2][z]
-        changes.append(Change(voxels + origin, _at(logits, voxels), weights))
+        changes.append(MaskChange(voxels + origin, _at(logits, voxels), weights))
     return changes
 
 
 def _at(logits: Tensor, voxels: Voxels) -> npt.NDArray[np.float16]:
-    """Logits ``(C, n)`` at voxels ``(n, 3)``."""
+    """Return logits ``(C, n)`` at voxels ``(n, 3)``."""
     if not logits.is_cuda:
         x, y, z = voxels.T
         return logits.numpy()[:, x, y, z].astype(np.float16)
@@ -101,10 +98,10 @@ def _at(logits: Tensor, voxels: Voxels) -> npt.NDArray[np.float16]:
 
 
 def _highest(logits: Tensor) -> npt.NDArray[np.uint8]:
-    """The class ``(x, y, z)`` of the highest of logits ``(C, x, y, z)``, the first of equal ones."""
+    """Return the class ``(x, y, z)`` of the highest of logits ``(C, x, y, z)``, the first of equals."""
     if logits.is_cuda:
         return highest(logits).to(torch.uint8).cpu().numpy()
-    # Faster than PyTorch's where there are few classes.
+    # Faster than PyTorch with few classes.
     first, *others = logits.numpy()
     most, classes = first.copy(), np.zeros(first.shape, np.uint8)
     for label, values in enumerate(others, start=1):
@@ -113,8 +110,8 @@ def _highest(logits: Tensor) -> npt.NDArray[np.uint8]:
     return classes
 
 
-def pieces(changes: Sequence[Change]) -> list[list[Change]]:
-    """Changes whose bounding boxes overlap, directly or through others, together."""
+def pieces(changes: Sequence[MaskChange]) -> list[list[MaskChange]]:
+    """Group changes whose bounding boxes overlap, directly or through others."""
     low = np.array([change.voxels.min(0) for change in changes]).reshape(-1, 3)
     high = np.array([change.voxels.max(0) for change in changes]).reshape(-1, 3)
     meet = ((low[:, None] <= high) & (low <= high[:, None])).all(-1)
@@ -129,13 +126,13 @@ def pieces(changes: Sequence[Change]) -> list[list[Change]]:
     return found
 
 
-def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32]]:
-    """The voxels ``(n, 3)`` of several changes, the weighted sum of their logits ``(C, n)``, and of the weights."""
+def mix(piece: Sequence[MaskChange]) -> tuple[Voxels, Logits, npt.NDArray[np.float32]]:
+    """Return the voxels ``(n, 3)`` of several changes, the weighted sum of their logits ``(C, n)``, and of weights."""
     if len(piece) == 1:
         return piece[0].voxels, piece[0].logits * piece[0].weights, piece[0].weights
     first = np.min([change.voxels.min(0) for change in piece], axis=0)
     shape = np.max([change.voxels.max(0) for change in piece], axis=0) - first + 1
-    # Numbered in a box instead of sorted, which takes ten times as long.
+    # Number the voxels in a box: sorting takes ten times as long.
     places = [tuple((change.voxels - first).T) for change in piece]
     inside = np.zeros(shape, dtype=bool)
     for place in places:
@@ -154,12 +151,12 @@ def mix(piece: Sequence[Change]) -> tuple[Voxels, Logits, npt.NDArray[np.float32
 
 @dataclass(frozen=True)
 class Settled:
-    """What becomes of a piece.
+    """Result of settling a piece.
 
     Args:
-        logits: new ones, ``(C, n)``.
-        changed: voxels with another class than in the mask to start from, ``(n,)``.
-        taken: these, and those that touch them and keep their class: where the new logits replace the old, ``(n,)``.
+        logits: new logits, ``(C, n)``.
+        changed: whether a voxel's class differs from the mask to start from, ``(n,)``.
+        taken: whether new logits replace the old, ``(n,)``: at changed voxels, and neighbours that keep their class.
     """
 
     logits: Logits
@@ -168,7 +165,7 @@ class Settled:
 
 
 def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks: Mapping[int, Voxels]) -> Settled:
-    """Let clicks win where they are, and keep of a piece's changes those that hang together with a click for them.
+    """Let clicks win at their voxels, and keep the changes of a piece that are connected with a click for them.
 
     Args:
         voxels: ``(n, 3)``, in the order of their index.
@@ -194,7 +191,7 @@ def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks:
 
 
 def _with_evidence(voxels: Voxels, logits: Logits, clicks: Mapping[int, Voxels]) -> Logits:
-    """Raise the logit of a clicked label until it wins at the click, and by a Gaussian of that around it."""
+    """Raise the logit of a clicked label until it wins at the click, and around it by a Gaussian of that."""
     raised = logits.copy()
     for label, clicked in clicks.items():
         bump = np.zeros(len(voxels), np.float32)
@@ -209,7 +206,7 @@ def _with_evidence(voxels: Voxels, logits: Logits, clicks: Mapping[int, Voxels])
 
 
 def _dilated(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The mask and all voxels that touch it; many times as fast as scipy's."""
+    """Dilate a mask by all touching voxels; many times as fast as scipy."""
     for axis in range(3):
         grown = mask.copy()
         lines, source = np.moveaxis(grown, axis, 0), np.moveaxis(mask, axis, 0)
@@ -220,9 +217,9 @@ def _dilated(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _connected(mask: npt.NDArray[np.bool_], voxels: Voxels) -> npt.NDArray[np.bool_]:
-    """The parts of a mask that hold one of the voxels ``(n, 3)``, or are at most two voxels away from such a part.
+    """Return the parts of a mask that hold one of the voxels ``(n, 3)``, or lie within two voxels of such a part.
 
-    A correction is often a thin shell, which the grid breaks into pieces: without the bridges five clicks bring 0.004
+    A correction is often a thin shell that the grid breaks into pieces: without these bridges five clicks bring 0.004
     less Dice on the hippocampus data.
     """
     result = np.zeros_like(mask)

@@ -1,4 +1,4 @@
-"""Cells that tile a volume, and the window that is computed for a click inside each."""
+"""Cells that tile a volume, and the window to compute for clicks in each."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOST_VOXELS = 64**3
 _SMALLEST = 32
 # The network halves its input four times.
 _MULTIPLE = 16
-# Windows of neighbouring cells start at most this part of a window apart: a click has a fifth of it around.
+# Windows of neighbouring cells start at most this part of a window apart, so that a click has a fifth around it.
 _STEP = 0.6
 
 
 def edit_window(patch_size: Sequence[int], most_voxels: int = _MOST_VOXELS) -> Index:
-    """The window for edits of a network trained with patches: those, shortened evenly to a number of voxels."""
+    """Return the window for edits by a network: its training patch, shortened evenly to a number of voxels."""
     window = list(patch_size)
     while math.prod(window) > most_voxels:
         longest = max(range(3), key=lambda axis: window[axis])
@@ -39,8 +39,8 @@ def edit_window(patch_size: Sequence[int], most_voxels: int = _MOST_VOXELS) -> I
 class Lattice:
     """Cells that tile a volume of ``size`` voxels, each in the middle of a window of ``window`` voxels.
 
-    At the volume's border a cell reaches up to it, and its window stays inside. Along an axis that is not longer than
-    the window there is one cell, and the window extends evenly beyond the volume, as it does in inference.
+    At the volume's border a cell extends to it, and its window stays inside. An axis no longer than the window has one
+    cell, and the window extends evenly beyond the volume, as in inference.
     """
 
     size: Index
@@ -48,7 +48,7 @@ class Lattice:
 
     @cached_property
     def _starts(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """Where windows begin along each axis."""
+        """First voxels of windows along each axis."""
         starts = []
         for length, window in zip(self.size, self.window, strict=True):
             if length <= window:
@@ -61,32 +61,32 @@ class Lattice:
 
     @cached_property
     def _bounds(self) -> tuple[npt.NDArray[np.int64], ...]:
-        """Where cells end and the next begin: halfway between the middles of their windows."""
+        """Borders of cells along each axis: halfway between the centres of their windows."""
         return tuple(
             np.array([0, *(starts[:-1] + starts[1:] + window) // 2, length])
             for starts, window, length in zip(self._starts, self.window, self.size, strict=True)
         )
 
     def cell(self, voxel: Sequence[int]) -> Index:
-        """The cell that a voxel lies in."""
+        """Return the cell of a voxel."""
         return triple(
             int(np.searchsorted(bounds[1:-1], at, side="right")) for bounds, at in zip(self._bounds, voxel, strict=True)
         )
 
     def origin(self, cell: Index) -> Index:
-        """The first voxel of a cell's window; negative where the window is larger than the volume."""
+        """Return the first voxel of a cell's window; negative if the window is larger than the volume."""
         return triple(starts[number] for starts, number in zip(self._starts, cell, strict=True))
 
     def inside(self, cell: Index) -> Box:
-        """The part of a cell's window that lies in the volume."""
+        """Return the part of a cell's window inside the volume."""
         origin = self.origin(cell)
         stop = (min(a + w, n) for a, w, n in zip(origin, self.window, self.size, strict=True))
         return triple(max(0, a) for a in origin), triple(stop)
 
     def sight(self, cell: Index) -> Box:
-        """The voxels whose clicks a cell's window is computed with: the cell and an eighth of a window around it.
+        """Return the box whose clicks a cell's window sees: the cell and an eighth of a window around it.
 
-        With all clicks of the window, each click would have its neighbours' windows computed again, up to 27 of them.
+        If a window saw all clicks inside it, each click would recompute up to 27 windows.
         """
         start, stop = [], []
         for bounds, number, window, length in zip(self._bounds, cell, self.window, self.size, strict=True):
@@ -95,9 +95,9 @@ class Lattice:
         return triple(start), triple(stop)
 
     def weights(self, cell: Index) -> tuple[npt.NDArray[np.float32], ...]:
-        """How much a cell's window counts, along each axis of its part in the volume; the product is the weight.
+        """Return the weights of a cell's window along each axis of its part in the volume; they multiply.
 
-        1 as far as it sees clicks, from there falling towards 0 at borders that are not the volume's.
+        They are 1 where the window sees clicks, and fall towards 0 at borders inside the volume.
         """
         profiles = []
         for seen, inside in zip(zip(*self.sight(cell), strict=True), zip(*self.inside(cell), strict=True), strict=True):

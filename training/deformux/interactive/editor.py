@@ -1,7 +1,7 @@
-"""Corrections by clicks: only what the clicks touch is computed, and only what they ask for changes.
+"""Corrections by clicks: only windows around clicks are computed, and only what clicks ask for changes.
 
-The result is a function of the scan, the weights, the mask to start from and the set of clicks: neither their order
-nor earlier results matter, so taking a click back gives the earlier mask exactly. What is kept saves time only.
+The result is a function of the scan, the weights, the mask to start from and the set of clicks. Neither their order nor
+earlier results matter, so taking a click back gives the earlier mask exactly. Caches only save time.
 """
 
 from __future__ import annotations
@@ -9,95 +9,39 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from deformux.data.grid import Box, Index, ScanGrid, highest, slices, triple
-from deformux.data.preprocessing import Preprocessing, label_grid_transforms
-from deformux.inference.sliding_window import volume_logits
+from deformux.data.grid import Box, Index, slices, triple
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import label_grid_transforms
 from deformux.interactive.border_shift import REACH, border_evidence
-from deformux.interactive.click_regions import Change, find_changes, mix, pieces, settle
+from deformux.interactive.click_regions import MaskChange, find_changes, mix, pieces, settle
 from deformux.interactive.click_windows import Lattice, edit_window
+from deformux.interactive.open_scan import OpenScan
 from deformux.networks.guidance import encode_guidance
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["Editor", "Points", "Study", "open_study", "study_from_logits"]
+__all__ = ["ClickPoints", "Editor"]
 
 # Label value (0 is background) to voxels of the scan.
-Points = Mapping[int, Sequence[Sequence[int]]]
+ClickPoints = Mapping[int, Sequence[Sequence[int]]]
 # From a window (1, 1, x, y, z) and its guidance to logits (1, C, x, y, z).
 GuidedNetwork = Callable[[Tensor, Tensor], Tensor]
 
-# How far the logit of a label is raised beyond all others where the mask to start from has it.
+# Lead over all others to which the logit of a label is raised where the mask to start from has it.
 _MARGIN = 1.0
 
 
 @dataclass(frozen=True)
-class Study:
-    """A scan and its automatic segmentation: what edits of it start from.
-
-    Args:
-        image: network input ``(1, x, y, z)``.
-        logits: of the automatic segmentation, ``(C, x, y, z)``, float16 on the CPU.
-        classes: the highest of them, ``(x, y, z)``, uint8.
-        labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
-    """
-
-    image: MetaTensor
-    logits: Tensor
-    classes: npt.NDArray[np.uint8]
-    labels: npt.NDArray[np.uint8]
-
-    @cached_property
-    def grid(self) -> ScanGrid:
-        """Where the scan's voxels lie on the network's grid."""
-        return ScanGrid.of(self.image)
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the study takes."""
-        return self.image.nbytes + self.logits.nbytes + self.classes.nbytes + self.labels.nbytes
-
-
-@torch.inference_mode()
-def study_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[np.uint8] | None = None) -> Study:
-    """The study of a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known.
-
-    Args:
-        image: what ``inference_transforms`` made of the scan.
-        logits: of the automatic segmentation.
-        labels: these restored to the scan's grid ``(X, Y, Z)``, where that has been done already.
-    """
-    restored = ScanGrid.of(image).labels(logits.float()).numpy() if labels is None else labels
-    classes = highest(logits).to("cpu", torch.uint8).numpy()
-    return Study(
-        image=image.cpu(),
-        logits=_halved(logits, classes),
-        classes=classes,
-        labels=np.ascontiguousarray(restored, dtype=np.uint8),
-    )
-
-
-def open_study(network: nn.Module, path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> Study:
-    """Segment a scan automatically, as ``inference.segment`` does, and keep what edits need.
-
-    Raises:
-        InvalidVolume: the file is not a usable scan.
-    """
-    return study_from_logits(*volume_logits(network, path, prep, device=device))
-
-
-@dataclass(frozen=True)
 class _Patch:
-    """What a piece of overlapping changes writes into a mask: ``labels`` where ``won``, both of a ``box`` of it."""
+    """Effect of a piece of overlapping changes on a mask: ``labels`` where ``won``, both inside ``box``."""
 
     box: Box
     won: npt.NDArray[np.bool_]
@@ -105,39 +49,38 @@ class _Patch:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes beside the changes."""
+        """Bytes of memory that the patch takes beside the changes."""
         return self.won.nbytes + self.labels.nbytes
 
 
-# By what identifies changes and clicks: the changes, whose identity nothing else may take meanwhile, and their patch.
-_Patches = dict[tuple[object, ...], tuple[Sequence[Change], _Patch | None]]
+# Key of changes and clicks to the changes, kept so that their ids stay unique, and their patch.
+_Patches = dict[tuple[object, ...], tuple[Sequence[MaskChange], _Patch | None]]
 
 
 class Editor:
-    """Corrects the mask of one study by clicks; for one thread at a time.
+    """Corrects the mask of one scan by clicks; for one thread at a time.
 
-    A click belongs to a cell of a fixed lattice (``click_windows``), and the network sees the window around that
-    cell with all clicks inside it and the mask to start from. Where the clicks by themselves move a border
-    (``border_shift``), that counts instead of the network's answer. Of what would change, only what is connected
-    with a click for it is taken over: voxels of one new label, one of them clicked with that label, that touch each
-    other or leave gaps of at most two. All else stays as it was, to the voxel. Thus a label loses voxels only to clicks
-    of other labels.
+    A click belongs to a cell of a fixed lattice (``click_windows``). The network sees the window around that cell, with
+    all clicks inside it and the mask to start from. Where clicks alone move a border (``border_shift``), that replaces
+    the network's answer. Only changes connected with a click for them are kept: voxels of one new label, one of them
+    clicked with that label, that touch or leave gaps of at most two. Everything else stays the same, to the voxel, so
+    that a label loses voxels only to clicks of other labels.
 
     Args:
-        study: the scan and its automatic segmentation.
+        scan: the scan and its automatic segmentation.
         network: takes a window ``(1, 1, x, y, z)`` and its guidance, and returns logits; on ``device``.
         prep: the model's preprocessing.
         device: where the network is.
-        mask: label values ``(X, Y, Z)`` on the scan's grid to start from, instead of the automatic ones.
-        cache_bytes: memory for the results of windows; beyond it, those that were not used for longest are dropped.
+        mask: label values ``(X, Y, Z)`` on the scan's grid to start from, instead of the automatic mask.
+        cache_bytes: memory for results of windows; beyond it, the least recently used are dropped.
 
     Raises:
-        ValueError: the mask has another size than the scan, or holds values that are no label.
+        ValueError: the mask has another size than the scan, or values that are not labels.
     """
 
     def __init__(
         self,
-        study: Study,
+        scan: OpenScan,
         network: GuidedNetwork,
         prep: Preprocessing,
         *,
@@ -145,41 +88,41 @@ class Editor:
         mask: npt.NDArray[np.integer] | None = None,
         cache_bytes: int = 128 * 2**20,
     ) -> None:
-        self.study, self.network, self.device = study, network, torch.device(device)
-        self.n_labels = study.logits.shape[0] - 1
+        self.scan, self.network, self.device = scan, network, torch.device(device)
+        self.n_labels = scan.logits.shape[0] - 1
         self.windows_computed = 0
         self._cache_bytes = cache_bytes
-        self._windows: OrderedDict[tuple[object, ...], list[Change]] = OrderedDict()
-        # Of the last call only: the next one has mostly the same pieces.
+        self._windows: OrderedDict[tuple[object, ...], list[MaskChange]] = OrderedDict()
+        # Of the last call only: the next one mostly has the same pieces.
         self._patches: _Patches = {}
-        # By window: what its starting logits say around clicks.
+        # By window: what its starting logits say about the surroundings of clicks.
         self._surroundings: dict[Box, dict[tuple[int, ...], npt.NDArray[np.float32]]] = {}
-        size = study.grid.network_size
+        size = scan.grid.network_size
         self._lattice = Lattice(size, edit_window(prep.patch_size))
-        self._mask, self._start = study.labels, study.classes
+        self._mask, self._start = scan.labels, scan.classes
         if mask is not None:
             self._mask = self._checked(mask)
-            self._start = _on_network_grid(self._mask, study, prep)
+            self._start = _on_network_grid(self._mask, scan, prep)
 
     @property
     def nbytes(self) -> int:
-        """Memory that the editor takes beside its study."""
-        own = 0 if self._mask is self.study.labels else self._mask.nbytes + self._start.nbytes
+        """Bytes of memory that the editor takes beside its scan."""
+        own = 0 if self._mask is self.scan.labels else self._mask.nbytes + self._start.nbytes
         return own + self._other_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
 
     @torch.inference_mode()
-    def apply(self, points: Points) -> npt.NDArray[np.uint8]:
-        """The mask ``(X, Y, Z)`` on the scan's grid with all clicks of ``points``, which always keep their label.
+    def apply(self, points: ClickPoints) -> npt.NDArray[np.uint8]:
+        """Return the mask ``(X, Y, Z)`` on the scan's grid with all clicks of ``points``; each gets its label.
 
         Raises:
-            ValueError: a click outside the scan, of an unknown label, or of two labels at one voxel.
+            ValueError: a click is outside the scan or has an unknown label, or two labels are clicked at one voxel.
         """
         self.windows_computed = 0
         clicks = self._checked_points(points)
         result = self._mask.copy()
         if not clicks:
             return result
-        moved = {label: np.unique(self.study.grid.nearest(voxels), axis=0) for label, voxels in clicks.items()}
+        moved = {label: np.unique(self.scan.grid.nearest(voxels), axis=0) for label, voxels in clicks.items()}
         cells = sorted({self._lattice.cell(voxel) for voxels in moved.values() for voxel in voxels})
         before, self._patches = self._patches, {}
         for piece in pieces([change for cell in cells for change in self._window(cell, moved)]):
@@ -189,7 +132,7 @@ class Editor:
         self._forget()
         return result
 
-    def _window(self, cell: Index, clicks: Mapping[int, npt.NDArray[np.int64]]) -> list[Change]:
+    def _window(self, cell: Index, clicks: Mapping[int, npt.NDArray[np.int64]]) -> list[MaskChange]:
         seen = {label: _inside(voxels, self._lattice.sight(cell)) for label, voxels in sorted(clicks.items())}
         key = (cell, *((label, voxels.tobytes()) for label, voxels in seen.items() if len(voxels)))
         if key in self._windows:
@@ -201,8 +144,8 @@ class Editor:
         start, stop = np.array(box)
         before, after = start - origin, origin + size - stop
         margins = [int(n) for axis in (2, 1, 0) for n in (before[axis], after[axis])]
-        # Beyond the volume the network has learnt to see the scan's border repeated, and an empty mask.
-        image = self.study.image.as_tensor()[(slice(None), *slices(box))]
+        # Training repeats the scan's border beyond the volume, and leaves the mask empty there.
+        image = self.scan.image.as_tensor()[(slice(None), *slices(box))]
         image = F.pad(image[None], margins, mode="replicate").to(self.device)
         mask = F.pad(torch.from_numpy(self._start[slices(box)]), margins).to(self.device)
         guidance = encode_guidance(seen, mask, n_labels=self.n_labels, size=triple(size), origin=triple(origin))
@@ -216,7 +159,7 @@ class Editor:
         return changes
 
     def _with_borders(self, logits: Tensor, box: Box, clicks: Mapping[int, npt.NDArray[np.int64]]) -> Tensor:
-        """Replace, in place, the network's logits ``(C, x, y, z)`` of a box where clicks alone move a border."""
+        """Replace the network's logits ``(C, x, y, z)`` of a box, in place, where clicks alone move a border."""
         here = {label: _inside(voxels, box) for label, voxels in clicks.items()}
         places = np.concatenate([*here.values(), np.empty((0, 3), np.int64)])
         if not len(places):
@@ -224,7 +167,7 @@ class Editor:
         low = np.maximum(places.min(0) - REACH, box[0])
         near: Box = (triple(low), triple(np.minimum(places.max(0) + REACH + 1, box[1])))
         start, classes = self._starting_box(near), self._start[slices(near)]
-        # With many classes several times as fast as numpy's.
+        # Several times as fast as numpy with many classes.
         most = start.amax(0).numpy()
         values = start.numpy()
         moved = np.zeros(classes.shape, dtype=bool)
@@ -248,12 +191,12 @@ class Editor:
 
     def _edit(
         self,
-        piece: Sequence[Change],
+        piece: Sequence[MaskChange],
         clicks: Mapping[int, npt.NDArray[np.int64]],
         known: _Patches,
         result: npt.NDArray[np.uint8],
     ) -> None:
-        """Write what overlapping changes amount to into the mask; ``known`` are patches of an earlier call."""
+        """Write the effect of overlapping changes into the mask; ``known`` are patches of an earlier call."""
         within: Box = (
             triple(np.min([change.voxels.min(0) for change in piece], axis=0)),
             triple(np.max([change.voxels.max(0) for change in piece], axis=0) + 1),
@@ -266,12 +209,12 @@ class Editor:
             part[patch.won] = patch.labels[patch.won]
 
     def _patch(
-        self, piece: Sequence[Change], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
+        self, piece: Sequence[MaskChange], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
     ) -> _Patch | None:
-        """What overlapping changes in a box write into the mask, if anything."""
+        """Return the effect of overlapping changes in a box on the mask, or None."""
         voxels, logits, weights = mix(piece)
         logits = (logits + np.maximum(0, 1 - weights) * self._starting_logits(voxels)) / np.maximum(1, weights)
-        # A click in this box may be another piece's, whose voxels lie around or between these.
+        # A click in this box may belong to another piece, whose voxels lie around or between these.
         own = np.zeros(np.subtract(within[1], within[0]), dtype=bool)
         own[tuple((voxels - within[0]).T)] = True
         here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in clicks.items()}
@@ -284,11 +227,11 @@ class Editor:
         return _Patch(box, won, labels)
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """The automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
+        """Return automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
         index = tuple(voxels.T)
-        logits = self.study.logits.numpy()[(slice(None), *index)].astype(np.float32)
-        if self._start is not self.study.classes:
-            _agree(logits, self._start[index], self.study.classes[index])
+        logits = self.scan.logits.numpy()[(slice(None), *index)].astype(np.float32)
+        if self._start is not self.scan.classes:
+            _agree(logits, self._start[index], self.scan.classes[index])
         return logits
 
     def _restored(
@@ -298,8 +241,8 @@ class Editor:
         logits: npt.NDArray[np.float32],
         clicked: Sequence[int],
     ) -> tuple[Box, npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
-        """What new logits ``(C, n)`` of the network's grid give to clicked labels: a box of the scan, where, labels."""
-        grid = self.study.grid
+        """Restore new logits ``(C, n)`` to the scan's grid: a box, the voxels won by clicked labels, the labels."""
+        grid = self.scan.grid
         box = grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         origin, stop = np.array(needed := grid.needed(box))
         before = self._starting_box(needed)
@@ -307,21 +250,21 @@ class Editor:
         here = ((voxels >= origin) & (voxels < stop)).all(1)
         after[(slice(None), *(voxels[here] - origin).T)] = torch.from_numpy(logits[:, here])
         old, new = (grid.labels(values, box=box, origin=triple(origin)).numpy() for values in (before, after))
-        # Between two classes interpolation may find a third, which nobody asked for.
+        # Interpolation between two classes may give a third, which was not clicked.
         return box, (new != old) & np.isin(new, clicked), new
 
     def _starting_box(self, box: Box) -> Tensor:
-        logits = self.study.logits[(slice(None), *slices(box))].float()
-        if self._start is not self.study.classes:
+        logits = self.scan.logits[(slice(None), *slices(box))].float()
+        if self._start is not self.scan.classes:
             flat = logits.reshape(len(logits), -1).numpy()
-            _agree(flat, self._start[slices(box)].ravel(), self.study.classes[slices(box)].ravel())
+            _agree(flat, self._start[slices(box)].ravel(), self.scan.classes[slices(box)].ravel())
             return torch.from_numpy(flat).reshape(logits.shape)
         return logits
 
     def _forget(self) -> None:
         held = sum(_nbytes(changes) for changes in self._windows.values())
         if held + self._other_bytes() > self._cache_bytes:
-            # Quickly found again; and patches hold changes, too.
+            # They are quick to recompute, and patches hold changes too.
             self._patches.clear()
             self._surroundings.clear()
         while held > self._cache_bytes:
@@ -333,14 +276,14 @@ class Editor:
         return around + sum(patch.nbytes for _, patch in self._patches.values() if patch is not None)
 
     def _checked(self, mask: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-        if mask.shape != self.study.labels.shape:
-            raise ValueError(f"mask: got {mask.shape} voxels, expected the scan's {self.study.labels.shape}")
+        if mask.shape != self.scan.labels.shape:
+            raise ValueError(f"mask: got {mask.shape} voxels, expected the scan's {self.scan.labels.shape}")
         if mask.min() < 0 or mask.max() > self.n_labels:
             raise ValueError(f"mask: got values {mask.min()} to {mask.max()}, expected 0 to {self.n_labels}")
         return np.array(mask, dtype=np.uint8)
 
-    def _checked_points(self, points: Points) -> dict[int, npt.NDArray[np.int64]]:
-        size = self.study.grid.size
+    def _checked_points(self, points: ClickPoints) -> dict[int, npt.NDArray[np.int64]]:
+        size = self.scan.grid.size
         owner: dict[Index, int] = {}
         for label in sorted(points):
             if not 0 <= label <= self.n_labels:
@@ -357,30 +300,20 @@ class Editor:
         return {label: np.array(clicks[label], dtype=np.int64) for label in sorted(clicks)}
 
 
-def _on_network_grid(mask: npt.NDArray[np.uint8], study: Study, prep: Preprocessing) -> npt.NDArray[np.uint8]:
-    volume = MetaTensor(torch.from_numpy(mask)[None].float(), affine=torch.as_tensor(study.grid.affine))
+def _on_network_grid(mask: npt.NDArray[np.uint8], scan: OpenScan, prep: Preprocessing) -> npt.NDArray[np.uint8]:
+    volume = MetaTensor(torch.from_numpy(mask)[None].float(), affine=torch.as_tensor(scan.grid.affine))
     for transform in label_grid_transforms(prep, "label"):
         volume = cast(MetaTensor, transform({"label": volume})["label"])
     return volume[0].to(torch.uint8).numpy()
 
 
-def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
-    """The logits in float16, the highest still the same: rounding makes ties of small differences."""
-    halved = logits.to(torch.float16)
-    x, y, z = np.nonzero((highest(halved) != highest(logits)).cpu().numpy())
-    halved = halved.cpu()
-    values = halved.numpy()
-    values[classes[x, y, z], x, y, z] = np.nextafter(values[:, x, y, z].max(0, initial=-np.inf), np.float16("inf"))
-    return halved
-
-
 def _agree(logits: npt.NDArray[np.float32], wanted: npt.NDArray[np.uint8], found: npt.NDArray[np.uint8]) -> None:
-    """Raise, in place, the logits ``(C, n)`` of classes that a mask wants but the network did not find."""
+    """Raise the logits ``(C, n)``, in place, of classes that the mask has and the network did not find."""
     (differ,) = np.nonzero(wanted != found)
     logits[wanted[differ], differ] = logits[:, differ].max(0, initial=-np.inf) + _MARGIN
 
 
-def _nbytes(changes: Sequence[Change]) -> int:
+def _nbytes(changes: Sequence[MaskChange]) -> int:
     return sum(change.nbytes for change in changes)
 
 

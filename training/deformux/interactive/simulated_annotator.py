@@ -1,4 +1,4 @@
-"""Simulated annotators: they know the truth and hand in what a radiologist would, for demos and benchmarks."""
+"""Simulated annotators for demos and benchmarks: they know the truth and correct as a radiologist would."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 
 __all__ = ["Click", "ClickAnnotator", "Correction", "WholeLabelAnnotator", "dense_labels"]
 
-Labels = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.uint8]
 
 
-def dense_labels(label: npt.NDArray[np.generic], values: Sequence[int]) -> Labels:
-    """Return `label` (D, H, W) with `values[0]` as 1, `values[1]` as 2, … and everything else as background 0.
+def dense_labels(label: npt.NDArray[np.generic], values: Sequence[int]) -> _Labels:
+    """Return ``label`` ``(D, H, W)`` with ``values[0]`` as 1, ``values[1]`` as 2, … and everything else as 0.
 
-    MONAI Label's clients number labels by their position, so sparse values would silently lose classes.
-    Raises ValueError for more than 255 values, repeated values or the background value 0 among them.
+    MONAI Label's clients number labels by position, so sparse values would silently lose classes.
+
+    Raises:
+        ValueError: there are more than 255 values, repeated ones, or the background value 0.
     """
     if len(values) > 255 or len(set(values)) != len(values) or 0 in values:
         raise ValueError(f"label values: got {list(values)}, expected at most 255 different values other than 0")
@@ -32,13 +34,16 @@ def dense_labels(label: npt.NDArray[np.generic], values: Sequence[int]) -> Label
 
 @dataclass(frozen=True)
 class Correction:
-    """What the annotator hands in: `label` (D, H, W), and how much of the prediction had to change to get there.
+    """A submitted label, and how much of the prediction the annotator changed.
 
-    `edited` holds per label name the share of voxels changed, among those that the prediction or the truth gives
-    to that label: 0 = untouched, 1 = redrawn. Labels absent from both are left out. `edited_voxels` counts voxels.
+    Args:
+        label: ``(D, H, W)``.
+        edited: label name to the share of changed voxels, among those that prediction or truth give to that label:
+            0 untouched, 1 redrawn. Labels absent from both are left out.
+        edited_voxels: number of changed voxels.
     """
 
-    label: Labels
+    label: _Labels
     edited: Mapping[str, float]
     edited_voxels: int
 
@@ -49,10 +54,10 @@ class WholeLabelAnnotator:
     def __init__(self, labels: Sequence[str]) -> None:
         self.labels = tuple(labels)
 
-    def correct(self, truth: Labels, prediction: Labels | None = None) -> Correction:
-        """Return the true label and its distance from the `prediction` shown, both (D, H, W) with values 0..N.
+    def correct(self, truth: _Labels, prediction: _Labels | None = None) -> Correction:
+        """Return the true label and its difference from the ``prediction``, both ``(D, H, W)`` with values 0..N.
 
-        Without a prediction the annotator draws everything. Raises ValueError when shapes differ or values exceed N.
+        Without a prediction the annotator draws everything. Raises ValueError if shapes differ or values exceed N.
         """
         shown = np.zeros_like(truth) if prediction is None else prediction
         if shown.shape != truth.shape:
@@ -82,9 +87,9 @@ class Click:
 class ClickAnnotator:
     """An annotator who clicks into the largest errors, each time with the label that should be there.
 
-    An error is a face-connected component of voxels of one true label that are shown as anything else. The click goes
-    where the error is thickest, by the Euclidean distance transform; of several such voxels, nearest to its middle
-    (as the robot of Xu et al., CVPR 2016, and of all benchmarks since).
+    An error is a face-connected component of voxels of one true label that are shown as another. The click goes where
+    the error is thickest, by the Euclidean distance transform, and of several such voxels to the one nearest the middle
+    (like the robot of Xu et al., CVPR 2016, and of benchmarks since).
 
     Args:
         n_labels: labels 1..N.
@@ -109,22 +114,22 @@ class ClickAnnotator:
 
     def clicks(
         self,
-        truth: Labels,
-        shown: Labels,
+        truth: _Labels,
+        shown: _Labels,
         *,
         most: int = 1,
         label: int | None = None,
         annotated: npt.NDArray[np.bool_] | None = None,
     ) -> list[Click]:
-        """Clicks into the ``most`` largest errors, largest first; fewer where there are fewer, none without an error.
+        """Return clicks into the ``most`` largest errors, or into all if there are fewer, largest first.
 
         Args:
             truth: ``(D, H, W)``, values 0..N; 255 is unlabelled, and never an error.
             shown: the segmentation on the screen, ``(D, H, W)``.
             most: number of clicks.
             label: only errors that should be this label, 0 for background.
-            annotated: ``(N + 1,)``, which classes the truth tells apart. Where one of the others is shown on the
-                truth's background nobody knows better.
+            annotated: whether the truth tells each class apart, ``(N + 1,)``. Another class shown on the truth's
+                background is not an error.
 
         Raises:
             ValueError: shapes differ, or a label beyond N.
@@ -143,7 +148,7 @@ class ClickAnnotator:
         return [Click(error.label, self._inside(error, truth.shape)) for error in errors]
 
     def _inside(self, error: _Component, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        # The volume's border ends a component as well, except along an axis of one voxel, where everything is border.
+        # The volume's border ends a component too, except along an axis of one voxel, where everything is border.
         around = [(1, 1) if length > 1 else (0, 0) for length in shape]
         padded = np.pad(error.inside, around)
         depth = ndimage.distance_transform_edt(padded, sampling=self.spacing)
@@ -167,14 +172,14 @@ class _Component:
 
 
 def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[_Component]:
-    """The largest face-connected components of the voxels that should have a label, given plus 1; 0 is no error."""
+    """Return the largest face-connected components of wrong voxels: ``wanted`` is their label plus 1, 0 elsewhere."""
     found: list[_Component] = []
     if most < 1:
         return found
     boxes = ndimage.find_objects(wanted)
     wrong = np.bincount(wanted.ravel(), minlength=len(boxes) + 1)[1:]
     for label in np.argsort(-wrong, kind="stable"):
-        # A label with fewer wrong voxels in all has no larger component: with 40 labels, few are looked at.
+        # A label with fewer wrong voxels in total has no larger component, so that few of 40 labels are examined.
         if wrong[label] == 0 or (len(found) == most and wrong[label] < found[-1].voxels):
             break
         box = boxes[label]
@@ -186,6 +191,6 @@ def _largest(wanted: npt.NDArray[np.int32], most: int) -> list[_Component]:
             part = parts[index]
             origin = tuple(outer.start + inner.start for outer, inner in zip(box, part, strict=True))
             found.append(_Component(int(label), int(sizes[index]), origin, numbered[part] == index + 1))
-        # Of components that are equally large, the one of the lowest label comes first, always.
+        # Of equally large components, the one of the lowest label always comes first.
         found = sorted(found, key=lambda component: (-component.voxels, component.label))[:most]
     return found

@@ -1,4 +1,4 @@
-"""Work on a GPU that is captured in a CUDA graph once and replayed: one launch instead of thousands."""
+"""Work on a GPU captured in a CUDA graph once and replayed: one launch instead of thousands."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ __all__ = ["CaptureFailed", "CapturedCall", "captured"]
 
 
 class CaptureFailed(RuntimeError):
-    """The work cannot be captured; the message says why. Nothing that it would have changed is half changed."""
+    """The work cannot be captured; the message says why. Nothing is left half changed."""
 
 
 def captured(
     work: Callable[[], Any], device: torch.device, *, pool: Any = None, alone: bool = False
 ) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Run the work twice, then capture it; return its graph, and its results as each replay leaves them.
+    """Run the work twice, then capture it; return its graph, and its results, which each replay overwrites.
 
     Args:
-        work: reads and writes tensors that stay where they are; returns tensors, in any nesting.
+        work: reads and writes tensors at fixed addresses; returns tensors, in any nesting.
         device: a GPU.
-        pool: memory that graphs share which are never replayed at the same time
-            (``torch.cuda.graph_pool_handle()``).
-        alone: no other thread of this process waits for a GPU meanwhile: what would do so in the work is then found
-            before the capture, which leaves less behind.
+        pool: memory shared by graphs that are never replayed at the same time (``torch.cuda.graph_pool_handle()``).
+        alone: no other thread of this process waits for a GPU meanwhile. A wait in the work is then found before the
+            capture, which leaves less behind.
 
     Raises:
-        CaptureFailed: the work waits for the GPU, or does what cannot be captured, or memory is short.
+        CaptureFailed: the work waits for the GPU or does something else that cannot be captured, or memory is short.
     """
     try:
-        # Graphs and streams are those of the current device, whichever the tensors are on.
+        # Graphs and streams belong to the current device, wherever the tensors are.
         with torch.cuda.device(device):
             _warm_up(work, device, alone)
             graph = torch.cuda.CUDAGraph()
@@ -47,10 +46,10 @@ def captured(
 class CapturedCall:
     """A function of tensors on a GPU, replayed on inputs of the same shapes and dtypes.
 
-    The results are the same tensors in every call, overwritten by the next. The function may also write to tensors
-    that stay where they are, such as gradients; it runs twice before it is captured.
+    Every call returns the same tensors, which the next one overwrites. The function may also write to tensors at fixed
+    addresses, such as gradients. It runs twice before it is captured.
 
-    Only for a process in which no other thread waits for a GPU.
+    Use it only in a process where no other thread waits for a GPU.
 
     Args:
         work: takes as many tensors as there are ``inputs``; returns tensors, in any nesting.
@@ -78,27 +77,27 @@ class CapturedCall:
 
 
 def _warm_up(work: Callable[[], Any], device: torch.device, alone: bool) -> None:
-    """Run the work as it will be captured; raise where it waits for the GPU, which a capture would not survive."""
+    """Run the work as it will be captured; raise if it waits for the GPU, which would break a capture."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     before = torch.cuda.get_sync_debug_mode()
     try:
         with torch.cuda.stream(stream):
-            # In this pass libraries compile and choose, and may wait.
+            # In this pass libraries compile and choose kernels, and may wait.
             work()
             if alone:
-                # The mode is that of all threads.
+                # The mode applies to all threads.
                 torch.cuda.set_sync_debug_mode("error")
             work()
     finally:
         torch.cuda.set_sync_debug_mode(before)
-        # Also where it failed: what it was writing must not be written by others meanwhile.
+        # Also after a failure: nobody else may write to the same tensors meanwhile.
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
 @functools.cache
 def _stream(index: int) -> torch.cuda.Stream:
-    """Return the stream that captures on a device: PyTorch's own is of the device that was current first."""
+    """Return the stream for captures on a device: PyTorch's own belongs to the device that was current first."""
     return torch.cuda.Stream(index)
 
 
@@ -109,11 +108,11 @@ def _captured(work: Callable[[], Any], graph: torch.cuda.CUDAGraph, device: torc
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message=".*[Gg]raph is empty")
-            # Of this thread alone: others, such as one that pins memory for batches to come, go on.
+            # Only this thread: others, such as one that pins memory for batches to come, go on.
             with torch.cuda.graph(graph, pool=pool, stream=_stream(index), capture_error_mode="thread_local"):
                 return work()
     except BaseException:
-        # A broken capture leaves a generator that can draw no random numbers any more, and its own stream current.
+        # A broken capture leaves its stream current, and a generator that can no longer draw random numbers.
         generator.graphsafe_set_state(kept)
         torch.cuda.set_stream(current)
         raise

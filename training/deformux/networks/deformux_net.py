@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
@@ -14,207 +13,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from deform3d import deform_conv3d, deform_conv3d_fused_offset
-from deformux.networks.fast_cpu_conv import Conv3d, adopt, conv3d
+from deformux.networks.blocks import ChannelNorm, Convolution, DeformUXNetBlock, Mlp, OffsetPlanes
+from deformux.networks.fast_cpu_conv import adopt
+from deformux.networks.guided_layers import GuidedConv3d, InputBlock, Stem
+from deformux.networks.presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "DeformUXNet", "DeformUXNetBlock", "DeformableMixer", "Preset", "used_channels"]
-
-Convolution = Literal["depthwise", "dense"]
-OffsetPlanes = Literal["xyz", "xy", "xz", "yz"]
-Mlp = Literal["dense", "depthwise", "none"]
+__all__ = ["DeformUXNet", "used_channels"]
 
 # The deepest stage sees 1/16 of the resolution.
 _STRIDE = 16
-_TAPS = 27
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Widths of a DeformUX-Net: channels of the four stages, channels of the bottleneck, blocks per stage."""
-
-    channels: tuple[int, int, int, int]
-    hidden: int
-    depths: tuple[int, int, int, int] = (2, 2, 2, 2)
-
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {
-        "base": Preset((48, 96, 192, 384), 768),  # the published model
-        "small": Preset((24, 48, 96, 192), 384),
-        "tiny": Preset((16, 32, 64, 128), 256),  # trains on a CPU
-    }
-)
-
-
-class _ChannelNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of ``(N, C, D, H, W)``; the result is in channels-last memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 4, 1)).permute(0, 4, 1, 2, 3)
-
-
-class DeformableMixer(nn.Module):
-    """3×3×3 deformable convolution with offsets from a parallel, zero-initialised convolution (paper, section 3.2).
-
-    ``(N, C, D, H, W)`` to the same shape. At initialisation it is an ordinary 3×3×3 convolution.
-
-    Args:
-        channels: C.
-        convolution: ``depthwise`` (published) or ``dense``, the standard deformable convolution.
-        offset_kernel: kernel size of the offset branch, 1 (published) or 3.
-        offset_planes: axes along which taps may move; ``xyz`` is the published tri-planar form. x, y and z are the
-            tensor's three spatial axes in order.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        convolution: Convolution = "depthwise",
-        offset_kernel: int = 1,
-        offset_planes: OffsetPlanes = "xyz",
-    ) -> None:
-        super().__init__()
-        self.groups = channels if convolution == "depthwise" else 1
-        self.axes = tuple("xyz".index(axis) for axis in offset_planes)
-        self.weight = nn.Parameter(torch.empty(channels, channels // self.groups, 3, 3, 3))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        # Padding keeps the grid: the published code pads a 1×1×1 kernel too, which shifts every offset.
-        self.offset = nn.Conv3d(channels, len(self.axes) * _TAPS, offset_kernel, padding=offset_kernel // 2)
-        # The variance of torch's own convolution initialisation.
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Without gradients; torch.compile cannot trace the question for inference mode.
-        inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if inference and len(self.axes) == 3 and self.offset.kernel_size == (1, 1, 1):
-            # Spares the 81 channels of offsets where a kernel can compute them as it goes.
-            return deform_conv3d_fused_offset(x, self.offset.weight, self.offset.bias, self.weight, self.bias)
-        offset = self.offset(x)
-        if len(self.axes) < 3:
-            full = offset.new_zeros(offset.shape[0], _TAPS, 3, *offset.shape[2:])
-            full[:, :, self.axes] = offset.unflatten(1, (_TAPS, len(self.axes)))
-            offset = full.flatten(1, 2)
-        return deform_conv3d(x, offset, self.weight, self.bias, padding=1)
-
-
-class _DenseMlp(nn.Module):
-    """Two 1×1×1 convolutions around a GELU, as matrix products over channels-last voxels."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.expand = nn.Linear(channels, 4 * channels)
-        self.reduce = nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        voxels = x.permute(0, 2, 3, 4, 1)
-        return self.reduce(F.gelu(self.expand(voxels))).permute(0, 4, 1, 2, 3)
-
-
-class _DepthwiseScaling(nn.Sequential):
-    """The channel-wise expansion of 3D UX-Net (arXiv 2209.15076): no channel mixing."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(
-            nn.Conv3d(channels, 4 * channels, 1, groups=channels),
-            nn.GELU(),
-            nn.Conv3d(4 * channels, channels, 1, groups=channels),
-        )
-
-
-class DeformUXNetBlock(nn.Module):
-    """``z = DDC(LN(z)) + z; z = MLP(LN(z)) + z`` (paper, equation 3) on ``(N, C, D, H, W)``."""
-
-    def __init__(
-        self,
-        channels: int,
-        *,
-        convolution: Convolution = "depthwise",
-        offset_kernel: int = 1,
-        offset_planes: OffsetPlanes = "xyz",
-        mlp: Mlp = "dense",
-    ) -> None:
-        super().__init__()
-        self.norm1 = _ChannelNorm(channels)
-        self.mixer = DeformableMixer(
-            channels, convolution=convolution, offset_kernel=offset_kernel, offset_planes=offset_planes
-        )
-        # "none" drops the second line whole, its normalisation included.
-        self.norm2 = _ChannelNorm(channels) if mlp != "none" else None
-        self.mlp: nn.Module | None = None
-        if mlp == "dense":
-            self.mlp = _DenseMlp(channels)
-        elif mlp == "depthwise":
-            self.mlp = _DepthwiseScaling(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mixer(self.norm1(x)) + x
-        if self.norm2 is not None and self.mlp is not None:
-            x = self.mlp(self.norm2(x)) + x
-        return x
-
-
-class GuidedConv3d(Conv3d):
-    """A convolution of the scan, to which guidance adds through weights of its own, zero at first.
-
-    The state dict has ``guidance`` (out, guidance channels, kernel) beside the names of ``nn.Conv3d``.
-    """
-
-    guidance: nn.Parameter
-
-    @classmethod
-    def of(cls, convolution: nn.Conv3d, guidance_channels: int) -> GuidedConv3d:
-        """The same convolution, its weights shared, with room for guidance."""
-        guided = cls(
-            convolution.in_channels,
-            convolution.out_channels,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            stride=convolution.stride,  # type: ignore[arg-type]
-            padding=convolution.padding,  # type: ignore[arg-type]
-            bias=convolution.bias is not None,
-            # Draws no random numbers: a network with guidance starts from the weights of one without.
-            device="meta",
-        )
-        guided.weight, guided.bias = convolution.weight, convolution.bias
-        weight = convolution.weight
-        guided.guidance = nn.Parameter(weight.new_zeros(weight.shape[0], guidance_channels, *weight.shape[2:]))
-        return guided.train(convolution.training)
-
-    def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """As ``nn.Conv3d``, plus the convolved ``guidance``, which holds the given ``channels`` out of all."""
-        y = super().forward(x)
-        if guidance is None or channels is None or not guidance.shape[1]:
-            return y
-        weight = self.guidance[:, channels]
-        return y + conv3d(guidance, weight, None, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
-
-
-class _Stem(nn.Sequential):
-    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
-        convolution, norm = self
-        return norm(convolution(x, *guidance))
-
-
-class _InputBlock(UnetrBasicBlock):
-    """MONAI's residual block; guidance, where there is any, goes into the two convolutions that read the scan."""
-
-    def forward(self, x: Tensor, *guidance: Tensor) -> Tensor:
-        if not guidance:
-            return super().forward(x)
-        block = self.layer
-        y = block.conv2(block.lrelu(block.norm1(block.conv1.conv(x, *guidance))))
-        # Without a change of width MONAI's block has no convolution beside its main path.
-        residual = block.norm3(block.conv3.conv(x, *guidance)) if block.downsample else x
-        return block.lrelu(block.norm2(y) + residual)
 
 
 class DeformUXNet(nn.Module):
     """DeformUX-Net for volumetric segmentation (Lee et al., arXiv 2310.00199, figure 2 and equation 3).
 
-    Four encoder stages at 1/2 … 1/16 of the resolution, and the convolutional decoder of UNETR. Each row of the
-    paper's ablation (table 3) is one of the keyword arguments.
+    The encoder has four stages at 1/2 … 1/16 of the resolution, the decoder is UNETR's. Each row of the paper's
+    ablation (table 3) is one of the keyword arguments.
 
     Args:
         in_channels: channels of the scan.
@@ -226,14 +40,23 @@ class DeformUXNet(nn.Module):
         mlp: ``dense`` (published), ``depthwise`` scaling, or ``none``.
         activation_checkpointing: recompute encoder blocks and decoder stages in the backward pass instead of keeping
             their activations.
-        guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output is that
-            of the network without guidance, bit for bit.
+        guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output equals
+            that of a network without guidance, bit for bit.
 
     Attributes:
         guidance_channels: 2 · out_channels - 1 with guidance, else 0.
 
     Raises:
         ValueError: an argument is not one of those named above.
+
+    Examples:
+        >>> import torch
+        >>> from deformux import DeformUXNet
+        >>> network = DeformUXNet(in_channels=1, out_channels=3, preset="tiny").eval()
+        >>> with torch.inference_mode():
+        ...     logits = network(torch.randn(1, 1, 20, 32, 16))
+        >>> logits.shape
+        torch.Size([1, 3, 20, 32, 16])
     """
 
     def __init__(
@@ -260,63 +83,51 @@ class DeformUXNet(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.in_channels, self.out_channels, self.preset = in_channels, out_channels, preset
         self.activation_checkpointing = activation_checkpointing
-        widths = PRESETS[preset].channels
-        hidden = PRESETS[preset].hidden
-
+        block = partial(
+            DeformUXNetBlock,
+            convolution=convolution,
+            offset_kernel=offset_kernel,
+            offset_planes=offset_planes,
+            mlp=mlp,
+        )
         self.downsample = nn.ModuleList()
         self.stages = nn.ModuleList()
         self.stage_norms = nn.ModuleList()
-        for level, width in enumerate(widths):
-            if level == 0:
-                reduce: nn.Sequential = _Stem(
-                    nn.Conv3d(in_channels, width, 7, stride=2, padding=3), _ChannelNorm(width)
-                )
-            else:
-                reduce = nn.Sequential(
-                    _ChannelNorm(widths[level - 1]), nn.Conv3d(widths[level - 1], width, 2, stride=2)
-                )
-            self.downsample.append(reduce)
-            self.stages.append(
-                nn.ModuleList(
-                    DeformUXNetBlock(
-                        width,
-                        convolution=convolution,
-                        offset_kernel=offset_kernel,
-                        offset_planes=offset_planes,
-                        mlp=mlp,
-                    )
-                    for _ in range(PRESETS[preset].depths[level])
-                )
-            )
-            self.stage_norms.append(_ChannelNorm(width))
-
-        # Skip connection k has resolution 1/2^k; the raw image is the first.
-        sources = (in_channels, *widths)
-        targets = (*widths, hidden)
-        self.skips = nn.ModuleList(
-            block(3, source, target, kernel_size=3, stride=1, norm_name="instance", res_block=True)
-            for block, source, target in zip((_InputBlock, *(UnetrBasicBlock,) * 4), sources, targets, strict=True)
-        )
-        self.ups = nn.ModuleList(
-            UnetrUpBlock(
-                3,
-                targets[k + 1],
-                targets[k],
-                kernel_size=3,
-                upsample_kernel_size=2,
-                norm_name="instance",
-                res_block=True,
-            )
-            for k in reversed(range(4))
-        )
-        self.fuse = UnetrBasicBlock(
-            3, widths[0], widths[0], kernel_size=3, stride=1, norm_name="instance", res_block=True
-        )
-        self.head = UnetOutBlock(3, widths[0], out_channels)
+        self._add_encoder(PRESETS[preset], block)
+        self.skips = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        self._add_decoder(PRESETS[preset])
         adopt(self)
         self.guidance_channels = 0
         if guidance:
             self.add_guidance()
+
+    def _add_encoder(self, sizes: Preset, block: Callable[[int], DeformUXNetBlock]) -> None:
+        widths = sizes.channels
+        for level, (width, depth) in enumerate(zip(widths, sizes.depths, strict=True)):
+            if level == 0:
+                reduce: nn.Sequential = Stem(
+                    nn.Conv3d(self.in_channels, width, 7, stride=2, padding=3), ChannelNorm(width)
+                )
+            else:
+                before = widths[level - 1]
+                reduce = nn.Sequential(ChannelNorm(before), nn.Conv3d(before, width, 2, stride=2))
+            self.downsample.append(reduce)
+            self.stages.append(nn.ModuleList(block(width) for _ in range(depth)))
+            self.stage_norms.append(ChannelNorm(width))
+
+    def _add_decoder(self, sizes: Preset) -> None:
+        # Skip connection k has resolution 1/2^k; the raw image is the first.
+        sources = (self.in_channels, *sizes.channels)
+        targets = (*sizes.channels, sizes.hidden)
+        options: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
+        for kind, source, target in zip((InputBlock, *(UnetrBasicBlock,) * 4), sources, targets, strict=True):
+            self.skips.append(kind(3, source, target, stride=1, **options))
+        for k in reversed(range(4)):
+            self.ups.append(UnetrUpBlock(3, targets[k + 1], targets[k], upsample_kernel_size=2, **options))
+        width = targets[0]
+        self.fuse = UnetrBasicBlock(3, width, width, stride=1, **options)
+        self.head = UnetOutBlock(3, width, self.out_channels)
 
     def add_guidance(self) -> None:
         """Make the network take guidance, in place; its output without guidance stays the same, bit for bit."""
@@ -330,13 +141,13 @@ class DeformUXNet(nn.Module):
             layer.conv = GuidedConv3d.of(layer.conv, self.guidance_channels)
 
     def forward(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """Logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
+        """Return logits ``(N, out_channels, D, H, W)`` of a scan ``(N, in_channels, D, H, W)`` of any spatial size.
 
         Args:
             x: the scan.
             guidance: ``(N, guidance_channels, D, H, W)``: a map of clicks for each class, then the mask to start from
                 as one channel for each class but the background (``deformux.networks.guidance.encode_guidance``).
-            channels: numbers of the channels that ``guidance`` holds, where it holds only some: all others are zero.
+            channels: numbers of the channels that ``guidance`` holds if it holds only some; all others are zero.
 
         Raises:
             ValueError: an input is not 5-dimensional or has another number of channels or voxels, or the network takes
@@ -347,7 +158,7 @@ class DeformUXNet(nn.Module):
         return self.decode(features, guidance, channels)[:, :, : size[0], : size[1], : size[2]]
 
     def encode(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> list[Tensor]:
-        """The scan, padded to a size that divides by 16, and the normalised output of each of the four stages.
+        """Return the scan, padded to a multiple of 16, and the normalised output of each of the four stages.
 
         Raises:
             ValueError: as for ``forward``.
@@ -369,7 +180,7 @@ class DeformUXNet(nn.Module):
         return features
 
     def decode(self, features: list[Tensor], guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
-        """Logits, at the padded size, of what ``encode`` gave for the same guidance."""
+        """Return logits, at the padded size, of the features that ``encode`` returned for the same guidance."""
         skips = [self._call(self.skips[0], features[0], *self._used(guidance, channels))]
         skips += [self._run(skip, feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)]
         z = skips.pop()
@@ -378,7 +189,7 @@ class DeformUXNet(nn.Module):
         return self.head(self._run(self.fuse, z))
 
     def _used(self, guidance: Tensor | None, channels: Tensor | None) -> tuple[Tensor, ...]:
-        """The channels of the guidance that hold anything, padded as the scan is but with zeros, and their numbers."""
+        """Return the non-empty channels of guidance, padded with zeros to the scan's size, and their numbers."""
         if guidance is None:
             return ()
         if not self.guidance_channels:
@@ -407,7 +218,7 @@ class DeformUXNet(nn.Module):
 
 
 def used_channels(guidance: Tensor) -> Tensor:
-    """Numbers of the channels of guidance ``(N, channels, D, H, W)`` that hold anything; a GPU makes the host wait."""
+    """Return the numbers of non-empty channels of guidance ``(N, channels, D, H, W)``; the host waits for a GPU."""
     return guidance.flatten(2).any(2).any(0).nonzero()[:, 0]
 
 
@@ -417,7 +228,7 @@ def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
 
 
 def _pad(x: Tensor, mode: str = "replicate") -> Tensor:
-    """Add zeros, or repeat the far border, until each axis divides by 16 and the coarsest grid has several voxels."""
+    """Pad each axis at its end to a multiple of 16, so that the coarsest grid has several voxels."""
     padded = [-(-length // _STRIDE) * _STRIDE for length in x.shape[2:]]
     if max(padded) == _STRIDE:
         # Instance normalisation has no variance over a single voxel.

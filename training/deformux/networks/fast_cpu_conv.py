@@ -1,8 +1,8 @@
-"""3D convolution and instance norm in float32 on CPUs, by faster ways through PyTorch than its own choice.
+"""3D convolution and instance norm in float32 on CPUs, faster than PyTorch's own choice.
 
-PyTorch gives a single small volume to an implementation of its own that oneDNN beats, and oneDNN's gradient of the
-weights is faster over channels-last memory where there are few channels. It computes an instance norm as a batch norm
-of a view, several times as slow as the same group norm; only with its gradient both take as long.
+PyTorch gives a single small volume to its own implementation, which oneDNN beats. With few channels, oneDNN's gradient
+of the weights is faster over channels-last memory. PyTorch computes an instance norm as a batch norm of a view, several
+times as slow as the same group norm; with gradients both take as long.
 ``benchmarks/operator/convolution.py`` measures all of it.
 """
 
@@ -20,12 +20,12 @@ __all__ = ["Conv3d", "InstanceNorm3d", "adopt", "conv3d"]
 
 # Up to this many elements per row of a single volume, PyTorch does not ask oneDNN (torch 2.15, use_mkldnn).
 _SMALL = 20_480
-# Up to here channels-last memory pays for the gradient of the weights, copies included.
+# Up to this many channels, channels-last memory pays for the gradient of the weights, copies included.
 _FEW_CHANNELS = 32
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
-    """``torch.nn.functional.conv3d`` of ``(N, C, D, H, W)``, equal up to rounding; differentiable once."""
+    """Compute ``torch.nn.functional.conv3d`` of ``(N, C, D, H, W)``, equal up to rounding; differentiable once."""
     if not _applies(x, weight):
         return F.conv3d(x, weight, bias, stride, padding)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
@@ -34,7 +34,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: Sequence[i
 
 
 class Conv3d(nn.Conv3d):
-    """``nn.Conv3d`` through ``conv3d``, with the same state dict."""
+    """``nn.Conv3d`` by ``conv3d``, with the same state dict."""
 
     def forward(self, x: Tensor) -> Tensor:
         return conv3d(x, self.weight, self.bias, stride=self.stride, padding=self.padding)  # type: ignore[arg-type]
@@ -48,13 +48,13 @@ class InstanceNorm3d(nn.InstanceNorm3d):
         several_voxels = x.ndim == 5 and x.numel() > x.shape[0] * x.shape[1]
         if learns or self.track_running_stats or not several_voxels or not _is_float32_on_cpu(x):
             return super().forward(x)
-        # Over channels-last memory PyTorch takes the variance as a difference of sums, which loses digits.
+        # Over channels-last memory PyTorch computes the variance as a difference of sums, which loses digits.
         return F.group_norm(x.contiguous(), self.num_features, self.weight, self.bias, self.eps)
 
 
 def adopt(module: nn.Module) -> None:
-    """Let every ordinary convolution and instance norm inside a module compute as those above do, in place."""
-    # Those of MONAI's blocks cannot be asked for by their class; their parameters stay what they are.
+    """Make every ordinary convolution and instance norm inside a module one of those above, in place."""
+    # MONAI's blocks do not take a class for them. Their parameters stay the same.
     for inner in module.modules():
         if type(inner) is nn.Conv3d and inner.groups == 1 and set(inner.dilation) == {1}:
             inner.__class__ = Conv3d
@@ -66,7 +66,7 @@ def _applies(x: Tensor, weight: Tensor) -> bool:
     return (
         _is_float32_on_cpu(x)
         and weight.dtype == torch.float32
-        # These are matrix products already.
+        # A 1×1×1 convolution is a matrix product already.
         and set(weight.shape[2:]) != {1}
         and torch.backends.mkldnn.is_available()
     )
@@ -74,10 +74,10 @@ def _applies(x: Tensor, weight: Tensor) -> bool:
 
 def _is_float32_on_cpu(x: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        # Compilers choose for themselves.
+        # The compiler chooses.
         return False
     return (
-        # A fake tensor of a device, which shapes and costs are counted with, is stored on none.
+        # A fake tensor, used to count shapes and costs, has a device but no storage on it.
         x.untyped_storage().device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0
@@ -91,7 +91,7 @@ def _is_small(x: Tensor) -> bool:
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]) -> Tensor:
     if _is_small(x):
-        # A tensor of oneDNN's own, which PyTorch gives to nobody else.
+        # PyTorch passes a tensor in oneDNN's layout to oneDNN only.
         return F.conv3d(x.contiguous().to_mkldnn(), weight, bias, stride, padding).to_dense()
     return F.conv3d(x, weight, bias, stride, padding)
 

@@ -22,15 +22,15 @@ CLICK_REACH = 6
 def encode_guidance(
     clicks: Clicks, mask: Tensor | None, *, n_labels: int, size: Sequence[int], origin: Sequence[int] = (0, 0, 0)
 ) -> Tensor:
-    """Guidance ``(2 · n_labels + 1, *size)``, float32, for a window of the network's grid.
+    """Return guidance ``(2 · n_labels + 1, *size)``, float32, for a window of the network's grid.
 
-    One channel for the clicks of each class, background first: a Gaussian (σ 2 voxels, cut off at ``CLICK_REACH``)
-    about each click, and the largest where they overlap, so that order and repetition change nothing. Then one for
-    each label of the mask, 1 inside.
+    One channel holds the clicks of each class, background first: a Gaussian (σ 2 voxels, cut off at ``CLICK_REACH``)
+    around each click, and the maximum where they overlap, so that order and repetition change nothing. One channel
+    for each label of the mask follows, 1 inside.
 
     Args:
-        clicks: voxels of the whole grid by class; what is too far away to be seen in the window is left out.
-        mask: label values ``(x, y, z)`` of the window; None is an empty one. The result is on its device.
+        clicks: voxels of the whole grid by class; those out of the window's reach are left out.
+        mask: label values ``(x, y, z)`` of the window; None means empty. The result is on its device.
         n_labels: labels 1..N.
         size, origin: of the window in voxels.
 
@@ -47,7 +47,7 @@ def encode_guidance(
         voxels = np.asarray(points)
         if voxels.size and (voxels.ndim != 2 or voxels.shape[1] != 3):
             raise ValueError(f"clicks of label {value}: got shape {voxels.shape}, expected (n, 3)")
-        # Drawn on the CPU: each of these small steps would wait for a GPU.
+        # Draw on the CPU: on a GPU each of these small steps would wait.
         channel = torch.zeros(size) if guidance.is_cuda else guidance[value]
         for voxel in voxels.reshape(-1, 3):
             _mark(channel, [int(v) - int(o) for v, o in zip(voxel, origin, strict=True)])
@@ -61,7 +61,7 @@ def encode_guidance(
 
 
 def _mark(channel: Tensor, centre: Sequence[int]) -> None:
-    """Draw one click's map into a channel ``(x, y, z)``, which it may not reach."""
+    """Draw the map of one click, which may lie outside, into a channel ``(x, y, z)``."""
     window, profiles = [], []
     for at, length in zip(centre, channel.shape, strict=True):
         start, stop = max(0, at - CLICK_REACH), min(length, at + CLICK_REACH + 1)

@@ -1,4 +1,4 @@
-"""Model files: weights as safetensors, and beside them a JSON card that says what they are."""
+"""Model files: weights as safetensors, and a JSON card beside them that describes them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,18 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = [
-    "PRETRAINED",
     "InvalidModel",
     "ModelCard",
     "check_weights",
     "load_model",
     "network_options",
-    "pretrained_path",
     "read_card",
     "remove_unfinished",
     "save_model",
     "warm_start",
     "with_guidance",
 ]
-
-_PRETRAINED_FOLDER = Path(__file__).parents[1] / "pretrained"
-PRETRAINED = tuple(sorted(path.stem for path in _PRETRAINED_FOLDER.glob("*.safetensors")))
-
-
-# What a card must hold to be read, whatever its age.
+# Types of a card's values, if they are there.
 _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "labels": list,
     "preset": str,
@@ -67,7 +60,7 @@ def _now() -> str:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a model is and where it comes from.
+    """Description of a model and its origin.
 
     Args:
         labels: names of labels 1..N.
@@ -79,15 +72,15 @@ class ModelCard:
         recipe: the training recipe.
         seed: of every random choice of the training.
         validation: ``mean_dice`` and ``per_case`` Dice by label; NaN is written as null.
-        gate: the decision about publishing it, with its numbers.
-        provisional: whether it was published, or would be, without having been measured.
-        scratch_cases: training volumes when this line of models was last trained from scratch.
-        run: id of the training, which stays the same when it is resumed.
+        gate: the decision on publishing it, with its numbers.
+        provisional: it was published, or would be, without being measured.
+        scratch_cases: number of training volumes when this line of models was last trained from scratch.
+        run: id of the training; a resumed training keeps it.
         seconds: training time.
         created: UTC, ISO 8601.
         device: what it was trained on.
         notes: anything a reader should know, e.g. the data's licence.
-        weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in cards of older versions.
+        weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in older cards.
     """
 
     labels: tuple[str, ...]
@@ -112,30 +105,30 @@ class ModelCard:
     weights_sha256: str = ""
 
     def to_json(self) -> str:
-        """The card as text."""
+        """Return the card as text."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["preprocessing"] = self.preprocessing.to_json()
+        values["preprocessing"] = self.preprocessing.to_dict()
         return json.dumps(_without_nan(values), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelCard:
-        """The inverse of ``to_json``; raises ValueError, TypeError or KeyError where the text is not a card."""
+        """Invert ``to_json``; raise ValueError, TypeError or KeyError if the text is not a card."""
         values = json.loads(text)
         if not isinstance(values, dict) or not isinstance(values["preprocessing"], dict):
             raise TypeError("a card is an object, and its preprocessing another one")
         for name, kinds in _CARD_TYPES.items():
             if name in values and not isinstance(values[name], kinds):
                 raise TypeError(f"{name} is a {type(values[name]).__name__}")
-        values["preprocessing"] = Preprocessing.from_json(values["preprocessing"])
+        values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
         for name in ("labels", "training_cases"):
             values[name] = tuple(values.get(name, ()))
         return cls(**values)
 
 
 def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``path`` (.safetensors) and its card, each by rename; the card first, so that weights never lack theirs.
+    """Write ``path`` (.safetensors) and its card, each by rename; the card first, so that weights always have theirs.
 
-    The card also gets the checksum of the weights.
+    The card gets the checksum of the weights.
     """
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in network.state_dict().items()}
     with replacing(path) as temporary:
@@ -145,20 +138,20 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
 
 
 def network_options(network: DeformUXNet) -> dict[str, Any]:
-    """The options of a trained network that its card must name, so that ``load_model`` builds it again."""
+    """Return the options of a network that its card must name for ``load_model`` to rebuild it."""
     return {"guidance": True} if network.guidance_channels else {}
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what killed processes were writing into a folder, where nobody else is writing now."""
-    # Ours, and the file that safetensors itself writes before it renames.
+    """Delete unfinished files of killed processes from a folder that nobody is writing to."""
+    # Our own, and the file that safetensors writes before renaming it.
     for pattern in (".writing-*", ".tmp*"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def read_card(path: Path) -> ModelCard:
-    """The card beside a model file; raises InvalidModel where it is missing or is none."""
+    """Read the card beside a model file; raise InvalidModel if it is missing or not a card."""
     card_path = path.with_suffix(".json")
     try:
         return ModelCard.from_json(card_path.read_text())
@@ -169,12 +162,12 @@ def read_card(path: Path) -> ModelCard:
 
 
 def check_weights(path: Path, card: ModelCard) -> None:
-    """Read the weights of a card; raises InvalidModel where they are damaged, or are others than the card's."""
+    """Read the weights of a card; raise InvalidModel if they are damaged, or do not match the card."""
     _read_weights(path, card.weights_sha256)
 
 
 def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[DeformUXNet, ModelCard]:
-    """The network of a model file, float32 and in evaluation mode, and its card.
+    """Load the network of a model file, float32 and in evaluation mode, and its card.
 
     Raises:
         InvalidModel: a file is missing or damaged, or weights and card do not belong together.
@@ -190,10 +183,10 @@ def load_model(path: Path, *, device: str | torch.device = "cpu") -> tuple[Defor
 
 
 def warm_start(network: DeformUXNet, path: Path) -> list[str]:
-    """Copy every weight of a model file that has the same name and shape; returns the names that stayed fresh.
+    """Copy every weight of a model file with the same name and shape; return the names that were not copied.
 
-    A model of other labels thus gives everything but its output layer, and its guidance where both take some; a model
-    without guidance gives everything else to one with it, and the other way round.
+    A model of other labels thus gives everything but its output layer and its guidance. Models with and without
+    guidance share everything else.
 
     Raises:
         InvalidModel: the file cannot be read, or nothing but the output layer could fit.
@@ -208,7 +201,7 @@ def warm_start(network: DeformUXNet, path: Path) -> list[str]:
 
 
 def with_guidance(network: DeformUXNet) -> DeformUXNet:
-    """A copy of an automatic network that takes guidance, and without any gives the same; itself if it already can."""
+    """Return a copy of an automatic network that also takes guidance; the network itself if it already does."""
     if network.guidance_channels:
         return network
     guided = copy.deepcopy(network)
@@ -216,15 +209,8 @@ def with_guidance(network: DeformUXNet) -> DeformUXNet:
     return guided
 
 
-def pretrained_path(name: str) -> Path:
-    """The model file that comes with this package under a name; raises ValueError listing the valid ones."""
-    if name not in PRETRAINED:
-        raise ValueError(f"pretrained must be one of {', '.join(PRETRAINED)}; got {name!r}")
-    return _PRETRAINED_FOLDER / f"{name}.safetensors"
-
-
 def _read_weights(path: Path, checksum: str) -> dict[str, torch.Tensor]:
-    """Read a model file; ``checksum``, where there is one, finds what safetensors does not: other numbers."""
+    """Read a model file; ``checksum``, if given, reveals changed numbers, which safetensors does not."""
     try:
         data = path.read_bytes()
         if checksum and _checksum(data) != checksum:
@@ -241,7 +227,7 @@ def _checksum(data: bytes) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a label that is absent from a case is null."""
+    """Replace NaN, which JSON lacks, by None: a label that is absent from a case."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):

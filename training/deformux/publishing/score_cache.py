@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.label_quality import LabelFacts, label_facts
-from deformux.data.preprocessing import InvalidVolume
-from deformux.inference.sliding_window import evaluate
+from deformux.data.volume_reader import InvalidVolume
+from deformux.inference.evaluate import evaluate
 from deformux.networks.model_file import load_model
 
 __all__ = ["ScoreBook"]

@@ -25,16 +25,11 @@ from deformux.active_learning.observe import encode, observe
 from deformux.active_learning.strategies import NEEDS_SCORES, choose
 from deformux.active_learning.uncertainty_scores import VolumeScores
 from deformux.data.checked_json import read_checked, write_checked
-from deformux.data.preprocessing import InvalidVolume, Preprocessing
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.volume_reader import InvalidVolume
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import (
-    InvalidModel,
-    ModelCard,
-    load_model,
-    pretrained_path,
-    remove_unfinished,
-    warm_start,
-)
+from deformux.networks.model_file import InvalidModel, ModelCard, load_model, remove_unfinished, warm_start
+from deformux.networks.pretrained import pretrained_path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 

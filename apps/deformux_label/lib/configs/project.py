@@ -13,8 +13,9 @@ from pathlib import Path
 
 from deformux.data.cases import split_label_names
 from deformux.data.preprocessing import Preprocessing
-from deformux.networks.deformux_net import PRESETS
-from deformux.networks.model_file import PRETRAINED, ModelCard, pretrained_path
+from deformux.networks.model_file import ModelCard
+from deformux.networks.presets import PRESETS
+from deformux.networks.pretrained import PRETRAINED, pretrained_path
 from deformux_label.lib.configs.options import (
     AUTO_TRAIN,
     CACHE_GB,

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from cachetools import TLRUCache
 
 if TYPE_CHECKING:
-    from deformux.interactive.editor import Editor, Study
+    from deformux.interactive.editor import Editor
+    from deformux.interactive.open_scan import OpenScan
     from deformux_label.lib.infers.served_network import ServedNetwork
 
 __all__ = ["ClickCache", "ClientEditor", "ScanKey"]
@@ -128,7 +129,7 @@ class ClickCache:
                 "evictions": self._held.evictions,
             }
 
-    def peek(self, key: ScanKey) -> Study | None:
+    def peek(self, key: ScanKey) -> OpenScan | None:
         """Return a scan that is held, or None."""
         with self._lock:
             if key not in self._held:
@@ -140,7 +141,7 @@ class ClickCache:
         """Return whether something of this size could be held."""
         return nbytes <= self.most_bytes
 
-    def put(self, key: ScanKey, scan: Study) -> None:
+    def put(self, key: ScanKey, scan: OpenScan) -> None:
         """Hold a scan; drop those of earlier states of its file, and of other versions of the model."""
         with self._lock:
             if key in self._held or scan.nbytes > self.most_bytes:
@@ -151,7 +152,7 @@ class ClickCache:
             self._held[key] = scan
             self._watch()
 
-    def scan(self, key: ScanKey, compute: Callable[[], Study]) -> Study:
+    def scan(self, key: ScanKey, compute: Callable[[], OpenScan]) -> OpenScan:
         """Return the scan that is held, or what ``compute`` makes; others who want it meanwhile wait for it."""
         with self._one_at_a_time(key):
             held = self.peek(key)

@@ -18,14 +18,17 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.grid import triple
-from deformux.data.preprocessing import UNLABELLED, LoadVolumed, Preprocessing
-from deformux.interactive.editor import Editor, Study
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import ClickCache, ClientEditor, ScanKey
 from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.opened_scan import open_requested_scan
 from deformux_label.lib.infers.reply_file import write_reply
+from deformux_label.lib.infers.segmented_scan import open_requested_scan
 from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, as_http_errors, joined_warnings
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
 from deformux_label.lib.requests.clicks import (
@@ -123,24 +126,24 @@ class Edit(InferTask):
         else:
             points, _ = _on_grid(request, held.labels.shape, held.image.meta["original_affine"])
         opened = open_requested_scan(self.models, self.cache, request.scan, key)
-        study = opened.study
+        scan = opened.scan
         changed, warning = within_memory(
-            lambda placement: self._apply(request, key, study, prep, points, placement), prep.patch_size, device
+            lambda placement: self._apply(request, key, scan, prep, points, placement), prep.patch_size, device
         )
         unguided = UNGUIDED if points and not card.network_options.get("guidance") else None
         network_s = opened.network_s + changed.network_s
         params = {"latencies": {"network": round(network_s, 4)}, "windows": changed.windows}
         if request.options.uncertainty:
-            params["uncertainty"] = uncertainty_reply(study.logits, study.image)
-        if text := joined_warnings(study.image, self.models.warning(version), opened.warning, warning, unguided):
+            params["uncertainty"] = uncertainty_reply(scan.logits, scan.image)
+        if text := joined_warnings(scan.image, self.models.warning(version), opened.warning, warning, unguided):
             params["warning"] = text
-        return changed.labels, np.asarray(study.image.meta["original_affine"], dtype=float), params
+        return changed.labels, np.asarray(scan.image.meta["original_affine"], dtype=float), params
 
     def _apply(
         self,
         request: EditRequest,
         key: ScanKey,
-        study: Study,
+        scan: OpenScan,
         prep: Preprocessing,
         points: ClickedVoxels,
         placement: Placement,
@@ -149,7 +152,7 @@ class Edit(InferTask):
             network = ServedNetwork(self.models, key.version, placement)
             tried = dataclasses.replace(prep, patch_size=triple(placement.window))
             return ClientEditor(
-                Editor(study, network, tried, device=placement.volume_device, mask=self._mask(request)), network
+                Editor(scan, network, tried, device=placement.volume_device, mask=self._mask(request)), network
             )
 
         # The next click must not start from results of another placement, taken for lack of memory.

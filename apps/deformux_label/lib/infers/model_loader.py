@@ -11,7 +11,8 @@ from torch import Tensor
 
 from deformux.inference.captured_network import CapturedNetwork, prepared
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import InvalidModel, ModelCard, load_model, pretrained_path, with_guidance
+from deformux.networks.model_file import InvalidModel, ModelCard, load_model, with_guidance
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.configs.project import Project
 

@@ -21,7 +21,7 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
-from deformux.data.preprocessing import apply, inference_transforms
+from deformux.data.transforms import inference_transforms, run_transforms
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.cancellation import raise_if_client_gone
 from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
@@ -37,8 +37,8 @@ from deformux_label.lib.infers.graph_cut import (
     from_scribbles,
 )
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.opened_scan import open_requested_scan
 from deformux_label.lib.infers.reply_file import write_reply
+from deformux_label.lib.infers.segmented_scan import open_requested_scan
 from deformux_label.lib.infers.served_network import UNTRAINED, as_http_errors, joined_warnings
 from deformux_label.lib.requests.inference import InferenceRequest
 from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, ScribblesRequest
@@ -97,7 +97,7 @@ class GraphCut(InferTask):
 
     def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = apply(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
+        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
@@ -142,19 +142,19 @@ class NetworkGraphCut(GraphCut):
         drawn = drawn_of(request, of_foreground=False)  # refuses bad scribbles before a whole volume is segmented
         key = ScanKey.of(request.scan.path, version, request.options.device)
         opened = open_requested_scan(self.models, self.cache, request.scan, key)
-        study = opened.study
+        scan = opened.scan
         value = self.project.labels.index(request.selected or "") + 1
-        region = _Region.of(study.image, study.grid, drawn)
-        probability = region.cropped(study.logits.float().softmax(0)[value : value + 1])
+        region = _Region.of(scan.image, scan.grid, drawn)
+        probability = region.cropped(scan.logits.float().softmax(0)[value : value + 1])
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
         # Far from the scribbles the mask stays; outside a region that the client drew it is empty.
-        mask = (study.labels == value).astype(np.uint8)
+        mask = (scan.labels == value).astype(np.uint8)
         if request.roi is not None:
             mask[:] = 0
         _paste(mask, found, region, drawn)
-        warning = joined_warnings(study.image, self.models.warning(version), opened.warning)
-        return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
+        warning = joined_warnings(scan.image, self.models.warning(version), opened.warning)
+        return mask, scan.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
 
 def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache) -> dict[str, InferTask]:

@@ -12,8 +12,9 @@ import torch
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
-from deformux.data.preprocessing import Preprocessing, inference_transforms, restore_transforms
-from deformux.interactive.editor import study_from_logits
+from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, restore_transforms
+from deformux.interactive.open_scan import scan_from_logits
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
 from deformux_label.lib.infers.gpu_memory import Placement, within_memory
@@ -123,7 +124,7 @@ class Segmentation(BasicInferTask):
         if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
             # The first click after Next Sample need not wait for another segmentation.
             key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
-            self.cache.put(key, study_from_logits(data[self.input_key], data["logits"], labels=labels))
+            self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
         if warning := joined_warnings(data[self.input_key], self.models.warning(data["model_version"]), short):

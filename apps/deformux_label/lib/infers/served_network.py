@@ -11,7 +11,8 @@ from fastapi import HTTPException
 from monai.data import MetaTensor
 from torch import Tensor
 
-from deformux.data.preprocessing import InvalidVolume, filled_voxels
+from deformux.data.loading import filled_voxels
+from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.sliding_window import WindowInferer
 from deformux.networks.model_file import InvalidModel

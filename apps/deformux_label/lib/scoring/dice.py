@@ -12,7 +12,10 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
-from deformux.data.preprocessing import UNLABELLED, InvalidVolume, LoadLabeld, LoadVolumed, apply
+from deformux.data.label_values import UNLABELLED
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.transforms import run_transforms
+from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.metrics import dice_per_label, mean_dice
 from deformux_label.lib.configs.project import Project
 
@@ -52,7 +55,7 @@ class DiceScoring(ScoringMethod):
                 "truth": paths[truth],
                 "pred": paths[pred],
             }
-            volumes = apply(load, given)
+            volumes = run_transforms(load, given)
         except InvalidVolume as error:
             logger.warning("No Dice for %s: %s", image_id, error)
             return None

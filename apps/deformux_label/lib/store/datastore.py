@@ -14,8 +14,8 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
-from deformux.data.preprocessing import InvalidVolume, LoadVolumed
-from deformux.data.volume_reader import VOLUME_SUFFIXES
+from deformux.data.loading import LoadVolumed
+from deformux.data.volume_reader import VOLUME_SUFFIXES, InvalidVolume
 from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
 from deformux_label.lib.store.annotator import annotator_of

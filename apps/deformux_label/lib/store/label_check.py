@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import HTTPException
 
-from deformux.data.header import VolumeHeader, shown_shape
+from deformux.data.header import GEOMETRY_TOLERANCE_MM, VolumeHeader, geometry_difference, shown_shape
+from deformux.data.label_values import UNLABELLED, check_label_values
 from deformux.data.nrrd import is_segmentation
-from deformux.data.preprocessing import GEOMETRY_TOLERANCE_MM, UNLABELLED, check_label_values, geometry_difference
 from deformux.data.seg_nrrd import labels_of_segments, segments_of
 from deformux.data.volume_reader import InvalidVolume, OpenVolume, open_volume, read_volume
 from deformux_label.lib.store.volume_writer import write_labels

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from deformux.data.atomic_files import replacing
-from deformux.data.preprocessing import UNLABELLED
+from deformux.data.label_values import UNLABELLED
 from deformux_label.lib.store.label_check import segment_values
 from deformux_label.lib.store.volume_writer import write_labels
 

@@ -13,7 +13,8 @@ from uuid import uuid4
 
 from fastapi import HTTPException, UploadFile
 
-from deformux.data.preprocessing import InvalidVolume, LoadVolumed
+from deformux.data.loading import LoadVolumed
+from deformux.data.volume_reader import InvalidVolume
 from deformux_label.lib.requests.dicom_series import write_series
 from deformux_label.lib.requests.uploads import StoredUpload, stored_upload
 

@@ -22,7 +22,7 @@ from monailabel.utils.others.generic import device_list
 from deformux.data.cases import Case
 from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
-from deformux.networks.model_file import pretrained_path
+from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels

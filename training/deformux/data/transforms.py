@@ -1,0 +1,145 @@
+"""Dictionary transforms from a scan on disk to network input, and from the network's output to the scan's grid."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    ClipIntensityPercentilesd,
+    MapTransform,
+    NormalizeIntensityd,
+    Orientationd,
+    ScaleIntensityRanged,
+    Spacingd,
+    Transform,
+)
+from nibabel.affines import voxel_sizes
+from nibabel.orientations import io_orientation
+
+from deformux.data.grid import ScanGrid
+from deformux.data.header import InvalidVolume, max_voxels, shown_shape
+from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.preprocessing import Preprocessing
+
+__all__ = [
+    "RestoreGridd",
+    "inference_transforms",
+    "label_grid_transforms",
+    "labelled_transforms",
+    "restore_transforms",
+    "run_transforms",
+]
+
+
+class RestoreGridd(MapTransform):
+    """Turn logits ``(C, x, y, z)`` of a preprocessed image into labels ``(1, X, Y, Z)``, uint8, on its scan's grid."""
+
+    def __init__(self, keys: str | tuple[str, ...] = "pred", *, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        image = d[self.image_key]
+        grid = ScanGrid.of(image)
+        for key in self.key_iterator(d):
+            labels = grid.labels(torch.as_tensor(d[key]).float())
+            meta = {name: value for name, value in image.meta.items() if name != "affine"}
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=meta)
+        return d
+
+
+def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:
+    """Return dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
+
+    On a GPU with enough memory everything but reading is computed there, and the result stays there.
+    """
+    steps = [*_to_network_grid(prep, ("image",)), *_intensity(prep)]
+    if torch.device(device).type == "cuda":
+        steps = [_OnDevice(steps, device)]
+    return [LoadVolumed("image"), _BoundedGrid(prep), *steps]
+
+
+def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
+    """Return ``inference_transforms`` that also bring the path under ``label`` to the same grid, for training."""
+    return [
+        LoadVolumed("image"),
+        _BoundedGrid(prep),
+        LoadLabeld("label", n_labels=n_labels, unlabelled=True),
+        *_to_network_grid(prep, ("image", "label")),
+        *_intensity(prep),
+    ]
+
+
+def label_grid_transforms(prep: Preprocessing, key: str = "label") -> list[Transform]:
+    """Return dictionary transforms that bring label values ``(1, X, Y, Z)`` on a scan's grid to the network's."""
+    return _to_network_grid(prep, (key,))
+
+
+def run_transforms(transforms: Sequence[Transform], data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+    """Run transforms one after another; their errors pass unchanged, unlike in MONAI's Compose."""
+    d = dict(data)
+    for transform in transforms:
+        d = transform(d)
+    return d
+
+
+def restore_transforms() -> list[Transform]:
+    """Return dictionary transforms that turn logits under ``pred`` into labels on the original grid of ``image``."""
+    return [RestoreGridd("pred")]
+
+
+class _OnDevice(Transform):
+    """Runs other transforms of an image on a GPU, or in place if the GPU has too little memory."""
+
+    def __init__(self, steps: Sequence[Transform], device: str | torch.device) -> None:
+        self.steps, self.device = steps, device
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        try:
+            return run_transforms(self.steps, {**data, "image": data["image"].to(self.device)})
+        except torch.OutOfMemoryError:
+            return run_transforms(self.steps, data)
+
+
+class _BoundedGrid(Transform):
+    """Refuses a scan that would be too large once resampled, such as one whose voxels are metres wide."""
+
+    def __init__(self, prep: Preprocessing) -> None:
+        self.prep = prep
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        if self.prep.spacing_mm is not None:
+            ras = io_orientation(np.asarray(image.affine))[:, 0].astype(int)
+            extent = np.array(image.shape[1:]) * voxel_sizes(np.asarray(image.affine))
+            size = np.ceil(extent / np.array(self.prep.spacing_mm)[ras])
+            if size.prod() > max_voxels():
+                name, mm = Path(image.meta["filename_or_obj"]).name, shown_shape([f"{length:.4g}" for length in extent])
+                raise InvalidVolume(
+                    f"{name} measures {mm} mm, too large for the spacing of {shown_shape(self.prep.spacing_mm)} mm: "
+                    f"these are {size.prod():.2g} voxels, at most {max_voxels():,} are read (option max-voxels)"
+                )
+        return dict(data)
+
+
+def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
+    axes = (("L", "R"), ("P", "A"), ("I", "S"))
+    transforms: list[Transform] = [Orientationd(keys, axcodes="RAS", labels=axes)]
+    if prep.spacing_mm is not None:
+        mode = tuple("bilinear" if key == "image" else "nearest" for key in keys)
+        transforms.append(Spacingd(keys, pixdim=prep.spacing_mm, mode=mode, padding_mode="border", dtype=np.float32))
+    return transforms
+
+
+def _intensity(prep: Preprocessing) -> list[Transform]:
+    if prep.modality == "ct":
+        low, high = prep.window_hu
+        return [ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)]
+    lower, upper = prep.percentiles
+    return [ClipIntensityPercentilesd("image", lower=lower, upper=upper), NormalizeIntensityd("image")]
