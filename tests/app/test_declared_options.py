@@ -12,7 +12,7 @@ import typer
 
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import PRESETS
-from deformux.networks.model_file import PRETRAINED
+from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
 from deformux_label.lib.configs.options import (
     LISTEN_OPTIONS,

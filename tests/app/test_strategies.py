@@ -217,7 +217,7 @@ from pathlib import Path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.scoring import selection
+from deformux_label.lib.activelearning import background_scores as selection
 import json
 
 selection._SECONDS_BETWEEN_WRITES = 0.0
