@@ -14,7 +14,8 @@ export OMP_WAIT_POLICY := passive
 .PHONY: help demo serve test test-all test-gpu lint bench bench-gpu clean
 help:
 	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
-	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (more: README, options table)"
+	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (options: docs/server.md)"
+	@echo "    MODALITY PRESET SPACING PATCH PRETRAINED AUTO_TRAIN LEASE TRAIN_DEVICES CACHE HOST PORT SSL_CERT SSL_KEY"
 	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
 	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
@@ -31,15 +32,15 @@ demo: $(READY)
 		$(if $(MODALITY),--modality "$(MODALITY)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)") \
 		$(if $(ROUNDS),--rounds "$(ROUNDS)") $(DEMO_OPTIONS)
 
+# Each variable is an option of the command: tests/app/test_declared_options.py compares them.
 serve: $(READY)
-	$(BIN)/deformux-label serve --studies "$(STUDIES)" --labels "$(LABELS)" \
+	$(BIN)/deformux-label serve --studies "$(STUDIES)" $(if $(LABELS),--labels "$(LABELS)") \
 		$(if $(MODALITY),--modality "$(MODALITY)") $(if $(PRESET),--preset "$(PRESET)") \
 		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
-		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
-		$(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") $(if $(LEASE),--lease-minutes "$(LEASE)") \
-		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(TRAIN_DEVICES),--train-devices "$(TRAIN_DEVICES)") \
-		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") \
-		$(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
+		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") \
+		$(if $(LEASE),--lease-minutes "$(LEASE)") $(if $(TRAIN_DEVICES),--train-devices "$(TRAIN_DEVICES)") \
+		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
+		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") $(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)

@@ -9,6 +9,40 @@ import pytest
 
 PACKAGES = {"deform3d": "ops/deform3d", "deformux": "training/deformux", "deformux_label": "apps/deformux_label"}
 
+# The rooms of a package, and which others each may import. The package's own ``__init__`` may import all.
+TRAINING_ROOMS: dict[str, set[str]] = {
+    "data": set(),  # files and arrays: no network
+    "networks": {"data"},  # a model's card says how its input is preprocessed
+    "inference": {"data", "networks"},  # a whole volume through a network
+    "interactive": {"data", "networks", "inference"},  # clicks start from an automatic segmentation
+    "fitting": {"data", "networks", "inference", "interactive"},  # trains on simulated clicks, validates whole volumes
+    "active_learning": {"data", "networks", "inference", "fitting"},  # simulations train a model each round
+    "publishing": {"data", "networks", "inference", "fitting"},  # trains, compares and writes versions
+    "cli": {"data", "networks", "inference", "interactive", "fitting", "active_learning", "publishing"},
+}
+APP_ROOMS: dict[str, set[str]] = {
+    "lib.configs": set(),  # options of the command line: no request, no file of the studies
+    "lib.requests": {"lib.configs"},  # what a client sends, checked without looking at the studies
+    "lib.background": {"lib.requests"},  # processes, whatever they run, on the GPUs that a request chooses
+    "lib.store": {"lib.configs", "lib.requests"},  # keeps what was checked, for the caller that requests know
+    "lib.infers": {"lib.configs", "lib.requests", "lib.background", "lib.store"},  # answers requests, stores results
+    "lib.scoring": {"lib.configs"},  # compares files through MONAI Label's datastore
+    "lib.activelearning": {"lib.configs", "lib.requests", "lib.store", "lib.infers"},  # the served model scores volumes
+    "lib.trainers": {"lib.configs", "lib.requests", "lib.background", "lib.store", "lib.infers"},  # replaces the model
+    "web": {  # translates HTTP for all of lib
+        *("lib.configs", "lib.requests", "lib.background", "lib.store", "lib.infers", "lib.scoring"),
+        *("lib.activelearning", "lib.trainers"),
+    },
+    "app": {  # connects the parts
+        *("lib.configs", "lib.requests", "lib.background", "lib.store", "lib.infers", "lib.scoring"),
+        *("lib.activelearning", "lib.trainers", "web"),
+    },
+    "main": {"app"},  # the file that MONAI Label loads by path
+    "server": {"web"},  # the name for --uvicorn_app
+    "cli": {"lib.configs", "lib.requests", "lib.store", "web"},  # changes studies, users and options without the app
+    "demo": {"lib.configs", "cli"},  # starts the command, and talks HTTP
+}
+
 
 def imports_of(file: Path) -> set[str]:
     """Top-level names of every import in a file, those inside functions included."""
@@ -19,6 +53,40 @@ def imports_of(file: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names.add(node.module.partition(".")[0])
     return names
+
+
+def modules_of(file: Path, package: str) -> set[str]:
+    """Full names of everything of its own package that a file imports, those inside functions included."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file} imports relatively"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.partition(".")[0] == package and not name.startswith(f"{package}.__")}
+
+
+def room_of(module: str) -> str:
+    """Return the room of a module, such as ``lib.store`` for ``deformux_label.lib.store.trash``."""
+    parts = module.split(".")[1:]
+    return ".".join(parts[: 2 if parts[0] == "lib" else 1])
+
+
+def arrows_of(repository: Path, package: str) -> dict[str, dict[str, set[str]]]:
+    """Return which rooms of a package each of its rooms imports, with the files that do."""
+    root = repository / PACKAGES[package]
+    arrows: dict[str, dict[str, set[str]]] = {}
+    for file in files_of(repository, package):
+        path = file.relative_to(root.parent).with_suffix("")
+        if file.name == "__init__.py" and file.parent in (root, root / "lib"):
+            continue
+        room = room_of(".".join(path.parts))
+        found = arrows.setdefault(room, {})
+        for other in map(room_of, modules_of(file, package)):
+            if other != room:
+                found.setdefault(other, set()).add(str(path))
+    return arrows
 
 
 def files_of(repository: Path, package: str) -> list[Path]:
@@ -38,6 +106,28 @@ def files_of(repository: Path, package: str) -> list[Path]:
 def test_imports_run_downward(repository: Path, package: str, forbidden: set[str]) -> None:
     upward = {f.name: imports_of(f) & forbidden for f in files_of(repository, package) if imports_of(f) & forbidden}
     assert upward == {}
+
+
+@pytest.mark.parametrize(("package", "allowed"), [("deformux", TRAINING_ROOMS), ("deformux_label", APP_ROOMS)])
+def test_rooms_import_only_what_the_table_allows(repository: Path, package: str, allowed: dict[str, set[str]]) -> None:
+    arrows = arrows_of(repository, package)
+    assert arrows.keys() == allowed.keys(), "each room has a line in the table"
+    refused = {
+        (room, other): sorted(files)
+        for room, others in arrows.items()
+        for other, files in others.items()
+        if other not in allowed[room]
+    }
+    assert refused == {}
+
+
+def test_the_tables_have_no_circle() -> None:
+    for rooms in (TRAINING_ROOMS, APP_ROOMS):
+        left = dict(rooms)
+        while left:
+            bottom = {room for room, others in left.items() if not others & left.keys()}
+            assert bottom, f"these rooms import each other: {sorted(left)}"
+            left = {room: others for room, others in left.items() if room not in bottom}
 
 
 def test_only_one_file_imports_cupy_and_only_the_cpu_backend_numba(repository: Path) -> None:

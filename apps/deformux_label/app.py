@@ -1,11 +1,10 @@
-"""The app that MONAI Label loads through ``main.py``: it only connects the parts."""
+"""The app that MONAI Label loads through ``main.py``; it only connects the parts."""
 
 import logging
 import os
 import sys
 import threading
 import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,32 +30,34 @@ from deformux_label.lib.configs.project import InvalidOption, Project
 from deformux_label.lib.configs.refuse_to_start import refuse_to_start
 from deformux_label.lib.configs.server import SERVER_OPTIONS, ServerOptions
 from deformux_label.lib.infers.batch_inference import BatchInferences, images_of, run_batch
-from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.click_cache import ClickCache
 from deformux_label.lib.infers.edit import Edit
 from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.proposals import Proposals
 from deformux_label.lib.infers.scribbles import all_scribble_tasks
 from deformux_label.lib.infers.segmentation import Segmentation
 from deformux_label.lib.infers.served_network import UNTRAINED
 from deformux_label.lib.infers.uncertainty_map import store_uncertainty
-from deformux_label.lib.requests.clicks import BACKGROUND
-from deformux_label.lib.requests.options import checked_device, find_image, inference_options, known
+from deformux_label.lib.requests.caller import Caller, calling, note, require, with_login
+from deformux_label.lib.requests.clicks import BACKGROUND_LABEL
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, find_scan
+from deformux_label.lib.requests.options import checked_device, known
 from deformux_label.lib.requests.uploads import own_folder, private_uploads
 from deformux_label.lib.scoring.dice import DiceScoring
-from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore, StudiesError
-from deformux_label.lib.store.leases import Leases, annotator_of
+from deformux_label.lib.store.annotator import annotator_of
+from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
+from deformux_label.lib.store.leases import Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.finetune import FineTune
 from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue, with_queue
 from deformux_label.web.audit import AuditLog
-from deformux_label.web.caller import Caller, calling, note, require, with_login
 from deformux_label.web.error_responses import install
 from deformux_label.web.install import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)
-
-_REMEMBERED_PROPOSALS = 10_000
 
 
 class DeformUXLabel(MONAILabelApp):
@@ -68,7 +69,7 @@ class DeformUXLabel(MONAILabelApp):
             self.project = Project.from_conf({key: conf[key] for key in conf if key not in SERVER_OPTIONS})
         except InvalidOption as error:
             refuse_to_start(str(error))
-        # Training and scoring are processes of their own.
+        # Training and scoring run in processes of their own.
         os.environ[MAX_VOXELS_VARIABLE] = str(self.server_options.max_voxels)
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
@@ -77,11 +78,9 @@ class DeformUXLabel(MONAILabelApp):
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
         self.queue = TrainingQueue(self.state_folder, on_end=self.training_ended)
         self.batches = BatchInferences(self.state_folder)
-        # Which model proposed what to whom, of late: (annotator, image) to version.
-        self._proposals: OrderedDict[tuple[str, str], str | None] = OrderedDict()
+        self._proposals = Proposals()
         self.dice = DiceScoring(self.project)
-        # Not ``sessions``, which are MONAI Label's uploads.
-        self.kept = Sessions(int(self.project.cache_gb * 1e9))
+        self.click_cache = ClickCache(int(self.project.cache_gb * 1e9))
         self.uploads: Path | None = None
         self._login_warnings: Callable[[], list[str]] = list
         super().__init__(
@@ -92,9 +91,9 @@ class DeformUXLabel(MONAILabelApp):
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version="0.1.0",
             # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
-            labels=[*self.project.labels, BACKGROUND],
+            labels=[*self.project.labels, BACKGROUND_LABEL],
         )
-        # It would start a Python process at every Next Sample; scores are updated where they change instead.
+        # It would start a process at every Next Sample; scores are updated when they change instead.
         self._auto_update_scoring = False
         logger.info("Project %s: %s", self.state_folder.name, self.project.to_conf())
 
@@ -107,11 +106,11 @@ class DeformUXLabel(MONAILabelApp):
             refuse_to_start(str(error))
 
     def init_infers(self) -> dict[str, InferTask]:
-        # Slicer runs the first one by itself on every new case.
+        # Slicer runs the first one automatically on every new case.
         return {
-            "segmentation": Segmentation(self.project, self.models, self.kept),
-            "edit": Edit(self.project, self.models, self.kept),
-            **all_scribble_tasks(self.project, self.models, self.kept),
+            "segmentation": Segmentation(self.project, self.models, self.click_cache),
+            "edit": Edit(self.project, self.models, self.click_cache),
+            **all_scribble_tasks(self.project, self.models, self.click_cache),
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
@@ -124,13 +123,13 @@ class DeformUXLabel(MONAILabelApp):
         return {"dice": self.dice, "uncertainty": SelectionScoring(self.scores)}
 
     def on_init_complete(self) -> None:
-        # Called in the server alone, when it is ready to answer.
+        # Called only in the server, when it is ready to answer.
         from monailabel.app import app as server
 
         options = self.server_options
         if reason := reason_not_to_start(host_of(sys.argv), options.users, insecure=options.insecure):
             refuse_to_start(reason)
-        # Waiting threads of a training would otherwise spin on the processors that a segmentation needs.
+        # Otherwise idle threads of a training would spin on the processors that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
         if settings.MONAI_LABEL_SESSIONS:
@@ -146,15 +145,15 @@ class DeformUXLabel(MONAILabelApp):
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002
-        # MONAI Label's unpack archives; the server makes its own when it starts.
+        # MONAI Label's sessions unpack archives; the server makes its own when it starts.
         return None
 
     def scoring_methods(self) -> dict[str, ScoringMethod]:
-        """The scoring methods by name."""
+        """Return the scoring methods by name."""
         return self._scoring_methods
 
     def options_of(self, kind: str, name: str) -> set[str]:
-        """The options that one of the trainers or strategies takes: those it shows, and those of MONAI Label's own."""
+        """Return the options of a trainer or strategy: those that it shows, and those of MONAI Label itself."""
         if kind == "trainers":
             return {*known("model to train", name, self._trainers).config(), "gpus"}
         return {*known("strategy", name, self._strategies).info().get("config", {})}
@@ -163,7 +162,7 @@ class DeformUXLabel(MONAILabelApp):
         info = super().info()
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
-        # The leases and the queue share a file, and what is said of it.
+        # The leases and the queue share a file, and its warnings.
         of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
         of_the_studies = self.waiting.now(self.datastore()).warnings()
         of_the_studies += self.datastore().warnings()
@@ -173,42 +172,37 @@ class DeformUXLabel(MONAILabelApp):
         return info
 
     def versions(self) -> ModelVersions:
-        """The project's models."""
+        """Return the project's model versions."""
         return self.models.versions
 
     def infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
         datastore = datastore or self.datastore()
-        request = with_login(request)
-        model = request.get("model")
+        sent = with_login(request)
+        model = sent.get("model")
         task = known("model", model, self._infers)
-        options = inference_options(request)
-        folders = [Path(self.studies), Path(self.sessions().store_path) if self.sessions() is not None else None]
-        image_id, path = find_image(request.get("image"), datastore, [f for f in (*folders, self.uploads) if f])
-        if options["save_label"]:
+        options = InferenceOptions.model_validate(sent)
+        sessions = self.sessions()
+        folders = [Path(self.studies), *([Path(sessions.store_path)] if sessions is not None else [])]
+        scan = find_scan(sent.get("image"), datastore, folders, self.uploads)
+        if options.save_label:
             require("annotator", "storing a segmentation (save_label)")
-        if options["uncertainty"] and image_id is not None:
+        if options.uncertainty and scan.image_id is not None:
             require("annotator", "storing where the model is unsure (uncertainty)")
-        if options["save_label"] and self.models.current() is None:
+        if options.save_label and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
-        if hasattr(task, "options"):
-            options |= task.options(request, self.uploads)
-        # An upload has another path each time.
-        keep = self.uploads is None or not Path(path).resolve().is_relative_to(self.uploads.resolve())
-        options |= {"image": path, "image_id": image_id, "keep": keep}
-        file, params = task({"model": model, "description": task.description, **options})
-        with_map = store_uncertainty(datastore, image_id, params)
+        file, params = task(task.parsed(sent, InferenceRequest(scan=scan, options=options), self.uploads))
+        with_map = store_uncertainty(datastore, scan.image_id, params)
         if with_map:
-            note(what="store uncertainty map", image=image_id, tag=UNCERTAINTY_TAG, version=params["model_version"])
-        if image_id is not None and "model_version" in params:
-            self._proposals[annotator_of(request), image_id] = params["model_version"]
-            while len(self._proposals) > _REMEMBERED_PROPOSALS:
-                self._proposals.popitem(last=False)
+            version = params["model_version"]
+            note(what="store uncertainty map", image=scan.image_id, tag=UNCERTAINTY_TAG, version=version)
+        if scan.image_id is not None and "model_version" in params:
+            self._proposals.remember(annotator_of(sent), scan.image_id, params["model_version"])
         label = file
-        if options["save_label"] and image_id is not None:
+        if options.save_label and scan.image_id is not None:
             info = with_login({"model": model, "params": params})
-            label = datastore.save_label(image_id, file, options["label_tag"], info)
-            stored = {"tag": options["label_tag"], "version": params["model_version"]}
-            note(what="store segmentation", image=image_id, **stored, uncertainty_map=with_map or None)
+            label = datastore.save_label(scan.image_id, file, options.label_tag, info)
+            stored = {"tag": options.label_tag, "version": params["model_version"]}
+            note(what="store segmentation", image=scan.image_id, **stored, uncertainty_map=with_map or None)
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def check_batch_inference(self, model: str) -> None:
@@ -223,9 +217,9 @@ class DeformUXLabel(MONAILabelApp):
             raise HTTPException(409, UNTRAINED)
 
     def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        # In a process of its own, which the server started.
+        # Runs in a process of its own, which the server started.
         end_with_the_server()
-        os.nice(10)  # whoever waits for the server comes first
+        os.nice(10)  # requests to the server have priority
         leave_room_on_the_gpu()
         self.uploads = private_uploads()
         studies = datastore or self.datastore()
@@ -249,7 +243,7 @@ class DeformUXLabel(MONAILabelApp):
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         strategy = known("strategy", request.get("strategy"), self._strategies)
-        # Without an id it says why there is none.
+        # Without an id, the reply says why there is none.
         reply = strategy(request, self.datastore())
         return {**reply, "path": self.datastore().get_image_uri(reply["id"])} if "id" in reply else reply
 
@@ -262,30 +256,30 @@ class DeformUXLabel(MONAILabelApp):
                 trainer.check(options if model else options.get(name) or {}, self.datastore())
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        # In a process of its own, which the queue started.
+        # Runs in a process of its own, which the queue started.
         trainer = known("model to train", request.get("model"), self._trainers)
         end_with_the_server()
-        os.nice(10)  # whoever waits for the server comes first
+        os.nice(10)  # requests to the server have priority
         leave_room_on_the_gpu()
         try:
-            # A training of a server that was killed may take a moment to notice.
+            # The training of a killed server may take a moment to end.
             with FileLock(self.state_folder / "process.lock"):
                 return trainer(request, self.datastore())
         except HTTPException as error:
             raise SystemExit(f"The training failed: {error.detail}") from None
 
     def training_ended(self, _task: Mapping[str, Any]) -> None:
-        """What follows a training, in the server."""
+        """Use the result of a training; runs in the server."""
         self.model_changed()
 
     def model_changed(self) -> None:
-        """Load the published model before somebody waits for it, and score the volumes with it."""
+        """Load the published model before a request needs it, and score the volumes with it."""
         self.request_scoring()
         threading.Thread(target=self._preload, name="preload", daemon=True).start()
 
     def _preload(self) -> None:
         name = self.models.current()
-        self.kept.forget_other_versions(name)
+        self.click_cache.forget_other_versions(name)
         if name is None:
             return
         try:
@@ -294,7 +288,7 @@ class DeformUXLabel(MONAILabelApp):
             logger.warning("Model %s could not be loaded beforehand: %s", name, error)
 
     def request_scoring(self) -> None:
-        """Score the volumes in the background, unless that is being done."""
+        """Score the volumes in the background, unless scoring is running."""
         if self._server_mode and not processes("scoring"):
             self.async_scoring("uncertainty")
 
@@ -310,11 +304,11 @@ class DeformUXLabel(MONAILabelApp):
         try:
             self.dice.score(self.datastore(), image_id)
         except (OSError, HTTPException) as error:
-            # The label is stored: an answer that it is not would be untrue.
+            # The label is stored, so the request must not fail.
             logger.warning("No Dice for %s: %s", image_id, error)
 
     def submitted(self, image_id: str, tag: str) -> None:
-        """A label was saved: its volume is in nobody's hands, and a training may be due."""
+        """Release the volume of a saved label, and queue a training if one is due."""
         if tag != DefaultLabelTag.FINAL.value:
             return
         try:
@@ -325,28 +319,27 @@ class DeformUXLabel(MONAILabelApp):
         except (HTTPException, AlreadyTraining) as error:
             logger.info("No training yet: %s", getattr(error, "detail", error))
         except OSError as error:
-            # The label is stored, and the answer must not say otherwise.
+            # The label is stored, so the request must not fail.
             logger.error("The label of %r is stored, but not that its volume is free again: %s", image_id, error)
 
     def _checksum(self, image_id: str) -> str:
-        """What tells an image's submitted label from another one of the same image."""
+        """Return the checksum of an image's submitted label."""
         datastore = self.datastore()
         revisions = datastore.revisions if isinstance(datastore, CheckedDatastore) else None
         newest = revisions.newest(image_id, DefaultLabelTag.FINAL.value) if revisions else None
         return newest.sha256 if newest is not None else uuid.uuid4().hex
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
-        """The model whose proposal an annotator was shown, as far as that is remembered."""
-        if (annotator, image_id) in self._proposals:
-            return self._proposals[annotator, image_id]
+        """Return the version of the model whose proposal an annotator was shown, None if that is not remembered."""
         lease = self.leases.active().get(image_id)
-        return lease.model_version if lease is not None and lease.annotator == annotator else None
+        leased = lease.model_version if lease is not None and lease.annotator == annotator else None
+        return self._proposals.find(annotator, image_id, leased)
 
     def bundle_path(self, model: str | None) -> None:
-        # MONAI Label asks for it before every background task, which makes it the place to refuse an unknown model.
+        # MONAI Label calls this before every background task, so unknown models are refused here.
         if model is not None:
             known("model", model, self._infers | self._trainers)
 
     def model_file(self, model: str, validate: bool = True) -> str:  # noqa: ARG002 - MONAI Label's signature
-        # Its endpoints overwrite and delete the file in place, under the requests that it is serving.
+        # Its endpoints overwrite and delete the file in place, while requests use it.
         raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")

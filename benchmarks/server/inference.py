@@ -22,9 +22,10 @@ from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
 from deformux.networks.precision import mixed_precision
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.infers.click_cache import Sessions
+from deformux_label.lib.infers.click_cache import ClickCache
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.segmentation import Segmentation
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
 HERE = Path(__file__).resolve().parents[1]
 SCAN = HERE.parent.parent / "shared" / "data" / "ct" / "example_ct.nii.gz"
@@ -47,7 +48,7 @@ def main() -> None:
         preprocessing=Preprocessing(patch_size=(args.patch,) * 3),
     )
     with tempfile.TemporaryDirectory() as state:
-        task = Segmentation(project, _published(project, Path(state)), Sessions(0))
+        task = Segmentation(project, _published(project, Path(state)), ClickCache(0))
         runs = [_run(task, args.scan, device) for _ in range(args.repeats + 1)][1:]  # the first one compiles
     ratio = statistics.median(run["seconds"] / (run["windows"] * run["call_s"]) for run in runs)
     result = {
@@ -92,8 +93,8 @@ def _run(task: Segmentation, scan: Path, device: str) -> dict[str, Any]:
     before = [_call(network, window) for _ in range(3)]
     hook = network.register_forward_pre_hook(count)
     start = time.perf_counter()
-    request = {"image": str(scan), "device": device, "result_extension": ".nrrd", "result_dtype": "uint8"}
-    file, params = task({**request, "uncertainty": False, "keep": False})
+    options = InferenceOptions(device=device, result_extension=".nrrd", result_dtype="uint8")
+    file, params = task(InferenceRequest(scan=RequestedScan(str(scan), keep=False), options=options))
     seconds = time.perf_counter() - start
     hook.remove()
     after = [_call(network, window) for _ in range(3)]

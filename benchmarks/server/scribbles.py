@@ -32,6 +32,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.scribbles import GraphCut
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
 HERE = Path(__file__).resolve().parents[1]
 DATA = HERE.parent.parent / "shared" / "data" / "ct"
@@ -107,8 +108,8 @@ def _timed(run: Any, truth: np.ndarray) -> tuple[float, float]:
 def _own(image: Path, label: Path, modality: str, evidence: str) -> np.ndarray:
     project = Project(labels=("organ",), preprocessing=Preprocessing(modality))
     task = GraphCut(project, evidence, "")
-    options = task.options({"label": str(label), "label_info": INFO}, label.parent)
-    file, _ = task({"image": str(image), "image_id": None, "keep": False, **options})
+    asked = InferenceRequest(scan=RequestedScan(str(image), keep=False), options=InferenceOptions())
+    file, _ = task(task.parsed({"label": str(label), "label_info": INFO}, asked, label.parent))
     try:
         return np.asarray(nib.load(file).dataobj)
     finally:

@@ -1,4 +1,4 @@
-"""Kill a process at each call in turn by which it writes something, and look at what is left.
+"""Kill a process at each of its writing calls in turn, and look at what is left.
 
 ``python crash_points.py FOLDER`` prints a list of cases as JSON. Forked, since importing torch and MONAI Label for each
 crash would take minutes; with one thread, which can be forked.
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 
 def prepared(root: Path) -> Path:
-    """A scan with an acknowledged label, and a second scan without."""
+    """Make a scan with an acknowledged label, and a second scan without one."""
     studies = root / "studies"
     for number, scan in enumerate(("scan", "other")):
         write_volume(studies / f"{scan}.nii.gz", root / f"{scan}_label.nii.gz", spacing=(8, 8, 8), seed=number)
@@ -91,7 +91,7 @@ ACTIONS: dict[str, Callable[[Path], None]] = {
 
 
 def in_a_process_that_dies(last: int, act: Callable[[], None]) -> bool:
-    """Whether it came to its end, that is, acknowledged, before its ``last`` call."""
+    """Return whether the action finished, and so was acknowledged, before its ``last`` call."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -120,7 +120,7 @@ def in_a_process_that_dies(last: int, act: Callable[[], None]) -> bool:
 
 
 def left(studies: Path) -> dict[str, Any]:
-    """What the next server finds; its own work is part of it."""
+    """Return what the next server finds, after its own recovery."""
     store = open_store(studies)
     entries = {}
     for scan in ("scan", "other"):

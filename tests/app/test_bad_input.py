@@ -1,4 +1,4 @@
-"""Every bad request gets a 4xx with one sentence, the server goes on, and nothing is lost."""
+"""Every bad request gets a 4xx with one sentence, the server goes on, and no data is lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from live import CONF, LiveServer, Volume, wait_for, write
 
 
 def refused(answer: requests.Response, *words: str, status: int | None = None) -> str:
-    """A 4xx whose JSON detail is one sentence that says the words."""
+    """Return the detail of a 4xx; check that it is one sentence with these words."""
     assert 400 <= answer.status_code < 500, f"{answer.status_code}: {answer.text[:500]}"
     assert status is None or answer.status_code == status
     detail = answer.json()["detail"]
@@ -30,7 +30,7 @@ def refused(answer: requests.Response, *words: str, status: int | None = None) -
 
 @pytest.fixture(autouse=True)
 def _goes_on(server: LiveServer) -> Any:
-    """After each bad request the same process answers."""
+    """Check after each bad request that the same process answers."""
     yield
     assert server.process.poll() is None
     assert requests.get(f"{server.url}/info/", timeout=30).status_code == 200
@@ -82,7 +82,7 @@ def test_bad_images(server: LiveServer, tmp_path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in BAD_IMAGES if kind != "empty file"])
 def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kind: str) -> None:
-    """Nothing checks a file that is copied into the folder before it is asked for."""
+    """Files that are copied into the folder are not checked until they are requested."""
     make, expected = BAD_IMAGES[kind]
     path = studies / f"found_{kind.replace(' ', '_')}.nii.gz"
     make(path)
@@ -97,8 +97,8 @@ def test_bad_images_in_the_studies_folder(server: LiveServer, studies: Path, kin
     wait_for(lambda: name not in server.objects(), f"the removed {name} left the index")
 
 
-def test_an_empty_file_in_the_studies_folder_is_not_served_and_said_so(server: LiveServer, studies: Path) -> None:
-    """It may still be being copied: it is served as soon as there is something in it."""
+def test_an_empty_file_in_the_studies_folder_is_reported_and_not_served(server: LiveServer, studies: Path) -> None:
+    """It may still be copied, so it is served once it has content."""
     path = studies / "found_empty.nii.gz"
 
     def not_served() -> str:
@@ -155,7 +155,7 @@ def test_paths_outside_the_studies_folder(server: LiveServer, studies: Path, tmp
     try:
         for path in outside(server, studies, tmp_path):
             for answer in (server.infer(path), server.infer("axial", image=path)):
-                # Null bytes are refused in any query, whatever it names.
+                # Null bytes are refused in any query.
                 in_query = "\0" in path and "image=axial" not in answer.request.url
                 refused(answer, status=404 if path == ".." else 400 if in_query else 403)
                 assert "private" not in answer.text
@@ -193,7 +193,7 @@ def test_bad_options(server: LiveServer, name: str, value: str, valid: str) -> N
 
 
 @pytest.mark.parametrize("params", ["{", "[1]", '"text"', "5", '{"a": }'])
-def test_parameters_that_are_no_json_object(server: LiveServer, volumes: dict[str, Volume], params: str) -> None:
+def test_parameters_that_are_not_a_json_object(server: LiveServer, volumes: dict[str, Volume], params: str) -> None:
     before = server.objects()
     form = {"params": (None, params)}
     refused(
@@ -312,7 +312,7 @@ def test_training_without_labels(fresh: tuple[LiveServer, Path], volumes: dict[s
     for path in ("train/segmentation", "train/"):
         refused(requests.post(f"{server.url}/{path}", json={}, timeout=30), "at least 1", "none", status=409)
     assert requests.get(f"{server.url}/train/", timeout=30).status_code == 404, "no training must have been started"
-    # Other tests want this project as it was.
+    # Other tests need this project unchanged.
     assert requests.delete(f"{server.url}/datastore/", params={"id": "case_0"}, timeout=30).ok
     assert server.objects() == before
 

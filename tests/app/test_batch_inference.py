@@ -1,4 +1,4 @@
-"""Batch inference on a CPU: with whatever body clients send, past damaged files, stopped, killed with its server."""
+"""Batch inference on a CPU: bodies of all clients, damaged files, stopping, and a killed server."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from deformux_label.lib.store.datastore import CheckedDatastore
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
 CASES = ("a", "b", "c")
-# What the documentation of the route shows, and MONAI Label's own server runs with.
+# The example in the route's documentation, which MONAI Label's own server accepts.
 STOCK = {
     "device": "cuda",
     "multi_gpu": True,
@@ -97,8 +97,8 @@ def test_without_a_model_it_says_so_and_bad_options_are_refused(server: LiveServ
     assert requests.delete(f"{server.url}/batch/infer", timeout=60).json() is None
 
 
-def test_an_empty_body_segments_every_volume_that_can_be_read(server: LiveServer, studies: Path) -> None:
-    # A label that somebody submitted stays what it is.
+def test_an_empty_body_segments_every_readable_volume(server: LiveServer, studies: Path) -> None:
+    # A submitted label stays unchanged.
     label = studies.parent / "labels" / "b.nii.gz"
     assert server.submit("b", label).ok
     submitted = (studies / "labels" / "final" / "b.nii.gz").read_bytes()
@@ -133,7 +133,7 @@ def test_an_empty_body_segments_every_volume_that_can_be_read(server: LiveServer
     assert "ZeroDivisionError" not in server.log.read_text()
 
 
-def test_the_kinds_of_volumes_and_as_many_as_are_asked_for(studies: Path) -> None:
+def test_the_kind_and_number_of_volumes_can_be_chosen(studies: Path) -> None:
     datastore = CheckedDatastore(str(studies), labels=LABELS)
     for request, expected in (
         ({}, ["a", "aa_broken", "b", "c"]),
@@ -153,7 +153,7 @@ def processes_of(task: str) -> list[psutil.Process]:
 def test_it_is_stopped_and_a_killed_server_says_so(
     server: LiveServer, studies: Path, start_here: Callable[..., LiveServer]
 ) -> None:
-    # A minute of work, last by name.
+    # A minute of work; last in alphabetical order.
     noise = np.random.default_rng(0).integers(-100, 200, (96, 96, 96)).astype(np.int16)
     write(studies / "z_large.nii.gz", noise, np.diag([4.0, 4, 4, 1]))
     wait_for(lambda: "z_large" in server.objects(), "the large volume is seen")

@@ -1,4 +1,4 @@
-"""Both client libraries and real 3D Slicer against a live server: what comes back lies on the image asked for."""
+"""Both client libraries and real 3D Slicer against a live server: replies lie on their image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOLERANCE_MM = 1e-3
 
 
 def slicer_parameters(info: dict[str, Any]) -> dict[str, Any]:
-    """What the extension sends: the first of each list of options, and always these two."""
+    """Return the options that the extension sends: the first of each list, and always these two."""
     config = info["models"]["segmentation"]["config"]
     params = {key: value[0] if isinstance(value, list) else value for key, value in config.items()}
     return {**params, "result_extension": ".nrrd", "result_dtype": "uint8"}
@@ -40,7 +40,7 @@ def client(request: pytest.FixtureRequest, server: LiveServer, slicer_client: Mo
 def test_info_is_what_the_extension_needs(client: Any) -> None:
     info = client.info()
     assert not client.auth_enabled()
-    # Slicer offers clicks on the background where it is a label; last, so that the others keep their positions.
+    # Slicer offers clicks on the background if it is a label; last, so that the others keep their positions.
     assert info["labels"] == [*LABELS, "background"]
     assert not info.get("config"), "the extension refuses a server with a top-level config"
     name, model = next(iter(info["models"].items()))
@@ -75,7 +75,7 @@ def test_a_whole_round(client: Any, server: LiveServer, volumes: dict[str, Volum
     assert not server.objects()[volume.id]["labels"]
 
 
-def test_a_volume_that_only_the_client_has(client: Any, volumes: dict[str, Volume], trainings: list) -> None:
+def test_a_volume_outside_the_studies(client: Any, volumes: dict[str, Volume], trainings: list) -> None:
     """In the extension: File > Add Data, then Run; the volume travels as a session."""
     session = client.create_session(str(volumes["oblique"].image))["session_id"]
     assert client.get_session(session)
@@ -240,13 +240,13 @@ def test_an_untrained_project_answers_with_an_empty_mask(
 
 
 def check_overlay(seen: dict[str, Any]) -> None:
-    """Slicer shows image and mask in one place."""
+    """Check that Slicer shows image and mask in one place."""
     if "result_matrix" not in seen:
         return
     assert seen["result_dimensions"] == seen["dimensions"]
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in seen["dimensions"]], indexing="ij")).reshape(3, -1).T
     image, mask = (nib.affines.apply_affine(np.array(seen[key]), corners) for key in ("matrix", "result_matrix"))
-    # Slicer mirrors the third axis of a left-handed scan, so the same corners may come in another order.
+    # Slicer mirrors the third axis of a left-handed scan, which may reorder the corners.
     distances = np.linalg.norm(image[:, None] - mask[None], axis=-1)
     assert distances.min(0).max() < TOLERANCE_MM
     assert distances.min(1).max() < TOLERANCE_MM

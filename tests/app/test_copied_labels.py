@@ -1,4 +1,4 @@
-"""Labels that were copied into the folder by hand: used where they can be, and named where they cannot."""
+"""Labels that were copied into the folder by hand: used if they can be, else listed with the reason."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 from live import LABELS, Volume, rotation, write, write_volume
 
-from deformux_label.lib.store import changed_labels as label_check
-from deformux_label.lib.store import studies_folder
+from deformux_label.lib.store import external_labels, studies_folder
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.label_check import label_array
 from deformux_label.lib.store.volume_writer import write_labels
@@ -91,7 +90,7 @@ def linked(path: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", ["another grid", "5 mm off", "foreign values", "half", "text", "a folder", "no volume"])
-def test_others_are_named(volume: Volume, how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusable_labels_are_listed(volume: Volume, how: str, caplog: pytest.LogCaptureFixture) -> None:
     file = folder_of(volume) / "scan.nii.gz"
     if how == "another grid":
         write(file, volume.truth[:-1], volume.affine)
@@ -120,7 +119,7 @@ def test_others_are_named(volume: Volume, how: str, caplog: pytest.LogCaptureFix
     assert "scan.nii.gz" in caplog.text or "other" in caplog.text
     assert store.revisions.known() == {}
     assert opened(volume).status() == status
-    # A label that is submitted takes its place, and what was there is kept.
+    # A submitted label takes its place, and the copied file is kept.
     if how not in ("a folder", "no volume"):
         content = file.read_bytes()
         store.save_label("scan", str(volume.label), "final", {"client_id": "anna"})
@@ -131,7 +130,7 @@ def test_others_are_named(volume: Volume, how: str, caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("how", ["another grid", "foreign values", "half"])
-def test_what_was_of_no_use_comes_back_with_its_scan(volume: Volume, how: str) -> None:
+def test_an_unusable_label_is_restored_with_its_scan(volume: Volume, how: str) -> None:
     file = folder_of(volume) / "scan.nii.gz"
     if how == "half":
         file.write_bytes(volume.label.read_bytes()[: volume.label.stat().st_size // 2])
@@ -150,7 +149,7 @@ def test_what_was_of_no_use_comes_back_with_its_scan(volume: Volume, how: str) -
     assert opened(volume).status() == before
 
 
-def test_a_scan_that_came_back_without_its_labels_gets_them(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_follow_a_scan_that_was_restored_without_them(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(volume)
     store.save_label("scan", str(volume.label), "final", {"client_id": "anna"})
     store.remove_image("scan")
@@ -189,20 +188,20 @@ def test_two_files_for_one_label(volume: Volume) -> None:
     assert [item["file"] for item in store.status()["unusable_labels"]["first"]] == ["final/scan.nrrd"]
 
 
-def test_nobody_waits_for_the_checks(volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands may be copied in at once; a start waits a moment, and requests do not."""
+def test_no_request_waits_for_the_checks(volume: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands may be copied in at once; a start waits only a moment, and requests do not wait."""
     folder = folder_of(volume)
     for number in range(40):
         shutil.copy(volume.image, volume.image.with_name(f"more_{number}.nii.gz"))
         shutil.copy(volume.label, folder / f"more_{number}.nii.gz")
-    go, judge = threading.Event(), label_check.judge
+    go, judge = threading.Event(), external_labels.judge
 
     def slow(*arguments: object) -> object:
         go.wait(60)
         return judge(*arguments)
 
     monkeypatch.setattr(studies_folder, "_WAIT_FOR_CHECKS_S", 0.1)
-    monkeypatch.setattr(label_check, "judge", slow)
+    monkeypatch.setattr(external_labels, "judge", slow)
     start = time.monotonic()
     store = opened(volume)
     assert time.monotonic() - start < 5

@@ -1,4 +1,4 @@
-"""Files of the studies that are damaged: what is intact is served, and whoever runs the server is told."""
+"""Damaged files in the studies: intact ones are served, and the operator is told."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_damaged_label_is_restored(
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("found", ["at use", "after the start"])
-def test_a_flipped_bit_that_changes_no_date(volume: Volume, tmp_path: Path, suffix: str, found: str) -> None:
+def test_a_flipped_bit_without_a_new_date(volume: Volume, tmp_path: Path, suffix: str, found: str) -> None:
     store = opened(volume)
     label = write(tmp_path / f"drawn{suffix}", volume.truth, volume.affine)
     store.save_label("scan", str(label), "final", {"client_id": "anna"})
@@ -108,7 +108,7 @@ def test_a_label_drawn_over_by_hand_is_a_new_revision(store: CheckedDatastore, v
     assert (current(again) == drawn).all()
     assert [r.annotator for r in again.revisions.history("scan", "final")] == ["anna", "ben", ""]
     assert "client_id" not in again.get_label_info("scan", "final")
-    # Back to what it was before, by hand: that is no interrupted save.
+    # Changed back by hand: this is not an interrupted save.
     write(file, volume.truth, volume.affine)
     assert (current(again) == volume.truth).all()
     assert again.warnings() == []
@@ -152,8 +152,8 @@ def test_a_bad_record_of_a_revision_is_left_out(
     assert again.get_label_info("scan", "final")["revision"] >= 3, "no number is given twice"
 
 
-def test_half_a_surrogate_pair_stops_nothing(store: CheckedDatastore, volume: Volume) -> None:
-    """As an earlier version kept it: ``{"client_id": "\\ud800"}`` ended every later start."""
+def test_half_a_surrogate_pair_is_refused_or_repaired(store: CheckedDatastore, volume: Volume) -> None:
+    """An earlier version stored ``{"client_id": "\\ud800"}``, which made every later start fail."""
     for refused in ({"client_id": "\ud800"}, {"x": ["\udfff"]}, {"\ud800": 1}):
         for attempt in (
             lambda info=refused: store.save_label("scan", str(volume.label), "final", info),
@@ -177,7 +177,7 @@ def test_half_a_surrogate_pair_stops_nothing(store: CheckedDatastore, volume: Vo
 
 
 @pytest.mark.parametrize("entry", [None, 7, {}, {"image": 3}, {"image": {"ext": ["x"]}}, {"labels": []}])
-def test_a_bad_entry_of_the_index_is_made_anew(store: CheckedDatastore, volume: Volume, entry: Any) -> None:
+def test_a_bad_entry_of_the_index_is_rebuilt(store: CheckedDatastore, volume: Volume, entry: Any) -> None:
     other = write_volume(volume.image.with_name("other.nii.gz"), volume.label.with_name("o.nii.gz"), spacing=(8, 8, 8))
     store.refresh()
     store.update_image_info(other.id, {"note": "kept"})

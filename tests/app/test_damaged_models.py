@@ -1,4 +1,4 @@
-"""Models whose files were damaged, before a start or under a running server: the last good one answers and says so."""
+"""Damaged model files, before a start or under a running server: the last good model answers, with a warning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGE = "axial"
 
 
 def project_of(volumes: dict[str, Volume], folder: Path) -> tuple[Path, Path]:
-    """Studies of one scan with two published versions, and the folder of these."""
+    """Return studies with one scan and two published versions, and the folder of the versions."""
     studies = folder / "studies"
     studies.mkdir()
     shutil.copy(volumes[IMAGE].image, studies)
@@ -118,7 +118,7 @@ def test_damage_under_a_running_server(
     finally:
         for name, data in before.items():
             (folder / name).write_bytes(data)
-    # Brought back from a backup, it is served again without a restart.
+    # Restored from a backup, it is served again without a restart.
     assert asked(server)["model_version"] == "v0002"
     assert not any("version" in text for text in told(server))
 
@@ -145,7 +145,7 @@ def test_a_start_with_damaged_files(
     for strategy in ("random", "adaptive"):
         answer = requests.post(f"{server.url}/activelearning/{strategy}", json={}, timeout=60)
         assert answer.status_code == 200, answer.text
-    # The record is written anew by the next change, and the damaged one kept.
+    # The next change writes the record again, and the damaged one is kept.
     answer = requests.post(f"{server.url}/deformux/versions/v0001/publish", timeout=60)
     assert answer.json()["published"] == "v0001"
     assert (versions / "publications.damaged.json").exists()

@@ -1,4 +1,4 @@
-"""The studies folder by itself: whole files, and an index that two processes may change."""
+"""The datastore: complete files, and an index that two processes may change."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_label_in_another_format_replaces_the_first(store: CheckedDatastore, v
         ([1, 2], [], [1, 2]),
     ],
 )
-def test_segments_are_brought_back_by_name(
+def test_segments_are_mapped_by_name(
     store: CheckedDatastore, volume: Volume, tmp_path: Path, sent: list[int], names: list[str], expected: list[int]
 ) -> None:
     label = write(tmp_path / "sent.nii.gz", np.array([0, *sent], np.uint8)[volume.truth], volume.affine)
@@ -87,7 +87,7 @@ def test_a_segment_without_a_label_is_refused(store: CheckedDatastore, volume: V
 
 
 def test_a_partly_painted_label(store: CheckedDatastore, volume: Volume, tmp_path: Path) -> None:
-    """255 is a voxel that nobody has labelled, whatever the segments are numbered."""
+    """255 is an unlabelled voxel, however the segments are numbered."""
     sent = np.array([255, 2, 1], np.uint8)[volume.truth]
     label = write(tmp_path / "sent.nii.gz", sent, volume.affine)
     info = {"label_info": [{"name": "spleen"}, {"name": "liver"}], "annotated": ["liver"]}
@@ -98,7 +98,7 @@ def test_a_partly_painted_label(store: CheckedDatastore, volume: Volume, tmp_pat
 
 
 def test_another_process_changes_the_index_too(store: CheckedDatastore, volume: Volume) -> None:
-    """Scoring runs in a process of its own; with MONAI Label's datastore it undoes what the server wrote meanwhile."""
+    """Scoring runs in another process; with MONAI Label's datastore it undoes the server's writes meanwhile."""
     store.update_image_info("scan", {"a": 1})
     program = (
         "import sys; from deformux_label.lib.store.datastore import CheckedDatastore\n"
@@ -119,7 +119,7 @@ def test_another_process_changes_the_index_too(store: CheckedDatastore, volume: 
     assert entry["labels"]["final"]["info"]["by"] == "me"
 
 
-def test_hidden_files_are_no_images(store: CheckedDatastore, volume: Volume) -> None:
+def test_hidden_files_are_not_images(store: CheckedDatastore, volume: Volume) -> None:
     for name in (".writing-x.nii.gz", "._scan.nii.gz"):
         (volume.image.parent / name).write_bytes(b"")
     store.refresh()
@@ -138,10 +138,8 @@ def test_removing(store: CheckedDatastore, volume: Volume) -> None:
             remove()
 
 
-def test_a_label_in_another_voxel_order_is_brought_back(
-    store: CheckedDatastore, volume: Volume, tmp_path: Path
-) -> None:
-    """Slicer mirrors an axis of left-handed scans: the same places, listed in another order."""
+def test_a_label_in_another_voxel_order_is_reordered(store: CheckedDatastore, volume: Volume, tmp_path: Path) -> None:
+    """Slicer mirrors an axis of left-handed scans: the same positions in another order."""
     mirrored = volume.affine @ np.diag([1.0, 1, -1, 1])
     mirrored[:3, 3] = nib.affines.apply_affine(volume.affine, [0, 0, volume.truth.shape[2] - 1])
     swapped = volume.affine[:, [2, 1, 0, 3]]

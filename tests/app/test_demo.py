@@ -1,4 +1,4 @@
-"""The demo as a user runs it: a process that starts the real server, teaches in rounds and leaves nothing running."""
+"""The demo as a user runs it: a process that starts the real server, trains in rounds and leaves nothing running."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def demo(arguments: Sequence[str], folder: Path, **options: object) -> subproces
 
 
 def processes_naming(folder: Path) -> list[str]:
-    """Command lines of all running processes that mention `folder`: server, training and scoring do."""
+    """Return the command lines of all running processes that mention `folder`: server, training and scoring do."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = " ".join(process.info["cmdline"] or [])
@@ -205,7 +205,7 @@ def test_unusable_studies_end_in_one_sentence(
 ) -> None:
     expected = prepare(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handler is for a process of the demo's own
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handler is only for the demo's own process
     command = typer.Typer()
     command.command()(main)
     result = CliRunner().invoke(command, ["--studies", "data"])

@@ -1,6 +1,7 @@
 """Opening folders of real labelled data for the demo: layout, split, label names, modality, grids."""
 
 import json
+import re
 from pathlib import Path
 
 import nibabel as nib
@@ -10,7 +11,8 @@ import SimpleITK as sitk
 
 from deformux.data.cases import InvalidFolder
 from deformux_label.demo.cohort import open_cohort, synthetic_cohort
-from deformux_label.demo.report import read_scan
+from deformux_label.demo.figures import DemoRound, read_scan
+from deformux_label.demo.report import write_html
 
 
 def write_folder(folder: Path, *, names=("images", "labels"), values=(5, 9), shape=(12, 10, 8), low=-1000) -> Path:
@@ -67,7 +69,7 @@ def test_decathlon_layout_names_and_modality(tmp_path: Path) -> None:
     assert len(cohort.volumes) == 4
 
 
-def test_a_modality_that_is_given_wins(tmp_path: Path) -> None:
+def test_a_given_modality_wins(tmp_path: Path) -> None:
     assert open_cohort(write_folder(tmp_path), volumes=3, modality="mr").modality == "mr"
 
 
@@ -135,3 +137,22 @@ def test_synthetic_cohort_is_described_for_the_server(tmp_path: Path) -> None:
     volume = cohort.volume("phantom_001")
     assert volume.truth().shape == volume.shape()
     assert volume.canonical_truth().sum() == volume.truth().sum()
+
+
+def test_the_report_shows_any_name_and_a_dash_for_an_absent_dice(tmp_path: Path) -> None:
+    finished = DemoRound(1, 3, 5, {"a<b": float("nan"), "left_kidney": 0.5}, 0.75, 0.25, 9.6, 4.0)
+    (tmp_path / "curve.png").write_bytes(b"png")
+    page = write_html(
+        tmp_path / "report.html",
+        title="R&D",
+        rounds=[finished],
+        labels=["a<b", "left_kidney"],
+        pictures=[(tmp_path / "curve.png", 'a "curve"')],
+        facts={"cohort": "<script>"},
+    ).read_text(encoding="utf-8")
+    assert "<h1>R&amp;D</h1>" in page
+    heads = ["round", "labelled", "unlabelled", "mean Dice", "a&lt;b", "left kidney", "corrected by hand", "seconds"]
+    assert re.findall("<th>(.*?)</th>", page) == heads
+    assert re.findall("<td>(.*?)</td>", page) == ["1", "3", "5", "<b>0.750</b>", "–", "0.500", "25 %", "10"]
+    assert 'src="data:image/png;base64,cG5n"' in page
+    assert "<script>" not in page

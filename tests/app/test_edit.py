@@ -1,4 +1,4 @@
-"""Clicks through live servers: where they land, what they change, and what is refused."""
+"""Clicks through live servers: their positions, their effects, and refusals."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from deformux_label.lib.requests.clicks import MOST_POINTS
 
 VALUES = {"liver": 1, "spleen": 2, "background": 0}
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd", "plain_nii"]
-# Less than two volumes with their editors, so that sessions push each other out.
+# Less than two volumes with their editors, so that sessions evict each other.
 EDIT_CONF = {**CONF, "cache_gb": "0.001"}
 
 
 def edit(
     server: LiveServer, image: str, points: Mapping[str, Any], *, mask: Path | None = None, **params: Any
 ) -> requests.Response:
-    """A raw request to edit."""
+    """Send a raw request to edit."""
     files: dict[str, Any] = {"params": (None, json.dumps({"result_extension": ".nii", **points, **params}))}
     if mask is not None:
         files["label"] = (mask.name, mask.read_bytes())
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def scans(folder: Path) -> dict[str, Volume]:
-    """Small scans, the left-handed one as most NIfTI files are, and the thinnest there can be."""
+    """Make small scans: left-handed, as most NIfTI files are, and as thin as possible."""
     left = np.diag([-1.0, 1.0, 1.0])
     made = {}
     for name, axes in {"one": None, "two": None, "three": None, "left": left}.items():
@@ -83,7 +83,7 @@ def scans(folder: Path) -> dict[str, Volume]:
 def editing(
     start_here: Callable[..., LiveServer], folder: Path, scans: dict[str, Volume], volumes: dict[str, Volume]
 ) -> LiveServer:
-    """A server whose untrained model follows clicks somehow."""
+    """Start a server whose untrained model reacts to clicks."""
     for name in GEOMETRIES:
         shutil.copy(volumes[name].image, folder / "studies")
     publish_untrained(folder / "studies", EDIT_CONF, guidance=0.3)
@@ -91,7 +91,7 @@ def editing(
 
 
 def away_from(labels: np.ndarray, value: int, number: int, seed: int = 0, margin: int = 3) -> list[list[int]]:
-    """Voxels that have another value, none of them at the same place from both ends of an axis."""
+    """Return voxels of another value, none at the same distance from both ends of an axis."""
     rng = np.random.default_rng(seed)
     found = rng.permutation(np.argwhere(labels != value))
     last = np.array(labels.shape) - 1
@@ -135,7 +135,7 @@ def test_markups_placed_in_slicer_land_on_their_voxels(
         assert seen["result_dimensions"] == seen["dimensions"]
 
 
-def test_an_edit_depends_on_its_clicks_alone(editing: LiveServer) -> None:
+def test_an_edit_depends_only_on_its_clicks(editing: LiveServer) -> None:
     found = automatic(editing, "one")
     voxels = away_from(found, 1, 3)
     assert (array_of(edit(editing, "one", {})) == found).all(), "no click, no change"
@@ -146,13 +146,13 @@ def test_an_edit_depends_on_its_clicks_alone(editing: LiveServer) -> None:
     assert edit(editing, "one", {"liver": voxels[1::-1]}, client_id="b").content == first, "in another order"
     as_floats = [[float(index) for index in voxel] for voxel in voxels[:2]]
     assert edit(editing, "one", {"foreground": as_floats, "label": "liver"}).content == first, "as deepgrow sends them"
-    # The same voxel twice: the active label's.
+    # The same voxel twice: the active label wins.
     for label in ("liver", "spleen", "background"):
         both = array_of(edit(editing, "one", dict.fromkeys(VALUES, voxels[:1]), label=label))
         assert both[tuple(voxels[0])] == VALUES[label]
 
 
-def test_sessions_push_each_other_out_and_answers_stay(editing: LiveServer, scans: dict[str, Volume]) -> None:
+def test_evicting_sessions_does_not_change_answers(editing: LiveServer, scans: dict[str, Volume]) -> None:
     requested = [(name, [[n, 5, 20]], f"client {n % 2}") for n in range(4) for name in ("one", "two", "three")]
 
     def ask(what: tuple[str, list, str]) -> bytes:
@@ -193,7 +193,7 @@ def test_an_edit_starts_from_the_clients_mask(editing: LiveServer, scans: dict[s
 
 
 def test_the_stock_server_keeps_mask_and_active_label_too(server: LiveServer, volumes: dict[str, Volume]) -> None:
-    """With a model or without one, whatever other tests have published there."""
+    """With or without a model, as other tests left the server."""
     volume = volumes["axial"]
     voxel = away_from(volume.truth, 1, 1)[0]
     answer = edit(server, "axial", {"liver": [voxel], "spleen": [voxel]}, mask=volume.label, label="spleen")
@@ -256,7 +256,7 @@ def test_bad_masks(editing: LiveServer, scans: dict[str, Volume], tmp_path: Path
     other = tmp_path / "text.nii.gz"
     other.write_text("this is not an image")
     refused(edit(editing, "one", {}, mask=other), "cannot be read")
-    # A path on the server's disk is no upload.
+    # A path on the server's disk is not an upload.
     refused(edit(editing, "one", {}, label=str(scan.label)), "label")
 
 

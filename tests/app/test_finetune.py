@@ -1,4 +1,4 @@
-"""The training task in a process of its own: stopped politely, continued, failed, and what its status says."""
+"""The training task in its own process: stopped, continued, failed, and the status that it reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.trainers.status import TrainingStatus
 
-# A network of a hundredth of the size, under the name of an ordinary one: what is tested happens around it.
+# A network of a hundredth of the size, under the name of an ordinary one: the tests are about what is around it.
 PROGRAM = """
 import json, logging, sys
 from pathlib import Path
@@ -66,20 +66,22 @@ def status(state: Path) -> dict[str, Any]:
         values = json.loads((state / "training.json").read_text())
     except FileNotFoundError:
         return {}
-    # What the Slicer extension computes with, whatever happened.
+    # The Slicer extension computes with these, whatever has happened.
     assert 0 <= values["epoch"] / values["total_epochs"] <= 1
     assert 0 <= values["best_metric"] <= 1
     assert math.isfinite(values["total_time"])
     return values
 
 
-def test_stopped_by_sigterm_it_goes_on(studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path) -> None:
+def test_a_training_stopped_by_sigterm_continues(
+    studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
+) -> None:
     folder, datastore, volumes = studies
     state = tmp_path / "state"
     nothing = train(folder, state)
     assert "409 training needs at least 1 submitted label" in nothing.communicate()[1]
     datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
-    # More steps than anybody waits for.
+    # More steps than the test waits for.
     request = {"steps": 1_000_000, "batch_size": 1, "task_id": "t1"}
     steps = 0
     for attempt in ("first", "second"):
@@ -107,7 +109,7 @@ def test_stopped_by_sigterm_it_goes_on(studies: tuple[Path, CheckedDatastore, li
     assert told["epoch"] == told["total_epochs"]
     assert told["total_time"] > 0
     assert "too few labelled cases" in told["reason"]
-    # A pinned version stays, and the client is told why.
+    # A pinned version stays published, and the status says why.
     versions = ModelVersions(state / "versions")
     versions.pin()
     datastore.save_label(volumes[1].id, str(volumes[1].label), "final", {"annotated": [LABELS[0]]})
@@ -119,7 +121,7 @@ def test_stopped_by_sigterm_it_goes_on(studies: tuple[Path, CheckedDatastore, li
     assert versions.published() == "v0001"
 
 
-def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
+def test_two_devices_stop_fail_and_continue_as_one_does(
     studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
 ) -> None:
     folder, datastore, volumes = studies
@@ -136,14 +138,14 @@ def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
         assert len(others) == 1, "three devices cannot share two volumes of a step, two can"
         return process, others, told["step"]
 
-    # Cancelled, as the queue does it.
+    # Stopped as the queue does it.
     process, others, steps = started(0)
     process.send_signal(signal.SIGTERM)
     assert "Training on 2 of 3 devices" in process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM
     assert status(state)["status"] == "stopped"
     assert not any(other.is_running() for other in others)
-    # One of the two is killed: the other does not wait for it for ever.
+    # One of the two is killed: the other does not wait for ever.
     process, others, steps = started(steps)
     others[0].kill()
     log = process.communicate(timeout=60)[1]
@@ -152,7 +154,7 @@ def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
     told = status(state)
     assert told["status"] == "failed"
     assert "goes on from the last checkpoint" in told["error"]
-    # The first is killed, with which the queue began: the other ends, and the status says so when it is read.
+    # The first process, which the queue started, is killed: the other ends, and the status says so when it is read.
     process, others, steps = started(steps)
     process.kill()
     assert "resuming after" in process.communicate(timeout=60)[1]
@@ -166,13 +168,11 @@ def test_on_two_devices_it_is_stopped_fails_and_goes_on_as_on_one(
     assert ModelVersions(state / "versions").card("v0001").device == "cpu, cpu"
 
 
-def test_a_training_that_cannot_work_says_why(
-    studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
-) -> None:
+def test_a_failed_training_says_why(studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path) -> None:
     folder, datastore, volumes = studies
     state = tmp_path / "state"
     datastore.save_label(volumes[0].id, str(volumes[0].label), "final", {})
-    # The scan is damaged after its label was accepted; a damaged label comes back from its revision.
+    # The scan is damaged after its label was accepted; a damaged label is restored from its revision.
     shutil.copy(Path(__file__), folder / volumes[0].image.name)
     failed = train(folder, state, steps=1)
     assert f"422 no label can be learnt from; {volumes[0].id}" in failed.communicate()[1]
@@ -182,7 +182,7 @@ def test_a_training_that_cannot_work_says_why(
     assert ModelVersions(state / "versions").published() is None
 
 
-def test_a_label_that_was_damaged_is_learnt_from_its_revision(
+def test_a_damaged_label_is_learned_from_its_revision(
     studies: tuple[Path, CheckedDatastore, list[Volume]], tmp_path: Path
 ) -> None:
     folder, datastore, volumes = studies

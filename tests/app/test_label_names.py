@@ -57,24 +57,24 @@ def test_values_follow_the_names(
     np.testing.assert_allclose(nib.load(again.get_label_uri("scan", "final")).affine, volume.affine, atol=1e-4)
     assert again.get_label_info("scan", "final").get("annotated") == looked_for
     assert (values(again.datalist()[0]["label"]) == wanted).all()
-    # What a training gets.
+    # A training gets the mapped label.
     project = Project.from_conf({**CONF, "labels": ",".join(labels)})
     trainer = FineTune(project, ServedModels(project, tmp_path / "state"), tmp_path / "state")
     (case,) = trainer._cases(again)
     assert (values(str(case.label)) == wanted).all()
     assert case.annotates(labels, len(labels)).tolist() == [looked_for is None or name in looked_for for name in labels]
-    # What is restored.
+    # Restoring gives the mapped label.
     again.restore_label("scan", 1, "ben")
     assert (values(again.get_label_uri("scan", "final")) == wanted).all()
     assert again.revisions.newest("scan", "final").labels == list(labels)
-    # Nothing was lost: the former list has the former label.
+    # Nothing is lost: with the former list the former label is back.
     first = opened(volume, "liver", "spleen")
     assert first.revisions.file(first.revisions.get("scan", "final", 1)).read_bytes() == stored
     first.restore_label("scan", 1, "anna")
     assert (values(first.get_label_uri("scan", "final")) == volume.truth).all()
 
 
-def test_what_nobody_labelled_stays_so(volume: Volume, tmp_path: Path) -> None:
+def test_unlabelled_voxels_stay_unlabelled(volume: Volume, tmp_path: Path) -> None:
     sent = volume.truth.copy()
     sent[:4] = 255
     label = write(tmp_path / "partly.nii.gz", sent, volume.affine)
@@ -85,7 +85,7 @@ def test_what_nobody_labelled_stays_so(volume: Volume, tmp_path: Path) -> None:
     assert (values(again.get_label_uri("scan", "final")) == table[sent]).all()
     assert again.get_label_info("scan", "final")["annotated"] == ["liver"]
     only = opened(volume, "spleen")
-    assert only.get_labeled_images() == [], "nobody looked for a spleen"
+    assert only.get_labeled_images() == [], "the spleen was not looked for"
     assert only.get_unlabeled_images() == ["scan"]
     assert "annotated" not in only.status()["unusable_labels"]["first"][0]["reason"]
 
@@ -100,7 +100,7 @@ def test_dice_of_another_list(volume: Volume) -> None:
     assert score["dice_per_label"] == {"spleen": 1.0, "liver": 1.0}
 
 
-def test_dice_where_nobody_looked(volume: Volume, tmp_path: Path) -> None:
+def test_no_dice_for_labels_that_were_not_looked_for(volume: Volume, tmp_path: Path) -> None:
     store = opened(volume, "liver", "spleen")
     store.save_label("scan", str(volume.label), "original", {})
     sent = volume.truth.copy()
@@ -110,7 +110,7 @@ def test_dice_where_nobody_looked(volume: Volume, tmp_path: Path) -> None:
     store.save_label("scan", str(label), "final", {"annotated": ["liver"]})
     score = DiceScoring(Project.from_conf({**CONF, "labels": "liver,spleen"})).score(store, "scan")
     assert score == {"dice": 1.0, "dice_per_label": {"liver": 1.0, "spleen": None}}
-    # A proposal that was damaged since has no Dice, and stops nobody.
+    # A proposal that was damaged meanwhile has no Dice, and raises no error.
     Path(store.get_label_uri("scan", "original")).write_bytes(b"x")
     assert DiceScoring(Project.from_conf({**CONF, "labels": "liver,spleen"})).score(store, "scan") is None
 
@@ -119,10 +119,10 @@ def write_swapped(volume: Volume) -> Path:
     return write(volume.label.with_name("swapped.nii.gz"), mapped(volume.truth, 2, 1), volume.affine)
 
 
-def test_labels_from_before_names_were_kept(volume: Volume) -> None:
+def test_labels_stored_without_names(volume: Volume) -> None:
     store = opened(volume, "liver", "spleen")
     store.save_label("scan", str(volume.label), "final", {"client_id": "anna"})
-    # As the version before wrote it.
+    # As the previous version wrote it.
     folder = volume.image.parent
     (folder / ".deformux" / "project.json").unlink()
     record = folder / ".deformux" / "revisions" / "scan" / "final" / "0001.json"
@@ -146,7 +146,7 @@ def test_labels_of_another_project_end_the_start(volume: Volume, tmp_path: Path)
     before = record.read_bytes()
     with pytest.raises(StudiesError, match=r"liver, spleen, and none .* kidney"):
         opened(volume, "kidney")
-    assert record.read_bytes() == before, "a start that was refused changes nothing"
+    assert record.read_bytes() == before, "a refused start changes nothing"
     conf = {**CONF, "labels": "kidney"}
     for studies, sentence in (
         (volume.image.parent, "are of liver, spleen"),
@@ -180,7 +180,7 @@ def test_a_server_with_another_list(start_here: Callable[..., LiveServer], volum
     assert "stored labels are used by their names" in server.log.read_text()
 
 
-def test_a_revision_of_nothing_in_common(volume: Volume) -> None:
+def test_a_revision_without_common_labels(volume: Volume) -> None:
     store = opened(volume, "liver", "spleen")
     store.save_label("scan", str(volume.label), "final", {})
     both = opened(volume, "liver", "kidney")

@@ -1,4 +1,4 @@
-"""Nothing that an annotator submitted is ever lost: revisions, crashes at any moment, and a damaged index."""
+"""Submitted labels are never lost: revisions, crashes at any moment, and a damaged index."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def current(store: CheckedDatastore) -> int | None:
 
 @pytest.fixture(scope="module")
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What was found after a kill -9 at every call that writes."""
+    """Return what was found after a kill -9 at every call that writes."""
     command = [sys.executable, str(Path(__file__).with_name("crash_points.py")), str(tmp_path_factory.mktemp("crash"))]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=400, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -75,17 +75,17 @@ def test_a_crash_at_any_call_loses_nothing_that_was_acknowledged(crashes: list[d
     for case in crashes:
         where = f"{case['action']}, call {case['call']}"
         scan, other = case["entries"]["scan"], case["entries"]["other"]
-        # The label of the first annotator was acknowledged before.
+        # The first annotator's label was acknowledged before.
         first = scan["revisions"][0]
         assert (first["annotator"], first["voxels"] > 0) == ("first", True), where
-        # The current label is whole, is the newest that is kept, and the index says whose it is.
+        # The current label is complete and the newest revision, and the index names its annotator.
         for entry in (scan, other):
             newest = entry["revisions"][-1] if entry["revisions"] else {"voxels": None, "annotator": None}
             assert entry["current"] == newest["voxels"], where
             if entry["info"]:
                 assert entry["info"]["client_id"] == newest["annotator"], where
                 assert entry["info"]["revision"] == len(entry["revisions"]), where
-        # A next server starts, knows what is there, and goes on.
+        # The next server starts, knows these labels, and goes on.
         assert case["indexed"] == {
             "scan": ["final"] if scan["current"] is not None else [],
             "other": ["final"] if other["current"] is not None else [],
@@ -114,7 +114,7 @@ def test_every_submit_is_a_revision(store: CheckedDatastore, volume: Volume) -> 
         store.restore_label("scan", 9, "carla")
 
 
-def test_proposals_of_a_model_are_no_revisions(store: CheckedDatastore, volume: Volume) -> None:
+def test_proposals_of_a_model_are_not_revisions(store: CheckedDatastore, volume: Volume) -> None:
     store.save_label("scan", str(label_with(volume, 5)), "original", {})
     store.save_label("scan", str(label_with(volume, 6)), "draft", {"client_id": "anna"})
     assert store.revisions.known() == {"scan": ["draft"]}
@@ -139,8 +139,8 @@ def test_deleting_keeps_the_revisions(store: CheckedDatastore, volume: Volume) -
     assert current(again) == 5
 
 
-def test_labels_that_came_another_way_are_kept_before_they_go(store: CheckedDatastore, volume: Volume) -> None:
-    """Copied into the folder, or drawn over the file in place."""
+def test_labels_changed_by_hand_are_kept_before_they_are_replaced(store: CheckedDatastore, volume: Volume) -> None:
+    """Labels that were copied into the folder, or whose files were edited in place."""
     folder = Path(store._datastore.label_path("final"))
     (folder / "scan.nii.gz").write_bytes(label_with(volume, 3).read_bytes())
     store.refresh()
@@ -153,7 +153,7 @@ def test_labels_that_came_another_way_are_kept_before_they_go(store: CheckedData
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "another list"])
-def test_a_lost_index_is_made_anew(store: CheckedDatastore, volume: Volume, damage: str) -> None:
+def test_a_lost_index_is_rebuilt(store: CheckedDatastore, volume: Volume, damage: str) -> None:
     submit(store, volume, 5, "anna", label_info=[{"name": "liver"}])
     store.save_label("scan", str(label_with(volume, 6)), "draft", {"client_id": "ben"})
     index = volume.image.parent / "datastore_v2.json"
@@ -196,7 +196,7 @@ def test_the_command_line_lists_and_restores(store: CheckedDatastore, volume: Vo
 
 
 @pytest.mark.parametrize("arguments", [["../x"], ["scan", "--tag", "../final"], ["x" * 300]])
-def test_names_that_no_label_has_are_refused_by_the_command(volume: Volume, arguments: list[str]) -> None:
+def test_the_command_refuses_invalid_names(volume: Volume, arguments: list[str]) -> None:
     listed = CliRunner().invoke(app, ["labels", "list", "--studies", str(volume.image.parent), *arguments])
     assert listed.exit_code == 2, listed.output
     assert listed.output.startswith("deformux-label: ")
@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_earlier_label(server: LiveServer, volumes: dict[
     assert server.submit(volume.id, volume.label).status_code == 200
     where = f"{server.url}/datastore/label?label={volume.id}&tag=final"
     before = requests.get(where, timeout=60).content
-    # Eight bytes a voxel, and in a format that does not pack them.
+    # Eight bytes a voxel, in a format without compression.
     large = write(tmp_path / "large.nii", np.zeros(volume.truth.shape), volume.affine)
     limit = large.stat().st_size // 2
     with largest_file(server, limit):
@@ -217,13 +217,13 @@ def test_a_full_disk_leaves_the_earlier_label(server: LiveServer, volumes: dict[
     assert requests.get(where, timeout=60).content == before
     assert server.submit(volume.id, large).status_code == 200
     assert requests.get(where, timeout=60).content != before
-    # The other tests of this project expect no label here.
+    # Other tests on this server expect no label here.
     assert requests.delete(f"{server.url}/datastore/label?id={volume.id}&tag=final", timeout=60).ok
 
 
 @contextmanager
 def largest_file(server: LiveServer, size: int) -> Iterator[None]:
-    """The kernel refuses the server to write a file beyond ``size`` bytes, as it would where a quota is used up."""
+    """Let the kernel refuse the server's writes beyond ``size`` bytes per file, as for a used-up quota."""
     group = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if in_group(pid, server.process.pid)]
     before = [(pid, resource.prlimit(pid, resource.RLIMIT_FSIZE)) for pid in group]
     for pid, (_, most) in before:

@@ -1,4 +1,4 @@
-"""Leases in the project's database: many processes, kill -9, bad records, damaged files, and what a claim costs."""
+"""Leases in the project's database: many processes, kill -9, bad records, damaged files, and the cost of a claim."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_kill_9_loses_no_acknowledged_lease_or_task(tmp_path: Path) -> None:
     tasks: list[str] = []
     rng = random.Random(0)
     for turn in range(5):
-        # Two at once, so that one is often killed while the other waits for it.
+        # Two at once, so that one is often killed while the other waits.
         names = [f"annotator {turn}-{number}" for number in range(2)]
         clients = [
             subprocess.Popen([sys.executable, "-c", CLIENT, tmp_path, name], stdout=subprocess.PIPE, text=True)
@@ -60,15 +60,15 @@ def test_kill_9_loses_no_acknowledged_lease_or_task(tmp_path: Path) -> None:
                 if line.startswith("task "):
                     tasks.append(line.split()[1])
                 else:
-                    assert line.strip() not in claimed, "nobody gets what another has"
+                    assert line.strip() not in claimed, "no volume is leased twice"
                     claimed[line.strip()] = name
     assert len(claimed) > 50
-    # Two may see 14 at once; and each killed process may have had one on its way.
+    # Two may see 14 at once, and each killed process may have been adding one.
     assert 15 - 10 <= len(tasks) <= 16
     leases = Leases(tmp_path / "leases.json")
     active = leases.active()
     assert {case: active[case].annotator for case in claimed} == claimed
-    # Each killed process may have had one more on its way.
+    # Each killed process may have been claiming one more.
     assert len(active) <= len(claimed) + 10
     assert {task["id"] for task in TrainingQueue(tmp_path).tasks()} >= set(tasks)
     assert leases.warnings() == []
@@ -78,7 +78,7 @@ def test_a_claim_writes_as_little_with_ten_thousand_leases(tmp_path: Path) -> No
     cases = [f"case_{number:05d}" for number in range(10_001)]
 
     def written(held: int) -> int:
-        """Bytes that one claim adds to the database's files."""
+        """Return the bytes that one claim adds to the database's files."""
         folder = tmp_path / str(held)
         leases = Leases(folder / "leases.json")
         leases.active()
@@ -91,12 +91,12 @@ def test_a_claim_writes_as_little_with_ten_thousand_leases(tmp_path: Path) -> No
         assert leases.claim("new", cases) == cases[held]
         return sum(file.stat().st_size for file in folder.glob("state.sqlite*")) - before
 
-    # All ten thousand rows take most of a megabyte; a row and its index entries touch some pages of 4 kB.
+    # All ten thousand rows take most of a megabyte; a row and its index entries touch a few pages of 4 kB.
     assert written(0) < 60_000
     assert written(10_000) < 60_000
 
 
-def test_a_claim_sees_what_other_processes_did(tmp_path: Path) -> None:
+def test_a_claim_sees_changes_by_other_processes(tmp_path: Path) -> None:
     mine, theirs = Leases(tmp_path / "leases.json"), Leases(tmp_path / "leases.json")
     assert mine.claim("me", ["a", "b", "c"]) == "a"
     assert theirs.claim("they", ["a", "b", "c"]) == "b"
@@ -125,7 +125,7 @@ def test_a_release_and_a_claim_at_once_keep_both(tmp_path: Path) -> None:
     assert leases[0].active() == {}
 
 
-def test_the_file_of_an_earlier_version_is_taken_over_once(tmp_path: Path) -> None:
+def test_the_file_of_an_earlier_version_is_imported_once(tmp_path: Path) -> None:
     now = time.time()
     good = {"image": "a", "annotator": "anna", "since": now, "until": now + 60, "strategy": "first"}
     bad = [
@@ -149,7 +149,7 @@ def test_the_file_of_an_earlier_version_is_taken_over_once(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"leases": 3}', b"\xff\xfe"])
-def test_an_unreadable_file_of_an_earlier_version_stops_nothing(content: bytes, tmp_path: Path) -> None:
+def test_an_unreadable_file_of_an_earlier_version_does_not_stop_the_start(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "leases.json").write_bytes(content)
     leases = Leases(tmp_path / "leases.json")
     assert leases.claim("anna", ["a"]) == "a"
@@ -184,7 +184,7 @@ def test_bad_records_in_the_database_are_set_aside(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "half", "folder", "other tables", "zeros within"])
-def test_a_damaged_database_is_put_aside_and_begun_anew(damage: str, tmp_path: Path) -> None:
+def test_a_damaged_database_is_put_aside_and_replaced(damage: str, tmp_path: Path) -> None:
     leases = Leases(tmp_path / "leases.json", most=1000)
     for number in range(300):
         leases.claim("anna", [f"case {number}"])
@@ -223,7 +223,7 @@ def test_damage_under_a_running_server_does_not_end_it(tmp_path: Path) -> None:
     leases.state._open[0].execute("PRAGMA wal_checkpoint(TRUNCATE)")  # type: ignore[index]
     with (tmp_path / "state.sqlite").open("r+b") as file:
         file.write(os.urandom(40_000))
-    # Another process, which has none of it in memory.
+    # Another process, which has nothing of it in memory.
     assert Leases(tmp_path / "leases.json").claim("ben", ["x"]) == "x"
     assert leases.claim("carla", ["x", "y"]) == "y"
 

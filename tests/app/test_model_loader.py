@@ -1,4 +1,4 @@
-"""Which model answers, and what the server knows of a training that runs elsewhere."""
+"""The served model, and the status of a training in another process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROJECT = Project(labels=("a", "b"))
 
 
 def published(models: ServedModels, value: float) -> str:
-    """Write and publish a version whose output bias says which one it is."""
+    """Write and publish a version that its output bias identifies."""
     network = DeformUXNet(1, 3, "tiny")
     torch.nn.init.constant_(network.head.conv.conv.bias, value)
     name = models.versions.write(network, ModelCard(labels=("a", "b"), preprocessing=Preprocessing(), preset="tiny"))
@@ -50,7 +50,7 @@ def test_the_published_pointer_is_followed(tmp_path: Path) -> None:
     assert bias(models) == 1.0
 
 
-def test_a_pointer_to_a_missing_version_is_no_model(tmp_path: Path) -> None:
+def test_a_pointer_to_a_missing_version_serves_no_model(tmp_path: Path) -> None:
     models = ServedModels(PROJECT, tmp_path)
     models.versions.path(published(models, 1.0)).unlink()
     assert models.current() is None
@@ -66,7 +66,7 @@ def test_pretrained_weights_answer_for_their_own_labels_only(name: str, tmp_path
     assert ServedModels(other, tmp_path / "other").current() is None
 
 
-def test_status_of_a_process_that_is_gone(tmp_path: Path) -> None:
+def test_status_of_an_ended_process(tmp_path: Path) -> None:
     status = TrainingStatus(tmp_path / "training.json")
     assert status.read() == {}
     program = (
@@ -83,7 +83,7 @@ def test_status_of_a_process_that_is_gone(tmp_path: Path) -> None:
         assert status.read()["total_epochs"] == 7
         process.kill()
     assert status.read()["status"] == "stopped"
-    # Another process that was given the same number later is not the training.
+    # A later process with the same id is not the training.
     values = json.loads(status.path.read_text())
     status.path.write_text(json.dumps({**values, "process": [psutil.Process().ppid(), 1.0]}))
     assert status.read()["status"] == "stopped"

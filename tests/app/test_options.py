@@ -1,4 +1,4 @@
-"""The options of a project: what is accepted, and how a start ends that cannot work."""
+"""The options of a project: valid values, and refused starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deformux_label.cli.main import app
 from deformux_label.lib.configs.project import OPTIONS, InvalidOption, Project
 
 GOOD = {"labels": "anterior,posterior"}
-# option, bad value, what the sentence must name
+# option, bad value, words of the sentence
 BAD = [
     ("preset", "huge", tuple(PRESETS)),
     ("modality", "pet", ("ct", "mr")),

@@ -56,7 +56,7 @@ def large_studies(tmp_path: Path) -> Path:
 
 
 def begin(server: LiveServer, *, working: bool) -> list[psutil.Process]:
-    """Ask for a scoring, and wait until it has begun, or until it works."""
+    """Request scoring, and wait until its process has begun, or until it works."""
     assert requests.post(f"{server.url}/scoring/uncertainty", json={}, timeout=60).status_code == 200
     processes = wait_for(lambda: scoring_of(server), "a scoring begins")
     if working:
@@ -89,9 +89,9 @@ def test_scoring_ends_with_its_server(
     server = start(large_studies, CONF, command)
     processes = begin(server, working=working)
     if working:
-        time.sleep(2)  # into the middle of the first volume
-        assert gone(processes, 0.1), "it was done before it could be cut off"
-    # The server alone, as by a crash; not its group.
+        time.sleep(2)  # until it is in the middle of the first volume
+        assert gone(processes, 0.1), "it finished before it could be interrupted"
+    # Only the server, as in a crash, not its process group.
     serving = psutil.Process(server.process.pid)
     for process in (serving, *serving.children()):
         if process not in processes and "scoring" not in process.cmdline():
@@ -99,7 +99,7 @@ def test_scoring_ends_with_its_server(
     assert gone(processes, SOON_S if number == signal.SIGKILL else 10.0) == []
 
 
-def test_a_server_that_lives_scores_to_the_end(
+def test_a_running_server_finishes_scoring(
     start: Callable[..., LiveServer], volumes: dict[str, Volume], tmp_path: Path
 ) -> None:
     studies = tmp_path / "studies"
@@ -114,7 +114,7 @@ def test_a_server_that_lives_scores_to_the_end(
         return task["status"] if task["status"] not in ("RUNNING", "SUBMITTED") else None
 
     assert wait_for(ended, "the scoring ends") == "DONE"
-    # What is asked for oddly is refused in a sentence, in the server and in the process.
+    # Odd requests are refused in a sentence, by the server and by the process.
     for body in ({"method": 3}, {"method": None}, {"y": [1], "y_pred": {}}, {"y": "\ud800"}):
         answer = requests.post(f"{server.url}/scoring/dice", params={"run_sync": "true"}, json=body, timeout=60)
         assert answer.status_code < 500, (body, answer.text)

@@ -1,4 +1,4 @@
-"""Scribbles as Slicer sends them, on live servers with and without a model, and what is drawn at the limits."""
+"""Scribbles as Slicer sends them, on live servers with and without a model, and limits."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from scipy import ndimage
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers import scribbles as module
 from deformux_label.lib.infers.scribbles import GraphCut, all_scribble_tasks
+from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
 TASKS = ["network+graphcut", "histogram+graphcut", "gmm+graphcut"]
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd"]
@@ -30,7 +31,7 @@ LABEL_INFO = [{"name": name, "id": number} for number, name in enumerate(SEGMENT
 
 
 def draw(truth: np.ndarray, value: int, *, background: bool = True) -> np.ndarray:
-    """The label map of Slicer's segments: the true ones, and strokes on one of them and around it in three slices."""
+    """Return Slicer's label map: the true segments, and strokes on one and around it in three slices."""
     organ = truth == value
     drawn = truth.copy()
     where = np.flatnonzero(organ.any(axis=(0, 1)))
@@ -43,7 +44,7 @@ def draw(truth: np.ndarray, value: int, *, background: bool = True) -> np.ndarra
 
 
 def infer(server: LiveServer, model: str, image: str, drawn: Path | None, /, **params: Any) -> requests.Response:
-    """A raw request with scribbles."""
+    """Send a raw request with scribbles."""
     files: dict[str, Any] = {"params": (None, json.dumps({"label_info": LABEL_INFO, **params}))}
     if drawn is not None:
         files["label"] = (drawn.name, drawn.read_bytes())
@@ -61,7 +62,7 @@ def dice(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def agrees(mask: np.ndarray, drawn: np.ndarray) -> bool:
-    """Whether the reply is binary and every scribbled voxel is what it was scribbled as."""
+    """Return whether the reply is binary and follows every scribbled voxel."""
     binary = set(np.unique(mask)) == {0, 1}
     return binary and bool((mask[drawn == FOREGROUND] == 1).all() and (mask[drawn == BACKGROUND] == 0).all())
 
@@ -124,7 +125,7 @@ def test_scribbles_drawn_in_slicer(
             params |= {"result_extension": ".nrrd", "result_dtype": "uint8"}
             file, reply = client.infer("gmm+graphcut", name, params, job["export"])
             assert reply["label_names"] == {"spleen": 1}
-            # In the file's own order again, wherever Slicer's began.
+            # In the voxel order of the file, not in Slicer's.
             mask, header = nrrd.read(file)
             np.testing.assert_allclose(header["space origin"] * (-1, -1, 1), scans[name].affine[:3, 3], atol=1e-3)
             assert dice(mask, scans[name].truth == 2) > 0.7, name
@@ -164,7 +165,7 @@ def test_scribbles_correct_the_network(
     volume = volumes["axial"]
     automatic = np.asarray(mask_of(server.infer("axial", query={"output": "image"}, result_extension=".nii")).dataobj)
     truth = volume.truth == 2
-    # A whole organ is taken away, another one is drawn where the network has seen none.
+    # One organ is removed, another one is drawn where the network found none.
     drawn = np.zeros(truth.shape, np.uint8)
     drawn[(volume.truth == 1) & (ndimage.distance_transform_edt(volume.truth == 1) > 4)] = BACKGROUND
     drawn[ndimage.distance_transform_edt(truth) > 3] = FOREGROUND
@@ -173,7 +174,7 @@ def test_scribbles_correct_the_network(
     mask = np.asarray(mask_of(infer(server, "network+graphcut", "axial", label, **options)).dataobj)
     assert agrees(mask, drawn)
     assert dice(mask, truth) > dice((automatic == 2).astype(np.uint8), truth) - 0.02
-    # What is kept between requests changes nothing: an upload is segmented anew.
+    # The cache changes nothing: an upload is segmented again.
     client_file = volume.image.open("rb")
     files = {
         "params": (None, json.dumps({"label_info": LABEL_INFO, **options})),
@@ -230,13 +231,17 @@ def refused(answer: requests.Response, case: str, *words: str) -> None:
         assert word in detail, case
 
 
-# At the limits, without a server between.
+# Limits, without a server.
+
+
+def asked(sent: Mapping[str, Any], image: str) -> InferenceRequest:
+    return InferenceRequest(scan=RequestedScan(image, keep=False), options=InferenceOptions.model_validate(sent))
 
 
 def run(task: GraphCut, volume: Volume, drawn: np.ndarray, folder: Path, **params: Any) -> np.ndarray:
     label = write(folder / "scribbles.nii.gz", drawn, volume.affine)
-    options = task.options({"label": str(label), "label_info": LABEL_INFO, **params}, folder)
-    file, _ = task({"image": str(volume.image), "image_id": None, "keep": False, "result_extension": ".nii", **options})
+    sent = {"label": str(label), "label_info": LABEL_INFO, "result_extension": ".nii", **params}
+    file, _ = task(task.parsed(sent, asked(sent, str(volume.image)), folder))
     return np.asarray(nib.load(file).dataobj)
 
 
@@ -313,6 +318,7 @@ def test_tasks_of_one_label_need_no_name(tmp_path: Path) -> None:
     label = write(tmp_path / "scribbles.nrrd", np.zeros((2, 2, 2), np.uint8), np.eye(4))
     for task in tasks.values():
         assert isinstance(task, GraphCut)
-        assert task.options({"label": str(label), "label_info": LABEL_INFO}, tmp_path)["selected"] == "liver"
+        sent = {"label": str(label), "label_info": LABEL_INFO}
+        assert task.parsed(sent, asked(sent, ""), tmp_path).selected == "liver"
         with pytest.raises(HTTPException, match="liver"):
-            task.options({"label": str(label), "label_info": LABEL_INFO, "selected_label_name": "x"}, tmp_path)
+            task.parsed({**sent, "selected_label_name": "x"}, asked(sent, ""), tmp_path)

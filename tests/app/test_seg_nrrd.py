@@ -23,7 +23,7 @@ Box = tuple[tuple[int, int, int], tuple[int, int, int]]
 A: Box = ((1, 2, 3), (5, 7, 9))
 B: Box = ((3, 5, 6), (8, 10, 12))
 C: Box = ((9, 10, 12), (11, 13, 15))
-# What is drawn, in turn; None deletes a segment again.
+# The shapes in order of drawing; None deletes a segment.
 DRAWN: dict[str, tuple[list[tuple[str, list[Box] | None]], bool]] = {
     "two": ([("liver", [A]), ("spleen", [C])], False),
     "other order": ([("spleen", [C]), ("liver", [A])], False),
@@ -74,7 +74,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Sav
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", [kind for kind in DRAWN if kind not in ("overlap", "foreign", "nothing")])
-def test_segments_are_where_slicer_has_them(saved: dict[tuple[str, str], Saved], grid: str, kind: str) -> None:
+def test_segments_lie_where_slicer_shows_them(saved: dict[tuple[str, str], Saved], grid: str, kind: str) -> None:
     case = saved[grid, kind]
     values = label_array(case.file, case.image, "scan", NAMES, {})
     affine = nib.load(case.image).affine
@@ -84,7 +84,7 @@ def test_segments_are_where_slicer_has_them(saved: dict[tuple[str, str], Saved],
         voxels = np.argwhere(values == number)
         boxes = _drawn_last(kind, name)
         assert len(voxels) == len({voxel for box in boxes for voxel in _voxels(box)})
-        # Two segments of one name are one label; Slicer's answer holds the last of them.
+        # Two segments of one name are one label; Slicer's answer contains the last of them.
         if kind.startswith("several") or not len(voxels):
             continue
         centre = nib.affines.apply_affine(affine, voxels.mean(0))
@@ -111,7 +111,7 @@ def _voxels(box: Box) -> set[tuple[int, ...]]:
         ("nothing", ("is not on its image's grid", "the label for scan")),
     ],
 )
-def test_what_cannot_be_a_label(saved: dict[tuple[str, str], Saved], kind: str, words: tuple[str, ...]) -> None:
+def test_files_that_cannot_be_labels(saved: dict[tuple[str, str], Saved], kind: str, words: tuple[str, ...]) -> None:
     case = saved["oblique", kind]
     with pytest.raises(HTTPException) as error:
         label_array(case.file, case.image, "scan", NAMES, {})
@@ -130,7 +130,7 @@ def test_names_of_the_file_win(saved: dict[tuple[str, str], Saved]) -> None:
     )
 
 
-def test_a_file_of_the_projects_own_values_stays_as_it_is(saved: dict[tuple[str, str], Saved]) -> None:
+def test_a_file_with_the_projects_own_values_stays_unchanged(saved: dict[tuple[str, str], Saved]) -> None:
     case = saved["axial", "two"]
     with checked_labels(case.file, case.image, "scan", NAMES, {}) as checked:
         assert checked == case.file
@@ -147,7 +147,7 @@ def test_segments_beyond_the_scan(saved: dict[tuple[str, str], Saved], tmp_path:
     smaller = write(tmp_path / "smaller.nii.gz", np.asarray(image.dataobj)[:8], image.affine)
     with pytest.raises(HTTPException, match="outside its image"):
         label_array(case.file, smaller, "scan", NAMES, {})
-    # The kidney's corner of the scan is cut off, and nothing is in it.
+    # The corner with the kidney is cut off, and nothing is in it.
     only = saved["axial", "an empty one"]
     values = label_array(only.file, smaller, "scan", NAMES, {})
     assert values.shape == (8, *SHAPE[1:])
@@ -158,7 +158,7 @@ def test_segments_beyond_the_scan(saved: dict[tuple[str, str], Saved], tmp_path:
         label_array(only.file, write(tmp_path / "b.nii.gz", np.asarray(image.dataobj), shifted), "scan", NAMES, {})
 
 
-def test_a_file_that_is_far_larger_than_its_scan_is_not_decompressed(tmp_path: Path) -> None:
+def test_a_file_far_larger_than_its_scan_is_not_decompressed(tmp_path: Path) -> None:
     image = write(tmp_path / "scan.nii.gz", np.random.default_rng(0).normal(size=SHAPE).astype(np.float32), np.eye(4))
     bomb = tmp_path / "bomb.seg.nrrd"
     header = (
@@ -167,7 +167,7 @@ def test_a_file_that_is_far_larger_than_its_scan_is_not_decompressed(tmp_path: P
         "space origin: (0,0,0)\nSegment0_ID:=liver\nSegment0_Name:=liver\nSegment0_LabelValue:=1\n"
         "Segment0_Layer:=0\n\n"
     )
-    # Nothing behind the header: it is refused before that is read.
+    # Only a header: the file is refused before its data is read.
     bomb.write_bytes(header.encode() + gzip.compress(b""))
     with (
         pytest.raises(HTTPException, match=r"1,728 MB of 600 x 600 x 600 values for an image of 12 x 14 x 16 voxels"),

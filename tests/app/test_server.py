@@ -1,4 +1,4 @@
-"""The server answers while it works: order of events with real clients, never how long they took."""
+"""The server answers while it works: the order of events with real clients, not their durations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import requests
 import torch
 from live import LABELS, PATIENCE_S, LiveServer, publish_untrained, serve_command, wait_for, write, write_volume
 
-from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.web.inference_queue import Turns
 
 # The smallest windows: a scan can then be as slow as a test needs, and ends as soon as its client leaves.
@@ -26,7 +26,7 @@ CONF = {"labels": ",".join(LABELS), "modality": "ct", "patch_size": "16,16,16"}
 
 @pytest.fixture(scope="module")
 def busy(start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory) -> LiveServer:
-    """A server with a model, a few small scans, and one whose inference takes many minutes."""
+    """Start a server with a model, a few small scans, and one whose inference takes many minutes."""
     folder = tmp_path_factory.mktemp("busy") / "studies"
     for number in range(4):
         write_volume(folder / f"small_{number}.nii.gz", folder.parent / "label.nii.gz", spacing=(4, 4, 4), seed=number)
@@ -37,7 +37,7 @@ def busy(start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPat
 
 
 class SlowInference:
-    """A client that asks for the slow scan over a bare connection, which it can close."""
+    """A client that requests the slow scan over a plain connection, which it can close."""
 
     def __init__(self, server: LiveServer, client_id: str) -> None:
         host, port = server.url.removeprefix("http://").split(":")
@@ -63,13 +63,13 @@ class SlowInference:
 
 
 def inferences(server: LiveServer) -> dict[str, Any]:
-    """Who has, and who waits for, the one device that all of them ask for."""
+    """Return the client that uses the one device, and those that wait for it."""
     return next(iter(requests.get(f"{server.url}/deformux/inferences", timeout=60).json().values()), {})
 
 
 @pytest.fixture
 def slow(busy: LiveServer) -> Iterator[SlowInference]:
-    """Somebody's inference, well under way."""
+    """Start an inference and wait until it runs."""
     logged = busy.log.read_text().count("Infer Request (final)")
     client = SlowInference(busy, "somebody slow")
     wait_for(lambda: busy.log.read_text().count("Infer Request (final)") > logged, "the slow inference starts")
@@ -82,7 +82,7 @@ def small(server: LiveServer, number: int, client_id: str) -> requests.Response:
     return server.infer(f"small_{number}", client_id=client_id)
 
 
-def test_everything_else_is_answered_during_an_inference(busy: LiveServer, slow: SlowInference, tmp_path: Path) -> None:
+def test_other_requests_are_answered_during_an_inference(busy: LiveServer, slow: SlowInference, tmp_path: Path) -> None:
     truth = write_volume(tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", spacing=(4, 4, 4), seed=0)
     for _ in range(3):
         assert requests.get(f"{busy.url}/info/", timeout=60).json()["labels"] == [*LABELS, "background"]
@@ -96,7 +96,7 @@ def test_everything_else_is_answered_during_an_inference(busy: LiveServer, slow:
 
 
 def test_a_client_that_leaves_frees_its_place(busy: LiveServer, slow: SlowInference) -> None:
-    """The one that runs, and one that waits."""
+    """A running one, and a waiting one."""
     second = SlowInference(busy, "impatient")
     wait_for(lambda: inferences(busy)["waiting"] == ["impatient"], "the second one waits")
     with ThreadPoolExecutor() as pool:
@@ -183,7 +183,7 @@ def test_nothing_of_this_was_a_server_error(busy: LiveServer) -> None:
     assert "Exception in ASGI application" not in busy.log.read_text()
 
 
-def test_a_turn_that_is_given_up_in_the_moment_it_comes_goes_to_the_next() -> None:
+def test_a_turn_that_is_given_up_as_it_comes_goes_to_the_next() -> None:
     async def scene() -> list[str]:
         turns, served = Turns(), []
 
@@ -207,21 +207,23 @@ def test_a_turn_that_is_given_up_in_the_moment_it_comes_goes_to_the_next() -> No
 @pytest.mark.parametrize(
     ("fits", "expected"),
     [
-        (lambda _: True, Attempt((96, 96, 64), "cuda", "cuda")),
-        (lambda a: a.volume_device == "cpu", Attempt((96, 96, 64), "cuda", "cpu")),
-        (lambda a: np.prod(a.window) <= 48 * 48 * 32, Attempt((48, 48, 32), "cuda", "cpu")),
-        (lambda a: a.device == "cpu", Attempt((96, 96, 64), "cpu", "cpu")),
+        (lambda _: True, Placement((96, 96, 64), "cuda", "cuda")),
+        (lambda a: a.volume_device == "cpu", Placement((96, 96, 64), "cuda", "cpu")),
+        (lambda a: np.prod(a.window) <= 48 * 48 * 32, Placement((48, 48, 32), "cuda", "cpu")),
+        (lambda a: a.device == "cpu", Placement((96, 96, 64), "cpu", "cpu")),
     ],
 )
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDNN_STATUS_ALLOC_FAILED")]
 )
-def test_a_full_gpu_is_a_slower_answer(fits: Callable[[Attempt], bool], expected: Attempt, error: Exception) -> None:
-    tried: list[Attempt] = []
+def test_a_full_gpu_means_a_slower_answer(
+    fits: Callable[[Placement], bool], expected: Placement, error: Exception
+) -> None:
+    tried: list[Placement] = []
 
-    def run(attempt: Attempt) -> torch.Tensor:
-        tried.append(attempt)
-        if not fits(attempt):
+    def run(placement: Placement) -> torch.Tensor:
+        tried.append(placement)
+        if not fits(placement):
             raise error
         return torch.ones(())
 
@@ -235,7 +237,7 @@ def test_a_full_gpu_is_a_slower_answer(fits: Callable[[Attempt], bool], expected
 
 
 def test_other_errors_are_not_taken_for_a_full_gpu() -> None:
-    def run(attempt: Attempt) -> torch.Tensor:
+    def run(placement: Placement) -> torch.Tensor:
         raise RuntimeError("the shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes"):

@@ -1,4 +1,4 @@
-"""Next Sample: orders that lie ready, what is said while they do not, and nobody's case given to anybody else."""
+"""Next Sample: prepared orders, notes while there are none, and no volume for two annotators."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deformux.active_learning.uncertainty_scores import volume_uncertainty
 from deformux.inference.sliding_window import segment
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
-from deformux_label.lib.activelearning.background_scores import UNTRAINED, SelectionScores
+from deformux_label.lib.activelearning.background_scores import UNTRAINED_MODEL, SelectionScores
 from deformux_label.lib.activelearning.strategies import all_strategies
 from deformux_label.lib.activelearning.waiting_volumes import WaitingVolumes
 from deformux_label.lib.configs.project import Project
@@ -75,17 +75,17 @@ def desk(tmp_path: Path, volumes: dict[str, Volume]) -> Desk:
     return Desk(tmp_path, volumes)
 
 
-def test_without_scores_a_random_volume_comes_at_once_and_scoring_is_asked_for_once(desk: Desk) -> None:
+def test_without_scores_a_random_volume_comes_at_once_and_scoring_is_requested_once(desk: Desk) -> None:
     samples = [desk.next(strategy, f"{strategy}-{turn}") for turn in range(3) for strategy in ("bald", "adaptive")]
     assert sorted(sample["id"] for sample in samples) == sorted(CASES)
     assert all("random volume" in sample["note"] for sample in samples)
     assert desk.requested == 2, "one for each strategy"
-    # Everything is in other hands, and the reply says so.
+    # Others hold every volume, and the reply says so.
     for strategy in ("adaptive", "random", "first"):
         reply = desk.next(strategy, "late")
         assert reply.keys() == {"note"}
         assert re.fullmatch(
-            r"of the volumes without a label 6 are in other hands, the first of them until \d\d:\d\d", reply["note"]
+            r"of the volumes without a label 6 are leased to others, the first until \d\d:\d\d", reply["note"]
         )
     assert desk.next("first", "bald-1")["id"] == samples[2]["id"]
     assert not (desk.folder / "state" / "selection").exists(), "nothing is computed in a request"
@@ -101,16 +101,16 @@ def test_the_first_strategy_is_adaptive_and_the_old_names_still_work(desk: Desk)
 def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) -> None:
     desk.scores.update(desk.datastore)
     cold = desk.next("adaptive", "a")
-    assert cold["id"] == desk.kept(UNTRAINED)["orders"]["adaptive"][0]
-    assert cold["scored_with"] == UNTRAINED
+    assert cold["id"] == desk.kept(UNTRAINED_MODEL)["orders"]["adaptive"][0]
+    assert cold["scored_with"] == UNTRAINED_MODEL
     assert "note" not in cold
     assert "typical volumes" in desk.next("entropy", "b")["note"]
     assert desk.requested == 0
 
     first = desk.publish(seed=1)
-    # The new model has no scores yet: the old order serves, and says so.
+    # The new model has no scores yet: the old order is used, and the note says so.
     waiting = desk.next("uncertainty", "c")
-    assert waiting["scored_with"] == UNTRAINED
+    assert waiting["scored_with"] == UNTRAINED_MODEL
     assert first in waiting["note"]
     assert desk.requested == 1
 
@@ -127,7 +127,7 @@ def test_orders_follow_the_served_model(desk: Desk, volumes: dict[str, Volume]) 
     assert sample["scored_with"] == first
     assert sample["uncertainty"] == pytest.approx(expected[sample["id"]], abs=1e-3)
     assert "note" not in sample
-    # One model has nothing to disagree with; the next one has.
+    # One model has no other to disagree with; the next one has.
     assert {score["mutual_information"] for score in desk.kept(first)["scores"].values()} == {0}
     second = desk.publish(seed=2)
     desk.scores.update(desk.datastore)
@@ -144,7 +144,7 @@ def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str
     desk.scores.update(desk.datastore)
     values = json.loads(path.read_text())
     values["scores"]["case_3"]["entropy"] = 0.999
-    # A file without a checksum, as older versions wrote it, is believed.
+    # A file without a checksum, as older versions wrote it, is accepted.
     del values["sha256"]
     path.write_text(json.dumps(values))
     shutil.copy(volumes["axial"].image, desk.studies / "new.nii.gz")
@@ -158,7 +158,7 @@ def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str
     assert kept["orders"]["entropy"][0] == "case_3"
     assert set(kept["orders"]["adaptive"]) == {*CASES, "new"}
     assert kept["scores"]["broken"] is None
-    # A volume that cannot be read is not tried again, and handed to nobody.
+    # An unreadable volume is not tried again and not handed out.
     assert "broken" not in {desk.next("adaptive", str(turn))["id"] for turn in range(7)}
     for strategy in ("adaptive", "random", "first"):
         assert "1 is unreadable: broken" in desk.next(strategy, "late")["note"]
@@ -166,7 +166,7 @@ def test_scores_are_added_and_never_computed_twice(desk: Desk, volumes: dict[str
     written = path.stat().st_mtime_ns
     desk.scores.update(again)
     assert path.stat().st_mtime_ns == written
-    # A damaged file is written anew.
+    # A damaged file is replaced.
     path.write_text(path.read_text()[:100])
     desk.scores.update(again)
     assert desk.kept(model)["scores"]["case_3"]["entropy"] != 0.999
@@ -183,13 +183,13 @@ def test_only_unreadable_volumes_are_left_until_one_is_repaired(desk: Desk, volu
         assert reply == {"note": "of the volumes without a label 2 are unreadable: case_0, case_1"}
     (warning,) = desk.waiting.now(desk.datastore).warnings()
     assert "2 are unreadable and not handed out: case_0, case_1; no other volume is left" in warning
-    # A repaired one is handed out at once, and scored with the next opportunity.
+    # A repaired one is handed out at once, and scored at the next opportunity.
     shutil.copy(volumes["case_0"].image, desk.studies)
     assert desk.next("first")["id"] == desk.next("adaptive")["id"] == "case_0"
     assert desk.requested == 1
     desk.scores.update(desk.datastore)
-    assert desk.kept(UNTRAINED)["scores"]["case_0"] is not None
-    assert desk.kept(UNTRAINED)["scores"]["case_1"] is None
+    assert desk.kept(UNTRAINED_MODEL)["scores"]["case_0"] is not None
+    assert desk.kept(UNTRAINED_MODEL)["scores"]["case_1"] is None
     desk.datastore.save_label("case_0", str(volumes["case_0"].label), "final", {})
     assert "1 is unreadable: case_1" in desk.next("random")["note"]
     desk.datastore.remove_image("case_1")
@@ -197,7 +197,7 @@ def test_only_unreadable_volumes_are_left_until_one_is_repaired(desk: Desk, volu
     assert desk.waiting.now(desk.datastore).warnings() == []
 
 
-def test_a_header_that_nothing_can_use_is_handed_to_nobody_before_any_scoring(
+def test_a_volume_with_an_unusable_header_is_not_handed_out_before_scoring(
     desk: Desk, volumes: dict[str, Volume]
 ) -> None:
     for name in CASES[:2]:
@@ -217,7 +217,7 @@ from pathlib import Path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.scoring import selection
+from deformux_label.lib.activelearning import background_scores as selection
 import json
 
 selection._SECONDS_BETWEEN_WRITES = 0.0
@@ -228,7 +228,7 @@ scores.update(CheckedDatastore(str(folder / "studies"), labels=project.labels))
 """
 
 
-def test_scoring_that_is_killed_goes_on_where_it_was(desk: Desk) -> None:
+def test_killed_scoring_resumes(desk: Desk) -> None:
     model = desk.publish(seed=1)
     path = desk.folder / "state" / "selection" / f"{model}.json"
     command = [sys.executable, "-c", SCORING, str(desk.folder), json.dumps(CONF)]
@@ -253,7 +253,7 @@ def test_scoring_that_is_killed_goes_on_where_it_was(desk: Desk) -> None:
 
 
 def scored(folder: Path) -> set[str]:
-    """Volumes that have a score of some model."""
+    """Return the volumes that have a score of any model."""
     names: set[str] = set()
     for path in folder.glob("[!.]*.json"):
         with contextlib.suppress(FileNotFoundError):  # an older model's, pruned meanwhile
@@ -261,7 +261,7 @@ def scored(folder: Path) -> set[str]:
     return names
 
 
-def test_a_server_scores_in_the_background_and_never_gives_a_case_to_two(
+def test_a_server_scores_in_the_background_and_never_leases_a_case_twice(
     server: LiveServer, studies: Path, volumes: dict[str, Volume]
 ) -> None:
     def ask(strategy: str, annotator: str) -> dict:
@@ -281,7 +281,7 @@ def test_a_server_scores_in_the_background_and_never_gives_a_case_to_two(
             assert time.monotonic() < end, f"no scores were written: {server.log.read_text()[-3000:]}"
             time.sleep(0.2)
     finally:
-        # Other tests share this server, and want volumes too.
+        # Other tests share this server and need volumes too.
         leases = Leases(PROJECT.state_folder(APP, str(studies)) / "leases.json")
         for image in leases.active():
             leases.release(image)

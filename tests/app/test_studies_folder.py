@@ -1,4 +1,4 @@
-"""Folders as hospitals have them: what is served under which id, what is not and why, and what cannot be written to."""
+"""Folders as hospitals have them: served files and their ids, unserved files and why, and read-only folders."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def opened(studies: Path) -> CheckedDatastore:
 
 
 def ids(store: CheckedDatastore) -> dict[str, str]:
-    """Id to path in the studies."""
+    """Return id to path in the studies."""
     root = Path(store._datastore_path)
     return {image: str(Path(store.get_image_uri(image)).relative_to(root)) for image in store.list_images()}
 
 
-def test_capitals_and_folders_and_both_of_a_stem(studies: Path, scans: dict[str, Volume]) -> None:
+def test_capitals_folders_and_two_files_of_one_stem(studies: Path, scans: dict[str, Volume]) -> None:
     for name in ("a.NII.GZ", "b.NII", "ward/x/c.nii.gz", "ward/c.nii.gz", "d.nii.gz", "ward.x/.hidden/e.nii.gz"):
         put(scans[".nii.gz" if name.lower().endswith(".gz") else ".nii"], studies / name)
     put(scans[".nrrd"], studies / "d.nrrd")
@@ -81,7 +81,7 @@ def test_capitals_and_folders_and_both_of_a_stem(studies: Path, scans: dict[str,
     listed = subprocess.run(["python", "-m", "zipfile", "-l", with_archive], capture_output=True, text=True, check=True)
     assert all(f"image/{image}." in listed.stdout for image in expected)
     Path(with_archive).unlink()
-    # The first of two goes, even with the index: the second keeps its id, and its label.
+    # The first of two is removed, even with the index: the second keeps its id and its label.
     (studies / "d.nii.gz").unlink()
     assert ids(opened(studies))["d.nrrd"] == "d.nrrd"
     (studies / "datastore_v2.json").unlink()
@@ -93,7 +93,7 @@ def test_capitals_and_folders_and_both_of_a_stem(studies: Path, scans: dict[str,
 
 
 def test_ids_of_existing_projects_stay(studies: Path, scans: dict[str, Volume]) -> None:
-    """An index from before files were written down in it."""
+    """The index of an earlier version, which does not contain paths."""
     put(scans[".nii.gz"], studies / "d.nii.gz")
     put(scans[".nrrd"], studies / "d.nrrd")
     put(scans[".nrrd"], studies / "x.seg.nrrd")
@@ -105,7 +105,7 @@ def test_ids_of_existing_projects_stay(studies: Path, scans: dict[str, Volume]) 
     assert store.get_image_info("d")["note"] == "kept"
 
 
-def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture) -> None:
+def test_unserved_files_are_reported(studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture) -> None:
     put(scans[".nii.gz"], studies / "good.nii.gz")
     (studies / "linked.nii.gz").symlink_to(scans[".nii.gz"].image)
     (studies / "folder.nii.gz").mkdir()
@@ -160,9 +160,7 @@ def test_what_is_not_served_is_said(studies: Path, scans: dict[str, Volume], cap
     assert CliRunner().invoke(app, ["studies"]).exit_code == 2
 
 
-def test_scans_that_nothing_can_use_are_said(
-    studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_scans_are_reported(studies: Path, scans: dict[str, Volume], caplog: pytest.LogCaptureFixture) -> None:
     put(scans[".nii.gz"], studies / "good.nii.gz")
     (studies / "ward").mkdir()
     (studies / "ward" / "text.nii").write_text("not a scan" * 100)
@@ -186,7 +184,7 @@ def test_scans_that_nothing_can_use_are_said(
     assert not caplog.text, "it is told once"
 
 
-def test_many_that_are_not_served_are_counted(studies: Path) -> None:
+def test_many_unserved_files_are_counted(studies: Path) -> None:
     for number in range(300):
         (studies / f"slice_{number:03d}.dcm").write_bytes(b"x")
     found = opened(studies).status()["not_served"]
@@ -206,7 +204,7 @@ def test_a_server_notices_nested_volumes(
         answer = requests.get(f"{server.url}/datastore/image", params={"image": image}, timeout=60)
         assert answer.content == scans[suffix].image.read_bytes()
         assert server.infer(image).status_code == 200
-    # A scan that is copied slowly is listed as unusable no longer than it is.
+    # A scan that is copied slowly is listed as unusable only until it is complete.
     whole = scans[".nii.gz"].image.read_bytes()
 
     def listed() -> list[str]:
@@ -238,7 +236,7 @@ def test_a_file_in_the_place_of_the_labels_ends_the_start(studies: Path) -> None
 
 @pytest.fixture
 def read_only(studies: Path, scans: dict[str, Volume]) -> Iterator[Path]:
-    """A folder that cannot be written to: for root only a file system can forbid it."""
+    """Yield a read-only folder; root needs a read-only file system for that."""
     put(scans[".nii.gz"], studies / "scan.nii.gz")
     opened(studies).save_label("scan", str(scans[".nii.gz"].label), "final", {"client_id": "anna"})
     put(scans[".nii"], studies / "fresh" / "new.nii")

@@ -1,4 +1,4 @@
-"""Training through a live server: what clients see, what is kept, and who gets to see it."""
+"""Training through a live server: what clients see, what is stored, and which project sees it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def state_of(studies: Path) -> Path:
     return Project.from_conf(CONF).state_folder(APP, str(studies))
 
 
-def test_both_trainings_end_well(trainings: list[Training]) -> None:
+def test_both_trainings_succeed(trainings: list[Training]) -> None:
     for number, training in enumerate(trainings, start=1):
         assert training.task["status"] == "DONE", training.task
         assert training.final["status"] == "done"
@@ -41,7 +41,7 @@ def test_statistics_are_live_and_safe_for_the_slicer_extension(trainings: list[T
     assert len(set(steps)) >= 3
     assert steps == sorted(steps)
     for stats in running:
-        # What monitorTraining and updateAccuracyBar compute, every five seconds.
+        # The extension's monitorTraining and updateAccuracyBar compute this every five seconds.
         assert not stats["total_time"]
         assert 0 <= stats["epoch"] / stats["total_epochs"] <= 1
         assert isinstance(stats["best_metric"], float)
@@ -61,7 +61,7 @@ def test_versions_are_published_with_their_cards(trainings: list[Training], stud
     assert first.parent is None
     assert second.parent == "v0001"
     assert first.training_cases == ("case_0", "case_1", "case_2")
-    # The first four train and the fifth validates; of those that come together the hash of the id says which.
+    # The first four train and the fifth validates; among new ones the hash of the id decides.
     cases = {f"case_{number}" for number in range(6)}
     assignment = Assignment(state_of(studies) / "assignment.json")
     validation = {case for case in cases if assignment.validates(case)}
@@ -70,7 +70,7 @@ def test_versions_are_published_with_their_cards(trainings: list[Training], stud
     assert set(second.training_cases) == cases - validation
     assert set(second.validation["per_case"]) == validation
     assert trainings[1].final["best_metric"] == round(second.validation["mean_dice"], 5) > 0.5
-    # What was measured, and what was not.
+    # Measured and unmeasured scores.
     assert (first.provisional, second.provisional) == (True, False)
     assert second.gate["candidate"] > (second.gate["incumbent"] or 0)
     assert trainings[1].final["reason"] == second.gate["reason"]
@@ -141,7 +141,7 @@ def test_other_projects_do_not_see_these_weights(
             timeout=60,
         )
     assert answer.json()["model_version"] is None
-    # And the same project finds its weights again after a restart.
+    # The same project finds its weights again after a restart.
     again = start(studies, CONF)
     assert again.infer("axial", query={"output": "json"}).json()["model_version"] == "v0002"
     other_labels.stop()

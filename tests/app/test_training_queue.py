@@ -1,4 +1,4 @@
-"""The queue of trainings: while it changes between two looks, what is kept of it, and what makes a training due."""
+"""The queue of trainings: changes between two reads, what is stored, and when a training is due."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from deformux_label.lib.trainers.status import TrainingStatus
 
 @pytest.mark.parametrize("looks", [1, 2])
 @pytest.mark.parametrize("ask", [TrainingQueue.latest, TrainingQueue.unfinished])
-def test_a_training_is_known_in_the_moment_in_which_it_begins(
+def test_a_training_is_known_at_the_moment_it_begins(
     ask: Callable[[TrainingQueue], Any], looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client that saw the training before instead took its own for done."""
+    """A client that saw the previous training instead took its own for finished."""
     queue = TrainingQueue(tmp_path)
     former = queue.add({"model": "segmentation"})["id"]
     queue._take_next()
@@ -50,7 +50,7 @@ def task(status: str = "SUBMITTED", **values: Any) -> dict[str, Any]:
     return {**known, "starts": 0, **ended, **values}
 
 
-def test_the_queue_of_an_earlier_version_is_taken_over_once(tmp_path: Path) -> None:
+def test_the_queue_of_an_earlier_version_is_imported_once(tmp_path: Path) -> None:
     good = [task("DONE"), task("RUNNING", starts=1, process=[1, 2.5]), task(), task(id="auto", automatic=True)]
     bad = [
         task(id="\ud800"),
@@ -72,14 +72,14 @@ def test_the_queue_of_an_earlier_version_is_taken_over_once(tmp_path: Path) -> N
     assert not file.exists()
     assert (tmp_path / "queue.json.taken-over").exists()
     queue._recover()
-    assert queue._take_next()["id"] == "id-RUNNING", "what was interrupted comes before what waited for it"  # type: ignore[index]
+    assert queue._take_next()["id"] == "id-RUNNING", "an interrupted task comes before queued ones"  # type: ignore[index]
     queue.stop()
     again = TrainingQueue(tmp_path)
     assert {known["id"]: known["status"] for known in again.tasks()}["auto"] == "STOPPED"
     assert again.warnings() == []
 
 
-def test_an_unreadable_queue_of_an_earlier_version_is_told(tmp_path: Path) -> None:
+def test_an_unreadable_queue_of_an_earlier_version_is_reported(tmp_path: Path) -> None:
     (tmp_path / "queue.json").write_text('{"tasks": [{"id"')
     queue = TrainingQueue(tmp_path)
     assert queue.tasks() == []
@@ -103,7 +103,7 @@ def test_bad_records_in_the_database_are_set_aside(tmp_path: Path) -> None:
     assert TrainingQueue(tmp_path).warnings() == []
 
 
-def test_what_is_kept_and_sent_back_is_bounded(tmp_path: Path) -> None:
+def test_stored_and_returned_values_are_bounded(tmp_path: Path) -> None:
     queue = TrainingQueue(tmp_path)
     for request in ({"note": "x" * 20_000}, {"note": "\ud800"}, {"\udfff": 1}):
         with pytest.raises(HTTPException) as refused:
@@ -134,13 +134,13 @@ def test_what_is_kept_and_sent_back_is_bounded(tmp_path: Path) -> None:
 def test_labels_count_once_each_and_only_if_they_changed(tmp_path: Path) -> None:
     queue = TrainingQueue(tmp_path)
     assert [queue.submitted("a", sha, 2) for sha in ("1", "1", "1", "2", "3")] == [False] * 5
-    assert TrainingQueue(tmp_path).submitted("b", "1", 2), "what counted survives a restart"
+    assert TrainingQueue(tmp_path).submitted("b", "1", 2), "the count survives a restart"
     assert not queue.submitted("b", "2", 0)
     queue.add({"model": "segmentation"}, automatic=True)
-    assert not queue.submitted("c", "1", 2), "one waits already"
+    assert not queue.submitted("c", "1", 2), "one is queued already"
     assert queue._take_next() is not None
     assert queue.summary()["new_labels"] == 0
-    # As they were trained on: nothing is new.
+    # These labels were trained on: nothing is new.
     assert [queue.submitted(image, sha, 1) for image, sha in (("a", "3"), ("b", "2"), ("c", "1"))] == [False] * 3
     assert not queue.submitted("a", "4", 2)
     assert not queue.submitted("a", "3", 1), "back to what was trained on"

@@ -1,4 +1,4 @@
-"""The map of where the model is unsure: asked for as Slicer does, kept beside the labels, and never taken for one."""
+"""The uncertainty map: requested as Slicer does, stored beside the labels, never used as one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def saved(server: LiveServer, name: str, folder: Path) -> Path:
     return path
 
 
-def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], trainings: list) -> None:
+def test_the_map_does_not_count_as_a_label(server: LiveServer, volumes: dict[str, Volume], trainings: list) -> None:
     name = "anisotropic"
     before = requests.get(f"{server.url}/info/", timeout=60).json()["datastore"]
     assert "uncertainty" not in server.infer(name, query={"output": "json"}).json(), "only where it is asked for"
@@ -70,9 +70,9 @@ def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], tra
         f"{server.url}/deformux/labels/revisions", params={"image": name, "tag": "uncertainty"}, timeout=60
     )
     assert revisions.status_code == 404
-    # Another file's test may have the volume in hands still, as another annotator.
+    # A test of another file may still lease the volume, as another annotator.
     requests.delete(f"{server.url}/deformux/leases", params={"image": name}, timeout=60)
-    for _ in range(20):  # a skipped volume comes round again
+    for _ in range(20):  # a skipped volume is offered again
         sample = requests.post(f"{server.url}/activelearning/first", json={"client_id": "looks"}, timeout=60).json()
         if sample["id"] == name:
             break
@@ -84,7 +84,7 @@ def test_the_map_is_no_label(server: LiveServer, volumes: dict[str, Volume], tra
     wrong = server.infer(name, uncertainty="maybe")
     assert wrong.status_code == 400
     assert "off, on" in wrong.json()["detail"]
-    # An upload is not among the studies, so that there is no place for its map.
+    # An upload is not among the studies, so its map is not stored.
     with volumes[name].image.open("rb") as file:
         files = {"params": (None, json.dumps({"uncertainty": "on"})), "file": (volumes[name].image.name, file)}
         reply = requests.post(
@@ -127,7 +127,7 @@ def test_the_map_survives_a_lost_index_and_goes_with_its_volume(tmp_path: Path) 
     assert datastore.revisions.known() == {}
     with pytest.raises(HTTPException, match="another"):
         datastore.save_label("a", str(volume.label), "uncertainty", {})
-    # The name goes to another volume only when this one is gone; its map is not one of the new one.
+    # The name is reused only after this volume is deleted; the new one has no map.
     with pytest.raises(HTTPException, match="a-2"):
         datastore.add_image("a", str(other.image), {})
     datastore.remove_image("a")

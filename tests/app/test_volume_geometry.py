@@ -1,4 +1,4 @@
-"""Where the one reader puts voxels, against SimpleITK and against 3D Slicer."""
+"""Positions of voxels by the reader, compared with SimpleITK and 3D Slicer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def by_simpleitk(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_slicer(answer: dict, array: Path, own: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """Slicer mirrors the third axis of left-handed volumes; back in the file's order."""
+    """Read by Slicer, which mirrors the third axis of left-handed volumes; return the file's order."""
     values = np.load(array).reshape(answer["dimensions"][::-1]).T
     affine = np.array(answer["matrix"])
     if np.linalg.det(own.affine[:3, :3]) < 0:
@@ -64,7 +64,7 @@ def test_a_sample_of_all_geometries(tmp_path: Path) -> None:
 
 
 def test_one_volume_on_a_fourth_axis(tmp_path: Path) -> None:
-    """Slicer keeps no directions of such a file, but of NIfTI; what is drawn in it lies where it is shown."""
+    """Slicer keeps the directions of such a file for NIfTI only; drawings lie where they are shown."""
     image = sitk.GetImageFromArray(np.arange(60, dtype=np.int16).reshape(5, 4, 3))
     image.SetSpacing((1.5, 2.0, 3.0))
     image.SetOrigin((5, -6, 7))

@@ -1,4 +1,4 @@
-"""What the attacks share: trees before and after, raw requests, and a server on small studies."""
+"""Helpers for attacks: snapshots of folders, raw requests, and a server on small studies."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scan(path: Path, *shape: int, seed: int = 0) -> Path:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every path below a folder with the hash of its content, or what else it is."""
+    """Return every path below a folder with the hash of its content, or its kind."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -38,7 +38,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def refusal(answer: requests.Response, status: int, *words: str) -> str:
-    """Return the one sentence of a refusal, which says the words."""
+    """Return the sentence of a refusal, and check that it has the words."""
     assert answer.status_code == status, f"{answer.status_code}: {answer.text[:500]}"
     detail = answer.json()["detail"]
     assert isinstance(detail, str)
@@ -49,7 +49,7 @@ def refusal(answer: requests.Response, status: int, *words: str) -> str:
 
 
 def exchange(url: str, method: str, target: str, headers: Mapping[str, str] | None = None, body: bytes = b"") -> bytes:
-    """Send a request exactly as it is written, which no client library would, and return all of the answer."""
+    """Send a request exactly as written, which client libraries cannot, and return the whole answer."""
     where = urlsplit(url)
     lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in (headers or {}).items())]
     if not any(name.lower() == "host" for name in headers or {}):
@@ -63,7 +63,7 @@ def exchange(url: str, method: str, target: str, headers: Mapping[str, str] | No
 
 
 def children(folder: Path) -> list[str]:
-    """The names of everything below a folder, but for locks."""
+    """Return the names of everything below a folder except locks."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".in-use")
 
 
@@ -75,7 +75,7 @@ def connected(server: LiveServer, sent: bytes) -> socket.socket:
 
 
 def closed(connections: list[socket.socket], patience_s: float, trickle: bytes = b"") -> int:
-    """How many of the connections the server closes in time, each of which sends one byte a second."""
+    """Return the number of connections that the server closes in time, while each sends one byte a second."""
     end = time.monotonic() + patience_s
     with selectors.DefaultSelector() as selector:
         for connection in connections:
@@ -100,7 +100,7 @@ def closed(connections: list[socket.socket], patience_s: float, trickle: bytes =
 
 
 def process_of(server: LiveServer) -> psutil.Process:
-    """The process that listens."""
+    """Return the process that listens."""
     root = psutil.Process(server.process.pid)
     return next(
         process

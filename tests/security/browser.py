@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window, driven over its debugging protocol: enough to look at a page and type into it."""
+"""Headless Chromium, driven over its debugging protocol, to look at pages and type into them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATIENCE_S = 60
 
 
 class Page:
-    """One tab."""
+    """A tab."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -44,12 +44,12 @@ class Page:
                 return message["result"]
 
     async def value(self, expression: str) -> Any:
-        """The value of an expression in the page."""
+        """Return the value of an expression in the page."""
         result = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         return result["result"].get("value")
 
     async def until(self, expression: str) -> None:
-        """Wait until an expression is true, over whatever pages are loaded meanwhile."""
+        """Wait until an expression is true, whatever pages are loaded meanwhile."""
         end = time.monotonic() + _PATIENCE_S
         while not await self.value(expression):
             assert time.monotonic() < end, f"it did not become true: {expression}"
@@ -73,7 +73,7 @@ class Page:
 
 @asynccontextmanager
 async def open_page(folder: Path) -> AsyncIterator[Page]:
-    """A tab of a browser of its own, which ends with the block."""
+    """Open a tab in a new browser, which ends with the block."""
     assert CHROMIUM is not None
     profile = folder / "profile"
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]

@@ -2,7 +2,7 @@
 
 It reads ``/openapi.json``, adds the hidden routes and those of MONAI Label that were removed, and mixes valid values,
 hostile text, wrong types, deep and huge JSON, broken forms, bad archives and tiny volumes whose headers lie. It starts
-no trainings, scorings or batch inferences, which take long, but asks for them with what must be refused.
+no trainings, scorings or batch inferences, which take long, but sends requests for them that must be refused.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ __all__ = ["Fuzzer", "Outcome", "Request", "fuzz"]
 
 Volumes = dict[str, bytes]
 _TIMEOUT_S = 60
-# They would start a process of half a minute each.
+# Each would start a process of half a minute.
 _STARTING = ("/train/", "/scoring/", "/batch/infer/")
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request, as it is sent."""
+    """A request as it is sent."""
 
     method: str
     target: str
@@ -44,7 +44,7 @@ class Request:
 
 @dataclass
 class Outcome:
-    """What came of it: how often each status, and what must not happen."""
+    """The result: counts of each status, and failures."""
 
     statuses: dict[int, int] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Fuzzer:
         url: of the server.
         seed: of the requests.
         images: ids of images that must stay as they are: they are read, labelled, and never deleted.
-        volumes: whole scans by suffix, to send as they are or spoilt.
+        volumes: whole scans by suffix, to send as they are or damaged.
         labels: whole labels on the images' grid, likewise.
         sessions: ids of sessions that exist.
     """
@@ -88,7 +88,7 @@ class Fuzzer:
         self.routes += [(method, path, {}) for path in REMOVED for method in ("GET", "POST")]
 
     def request(self, number: int) -> Request:
-        """Return request ``number``, which depends on the seed and the number alone."""
+        """Return request ``number``, which depends on the seed and the number only."""
         rng = random.Random(self.seed * 10**9 + number)
         method, path, operation = rng.choice(self.routes)
         starting = method == "POST" and path.startswith(_STARTING)
@@ -99,7 +99,7 @@ class Fuzzer:
         if rng.random() < 0.05:
             method = rng.choice(("GET", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE"))
             starting = False
-        # Of these only what is refused.
+        # For these only requests that are refused.
         query = [(name, value) for name, value in query if not (method == "DELETE" and value in self.images)]
         if query:
             target += "?" + "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in query)
@@ -125,7 +125,7 @@ class Fuzzer:
         return made
 
     def _named(self, rng: random.Random, name: str) -> str:
-        """A value for a parameter, most often one that fits its name."""
+        """Return a value for a parameter, mostly one that fits its name."""
         if rng.random() < 0.15:
             return self._text(rng)
         mine = [f"fuzz_{number}" for number in range(4)]
@@ -175,7 +175,7 @@ class Fuzzer:
 
     def _body(self, rng: random.Random, method: str, path: str, starting: bool) -> tuple[dict[str, str], bytes]:
         if starting:
-            # Never without something unknown: it would start.
+            # Always with an unknown option: else it would start.
             options = {"nobody knows": 1, rng.choice(OPTIONS): self._value(rng)}
             bad = rng.choice((json.dumps(options).encode(), b"[" * 50_000, b'{"steps": NaN}', b"[1]", b"{"))
             return {"Content-Type": "application/json"}, bad
@@ -213,7 +213,7 @@ class Fuzzer:
 
 
 def fuzz(url: str, make: Callable[[int], Request], numbers: Sequence[int], *, threads: int = 4) -> Outcome:
-    """Send the requests and return what came of them."""
+    """Send the requests and return their outcome."""
     where = urlsplit(url)
     outcome = Outcome()
 
@@ -228,7 +228,7 @@ def fuzz(url: str, make: Callable[[int], Request], numbers: Sequence[int], *, th
                 connection.close()
                 continue
             except (http.client.HTTPException, OSError) as error:
-                # The server may close before it has read a body that it refuses.
+                # The server may close the connection before it has read a refused body.
                 connection.close()
                 if len(request.body) < 100_000:
                     outcome.faults.append(f"{number}: {error!r} to {request}")
@@ -255,7 +255,7 @@ def _sent(connection: http.client.HTTPConnection, request: Request) -> tuple[int
             answer = connection.getresponse()
             return answer.status, answer.read()
         except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
-            # A connection that was kept may have been closed since.
+            # A kept connection may have been closed since.
             connection.close()
             if attempt:
                 raise

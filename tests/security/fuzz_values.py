@@ -1,4 +1,4 @@
-"""What the fuzzer sends: text, values, types, names, and files that are whole or spoilt."""
+"""Input of the fuzzer: text, values, types, names, and files, whole or damaged."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ FITTING: tuple[Any, ...] = (
 
 
 def _header_lies(data: bytes, rng: random.Random) -> bytes:
-    """Other numbers at the places of a NIfTI header where shape, type, offset and affine are, or other text."""
+    """Return a NIfTI header with other numbers for shape, type, offset and affine, or with other text."""
     raw = bytearray(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
     for _ in range(rng.randrange(1, 4)):
         place = rng.choice((0, 40, 42, 44, 46, 48, 70, 72, 76, 80, 108, 112, 252, 254, 280, 296, 312, 344))
@@ -149,7 +149,7 @@ def _header_lies(data: bytes, rng: random.Random) -> bytes:
 
 
 def _text_lies(data: bytes, rng: random.Random) -> bytes:
-    """Another value of a NRRD's or MHA's header, or a file that holds the voxels elsewhere."""
+    """Return a NRRD or MHA header with another value, or with another file for its voxels."""
     old, new = rng.choice(
         (
             (b"sizes: ", b"sizes: 0 "),
@@ -195,7 +195,7 @@ SPOILT: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 
 
 def volumes_of(folder: Path, *, labels: bool = False) -> dict[str, bytes]:
-    """One small whole scan of each suffix, or one label of the same grid."""
+    """Return a small whole scan of each suffix, or a label on the same grid."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 3, (6, 7, 8)).astype(np.uint8) if labels else rng.normal(0, 50, (6, 7, 8)).astype(np.int16)
     image = sitk.GetImageFromArray(values)

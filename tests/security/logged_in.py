@@ -1,4 +1,4 @@
-"""Users of every role for the tests of the login, and what they send."""
+"""Users of every role for the tests of the login, and their requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import requests
 from live import LiveServer
 
-from deformux_label.web.offered import OFFERED, ROLES
+from deformux_label.lib.requests.roles import ROLES
+from deformux_label.web.offered import OFFERED
 from deformux_label.web.users import Users
 
 # One of each role, and a second annotator.
@@ -39,12 +40,18 @@ def bearer(token: str) -> dict[str, str]:
 
 
 def headers_of(server: LiveServer, *names: str) -> dict[str, dict[str, str]]:
-    """The headers of each of ``PEOPLE``, or of some."""
+    """Return the headers of each of ``PEOPLE``, or of some."""
     return {name: bearer(log_in(server, name).json()["access_token"]) for name in names or PEOPLE}
 
 
+def call(server: LiveServer, method: str, path: str, headers: dict[str, str] | None = None, **more: Any) -> Any:
+    return requests.request(
+        method, f"{server.url}{path}", headers=headers, timeout=120, **{"allow_redirects": False, **more}
+    )
+
+
 def routes() -> list[tuple[str, str, str | None]]:
-    """Method, path and least role of every route that is offered."""
+    """Return method, path and least role of every offered route."""
     found = []
     for route in OFFERED:
         path = "/".join("none" if part.startswith("{") else part for part in route.path.split("/"))
@@ -53,7 +60,7 @@ def routes() -> list[tuple[str, str, str | None]]:
 
 
 def client_like_the_plugins(library: ModuleType | type, server: LiveServer, folder: Path, token: Any) -> Any:
-    """A new client, as the plugin makes one for every call: one that is kept sends stale headers."""
+    """Return a new client, as the plugin makes one for every call; a kept client would send stale headers."""
     make = library.MONAILabelClient if isinstance(library, ModuleType) else library
     client = make(server.url, str(folder), "user-xyz")
     if token:

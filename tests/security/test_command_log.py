@@ -1,4 +1,4 @@
-"""What commands do to studies that no server has served yet, or whose log they may not write."""
+"""Audit records of commands on studies that were never served, or whose log cannot be written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deformux_label.web.audit import AuditLog
 
 @pytest.fixture
 def studies(volume: Volume, unwatched: None) -> Path:
-    """A folder with a label of two revisions."""
+    """Make a folder with a label of two revisions."""
     folder = volume.image.parent
     store = CheckedDatastore(str(folder), labels=LABELS)
     for name in ("anna", "ben"):

@@ -1,4 +1,4 @@
-"""Deleting never touches what a link points to, and can be undone; an upload never replaces anything."""
+"""Deleting never touches the target of a link, and can be undone; an upload never replaces a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unwatched")
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Volume]:
-    """Scans of a hospital's archive, beside the studies."""
+    """Make the scans of a hospital's archive, beside the studies."""
     folder = tmp_path_factory.mktemp("archive")
     return {
         name: write_volume(
@@ -66,9 +66,7 @@ def tree(folder: Path) -> dict[str, bytes | str]:
     }
 
 
-def test_a_link_goes_and_what_it_points_to_stays(
-    running: LiveServer, studies: Path, archive: dict[str, Volume]
-) -> None:
+def test_a_link_is_removed_and_its_target_stays(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
     before = tree(archive["linked"].image.parent)
     for image, file in (("linked", "linked.nii.gz"), ("ward__relative", "ward/relative.nii.gz")):
         target = os.readlink(studies / file)
@@ -82,7 +80,7 @@ def test_a_link_goes_and_what_it_points_to_stays(
         back = CliRunner().invoke(app, ["studies", "restore", "--studies", str(studies), kept.parent.parent.name])
         assert back.exit_code == 0, back.output
         assert os.readlink(studies / file) == target
-        # The server is told of what another process wrote.
+        # The server notices files of other processes.
         wait_for(lambda image=image: "final" in running.objects().get(image, {}).get("labels", {}), "the label is back")
     assert tree(archive["linked"].image.parent) == before
 
@@ -108,7 +106,7 @@ def test_a_deleted_label_is_moved_as_well(running: LiveServer, studies: Path, ar
 
 
 def test_a_name_belongs_to_the_first_volume(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
-    """The Slicer extension uploads by itself under the name of a node: two annotators may both have a ``c1``."""
+    """The Slicer extension uploads automatically under the name of a node: two annotators may both have a ``c1``."""
     assert upload(running, archive["c1"], "c1").json() == {"image": "c1"}
     assert upload(running, archive["c1"], "c1").json() == {"image": "c1"}, "the same bytes are the same volume"
     before = tree(studies)
@@ -118,14 +116,14 @@ def test_a_name_belongs_to_the_first_volume(running: LiveServer, studies: Path, 
     assert tree(studies) == before
     assert upload(running, archive["linked"], "c1-2").status_code == 200
     assert "'c1-3'" in upload(running, archive["other"], "c1").json()["detail"]
-    # What is not served is not overwritten either.
+    # Files that are not served are not overwritten either.
     (studies / "gone.nii.gz").symlink_to(studies.parent / "nowhere.nii.gz")
     assert upload(running, archive["c1"], "gone").status_code == 409
     assert not (studies.parent / "nowhere.nii.gz").exists()
     assert (studies / "gone.nii.gz").is_symlink()
 
 
-def test_what_was_deleted_is_not_segmented(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
+def test_deleted_volumes_are_not_segmented(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
     assert upload(running, archive["c1"], "leaves").status_code == 200
     assert delete(running, "image", id="leaves").status_code == 200
     (kept,) = (studies / ".deformux" / "trash").glob("*-leaves/image/*")
@@ -133,9 +131,7 @@ def test_what_was_deleted_is_not_segmented(running: LiveServer, studies: Path, a
     assert answer.status_code == 403, answer.text
 
 
-def test_labels_do_not_come_to_lie_on_another_volume(
-    running: LiveServer, studies: Path, archive: dict[str, Volume]
-) -> None:
+def test_labels_never_move_to_another_volume(running: LiveServer, studies: Path, archive: dict[str, Volume]) -> None:
     upload(running, archive["c1"], "patient")
     assert running.submit("patient", archive["c1"].label).status_code == 200
     assert delete(running, "image", id="patient").status_code == 200

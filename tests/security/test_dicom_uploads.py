@@ -1,4 +1,4 @@
-"""DICOM files that say what is not true: judged by their headers, before a pixel is decoded."""
+"""DICOM files with false headers: refused before a pixel is decoded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SERIES = generate_uid()
 
 
 def slice_file(folder: Path, number: int, *, syntax: str = ExplicitVRLittleEndian, **changed: Any) -> Path:
-    """Write one slice of a CT of 24 x 16 voxels, with some of its fields changed afterwards."""
+    """Write one slice of a CT of 24 x 16 voxels, with some fields changed afterwards."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = CTImageStorage, generate_uid()
     meta.TransferSyntaxUID = syntax
@@ -54,7 +54,7 @@ def slice_file(folder: Path, number: int, *, syntax: str = ExplicitVRLittleEndia
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[[], str]:
-    """Return why the series below ``series`` is refused, which costs neither time nor memory."""
+    """Return why the series below ``series`` is refused; check that this takes little time and memory."""
 
     def why() -> str:
         process = psutil.Process()
@@ -92,7 +92,7 @@ def test_a_series_is_one_volume(tmp_path: Path) -> None:
         ({"syntax": DeflatedExplicitVRLittleEndian}, "deflated"),
     ],
 )
-def test_sizes_that_are_not_true(tmp_path: Path, refused: Callable[[], str], changed: dict, words: str) -> None:
+def test_false_sizes(tmp_path: Path, refused: Callable[[], str], changed: dict, words: str) -> None:
     slice_file(tmp_path / "series", 0, **changed)
     assert words in refused()
 
@@ -104,7 +104,7 @@ def test_slices_of_different_sizes(tmp_path: Path, refused: Callable[[], str]) -
 
 
 @pytest.mark.parametrize("content", [b"", b"DICM", b"(" * 100_000, b"\x08\x00\x05\x00SQ\0\0\xff\xff\xff\xff" * 5_000])
-def test_what_is_no_dicom_behind_its_mark(tmp_path: Path, refused: Callable[[], str], content: bytes) -> None:
+def test_files_that_only_begin_as_dicom(tmp_path: Path, refused: Callable[[], str], content: bytes) -> None:
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "0000.dcm").write_bytes(b"\0" * 128 + b"DICM" + content)
     assert "cannot be read as the slices of one series" in refused()

@@ -1,4 +1,4 @@
-"""A full disk: a submit is stored with everything that belongs to it, or nothing is, also after a restart."""
+"""A full disk: a submitted label is stored completely or not at all, also after a restart."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("unwatched")
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of two megabytes."""
+    """Mount a file system of two megabytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -43,7 +43,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 class Desk:
-    """A scan with labels to submit, each of another size of the organ, and large: without compression."""
+    """A scan with uncompressed labels to submit, each with an organ of another size."""
 
     def __init__(self, studies: Path, outside: Path) -> None:
         self.studies, self.outside = studies, outside
@@ -59,7 +59,7 @@ class Desk:
         self.store().save_label("scan", str(label), "final", {"client_id": f"annotator {number}"})
 
     def found(self) -> dict[str, Any]:
-        """What a server that starts now has."""
+        """Return the state that a newly started server finds."""
         store = self.store()
         label = store.get_label_uri("scan", "final")
         info = store.get_label_info("scan", "final") if label else {}
@@ -91,7 +91,7 @@ def test_a_submit_at_every_level_of_free_space(small_disk: Path, tmp_path: Path,
     for level in range(LEVELS):
         with (small_disk / "ballast").open("wb") as ballast:
             free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-            # From nothing to more than two copies and the records.
+            # From nothing to room for more than two copies and the records.
             ballast.write(b"\0" * max(0, free - level * (3 * size + 60_000) // (LEVELS - 1)))
         try:
             desk.submit(level + 2)
@@ -141,7 +141,7 @@ def test_a_failure_at_every_call_changes_nothing(tmp_path: Path, monkeypatch: py
                     if error.errno != errno.ENOSPC:
                         raise
                 else:
-                    # Some calls have another way, such as a copy where a link fails.
+                    # Some calls have an alternative, such as a copy where a link fails.
                     if seen[0] < number:
                         break
                     passed_over = True
@@ -152,7 +152,7 @@ def test_a_failure_at_every_call_changes_nothing(tmp_path: Path, monkeypatch: py
             assert {path: path.read_bytes() for path in desk.studies.rglob("*") if path.is_file()} == tree, number
         else:
             pytest.fail("it never succeeds")
-        # It was done at the end of the first sweep; the second starts from the same state.
+        # The first sweep ended with success; the second starts from the same state.
         if lasting:
             reset(desk)
             assert desk.found()["current"] == before["current"]
@@ -161,13 +161,13 @@ def test_a_failure_at_every_call_changes_nothing(tmp_path: Path, monkeypatch: py
 
 
 def reset(desk: Desk) -> None:
-    """Bring the studies back to what they were, with the times of the files."""
+    """Restore the studies, with the times of their files."""
     shutil.rmtree(desk.studies)
     shutil.copytree(desk.outside / "kept", desk.studies)
 
 
 def fail_from(broken: pytest.MonkeyPatch, calls: Any, number: int, *, lasting: bool) -> list[int]:
-    """Let the ``number``-th of these calls fail, and where it is ``lasting`` all after it; returns the count so far."""
+    """Make the ``number``-th of these calls fail, and if ``lasting`` all after it; return the count so far."""
     seen = [0]
 
     def failing(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Volumes whose header points to another file are refused wherever they come in, and nothing of that file is shown."""
+"""Volumes whose header points to another file are refused everywhere, and nothing of that file is shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import requests
 from attacks import refusal, scan, tree
 from live import CONF, LiveServer, serve_command, wait_for
 
-# As many bytes as the scan has voxels, and numbers that a message would print as label values.
+# One byte for each voxel of the scan, and numbers that a message would print as label values.
 SIZE = (12, 10, 8)
 SECRET = bytes(range(101, 121)) * 48
 SHOWN = ("101", "102", "103", "efg")

@@ -1,4 +1,4 @@
-"""Thousands of seeded requests: no 5xx but 507, no hang, nothing read or written outside, nothing that grows."""
+"""Thousands of seeded requests: no 5xx but 507, no hang, no access outside, no growth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from live import APP, CONF, LiveServer, serve_command, stock_command, wait_for
 
 _SEED = 18
 IMAGES = ("one", "two", "three")
-# Where a server keeps something beside the studies and its state: its log, and MONAI Label's empty folders.
+# Files of a server beside the studies and its state: its log, and MONAI Label's empty folders.
 _OF_THE_APP = ("model", "logs", "bin", "__pycache__")
 
 
@@ -61,7 +61,7 @@ def test_no_request_breaks_the_server(
     second = fuzz(server.url, fuzzer.request, range(warm, count))
     faults = first.faults + second.faults
     assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults[:20])
-    # Most are refused, and what is valid still works.
+    # Most are refused, and valid ones work.
     statuses = {status: first.statuses.get(status, 0) + second.statuses.get(status, 0) for status in second.statuses}
     print(json.dumps(dict(sorted(statuses.items()))))
     assert statuses[200] > count // 20
@@ -76,25 +76,25 @@ def test_no_request_breaks_the_server(
 
 
 def grown(process: psutil.Process) -> tuple[int, int]:
-    """Threads and open files."""
+    """Return the counts of threads and open files."""
     time.sleep(0.2)
     return process.num_threads(), process.num_fds()
 
 
 def within(now: tuple[int, int], before: tuple[int, int]) -> bool:
-    """Idle worker threads end by themselves after a while."""
+    """Wait until the counts are within bounds: idle worker threads end after a while."""
     return now[0] <= before[0] + 3 and now[1] <= before[1] + 8
 
 
 def surroundings(studies: Path, folder: Path) -> dict[str, str]:
-    """Everything around the studies, and the installed app."""
+    """Return everything around the studies, and the installed app."""
     around = {name: what for name, what in tree(folder).items() if not name.startswith("project/studies")}
     app = {name: what for name, what in tree(APP).items() if not set(Path(name).parts) & set(_OF_THE_APP)}
     return {**around, **app}
 
 
 def strange_places(studies: Path) -> list[str]:
-    """What lies in the studies and is neither a volume of a visible name nor the server's own."""
+    """Return files in the studies that are neither volumes with visible names nor the server's own."""
     known = {"datastore_v2.json", ".lock", ".deformux", "labels"}
     there = [path for path in studies.iterdir() if path.name not in known]
     suffixes = (".nii.gz", ".nii", ".nrrd", ".mha")

@@ -1,4 +1,4 @@
-"""What a name from outside may be, by examples of what people and attackers send."""
+"""Valid and invalid names from outside, by examples of people and attackers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ HOSTILE = (
 )
 def test_image_ids(name: str, tmp_path: Path) -> None:
     assert checked_image_id(name) == name
-    # The independent judge: the file system takes it as one visible file of that folder.
+    # Independent check: the file system accepts it as one visible file of that folder.
     path = tmp_path / f"{name}.nii.gz"
     path.touch()
     assert [entry.name for entry in os.scandir(tmp_path)] == [path.name]
@@ -57,7 +57,7 @@ def test_hostile_names(check: Callable[[Any], Any], name: Any) -> None:
     with pytest.raises(HTTPException) as refused:
         check(name)
     assert refused.value.status_code in (400, 404)
-    # The sentence itself can be sent.
+    # The message itself can be sent.
     refused.value.detail.encode()
 
 

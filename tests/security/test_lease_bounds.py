@@ -1,4 +1,4 @@
-"""One client that calls itself by many names, or asks without end, does not keep the volumes from everybody else."""
+"""A client with many names, or with endless requests, does not lease all volumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def leases(server: LiveServer) -> list[dict]:
 
 
 def test_an_address_with_changing_names_leases_a_bounded_number(server: LiveServer) -> None:
-    # What a client says of its address is refused.
+    # An address that a client sends is refused.
     spoofed = requests.post(f"{server.url}/activelearning/first", json={"_address": "10.0.0.1"}, timeout=60)
     assert spoofed.status_code == 400
     own = [ask(server, client_id=f"name {number}")["id"] for number in range(MOST_LEASES)]
@@ -54,7 +54,7 @@ def test_an_address_with_changing_names_leases_a_bounded_number(server: LiveServ
     assert requests.get(f"{server.url}/info/", timeout=60).json().get("warnings", []) == []
 
 
-def test_an_annotator_gets_a_bounded_number_and_others_go_on(tmp_path: Path) -> None:
+def test_an_annotator_leases_a_bounded_number_and_others_go_on(tmp_path: Path) -> None:
     now = [1000.0]
     leases = Leases(tmp_path / "leases.json", clock=lambda: now[0])
     for number in range(MOST_LEASES):
@@ -69,11 +69,11 @@ def test_an_annotator_gets_a_bounded_number_and_others_go_on(tmp_path: Path) -> 
     assert leases.claim("greedy", CASES, address="10.0.0.2") == CASES[0], "there is room again"
     now[0] += 1
     assert leases.claim("greedy", CASES, address="10.0.0.4") == CASES[1], "from wherever they ask"
-    # With a login there is no address, and a ward of any size works behind one.
+    # With a login the address does not count: a large ward may share one.
     for number in range(MOST_LEASES + 1, N_CASES):
         assert leases.claim(f"user {number}", CASES) == CASES[number]
     assert leases.claim("one more", CASES) is None
-    # Who submits may have the next.
+    # Submitting frees a lease.
     leases.release(CASES[3])
     assert leases.claim("greedy", CASES) == CASES[3]
     now[0] += 3601

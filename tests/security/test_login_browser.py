@@ -28,7 +28,7 @@ def post(server: LiveServer, session: requests.Session, path: str, **form: str) 
     return session.post(f"{server.url}{path}", data=form, headers=HTML, timeout=30, allow_redirects=False)
 
 
-def test_a_browser_is_shown_the_page_and_a_program_is_not(server: LiveServer) -> None:
+def test_browsers_get_the_page_and_programs_do_not(server: LiveServer) -> None:
     for path in ("/", "/docs", "/info/", "/openapi.json"):
         shown = requests.get(f"{server.url}{path}", headers=HTML, timeout=30, allow_redirects=False)
         assert (shown.status_code, shown.headers["Location"]) == (303, f"/auth/login?next={path}")
@@ -39,7 +39,7 @@ def test_a_browser_is_shown_the_page_and_a_program_is_not(server: LiveServer) ->
     assert answer.status_code == 401
 
 
-def test_the_page_needs_nothing_from_elsewhere(server: LiveServer) -> None:
+def test_the_page_loads_nothing_external(server: LiveServer) -> None:
     page = requests.get(f"{server.url}/auth/login", timeout=30)
     assert page.status_code == 200
     policy = page.headers["Content-Security-Policy"]
@@ -51,7 +51,7 @@ def test_the_page_needs_nothing_from_elsewhere(server: LiveServer) -> None:
     assert not re.search(r"<script|<img|<link|@import|url\(|https?://", page.text)
 
 
-def test_the_pages_of_the_api_load_nothing_from_elsewhere(server: LiveServer) -> None:
+def test_the_pages_of_the_api_load_nothing_external(server: LiveServer) -> None:
     session = requests.Session()
     post(server, session, "/auth/login", username="anna", password=password("anna"))
     for path in ("/", "/docs"):
@@ -84,7 +84,7 @@ def test_the_cookie(server: LiveServer) -> None:
     assert "secure" not in flags, "over http a browser would not send it back"
     assert session.get(f"{server.url}/docs", timeout=30).status_code == 200
     assert session.get(f"{server.url}/auth/token/valid", timeout=30).json()["username"] == "anna"
-    # What a header says comes before the cookie.
+    # A header takes precedence over the cookie.
     assert session.get(f"{server.url}/info/", headers={"Authorization": "bearer x"}, timeout=30).status_code == 401
     stolen = dict(session.cookies)
     out = post(server, session, "/auth/logout")
@@ -111,7 +111,7 @@ def test_the_way_back_stays_on_the_server(server: LiveServer, target: str) -> No
         assert 'name="next" value="/"' in page.text
 
 
-def test_what_is_typed_is_not_run(server: LiveServer) -> None:
+def test_typed_text_is_not_run(server: LiveServer) -> None:
     name = '"><script>alert(1)</script>'
     page = post(server, requests.Session(), "/auth/login", username=name, password="a wrong one")
     assert page.status_code == 401
@@ -126,7 +126,7 @@ def test_in_a_real_browser(server: LiveServer, tmp_path: Path) -> None:
             await page.go(f"{server.url}/info/")
             assert await page.value("location.pathname + location.search") == "/auth/login?next=/info/"
             assert await page.value("document.activeElement.id") == "username"
-            # The style is applied, so that its hash in the policy is right.
+            # The style is applied, so its hash in the policy is right.
             assert await page.value("getComputedStyle(document.querySelector('button')).color") == "rgb(255, 255, 255)"
             await page.type("anna")
             await page.press("Tab", 9)
@@ -146,7 +146,7 @@ def test_in_a_real_browser(server: LiveServer, tmp_path: Path) -> None:
             await page.until("document.querySelectorAll('.opblock').length > 20")
             await page.go(f"{server.url}/docs")
             await page.until("document.body.innerText.includes('/activelearning/{strategy}')")
-            # The 401 of the wrong password is all that the browser complains of.
+            # The browser reports only the 401 of the wrong password.
             assert all("401" in text or "favicon" in text for text in page.complaints), page.complaints
 
     asyncio.run(visit())

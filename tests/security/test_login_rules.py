@@ -1,4 +1,4 @@
-"""Rules of the login that need no server: whom an open one answers, and how long who guesses must wait."""
+"""Rules of the login without a server: access without users, and delays of guesses."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_where_a_command_line_listens(arguments: list[str], host: str) -> None:
 
 
 def answered(gate: Gate, **scope: Any) -> int:
-    """The status of a request with this scope, where what is behind the login answers 200."""
+    """Return the status of a request with this scope; the app behind the login answers 200."""
     sent: list[int] = []
 
     async def behind(scope: Any, receive: Any, send: Any) -> None:
@@ -70,7 +70,7 @@ def answered(gate: Gate, **scope: Any) -> int:
         (("/run/label.sock", None), None, 200),
         (("10.0.0.5", 8000), ("10.0.0.9", 5), 403),
         (("10.0.0.5", 8000), ("10.0.0.5", 5), 403),
-        # A proxy of this machine that asks for another one.
+        # A proxy on this machine that forwards for another one.
         (("127.0.0.1", 8000), ("10.0.0.9", 0), 403),
         (("127.0.0.1", 8000), ("localhost.evil.example", 0), 403),
     ],
@@ -82,7 +82,7 @@ def test_without_users_only_the_own_machine_is_answered(tmp_path: Path, server: 
 
 
 async def guess(attempts: Attempts, name: str = "anna", address: str = "10.0.0.1", *, right: bool = False) -> float:
-    """Seconds until a password was checked."""
+    """Return the seconds until a password was checked."""
     begin = time.monotonic()
     async with attempts.attempt(name, address) as attempt:
         if right:
@@ -104,7 +104,7 @@ def test_guesses_wait_longer_and_longer() -> None:
 
 
 async def refusals(guesses: list[Any], seconds: float = 0.1) -> tuple[int, list[bool]]:
-    """How many of these were checked in this time, and for each refused one whether it is news."""
+    """Return the number of attempts checked in this time, and for each refused one whether it is news."""
     tasks = [asyncio.create_task(one) for one in guesses]
     await asyncio.sleep(seconds)
     done = [task for task in tasks if task.done()]
@@ -116,7 +116,7 @@ async def refusals(guesses: list[Any], seconds: float = 0.1) -> tuple[int, list[
 
 
 @pytest.mark.parametrize("same_name", [True, False])
-def test_guesses_at_once_are_no_way_around_it(same_name: bool) -> None:
+def test_concurrent_guesses_do_not_avoid_the_delays(same_name: bool) -> None:
     async def run() -> tuple[int, list[bool]]:
         attempts = Attempts()
         names = ["anna" if same_name else f"name {number}" for number in range(500)]
@@ -128,19 +128,19 @@ def test_guesses_at_once_are_no_way_around_it(same_name: bool) -> None:
     assert sum(refused) == 1, "a flood is told once"
 
 
-def test_right_passwords_at_once_are_no_failures() -> None:
+def test_concurrent_right_passwords_are_not_failures() -> None:
     async def run() -> None:
         attempts = Attempts()
         checked, refused = await refusals([guess(attempts, right=True) for _ in range(12)])
         assert (checked, refused) == (12, [])
-        # Everybody of a ward, in the morning of the first day.
+        # A whole ward, on the morning of the first day.
         checked, refused = await refusals([guess(attempts, f"name {n}", right=True) for n in range(30)])
         assert (checked, refused) == (30, [])
 
     asyncio.run(run())
 
 
-def test_a_flood_of_names_keeps_nobody_out_who_is_at_home() -> None:
+def test_a_flood_of_names_does_not_lock_out_users_at_home() -> None:
     async def run() -> None:
         attempts = Attempts()
         attempts.home.add("anna", "10.0.0.1")
@@ -155,7 +155,7 @@ def test_a_flood_of_names_keeps_nobody_out_who_is_at_home() -> None:
     asyncio.run(run())
 
 
-def test_guesses_of_a_name_elsewhere_make_it_wait_and_never_lock_it() -> None:
+def test_guesses_of_a_name_elsewhere_delay_it_without_a_lockout() -> None:
     async def run() -> None:
         attempts = Attempts()
         guesses = [guess(attempts, "ada", f"10.7.0.{number}") for number in range(60)]
@@ -177,13 +177,13 @@ def test_names_at_many_addresses_are_bounded() -> None:
     assert asyncio.run(run()) <= 10_000
 
 
-def test_a_machine_has_one_place() -> None:
+def test_a_machine_counts_as_one_place() -> None:
     assert place_of("10.0.0.1") == place_of("::ffff:10.0.0.1") == "10.0.0.1"
     assert place_of("2001:db8::1") == place_of("2001:db8::ffff:2%eth0") != place_of("2001:db8:0:1::1")
     assert place_of("") == ""
 
 
-def test_where_somebody_is_at_home_outlives_the_server(tmp_path: Path) -> None:
+def test_places_of_users_outlive_the_server(tmp_path: Path) -> None:
     path = tmp_path / "users.json.home"
     first, beside = AtHome(path), AtHome(path)
     first.add("anna", "10.0.0.1")
@@ -202,7 +202,7 @@ def test_where_somebody_is_at_home_outlives_the_server(tmp_path: Path) -> None:
         assert ("rob", "10.0.0.2") not in AtHome(path)
 
 
-def test_what_is_handed_out_is_bounded_and_ends() -> None:
+def test_handed_out_images_are_bounded_and_expire() -> None:
     now = 0.0
     handed_out = HandedOut(clock=lambda: now)
     for number in range(5_000):
@@ -228,9 +228,9 @@ def test_a_logout_outlives_its_server(tmp_path: Path) -> None:
     assert (tmp_path / "users.json.ended").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_role_that_is_changed_back_revives_no_token(tmp_path: Path) -> None:
+def test_undoing_a_change_of_role_revives_no_token(tmp_path: Path) -> None:
     users = make_users(tmp_path / "users.json")
-    # As it was written before changes were counted.
+    # The format before changes were counted.
     old = json.loads(users.path.read_text())
     for user in old["users"].values():
         user.pop("changes", None)
@@ -245,7 +245,7 @@ def test_a_role_that_is_changed_back_revives_no_token(tmp_path: Path) -> None:
     assert tokens.user(tokens.make(users.named("ada"))) is not None
 
 
-def test_logouts_are_forgotten_with_their_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logouts_are_forgotten_when_their_tokens_expire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = EndedTokens(tmp_path / "ended")
     ended.add("old", time.time() - 1)
     ended.add("new", time.time() + 100)

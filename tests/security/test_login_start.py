@@ -1,4 +1,4 @@
-"""When a server does not start: open to the network without a user, with a damaged users file, with the stock login."""
+"""Starts that are refused: on the network without a user, with a damaged users file, with the stock login."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_start_with_a_damaged_users_file_or_the_stock_login(tmp_path: Path, m
 
 @pytest.mark.parametrize("stock_login", [False, True])
 def test_monai_labels_own_command_does_not_start_either(tmp_path: Path, stock_login: bool) -> None:
-    """By itself it listens on all addresses."""
+    """Its default is to listen on all addresses."""
     command = [*stock_command(tmp_path / "studies", CONF), "--port", "1"]
     done = subprocess.run(
         [*command, "--host", "127.0.0.1"] if stock_login else command,

@@ -1,4 +1,4 @@
-"""Whose server, from which page, which route, and how much: asked before anything else, under both ways to start."""
+"""Checks of host, origin, route and size before anything else, under both ways to start."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def guarded(
 @pytest.mark.parametrize(
     "host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "", "a/b", "2130706433"]
 )
-def test_a_strange_host_is_refused(guarded: LiveServer, host: str) -> None:
+def test_an_unknown_host_is_refused(guarded: LiveServer, host: str) -> None:
     answer = exchange(guarded.url, "GET", "/info/", {"Host": host})
     assert re.match(rb"HTTP/1.1 (421|400) ", answer)
     assert b"liver" not in answer
-    # DNS rebinding: the page's own origin has the strange name, too.
+    # DNS rebinding: the page's own origin has the unknown name, too.
     answer = exchange(guarded.url, "DELETE", "/datastore/image?id=one", {"Host": host, "Origin": f"http://{host}"})
     assert re.match(rb"HTTP/1.1 (421|400) ", answer)
     assert requests.get(f"{guarded.url}/datastore/image", params={"image": "one"}, timeout=30).ok
@@ -79,19 +79,19 @@ def test_own_and_allowed_origins_are_served(guarded: LiveServer) -> None:
     )
     assert preflight.status_code == 204
     assert preflight.headers["access-control-allow-origin"] == ALLOWED
-    # A refusal, too, must be readable by the page that is allowed.
+    # An allowed page must be able to read refusals, too.
     refused = requests.post(f"{guarded.url}/train/x", headers={"Origin": ALLOWED}, json={}, timeout=30)
     assert refused.headers["access-control-allow-origin"] == ALLOWED
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 def test_forms_and_pictures_of_other_sites_are_refused(guarded: LiveServer, site: str) -> None:
-    """They come without an origin in some browsers."""
+    """Some browsers send them without an origin."""
     headers = {"Sec-Fetch-Site": site}
     refusal(requests.post(f"{guarded.url}/train/segmentation", headers=headers, timeout=30), 403)
     headers["Sec-Fetch-Mode"] = "no-cors"
     refusal(requests.get(f"{guarded.url}/datastore/dataset", headers=headers, timeout=30), 403)
-    # A link that somebody follows.
+    # A followed link.
     headers["Sec-Fetch-Mode"] = "navigate"
     assert requests.get(f"{guarded.url}/info/", headers=headers, timeout=30).ok
     refusal(requests.post(f"{guarded.url}/train/segmentation", headers=headers, timeout=30), 403)
@@ -130,7 +130,7 @@ REMOVED = [
 
 
 @pytest.mark.parametrize(("method", "target"), REMOVED)
-def test_what_is_not_offered_is_not_there(guarded: LiveServer, method: str, target: str) -> None:
+def test_routes_that_are_not_offered_are_404(guarded: LiveServer, method: str, target: str) -> None:
     answer = exchange(guarded.url, method, target)
     assert answer.startswith(b"HTTP/1.1 404 "), answer[:200]
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["detail"]
@@ -143,7 +143,7 @@ def test_another_method_is_405(guarded: LiveServer) -> None:
         assert method not in answer.headers["allow"]
 
 
-def test_reloading_is_gone_and_leaves_nothing(guarded: LiveServer) -> None:
+def test_reloading_is_not_offered_and_leaves_nothing(guarded: LiveServer) -> None:
     process = psutil.Process(guarded.process.pid)
     (child,) = [p for p in [process, *process.children(recursive=True)] if p.net_connections("tcp")] or [process]
     before = child.num_threads(), len(child.open_files())
@@ -152,7 +152,7 @@ def test_reloading_is_gone_and_leaves_nothing(guarded: LiveServer) -> None:
     assert (child.num_threads(), len(child.open_files())) == before
 
 
-def test_the_description_says_what_is_offered(guarded: LiveServer) -> None:
+def test_the_api_description_lists_the_offered_routes(guarded: LiveServer) -> None:
     paths = requests.get(f"{guarded.url}/openapi.json", timeout=30).json()["paths"]
     listed = {(method.upper(), path) for path, methods in paths.items() for method in methods}
     known = {(method, route.path) for route in OFFERED for method in route.methods}
@@ -224,7 +224,7 @@ def test_bad_text_elsewhere_is_refused(guarded: LiveServer) -> None:
         )
 
 
-def test_long_and_odd_names_are_404_on_every_route(guarded: LiveServer) -> None:
+def test_long_and_strange_names_are_404_on_every_route(guarded: LiveServer) -> None:
     for name in ("x" * 201, "é" * 101, "../one", ".hidden", " one", "a/b", "a\\b"):
         for method, path, query in [
             ("GET", "datastore/image", {"image": name}),
@@ -279,7 +279,7 @@ def test_bodies_are_bounded(guarded: LiveServer) -> None:
         field = {"session/": "files", "datastore/label?image=one": "label"}.get(path, "file")
         answer = requests.request(method, f"{guarded.url}/{path}", files={field: ("large.nii", volume)}, timeout=30)
         refusal(answer, 413, "4000000")
-    # A lie about the length is found while the body streams.
+    # A false length is noticed while the body streams.
     answer = exchange(guarded.url, "POST", "/train/segmentation", {"Content-Length": "10" * 15})
     assert re.match(rb"HTTP/1.1 (413|400) ", answer)
 
@@ -317,7 +317,7 @@ def test_unknown_options_are_refused(guarded: LiveServer) -> None:
 
 
 def test_params_do_not_choose_another_model(guarded: LiveServer) -> None:
-    """A role is asked for by path: what may segment must not edit."""
+    """The path decides the role: a reader who may segment must not edit."""
     for path, chosen, status in [("segmentation", "nobody", 200), ("nobody", "segmentation", 404)]:
         answer = requests.post(
             f"{guarded.url}/infer/{path}",
@@ -328,7 +328,7 @@ def test_params_do_not_choose_another_model(guarded: LiveServer) -> None:
         assert answer.status_code == status, answer.text
 
 
-def test_questions_about_the_server_have_answers(guarded: LiveServer) -> None:
+def test_routes_about_the_server_answer(guarded: LiveServer) -> None:
     for path, query in [("logs/", {"lines": "5"}), ("scoring/", {}), ("deformux/versions", {}), ("logs/gpu", {})]:
         answer = requests.get(f"{guarded.url}/{path}", params=query, timeout=60)
         assert answer.status_code in (200, 404)

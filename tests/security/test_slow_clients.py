@@ -1,4 +1,4 @@
-"""Clients that hold the server up, by leaving requests unfinished or by opening too many, are dropped."""
+"""Clients that block the server with unfinished requests or too many connections are dropped."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def patient(
     studies = tmp_path_factory.mktemp("patient") / "studies"
     studies.mkdir()
     scan(studies / "one.nii.gz")
-    # Larger than what the two sockets between server and client hold.
+    # Larger than the buffers of the two sockets between server and client.
     scan(studies / "large.nii", 200, 200, 300)
     return start_here(studies, CONF, serve_command if request.param.endswith("serve") else stock_command)
 
@@ -38,12 +38,12 @@ def upload(name: bytes, declared: int, sent: int) -> bytes:
 
 
 def half_requests(server: LiveServer) -> list[socket.socket]:
-    """Headers and bodies that end too early, each kind on several connections."""
+    """Return headers and bodies that end too early, each kind on several connections."""
     chunked = b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n[1\r\n"
     kinds = [
         b"",
         b"GET /info/ HTTP/1.1\r\nHost: localhost\r\n",
-        # After a request that was answered, on the same connection.
+        # After an answered request on the same connection.
         b"GET /auth/ HTTP/1.1\r\nHost: localhost\r\n\r\nGET /in",
         b"PUT /session/ HTTP/1.1\r\n" + upload(b"files", 10**8, 10_000),
         b"POST /infer/segmentation HTTP/1.1\r\n" + upload(b"file", 10**8, 10),
@@ -53,7 +53,7 @@ def half_requests(server: LiveServer) -> list[socket.socket]:
 
 
 def test_unfinished_and_trickling_requests_end(patient: LiveServer) -> None:
-    """In the issue 400 half headers and 200 half uploads stayed for ever."""
+    """Without limits, 400 half headers and 200 half uploads would stay forever."""
     process = process_of(patient)
     before = process.num_fds()
     half = half_requests(patient)
@@ -67,7 +67,7 @@ def test_unfinished_and_trickling_requests_end(patient: LiveServer) -> None:
     ]
     # Others are answered meanwhile.
     assert requests.get(f"{patient.url}/info/", timeout=10).ok
-    # More than one address may have are refused at once.
+    # Connections beyond the limit of an address are refused at once.
     more = [connected(patient, b"") for _ in range(460)]
     assert closed(more, 3) >= 350
     with ThreadPoolExecutor(2) as pool:
@@ -104,8 +104,8 @@ def test_slow_but_honest_clients_are_served(patient: LiveServer, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_a_reply_that_nobody_reads_ends(patient: LiveServer) -> None:
-    """After a minute; its file is closed then."""
+def test_a_reply_that_is_not_read_ends(patient: LiveServer) -> None:
+    """It ends after a minute, and its file is closed."""
     process = process_of(patient)
     before = process.num_fds()
     stalled = [

@@ -83,7 +83,7 @@ def test_the_stock_client_over_https(
         requests.get(f"{server.url.replace('https', 'http')}/auth/", timeout=30)
 
 
-def test_the_cookie_does_not_leave_https(server: LiveServer, pair: tuple[Path, Path]) -> None:
+def test_the_cookie_is_only_sent_over_https(server: LiveServer, pair: tuple[Path, Path]) -> None:
     form = {"username": "anna", "password": password("anna")}
     answer = requests.post(
         f"{server.url}/auth/login", data=form, timeout=30, verify=str(pair[0]), allow_redirects=False
@@ -93,19 +93,19 @@ def test_the_cookie_does_not_leave_https(server: LiveServer, pair: tuple[Path, P
     assert log_in(server, "anna").status_code == 200
 
 
-def test_connections_that_never_shake_hands_are_bounded(server: LiveServer, pair: tuple[Path, Path]) -> None:
+def test_connections_without_a_handshake_are_bounded(server: LiveServer, pair: tuple[Path, Path]) -> None:
     process = process_of(server)
     before = process.num_fds()
     silent = [connected(server, b"") for _ in range(600)]
     try:
-        # More than one address may have are refused at once, and others are answered: of another address here.
+        # Connections beyond the limit of an address are refused at once; another address is answered.
         assert closed(silent, 3) >= 340
         assert process.num_fds() < before + 270
         here = {"timeout": 10, "verify": str(pair[0])}
         with requests.Session() as session:
             session.mount("https://", From("127.0.0.2"))
             assert session.get(f"{server.url}/auth/", **here).json()["enabled"]
-        # Those that were let in are dropped when they stay silent.
+        # Accepted connections are dropped when they stay silent.
         assert closed(silent, 30) == len(silent)
     finally:
         for connection in silent:
@@ -125,7 +125,7 @@ class From(HTTPAdapter):
         super().init_poolmanager(*args, source_address=(self._address, 0), **options)
 
 
-def test_files_that_cannot_work_end_the_start(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_invalid_certificate_files_end_the_start(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     certificate, key = map(str, pair)
     other = str(make_certificate(tmp_path, "other")[1])
     locked = make_certificate(tmp_path, "locked", "-passout", "pass:secret")

@@ -1,4 +1,4 @@
-"""Uploads: one volume each, in a folder of its request that goes with it; sessions that believe nothing they read."""
+"""Uploads: one volume each, in a folder that ends with its request; sessions trust nothing that they read."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def uploading(
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing(folders: dict[str, Path]) -> Iterator[None]:
-    """After each test the canary is as it was, and no file of a request is left."""
+    """Check after each test that the canary is unchanged, and that no file of a request is left."""
     before = tree(folders["canary"])
     yield
     assert tree(folders["canary"]) == before
-    # The folder of a request goes after its last byte was sent.
+    # The folder of a request is removed after its last byte was sent.
     wait_for(lambda: not left(folders), "the folders of the requests went")
 
 
 def left(folders: dict[str, Path]) -> list[str]:
-    """What requests left: everything in the temporary folder but the folders of servers and their locks."""
+    """Return everything in the temporary folder except the folders of servers and their locks."""
     return [name for name in children(folders["temporary"]) if "/" in name]
 
 
 def archive(kind: str, canary: Path) -> bytes:
-    """An archive whose members want to lie outside: absolute, above, and through a link."""
+    """Return an archive with members outside: absolute, above, and through a link."""
     buffer = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(buffer, "w") as file:
@@ -95,7 +95,7 @@ def test_archives_are_never_unpacked(
     assert (folders["canary"] / "main.py").read_text() == "untouched\n"
 
 
-def test_one_volume_is_a_session_and_nothing_else(uploading: LiveServer, folders: dict[str, Path]) -> None:
+def test_a_session_is_one_volume_and_nothing_else(uploading: LiveServer, folders: dict[str, Path]) -> None:
     volume = (folders["studies"] / "one.nii.gz").read_bytes()
     meta = json.dumps({"name": "x", "path": "/", "image": str(folders["canary"] / "main.py"), "expiry": 9999}).encode()
     for files in (
@@ -113,7 +113,7 @@ def test_one_volume_is_a_session_and_nothing_else(uploading: LiveServer, folders
     refusal(requests.put(f"{uploading.url}/session/", files={"other": ("a.nii", volume)}, timeout=30), 422)
 
 
-def test_file_names_are_used_for_their_suffix_alone(uploading: LiveServer, folders: dict[str, Path]) -> None:
+def test_only_the_suffix_of_a_file_name_is_used(uploading: LiveServer, folders: dict[str, Path]) -> None:
     volume = (folders["studies"] / "one.nii.gz").read_bytes()
     for name in (str(folders["canary"] / "new.nii.gz"), "../../../new.NII.GZ", "x" * 300 + ".nii.gz", "a\\b.Nii.Gz"):
         answer = requests.put(f"{uploading.url}/session/", files={"files": (name, volume)}, timeout=30)
@@ -125,8 +125,8 @@ def test_file_names_are_used_for_their_suffix_alone(uploading: LiveServer, folde
         assert requests.delete(f"{uploading.url}/session/{session}", timeout=30).ok
 
 
-def test_a_planted_session_is_not_believed(uploading: LiveServer, folders: dict[str, Path], tmp_path: Path) -> None:
-    """Whoever can write where sessions lie must not be able to have any file sent."""
+def test_a_planted_session_is_not_trusted(uploading: LiveServer, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Write access to the folder of sessions must not allow fetching any file."""
     sessions = uploading.log.parent / "sessions"
     secret = folders["canary"] / "main.py"
     planted = []
@@ -216,7 +216,7 @@ def test_refused_uploads_leave_nothing(uploading: LiveServer, folders: dict[str,
             answer = requests.request(method, f"{uploading.url}/{path}", files={field: (name, data)}, timeout=60)
             assert 400 <= answer.status_code < 500 or "edit" in path, f"{path}: {answer.status_code} {answer.text}"
         assert tree(folders["studies"]) == before
-    # Faults of the request around a good file.
+    # Bad requests with a good file.
     good = {"file": ("a.nii.gz", (folders["studies"] / "one.nii.gz").read_bytes())}
     for path in ("infer/nobody", "infer/segmentation?output=dicom_seg", "infer/segmentation?output=x", "infer/edit"):
         for params in ("[1]", '{"device": "quantum"}', '{"result_extension": ".exe"}'):
@@ -243,7 +243,9 @@ def test_accepted_uploads_leave_nothing_but_the_volume(uploading: LiveServer, fo
     assert requests.delete(f"{uploading.url}/datastore/image", params={"id": "added"}, timeout=30).ok
 
 
-def test_a_client_that_leaves_within_an_upload_leaves_nothing(uploading: LiveServer, folders: dict[str, Path]) -> None:
+def test_a_client_that_disconnects_during_an_upload_leaves_nothing(
+    uploading: LiveServer, folders: dict[str, Path]
+) -> None:
     where = urlsplit(uploading.url)
     for method, path, field in [("PUT", "/session/", "files"), ("POST", "/infer/segmentation", "file")]:
         with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
@@ -259,22 +261,22 @@ def test_a_client_that_leaves_within_an_upload_leaves_nothing(uploading: LiveSer
 
 
 @pytest.mark.parametrize(("command", "how"), [(serve_command, signal.SIGKILL), (stock_command, signal.SIGTERM)])
-def test_the_folder_goes_with_its_server_and_lost_ones_at_the_next_start(
+def test_the_folder_ends_with_its_server_or_at_the_next_start(
     start_here: Callable[..., LiveServer],
     folders: dict[str, Path],
     tmp_path: Path,
     command: Callable[..., list[str]],
     how: int,
 ) -> None:
-    """Patients' images must not stay in the temporary folder; those of servers that run stay."""
+    """Patients' images must not stay in the temporary folder; those of running servers do."""
     running = set(folders["temporary"].glob("deformux-label-*"))
-    # As of a machine that was switched off.
+    # As after a machine was switched off.
     lost = folders["temporary"] / "deformux-label-lost"
     (lost / "request-left").mkdir(parents=True)
     (lost / ".in-use").touch()
     (lost / "request-left" / "upload.nii.gz").write_bytes(b"a patient")
     (lost / "link").symlink_to(folders["canary"])
-    # What only looks like it: a link to the canary, a file, and a folder that somebody has just made.
+    # Similar names: a link to the canary, a file, and a folder that was just made.
     decoys = [folders["temporary"] / f"deformux-label-{name}" for name in ("link", "file", "new")]
     decoys[0].symlink_to(folders["canary"])
     decoys[1].write_text("kept")

@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deformux_label.cli.main import app
-from deformux_label.web.offered import ROLES
-from deformux_label.web.users import InvalidUsers, Users, may, verified
+from deformux_label.lib.requests.roles import ROLES, may
+from deformux_label.web.users import InvalidUsers, Users, verified
 
 PASSWORD = "correct horse"
 # Of the property Default_Ignorable_Code_Point in Unicode's DerivedCoreProperties.txt, one of each range.
@@ -34,7 +34,7 @@ def command(*arguments: str | Path, stdin: str | None = None) -> tuple[int, str]
     return result.exit_code, result.output
 
 
-def test_only_the_owner_can_read_it_whatever_the_umask(users: Users) -> None:
+def test_only_the_owner_can_read_the_file_under_any_umask(users: Users) -> None:
     before = os.umask(0)
     try:
         users.add("anna", "annotator", PASSWORD)
@@ -51,7 +51,7 @@ def test_only_the_owner_can_read_it_whatever_the_umask(users: Users) -> None:
     assert PASSWORD not in users.path.read_text()
 
 
-def test_each_role_may_what_those_before_it_may() -> None:
+def test_each_role_may_do_what_lower_roles_may() -> None:
     assert [[may(role, least) for least in ROLES] for role in ROLES] == [
         [True, False, False, False],
         [True, True, False, False],
@@ -72,11 +72,11 @@ def test_every_character_of_a_password_counts(users: Users, password: str, other
     user = users.add("anna", "annotator", password)
     assert verified(user, password)
     assert not verified(user, other)
-    # As a keyboard sends it that composes the umlaut of two characters.
+    # As a keyboard sends it that composes umlauts from two characters.
     decomposed = password.replace("ä", "a\u0308").replace("ö", "o\u0308")
     assert verified(user, decomposed)
     assert not verified(None, password)
-    # An independent judge: it is a hash of bcrypt's, of what bcrypt reads to its end.
+    # Independent check: it is a hash of bcrypt, of bytes that bcrypt reads to the end.
     assert user.password.startswith("$2b$12$")
     assert not bcrypt.checkpw(password.encode()[:72], user.password.encode())
 
@@ -105,13 +105,13 @@ def test_good_names(users: Users, name: str) -> None:
     assert list(Users(users.path).all()) == [name]
 
 
-def test_names_differ_by_more_than_capitals(users: Users) -> None:
+def test_names_differ_in_more_than_case(users: Users) -> None:
     users.add("anna", "annotator", PASSWORD)
     with pytest.raises(InvalidUsers, match="'anna' already"):
         users.add("Anna", "admin", PASSWORD)
 
 
-def test_changes_at_the_same_time_are_all_kept(users: Users) -> None:
+def test_concurrent_changes_are_all_kept(users: Users) -> None:
     names = [f"user{number}" for number in range(8)]
     threads = [threading.Thread(target=Users(users.path).add, args=(name, "reader", PASSWORD)) for name in names[:4]]
     code = f"""
@@ -151,7 +151,7 @@ for name in {names[4:]!r}:
         '{"users": {"anna": {"role": "admin", "password": "SALT"}}}',
     ],
 )
-def test_a_damaged_file_lets_nobody_in(users: Users, content: str) -> None:
+def test_a_damaged_file_locks_everybody_out(users: Users, content: str) -> None:
     users.add("other", "admin", PASSWORD)
     known = json.loads(users.path.read_text())["users"]["other"]["password"]
     content = content.replace("HASH", known).replace("SALT", f"{known[:28]}z{known[29:]}")
@@ -176,7 +176,7 @@ def test_every_hash_that_is_accepted_can_be_checked(users: Users) -> None:
     for last in "./ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789":
         users.path.write_text(text.replace(known, f"$2b$12${'A' * 21}{last}{'A' * 31}"))
         try:
-            # With the least cost, which says the same of the salt.
+            # With the least cost; the salt does not depend on it.
             bcrypt.hashpw(b"x", f"$2b$04${'A' * 21}{last}".encode())
         except ValueError:
             with pytest.raises(InvalidUsers, match="is damaged"):
@@ -186,7 +186,7 @@ def test_every_hash_that_is_accepted_can_be_checked(users: Users) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o660, 0o644, 0o640, 0o604, 0o602])
-def test_a_file_that_others_may_read_or_change_is_not_believed(users: Users, mode: int) -> None:
+def test_a_file_that_others_may_read_or_change_is_refused(users: Users, mode: int) -> None:
     users.add("anna", "annotator", PASSWORD)
     users.path.chmod(mode)
     with pytest.raises(InvalidUsers, match="chmod 600"):
@@ -199,20 +199,20 @@ def test_a_file_that_others_may_read_or_change_is_not_believed(users: Users, mod
 
 
 @pytest.mark.parametrize("character", INVISIBLE)
-def test_no_name_holds_what_nobody_sees(users: Users, character: str) -> None:
+def test_names_have_no_invisible_characters(users: Users, character: str) -> None:
     for name in (f"an{character}na", f"anna{character}", character):
         with pytest.raises(InvalidUsers, match="visible letters"):
             users.add(name, "annotator", PASSWORD)
 
 
 @pytest.mark.parametrize("name", ["\u0430nna", "ann\u03b1", "\u0391nna", "a\u0578na"])
-def test_no_name_mixes_alphabets_that_look_alike(users: Users, name: str) -> None:
+def test_names_do_not_mix_alphabets_that_look_alike(users: Users, name: str) -> None:
     with pytest.raises(InvalidUsers, match="look alike"):
         users.add(name, "annotator", PASSWORD)
 
 
 @pytest.mark.parametrize("name", ["Anna", "\uff41nna", "\U0001d41anna", "ANNA", "\uff21\uff2e\uff2e\uff21"])
-def test_no_name_is_another_one_written_otherwise(users: Users, name: str) -> None:
+def test_names_that_normalize_to_the_same_are_one(users: Users, name: str) -> None:
     users.add("anna", "annotator", PASSWORD)
     with pytest.raises(InvalidUsers, match=r"'anna' already|look alike"):
         users.add(name, "admin", PASSWORD)

@@ -1,4 +1,4 @@
-"""``deformux-label users`` and ``deformux-label audit``: who may log in, and what they did."""
+"""``deformux-label users`` and ``deformux-label audit``: the users of the login, and the log of what was done."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from deformux_label.cli.common import app_folder, print_table, refuse, shown
-from deformux_label.web.offered import ROLES
+from deformux_label.cli.common import app_folder, print_table, refuse, terminal_text
+from deformux_label.lib.requests.roles import ROLES
 
 if TYPE_CHECKING:
     from deformux_label.web.audit import Record
@@ -23,11 +23,11 @@ __all__ = ["audit", "users_app"]
 
 
 users_app = typer.Typer(
-    help="Who may log in to the server. A change takes effect at once, in servers that run too.", no_args_is_help=True
+    help="The users who may log in. A change takes effect at once, also in running servers.", no_args_is_help=True
 )
 
-_Name = Annotated[str, typer.Argument(help="The user's name, as it stands in every record of their work.")]
-_Role = Annotated[str, typer.Option("--role", help=f"One of {', '.join(ROLES)}; each may do what those before it may.")]
+_Name = Annotated[str, typer.Argument(help="The user's name, as recorded with all of their work.")]
+_Role = Annotated[str, typer.Option("--role", help=f"One of {', '.join(ROLES)}; each may do all that the earlier may.")]
 _File = Annotated[Path | None, typer.Option("--users", help="The users file, if it is not the default one.")]
 _Stdin = Annotated[bool, typer.Option("--password-stdin", help="Read the password from one line of standard input.")]
 
@@ -63,7 +63,7 @@ def list_users(file: _File = None) -> None:
 
 @users_app.command("remove")
 def remove_user(name: _Name, file: _File = None) -> None:
-    """Remove a user; what they did stays in their name."""
+    """Remove a user; their work stays recorded under their name."""
     users = _users(file)
     try:
         users.remove(name)
@@ -71,12 +71,12 @@ def remove_user(name: _Name, file: _File = None) -> None:
     except ValueError as error:
         refuse(str(error))
     _noted(users, "remove user", name)
-    typer.echo(f"{name} cannot log in any more." + ("" if left else " No user is left: running servers let nobody in."))
+    typer.echo(f"{name} can no longer log in." + ("" if left else " No user is left: nobody can log in."))
 
 
 @users_app.command("passwd")
 def change_password(name: _Name, file: _File = None, password_stdin: _Stdin = False) -> None:
-    """Change a user's password; whoever is logged in with the old one must log in again."""
+    """Change a user's password; they must log in again."""
     users = _users(file)
     try:
         users.named(name)
@@ -109,9 +109,9 @@ def audit(
 ) -> None:
     """Show who did what and when, oldest first.
 
-    The log of a project is audit.jsonl in its state folder. With --studies, those of all projects of that folder, which
-    have different labels, are found by the path that each start of a server notes, and shown as one, with the log in
-    the studies of what commands did before there was a project.
+    The log of a project is audit.jsonl in its state folder. --studies merges the logs of all projects of that folder,
+    which have different labels, and the log in the folder itself, which commands write before there is a project. The
+    projects are found by the path that each start of a server records.
     """
     from deformux_label.web.audit import read_log
 
@@ -148,7 +148,7 @@ def _users(file: Path | None) -> Users:
 
 
 def _noted(users: Users, what: str, name: str, **more: str) -> None:
-    """Record a change beside the users file: it may concern many projects, and perhaps no server runs."""
+    """Record a change in a log beside the users file: it may concern many projects, and no server need be running."""
     from deformux_label.web.audit import AuditLog
 
     log = AuditLog(_log_beside(users.path))
@@ -183,6 +183,6 @@ def _print(records: Iterable[Record]) -> None:
     table = Table("time", "user", "role", "address", "what", "status", "details", box=None)
     for record in records:
         values = record.values
-        seen = [shown(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
-        table.add_row(*seen, " ".join(f"{key}={shown(value)}" for key, value in record.details.items()))
+        seen = [terminal_text(values.get(key, "")) for key in ("time", "user", "role", "address", "what", "status")]
+        table.add_row(*seen, " ".join(f"{key}={terminal_text(value)}" for key, value in record.details.items()))
     print_table(table)

@@ -1,4 +1,4 @@
-"""What commands did to studies, in the audit logs where servers write what they did."""
+"""The audit log of commands that change studies; they write to the servers' logs."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["logs_of", "recorded"]
 
 
 def logs_of(studies: Path) -> list[Path]:
-    """Return the audit logs of a studies folder: those of its projects, and the one in it, as far as they are there."""
+    """Return the existing audit logs of a studies folder: those of its projects, and the one in the folder."""
     own = _log_in(studies)
     return [*_logs_of_projects(studies), *([own] if own.is_file() else [])]
 
 
 @contextmanager
 def recorded(studies: Path, what: str) -> Iterator[dict[str, Any]]:
-    """Record what the block did, unless it raises: what it puts into the dictionary, and what the datastore notes.
+    """Record what the block did, unless it raises: the values it puts into the dictionary, and those of the datastore.
 
-    The line goes to every project of these studies, for it concerns each; where none has a log that this account may
-    write, to a log in the studies. ``deformux-label audit --studies`` reads both.
+    The line goes to the log of every project of these studies, because it concerns each. If this account may write
+    none of them, it goes to a log in the studies. ``deformux-label audit --studies`` reads both.
     """
+    from deformux_label.lib.requests.caller import Caller, calling
     from deformux_label.web.audit import AuditLog
-    from deformux_label.web.caller import Caller, calling
 
     with calling(Caller()) as caller:
         yield caller.done
-    # No login: the account of the operating system, which the address says.
+    # Without a login the user is the account of the operating system; the address says so.
     line = {"user": getpass.getuser(), "address": "command line", **caller.done}
     logs = [AuditLog(path) for path in _logs_of_projects(studies)]
     for log in logs:
@@ -50,7 +50,7 @@ def _log_in(studies: Path) -> Path:
 
 
 def _logs_of_projects(studies: Path) -> list[Path]:
-    """The logs in which a server's start notes this folder."""
+    """Return the logs in which the start of a server records this folder."""
     from deformux_label.web.audit import read_log
 
     place = str(studies.resolve())
@@ -59,7 +59,7 @@ def _logs_of_projects(studies: Path) -> list[Path]:
         try:
             records, _ = read_log(log)
         except OSError:
-            # Another account's, of whatever studies.
+            # It belongs to another account.
             continue
         if any(record.values.get("studies") == place for record in records):
             found.append(log)

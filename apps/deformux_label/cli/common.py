@@ -1,4 +1,4 @@
-"""What the commands share: the app's folder, one sentence for what cannot be done, tables that are never cut."""
+"""Helpers of the commands: the app's folder, errors in one sentence, tables that are never cut."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deformux_label.lib.store.notices import printable
 if TYPE_CHECKING:
     from deformux_label.lib.store.datastore import CheckedDatastore
 
-__all__ = ["app_folder", "open_studies", "print_table", "refuse", "shown"]
+__all__ = ["app_folder", "open_studies", "print_table", "refuse", "terminal_text"]
 
-# Of a line in a file or a pipe, where nobody wraps lines.
+# Width of a table in a file or a pipe, where lines are not wrapped.
 _WIDEST = 20_000
 
 
 def app_folder() -> Path:
-    """The installed app; where that cannot be written to, a folder of the user's that links to it.
+    """Return the installed app's folder, or a folder of the user that links to it if that is read-only.
 
     MONAI Label keeps models and logs inside the app's folder.
     """
@@ -48,7 +48,7 @@ def refuse(reason: str) -> NoReturn:
 
 
 def print_table(table: Table) -> None:
-    """Print a table with every character of it: names in it are typed again, or read by programs."""
+    """Print a table without cutting anything: its names are typed again, or read by programs."""
     for column in table.columns:
         column.overflow = "fold"
     Console(width=None if sys.stdout.isatty() else _WIDEST, markup=False, highlight=False).print(table)
@@ -58,7 +58,7 @@ def open_studies(studies: Path) -> CheckedDatastore:
     """Open a studies folder as it is, or end the command."""
     if not studies.is_dir():
         refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
-    # Its import of MONAI Label takes seconds: not for the other commands.
+    # It imports MONAI Label, which takes seconds: other commands do without.
     from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
 
     try:
@@ -67,6 +67,6 @@ def open_studies(studies: Path) -> CheckedDatastore:
         refuse(str(error))
 
 
-def shown(value: Any) -> str:
-    """A value as text that can neither move the cursor nor colour the terminal."""
+def terminal_text(value: Any) -> str:
+    """Return a value as text that can neither move the cursor nor colour the terminal."""
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

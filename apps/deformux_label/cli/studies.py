@@ -1,4 +1,4 @@
-"""``deformux-label studies``: what a folder holds, what is not used and why, and what was deleted."""
+"""``deformux-label studies``: the volumes of a folder, what cannot be used and why, and what was deleted."""
 
 from __future__ import annotations
 
@@ -12,56 +12,56 @@ import typer
 from rich.table import Table
 
 from deformux_label.cli.command_log import recorded
-from deformux_label.cli.common import open_studies, print_table, refuse, shown
+from deformux_label.cli.common import open_studies, print_table, refuse, terminal_text
 
 __all__ = ["studies_app"]
 
-studies_app = typer.Typer(help="What a studies folder holds, what is not served, and what was deleted.")
+studies_app = typer.Typer(help="The content of a studies folder, what is not served, and what was deleted.")
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 
 
 @studies_app.callback(invoke_without_command=True)
-def show(
+def show_command(
     context: typer.Context,
     studies: Annotated[Path | None, typer.Option(help="Folder with the volumes.")] = None,
 ) -> None:
-    """List how many volumes are served, which files are not, and which labels do not count, with the reasons."""
+    """Show the number of served volumes, the files that are not served and unusable labels, with the reasons."""
     if context.invoked_subcommand is not None:
         return
     if studies is None:
         refuse("give the folder with the volumes as --studies")
-    # What the studies log is in the tables.
+    # The tables show what the studies log.
     logging.getLogger("deformux_label").addHandler(logging.NullHandler())
     store = open_studies(studies)
     unusable = store.check_scans()
     status = store.status()
     typer.echo(f"{status['total'] - len(unusable)} volumes are served, {status['completed']} of them are labelled.")
-    for title, reasons in (("not served", store.not_served()), ("label without use", store.unusable_labels())):
+    for title, reasons in (("not served", store.not_served()), ("unusable label", store.unusable_labels())):
         if reasons:
             table = Table(title, "reason", box=None)
             for name, reason in sorted(reasons.items()):
-                table.add_row(shown(name), shown(reason))
+                table.add_row(terminal_text(name), terminal_text(reason))
             print_table(table)
     for warning in store.warnings():
-        typer.echo(f"Warning: {shown(warning)}.")
+        typer.echo(f"Warning: {terminal_text(warning)}.")
 
 
 @studies_app.command("trash")
 def list_trash(studies: _Studies) -> None:
-    """List what was deleted and can be brought back."""
+    """List what was deleted and can be restored."""
     table = Table("name", "what", "image", "deleted", "labels", box=None)
     for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")
-        table.add_row(shown(entry.name), entry.kind, shown(entry.image), when, ", ".join(entry.labels))
+        table.add_row(terminal_text(entry.name), entry.kind, terminal_text(entry.image), when, ", ".join(entry.labels))
     print_table(table)
 
 
 @studies_app.command("restore")
 def restore(
-    studies: _Studies, name: Annotated[str, typer.Argument(help="Of what was deleted, as `studies trash` lists it.")]
+    studies: _Studies, name: Annotated[str, typer.Argument(help="Name of the entry, as `studies trash` lists it.")]
 ) -> None:
-    """Bring back a volume with its labels, or a label, that was deleted."""
+    """Restore a deleted volume with its labels, or a deleted label."""
     from fastapi import HTTPException
 
     try:
@@ -70,4 +70,4 @@ def restore(
             done |= {"image": image, "trash": name}
     except HTTPException as error:
         refuse(error.detail)
-    typer.echo(f"Image {image} is back.")
+    typer.echo(f"Image {image} is restored.")

@@ -18,17 +18,17 @@ from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 from deformux.interactive.simulated_annotator import dense_labels
 
-__all__ = ["Cohort", "Volume", "open_cohort", "synthetic_cohort"]
+__all__ = ["Cohort", "CohortVolume", "open_cohort", "synthetic_cohort"]
 
-Labels = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.uint8]
 
-# What a training step on two CPU cores can afford, in voxels; a patch grows and shrinks in steps of 16.
+# Most voxels that a training step on two CPU cores can afford; a patch grows and shrinks in steps of 16.
 _PATCH_VOXELS = 165_000
 _VOLUME_VOXELS = 600_000
 
 
 @dataclass(frozen=True)
-class Volume:
+class CohortVolume:
     """One labelled volume: the image is shown to the server, the label is not."""
 
     case: Case
@@ -54,11 +54,11 @@ class Volume:
         with open_volume(self.image) as opened:
             return opened.header.affine
 
-    def truth(self) -> Labels:
+    def truth(self) -> _Labels:
         """Return the true label with values 1..N, on the image's grid and in its axis order."""
         return dense_labels(np.rint(read_volume(self.case.label).values), self.values)
 
-    def canonical_truth(self) -> Labels:
+    def canonical_truth(self) -> _Labels:
         """Return the true label in RAS axes."""
         label = nib.Nifti1Image(self.truth(), self.affine())
         return np.asarray(nib.as_closest_canonical(label).dataobj)
@@ -66,17 +66,17 @@ class Volume:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Volumes to annotate, volumes that are only scored, and what the server must be told about them."""
+    """Volumes to annotate, volumes that are only scored, and the options of a server for them."""
 
-    volumes: list[Volume]
+    volumes: list[CohortVolume]
     labels: tuple[str, ...]
     modality: str
     description: str
     spacing: str = "native"
     patch_size: str = "80,64,32"
-    held_out: list[Volume] = field(default_factory=list)
+    held_out: list[CohortVolume] = field(default_factory=list)
 
-    def volume(self, name: str) -> Volume:
+    def volume(self, name: str) -> CohortVolume:
         """Return the volume with an id; raises KeyError."""
         return next(v for v in self.volumes if v.id == name)
 
@@ -88,7 +88,7 @@ def synthetic_cohort(folder: Path, *, volumes: int, seed: int, voxel_scale: floa
     values = tuple(range(1, len(LABELS) + 1))
     patch = "80,64,32" if voxel_scale == 1 else _patch_size([80 / voxel_scale, 64 / voxel_scale, 36 / voxel_scale])
     return Cohort(
-        [Volume(case, values) for case in cases], LABELS, "ct", f"{volumes} synthetic abdominal CT volumes",
+        [CohortVolume(case, values) for case in cases], LABELS, "ct", f"{volumes} synthetic abdominal CT volumes",
         patch_size=patch,
     )  # fmt: skip
 
@@ -123,13 +123,13 @@ def open_cohort(
     spacing, shape = _spacing(np.median(spacings, axis=0), np.median(shapes, axis=0))
     description = f"{len(chosen)} volumes of {folder.resolve().name}" + (" (split: train)" if "train" in split else "")
     return Cohort(
-        volumes=[Volume(case, tuple(values)) for case in chosen],
+        volumes=[CohortVolume(case, tuple(values)) for case in chosen],
         labels=names,
         modality=modality or _modality(folder, chosen),
         description=description,
         spacing=spacing,
         patch_size=_patch_size(shape),
-        held_out=[Volume(case, tuple(values)) for case in scored],
+        held_out=[CohortVolume(case, tuple(values)) for case in scored],
     )
 
 
@@ -178,7 +178,7 @@ def _plain(name: str) -> str:
 
 
 def _modality(folder: Path, cases: Sequence[Case]) -> str:
-    """Return the decathlon description's modality, else what the values tell: only CT knows air far below zero."""
+    """Return the modality of the decathlon description, else judge by the values: only CT has air far below zero."""
     path = folder / "dataset.json"
     if path.is_file():
         said = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()

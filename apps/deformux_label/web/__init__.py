@@ -1,1 +1,1 @@
-"""What stands between the network and the app: who may call what, and how much of it."""
+"""The web server: routes, login, limits and the audit log."""

@@ -1,4 +1,4 @@
-"""The pages that describe the API, with their scripts from this server: a hospital's network need not reach another."""
+"""The pages that describe the API, with scripts from this server: a hospital's network may reach no other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {
     "redoc.standalone.js": "text/javascript",
     "swagger-ui.css": "text/css",
 }
-# Relative, so that they hold below whatever path a proxy puts this server.
+# Relative, so that they work below any path of a proxy.
 _OPENAPI = "openapi.json"
 _ICON = "favicon.ico"
 

@@ -1,8 +1,8 @@
 """MONAI Label's web server, made to answer while it works: ``--uvicorn_app deformux_label.server:app``.
 
-Its endpoints are coroutines over blocking code, so that during an inference nobody else is answered, not even
-``GET /info/``. Here each of them runs in a thread; inference waits for its turn on its device, and a client that gives
-up loses its place. Nothing else changes: under MONAI Label's own ``start_server`` the app answers the same.
+Its endpoints are coroutines over blocking code, so that an inference blocks every other request, even
+``GET /info/``. Here each of them runs in a thread; inference waits for its turn on its device, and a client that
+disconnects loses its place. Nothing else changes: under MONAI Label's own ``start_server`` the app answers the same.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from monailabel.endpoints import (
 )
 from monailabel.utils.others.generic import name_to_device
 
-from deformux_label.web.caller import current_user
+from deformux_label.lib.requests.caller import current_user
 from deformux_label.web.inference_queue import Turns
 from deformux_label.web.worker_threads import in_thread, watched, with_endpoint
 
 __all__ = ["app"]
 
-# Threads for each group of endpoints, so that none waits for another: uploads and archives may take seconds, and a
-# training that is stopped may take longer.
+# Threads for each group of endpoints, so that no group waits for another: uploads and archives take seconds, stopping a
+# training may take longer.
 _THREADS = {
     info: 8,
     activelearning: 8,
@@ -57,7 +57,7 @@ _THREADS = {
 
 
 def _off_the_loop() -> FastAPI:
-    """MONAI Label's app, built of endpoints that do not block it."""
+    """Return MONAI Label's app with endpoints that do not block its event loop."""
     turns = Turns()
 
     async def turn(arguments: Mapping[str, Any], request: Request) -> Callable[[], None]:
@@ -66,12 +66,12 @@ def _off_the_loop() -> FastAPI:
     for module, threads in _THREADS.items():
         _replace(module.router, partial(in_thread, threads=threads))
     _replace(infer.router, partial(watched, turn=turn))
-    # Its import includes the routers, and prints which origins it would allow: the perimeter decides that.
+    # Importing it includes the routers, and prints the origins that it would allow; the perimeter decides that.
     with contextlib.redirect_stdout(io.StringIO()):
         from monailabel.app import app as server
 
     async def inferences() -> dict[str, dict[str, Any]]:
-        """Per device, whose inference runs and whose wait, in the order in which they will run."""
+        """Return per device whose inference runs and whose wait, in the order in which they will run."""
         return turns.state()
 
     server.add_api_route(f"{settings.MONAI_LABEL_API_STR}/deformux/inferences", inferences, methods=["GET"])
@@ -85,7 +85,7 @@ def _replace(router: APIRouter, make: Callable[[Callable[..., Any]], Callable[..
 
 
 def _device_and_client(arguments: Mapping[str, Any], request: Request) -> tuple[str, str]:
-    """Whose turn it is to be, and where; what cannot be read is refused by the endpoint itself."""
+    """Return (device, client) for queueing; the endpoint itself refuses unreadable parameters."""
     try:
         params = json.loads(arguments.get("params") or "{}")
     except ValueError:

@@ -1,29 +1,23 @@
-"""Where users have logged in before: there, a stranger's guesses do not keep them out."""
+"""Places where users have logged in before: there, a stranger's guesses do not lock them out."""
 
 from __future__ import annotations
 
 import ipaddress
-import json
-import logging
 import threading
 from collections import OrderedDict
 from pathlib import Path
 
-from filelock import FileLock
-
-from deformux.data.atomic_files import write_text
+from deformux_label.web.shared_json import SharedJson
 
 __all__ = ["AtHome", "place_of"]
 
-logger = logging.getLogger(__name__)
-
-# Of one user: whoever has a login cannot make the others' places be forgotten.
+# Of one user, who could otherwise make the server forget the places of others.
 _MOST_OF_A_NAME = 20
 _MOST = 10_000
 
 
 def place_of(address: str) -> str:
-    """Return what an address is counted as: itself, and of IPv6 its network of 64 bits, which one machine may have."""
+    """Return the place of an address: itself, or for IPv6 its network of 64 bits, which one machine may own."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -39,11 +33,17 @@ class AtHome:
     """Pairs of a user's name and a place where their password was right.
 
     Args:
-        path: the file that keeps them over restarts, for its owner alone and written by rename; None for none.
+        path: file that keeps them over restarts, readable by its owner alone; None for memory only.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._path = path
+        self._file: SharedJson | None = None
+        if path is not None:
+            self._file = SharedJson(
+                path,
+                unreadable="Where users logged in before cannot be read, and is not known: %s: %s",
+                unwritten="Where users log in is known until this server ends only: %s: %s",
+            )
         self._places: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._lock = threading.Lock()
         self._read()
@@ -52,23 +52,20 @@ class AtHome:
         return pair in self._places
 
     def add(self, name: str, place: str) -> None:
-        """Remember a place of a user; the file is written only if it is a new one."""
+        """Remember a place of a user; write the file only if the place is new."""
         with self._lock:
             if (name, place) in self._places:
                 self._places.move_to_end((name, place))
                 return
-            if self._path is None:
+
+            def merged() -> list[tuple[str, str]]:
+                # Another server of these users may have added some.
+                self._read()
                 self._remember(name, place)
-                return
-            try:
-                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
-                    # Another server with these users may have added some.
-                    self._read()
-                    self._remember(name, place)
-                    write_text(self._path, json.dumps(list(self._places)) + "\n", mode=0o600)
-            except OSError as error:
+                return list(self._places)
+
+            if self._file is None or not self._file.rewrite(merged):
                 self._remember(name, place)
-                logger.warning("Where users log in is known until this server ends only: %s: %s", self._path, error)
 
     def _remember(self, name: str, place: str) -> None:
         self._places[name, place] = None
@@ -79,16 +76,9 @@ class AtHome:
             self._places.popitem(last=False)
 
     def _read(self) -> None:
-        if self._path is None:
+        if self._file is None:
             return
-        try:
-            listed = json.loads(self._path.read_bytes())
-            found = [(str(name), str(place)) for name, place in listed]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            logger.warning("Where users logged in before cannot be read, and is not known: %s: %s", self._path, error)
-            return
-        for name, place in found[-_MOST:]:
+        found = self._file.read(lambda listed: [(str(name), str(place)) for name, place in listed])
+        for name, place in (found or [])[-_MOST:]:
             if (name, place) not in self._places:
                 self._remember(name, place)

@@ -1,4 +1,4 @@
-"""Slowing down who guesses passwords, without keeping others waiting."""
+"""Slowing down password guessing without delaying other users."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from deformux_label.web.at_home import AtHome, place_of
 
 __all__ = ["Attempt", "Attempts", "TooManyAttempts"]
 
-# Mistyping is free, then each wait is twice the last one.
+# The first failures are free; then each wait is twice the last one.
 _FREE_FOR_NAME, _FREE_FOR_ADDRESS = 3, 10
 _FIRST_S, _LONGEST_S = 0.5, 8.0
-# Whoever would have to wait longer is sent away, so that nobody fills the server with waiting requests.
+# Attempts that would have to wait longer are refused, so that waiting requests cannot fill the server.
 _PATIENCE_S = 10.0
-# Failures of a name, wherever from, delay it at new places by so much, and never more: a stranger can make a user wait
-# there, but not lock them out.
+# Failures of a name, from anywhere, delay it at new places by at most this: a stranger can make a user wait there, but
+# not lock them out.
 _LONGEST_ANYWHERE_S = 2.0
-# Attempts under way: of a name at an address, of an address, and of all addresses. Nobody who is at home counts in the
-# latter two.
+# Concurrent attempts: of a name at an address, of an address, and of all addresses. Users at home do not count in the
+# last two.
 _MOST_OF_PAIR, _MOST_OF_ADDRESS, _MOST_IN_ALL = 16, 32, 1_000
 _FORGOTTEN_S = 900.0
 _MOST_REMEMBERED = 10_000
-# Refusals of an address are told once in so many seconds.
+# Refusals of an address are logged once in this number of seconds.
 _SILENT_S = 60.0
 
 
@@ -34,8 +34,8 @@ class TooManyAttempts(Exception):
     """Too many logins failed, or too many wait.
 
     Args:
-        seconds: when to come again.
-        news: whether this has not just been told of the same address, so that a flood does not fill the logs.
+        seconds: time to wait before the next attempt.
+        news: whether to log it: not just logged for the same address, so that a flood does not fill the logs.
     """
 
     def __init__(self, seconds: float, *, news: bool) -> None:
@@ -46,7 +46,7 @@ class TooManyAttempts(Exception):
 
 @dataclass
 class Attempt:
-    """One password to be checked; it has failed unless ``succeeded`` is called.
+    """One check of a password; it counts as failed unless ``succeeded`` is called.
 
     Args:
         at_home: whether the user has logged in at this place before.
@@ -56,7 +56,7 @@ class Attempt:
     good: bool = False
 
     def succeeded(self) -> None:
-        """Say that the password was right."""
+        """Record that the password was right."""
         self.good = True
 
 
@@ -78,15 +78,15 @@ class _Failed:
 
 
 class Attempts:
-    """Delays that grow with the failures of a user name at an address, and with those of an address.
+    """Delays that grow with the failures of a user name at an address, and with those of the address.
 
-    Only failures count: attempts of one name and address are checked one after the other, so that many at once are no
-    way around the delays, and many right ones are no failures. Where a user has logged in before, they are at home, and
-    what others do at the same address does not count for them. Lives on one event loop.
+    Only failures count. Attempts of one name and address are checked one after the other, so that sending many at once
+    does not avoid the delays. A user is at home where they have logged in before; the failures of others at the same
+    address do not count for them. Belongs to one event loop.
 
     Args:
         home: where users have logged in before.
-        clock: seconds from some moment on.
+        clock: returns seconds since any fixed moment.
     """
 
     def __init__(self, home: AtHome | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -97,7 +97,7 @@ class Attempts:
 
     @asynccontextmanager
     async def attempt(self, name: str, address: str) -> AsyncIterator[Attempt]:
-        """Wait until an attempt may be checked, which is done inside of the block.
+        """Wait until an attempt may be checked, and check it inside the block.
 
         Raises:
             TooManyAttempts: it would have to wait too long.
@@ -110,7 +110,7 @@ class Attempts:
         if not attempt.at_home:
             full |= source.under_way >= _MOST_OF_ADDRESS or self._strangers >= _MOST_IN_ALL
         if full:
-            # Before anything is remembered of the name: a flood of names must not make others be forgotten.
+            # Before the name is remembered: a flood of names must not push out others.
             raise self._refusal(source, source.free_at - self._clock())
         pair, anywhere = self._entry("pair", name, place), self._entry("name", name)
         limits = [(pair, _FREE_FOR_NAME)] if attempt.at_home else [(pair, _FREE_FOR_NAME), (source, _FREE_FOR_ADDRESS)]
@@ -133,7 +133,7 @@ class Attempts:
     def _ended(self, attempt: Attempt, limits: Sequence[tuple[_Failed, int]], anywhere: _Failed) -> None:
         now = self._clock()
         if attempt.good:
-            # The failures of the address stay: it may have one good user.
+            # The failures of the address stay: a guesser may have a login of their own.
             pair, _ = limits[0]
             pair.count, pair.free_at = 0, 0.0
             return
@@ -176,5 +176,5 @@ class Attempts:
 
 
 def _delay(beyond: int, longest: float) -> float:
-    """Seconds to wait after so many failures more than are free."""
+    """Return the seconds to wait after this number of failures beyond the free ones."""
     return min(longest, _FIRST_S * 2 ** min(beyond - 1, 10)) if beyond > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The audit log: who did what, when, to which image, revision or version. Lines are added and never changed."""
+"""The audit log: who did what, when, to which image, revision or version. Lines are only ever added."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import anyio.to_thread
 from anyio import CapacityLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deformux_label.web.caller import Caller, calling
+from deformux_label.lib.requests.caller import Caller, calling
 from deformux_label.web.offered import offered
 
 __all__ = ["AUDITED", "Act", "AuditLog", "Audited", "Record", "read_log"]
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Act:
-    """What a call of a route is called in the log, and what its query says of it.
+    """How a call of a route is logged.
 
     Args:
-        what: its name.
-        image: the query's parameter that names the image; the routes differ in that.
-        more: parameters that the log has under their own names.
+        what: name of the action.
+        image: query parameter that names the image, which differs between routes.
+        more: query parameters that are logged under their own names.
     """
 
     what: str
@@ -41,11 +41,10 @@ class Act:
     more: tuple[str, ...] = ()
 
 
-# Method and route to what a call of it is called. What only looks is not here, unless patients' images or labels leave
-# the server, or its own log does. Of the query nothing is read but what the endpoint reads too. Where it depends on
-# more than the route, the app says what was done with ``note(what=…)``: ``/infer/`` where it stores a label, a session
-# where its image is fetched, and ``/auth/`` where somebody logged in or out or a password was tried. What strangers
-# send besides is not worth a line each.
+# Method and route to action. Reading is not logged, unless patients' images or labels, or the server's log, leave the
+# server. Only query parameters that the endpoint reads are logged. Where the action depends on more than the route, the
+# app names it by ``note(what=…)``: ``/infer/`` when it stores a label, a session when its image is fetched, ``/auth/``
+# at logins, logouts and wrong passwords. Other requests without a login are not logged.
 AUDITED: Mapping[tuple[str, str], Act] = {
     ("POST", "/activelearning/{strategy}"): Act("lease image"),
     ("DELETE", "/deformux/leases"): Act("release image", "image"),
@@ -84,43 +83,43 @@ AUDITED: Mapping[tuple[str, str], Act] = {
 _FIRST = ("time", "what", "status", "user", "role", "address")
 _LONGEST_VALUE = 200
 _MOST_ITEMS = 50
-# Not the pool of the endpoints: a record must not wait for an upload.
+# Apart from the threads of endpoints: a record must not wait for an upload.
 _THREADS = CapacityLimiter(4)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the log, as far as it can be read."""
+    """One readable line of the log."""
 
     values: Mapping[str, Any]
 
     @property
     def details(self) -> dict[str, Any]:
-        """What is known beside the fields that every line has."""
+        """Return the fields beyond those that every line has."""
         return {key: value for key, value in self.values.items() if key not in _FIRST}
 
 
 class AuditLog:
     """JSON lines in a file of mode 600. Each is one write to its end, on the disk before ``record`` returns.
 
-    Nothing is ever taken away: whoever wants to keep less moves the file while no server runs. A line that a crash tore
-    is left as it is, and the next one begins on a line of its own.
+    Lines are never removed; to start afresh, move the file while no server runs. A line that a crash tore stays; the
+    next one begins on a line of its own.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.failure: str | None = None
-        # Re-entrant: a signal's handler may come in between.
+        # Re-entrant: a signal handler may record in between.
         self._lock = threading.RLock()
 
     def record(self, what: str, **values: Any) -> None:
-        """Add a line; values are bounded, and what is no plain value becomes text.
+        """Add a line; values are bounded, and those that JSON lacks become text.
 
-        A disk that is full must not keep a server from answering: then the log says so, and ``failure`` does.
+        A full disk must not stop the server: then ``failure`` and the server's log say so.
         """
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "what": what}
         line |= {key: _bounded(value) for key, value in values.items() if value is not None}
-        # In ASCII, so that no value can end the line or be invalid.
+        # ASCII, so that no value can end the line or be invalid.
         text = json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n"
         try:
             self._append(text)
@@ -149,7 +148,7 @@ class AuditLog:
 
 
 def read_log(path: Path) -> tuple[list[Record], int]:
-    """Return the records of a log, oldest first, and how many lines cannot be read."""
+    """Return the records of a log, oldest first, and the number of unreadable lines."""
     records, damaged = [], 0
     for line in path.read_bytes().splitlines():
         try:
@@ -164,11 +163,11 @@ def read_log(path: Path) -> tuple[list[Record], int]:
 
 
 class Audited:
-    """ASGI middleware that notes who calls, and records what was done before the answer leaves.
+    """ASGI middleware that sets the caller, and records the action before the answer leaves.
 
     Args:
-        app: what is called.
-        log: where the records go.
+        app: the application behind it.
+        log: receives the records.
     """
 
     def __init__(self, app: ASGIApp, log: AuditLog) -> None:
@@ -219,14 +218,14 @@ def _of_request(scope: Scope, caller: Caller, status: int) -> dict[str, Any] | N
 
 
 def _asked(scope: Scope, act: Act) -> dict[str, Any]:
-    """What the query says, read as the endpoints' framework reads it; no name comes twice through the perimeter."""
+    """Parse the query as the endpoints' framework does; the perimeter refuses repeated names."""
     query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
     fields = {"image": act.image, **{name: name for name in act.more}}
     return {field: query[name] for field, name in fields.items() if name is not None and query.get(name)}
 
 
 def _bounded(value: Any) -> Any:
-    """A value that is short, finite and valid Unicode."""
+    """Return a value as a short, finite and valid Unicode one."""
     if isinstance(value, bool | int) or (isinstance(value, float) and value == value and abs(value) < 1e300):
         return value
     if isinstance(value, Mapping):

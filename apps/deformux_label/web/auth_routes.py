@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
-from deformux_label.web.caller import note
+from deformux_label.lib.requests.caller import note
 from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
 from deformux_label.web.login_page import login_page
 from deformux_label.web.offered import offered
@@ -26,7 +26,12 @@ _LONGEST_FIELD = 4_096
 def auth_router(gate: Gate) -> APIRouter:
     """Return the routes of the login: three that the Slicer extension knows, and a browser's."""
     router = APIRouter(prefix="/auth", tags=["Auth"])
+    _add_token_routes(router, gate)
+    _add_browser_routes(router, gate)
+    return router
 
+
+def _add_token_routes(router: APIRouter, gate: Gate) -> None:
     @router.get("/", summary="Check whether a login is needed")
     async def enabled() -> Mapping[str, Any]:
         return {"enabled": gate.on, "client_id": COOKIE, "realm": ""}
@@ -47,6 +52,8 @@ def auth_router(gate: Gate) -> APIRouter:
             raise HTTPException(401, "log in first: the token is not valid, or not any more", headers=CHALLENGE)
         return {"username": user.name, "email": None, "name": user.name, "roles": [user.role]}
 
+
+def _add_browser_routes(router: APIRouter, gate: Gate) -> None:
     @router.get("/login", include_in_schema=False)
     async def page(request: Request, after: str = Query("/", alias="next")) -> Response:
         if not gate.on or _user_of(gate, request) is not None:
@@ -87,8 +94,6 @@ def auth_router(gate: Gate) -> APIRouter:
         _set_cookie(answer, request, "", 0)
         return answer
 
-    return router
-
 
 def _field() -> Any:
     return Form(..., max_length=_LONGEST_FIELD)
@@ -119,7 +124,7 @@ def _redirect(path: str) -> RedirectResponse:
 
 
 def _local(path: str) -> str:
-    """The path to go on to after a login: a route of this server, whatever a link says."""
+    """Return the path to open after a login: a route of this server, whatever a link says."""
     return path if offered("GET", path) is not None and "//" not in path and "\\" not in path else "/"
 
 

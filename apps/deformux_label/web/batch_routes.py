@@ -1,4 +1,4 @@
-"""The web server's routes of batch inference, in place of MONAI Label's of the same path."""
+"""The routes of batch inference, which replace MONAI Label's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC
 
 from deformux_label.lib.infers.batch_inference import BatchInferences, batch_options
-from deformux_label.web.caller import with_login
+from deformux_label.lib.requests.caller import with_login
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["batch_router"]
@@ -27,13 +27,13 @@ class _App(Protocol):
 
 
 def batch_router(app: _App) -> APIRouter:
-    """``POST /batch/infer/{model}``, and ``GET`` and ``DELETE /batch/infer``."""
+    """Return ``POST /batch/infer/{model}``, ``GET /batch/infer`` and ``DELETE /batch/infer``."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/batch", tags=["Infer"])
 
     def run(model: str, images: str = "all", params: dict | None = None, run_sync: bool = False) -> Any:
         options = batch_options(images, params or {})
         app.check_batch_inference(model)
-        # Its process knows no login: by this the audit log says who had it stored.
+        # Its process has no login: this tells the audit log who started it.
         task = app.batches.start(with_login({**options, "model": model}))
         return app.batches.wait(task["id"]) if run_sync else task
 

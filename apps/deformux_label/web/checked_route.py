@@ -1,4 +1,4 @@
-"""The routes of the server: whatever comes with a request is checked here once, before any endpoint sees it."""
+"""The base of all routes: checks everything in a request once, before any endpoint sees it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from deformux_label.web.multipart import read_multipart
 __all__ = ["DISK_FULL", "CheckedRoute"]
 
 DISK_FULL = "the server's disk is full, so nothing was changed; make room and send it again"
-# Slices of one DICOM series.
+# Slices in one DICOM series.
 _MOST_SERIES_FILES = 1_000
-# Larger ones are parsed in a thread, or nobody else would be answered meanwhile.
+# Larger bodies are parsed in a thread: parsing blocks the event loop.
 _AT_ONCE_BYTES = 20_000
 _MOST_PATH_BYTES = 8_000
 
@@ -57,7 +57,7 @@ class _CheckedRequest(Request):
         return self._checked_json
 
     async def _get_form(self, **limits: Any) -> FormData:  # noqa: ARG002
-        """Read a form; Starlette's limits per form are replaced by those of ``read_multipart``."""
+        """Read a form with the limits of ``read_multipart`` in place of Starlette's."""
         if self._form is None:
             kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind == "multipart/form-data":
@@ -92,11 +92,11 @@ def _check_field(name: str, value: str) -> None:
 
 
 def _check_name(name: str, value: Any, path: str, upload: bool) -> None:
-    """Refuse a parameter that cannot be what its name says; whether it exists is for the endpoint to find."""
+    """Refuse an invalid name; the endpoint finds out whether it exists."""
     if name in ("image", "id", "label") and "/infer/" not in path:
         checked_image_id(value, status=400 if upload else 404)
     elif name == "image":
-        # A client may also name a file below the studies folder.
+        # A client may also send a path below the studies folder.
         checked_text(name, value, _MOST_PATH_BYTES)
     elif name == "tag" and value:
         checked_tag(value)

@@ -1,4 +1,4 @@
-"""Connections that hold the server up: too many of one address, requests that never end, replies that nobody reads."""
+"""Limits on connections: too many from one address, requests that never end, replies that are never read."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["watch_connections"]
 
 logger = logging.getLogger(__name__)
 
-# Until a request's headers are complete, counted from the connection, or from the end of the request before; and until
-# a TLS handshake is.
+# Until the headers of a request are complete, counted from the connection or the end of the last request; and until a
+# TLS handshake is.
 _MOST_HEADERS_S = 15.0
-# Of a reply, without a byte of it taken.
+# Of a reply, without any byte of it accepted.
 _MOST_STALLED_S = 60.0
 _MOST_PER_ADDRESS = 256
 _MOST_FILES = 65_536
-# Files that the server itself has open.
+# Files that the server itself opens.
 _OWN_FILES = 512
 _SECONDS_BETWEEN = 1.0
-# A flood must not fill the log.
+# A flood of connections must not fill the log.
 _SILENT_S = 10.0
 
 
@@ -38,14 +38,14 @@ class _Watch:
     def __init__(self) -> None:
         self._open: dict[Any, tuple[object, float]] = {}
         self._stalled: dict[Any, tuple[int, float]] = {}
-        # Connections below TLS to their addresses: the HTTP protocol hears of none before its handshake.
+        # Connections below TLS by address: the HTTP protocol learns of them only after the handshake.
         self._below: dict[Any, str] = {}
         self._most = _more_files() - _OWN_FILES
         self._running = False
         self._told = float("-inf")
 
     def made(self, protocol: Any) -> bool:
-        """Count a new connection; False where its address has too many."""
+        """Count a new connection; return False if its address has too many."""
         address = _address(protocol)
         if self._too_many(address, (_address(other) for other in self._open if not other.transport.is_closing())):
             return False
@@ -56,7 +56,7 @@ class _Watch:
         return True
 
     def made_below(self, protocol: Any, transport: asyncio.BaseTransport) -> bool:
-        """Count a new connection that begins with a TLS handshake; False where its address has too many."""
+        """Count a new connection that begins with a TLS handshake; return False if its address has too many."""
         peer = transport.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) else ""
         if self._too_many(address, self._below.values()):
@@ -95,7 +95,7 @@ class _Watch:
             asyncio.get_running_loop().call_later(_SECONDS_BETWEEN, self._look)
 
     def _idle_since(self, protocol: Any, now: float) -> float:
-        """When the connection began to wait for the headers of a request; ``now`` while one is answered."""
+        """Return since when a connection waits for the headers of a request; ``now`` while one is answered."""
         cycle = protocol.cycle
         busy = (cycle is not None and not cycle.response_complete) or protocol.transport.get_write_buffer_size() > 0
         last, since = self._open[protocol]
@@ -114,10 +114,10 @@ class _Watch:
 
 
 def watch_connections() -> None:
-    """Bound the connections of uvicorn's HTTP protocol in this process, and drop those that are too slow.
+    """Limit the connections of uvicorn's HTTP protocol in this process, and drop slow ones.
 
-    uvicorn has no such limits, and MONAI Label starts it with a class of its own choice, before the app is asked:
-    so the class itself is told to report its connections.
+    uvicorn has no such limits, and MONAI Label chooses its protocol class before the app is loaded, so the class itself
+    is patched to report its connections.
     """
     watched: Any = AutoHTTPProtocol
     if hasattr(watched, "deformux_watch"):
@@ -141,7 +141,7 @@ def watch_connections() -> None:
 
 
 def _watch_handshakes(watch: _Watch) -> None:
-    """Bound the connections that asyncio decrypts for a server, and the time until they can be decrypted."""
+    """Limit the connections that asyncio decrypts for a server, and the duration of their handshakes."""
     below: Any = sslproto.SSLProtocol
     made, lost = below.connection_made, below.connection_lost
 
@@ -167,7 +167,7 @@ def _address(protocol: Any) -> str:
 
 
 def _more_files() -> int:
-    """Raise the number of files that this process may open, of which each connection is one, and return it."""
+    """Raise the number of files that this process may open, which include connections, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

@@ -1,4 +1,4 @@
-"""What a content security policy names inline scripts and styles by."""
+"""Hashes by which a content security policy allows inline scripts and styles."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ __all__ = ["source_hash"]
 
 
 def source_hash(text: str) -> str:
-    """Return the source of a policy that allows one inline script or style, and no other."""
+    """Return the policy source that allows one inline script or style, and no other."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

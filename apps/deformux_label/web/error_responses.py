@@ -1,4 +1,4 @@
-"""What the app adds to MONAI Label's web server: a perimeter, its own routes, a sentence for each bad request."""
+"""Installing the app in MONAI Label's web server: a perimeter, its own routes, one sentence for each bad request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["install"]
 
 logger = logging.getLogger(__name__)
 
-# MONAI Label blames itself for these.
+# MONAI Label answers these with 500.
 _CLIENT_FAULTS = {
     "Neither Image nor File not Session ID input is provided": "the request names no image; give an id, or upload it",
     "DICOM SEG format is not supported in a non-DICOM datastore": "DICOM SEG needs a DICOM web store",
@@ -35,7 +35,7 @@ _CLIENT_FAULTS = {
 
 
 def install(server: FastAPI, app: App) -> None:
-    """Add the app's answers to a running MONAI Label server, and take away what it does not offer."""
+    """Add the app's answers to a running MONAI Label server, and remove routes that are not offered."""
     server.add_exception_handler(StarletteHTTPException, _http_exception)
     server.add_exception_handler(RequestValidationError, _validation_error)
     server.add_exception_handler(MONAILabelException, _monailabel_exception)
@@ -46,18 +46,18 @@ def install(server: FastAPI, app: App) -> None:
     server.add_exception_handler(Exception, _unexpected)
     offer(server, [route for router in routers(app) for route in router.routes])
     options = app.server_options
-    # In place of MONAI Label's own, which lets the pages of every site in. A login comes behind it.
+    # Replaces MONAI Label's middleware, which admits the pages of every site. The login comes behind it.
     server.user_middleware[:] = [
         Middleware(
             Perimeter,
-            hosts=host_names(options.allow_origins),
-            origins=options.allow_origins,
+            hosts=host_names(options.allow_origin),
+            origins=options.allow_origin,
             max_upload_gb=options.max_upload_gb,
             prefix=settings.MONAI_LABEL_API_STR,
         )
     ]
     watch_connections()
-    # The handlers were collected when the server began to start; collect them again at the next request.
+    # The handlers were collected at the start; they are collected again at the next request.
     server.middleware_stack = None
 
 
@@ -93,7 +93,7 @@ async def _os_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _endpoint_error(request: Request, error: Exception) -> JSONResponse:
-    """A fault in MONAI Label's own reading of the request is the client's; any other goes on as a server error."""
+    """Answer 400 for an error while MONAI Label reads the request; any other is a server error."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     own = [file for file in files if not file.startswith(str(Path(json.__file__).parent))]
     if own and str(Path("monailabel", "endpoints")) in own[-1]:
@@ -111,6 +111,6 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def _failed(error: Exception) -> JSONResponse:
-    """A fault of the server's own: the log gets all of it, the client one sentence without any path or value."""
+    """Answer 500 with one sentence, without any path or value; the log gets the details."""
     logger.error("A request failed", exc_info=error)
     return _answer(500, "the server failed to answer this request; its log says why")

@@ -1,4 +1,4 @@
-"""Who runs next on a device."""
+"""The queue of inferences on each device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """One at a time on each device: first come, first served between clients, who take turns if they ask for more.
+    """One inference at a time on each device: first come, first served; clients with several requests alternate.
 
-    Lives on one event loop.
+    Belongs to one event loop.
     """
 
     def __init__(self) -> None:
         self._running: dict[str, str] = {}
-        # Per device, clients in the order in which they are served, each with its own requests in order.
+        # By device: clients in the order in which they are served, each with its requests in order.
         self._waiting: dict[str, OrderedDict[str, deque[asyncio.Future[None]]]] = {}
 
     async def take(self, device: str, client: str) -> Callable[[], None]:
-        """Wait for a turn and return what ends it; a wait that is cancelled gives its place up."""
+        """Wait for a turn and return the function that ends it; a cancelled wait gives up its place."""
         if device in self._running:
             await self._wait(device, client)
         else:
@@ -34,7 +34,7 @@ class Turns:
         return end
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Per busy device, the client whose turn it is and those waiting, in the order in which they will be served."""
+        """Return by busy device the client whose turn it is, and those waiting in the order of serving."""
         return {
             device: {"running": client, "waiting": _in_turn(self._waiting.get(device, {}))}
             for device, client in self._running.items()
@@ -47,7 +47,7 @@ class Turns:
         try:
             await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():  # the turn came in the same moment
+            if place.done() and not place.cancelled():  # the turn came at the same moment
                 self._next(device)
             elif client in clients and place in clients[client]:
                 clients[client].remove(place)
@@ -61,7 +61,7 @@ class Turns:
             client, places = clients.popitem(last=False)
             place = places.popleft()
             if places:
-                clients[client] = places  # behind everybody else
+                clients[client] = places  # behind all others
             if not place.done():
                 self._running[device] = client
                 place.set_result(None)

@@ -1,4 +1,4 @@
-"""Putting login and audit log in front of a MONAI Label server."""
+"""Installing the login and the audit log in a MONAI Label server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from monailabel.endpoints.user import auth
 from starlette.middleware import Middleware
 
+from deformux_label.lib.requests.caller import current_user
 from deformux_label.web.audit import Audited, AuditLog
 from deformux_label.web.auth_routes import auth_router
-from deformux_label.web.caller import current_user
 from deformux_label.web.listening import UNSAFE, host_of, is_loopback
 from deformux_label.web.login import Gate, Login
 from deformux_label.web.users import User, Users, default_users_file
@@ -39,7 +39,7 @@ class _Options(Protocol):
 
 
 class _App(Protocol):
-    """What is needed of the app."""
+    """The part of the app that is needed here."""
 
     server_options: _Options
     state_folder: Path
@@ -47,20 +47,20 @@ class _App(Protocol):
 
 
 def install_login(server: FastAPI, app: _App) -> Callable[[], list[str]]:
-    """Add the login and the audit log to a running server, inside of the middleware that it has.
+    """Add the login and the audit log to a running server, inside its other middleware.
 
     Returns:
-        what is wrong with either now, in sentences for ``/info/``.
+        A function that returns the current warnings about both, for ``/info/``.
     """
     log = AuditLog(app.state_folder / AUDIT_FILE)
     users = Users(app.server_options.users or default_users_file(), on_change=_recorder(log))
     gate = Gate(users, insecure=app.server_options.insecure)
-    # MONAI Label's endpoints ask here who calls, and with its own login off are told the same for everybody.
+    # MONAI Label's endpoints ask this for the user; with its own login off, all users are the same to it.
     auth.from_token = _user_of_request
     server.router.routes[:0] = auth_router(gate).routes
     server.user_middleware += [Middleware(Audited, log=log), Middleware(Login, gate=gate)]
     server.middleware_stack = None
-    # The real path is how ``deformux-label audit --studies`` finds this file.
+    # ``deformux-label audit --studies`` finds this file by the real path.
     roles = {user.name: user.role for user in users.all().values()}
     log.record("start server", studies=os.path.realpath(app.studies), process=os.getpid(), users=roles)
     _record_the_end(log)
@@ -98,7 +98,7 @@ def _recorder(log: AuditLog) -> Callable[[Mapping[str, User], Mapping[str, User]
 
 
 def _record_the_end(log: AuditLog) -> None:
-    """Record the signal that ends the server, and leave it to the web server's own handler, which is there already."""
+    """Record the signal that ends the server, then call the web server's own handler, which is installed already."""
     if threading.current_thread() is not threading.main_thread():
         return
 

@@ -1,4 +1,4 @@
-"""Whom a server may listen to without a login: programs on its own machine."""
+"""Where a server may listen without a login: on its own machine only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from deformux_label.web.users import InvalidUsers, Users, default_users_file
 __all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "is_own_address", "reason_not_to_start"]
 
 NO_LOGIN = "this server has no login, so it answers only programs on its own machine"
-UNSAFE = "the server listens to the network without a login (--insecure): whoever reaches it can read and change all"
+UNSAFE = "the server listens to the network without a login (--insecure): anybody there can read and change everything"
 
 
 def is_own_address(text: str) -> bool:
-    """Return whether a text is an address at which a machine reaches only itself; no name is looked up."""
+    """Return whether a text is a loopback address; names are not looked up."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -27,7 +27,7 @@ def is_own_address(text: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address, or every address of a name, is one at which this machine reaches only itself."""
+    """Return whether an address, or every address of a name, is a loopback address."""
     if not host:
         return False
     try:
@@ -40,7 +40,7 @@ def is_loopback(host: str) -> bool:
 def host_of(arguments: Sequence[str]) -> str:
     """Return the address that a server with this command line listens on.
 
-    Of ``monailabel start_server`` (-i, by itself 0.0.0.0), or uvicorn's own command (by itself 127.0.0.1).
+    Reads ``monailabel start_server`` (-i, default 0.0.0.0) and uvicorn's own command (default 127.0.0.1).
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("-i", "--host")
@@ -50,7 +50,7 @@ def host_of(arguments: Sequence[str]) -> str:
 
 
 def reason_not_to_start(host: str, users_file: Path | None, *, insecure: bool) -> str | None:
-    """Return in one sentence why a server must not start so, or None."""
+    """Return why a server must not start with these options, in one sentence, or None."""
     if os.environ.get("MONAI_LABEL_AUTH_ENABLE", "false").strip().lower() in ("1", "true", "yes", "on", "t", "y"):
         return (
             "MONAI Label's own login is not supported; unset MONAI_LABEL_AUTH_ENABLE and add users with deformux-label "

@@ -1,4 +1,4 @@
-"""The login in front of every route: as the stock Slicer extension speaks it, and with a cookie for browsers."""
+"""The login in front of every route: with the tokens of the Slicer extension, and with a cookie for browsers."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deformux_label.lib.requests.caller import Caller, current_caller, note
+from deformux_label.lib.requests.roles import may
 from deformux_label.web.at_home import AtHome, place_of
 from deformux_label.web.attempts import Attempts, TooManyAttempts
-from deformux_label.web.caller import Caller, calling_now, note
 from deformux_label.web.listening import NO_LOGIN, is_own_address
 from deformux_label.web.offered import offered
 from deformux_label.web.tokens import Tokens
-from deformux_label.web.users import InvalidUsers, User, Users, may, verified
+from deformux_label.web.users import InvalidUsers, User, Users, verified
 
 __all__ = ["CHALLENGE", "COOKIE", "LOGIN_PAGE", "OUT_OF_ORDER", "Gate", "Login", "token_of"]
 
@@ -34,22 +35,22 @@ LOGIN_PAGE = "/auth/login"
 CHALLENGE = {"WWW-Authenticate": "Bearer"}
 OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
 _WRONG = "the user name or the password is wrong"
-# More than any name has, so that none is met by cutting.
+# Longer than any name, so that no cut text equals one.
 _LONGEST_NAME = 200
 _LONGEST_RECORDED = 64
 _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
-# Each check of a password takes a processor for a quarter of a second.
+# Each check of a password occupies a processor for a quarter of a second.
 _CHECKS = CapacityLimiter(2)
-# Nobody who is at home waits behind the guesses of strangers.
+# Users at home do not wait behind the guesses of strangers.
 _CHECKS_AT_HOME = CapacityLimiter(2)
 
 
 class Gate:
-    """Whether the login is on, and who comes with which token.
+    """The state of the login, and the users of tokens.
 
-    The login is on from the first user on. It then stays on until the server ends: a users file that is emptied,
-    deleted or damaged locks everybody out and lets nobody in.
+    The login is on once there is a user. It then stays on until the server ends: a users file that is emptied,
+    deleted or damaged locks everybody out.
     """
 
     def __init__(self, users: Users, *, insecure: bool = False) -> None:
@@ -62,7 +63,7 @@ class Gate:
 
     @property
     def on(self) -> bool:
-        """Whether a login is needed."""
+        """Return whether a login is needed."""
         if not self._was_on:
             try:
                 self._was_on = bool(self.users.all())
@@ -71,7 +72,7 @@ class Gate:
         return self._was_on
 
     def user_of(self, headers: Headers) -> User | None:
-        """Return who sends these headers; raises InvalidUsers."""
+        """Return the user who sends these headers; raise InvalidUsers."""
         token = token_of(headers)
         return self.tokens.user(token) if token else None
 
@@ -79,14 +80,14 @@ class Gate:
         """Return a token for a name and its password.
 
         Raises:
-            HTTPException: 401 where they are wrong, 429 after too many that were.
+            HTTPException: 401 for a wrong name or password, 429 after too many of them.
             InvalidUsers: the users file is damaged.
         """
         name = unicodedata.normalize("NFC", name)[:_LONGEST_NAME]
         shown = ascii(name)[:80]
-        # With a damaged file nobody's password is tried.
+        # Fail before any password is checked if the file is damaged.
         self.users.all()
-        # No name of a user is longer.
+        # No user has a longer name.
         note(what="log in", user=name[:_LONGEST_RECORDED])
         try:
             async with self.attempts.attempt(name, address) as attempt:
@@ -108,10 +109,10 @@ class Gate:
 
 
 class HandedOut:
-    """Images that Next Sample gave to somebody who then asks for the file without a token, as Slicer does.
+    """Images that Next Sample handed out, whose files Slicer then requests without a token.
 
-    Slicer's SampleData module downloads with no headers at all. So the address that a logged-in annotator called from
-    may fetch that one image, a few times, for some minutes, and no longer than that annotator's own token is good.
+    Slicer's SampleData module downloads with no headers at all. So the address of a logged-in annotator may
+    fetch that one image a few times within some minutes, while the annotator's token is valid.
     """
 
     _SECONDS = 300.0
@@ -123,7 +124,7 @@ class HandedOut:
         self._held: OrderedDict[tuple[str, str], tuple[str, float, int]] = OrderedDict()
 
     def add(self, address: str, image: str, token: str) -> None:
-        """Let an address fetch an image as if it sent a token."""
+        """Let an address fetch an image as if it sent this token."""
         self._held.pop((address, image), None)
         self._held[address, image] = (token, self._clock() + self._SECONDS, self._TIMES)
         if len(self._held) > self._MOST:
@@ -140,9 +141,9 @@ class HandedOut:
 
 
 class Login:
-    """ASGI middleware that lets a request through if its caller may make it, and says who that is.
+    """ASGI middleware that passes a request on if its caller may make it, and sets the user.
 
-    Pure ASGI: neither uploads nor downloads are held back. It must be inside of ``Audited``, and outside of all routes.
+    Pure ASGI, so that uploads and downloads are streamed. It must be inside ``Audited`` and outside all routes.
     """
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
@@ -151,11 +152,11 @@ class Login:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            caller = calling_now()
+            caller = current_caller()
             refusal = self._refusal(scope, caller)
             if refusal is not None:
                 if caller.user is None:
-                    # Whoever has not logged in did nothing that is worth a record.
+                    # Requests without a login are not recorded.
                     caller.done["what"] = None
                 await refusal(scope, receive, send)
                 return
@@ -163,11 +164,11 @@ class Login:
         elif scope["type"] == "lifespan":
             await self.app(scope, receive, send)
         else:
-            # No route of this server is a web socket.
+            # This server has no web sockets.
             await send({"type": "websocket.close", "code": 1008})
 
     def _refusal(self, scope: Scope, caller: Caller) -> Response | None:
-        """Return the answer to a request that must go no further, or None, with ``caller.user`` set."""
+        """Return the answer to a request that is refused; else set ``caller.user`` and return None."""
         if not self.gate.on:
             if self.gate.insecure or _is_local(scope):
                 return None
@@ -191,14 +192,14 @@ class Login:
         return None
 
     def _handing_out(self, scope: Scope, caller: Caller, send: Send) -> Send:
-        """Return ``send``, or for Next Sample one that lets the caller fetch the image that the answer names."""
+        """Return ``send``; for Next Sample, one that first lets the caller fetch the image that the answer names."""
         route = offered(scope["method"], scope["path"])
         token = token_of(Headers(scope=scope))
         if route is None or route.path != _SAMPLE or caller.user is None:
             return send
 
         async def sending(message: Message) -> None:
-            # The endpoint has noted it; before the answer leaves, for the next request may come at once.
+            # The endpoint has noted the image. Before the answer leaves: the next request may follow at once.
             image = caller.done.get("image")
             if message["type"] == "http.response.start" and message["status"] == 200 and isinstance(image, str):
                 self.gate.handed_out.add(caller.address, image, token)
@@ -213,16 +214,16 @@ class Login:
         token = self.gate.handed_out.take(caller.address, images[0]) if len(images) == 1 else None
         user = self.gate.tokens.user(token) if token is not None else None
         if user is not None:
-            # Whoever is at the address may have sent it, not only that user.
+            # Anybody at the address may have sent it, not only that user.
             caller.done["without_token"] = True
         return user
 
 
 def token_of(headers: Headers) -> str:
-    """Return the token of a request: from the header, else from the cookie; empty where there is none."""
+    """Return the token of a request, from the header, else from the cookie; empty without one."""
     if (authorization := headers.get("authorization")) is not None:
         scheme, _, token = authorization.partition(" ")
-        # What is no token is one that is wrong.
+        # Anything else counts as a wrong token.
         return token.strip() if scheme.lower() == "bearer" and token.strip() else "-"
     try:
         cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
@@ -232,15 +233,15 @@ def token_of(headers: Headers) -> str:
 
 
 def _is_local(scope: Scope) -> bool:
-    """Whether a request came over this machine's own address, and not through a proxy from another machine."""
+    """Return whether a request came from this machine, and not through a proxy from another one."""
     server, client = scope.get("server"), scope.get("client")
-    # A socket file has no port.
+    # Unix sockets have no port.
     here = server is None or server[1] is None or is_own_address(str(server[0]))
     return here and (client is None or is_own_address(str(client[0])))
 
 
 def _log_in_first(scope: Scope, headers: Headers) -> Response:
-    """A browser that looks at a page is shown where to log in; every program gets 401."""
+    """Send a browser that requests a page to the login page, and answer 401 to programs."""
     if scope["method"] == "GET" and "text/html" in headers.get("accept", ""):
         return RedirectResponse(f"{LOGIN_PAGE}?next={quote(scope['path'])}", 303, {"Cache-Control": "no-store"})
     return JSONResponse({"detail": "log in first, at /auth/token"}, 401, CHALLENGE)

@@ -1,4 +1,4 @@
-"""The page where a browser logs in: one file's worth of HTML, without scripts or anything from elsewhere."""
+"""The login page for browsers: plain HTML without scripts or external files."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    # Not "no-referrer": then a browser sends the form with the origin "null", which is nobody's.
+    # Not "no-referrer": browsers would then send the form with the origin "null".
     "Referrer-Policy": "same-origin",
 }
 
@@ -67,12 +67,12 @@ def login_page(
     status: int = 200,
     more: dict[str, str] | None = None,
 ) -> HTMLResponse:
-    """Return the page; after a failure it says so and keeps the name.
+    """Return the login page; after a failure with the error and the name.
 
     Args:
-        action: where the form goes.
-        after: the path to go on to.
-        more: headers of the answer.
+        action: URL that receives the form.
+        after: path to open after the login.
+        more: additional headers of the answer.
     """
     alert = f'<p role="alert">{html.escape(error)}</p>\n' if error else ""
     page = _PAGE.format(

@@ -1,8 +1,7 @@
-"""Forms with files, bounded in every way, whose files are streamed into the folder of their request."""
+"""Forms with files, with limits on every part; files are streamed into the folder of their request."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,25 +13,18 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, Headers, UploadFile
 
-from deformux_label.web.request_folder import request_folder
+from deformux_label.lib.requests.request_folder import request_folder
+from deformux_label.lib.requests.uploads import StoredUpload
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-__all__ = ["MOST_FIELD_BYTES", "StoredUpload", "read_multipart"]
+__all__ = ["MOST_FIELD_BYTES", "read_multipart"]
 
 MOST_FIELD_BYTES = 1_000_000
 _MOST_FIELDS = 32
 _MOST_NAME_BYTES = 1_000
 _MOST_HEADER_BYTES = 8_000
-
-
-class StoredUpload(UploadFile):
-    """A file of a form, whole at ``path``; ``file`` stays empty."""
-
-    def __init__(self, path: Path, filename: str) -> None:
-        super().__init__(io.BytesIO(), filename=filename)
-        self.path = path
 
 
 async def read_multipart(headers: Headers, stream: AsyncIterator[bytes], *, most_files: int) -> FormData:
@@ -66,12 +58,12 @@ async def read_multipart(headers: Headers, stream: AsyncIterator[bytes], *, most
 
 
 class _Form:
-    """What the parser reports, turned into fields and files; files are written by ``store``, off the event loop."""
+    """Collects fields and files from the parser's events; ``store`` writes files off the event loop."""
 
     def __init__(self, most_files: int) -> None:
         self.most_files = most_files
         self.items: list[tuple[str, str | UploadFile]] = []
-        # Bytes for the file of a path; None where it is complete.
+        # Bytes for the file at a path; None once it is complete.
         self.waiting: list[tuple[Path, bytes | None]] = []
         self.ended = False
         self._files = 0
@@ -92,7 +84,7 @@ class _Form:
         }
 
     def store(self) -> None:
-        """Write what came since the last call."""
+        """Write the bytes that came since the last call."""
         waiting, self.waiting = self.waiting, []
         for path, data in waiting:
             if self._open is None or self._open[0] != path:
@@ -139,7 +131,7 @@ class _Form:
         if b"name" not in options:
             raise HTTPException(400, "each part of a form must have a name in its Content-Disposition")
         self._name = _decoded(options[b"name"], "the name of a form's part", _MOST_NAME_BYTES)
-        # Older clients write the name as ``filename*``, which the parser leaves out.
+        # Older clients write the name as ``filename*``, which the parser ignores.
         if b"filename" not in options and b"filename*=" not in self._disposition.lower():
             self._fields += 1
             if self._fields > _MOST_FIELDS:

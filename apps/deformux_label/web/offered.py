@@ -1,13 +1,10 @@
-"""Every route that the server offers, with the least role that may call it; whatever is not listed here is 404."""
+"""Every route that the server offers, with the least role that may call it; any other path is 404."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["OFFERED", "ROLES", "Offered", "offered"]
-
-ROLES = ("reader", "annotator", "reviewer", "admin")
-"""From the least to the most: each may do what those before it may."""
+__all__ = ["OFFERED", "Offered", "offered"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,7 @@ class Offered:
     Args:
         methods: HTTP methods; HEAD only where it is listed.
         path: as FastAPI writes it, with ``{name}`` for one segment.
-        role: the least of ``ROLES`` that may call it, or None where no login is needed.
+        role: the least of ``roles.ROLES`` that may call it, or None where no login is needed.
     """
 
     methods: tuple[str, ...]
@@ -25,7 +22,7 @@ class Offered:
     role: str | None
 
 
-# In order: the first that fits decides.
+# The first match decides.
 OFFERED = (
     Offered(("GET",), "/favicon.ico", None),
     Offered(("GET",), "/auth/", None),
@@ -33,7 +30,7 @@ OFFERED = (
     Offered(("GET",), "/auth/token/valid", None),
     Offered(("GET", "POST"), "/auth/login", None),
     Offered(("POST",), "/auth/logout", None),
-    # What can be called, and how the project stands.
+    # The API, and the state of the project.
     Offered(("GET",), "/", "reader"),
     Offered(("GET",), "/docs", "reader"),
     Offered(("GET",), "/assets/{name}", "reader"),

@@ -1,4 +1,4 @@
-"""Sending a file that somebody may delete or replace meanwhile."""
+"""Sending a file that may be deleted or replaced meanwhile."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["OpenedFile"]
 
 
 class OpenedFile(FileResponse):
-    """A file as it is now: it is opened before the reply begins, and read through what was opened.
+    """A reply with a file that is opened before the reply begins, and read through that handle.
 
-    Starlette's own opens the file by name after it has promised its size.
+    Starlette's response opens the file by name after it has sent its size.
 
     Args:
-        path: of the file.
-        missing: the sentence of the 404 where there is none.
-        filename: what the client is to call it; its own name without.
+        path: path of the file.
+        missing: detail of the 404 if there is no file.
+        filename: name for the client; that of the file by default.
     """
 
     def __init__(self, path: str | Path, *, missing: str, filename: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What every request passes first: whose server it calls, from which page, which route, and how much it sends."""
+"""The first check of every request: its host, origin, route and size."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deformux_label.lib.requests.identifiers import is_text
+from deformux_label.lib.requests.request_folder import requests_folder
 from deformux_label.web.listening import host_of
 from deformux_label.web.offered import OFFERED, offered
-from deformux_label.web.request_folder import requests_folder
 
 __all__ = ["Perimeter", "host_names"]
 
-# Bytes of a body that is not a volume: JSON, or a form of fields.
+# Bytes of a body without volumes: JSON, or a form of fields.
 _MOST_BODY = 1_000_000
-# Beside a volume, its form holds fields.
+# For the fields beside a volume in a form.
 _MOST_FORM = 2_000_000
 _MOST_QUERY = 16_000
 _UPLOADS = (
@@ -35,10 +35,10 @@ _UPLOADS = (
     ("POST", "/infer/{model}"),
     ("POST", "/infer/segmentation"),
 )
-# A client that sends nothing for so long, or less than so many bytes a second on average after it, is dropped.
+# Clients that send nothing for this time, or fewer bytes a second on average after it, are dropped.
 _MOST_PAUSE_S = 20.0
 _LEAST_BYTES_PER_S = 2_000
-# A client that sends too much reads the refusal only after it has sent; so much of the rest is read and forgotten.
+# Clients that send too much read the refusal only after sending; up to this much of the rest is read and dropped.
 _FORGOTTEN_BYTES = 64_000_000
 _FORGOTTEN_S = 5.0
 _SECURITY_HEADERS = [
@@ -55,8 +55,8 @@ class Perimeter:
     """ASGI middleware in front of everything.
 
     Args:
-        app: what is behind it.
-        hosts: names by which the server may be called, beside addresses; see ``host_names``.
+        app: the application behind it.
+        hosts: host names that are accepted, beside addresses; see ``host_names``.
         origins: origins beside its own whose pages may call it.
         max_upload_gb: most gigabytes of an uploaded volume.
         prefix: path under which MONAI Label's routes lie.
@@ -85,7 +85,7 @@ class Perimeter:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = list(message.get("headers", ()))
-                # A page may be stricter, or need another policy, such as the login's form, which must send its origin.
+                # Pages may set other policies, such as the login's form, which must send its origin.
                 present = {name.lower() for name, _ in own}
                 message["headers"] = own + [header for header in _SECURITY_HEADERS if header[0] not in present]
                 if cross:
@@ -121,7 +121,7 @@ class Perimeter:
             )
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, str], origin: str | None, cross: bool) -> None:
-        """Refuse what a page of another origin sends; browsers tell which origin that is."""
+        """Refuse requests from pages of other origins; browsers send the origin."""
         if origin is not None:
             if not cross and origin.lower() != f"{scope['scheme']}://{headers[b'host']}".lower():
                 raise HTTPException(
@@ -146,7 +146,7 @@ class Perimeter:
             raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
 
     def _path(self, scope: Scope) -> str | None:
-        """The path of a request below the server's prefix, or None where it is not plain."""
+        """Return the path of a request below the server's prefix, or None if it is not plain."""
         try:
             path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
         except UnicodeError:
@@ -166,7 +166,7 @@ class Perimeter:
 
 
 class _Body:
-    """A request's body, read as fast as it must come and up to its most bytes."""
+    """A request's body, read with limits on its speed and its size."""
 
     def __init__(self, receive: Receive, declared: int, most: int, expects: bool) -> None:
         self._receive = receive
@@ -184,7 +184,7 @@ class _Body:
 
     async def receive(self) -> Message:
         if self._ended:
-            # What is awaited now is that the client leaves, which may take as long as it likes.
+            # Now only the end of the connection is awaited, without a limit.
             return await self._receive()
         started = time.monotonic()
         try:
@@ -204,7 +204,7 @@ class _Body:
         return message
 
     async def _forget(self) -> None:
-        """Read on for a moment: a client that is cut off while it sends sees a broken connection and no reason."""
+        """Read on for a moment: clients that are cut off while sending do not see the answer."""
         left, end = _FORGOTTEN_BYTES, time.monotonic() + _FORGOTTEN_S
         while not self._expects and not self._ended and left > 0 and time.monotonic() < end:
             try:
@@ -222,9 +222,9 @@ class _Body:
 
 
 def host_names(origins: Collection[str]) -> set[str]:
-    """Return the names by which this server may be called: this machine's, the one it listens on, the origins'.
+    """Return the accepted host names: those of this machine, of the address it listens on, and of the origins.
 
-    The full name of the machine is added once it is known, which may take a name server's time.
+    The full name of the machine is added later: looking it up may take time.
     """
     names = {"localhost", socket.gethostname().lower()}
     names |= {(urlsplit(origin).hostname or "").lower() for origin in origins}
@@ -235,7 +235,7 @@ def host_names(origins: Collection[str]) -> set[str]:
 
 
 def _host_name(host: str) -> str | None:
-    """The name of a Host header without its port, or None where it is none."""
+    """Return the name in a Host header without its port, or None for an invalid one."""
     try:
         parts = urlsplit(f"//{host}")
         name, _ = parts.hostname, parts.port
@@ -247,7 +247,7 @@ def _host_name(host: str) -> str | None:
 
 
 def _is_address(name: str) -> bool:
-    """An address is not looked up, so that no name server can point it elsewhere."""
+    """Return whether a host is an address, which no name server can redirect."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -271,7 +271,7 @@ def _check_query(query: bytes) -> None:
         raise HTTPException(400, "the query must not hold null bytes or other control characters")
     names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
     if len(set(names)) < len(names):
-        # Which of them counts, the endpoint and whoever reads the request beside it may see differently.
+        # The endpoint and other readers of the request could disagree on which of them counts.
         twice = next(name for name in names if names.count(name) > 1)
         raise HTTPException(400, f"the query has the parameter {ascii(twice)[:60]} more than once; give it once")
 

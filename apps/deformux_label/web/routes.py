@@ -1,4 +1,4 @@
-"""The web server's routes that are this app's own, or that answer in place of MONAI Label's of the same path."""
+"""The routes of this app, including those that replace MONAI Label's."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Depends, File, Form, HTTPException, Request, UploadFile
 from monailabel.config import settings
 from monailabel.endpoints.user.auth import RBAC, User
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore
 
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.activelearning.strategies import ADDRESS
 from deformux_label.lib.configs.server import ServerOptions
 from deformux_label.lib.infers.batch_inference import BatchInferences
-from deformux_label.lib.infers.click_cache import Sessions
-from deformux_label.lib.requests.identifiers import checked_revision, checked_text, checked_version
-from deformux_label.lib.requests.json_text import json_object
-from deformux_label.lib.requests.unknown_options import CLIENT_OPTIONS, refuse_unknown
+from deformux_label.lib.infers.click_cache import ClickCache
+from deformux_label.lib.requests.caller import current_user, note, require, with_login
+from deformux_label.lib.requests.identifiers import checked_revision, checked_version
+from deformux_label.lib.requests.options import refuse_unknown, with_checked_client
+from deformux_label.lib.requests.submission import FINAL_TAG, Submission
 from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.datastore import CheckedDatastore
-from deformux_label.lib.store.label_states import claimed
-from deformux_label.lib.store.leases import Lease, Leases, annotator_of
+from deformux_label.lib.store.label_fields import client_fields
+from deformux_label.lib.store.leases import Lease, Leases
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue
 from deformux_label.web.api_pages import pages_router
 from deformux_label.web.batch_routes import batch_router
-from deformux_label.web.caller import current_user, note, require, with_login
-from deformux_label.web.label_upload import inference_router
+from deformux_label.web.inference_routes import inference_router
 from deformux_label.web.opened_file import OpenedFile
 from deformux_label.web.server_routes import about_router, scoring_router
-from deformux_label.web.upload_routes import MOST_INFO_BYTES, datastore_router, session_router
+from deformux_label.web.upload_routes import datastore_router, session_router
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["App", "routers"]
@@ -40,32 +41,31 @@ _ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 _LABEL_FILE = File(...)
-_FINAL = DefaultLabelTag.FINAL.value
 
 
 class App(Protocol):
-    """What the routes need of the app."""
+    """The part of the app that the routes need."""
 
     queue: TrainingQueue
     leases: Leases
     batches: BatchInferences
-    kept: Sessions
+    click_cache: ClickCache
     server_options: ServerOptions
 
     def sessions(self) -> VolumeSessions | None:
-        """Volumes that clients uploaded for a while."""
+        """Return the volumes that clients uploaded for a while."""
 
     def datastore(self) -> Datastore:
-        """The studies."""
+        """Return the studies."""
 
     def versions(self) -> ModelVersions:
-        """The project's models."""
+        """Return the project's model versions."""
 
     def options_of(self, kind: str, name: str) -> set[str]:
-        """The options that a task of a kind (trainers or strategies) takes; 404 where there is no such task."""
+        """Return the options of a task of a kind (trainers or strategies); raise HTTPException 404 for no such task."""
 
     def scoring_methods(self) -> Mapping[str, Any]:
-        """The scoring methods by name."""
+        """Return the scoring methods by name."""
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
         """Raise HTTPException for a training that cannot work."""
@@ -74,23 +74,23 @@ class App(Protocol):
         """Raise HTTPException for a batch inference that cannot work."""
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What an active-learning strategy chose."""
+        """Return the choice of an active-learning strategy."""
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
-        """The model whose proposal an annotator was shown."""
+        """Return the version of the model whose proposal an annotator was shown."""
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any] | None:
-        """A label was stored."""
+        """React to a stored label."""
 
     def submitted(self, image_id: str, tag: str) -> None:
-        """A label was saved."""
+        """Release the volume of a saved label."""
 
     def model_changed(self) -> None:
-        """Another version is published."""
+        """Use a version that was just published."""
 
 
 def routers(app: App) -> list[APIRouter]:
-    """Routers to put in front of MONAI Label's."""
+    """Return the routers to put in front of MONAI Label's."""
     return [
         _training(app),
         _samples(app),
@@ -155,9 +155,9 @@ def _samples(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/activelearning", tags=["ActiveLearning"])
 
     def sample(http_request: Request, strategy: str, params: dict | None = None, user: User = _USER) -> Any:
-        # MONAI Label notes in the index who was given what, and writes all of it for each sample; the lease says it.
+        # MONAI Label would record each sample in the index, and rewrite it; the lease records it instead.
         refuse_unknown(params or {}, app.options_of("strategies", strategy), "active learning")
-        client = _with_client(params)
+        client = with_checked_client(params)
         request = {**with_login(client), "strategy": strategy, ADDRESS: _address(http_request)}
         chosen = app.next_sample(request)
         note(image=chosen.get("id"))
@@ -173,26 +173,25 @@ def _labels(app: App) -> APIRouter:
     def save(
         image: str,
         params: str = Form("{}"),
-        tag: str = _FINAL,
+        tag: str = FINAL_TAG,
         label: UploadFile = _LABEL_FILE,
         user: User = _ANNOTATOR,
     ) -> Any:
-        info = _with_client(json_object(params, most=MOST_INFO_BYTES))
-        info = with_login(claimed(info))
+        submission = Submission.of(image, tag, params)
+        info = with_login(client_fields(submission.info))
         info["model_version"] = app.started_from(annotator_of(info), image)
-        tag = tag or _FINAL
-        saved = app.datastore().save_label(image, str(stored_upload(label, "label")), tag, info)
+        saved = app.datastore().save_label(image, str(stored_upload(label, "label")), submission.tag, info)
         answer = app.on_save_label(image, saved)
-        app.submitted(image, tag)
+        app.submitted(image, submission.tag)
         return {**(answer or {}), "image": image, "label": saved}
 
-    def revisions(image: str, tag: str = _FINAL, user: User = _USER) -> Any:
+    def revisions(image: str, tag: str = FINAL_TAG, user: User = _USER) -> Any:
         history = _checked(app.datastore()).revisions.history(image, tag)
         if not history:
             raise HTTPException(404, f"image {image!r} has no revisions of a label {tag!r}")
         return {"image": image, "tag": tag, "revisions": [revision.summary() for revision in history]}
 
-    def revision_file(image: str, revision: int, tag: str = _FINAL, user: User = _USER) -> Any:
+    def revision_file(image: str, revision: int, tag: str = FINAL_TAG, user: User = _USER) -> Any:
         kept = _checked(app.datastore()).revisions
         found = kept.get(image, tag, checked_revision(revision))
         missing = f"image {image!r} has no file for revision {revision} of its label {tag!r}"
@@ -200,8 +199,8 @@ def _labels(app: App) -> APIRouter:
             raise HTTPException(404, missing)
         return OpenedFile(kept.file(found), missing=missing, filename=f"{image}{found.suffix}")
 
-    def restore(image: str, revision: int, tag: str = _FINAL, client_id: str = "", user: User = _ANNOTATOR) -> Any:
-        annotator = annotator_of(with_login(_with_client({"client_id": client_id})))
+    def restore(image: str, revision: int, tag: str = FINAL_TAG, client_id: str = "", user: User = _ANNOTATOR) -> Any:
+        annotator = annotator_of(with_login(with_checked_client({"client_id": client_id})))
         restored = _checked(app.datastore()).restore_label(image, checked_revision(revision), annotator, tag)
         app.submitted(image, tag)
         return restored.summary()
@@ -227,7 +226,7 @@ def _leases(app: App) -> APIRouter:
 
         lease = app.leases.release(image, check=may_end)
         if lease is None:
-            raise HTTPException(404, f"nobody has image {image!r}")
+            raise HTTPException(404, f"image {image!r} is not leased")
         note(annotator=lease.annotator)
         return asdict(lease)
 
@@ -240,7 +239,7 @@ def _sessions(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/deformux/sessions", tags=["Infer"])
 
     def kept(user: User = _USER) -> Any:
-        return app.kept.state()
+        return app.click_cache.state()
 
     router.add_api_route("", in_thread(kept, threads=2), methods=["GET"])
     return router
@@ -307,17 +306,8 @@ def _versions(app: App) -> APIRouter:
 
 
 def _address(request: Request) -> str:
-    """What leases are counted by beside the annotator: with a login that is enough, and a ward may share an address."""
+    """Return the address by which leases are counted; empty with a login, as a ward may share an address."""
     return "" if current_user() is not None or request.client is None else request.client.host
-
-
-def _with_client(params: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The parameters, whose client id is text or left out."""
-    given = dict(params or {})
-    for name in CLIENT_OPTIONS:
-        if given.get(name) is not None:
-            checked_text(name, given[name])
-    return given
 
 
 def _checked(datastore: Datastore) -> CheckedDatastore:

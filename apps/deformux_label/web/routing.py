@@ -1,4 +1,4 @@
-"""The router of the server: only what ``offered`` lists, each route checked at its door."""
+"""The router of the server: the routes that ``offered`` lists, each with checked requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deformux_label.web.worker_threads import with_endpoint
 
 __all__ = ["offer"]
 
-# MONAI Label's groups of routes of which some stay.
+# Groups of MONAI Label's routes that are partly kept.
 _STOCK = (info, infer, batch_infer, activelearning, scoring, datastore)
 
 
 def offer(server: FastAPI, own: Sequence[BaseRoute]) -> None:
-    """Make ``own`` routes and MONAI Label's the routes of a server, as far as they are offered.
+    """Replace the routes of a server by ``own`` ones and MONAI Label's, as far as they are offered.
 
-    The first of several with one method and path stays, so that ``own`` ones replace MONAI Label's.
+    The first route of a method and path stays, so that ``own`` ones replace MONAI Label's.
     """
     taken: set[tuple[str, str]] = set()
     kept: list[BaseRoute] = []
@@ -41,7 +41,7 @@ def offer(server: FastAPI, own: Sequence[BaseRoute]) -> None:
         else:
             kept.append(route)
     server.router.routes[:] = kept
-    # A path that is written otherwise is another path, and is not there.
+    # Paths must match exactly.
     server.router.redirect_slashes = False
     server.openapi_schema = None
 
@@ -54,7 +54,7 @@ def _candidates(server: FastAPI, own: Sequence[BaseRoute]) -> Iterator[tuple[str
         for route in module.router.routes:
             if isinstance(route, Route):
                 yield settings.MONAI_LABEL_API_STR, route
-    # The pages about the server itself, and what its own modules added to it.
+    # Pages about the server itself, and routes that its own modules added.
     for route in server.router.routes:
         if isinstance(route, Route):
             yield "", route

@@ -1,4 +1,4 @@
-"""The routes about the server itself: its log, its GPU, its scoring, and what it does not exchange."""
+"""The routes about the server itself: its log, its GPU, its scoring, and model files, which are refused."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.utils.async_tasks.task import AsyncTask
 from monailabel.utils.async_tasks.utils import tasks
 
-from deformux_label.lib.requests.options import known
-from deformux_label.lib.requests.unknown_options import refuse_unknown
+from deformux_label.lib.requests.options import known, refuse_unknown
 from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["about_router", "scoring_router"]
 
 _MOST_LINES = 10_000
 _MOST_LINE = 4_000
-# What a scoring method reads of its request.
+# Options that a scoring method reads.
 _OPTIONS = {"dice": ("y", "y_pred")}
 _ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 
 
 def about_router() -> APIRouter:
-    """The log, the GPU, and the models' files."""
+    """Return the routes of the log, the GPU, and the model files."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR, tags=["Others"])
 
     def logs(lines: int = Query(300, ge=1, le=_MOST_LINES), user: User = _ADMIN) -> PlainTextResponse:
@@ -45,7 +44,7 @@ def about_router() -> APIRouter:
         return PlainTextResponse("".join(line[:_MOST_LINE] for line in last))
 
     def gpu(user: User = _ADMIN) -> PlainTextResponse:
-        """Return what nvidia-smi says."""
+        """Return the output of nvidia-smi."""
         if shutil.which("nvidia-smi") is None:
             raise HTTPException(404, "this server has no GPU: there is no nvidia-smi")
         try:
@@ -55,7 +54,7 @@ def about_router() -> APIRouter:
         return PlainTextResponse(done.stdout.decode(errors="replace"))
 
     def model(model: str, user: User = _ADMIN) -> None:
-        # MONAI Label's endpoints overwrite and delete the file in place, under the requests that it is serving.
+        # MONAI Label's endpoints overwrite and delete the file in place, while requests use it.
         raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")
 
     router.add_api_route("/logs/", in_thread(logs, threads=2), methods=["GET"])
@@ -68,13 +67,13 @@ def about_router() -> APIRouter:
 
 
 def scoring_router(methods: Callable[[], Mapping[str, Any]]) -> APIRouter:
-    """Scoring, of which one runs at a time.
+    """Return the routes of scoring, of which one runs at a time.
 
     Args:
         methods: returns the scoring methods by name.
     """
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/scoring", tags=["Scoring"])
-    # Two requests of one moment would both find that nothing runs.
+    # Two simultaneous requests would both find that nothing runs.
     asking = threading.Lock()
 
     def start(requests: Mapping[str, Mapping[str, Any]], run_sync: bool) -> dict[str, Any]:

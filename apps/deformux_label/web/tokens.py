@@ -1,25 +1,21 @@
-"""The tokens that a login gives: signed, for twelve hours, and bound to what the users file says at that moment."""
+"""The tokens of the login: signed, valid for twelve hours, and bound to the state of their user."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
-import logging
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import jwt
-from filelock import FileLock
 
-from deformux.data.atomic_files import write_text
+from deformux_label.web.shared_json import SharedJson
 from deformux_label.web.users import User, Users
 
 __all__ = ["SECONDS", "EndedTokens", "Tokens"]
-
-logger = logging.getLogger(__name__)
 
 SECONDS = 12 * 3600
 _ALGORITHM = "HS256"
@@ -30,10 +26,9 @@ _LONGEST = 4_096
 class Tokens:
     """JSON web tokens of the users in a file.
 
-    A token names a user and carries a digest of their role, password hash and count of changes: when one of these
-    changes, or the user is removed, even if it is changed back or one of the same name is added again, the token ends
-    at once and for good. Nothing in it is believed beside
-    the name.
+    A token names a user and carries a digest of their role, password hash and count of changes. When one of these
+    changes, or the user is removed, the token ends at once and for good, even if the change is undone or the name is
+    added again. Only the name in it is trusted.
     """
 
     def __init__(self, users: Users) -> None:
@@ -42,7 +37,7 @@ class Tokens:
         self._ended = EndedTokens(users.path.with_name(f"{users.path.name}.ended"))
 
     def make(self, user: User) -> str:
-        """Return a token for somebody whose password was right."""
+        """Return a token for a user whose password was right."""
         now = int(time.time())
         claims = {
             "sub": user.name,
@@ -54,7 +49,7 @@ class Tokens:
         return jwt.encode(claims, self._key(), _ALGORITHM)
 
     def user(self, token: str) -> User | None:
-        """Return whose token it is; None for one that is forged, has expired, or was ended."""
+        """Return the user of a token; None for one that is forged, expired or ended."""
         claims = self._claims(token)
         if claims is None or claims["jti"] in self._ended:
             return None
@@ -87,20 +82,24 @@ class Tokens:
         return hmac.digest(self._key(), text.encode(), hashlib.sha256).hex()[:32]
 
     def _key(self) -> bytes:
-        # Not before there is a user: a server without a login leaves no files.
+        # Only once there is a user: a server without a login leaves no files.
         if self._secret is None:
             self._secret = self._users.secret()
         return self._secret
 
 
 class EndedTokens:
-    """Ids of the tokens that a logout ended, in a file beside the users: no restart and no other server revives one.
+    """Ids of tokens that a logout ended, in a file beside the users, so that no restart or other server revives them.
 
-    Each is kept for as long as its token would have been valid.
+    Each is kept as long as its token would be valid.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._file = SharedJson(
+            path,
+            unreadable="The logouts in %s cannot be read, and are not known: %s",
+            unwritten="A logout holds until this server ends only: %s cannot be written: %s",
+        )
         self._held: dict[str, float] = {}
         self._seen: tuple[int, int, int] | None = None
         self._lock = threading.Lock()
@@ -111,31 +110,32 @@ class EndedTokens:
             return token in self._held
 
     def add(self, token: str, until: float) -> None:
-        """End a token that would be valid ``until`` a time in seconds of the epoch."""
+        """End a token that would be valid until ``until``, in seconds since 1970."""
+
+        def merged() -> dict[str, float]:
+            self._refresh()
+            now = time.time()
+            left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
+            self._held = {name: end for end, name in left}
+            return self._held
+
         with self._lock:
             self._held[token] = until
-            try:
-                with FileLock(self._path.with_name(f"{self._path.name}.lock")):
-                    self._refresh()
-                    now = time.time()
-                    left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
-                    self._held = {name: end for end, name in left}
-                    write_text(self._path, json.dumps(self._held) + "\n", mode=0o600)
-            except OSError as error:
-                logger.warning(
-                    "A logout holds until this server ends only: %s cannot be written: %s", self._path, error
-                )
+            self._file.rewrite(merged)
 
     def _refresh(self) -> None:
-        """Add what the file holds, if it has changed."""
+        """Add the content of the file if it has changed."""
+
+        def held(listed: Mapping[str, float]) -> dict[str, float]:
+            return {str(name): float(end) for name, end in listed.items()}
+
         try:
-            status = self._path.stat()
+            status = self._file.path.stat()
             version = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if version == self._seen:
-                return
-            self._seen = version
-            self._held |= {str(name): float(end) for name, end in json.loads(self._path.read_bytes()).items()}
         except FileNotFoundError:
             return
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            logger.warning("The logouts in %s cannot be read, and are not known: %s", self._path, error)
+        except OSError:
+            version = None  # ``read`` logs why
+        if version is None or version != self._seen:
+            self._seen = version
+            self._held |= self._file.read(held) or {}

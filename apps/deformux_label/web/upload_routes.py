@@ -1,4 +1,4 @@
-"""The routes by which volumes, sessions and information about them come in and go out."""
+"""The routes that exchange volumes, labels, sessions and information about them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
+from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.json_text import json_object
+from deformux_label.lib.requests.request_folder import request_folder
+from deformux_label.lib.requests.submission import MOST_INFO_BYTES
 from deformux_label.lib.requests.uploads import stored_upload
-from deformux_label.lib.store.label_states import claimed
+from deformux_label.lib.store.label_fields import client_fields
 from deformux_label.lib.store.volume_sessions import VolumeSessions
-from deformux_label.web.caller import note, with_login
 from deformux_label.web.opened_file import OpenedFile
-from deformux_label.web.request_folder import request_folder
 from deformux_label.web.worker_threads import in_thread
 
-__all__ = ["MOST_INFO_BYTES", "datastore_router", "session_router"]
+__all__ = ["datastore_router", "session_router"]
 
-# What is stored beside a volume or a label is sent with every listing.
-MOST_INFO_BYTES = 100_000
 _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
 _MOST_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-# One for each name: FastAPI writes the name of the parameter into it.
+# One for each parameter: FastAPI writes the name of the parameter into it.
 _FILE = File(...)
 _FILES = File(...)
 _PARAMS = Form("{}")
@@ -44,17 +43,17 @@ class _App(Protocol):
 
 
 def datastore_router(app: _App) -> APIRouter:
-    """Uploads of images, information about images and labels, checksums, and the archive of all of it."""
+    """Return the routes of images, labels, information about them, checksums, and the archive of all."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/datastore", tags=["Datastore"])
 
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
         if not image:
             raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
-        info = with_login(claimed(json_object(params, most=MOST_INFO_BYTES)))
+        info = with_login(client_fields(json_object(params, most=MOST_INFO_BYTES)))
         return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
 
     def image_info(image: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
-        more = claimed(json_object(info, name="info", most=MOST_INFO_BYTES))
+        more = client_fields(json_object(info, name="info", most=MOST_INFO_BYTES))
         return app.datastore().update_image_info(image, more)
 
     def label_info(label: str, tag: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
@@ -100,7 +99,7 @@ def datastore_router(app: _App) -> APIRouter:
 
 
 def session_router(app: _App) -> APIRouter:
-    """Volumes that are not of the studies."""
+    """Return the routes of sessions: volumes outside the studies."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/session", tags=["Session"])
 
     def sessions() -> VolumeSessions:
@@ -121,17 +120,17 @@ def session_router(app: _App) -> APIRouter:
         client = request.client.host if request.client else ""
         session = sessions().add(files, client=client, expiry_s=expiry)
         note(session=session.id)
-        return {"session_id": session.id, "session_info": session.to_json()}
+        return {"session_id": session.id, "session_info": session.to_dict()}
 
     def show(session_id: str, update_ts: bool = False, image: bool = False, user: User = _USER) -> Any:
         session = sessions().find(session_id, touch=update_ts)
         if not image:
-            return session.to_json()
+            return session.to_dict()
         note(what="download session image", session=session.id)
         return OpenedFile(session.image, missing="there is no such session, or it has expired; send the volume again")
 
     def remove(session_id: str, user: User = _USER) -> Any:
-        removed = sessions().remove(session_id).to_json()
+        removed = sessions().remove(session_id).to_dict()
         note(session=session_id)
         return removed
 

@@ -1,4 +1,4 @@
-"""Who may log in: a file of names, roles and bcrypt hashes that only its owner can read."""
+"""The users who may log in: a file of names, roles and bcrypt hashes that only its owner can read."""
 
 from __future__ import annotations
 
@@ -19,48 +19,48 @@ import bcrypt
 from filelock import FileLock
 
 from deformux.data.atomic_files import write_text
-from deformux_label.web.offered import ROLES
+from deformux_label.lib.requests.roles import ROLES
 
-__all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", "default_users_file", "may", "verified"]
+__all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", "default_users_file", "verified"]
 
 logger = logging.getLogger(__name__)
 
-# Beside letters and digits of any script; blanks only inside, so that "Eva Müller" is a name.
+# Allowed beside letters and digits of any script; blanks only inside, as in "Eva Müller".
 _IN_NAMES = "._@+- "
 _LONGEST_NAME = 64
-# Who works without a login is called so, in leases and revisions.
+# The name of users without a login in leases and revisions.
 _RESERVED = ("anonymous",)
-# Letters and marks that are drawn as nothing: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
+# Letters and marks that are invisible: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# Alphabets of which many letters look the same: a name has letters of one of them.
+# Alphabets with many letters that look the same: a name may use one of them.
 _ALIKE = ("ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN", "LISU")
 _LEAST_PASSWORD = 8
 _LONGEST_PASSWORD = 1_000
 _ROUNDS = 12
-# Checked instead of the hash of a user that does not exist: both answers take equally long.
+# Checked for names that do not exist, so that both answers take equally long.
 _NOBODY = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
-# What bcrypt can check in seconds: other costs are refused by it, take hours, or are guessed fast. Of the salt's last
-# character only two bits count, and bcrypt refuses the others.
+# Hashes that bcrypt checks in seconds: it refuses other costs, takes hours for them, or they are guessed fast. Only two
+# bits of the salt's last character count; bcrypt refuses others.
 _HASH = re.compile(r"\$2[aby]\$1[0-6]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _OWNER_ONLY = 0o600
 _SECRET_BYTES = 32
 
 
 class InvalidUsers(ValueError):
-    """The file with the users, or a change of it, is not possible; the message is one sentence."""
+    """The users file, or a change of it, is invalid; the message is one sentence."""
 
 
 @dataclass(frozen=True)
 class User:
-    """Somebody who may log in.
+    """A user who may log in.
 
     Args:
-        name: as the login and every record of their work show it.
+        name: as the login and all records show it.
         role: one of ``ROLES``.
         password: bcrypt's hash of the prepared password.
-        changes: how often role or password were changed, so that a role that is changed back is not the earlier state.
+        changes: number of changes of role or password, so that undoing one does not restore the earlier state.
     """
 
     name: str
@@ -70,13 +70,13 @@ class User:
 
 
 class Users:
-    """Users in one JSON file of mode 600, written by rename under a lock, and the secret of their tokens beside it.
+    """Users in one JSON file of mode 600, written by rename under a lock, with the secret of their tokens beside it.
 
-    The file is read again whenever it has changed, so that a command takes effect in servers that run.
+    The file is read again whenever it has changed, so that commands take effect in running servers.
 
     Args:
-        path: the file; where it does not exist, there is no user.
-        on_change: called with the users before and after, once the file was read again and differs.
+        path: the file; without it, there are no users.
+        on_change: called with the users before and after, once a changed file was read.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Users:
             if self._seen is not None and self._seen[0] == version:
                 return self._seen[1]
             if status.st_mode & 0o077:
-                # Hashes that others can read are passwords that others can guess, as fast as their machines are.
+                # Others who can read the hashes can guess the passwords offline.
                 raise InvalidUsers(
                     f"the users file {self.path} may be read or changed by others (mode {status.st_mode & 0o777:o}); "
                     f"make it yours alone with chmod 600 {self.path}"
@@ -115,11 +115,11 @@ class Users:
         return users
 
     def named(self, name: str) -> User:
-        """Return one user; raises InvalidUsers where there is none of this name."""
+        """Return one user; raise InvalidUsers for an unknown name."""
         return self._known(self.all(), name)
 
     def add(self, name: str, role: str, password: str) -> User:
-        """Add a user and return it; raises InvalidUsers for a name that is taken or any bad value."""
+        """Add a user and return it; raise InvalidUsers for a name that is taken or any bad value."""
         user = User(checked_name(name), _checked_role(role), _hashed(password))
 
         def change(users: dict[str, User]) -> None:
@@ -146,7 +146,7 @@ class Users:
         self._change(lambda users: self._replace(users, name, lambda user: replace(user, role=role)))
 
     def secret(self) -> bytes:
-        """Return the key that signs the tokens, which is made at the first call and kept beside the users."""
+        """Return the key that signs tokens; the first call makes it and stores it beside the users."""
         path = self.path.with_name(f"{self.path.name}.secret")
         try:
             if not path.exists():
@@ -158,7 +158,7 @@ class Users:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidUsers(f"the file {path} cannot be read or made: {error}") from error
         if mode & 0o077 or not re.fullmatch(rf"[0-9a-f]{{{2 * _SECRET_BYTES}}}", found):
-            # With a key that others know or that is empty, anybody could make tokens.
+            # With a known or empty key, anybody could make tokens.
             raise InvalidUsers(
                 f"the file {path} is damaged or readable by others; delete it, and a new one is made at the next start"
             )
@@ -188,7 +188,7 @@ class Users:
             raise InvalidUsers(f"the users file {self.path} cannot be written: {error.strerror or error}") from error
 
     def _locked(self) -> FileLock:
-        # A folder that is made here is nobody else's business either.
+        # A new folder is private, too.
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return FileLock(self.path.with_name(f"{self.path.name}.lock"))
 
@@ -202,19 +202,14 @@ def default_users_file() -> Path:
     return Path(config) / "deformux-label" / "users.json"
 
 
-def may(role: str, least: str) -> bool:
-    """Return whether a role may do what needs the role ``least``."""
-    return ROLES.index(role) >= ROLES.index(least)
-
-
 def verified(user: User | None, password: str) -> bool:
-    """Return whether a password is a user's; takes as long for nobody. Takes a quarter of a second of a processor."""
+    """Return whether a password is a user's; takes a quarter of a second of a processor, for None too."""
     good = bcrypt.checkpw(_prepared(password), (user.password if user else _NOBODY).encode())
     return good and user is not None
 
 
 def checked_name(name: str) -> str:
-    """Return the name of a new user, in one Unicode form; raises InvalidUsers."""
+    """Return the normalized name of a new user; raise InvalidUsers for a bad one."""
     normal = unicodedata.normalize("NFC", name)
     good = all(character in _IN_NAMES or _is_shown(character) for character in normal)
     if not (good and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
@@ -233,22 +228,22 @@ def checked_name(name: str) -> str:
 
 
 def _is_shown(character: str) -> bool:
-    """Whether a character is a letter, mark or digit that one sees."""
+    """Return whether a character is a visible letter, mark or digit."""
     return unicodedata.category(character)[0] in "LMN" and not _INVISIBLE.fullmatch(character)
 
 
 def _folded(name: str) -> str:
-    """What two names have in common that differ in capitals or in the width or style of letters only."""
+    """Return a form that is equal for names that differ only in case, or in width or style of letters."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
 def _alphabet(character: str) -> str:
-    """The first word of a letter's name, such as LATIN; empty for what is no letter."""
+    """Return the first word of a letter's name, such as LATIN; empty for other characters."""
     return unicodedata.name(character, "").split(" ")[0] if character.isalpha() else ""
 
 
 def checked_password(password: str) -> str:
-    """Return a new password; raises InvalidUsers for one that is too short, too long or no text."""
+    """Return a new password; raise InvalidUsers for one that is too short, too long or not text."""
     try:
         size = len(password.encode())
     except UnicodeEncodeError as error:
@@ -266,10 +261,10 @@ def _hashed(password: str) -> str:
 
 
 def _prepared(password: str) -> bytes:
-    """What bcrypt gets: it ignores or refuses what lies beyond 72 bytes, and a passphrase may be longer.
+    """Return the bytes for bcrypt, which ignores or refuses more than 72 bytes; passphrases may be longer.
 
-    HMAC and not a bare hash, so that hashes that were stolen elsewhere cannot be tried here. Base64, for bcrypt ends at
-    a null byte. One Unicode form, for keyboards differ in how they send an umlaut.
+    HMAC instead of a bare hash, so that hashes stolen elsewhere cannot be tried here. Base64, because bcrypt stops at a
+    null byte. One Unicode form, because keyboards differ in how they send an umlaut.
     """
     text = unicodedata.normalize("NFC", password).encode("utf-8", "surrogatepass")
     return base64.b64encode(hmac.digest(b"deformux-label", text, hashlib.sha256))
@@ -285,7 +280,7 @@ def _parsed(content: bytes, path: Path) -> dict[str, User]:
     try:
         listed = json.loads(content)["users"]
         users = {
-            # A file from before changes were counted has none.
+            # Older files have no count of changes.
             name: User(name, item["role"], item["password"], item.get("changes", 0))
             for name, item in listed.items()
         }
@@ -293,9 +288,9 @@ def _parsed(content: bytes, path: Path) -> dict[str, User]:
             checked_name(user.name)
             _checked_role(user.role)
             if not _HASH.fullmatch(user.password):
-                raise ValueError(f"user {user.name!r} has no hash of a password")
+                raise ValueError(f"user {user.name!r} has no password hash")
             if type(user.changes) is not int:
-                raise ValueError(f"the changes of user {user.name!r} are no number")
+                raise ValueError(f"the changes of user {user.name!r} are not a number")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(

@@ -1,11 +1,10 @@
-"""Running endpoints that block in threads, so that the event loop answers everybody else meanwhile."""
+"""Running blocking endpoints in threads, so that the event loop can answer other requests."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from contextvars import ContextVar
 from typing import Any
 
 import anyio.to_thread
@@ -15,33 +14,16 @@ from fastapi.encoders import jsonable_encoder
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
-__all__ = [
-    "ClientGone",
-    "client_left",
-    "in_thread",
-    "raise_if_client_gone",
-    "watched",
-    "with_endpoint",
-    "with_signature",
-]
+from deformux_label.lib.infers.cancellation import ClientGone, watch_client
 
-# nginx's number for a client that closed its connection; nobody is there to read it.
+__all__ = ["client_left", "in_thread", "watched", "with_endpoint", "with_signature"]
+
+# nginx's status for a client that closed its connection; it is never read.
 _CLIENT_CLOSED_REQUEST = 499
-_gone: ContextVar[Callable[[], bool]] = ContextVar("gone", default=lambda: False)
-
-
-class ClientGone(Exception):
-    """Whoever asked has closed the connection, so the work is for nobody."""
-
-
-def raise_if_client_gone() -> None:
-    """To be called now and then in long work: raises ClientGone once the client has closed its connection."""
-    if _gone.get()():
-        raise ClientGone
 
 
 def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """An endpoint with the same parameters that runs in one of its own ``threads``; its answer becomes JSON there too.
+    """Return an endpoint with the same parameters that runs, and encodes its answer, in one of its own ``threads``.
 
     ``endpoint`` is a function, or a coroutine function that never awaits, as MONAI Label's are.
     """
@@ -56,13 +38,13 @@ def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Co
 def watched(
     endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Callable[[], None]]]
 ) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """An endpoint that waits for its ``turn``, then runs in a thread of its own, and ends early when its client leaves.
+    """Return an endpoint that waits for its ``turn``, runs in a thread, and ends early when its client leaves.
 
     Args:
         endpoint: as of ``in_thread``.
-        turn: waits, given the endpoint's arguments and the request, and returns what ends the turn.
+        turn: waits, given the endpoint's arguments and the request, and returns the function that ends the turn.
     """
-    # The turns decide how many run; a second limit would put the order of the turns out.
+    # Turns limit how many run; a second limit would break their order.
     limiter = CapacityLimiter(1_000_000)
 
     async def run(http_request: Request, **arguments: Any) -> Response:
@@ -73,7 +55,7 @@ def watched(
             if leaving.done():
                 return Response(status_code=_CLIENT_CLOSED_REQUEST)
             waiting.result()
-            _gone.set(leaving.done)
+            watch_client(leaving.done)
             return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
         except ClientGone:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
@@ -101,7 +83,7 @@ def _answer(endpoint: Callable[..., Any], arguments: Mapping[str, Any]) -> Respo
 
 
 def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine that never awaits to its end."""
+    """Run a coroutine that never awaits, and return its result."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -113,7 +95,7 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def with_endpoint(
     route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "", kind: type[APIRoute] = APIRoute
 ) -> APIRoute:
-    """The same route with another endpoint, below a prefix."""
+    """Return the same route with another endpoint, below a prefix."""
     return kind(
         f"{prefix}{route.path}",
         endpoint,

@@ -1,4 +1,4 @@
-"""What the served model shows of each volume, and in which order each strategy would hand the volumes out."""
+"""Scores of all volumes by the served model, and each strategy's order of the volumes, computed in the background."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from deformux.networks.pretrained import pretrained_path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 
-__all__ = ["UNTRAINED", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
+__all__ = ["UNTRAINED_MODEL", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
 
 logger = logging.getLogger(__name__)
 
-UNTRAINED = "untrained"
-"""Stands for the model before there is one: an encoder that still tells volumes apart."""
+UNTRAINED_MODEL = "untrained"
+"""Name of the model before the first training: its untrained encoder still tells volumes apart."""
 
-# So many volumes are chosen with regard to each other; more are rarely handed out between two versions.
+# Number of volumes that are chosen with regard to each other; more are rarely handed out between two versions.
 _AHEAD = 64
-# Predictions of so many published versions are compared where training mirrors no axis.
+# Number of published versions whose predictions are compared if training mirrors no axis.
 _SNAPSHOTS = 3
 _SECONDS_BETWEEN_WRITES = 5.0
-# Writing takes at most this part of the time.
+# Largest share of the time that is spent on writing.
 _SHARE_OF_WRITING = 0.1
 
 
 @dataclass(frozen=True)
 class Orders:
-    """What is known with one model: the order of each strategy, best first, and each volume's uncertainty.
+    """Results of one model: the order of each strategy, best first, and each volume's uncertainty.
 
-    Unreadable volumes have the uncertainty None and are in no order. What is ``written`` later than this (seconds since
-    1970) has not been looked at.
+    Unreadable volumes have the uncertainty None and are in no order. Files that changed after ``written`` (seconds
+    since 1970) have not been scored.
     """
 
     model: str
@@ -65,9 +65,9 @@ class Orders:
 
 
 class SelectionScores:
-    """Scores and features of all volumes, two files per model, so that a new model never meets an old score.
+    """Scores and features of all volumes, in two files per model, so that scores of two models never mix.
 
-    A process in the background writes them (``update``); the server reads orders that are ready to use (``orders``).
+    A background process writes them (``update``); the server only reads finished orders (``orders``).
     """
 
     def __init__(self, project: Project, models: ServedModels, folder: Path) -> None:
@@ -77,11 +77,11 @@ class SelectionScores:
         self._held: dict[str, tuple[int, Orders]] = {}
 
     def current(self) -> str:
-        """The model whose scores are wanted now."""
-        return self.models.current() or UNTRAINED
+        """Return the model whose scores are wanted now."""
+        return self.models.current() or UNTRAINED_MODEL
 
     def orders(self, model: str) -> Orders:
-        """What is known with a model; the file is read again only after it has been replaced."""
+        """Return the results of a model; read the file again only after it has been replaced."""
         path = self._path(model)
         try:
             written = path.stat().st_mtime_ns
@@ -94,22 +94,22 @@ class SelectionScores:
             values = _read(path)
             uncertainty = {name: score and score["uncertainty"] for name, score in values["scores"].items()}
             held = (written, Orders(model, values["orders"], uncertainty, values["unreadable"], values["written"]))
-            # Earlier models are asked for only until the new one has scores.
+            # Earlier models are needed only until the new one has scores.
             self._held = {model: held} | {name: all_held[name] for name in list(all_held)[:2] if name != model}
         return held[1]
 
     def latest_orders(self) -> Orders:
-        """The orders of the served model, or those of the newest before it that has some; empty where none has."""
-        for model in (self.current(), *self._earlier(), UNTRAINED):
+        """Return the orders of the served model, else of the newest earlier model that has some, else empty ones."""
+        for model in (self.current(), *self._earlier(), UNTRAINED_MODEL):
             orders = self.orders(model)
             if orders.by_strategy:
                 return orders
         return Orders(self.current())
 
     def update(self, datastore: Datastore, *, wanted: Callable[[], bool] = lambda: True) -> Orders:
-        """Score what the served model has not scored, and go on with the next model when one is published meanwhile.
+        """Score the volumes that the served model has not scored; if a model is published meanwhile, go on with that.
 
-        Does nothing while another process is at it, and ends early when ``wanted`` says so.
+        Do nothing while another process is scoring, and end early once ``wanted`` returns False.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -125,8 +125,8 @@ class SelectionScores:
         return self.orders(self.current())
 
     def networks(self, model: str) -> tuple[list[DeformUXNet], Preprocessing, tuple[int, ...]]:
-        """The networks whose predictions are compared, newest first, their preprocessing, and the mirrored axes."""
-        if model == UNTRAINED:
+        """Return the networks whose predictions are compared, newest first, their preprocessing and mirrored axes."""
+        if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
             network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
             if self.project.pretrained:
@@ -139,7 +139,7 @@ class SelectionScores:
         return networks, card.preprocessing, axes
 
     def round(self) -> int:
-        """How many models were published before the served one."""
+        """Return the number of models that were published before the served one."""
         return len(self._earlier())
 
     def _comparable(self, card: ModelCard) -> Iterator[DeformUXNet]:
@@ -147,12 +147,12 @@ class SelectionScores:
             try:
                 network, earlier = load_model(self.models.path(name))
             except (InvalidModel, ValueError):
-                continue  # pruned or damaged: one sample less
+                continue  # pruned or damaged: compare one prediction less
             if earlier.labels == card.labels and earlier.preprocessing == card.preprocessing:
                 yield network
 
     def _earlier(self) -> list[str]:
-        """Models that were served before, the latest first."""
+        """Return the models that were served before, the latest first."""
         try:
             names = [publication.version for publication in reversed(self.models.versions.history())]
         except ValueError as error:
@@ -162,7 +162,7 @@ class SelectionScores:
         return [name for name in dict.fromkeys(names) if name != current]
 
     def _prune(self) -> None:
-        wanted = {self.current(), UNTRAINED, *self._earlier()[:_SNAPSHOTS]}
+        wanted = {self.current(), UNTRAINED_MODEL, *self._earlier()[:_SNAPSHOTS]}
         for path in self.folder.iterdir():
             if path.suffix in (".json", ".safetensors") and path.stem not in wanted:
                 path.unlink(missing_ok=True)
@@ -172,14 +172,14 @@ class SelectionScores:
 
 
 class _Update:
-    """Scoring of all volumes with one model, written from time to time."""
+    """Scores all volumes with one model, and writes the results from time to time."""
 
     def __init__(self, scores: SelectionScores, model: str, datastore: Datastore, wanted: Callable[[], bool]) -> None:
         self.owner, self.model, self.datastore, self.wanted = scores, model, datastore, wanted
         self.path = scores.folder / f"{model}.json"
         values = _read(self.path)
         self.features = read_features(self.path.with_suffix(".safetensors"))
-        # A file of one kind may be newer than that of the other, and a scan that could not be read may be repaired.
+        # One of the two files may be newer than the other, and an unreadable scan may have been repaired.
         repaired = set(changed_since(values["unreadable"], datastore, values["written"]))
         self.scores: dict[str, dict[str, Any] | None] = {
             name: score
@@ -192,7 +192,7 @@ class _Update:
     def run(self) -> None:
         unlabelled = sorted(self.datastore.get_unlabeled_images())
         labelled = sorted(self.datastore.get_labeled_images())
-        # In random order, so that what is known early is a fair sample of all.
+        # In random order, so that the first results are a fair sample of all volumes.
         todo = [str(name) for name in self.rng.permutation([n for n in unlabelled if n not in self.scores])]
         todo += [name for name in labelled if name not in self.features and self.scores.get(name, {}) is not None]
         if not todo and self.path.is_file():
@@ -202,7 +202,7 @@ class _Update:
         for name in todo:
             if not self.wanted() or self.owner.current() != self.model:
                 return
-            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED)
+            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED_MODEL)
             if time.monotonic() - written > wait:
                 began = time.monotonic()
                 self._write()
@@ -221,10 +221,10 @@ class _Update:
                 self.scores[name], self.features[name] = seen.scores.to_dict(), seen.features
             else:
                 self.features[name] = self._on_device(lambda device: encode(networks[0], image, prep, device=device))
-                if self.model == UNTRAINED:
+                if self.model == UNTRAINED_MODEL:
                     self.scores[name] = {"uncertainty": None}
         except (InvalidVolume, OSError) as error:
-            # Deleted meanwhile, or no scan: never looked at again with this model.
+            # Deleted meanwhile, or not a scan: it is not tried again with this model.
             logger.warning("Not scored: %s", error)
             self.scores[name] = None
 
@@ -244,7 +244,7 @@ class _Update:
         write_checked(self.path, {"model": self.model, "scores": self.scores, "orders": orders})
 
     def _orders(self, unlabelled: Sequence[str], labelled: Sequence[str]) -> dict[str, list[str]]:
-        if self.model == UNTRAINED:
+        if self.model == UNTRAINED_MODEL:
             scores: dict[str, VolumeScores] = {}
             strategies: tuple[str, ...] = ("adaptive", "typicality")
         else:
@@ -272,7 +272,7 @@ class _Update:
 
 
 class SelectionScoring(ScoringMethod):
-    """Scores all volumes with the served model; run in the background after each publication."""
+    """Scores all volumes with the served model; runs in the background after each publication."""
 
     def __init__(self, scores: SelectionScores) -> None:
         super().__init__("What the model shows of each volume, for active learning")
@@ -280,19 +280,19 @@ class SelectionScoring(ScoringMethod):
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:  # noqa: ARG002
         parent = os.getppid()
-        # The process in the background ends with the server that started it.
+        # The background process ends with the server that started it.
         return dict(self.scores.update(datastore, wanted=lambda: os.getppid() == parent).uncertainty)
 
 
 def changed_since(images: Iterable[str], datastore: Datastore, when: float) -> list[str]:
-    """Those volumes whose files came or changed after a time, in seconds since 1970."""
+    """Return the volumes whose files were added or changed after ``when`` (seconds since 1970)."""
     found = []
     for image in images:
         try:
             status = os.stat(datastore.get_image_uri(image))
         except OSError:
             continue
-        # A file that is copied may keep its time of modification.
+        # A copied file may keep its time of modification.
         if max(status.st_mtime, status.st_ctime) > when:
             found.append(image)
     return found
@@ -309,6 +309,6 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return nothing
     except (ValueError, TypeError, KeyError, AttributeError):
-        # It can be computed again.
-        logger.warning("%s is damaged and is written anew", path)
+        # The scores can be computed again.
+        logger.warning("%s is damaged and is replaced", path)
         return nothing

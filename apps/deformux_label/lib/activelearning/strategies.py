@@ -1,4 +1,4 @@
-"""Which unlabelled volume comes next. Nothing here computes: a reply comes from orders that lie ready."""
+"""The strategies that choose the next volume to label, from orders that were computed in the background."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
-from deformux_label.lib.activelearning.background_scores import UNTRAINED, Orders, SelectionScores
+from deformux_label.lib.activelearning.background_scores import UNTRAINED_MODEL, Orders, SelectionScores
 from deformux_label.lib.activelearning.waiting_volumes import Waiting, WaitingVolumes
-from deformux_label.lib.store.leases import Leases, annotator_of
+from deformux_label.lib.store.annotator import annotator_of
+from deformux_label.lib.store.leases import Leases
 
 __all__ = ["ADDRESS", "First", "Ordered", "Random", "all_strategies"]
 
 logger = logging.getLogger(__name__)
 
 ADDRESS = "_address"
-"""Where a request holds its client's address: set by the server, never by the client."""
+"""Key of the client's address in a request; only the server sets it."""
 
 _DESCRIPTIONS = {
     "adaptive": "Typical volumes before there is a model, then those it is unsure of and that differ",
@@ -38,7 +39,7 @@ def all_strategies(
     request_scoring: Callable[[], object],
     volumes: WaitingVolumes | None = None,
 ) -> dict[str, Strategy]:
-    """The strategies by name; the first is the one that the Slicer extension starts with."""
+    """Return the strategies by name; the Slicer extension starts with the first."""
     desk = _Desk(leases, volumes or WaitingVolumes(scores))
     ordered = {name: Ordered(name, scores, desk, request_scoring) for name in _DESCRIPTIONS}
     return {
@@ -50,7 +51,7 @@ def all_strategies(
 
 
 class _Desk:
-    """Hands volumes out, or says why there is none."""
+    """Leases volumes to annotators, or says why none is available."""
 
     def __init__(self, leases: Leases, volumes: WaitingVolumes) -> None:
         self.leases = leases
@@ -64,7 +65,7 @@ class _Desk:
         strategy: str,
         model: str | None = None,
     ) -> dict[str, Any]:
-        """The ``id`` of a volume, else a ``note`` alone, which clients that look for the ``id`` take for no volume."""
+        """Return the ``id`` of a volume, else only a ``note``; clients treat a reply without an ``id`` as no volume."""
         annotator = annotator_of(request)
         address = str(request.get(ADDRESS) or "")
         image = self.leases.claim(annotator, ranked, strategy=strategy, model_version=model, address=address)
@@ -74,7 +75,7 @@ class _Desk:
 
 
 class Random(Strategy):
-    """A random unlabelled volume that nobody else has."""
+    """Chooses a random unlabelled volume that is not leased to another annotator."""
 
     def __init__(self, desk: _Desk) -> None:
         super().__init__("A random volume")
@@ -86,7 +87,7 @@ class Random(Strategy):
 
 
 class First(Strategy):
-    """The first unlabelled volume by name that nobody else has."""
+    """Chooses the first unlabelled volume by name that is not leased to another annotator."""
 
     def __init__(self, desk: _Desk) -> None:
         super().__init__("The first volume by name")
@@ -98,10 +99,10 @@ class First(Strategy):
 
 
 class Ordered(Strategy):
-    """The next volume of a strategy of ``deformux.active_learning``, from the order that scoring left behind.
+    """Chooses the next volume of a strategy of ``deformux.active_learning``, from the order that scoring has written.
 
     Volumes without a score come after all others, at random, and are scored in the background meanwhile. The reply
-    says which model's order was used, and why when it is not that of the served model.
+    says which model's order was used, and explains if it is not the served model's.
     """
 
     _SECONDS_BETWEEN_REQUESTS = 60.0
@@ -113,7 +114,7 @@ class Ordered(Strategy):
         self.desk = desk
         self.request_scoring = request_scoring
         self._asked: tuple[str, float] | None = None
-        # What ``_order`` found last, for which orders and volumes.
+        # The last result of ``_order``, with the orders and volumes that it is for.
         self._ranked: tuple[Orders, Waiting, list[str], frozenset[str], bool] | None = None
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
@@ -139,7 +140,7 @@ class Ordered(Strategy):
         return reply
 
     def _order(self, orders: Orders, waiting: Waiting) -> tuple[list[str], frozenset[str], bool]:
-        """Volumes that wait, best first, the same to look one up, and whether all that wait have been looked at."""
+        """Return the waiting volumes, best first, the same as a set, and whether all that wait have been scored."""
         known = self._ranked
         if known is None or known[0] != orders or known[1] is not waiting:
             listed = orders.by_strategy.get(self.name, orders.by_strategy.get("adaptive", ()))
@@ -150,7 +151,7 @@ class Ordered(Strategy):
         return known[2], known[3], known[4]
 
     def _ask(self, model: str) -> None:
-        """Have the volumes scored in the background; not again at once, should that fail."""
+        """Request scoring in the background; not again for a while, in case it fails."""
         now = time.monotonic()
         if self._asked is None or self._asked[0] != model or now - self._asked[1] > self._SECONDS_BETWEEN_REQUESTS:
             self._asked = (model, now)
@@ -160,17 +161,16 @@ class Ordered(Strategy):
         if scored_with is None:
             return "a random volume; scores are being computed"
         if scored_with != model:
-            what = (
-                "typical volumes come first" if scored_with == UNTRAINED else f"chosen with the scores of {scored_with}"
-            )
+            cold = scored_with == UNTRAINED_MODEL
+            what = "typical volumes come first" if cold else f"chosen with the scores of {scored_with}"
             return f"{what}, until those of {model} are there"
-        if model == UNTRAINED and self.name not in ("adaptive", "typicality"):
+        if model == UNTRAINED_MODEL and self.name not in ("adaptive", "typicality"):
             return "typical volumes come first, until there is a trained model"
         return None
 
 
 def _shuffled(images: Sequence[str]) -> Iterator[str]:
-    """The images in random order, made as they are asked for: mostly one of thousands."""
+    """Yield the images in random order, lazily: usually only one of thousands is needed."""
     left = list(images)
     while left:
         index = random.randrange(len(left))

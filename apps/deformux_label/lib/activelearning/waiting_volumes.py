@@ -1,4 +1,4 @@
-"""The volumes that wait for a label, and those among them that nobody could read."""
+"""The volumes that wait for a label, and the unreadable ones among them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deformux_label.lib.store.leases import Lease
 
 __all__ = ["Waiting", "WaitingVolumes"]
 
-# Of a list of volumes in a sentence.
-_NAMED = 5
+# Volumes that a sentence names.
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Waiting:
     Args:
         listed: all of them, as the datastore lists them.
         images: those that can be handed out, by name.
-        names: the same, to look one up.
-        unreadable: those that scoring could not read, or whose header nothing can use; they are not handed out.
-        changed: those that it could not read either, but whose files have changed since.
+        names: the same as a set.
+        unreadable: those that scoring could not read, or whose header is unusable; they are not handed out.
+        changed: those that scoring could not read, but whose files have changed since.
     """
 
     listed: Sequence[str]
@@ -36,44 +36,44 @@ class Waiting:
     changed: tuple[str, ...] = ()
 
     def why_none(self, leases: Mapping[str, Lease]) -> str:
-        """Why no volume can be handed out, in one sentence."""
+        """Return why no volume can be handed out, in one sentence."""
         ends = [leases[image].until for image in self.images if image in leases]
         reasons = []
         if ends:
             until = time.strftime("%H:%M", time.localtime(min(ends)))
-            reasons.append(f"{_number(len(ends))} in other hands, the first of them until {until}")
+            reasons.append(f"{_number(len(ends))} leased to others, the first until {until}")
         if self.unreadable:
-            reasons.append(f"{_number(len(self.unreadable))} unreadable: {named(self.unreadable)}")
+            reasons.append(f"{_number(len(self.unreadable))} unreadable: {first_names(self.unreadable)}")
         if not reasons:
             return "no volume is left without a label"
         return f"of the volumes without a label {' and '.join(reasons)}"
 
     def warnings(self) -> list[str]:
-        """A sentence for an operator, where one is needed."""
+        """Return a sentence for an operator, if one is needed."""
         if not self.unreadable:
             return []
         only = "" if self.images else "; no other volume is left without a label"
         return [
             f"of the volumes without a label {_number(len(self.unreadable))} unreadable and not handed out: "
-            f"{named(self.unreadable)}{only}; repair the files or take them away"
+            f"{first_names(self.unreadable)}{only}; repair the files or take them away"
         ]
 
 
 class WaitingVolumes:
-    """``Waiting`` as of now, made anew only after the studies or the scores have changed."""
+    """The current ``Waiting``, computed again only after the studies or the scores have changed."""
 
     def __init__(self, scores: SelectionScores) -> None:
         self.scores = scores
         self._last: tuple[tuple[frozenset[str], float, frozenset[str]], Waiting] | None = None
 
     def now(self, datastore: Datastore, orders: Orders | None = None) -> Waiting:
-        """The volumes that wait, as of these orders or the latest."""
+        """Return the waiting volumes, as of these orders or the latest."""
         listed = datastore.get_unlabeled_images()
         orders = self.scores.latest_orders() if orders is None else orders
         unusable: frozenset[str] = getattr(datastore, "unusable_scans", frozenset())
         key = (orders.unreadable, orders.written, unusable)
         last = self._last
-        # Comparing lists of the same strings costs a hundredth of what sorting them does.
+        # Comparing lists of the same strings takes a hundredth of the time of sorting them.
         if last is not None and last[0] == key and last[1].listed == listed:
             suspects = sorted({*last[1].unreadable, *last[1].changed} - unusable)
             if last[1].changed == tuple(changed_since(suspects, datastore, orders.written)):
@@ -84,14 +84,14 @@ class WaitingVolumes:
         return found
 
 
-def named(images: Sequence[str]) -> str:
-    """Some names, and how many more there are."""
-    more = f" and {len(images) - _NAMED} more" if len(images) > _NAMED else ""
-    return f"{', '.join(images[:_NAMED])}{more}"
+def first_names(images: Sequence[str]) -> str:
+    """Return some of the names, and the number of the others."""
+    more = f" and {len(images) - _MOST_NAMED} more" if len(images) > _MOST_NAMED else ""
+    return f"{', '.join(images[:_MOST_NAMED])}{more}"
 
 
 def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders, unusable: frozenset[str]) -> Waiting:
-    # A header was looked at since its file changed last, unlike what scoring read.
+    # Headers were read since their files last changed; scoring may have read an older file.
     suspects = sorted((orders.unreadable - unusable).intersection(listed))
     changed = tuple(changed_since(suspects, datastore, orders.written))
     unreadable = tuple(sorted({*suspects, *unusable.intersection(listed)}.difference(changed)))

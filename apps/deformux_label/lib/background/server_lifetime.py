@@ -1,4 +1,4 @@
-"""MONAI Label's background processes (scoring, batch inference), made to end with the server that started them."""
+"""Ending MONAI Label's background processes, such as scoring, with the server that started them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["end_background_with_this_server", "end_with_the_parent"]
 
 _SERVER = "DEFORMUX_LABEL_SERVER"
 _PAUSE_S = 0.5
-# Runs in the new process, before anything large is imported: from here on the kernel ends it with its parent.
+# Runs in the new process before any large import; from then on the kernel ends it with its parent.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
@@ -27,20 +27,20 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def end_background_with_this_server() -> None:
-    """Make every background process that MONAI Label starts from now on end with this process, however that ends.
+    """Make background processes that MONAI Label starts from now on end with this process, however that ends.
 
-    MONAI Label starts them itself, with nothing that would tell them of its end: they would work on for minutes, and
-    write beside the next server. Linux ends them at once, in the middle of a volume or of their own start; elsewhere
-    ``end_with_the_parent`` notices within a second.
+    MONAI Label starts them without any link to itself: they would work on for minutes, and write beside the next
+    server. Linux ends them at once, even in the middle of a volume; elsewhere ``end_with_the_parent`` notices within a
+    second.
     """
     os.environ[_SERVER] = str(os.getpid())
     async_tasks.subprocess = _Subprocess()
-    # Earlier than ``atexit``: before the threads are waited for that wait for them. As concurrent.futures does it.
+    # Earlier than ``atexit``, as concurrent.futures does it: Python joins the threads that wait for them before that.
     threading._register_atexit(_stop_all)  # type: ignore[attr-defined]
 
 
 def end_with_the_parent() -> None:
-    """End this process, at any point of its work, soon after the server that started it; for a background process."""
+    """End this background process, at any point of its work, soon after the server that started it."""
     server = os.environ.get(_SERVER)
     if server and hasattr(os, "getppid"):
         threading.Thread(target=_wait_for_the_end_of, args=(int(server),), name="server-watch", daemon=True).start()
@@ -70,5 +70,5 @@ class _Subprocess:
 def _wait_for_the_end_of(server: int) -> None:
     while os.getppid() == server:
         time.sleep(_PAUSE_S)
-    # Not politely: the work may be in a library that hears no signal. All its files are written by rename.
+    # With SIGKILL: the work may be in a library that ignores signals. All its files are written by rename.
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))

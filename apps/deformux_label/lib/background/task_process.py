@@ -1,11 +1,10 @@
-"""A task of MONAI Label's in a process of its own, which ends with the server that started it."""
+"""Running a MONAI Label task in a process of its own, which ends with the server that started it."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -15,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fastapi import HTTPException
 
-__all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "checked_gpus", "kill", "last_lines", "reason", "run_method"]
+from deformux_label.lib.requests.options import checked_gpus
+
+__all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "kill", "last_lines", "reason", "run_method"]
 
 # Set for a process whose standard input ends when its server does.
 PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
 PAUSE_S = 0.2
 _LINES = 20
-# Of a line of a log that is sent back.
+# Characters of a log line that are sent back.
 _MOST_OF_A_LINE = 300
 
 
@@ -36,14 +36,14 @@ def run_method(
     stop_wanted: Callable[[], bool],
     patience_s: float,
 ) -> tuple[int, bool]:
-    """Run ``train`` or ``batch_infer`` of the app to its end; returns its exit code and whether it was stopped.
+    """Run ``train`` or ``batch_infer`` of the app to its end; return its exit code and whether it was stopped.
 
     Args:
         method: as MONAI Label's ``interfaces.utils.app`` calls it.
-        request: what it gets; ``gpus`` of it choose what it sees.
-        log: what its output is added to.
-        started: called with the process's number and start, by which ``alive`` finds it again.
-        stop_wanted: asked several times a second; SIGTERM follows, and SIGKILL after ``patience_s``.
+        request: its request; ``gpus`` in it choose the GPUs that the process sees.
+        log: file to which its output is appended.
+        started: called with the process id and its start time, by which ``alive`` finds it again.
+        stop_wanted: called several times a second; SIGTERM follows, and SIGKILL after ``patience_s``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "monailabel.interfaces.utils.app", "-m", method]
@@ -70,18 +70,8 @@ def run_method(
     return process.returncode, stopping_since is not None
 
 
-def checked_gpus(value: Any) -> str:
-    """The GPUs that a request chooses, ``all`` or numbers such as ``0,1``; raises HTTPException 400 for the rest."""
-    value = value[0] if isinstance(value, list) and value else value
-    if value in (None, "", "all"):
-        return "all"
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3}){0,31}", value):
-        raise HTTPException(400, f"gpus must be all, or numbers such as 0,1; got {ascii(value)[:60]}")
-    return value
-
-
 def alive(identity: list[Any] | None) -> psutil.Process | None:
-    """The process of a number and a start; numbers are used again."""
+    """Return the running process of an id and a start time, else None; ids are reused."""
     try:
         if identity is None:
             return None
@@ -94,7 +84,7 @@ def alive(identity: list[Any] | None) -> psutil.Process | None:
 
 
 def kill(process: psutil.Process) -> None:
-    """End a process with the workers that it started."""
+    """Kill a process and the workers that it started."""
     try:
         family = [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
@@ -107,7 +97,7 @@ def kill(process: psutil.Process) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """The end of a log, short enough to be sent back."""
+    """Return the end of a log, short enough to be sent back."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
@@ -118,7 +108,7 @@ def last_lines(log: Path) -> list[str]:
 
 
 def reason(what: str, code: int, details: list[str], hint: str) -> str:
-    """Why a process ended that should not have; ``hint`` says what follows from a kill."""
+    """Return why a process failed; ``hint`` says what to do after a kill."""
     if code < 0:
         name = signal.Signals(-code).name
         memory = ", perhaps because the memory was full" if -code == signal.SIGKILL else ""
@@ -135,7 +125,7 @@ def _environment(request: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _forward(lines: Any, method: str) -> None:
-    """Into the server's own log, as MONAI Label does."""
+    """Copy new lines to the server's own log, as MONAI Label does."""
     for line in lines.read().decode(errors="replace").splitlines():
         if line.strip():
             logging.getLogger(f"task_{method}").info(line.rstrip())

@@ -1,1 +1,1 @@
-"""What a project is: its options, checked."""
+"""The server's options, declared and checked."""

@@ -1,4 +1,4 @@
-"""Ending a start that cannot work."""
+"""The end of a start that cannot succeed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["refuse_to_start"]
 
 
 def refuse_to_start(reason: str) -> NoReturn:
-    """Say why in one sentence and end the process with exit code 2.
+    """Print one sentence and end the process with exit code 2.
 
-    The app is built inside the web server's start, where any exception, SystemExit included, is reported with the
-    stack trace of five frameworks and the sentence is lost in it.
+    The app is built inside the web server's start, which reports any exception, even SystemExit, with the stack trace
+    of five frameworks; the sentence would be lost in it.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Segmenting many volumes in the background: in a process of its own, with an outcome for each volume."""
+"""Segmenting many volumes in a background process, with an outcome for each volume."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from fastapi import HTTPException
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
-from deformux_label.lib.background.task_process import PAUSE_S, alive, checked_gpus, last_lines, reason, run_method
+from deformux_label.lib.background.task_process import PAUSE_S, alive, last_lines, reason, run_method
 from deformux_label.lib.requests.identifiers import checked_text, refuse_invalid_text
-from deformux_label.lib.requests.options import checked_device, one_of
+from deformux_label.lib.requests.options import checked_device, checked_gpus, one_of
 from deformux_label.lib.store.state import StateDatabase
 from deformux_label.lib.store.tasks import DONE, FAILED, FINISHED, RUNNING, STOPPED, Tasks, end, new_task, unfinished
 
@@ -31,16 +31,16 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _KEPT = 10
 _LONGEST_SENTENCE = 300
 _INTERRUPTED = "the batch inference was interrupted when its server ended; start it again for the volumes that are left"
-# A task without a process is one whose server was ended in between.
+# Seconds after which a task without a process counts as lost: its server ended before it started one.
 _STARTING_S = 60.0
 
 
 class BatchInferences:
-    """One batch inference at a time; each, and the outcome of each volume, is kept in the project's database.
+    """Run one batch inference at a time; the project's database keeps each, and the outcome of each volume.
 
     Args:
-        folder: the project's state.
-        stop_patience_s: between SIGTERM and SIGKILL.
+        folder: state folder of the project.
+        stop_patience_s: seconds between SIGTERM and SIGKILL.
     """
 
     def __init__(self, folder: Path, *, stop_patience_s: float = 20.0) -> None:
@@ -51,7 +51,7 @@ class BatchInferences:
         self._own: set[str] = set()
 
     def start(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Start one and return its task.
+        """Start a batch inference and return its task.
 
         Raises:
             HTTPException: 429 while one runs.
@@ -70,24 +70,24 @@ class BatchInferences:
         return self.shown(task)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """All that are remembered, oldest first, without the outcome of each volume."""
+        """Return all remembered tasks, oldest first, without the outcome of each volume."""
         self._settle()
         return [self.shown(task, images=False) for task in self._tasks.read()]
 
     def unfinished(self) -> dict[str, Any] | None:
-        """The running one, else None."""
+        """Return the running task, else None."""
         self._settle()
         task = unfinished(self._tasks.read())
         return None if task is None else self.shown(task)
 
     def latest(self) -> dict[str, Any] | None:
-        """The running one, else the last."""
+        """Return the running task, else the last."""
         self._settle()
         tasks = self._tasks.read()
         return self.shown(tasks[-1]) if tasks else None
 
     def stop(self) -> dict[str, Any] | None:
-        """Stop the running one, and return it when it has ended; None where none runs."""
+        """Stop the running task and return it once it has ended; None where none runs."""
         self._settle()
 
         def mark(tasks: list[dict[str, Any]]) -> str | None:
@@ -101,7 +101,7 @@ class BatchInferences:
         return None if task_id is None else self.wait(task_id, 2 * self._stop_patience_s)
 
     def wait(self, task_id: str, most_s: float = float("inf")) -> dict[str, Any]:
-        """Wait until a batch inference has ended."""
+        """Wait until a task has ended, and return it."""
         until = time.monotonic() + most_s
         while (task := self._tasks.find(task_id)) is not None and task["status"] not in FINISHED:
             if time.monotonic() > until:
@@ -111,7 +111,7 @@ class BatchInferences:
         return self.shown(task) if task is not None else {}
 
     def shown(self, task: Mapping[str, Any], *, images: bool = True) -> dict[str, Any]:
-        """A task as clients read it: MONAI Label's fields, and the outcome of each volume."""
+        """Return a task as clients read it: MONAI Label's fields, and the outcome of each volume."""
         listed = ("id", "status", "request", "start_ts", "end_ts", "error", "total")
         found = {key: task[key] for key in listed if task.get(key) is not None}
         query = "SELECT image, stored, detail FROM results WHERE task = ? ORDER BY image"
@@ -142,7 +142,7 @@ class BatchInferences:
             self._own.discard(task["id"])
 
     def _settle(self) -> None:
-        """End what belongs to a server that was killed; its process ends by itself."""
+        """Mark tasks of a killed server as failed; their processes end by themselves."""
 
         def is_lost(task: Mapping[str, Any]) -> bool:
             if task["status"] != RUNNING or task["id"] in self._own or alive(task.get("process")):
@@ -179,9 +179,9 @@ class BatchInferences:
 
 
 def batch_options(images: Any, params: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a batch inference, checked; those that change nothing here are left out.
+    """Return the checked options of a batch inference, without those that have no effect.
 
-    ``multi_gpu`` and ``max_workers`` are accepted and change nothing: one volume at a time is segmented.
+    ``multi_gpu`` and ``max_workers`` are accepted without effect: volumes are segmented one at a time.
 
     Raises:
         HTTPException: 400 for an option that is unknown or bad.
@@ -200,8 +200,8 @@ def batch_options(images: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     if tag != _ORIGINAL:
         raise HTTPException(
             400,
-            f"label_tag must be {_ORIGINAL}: what a model proposes must not take the place of a label that somebody "
-            f"submitted; got {ascii(tag)[:60]}",
+            f"label_tag must be {_ORIGINAL}: a model's proposal must not replace a submitted label; got "
+            f"{ascii(tag)[:60]}",
         )
     if str(params.get("multi_gpu", True)).lower() not in ("true", "false"):
         raise HTTPException(400, f"multi_gpu must be true or false; got {ascii(params['multi_gpu'])[:60]}")
@@ -219,7 +219,7 @@ def batch_options(images: Any, params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def images_of(datastore: Datastore, request: Mapping[str, Any]) -> list[str]:
-    """The volumes of a batch inference, by name, at most ``max_batch_size`` of them unless that is 0."""
+    """Return the volumes of a batch inference by name, at most ``max_batch_size`` unless that is 0."""
     which = request.get("images") or "all"
     lists = (datastore.list_images, datastore.get_labeled_images, datastore.get_unlabeled_images)
     images = sorted(dict(zip(_IMAGES, lists, strict=True))[which]())
@@ -227,10 +227,10 @@ def images_of(datastore: Datastore, request: Mapping[str, Any]) -> list[str]:
 
 
 def run_batch(folder: Path, task_id: str | None, images: Sequence[str], infer: Callable[[str], Any]) -> dict[str, str]:
-    """Segment one volume after the other, whatever happens to each, and return the outcomes by volume.
+    """Segment one volume after the other, going on after failures, and return the outcomes by volume.
 
     Args:
-        folder: the project's state, where the outcomes of the batch inference ``task_id`` are written down.
+        folder: state folder of the project, which keeps the outcomes of the task ``task_id``.
         infer: segments a volume and stores the label.
     """
     state = StateDatabase(folder)
@@ -248,14 +248,14 @@ def run_batch(folder: Path, task_id: str | None, images: Sequence[str], infer: C
 
 
 def _outcome(image: str, infer: Callable[[str], Any]) -> str:
-    """Why a volume's label could not be stored; empty where it was."""
+    """Segment a volume; return why its label could not be stored, or an empty string."""
     try:
         infer(image)
     except HTTPException as error:
         return str(error.detail)[:_LONGEST_SENTENCE]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # The next volumes would fail for the same reason, an inference each.
+            # The next volumes would fail for the same reason, each after an inference.
             raise SystemExit(
                 "The batch inference ended: the server's disk is full; make room and start it again"
             ) from None

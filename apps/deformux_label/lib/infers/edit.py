@@ -1,4 +1,4 @@
-"""Editing: the clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own, where they are."""
+"""Editing: clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own, near them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
@@ -22,23 +21,28 @@ from deformux.data.grid import triple
 from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadVolumed
 from deformux.data.preprocessing import Preprocessing
-from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.interactive.editor import Editor
-from deformux.interactive.open_scan import OpenScan, scan_from_logits
+from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.infers.click_cache import ClientEditor, Sessions, StudyKey
-from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.click_cache import ClickCache, ClientEditor, ScanKey
+from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
+from deformux_label.lib.infers.reply_file import write_reply
+from deformux_label.lib.infers.segmented_scan import open_requested_scan
+from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, as_http_errors, joined_warnings
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
-from deformux_label.lib.requests.clicks import BACKGROUND, VOXEL_ORDERS, Points, in_files_order, points_of
-from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.requests.clicks import (
+    BACKGROUND_LABEL,
+    VOXEL_ORDERS,
+    ClickedVoxels,
+    EditRequest,
+    in_files_order,
+)
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.label_check import label_array
-from deformux_label.lib.store.leases import annotator_of
-from deformux_label.lib.store.volume_writer import write_result
-from deformux_label.web.label_upload import label_file_of
 
-__all__ = ["Edit", "open_study"]
+__all__ = ["Edit"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ UNGUIDED = "This model was not trained with clicks, so that they move borders ne
 
 @dataclass(frozen=True)
 class _Edited:
-    """Labels ``(X, Y, Z)`` on the scan's grid, and what computing them took."""
+    """Labels ``(X, Y, Z)`` on the scan's grid, and the cost of computing them."""
 
     labels: np.ndarray
     windows: int
@@ -58,119 +62,103 @@ class Edit(InferTask):
     """Segmentation corrected by clicks on any label or the background, on the scan's own grid.
 
     It starts from the label file of the request, else from the automatic segmentation. The answer depends on the
-    image, the model, the start and the set of clicks alone: what ``sessions`` keeps only makes it faster. Without any
-    model the clicked voxels are set, and nothing else.
+    image, the model, the start and the set of clicks only: ``cache`` just makes it faster. Without any model, only
+    the clicked voxels are set.
     """
 
-    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
+    def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(
             type=InferType.DEEPEDIT,
-            # Slicer then offers clicks on the background too; a mask has no such value.
-            labels={**project.label_values, BACKGROUND: 0},
+            # With the background in it, Slicer offers clicks on it too.
+            labels={**project.label_values, BACKGROUND_LABEL: 0},
             dimension=3,
             description="DeformUX-Net, corrected by clicks",
             config={"device": device_list(), "voxel_order": list(VOXEL_ORDERS), **OPTION},
         )
         self.project = project
         self.models = models
-        self.sessions = sessions
+        self.cache = cache
 
     def is_valid(self) -> bool:
         return True
 
-    def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
-        """The part of a request that is this task's own, checked as far as that needs no image."""
-        file, active = label_file_of(request, (*self.project.labels, BACKGROUND), uploads)
-        return {
-            "points": points_of(request, self.project.labels, active),
-            "voxel_order": one_of("voxel_order", chosen(request.get("voxel_order", "file")), VOXEL_ORDERS),
-            "mask": file,
-            "label_info": request.get("label_info"),
-            "client": annotator_of(request),
-        }
+    def parsed(self, sent: Mapping[str, Any], asked: InferenceRequest, uploads: Path | None) -> EditRequest:
+        """Return the typed request; raise HTTPException for a bad one."""
+        client = annotator_of(sent)
+        return EditRequest.of(sent, asked, labels=self.project.labels, uploads=uploads, client=client)
 
-    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def __call__(self, request: EditRequest) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
         version = self.models.current()
-        with in_a_sentence():
+        with as_http_errors():
             if version is None:
                 labels, affine, params = self._without_a_model(request)
             else:
                 labels, affine, params = self._edited(request, version)
         written = time.perf_counter()
-        path = write_result(labels, affine, request, self.project.label_values)
+        path = write_reply(labels, affine, request, self.project.label_values)
         now = time.perf_counter()
         latencies = params.setdefault("latencies", {"network": 0.0})
         latencies |= {"write": round(now - written, 4), "total": round(now - start, 4)}
-        logger.info("Edit of %s: %s", Path(request["image"]).name, params)
+        logger.info("Edit of %s: %s", Path(request.scan.path).name, params)
         return path, {"label_names": self.project.label_values, "model_version": version, **params}
 
-    def _without_a_model(self, request: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        image = LoadVolumed("image")({"image": request["image"]})["image"]
+    def _without_a_model(self, request: EditRequest) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        image = LoadVolumed("image")({"image": request.scan.path})["image"]
         points, affine = _on_grid(request, image.shape[1:], image.affine)
         labels = self._mask(request)
         if labels is None:
             labels = np.zeros(image.shape[1:], dtype=np.uint8)
         for value, voxels in points.items():
             labels[tuple(np.transpose(voxels))] = value
-        return labels, affine, {"warning": sentences(image, self.models.warning(None), UNTRAINED)}
+        return labels, affine, {"warning": joined_warnings(image, self.models.warning(None), UNTRAINED)}
 
-    def _edited(self, request: dict[str, Any], version: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-        device = request["device"]
+    def _edited(self, request: EditRequest, version: str) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+        device = request.options.device
         _, card = self.models.load(version, device)
         prep = card.preprocessing
-        key = StudyKey.of(request["image"], version, device)
-        held = self.sessions.peek(key)
+        key = ScanKey.of(request.scan.path, version, device)
+        held = self.cache.peek(key)
         if held is None:
-            # Before a whole volume is segmented for a request that cannot be answered.
-            image = LoadVolumed("image")({"image": request["image"]})["image"]
+            # Refuse bad points before a whole volume is segmented.
+            image = LoadVolumed("image")({"image": request.scan.path})["image"]
             points, _ = _on_grid(request, image.shape[1:], image.affine)
         else:
             points, _ = _on_grid(request, held.labels.shape, held.image.meta["original_affine"])
-        warnings: list[str | None] = [self.models.warning(version)]
-        network_s = 0.0
-
-        def compute() -> OpenScan:
-            nonlocal network_s
-            study, warning, seconds = open_study(self.models, version, request["image"], prep, device)
-            warnings.append(warning)
-            network_s += seconds
-            return study
-
-        study = self.sessions.study(key, compute) if request["keep"] else compute()
+        opened = open_requested_scan(self.models, self.cache, request.scan, key)
+        scan = opened.scan
         changed, warning = within_memory(
-            lambda attempt: self._apply(request, key, study, prep, points, attempt), prep.patch_size, device
+            lambda placement: self._apply(request, key, scan, prep, points, placement), prep.patch_size, device
         )
-        warnings.append(warning)
-        if points and not card.network_options.get("guidance"):
-            warnings.append(UNGUIDED)
-        params = {"latencies": {"network": round(network_s + changed.network_s, 4)}, "windows": changed.windows}
-        if request["uncertainty"]:
-            params["uncertainty"] = uncertainty_reply(study.logits, study.image)
-        if text := sentences(study.image, *warnings):
+        unguided = UNGUIDED if points and not card.network_options.get("guidance") else None
+        network_s = opened.network_s + changed.network_s
+        params = {"latencies": {"network": round(network_s, 4)}, "windows": changed.windows}
+        if request.options.uncertainty:
+            params["uncertainty"] = uncertainty_reply(scan.logits, scan.image)
+        if text := joined_warnings(scan.image, self.models.warning(version), opened.warning, warning, unguided):
             params["warning"] = text
-        return changed.labels, np.asarray(study.image.meta["original_affine"], dtype=float), params
+        return changed.labels, np.asarray(scan.image.meta["original_affine"], dtype=float), params
 
     def _apply(
         self,
-        request: dict[str, Any],
-        key: StudyKey,
-        study: OpenScan,
+        request: EditRequest,
+        key: ScanKey,
+        scan: OpenScan,
         prep: Preprocessing,
-        points: Points,
-        attempt: Attempt,
+        points: ClickedVoxels,
+        placement: Placement,
     ) -> _Edited:
         def make() -> ClientEditor:
-            network = ServedNetwork(self.models, key.version, attempt)
-            tried = dataclasses.replace(prep, patch_size=triple(attempt.window))
+            network = ServedNetwork(self.models, key.version, placement)
+            tried = dataclasses.replace(prep, patch_size=triple(placement.window))
             return ClientEditor(
-                Editor(study, network, tried, device=attempt.volume_device, mask=self._mask(request)), network
+                Editor(scan, network, tried, device=placement.volume_device, mask=self._mask(request)), network
             )
 
-        # What was computed another way, for want of memory, is not what the next click is to start from.
-        first = attempt == Attempt(tuple(prep.patch_size), key.device, key.device)
-        held = self.sessions.editor(key, request["client"], _mask_id(request), make)
-        with held if first and request["keep"] else nullcontext(make()) as client:
+        # The next click must not start from results of another placement, taken for lack of memory.
+        first = placement == Placement(tuple(prep.patch_size), key.device, key.device)
+        held = self.cache.editor(key, request.client, _mask_id(request), make)
+        with held if first and request.scan.keep else nullcontext(make()) as client:
             before = client.network.seconds
             try:
                 labels = client.editor.apply(points)
@@ -178,40 +166,24 @@ class Edit(InferTask):
                 client.network.give_back_memory()
             return _Edited(labels, client.editor.windows_computed, client.network.seconds - before)
 
-    def _mask(self, request: dict[str, Any]) -> np.ndarray | None:
-        """The client's own segmentation ``(X, Y, Z)`` in the project's values, or None if it sent none."""
-        if request["mask"] is None:
+    def _mask(self, request: EditRequest) -> np.ndarray | None:
+        """Return the client's own segmentation ``(X, Y, Z)`` in the project's values, or None if it sent none."""
+        if request.mask is None:
             return None
-        image = Path(request["image"])
-        info = {"label_info": request["label_info"]}
-        labels = label_array(request["mask"], image, request["image_id"] or image.name, self.project.labels, info)
-        # What nobody has labelled yet is no structure.
+        scan, info = request.scan, {"label_info": request.label_info}
+        labels = label_array(request.mask, Path(scan.path), scan.name, self.project.labels, info)
+        # Unlabelled voxels count as background.
         return np.where(labels == UNLABELLED, 0, labels)
 
 
-def open_study(
-    models: ServedModels, version: str, path: str, prep: Preprocessing, device: str
-) -> tuple[OpenScan, str | None, float]:
-    """Segment a volume for its edits: the study, a sentence if memory was short, and the network's seconds."""
-    image = run_transforms(inference_transforms(prep, device=device), {"image": path})["image"]
-    networks: list[ServedNetwork] = []
-
-    def logits(attempt: Attempt) -> torch.Tensor:
-        networks.append(ServedNetwork(models, version, attempt))
-        return volume_logits(networks[-1], image)
-
-    found, warning = within_memory(logits, prep.patch_size, device)
-    return scan_from_logits(image, found), warning, sum(network.seconds for network in networks)
-
-
-def _on_grid(request: dict[str, Any], size: Any, affine: Any) -> tuple[Points, np.ndarray]:
+def _on_grid(request: EditRequest, size: Any, affine: Any) -> tuple[ClickedVoxels, np.ndarray]:
     matrix = np.asarray(affine, dtype=float)
-    return in_files_order(request["points"], [int(n) for n in size], matrix, request["voxel_order"]), matrix
+    return in_files_order(request.points, [int(n) for n in size], matrix, request.voxel_order), matrix
 
 
-def _mask_id(request: dict[str, Any]) -> str:
-    """The same for the same label file with the same names, empty without one."""
-    if request["mask"] is None:
+def _mask_id(request: EditRequest) -> str:
+    """Return an id of the label file and its names; empty without a file."""
+    if request.mask is None:
         return ""
-    names = json.dumps(request["label_info"], sort_keys=True, default=str)
-    return hashlib.sha256(request["mask"].read_bytes() + names.encode()).hexdigest()
+    names = json.dumps(request.label_info, sort_keys=True, default=str)
+    return hashlib.sha256(request.mask.read_bytes() + names.encode()).hexdigest()

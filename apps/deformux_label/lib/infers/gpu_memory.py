@@ -10,19 +10,19 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["Attempt", "attempts", "within_memory"]
+__all__ = ["Placement", "placements", "within_memory"]
 
 logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _SMALLEST_WINDOW = 32
-# Halves of a window are rounded to what the network's four halvings divide evenly.
+# Halves of a window are rounded to a multiple that the network's four halvings divide evenly.
 _MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """A way to compute: the window in voxels, where the network is, and where image and logits are."""
+class Placement:
+    """Where to compute: the window in voxels, the device of the network, and that of image and logits."""
 
     window: tuple[int, ...]
     device: str
@@ -33,38 +33,40 @@ class Attempt:
         return f"with windows of {size} voxels on the {'GPU' if self.device.startswith('cuda') else 'CPU'}"
 
 
-def attempts(window: Sequence[int], device: str) -> Iterator[Attempt]:
-    """From the fastest to the most frugal: all on the GPU, the volume beside it, smaller windows, no GPU at all."""
+def placements(window: Sequence[int], device: str) -> Iterator[Placement]:
+    """Yield placements from fast to frugal: all on the GPU, the volume in RAM, smaller windows, no GPU."""
     window = tuple(window)
-    yield Attempt(window, device, device)
+    yield Placement(window, device, device)
     if not device.startswith("cuda"):
         return
-    yield Attempt(window, device, "cpu")
+    yield Placement(window, device, "cpu")
     smaller = window
     while (halved := _half(smaller)) != smaller:
         smaller = halved
-        yield Attempt(smaller, device, "cpu")
-    yield Attempt(window, "cpu", "cpu")
+        yield Placement(smaller, device, "cpu")
+    yield Placement(window, "cpu", "cpu")
 
 
-def within_memory(run: Callable[[Attempt], _Result], window: Sequence[int], device: str) -> tuple[_Result, str | None]:
-    """What ``run`` returns at the first attempt that fits into memory, and a sentence if that was not the first.
+def within_memory(
+    run: Callable[[Placement], _Result], window: Sequence[int], device: str
+) -> tuple[_Result, str | None]:
+    """Return the result of ``run`` at the first placement that fits into memory, and a warning if not the first.
 
     Raises:
         MemoryError: not even the most frugal one fits.
     """
-    for number, attempt in enumerate(attempts(window, device)):
+    for number, placement in enumerate(placements(window, device)):
         try:
-            result = run(attempt)
+            result = run(placement)
         except (RuntimeError, MemoryError) as error:
             if not _is_about_memory(error):
                 raise
-            logger.warning("Not enough memory %s: %s", attempt, str(error).splitlines()[0] if str(error) else error)
+            logger.warning("Not enough memory %s: %s", placement, str(error).splitlines()[0] if str(error) else error)
         else:
             if number == 0:
                 return result, None
-            return result, f"The GPU's memory is full, so this was computed {attempt}, which is slower."
-        # Outside the handler: the error holds the frames, and with them the tensors that did not fit.
+            return result, f"The GPU's memory is full, so this was computed {placement}, which is slower."
+        # Outside the handler: the error keeps the frames, and with them the tensors, alive.
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -77,7 +79,7 @@ def _half(window: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _is_about_memory(error: Exception) -> bool:
-    """Torch's own, CuPy's, cuDNN's and cuBLAS's errors, and those of the CPU's allocator, share no class."""
+    """Recognize the errors of torch, CuPy, cuDNN, cuBLAS and the CPU's allocator, which share no class."""
     text = str(error).lower()
     known = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in known)

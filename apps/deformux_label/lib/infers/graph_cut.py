@@ -1,10 +1,10 @@
-"""From scribbles to a segment: what the scribbled voxels look like, how near they are, and a graph cut.
+"""Segments from scribbles: by the intensities under them and the distances from them, with a graph cut.
 
 The energy is that of Wang et al., arXiv 1710.04043, equations 5 and 7, as MONAI Label's scribble tasks have it, whose
-histograms, unary term and solver are used. What differs: intensities alone do not tell an organ from all else that is
-as bright, so nearness to the scribbles counts too; a mixture of Gaussians is fitted on the CPU (theirs compiles a CUDA
-extension at the first request); and their histogram's two densities are weighed against each other by Bayes' rule
-where they take the softmax of two small numbers, which is always about one half.
+histograms, unary term and solver are used. Differences: intensities alone do not tell an organ from other bright
+structures, so nearness to the scribbles counts too; a mixture of Gaussians is fitted on the CPU (theirs compiles a CUDA
+extension at the first request); and the histogram's two densities are combined by Bayes' rule, where theirs takes the
+softmax of two small numbers, which is always about one half.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from monailabel.scribbles.utils import make_iseg_unary, make_likelihood_image_hi
 from scipy import ndimage
 from sklearn.mixture import GaussianMixture
 
-from deformux_label.lib.requests.scribbles import BACKGROUND, FOREGROUND
+from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND
 
 __all__ = [
     "CutOptions",
@@ -32,31 +32,33 @@ __all__ = [
     "from_scribbles",
 ]
 
-# Log-odds beyond these are as good as certain, and none may outweigh a scribble.
+# Log-odds are clipped here: beyond it they are practically certain, and must not outweigh a scribble.
 _MOST_LOG_ODDS = 7.0
-# How much nearness counts beside intensity; found on CT and MR organs with simulated scribbles.
+# Weight of nearness relative to intensity; tuned on CT and MR organs with simulated scribbles.
 _NEARNESS = 2.0
-# How far a scribble that contradicts the network outweighs it: exp(-distance / reach), in units of the scale.
+# Reach of a scribble that contradicts the network: its weight is exp(-distance / reach), in units of the scale.
 _REACH = 3.0
-# Voxels of which the network is as sure are samples of what the two sides look like.
+# Voxels with at least this probability are samples of the intensities of a side.
 _SURE = 0.9
-# Mixtures are fitted to at most so many voxels, and looked up in so many steps of intensity.
+# Mixtures are fitted to at most this number of voxels, and tabulated in this number of steps of intensity.
 _MOST_SAMPLES = 20_000
 _STEPS = 512
-# Neighbours of a voxel share a face.
+# Neighbouring voxels share a face.
 _NEIGHBOURS = 6
 
 Values = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
+_Mask = npt.NDArray[np.bool_]
 # Log-odds (x, y, z) of the foreground by intensity: of an image scaled to 0..1 and the samples of both sides.
-Evidence = Callable[[Values, Mask, Mask], Values]
+Evidence = Callable[[Values, _Mask, _Mask], Values]
 
 
 @dataclass(frozen=True)
 class CutOptions:
-    """Args:
-    lamda: how much neighbours of like intensity hold together, in units of log-odds.
-    sigma: difference of intensity, of a range of 0..1, at which they let go.
+    """How smooth a segment is.
+
+    Args:
+        lamda: how strongly neighbours of similar intensity stay together, in units of log-odds.
+        sigma: difference of intensity, in a range of 0..1, at which they separate.
     """
 
     lamda: float = 5.0
@@ -78,21 +80,21 @@ class Surroundings:
 
     @property
     def scale(self) -> float:
-        """The distance that makes no difference: about a voxel."""
+        """The distance that does not matter: about a voxel."""
         return float(self.spacing.mean())
 
     @classmethod
     def of(cls, scribbles: npt.NDArray[np.uint8], spacing: npt.NDArray[np.float64], edge: Values) -> Surroundings:
-        """Of scribbles ``(x, y, z)`` with at least one of the foreground; ``edge`` is the distance from the edge."""
+        """Measure scribbles ``(x, y, z)`` of which some are foreground; ``edge`` is the distance from the edge."""
         background = edge
-        if (scribbles == BACKGROUND).any():
-            to_scribble = ndimage.distance_transform_edt(scribbles != BACKGROUND, sampling=spacing)
+        if (scribbles == SCRIBBLED_BACKGROUND).any():
+            to_scribble = ndimage.distance_transform_edt(scribbles != SCRIBBLED_BACKGROUND, sampling=spacing)
             background = np.minimum(edge, to_scribble)
-        foreground = ndimage.distance_transform_edt(scribbles != FOREGROUND, sampling=spacing)
+        foreground = ndimage.distance_transform_edt(scribbles != SCRIBBLED_FOREGROUND, sampling=spacing)
         return cls(foreground.astype(np.float32), background.astype(np.float32), spacing)
 
     def log_odds(self) -> Values:
-        """Of the foreground, by nearness alone."""
+        """Return the log-odds of the foreground by nearness alone."""
         return _NEARNESS * _log_ratio(self.background, self.foreground, floor=self.scale)
 
 
@@ -103,41 +105,41 @@ def cut(
     options: CutOptions,
     *,
     connected: bool,
-) -> Mask:
-    """The segment ``(x, y, z)`` of least energy.
+) -> _Mask:
+    """Return the segment ``(x, y, z)`` of least energy.
 
     Args:
-        image: ``(x, y, z)``, 0..1; edges in it are where the segment's border likes to be.
-        scribbles: ``(x, y, z)``, FOREGROUND, BACKGROUND or 0; a scribbled voxel is what it was scribbled as.
+        image: ``(x, y, z)``, 0..1; the segment's border follows its edges.
+        scribbles: ``(x, y, z)``, SCRIBBLED_FOREGROUND, SCRIBBLED_BACKGROUND or 0; the segment follows them.
         log_odds: of the foreground for each voxel by itself.
         options: of the energy.
-        connected: leave out what is not connected with a foreground scribble.
+        connected: drop parts that are not connected to a foreground scribble.
     """
     foreground = 1 / (1 + np.exp(-np.clip(log_odds, -_MOST_LOG_ODDS, _MOST_LOG_ODDS)))
     unary = make_iseg_unary(
         np.stack([1 - foreground, foreground]).astype(np.float32),
         scribbles[None],
-        scribbles_bg_label=BACKGROUND,
-        scribbles_fg_label=FOREGROUND,
+        scribbles_bg_label=SCRIBBLED_BACKGROUND,
+        scribbles_fg_label=SCRIBBLED_FOREGROUND,
     )
     found = numpymaxflow.maxflow(image[None], unary, options.lamda, options.sigma, _NEIGHBOURS)[0] > 0
-    found[scribbles == BACKGROUND] = False
-    found[scribbles == FOREGROUND] = True
+    found[scribbles == SCRIBBLED_BACKGROUND] = False
+    found[scribbles == SCRIBBLED_FOREGROUND] = True
     if connected:
         pieces, _ = ndimage.label(found)
-        found = np.isin(pieces, np.unique(pieces[scribbles == FOREGROUND]))
+        found = np.isin(pieces, np.unique(pieces[scribbles == SCRIBBLED_FOREGROUND]))
     return found
 
 
 def from_scribbles(image: Values, scribbles: npt.NDArray[np.uint8], around: Surroundings, evidence: Evidence) -> Values:
-    """Log-odds ``(x, y, z)`` of the foreground by intensity and nearness; arguments as of ``cut``.
+    """Return log-odds ``(x, y, z)`` of the foreground by intensity and nearness; arguments as of ``cut``.
 
-    Without a background scribble, what lies nearer to the edge of the region than to the foreground is its sample.
+    Without a background scribble, voxels nearer to the edge of the region than to the foreground are its samples.
     """
-    background = scribbles == BACKGROUND
+    background = scribbles == SCRIBBLED_BACKGROUND
     if not background.any():
-        background = (around.background < around.foreground) & (scribbles != FOREGROUND)
-    return evidence(image, scribbles == FOREGROUND, background) + around.log_odds()
+        background = (around.background < around.foreground) & (scribbles != SCRIBBLED_FOREGROUND)
+    return evidence(image, scribbles == SCRIBBLED_FOREGROUND, background) + around.log_odds()
 
 
 def from_network(
@@ -147,19 +149,19 @@ def from_network(
     evidence: Evidence,
     probability: Values,
 ) -> Values:
-    """Log-odds ``(x, y, z)`` of the foreground by the network's ``probability`` of it.
+    """Return log-odds ``(x, y, z)`` of the foreground by the network's ``probability`` of it.
 
     Near a scribble that contradicts the network, intensity and nearness decide instead, as without a network.
     """
     own = np.log((probability + 1e-4) / (1 - probability + 1e-4))
-    contradicted = ((scribbles == FOREGROUND) & (probability < 0.5)) | (
-        (scribbles == BACKGROUND) & (probability >= 0.5)
+    contradicted = ((scribbles == SCRIBBLED_FOREGROUND) & (probability < 0.5)) | (
+        (scribbles == SCRIBBLED_BACKGROUND) & (probability >= 0.5)
     )
     if not contradicted.any():
         return own
     unscribbled = scribbles == 0
-    foreground = (scribbles == FOREGROUND) | ((probability > _SURE) & unscribbled)
-    background = (scribbles == BACKGROUND) | ((probability < 1 - _SURE) & unscribbled)
+    foreground = (scribbles == SCRIBBLED_FOREGROUND) | ((probability > _SURE) & unscribbled)
+    background = (scribbles == SCRIBBLED_BACKGROUND) | ((probability < 1 - _SURE) & unscribbled)
     drawn = evidence(image, foreground, background) + around.log_odds()
     distance = ndimage.distance_transform_edt(~contradicted, sampling=around.spacing)
     weight = np.exp(-distance / (_REACH * around.scale)).astype(np.float32)
@@ -167,20 +169,22 @@ def from_network(
 
 
 def by_histogram(n_bins: int) -> Evidence:
-    """Intensities of the two sides as histograms (MONAI Label's, with its pseudo-counts)."""
+    """Model intensities of the two sides as histograms (MONAI Label's, with its pseudo-counts)."""
 
-    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
-        sides = np.where(foreground, FOREGROUND, np.where(background, BACKGROUND, 0))
-        densities = make_likelihood_image_histogram(image[None], sides[None], BACKGROUND, FOREGROUND, num_bins=n_bins)
+    def log_odds(image: Values, foreground: _Mask, background: _Mask) -> Values:
+        sides = np.where(foreground, SCRIBBLED_FOREGROUND, np.where(background, SCRIBBLED_BACKGROUND, 0))
+        densities = make_likelihood_image_histogram(
+            image[None], sides[None], SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, num_bins=n_bins
+        )
         return _log_ratio(densities[1], densities[0], floor=1e-3)
 
     return log_odds
 
 
 def by_mixture(n_mixtures: int) -> Evidence:
-    """Intensities of the two sides as mixtures of Gaussians (Rother, Kolmogorov and Blake, GrabCut, 2004)."""
+    """Model intensities of the two sides as mixtures of Gaussians (Rother, Kolmogorov and Blake, GrabCut, 2004)."""
 
-    def log_odds(image: Values, foreground: Mask, background: Mask) -> Values:
+    def log_odds(image: Values, foreground: _Mask, background: _Mask) -> Values:
         steps = np.linspace(0, 1, _STEPS, dtype=np.float32)
         densities = [_density(image[side], n_mixtures, steps) for side in (foreground, background)]
         ratio = _log_ratio(densities[0], densities[1], floor=1e-3)
@@ -194,7 +198,7 @@ def _density(samples: Values, n_mixtures: int, at: Values) -> Values:
         return np.ones_like(at)
     if samples.size > _MOST_SAMPLES:
         samples = np.random.default_rng(0).choice(samples, _MOST_SAMPLES, replace=False)
-    # No more Gaussians than the samples can tell apart.
+    # No more Gaussians than there are distinct samples.
     n_components = int(np.clip(len(np.unique(samples)) // 4, 1, n_mixtures))
     if samples.size == 1:
         samples = np.repeat(samples, 2)

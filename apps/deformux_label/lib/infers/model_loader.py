@@ -1,4 +1,4 @@
-"""The network that requests are answered with."""
+"""The model that is served: its version, network and card."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ServedModels:
     """The published version of a project, looked up at each call; before the first, the pretrained model.
 
-    Where the published version is damaged, the one before it answers, and ``warning`` and ``warnings`` say so.
-    ``pretrained`` is the file of the latter, or None where it does not know this project's labels.
+    If the published version is damaged, the one before it is served, and ``warning`` and ``warnings`` say so.
+    ``pretrained`` is the file of the pretrained model, or None if it does not know this project's labels.
     """
 
     def __init__(self, project: Project, state_folder: Path) -> None:
@@ -38,18 +38,18 @@ class ServedModels:
         self._logged: set[str] = set()
 
     def current(self) -> str | None:
-        """Name of the model to serve now, or None while there is none."""
+        """Return the name of the model to serve now, or None while there is none."""
         published = self.versions.published()
         if published is not None:
             return published
         return self._pretrained_name if self.pretrained else None
 
     def warnings(self) -> list[str]:
-        """What is wrong with the models or with the record of them, a sentence each; a new one is logged once."""
+        """Return a sentence for each fault of the models or their record; log each new one once."""
         found = self.versions.warnings()
         if found and self.versions.published() is None:
             found.append(self._instead())
-        # Those that are served, or would be, are named already.
+        # Versions that are served, or should be, are named already.
         faults = [fault for fault in self.versions.damaged(quick=True).values() if not any(fault in t for t in found)]
         found += [f"a model version is damaged: {fault}" for fault in faults]
         for text in found:
@@ -59,14 +59,14 @@ class ServedModels:
         return found
 
     def warning(self, name: str | None) -> str | None:
-        """What whoever is answered with a model must know: why it may not be the published one, else None."""
+        """Return why a reply's model may not be the published one, else None."""
         doubt = self.versions.doubt()
         if doubt is None or name == self.versions.intended() != self.versions.published():
             return None
         return doubt if name is not None and name in self.versions.names() else f"{doubt}; {self._instead()}"
 
     def check(self) -> None:
-        """Read all versions, so that damage is known, and logged, before somebody needs one of them."""
+        """Read all versions, so that damage is known and logged before a request needs one."""
         self.versions.damaged()
         self.warnings()
 
@@ -79,7 +79,7 @@ class ServedModels:
             return load_model(self.path(name), device=device)
         except InvalidModel as error:
             self.versions.distrust(name, str(error))
-            # Without the folder: it is sent to whoever asked.
+            # Without the folder: clients see this sentence.
             raise InvalidModel(self.versions.fault(name) or str(error)) from error
 
     @property
@@ -87,13 +87,13 @@ class ServedModels:
         return f"pretrained-{self.project.pretrained}"
 
     def path(self, name: str) -> Path:
-        """The model file behind a name that ``current`` gave."""
+        """Return the model file of a name that ``current`` returned."""
         if self.pretrained and name == self._pretrained_name:
             return self.pretrained
         return self.versions.path(name)
 
     def load(self, name: str, device: str) -> tuple[DeformUXNet, ModelCard]:
-        """Network, able to take clicks, and card of a model; the last one of each device stays in memory.
+        """Return the network of a model, extended to take clicks, and its card; cache the last one of each device.
 
         Raises:
             InvalidModel: a file is missing or damaged.
@@ -108,7 +108,7 @@ class ServedModels:
             return held[1], held[2]
 
     def network(self, name: str, device: str) -> Callable[..., Tensor]:
-        """The network of a model as inference calls it on a device: captured on a GPU; the last one of each stays.
+        """Return the network of a model as inference calls it: captured on a GPU; cache the last one of each device.
 
         Raises:
             InvalidModel: a file is missing or damaged.
@@ -123,7 +123,7 @@ class ServedModels:
             return held[1]
 
     def give_back_memory(self, device: str) -> None:
-        """Drop what the network on a device keeps of its memory beyond what clicks need."""
+        """Free the memory that the network on a device keeps beyond the needs of clicks."""
         with self._lock:
             held = self._prepared.get(device)
         if held is not None and isinstance(held[1], CapturedNetwork):
@@ -131,7 +131,7 @@ class ServedModels:
 
 
 def _servable_pretrained(project: Project) -> Path | None:
-    """Pretrained weights answer requests only where they know this project's labels; otherwise they are a start."""
+    """Return the file of pretrained weights that know this project's labels; others can only be trained from."""
     if project.pretrained is None:
         return None
     path = pretrained_path(project.pretrained)

@@ -1,4 +1,4 @@
-"""Segments from scribbles: Slicer's scribble tool, which needs no model."""
+"""Tasks of Slicer's scribble tool: segments from scribbles, with and without a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from fastapi import HTTPException
 from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
@@ -23,10 +22,10 @@ from torch.nn import functional as F
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
 from deformux.data.transforms import inference_transforms, run_transforms
-from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.infers.click_cache import Sessions, StudyKey
-from deformux_label.lib.infers.edit import open_study
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
+from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
+from deformux_label.lib.infers.drawn_scribbles import Drawn, Scribbles, drawn_of
 from deformux_label.lib.infers.graph_cut import (
     CutOptions,
     Evidence,
@@ -38,34 +37,24 @@ from deformux_label.lib.infers.graph_cut import (
     from_scribbles,
 )
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.served_network import UNTRAINED, in_a_sentence, sentences
-from deformux_label.lib.requests.options import saves_label
-from deformux_label.lib.requests.scribbles import (
-    BACKGROUND,
-    FOREGROUND,
-    Drawn,
-    Scribbles,
-    drawn_of,
-    number_of,
-    roi_of,
-    segment_ids_of,
-)
-from deformux_label.lib.store.volume_writer import write_result
-from deformux_label.web.label_upload import label_file_of
-from deformux_label.web.worker_threads import raise_if_client_gone
+from deformux_label.lib.infers.reply_file import write_reply
+from deformux_label.lib.infers.segmented_scan import open_requested_scan
+from deformux_label.lib.infers.served_network import UNTRAINED, as_http_errors, joined_warnings
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.requests.scribbles import SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND, ScribblesRequest
 
 __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 
 logger = logging.getLogger(__name__)
 
-# A cut of more voxels than these takes too long and too much memory, so it is computed on larger ones.
+# Cutting more voxels takes too long and too much memory, so larger voxels are cut instead.
 _MOST_VOXELS = 3_000_000
-# Smallest and largest value of each number in a task's config.
-_RANGES = {"lamda": (0.0, 1_000.0), "sigma": (1e-4, 1_000.0), "num_bins": (2, 1_024), "num_mixtures": (1, 64)}
 
 
 class GraphCut(InferTask):
     """One segment from the intensities under the scribbles and from nearness to them; no model is involved."""
+
+    needs_label = False
 
     def __init__(self, project: Project, evidence: str, description: str) -> None:
         self.project = project
@@ -85,80 +74,62 @@ class GraphCut(InferTask):
         own = {"num_mixtures": 8} if self.evidence == "mixture" else {"num_bins": 32}
         return {"lamda": CutOptions.lamda, "sigma": CutOptions.sigma, **own}
 
-    def options(self, request: Mapping[str, Any], uploads: Path | None) -> dict[str, Any]:
-        """The part of a request that is this task's own, checked as far as that needs no image."""
-        if saves_label(request):
-            raise HTTPException(400, "a segment from scribbles is no whole label; submit it with the others")
-        file, _ = label_file_of(request, self.project.labels, uploads)
-        if file is None:
-            raise HTTPException(400, "the request has no scribbles; send them as its label file")
-        return {
-            "scribbles": file,
-            "segment_ids": segment_ids_of(request.get("label_info")),
-            "roi": roi_of(request.get("roi")),
-            "selected": self._selected(request.get("selected_label_name")),
-            "numbers": {
-                name: number_of(name, request.get(name), self._defaults()[name], *bounds)
-                for name, bounds in _RANGES.items()
-                if name in self._defaults()
-            },
-        }
+    def parsed(self, sent: Mapping[str, Any], asked: InferenceRequest, uploads: Path | None) -> ScribblesRequest:
+        """Return the typed request; raise HTTPException for a bad one."""
+        return ScribblesRequest.of(
+            sent,
+            asked,
+            labels=self.project.labels,
+            uploads=uploads,
+            defaults=self._defaults(),
+            needs_label=self.needs_label,
+        )
 
-    def __call__(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    def __call__(self, request: ScribblesRequest) -> tuple[str, dict[str, Any]]:
         start = time.perf_counter()
-        with in_a_sentence():
+        with as_http_errors():
             mask, affine, params = self._segment(request)
-        name = request["selected"] or "foreground"
-        path = write_result(mask, affine, request, {name: 1})
+        name = request.selected or "foreground"
+        path = write_reply(mask, affine, request, {name: 1})
         params["latencies"] = {"total": round(time.perf_counter() - start, 4)}
-        logger.info("Scribbles on %s: %s", Path(request["image"]).name, params)
+        logger.info("Scribbles on %s: %s", Path(request.scan.path).name, params)
         return path, {"label_names": {name: 1}, **params}
 
-    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+    def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request["image"]})["image"]
+        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
         found = region.cut(log_odds, _cut_options(request), connected=True)
         mask = np.zeros(grid.size, dtype=np.uint8)
         _paste(mask, found, region, drawn)
-        warning = sentences(image, None if (drawn.scribbles == BACKGROUND).any() else _no_background(request))
+        warning = joined_warnings(
+            image, None if (drawn.scribbles == SCRIBBLED_BACKGROUND).any() else _no_background(request)
+        )
         return mask, grid.affine, {"warning": warning} if warning else {}
 
-    def _by(self, request: dict[str, Any]) -> Evidence:
-        numbers = request["numbers"]
+    def _by(self, request: ScribblesRequest) -> Evidence:
+        numbers = request.numbers
         if self.evidence == "mixture":
             return by_mixture(int(numbers["num_mixtures"]))
         return by_histogram(int(numbers["num_bins"]))
 
-    def _selected(self, name: Any) -> str | None:
-        names = self.project.labels
-        if name in (None, ""):
-            return names[0] if len(names) == 1 else None
-        if name not in names:
-            raise HTTPException(400, f"selected_label_name must be one of {', '.join(names)}; got {name!r}")
-        return str(name)
-
 
 class NetworkGraphCut(GraphCut):
-    """One label as the published model sees it, corrected by scribbles: by intensities where there is no model yet."""
+    """One label of the published model, corrected by scribbles; without a model, from intensities alone."""
 
-    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
+    needs_label = True
+
+    def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(project, "histogram", "DeformUX-Net's probabilities, corrected by scribbles")
         self.models = models
-        self.sessions = sessions
+        self.cache = cache
 
     def _defaults(self) -> dict[str, Any]:
         return {**super()._defaults(), "lamda": 2.0, "device": device_list()}
 
-    def _selected(self, name: Any) -> str | None:
-        selected = super()._selected(name)
-        if selected is None:
-            raise HTTPException(400, f"selected_label_name must be one of {', '.join(self.project.labels)}; got none")
-        return selected
-
-    def _segment(self, request: dict[str, Any]) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
+    def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         version = self.models.current()
         if version is None:
             mask, affine, params = super()._segment(request)
@@ -168,40 +139,28 @@ class NetworkGraphCut(GraphCut):
                 params.get("warning"),
             ]
             return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
-        drawn = drawn_of(request, of_foreground=False)  # before a whole volume is segmented
-        study, warning = self._study(request, version)
-        value = self.project.labels.index(request["selected"]) + 1
-        region = _Region.of(study.image, study.grid, drawn)
-        probability = region.cropped(study.logits.float().softmax(0)[value : value + 1])
+        drawn = drawn_of(request, of_foreground=False)  # refuses bad scribbles before a whole volume is segmented
+        key = ScanKey.of(request.scan.path, version, request.options.device)
+        opened = open_requested_scan(self.models, self.cache, request.scan, key)
+        scan = opened.scan
+        value = self.project.labels.index(request.selected or "") + 1
+        region = _Region.of(scan.image, scan.grid, drawn)
+        probability = region.cropped(scan.logits.float().softmax(0)[value : value + 1])
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
-        # Far from the scribbles it is what it was; beyond a region that the client drew there is nothing.
-        mask = (study.labels == value).astype(np.uint8)
-        if request["roi"] is not None:
+        # Far from the scribbles the mask stays; outside a region that the client drew it is empty.
+        mask = (scan.labels == value).astype(np.uint8)
+        if request.roi is not None:
             mask[:] = 0
         _paste(mask, found, region, drawn)
-        warning = sentences(study.image, warning)
-        return mask, study.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
-
-    def _study(self, request: dict[str, Any], version: str) -> tuple[OpenScan, str | None]:
-        device = request["device"]
-        _, card = self.models.load(version, device)
-        warnings: list[str | None] = [self.models.warning(version)]
-
-        def compute() -> OpenScan:
-            study, warning, _ = open_study(self.models, version, request["image"], card.preprocessing, device)
-            warnings.append(warning)
-            return study
-
-        key = StudyKey.of(request["image"], version, device)
-        study = self.sessions.study(key, compute) if request["keep"] else compute()
-        return study, " ".join(filter(None, warnings)) or None
+        warning = joined_warnings(scan.image, self.models.warning(version), opened.warning)
+        return mask, scan.grid.affine, {"model_version": version, **({"warning": warning} if warning else {})}
 
 
-def all_scribble_tasks(project: Project, models: ServedModels, sessions: Sessions) -> dict[str, InferTask]:
-    """The scribble tasks by name; the first is the one that the Slicer extension starts with."""
+def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache) -> dict[str, InferTask]:
+    """Return the scribble tasks by name; the Slicer extension starts with the first."""
     return {
-        "network+graphcut": NetworkGraphCut(project, models, sessions),
+        "network+graphcut": NetworkGraphCut(project, models, cache),
         "histogram+graphcut": GraphCut(project, "histogram", "Histograms of intensity and nearness to scribbles"),
         "gmm+graphcut": GraphCut(project, "mixture", "Mixtures of Gaussians of intensity and nearness to scribbles"),
     }
@@ -209,15 +168,15 @@ def all_scribble_tasks(project: Project, models: ServedModels, sessions: Session
 
 @dataclass(frozen=True)
 class _Region:
-    """What is cut: a box of the network's grid, perhaps on larger voxels.
+    """The region that is cut: a box of the network's grid, perhaps on larger voxels.
 
     Args:
         image: ``(x, y, z)``, scaled to 0..1.
         scribbles: ``(x, y, z)``.
-        around: distances from them.
+        around: distances from the scribbles.
         grid: the scan's grid, seen from these voxels.
         box: of the network's grid.
-        factors: voxels of the network's grid in one of these, along each axis.
+        factors: voxels of the network's grid in each of these, along each axis.
     """
 
     image: npt.NDArray[np.float32]
@@ -229,7 +188,7 @@ class _Region:
 
     @classmethod
     def of(cls, image: MetaTensor, grid: ScanGrid, drawn: Drawn) -> _Region:
-        """The region that was drawn, of a preprocessed image ``(1, x, y, z)``."""
+        """Return the drawn region of a preprocessed image ``(1, x, y, z)``."""
         box = grid.needed(drawn.inside)
         spacing = voxel_sizes(np.asarray(image.affine, dtype=float))
         factors = _factors([b - a for a, b in zip(*box, strict=True)], spacing)
@@ -245,21 +204,21 @@ class _Region:
         return cls(cropped, scribbles, around, here, box, factors)
 
     def cropped(self, values: torch.Tensor) -> npt.NDArray[np.float32]:
-        """Values ``(1, x, y, z)`` of the network's grid in this region."""
+        """Crop values ``(1, x, y, z)`` of the network's grid to this region."""
         return _pooled(values[(slice(None), *slices(self.box))], self.factors)[0].numpy()
 
     def cut(self, log_odds: npt.NDArray[np.float32], options: CutOptions, *, connected: bool) -> npt.NDArray[np.bool_]:
-        """The segment ``(x, y, z)`` here."""
+        """Return the segment ``(x, y, z)`` of this region."""
         raise_if_client_gone()
         return cut(self.image, self.scribbles, log_odds, options, connected=connected)
 
 
 def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
-    """The scribbles on the voxels of a region: none gets lost, however coarse these are."""
+    """Resample scribbles to the voxels of a region; none gets lost, however coarse these are."""
     found = ndimage.affine_transform(
         drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
     )
-    for value in (BACKGROUND, FOREGROUND):
+    for value in (SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND):
         voxels = np.argwhere(drawn.scribbles == value)
         reached = np.rint(apply_affine(grid.to_network, voxels)).astype(int)
         within = ((reached >= 0) & (reached < grid.network_size)).all(axis=1)
@@ -268,8 +227,8 @@ def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
 
 
 def _distance_from_edge(grid: ScanGrid, region: Box, sizes: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-    """Distance in mm of each voxel from the nearest face of a region of the scan; 0 beyond it."""
-    # The grids' axes are parallel.
+    """Return the distance in mm of each voxel from the nearest face of a region of the scan; 0 outside it."""
+    # The axes of the grids are parallel.
     corners = apply_affine(grid.to_network, np.array(region) - 0.5)
     low, high = corners.min(0), corners.max(0)
     distance = np.full(grid.network_size, np.inf, dtype=np.float32)
@@ -281,12 +240,12 @@ def _distance_from_edge(grid: ScanGrid, region: Box, sizes: npt.NDArray[np.float
 
 
 def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _Region, drawn: Drawn) -> None:
-    """Write what was found in a region into the mask on the scan's grid; what was scribbled is as it was scribbled."""
+    """Write the segment of a region into the mask on the scan's grid; scribbled voxels follow the scribbles."""
     values = torch.from_numpy(found[None].astype(np.float32))
     inside = region.grid.interpolate(values, lambda part: part[0] > 0.5, box=drawn.inside)
     mask[slices(drawn.inside)] = inside.numpy()
-    mask[drawn.scribbles == BACKGROUND] = 0
-    mask[drawn.scribbles == FOREGROUND] = 1
+    mask[drawn.scribbles == SCRIBBLED_BACKGROUND] = 0
+    mask[drawn.scribbles == SCRIBBLED_FOREGROUND] = 1
 
 
 def _scaled(image: torch.Tensor) -> torch.Tensor:
@@ -295,7 +254,7 @@ def _scaled(image: torch.Tensor) -> torch.Tensor:
 
 
 def _factors(size: Sequence[int], spacing: npt.NDArray[np.float64]) -> tuple[int, int, int]:
-    """How many voxels to take as one along each axis: the shortest sides grow first."""
+    """Return the number of voxels to merge along each axis; the shortest sides grow first."""
     factors = [1, 1, 1]
     while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MOST_VOXELS:
         factors[min(range(3), key=lambda axis: spacing[axis] * factors[axis])] += 1
@@ -308,10 +267,10 @@ def _pooled(values: torch.Tensor, factors: Sequence[int]) -> torch.Tensor:
     return F.avg_pool3d(values[None], tuple(factors), ceil_mode=True)[0]
 
 
-def _cut_options(request: dict[str, Any]) -> CutOptions:
-    return CutOptions(lamda=float(request["numbers"]["lamda"]), sigma=float(request["numbers"]["sigma"]))
+def _cut_options(request: ScribblesRequest) -> CutOptions:
+    return CutOptions(lamda=request.numbers["lamda"], sigma=request.numbers["sigma"])
 
 
-def _no_background(request: dict[str, Any]) -> str:
-    where = "outside the region of interest" if request["roi"] is not None else "far from the foreground's scribbles"
+def _no_background(request: ScribblesRequest) -> str:
+    where = "outside the region of interest" if request.roi is not None else "far from the foreground's scribbles"
     return f"No background was scribbled: what lies {where} was taken for it."

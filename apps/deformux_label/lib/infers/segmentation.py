@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,19 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, restore_transforms
 from deformux.interactive.open_scan import scan_from_logits
 from deformux_label.lib.configs.project import Project
-from deformux_label.lib.infers.click_cache import Sessions, StudyKey
-from deformux_label.lib.infers.gpu_memory import Attempt, within_memory
+from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
+from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.served_network import UNTRAINED, ServedNetwork, in_a_sentence, sentences, volume_logits
+from deformux_label.lib.infers.reply_file import write_reply
+from deformux_label.lib.infers.served_network import (
+    UNTRAINED,
+    ServedNetwork,
+    as_http_errors,
+    joined_warnings,
+    served_logits,
+)
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
-from deformux_label.lib.store.volume_writer import write_result
+from deformux_label.lib.requests.inference import InferenceRequest
 
 __all__ = ["Segmentation"]
 
@@ -35,7 +43,7 @@ class Segmentation(BasicInferTask):
     untrained network would draw noise that must be erased first. An empty mask leaves the empty segments to draw in.
     """
 
-    def __init__(self, project: Project, models: ServedModels, sessions: Sessions) -> None:
+    def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(
             path=None,
             network=None,
@@ -47,15 +55,29 @@ class Segmentation(BasicInferTask):
         )
         self.project = project
         self.models = models
-        self.sessions = sessions
+        self.cache = cache
 
     def is_valid(self) -> bool:
         return True
 
-    def __call__(self, request: dict[str, Any], callbacks: dict[Any, Any] | None = None) -> tuple[str | None, dict]:
-        # One version for the whole request, whatever is published meanwhile.
-        with in_a_sentence():
-            return super().__call__({**request, "model_version": self.models.current()}, callbacks)
+    def parsed(self, sent: Mapping[str, Any], asked: InferenceRequest, uploads: Path | None) -> InferenceRequest:  # noqa: ARG002
+        """Return the typed request; this task has no options of its own."""
+        return asked
+
+    def __call__(
+        self, request: InferenceRequest, callbacks: dict[Any, Any] | None = None
+    ) -> tuple[str | None, dict[str, Any]]:
+        # MONAI Label's steps pass a dict on.
+        given = {
+            "image": request.scan.path,
+            "device": request.options.device,
+            "logging": request.options.logging,
+            "request": request,
+            # One version for the whole request, whatever is published meanwhile.
+            "model_version": self.models.current(),
+        }
+        with as_http_errors():
+            return super().__call__(given, callbacks)
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         data = data or {}
@@ -74,16 +96,16 @@ class Segmentation(BasicInferTask):
             data[self.output_label_key] = logits
             return data
         window = self._preprocessing(data).patch_size
-        logits, warning = within_memory(lambda attempt: self._logits(data, attempt), window, device)
+        logits, warning = within_memory(lambda placement: self._logits(data, placement), window, device)
         data[self.output_label_key] = logits
         data["warning"] = warning
         data["logits"] = logits
-        if data["uncertainty"]:
+        if data["request"].options.uncertainty:
             data["uncertainty_reply"] = uncertainty_reply(logits, data[self.input_key])
         return data
 
-    def _logits(self, data: dict[str, Any], attempt: Attempt) -> torch.Tensor:
-        return volume_logits(ServedNetwork(self.models, data["model_version"], attempt), data[self.input_key])
+    def _logits(self, data: dict[str, Any], placement: Placement) -> torch.Tensor:
+        return served_logits(ServedNetwork(self.models, data["model_version"], placement), data[self.input_key])
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002
         return restore_transforms()
@@ -97,21 +119,22 @@ class Segmentation(BasicInferTask):
         pred = data[self.output_label_key]
         labels = pred[0].cpu().numpy()
         affine = np.asarray(pred.affine, dtype=float)
-        path = write_result(labels, affine, {**data, "image": data["image_path"]}, self.project.label_values)
-        if data["model_version"] is not None and data["keep"] and self.sessions.fits(2 * data["logits"].numel()):
-            # The first click on what Slicer shows after Next Sample need not wait for another segmentation.
-            key = StudyKey.of(data["image_path"], data["model_version"], data["device"])
-            self.sessions.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
+        request: InferenceRequest = data["request"]
+        path = write_reply(labels, affine, request, self.project.label_values)
+        if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
+            # The first click after Next Sample need not wait for another segmentation.
+            key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
+            self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
-        if warning := sentences(data[self.input_key], self.models.warning(data["model_version"]), short):
+        if warning := joined_warnings(data[self.input_key], self.models.warning(data["model_version"]), short):
             result["warning"] = warning
         if "uncertainty_reply" in data:
             result["uncertainty"] = data["uncertainty_reply"]
         return path, result
 
     def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:
-        """The model's own, which may differ from what the server was started with until the next training."""
+        """Return the model's preprocessing, which differs from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
             return self.project.preprocessing

@@ -1,4 +1,4 @@
-"""The published network as the tasks of a request call it."""
+"""The served network as the tasks of a request call it."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.sliding_window import WindowInferer
 from deformux.networks.model_file import InvalidModel
 from deformux.networks.precision import mixed_precision
-from deformux_label.lib.infers.gpu_memory import Attempt
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
+from deformux_label.lib.infers.gpu_memory import Placement
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.web.worker_threads import raise_if_client_gone
 
-__all__ = ["UNTRAINED", "ServedNetwork", "in_a_sentence", "sentences", "volume_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "as_http_errors", "joined_warnings", "served_logits"]
 
-# Freeing these and taking them again would cost a click more than others gain by them.
+# Freeing less and allocating it again would cost a click more than other processes gain.
 _FEW_BYTES = 256 * 2**20
 
 UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
 
 
 class ServedNetwork:
-    """A version on the device of an attempt, for patches from anywhere; ends with the client that waits for it.
+    """A model version on the device of a placement; takes patches from any device, and stops when the client leaves.
 
-    It looks the weights up at each call: what outlives a request, such as an editor, must not keep those of versions
-    that are served no more.
+    It looks the weights up at each call: an object that outlives a request, such as an editor, must not keep weights of
+    versions that are no longer served.
     """
 
-    def __init__(self, models: ServedModels, version: str, attempt: Attempt) -> None:
+    def __init__(self, models: ServedModels, version: str, placement: Placement) -> None:
         self.models = models
         self.version = version
-        self.attempt = attempt
+        self.placement = placement
         self.seconds = 0.0
 
     @torch.inference_mode()
     def __call__(self, patch: Tensor, guidance: Tensor | None = None) -> Tensor:
-        """Logits ``(N, C, D, H, W)``, float32, where the attempt keeps the volume; adds its time to ``seconds``."""
+        """Return logits ``(N, C, D, H, W)``, float32, on the volume's device; add the time to ``seconds``."""
         raise_if_client_gone()
-        device = self.attempt.device
+        device = self.placement.device
         network = self.models.network(self.version, device)
         start = time.perf_counter()
         with mixed_precision(device):
             logits = network(patch.to(device), None if guidance is None else guidance.to(device))
-        logits = logits.float().to(self.attempt.volume_device)
+        logits = logits.float().to(self.placement.volume_device)
         if logits.is_cuda:
             torch.cuda.synchronize(logits.device)
         self.seconds += time.perf_counter() - start
         return logits
 
     def batch_size(self, window: Sequence[int]) -> int:
-        """How many windows of so many voxels it should be given at once."""
-        network = self.models.network(self.version, self.attempt.device)
+        """Return the number of windows of this size to pass at once."""
+        network = self.models.network(self.version, self.placement.device)
         return network.batch_size(window) if isinstance(network, BatchedNetwork) else 1
 
     def give_back_memory(self) -> None:
-        """Free what it and torch keep of a GPU's memory: a training in its own process cannot use it."""
-        device = self.attempt.device
+        """Free GPU memory that the network and torch keep, which a training in its own process could not use."""
+        device = self.placement.device
         if not device.startswith("cuda"):
             return
         self.models.give_back_memory(device)
@@ -73,30 +73,30 @@ class ServedNetwork:
 
 
 @torch.inference_mode()
-def volume_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
-    """Logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
-    attempt = network.attempt
+def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
+    """Return logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
+    placement = network.placement
     try:
-        return WindowInferer(attempt.window)(image[None].to(attempt.volume_device), network)[0]
+        return WindowInferer(placement.window)(image[None].to(placement.volume_device), network)[0]
     finally:
         network.give_back_memory()
 
 
-def sentences(image: MetaTensor, *warnings: str | None) -> str | None:
-    """What a reply must warn of, each once: the warnings that there are, and what the scan ``image`` itself lacks."""
+def joined_warnings(image: MetaTensor, *warnings: str | None) -> str | None:
+    """Join the warnings of a reply, each once, with what the scan ``image`` itself lacks; None for none."""
     filled = filled_voxels(image, "of this scan")
     return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
 
 
 @contextmanager
-def in_a_sentence() -> Iterator[None]:
-    """Answer what a request cannot have with one sentence."""
+def as_http_errors() -> Iterator[None]:
+    """Turn errors about the scan, the model or memory into HTTPException with one sentence."""
     try:
         yield
     except InvalidVolume as error:
         raise HTTPException(422, str(error)) from error
     except InvalidModel as error:
-        # From now on the version before it answers.
+        # From now on the version before it is served.
         raise HTTPException(409, f"{error}; send the request again, and the version before it answers") from error
     except MemoryError as error:
         raise HTTPException(507, str(error)) from error

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from deformux.active_learning.uncertainty_map import find_uncertainty
 from deformux.data.grid import ScanGrid
-from deformux_label.lib.store.datastore import UNCERTAINTY_TAG, CheckedDatastore
+from deformux_label.lib.requests.request_folder import request_folder
+from deformux_label.lib.store.datastore import CheckedDatastore
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
 from deformux_label.lib.store.volume_writer import write_labels
-from deformux_label.web.request_folder import request_folder
 
 __all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]
 
-# In a task's config: the first of a list is what the Slicer extension sends unless its user chooses another.
+# In a task's config; the Slicer extension sends the first of a list unless its user chooses another.
 OPTION: Mapping[str, Any] = {"uncertainty": ["off", "on"]}
 
 
 def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
-    """What a task puts into its reply under ``uncertainty``, for logits ``(C, x, y, z)`` of a preprocessed ``image``.
+    """Return the ``uncertainty`` of a task's reply, for logits ``(C, x, y, z)`` of a preprocessed ``image``.
 
     ``mean`` (0 to 100) and ``look_next`` (a voxel of the scan, or None) are for the client; ``file`` is the map, which
-    ``store_uncertainty`` takes out again.
+    ``store_uncertainty`` removes again.
     """
     found = find_uncertainty(logits, image)
     handle, path = tempfile.mkstemp(suffix=".nii.gz", dir=request_folder())
@@ -39,13 +40,12 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
 
 
 def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> bool:
-    """Move the map of a task's reply, if it has one, into the studies, and say in the reply where it is.
+    """Move the map of a task's reply, if any, into the studies, and name its tag in the reply.
 
-    The map of an image that is not among the studies, such as an upload, or of studies that cannot be written to, is
-    kept nowhere; its tag stays None.
+    The map of an image outside the studies, such as an upload, or of read-only studies is not kept; its tag stays None.
 
     Returns:
-        whether a map was stored.
+        Whether a map was stored.
     """
     reply = params.get("uncertainty")
     if not isinstance(reply, dict):

@@ -1,1 +1,1 @@
-"""What a request may say."""
+"""Requests from clients: parsed, checked and typed."""

@@ -3,60 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 from fastapi import HTTPException
+from pydantic import SkipValidation
 
-__all__ = ["BACKGROUND", "MOST_POINTS", "VOXEL_ORDERS", "Points", "in_files_order", "points_of"]
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.requests.options import chosen, one_of
+from deformux_label.lib.requests.uploaded_label import label_file_of
 
-BACKGROUND = "background"
+__all__ = ["BACKGROUND_LABEL", "MOST_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "in_files_order"]
+
+BACKGROUND_LABEL = "background"
 MOST_POINTS = 1_000
 # Slicer mirrors the third axis of every left-handed scan that it loads, and counts voxels in that order. Its extension
 # sends the first value of an option; a client that sends none means the voxels of the file.
 VOXEL_ORDERS = ("slicer", "file")
 
-Voxel = tuple[int, int, int]
+_Voxel = tuple[int, int, int]
 # Label value (0 is background) to voxels; a voxel belongs to one label.
-Points = dict[int, list[Voxel]]
+ClickedVoxels = dict[int, list[_Voxel]]
 
 
-def points_of(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> Points:
-    """The clicked voxels of each label of a request, without repetitions.
+class EditRequest(InferenceRequest):
+    """A request to correct a segmentation by clicks.
 
-    Both forms are read: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
-    labels), and ``foreground`` and ``background`` for the ``active`` label. Where two labels have the same voxel, the
-    active one wins, else the first one in order of values.
-
-    Raises:
-        HTTPException: 400 for what is no point, a label that the project does not have, or too many points.
+    Args:
+        points: the clicks of each label, in the order of voxels that ``voxel_order`` names.
+        voxel_order: one of ``VOXEL_ORDERS``.
+        mask: the client's own segmentation to start from, or None for the automatic one.
+        label_info: the segments of ``mask``, as a submitted label lists its own.
+        client: name of the client, which has an editor of its own.
     """
-    values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND: 0}
-    if active is not None and active not in values:
-        raise HTTPException(400, f"label must be one of {', '.join(values)}; got {active!r}")
-    lists = {name: _voxels(name, request[name]) for name in values if request.get(name)}
-    if request.get("foreground"):
-        if active is None or active == BACKGROUND:
-            raise HTTPException(400, f"foreground points need a label, one of {', '.join(labels)}; got {active!r}")
-        lists[active] = lists.get(active, []) + _voxels("foreground", request["foreground"])
-    for name, value in request.items():
-        if name not in values and name != "foreground" and _is_points(value):
-            raise HTTPException(400, f"there are points for {name!r}, which is none of {', '.join(values)}")
-    if (number := sum(map(len, lists.values()))) > MOST_POINTS:
-        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
-    order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
-    owner: dict[Voxel, int] = {}
-    for name in order:
-        for voxel in lists[name]:
-            owner.setdefault(voxel, values[name])
-    points: Points = {}
-    for voxel, value in owner.items():
-        points.setdefault(value, []).append(voxel)
-    return points
+
+    points: Annotated[ClickedVoxels, SkipValidation]
+    voxel_order: str
+    mask: Path | None
+    label_info: Any
+    client: str
+
+    @classmethod
+    def of(
+        cls,
+        sent: Mapping[str, Any],
+        asked: InferenceRequest,
+        *,
+        labels: Sequence[str],
+        uploads: Path | None,
+        client: str,
+    ) -> EditRequest:
+        """Parse the part of a request that is about clicks, as far as that needs no image.
+
+        Args:
+            sent: the request.
+            asked: the part that all inference requests share.
+            labels: of the project.
+            uploads: the folder in which a label file must lie.
+            client: name of the client.
+
+        Raises:
+            HTTPException: 400 or 403.
+        """
+        file, active = label_file_of(sent, (*labels, BACKGROUND_LABEL), uploads)
+        return cls(
+            scan=asked.scan,
+            options=asked.options,
+            points=_points(sent, labels, active),
+            voxel_order=one_of("voxel_order", chosen(sent.get("voxel_order", "file")), VOXEL_ORDERS),
+            mask=file,
+            label_info=sent.get("label_info"),
+            client=client,
+        )
 
 
-def in_files_order(points: Points, size: Sequence[int], affine: np.ndarray, order: str) -> Points:
-    """The same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
+def in_files_order(points: ClickedVoxels, size: Sequence[int], affine: np.ndarray, order: str) -> ClickedVoxels:
+    """Return the same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
 
     Raises:
         HTTPException: 422 for a point outside the image.
@@ -72,7 +95,41 @@ def in_files_order(points: Points, size: Sequence[int], affine: np.ndarray, orde
     return {value: [(i, j, last - k) for i, j, k in voxels] for value, voxels in points.items()}
 
 
-def _voxels(name: str, value: Any) -> list[Voxel]:
+def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> ClickedVoxels:
+    """Return the clicked voxels of each label of a request, without repetitions.
+
+    Both forms are read: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
+    labels), and ``foreground`` and ``background`` for the ``active`` label. Where two labels have the same voxel, the
+    active one wins, else the first one in order of values.
+
+    Raises:
+        HTTPException: 400 for a malformed point, a label that the project does not have, or too many points.
+    """
+    values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND_LABEL: 0}
+    if active is not None and active not in values:
+        raise HTTPException(400, f"label must be one of {', '.join(values)}; got {active!r}")
+    lists = {name: _voxels(name, request[name]) for name in values if request.get(name)}
+    if request.get("foreground"):
+        if active is None or active == BACKGROUND_LABEL:
+            raise HTTPException(400, f"foreground points need a label, one of {', '.join(labels)}; got {active!r}")
+        lists[active] = lists.get(active, []) + _voxels("foreground", request["foreground"])
+    for name, value in request.items():
+        if name not in values and name != "foreground" and _is_points(value):
+            raise HTTPException(400, f"there are points for {name!r}, which is not one of {', '.join(values)}")
+    if (number := sum(map(len, lists.values()))) > MOST_POINTS:
+        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
+    order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
+    owner: dict[_Voxel, int] = {}
+    for name in order:
+        for voxel in lists[name]:
+            owner.setdefault(voxel, values[name])
+    points: ClickedVoxels = {}
+    for voxel, value in owner.items():
+        points.setdefault(value, []).append(voxel)
+    return points
+
+
+def _voxels(name: str, value: Any) -> list[_Voxel]:
     if not isinstance(value, list):
         raise HTTPException(400, f"the points of {name!r} must be a list of [i, j, k]; got {_short(value)}")
     if len(value) > MOST_POINTS:
@@ -80,7 +137,7 @@ def _voxels(name: str, value: Any) -> list[Voxel]:
     return [_voxel(name, point) for point in value]
 
 
-def _voxel(name: str, point: Any) -> Voxel:
+def _voxel(name: str, point: Any) -> _Voxel:
     if not isinstance(point, list) or len(point) != 3 or not all(_is_whole(index) for index in point):
         raise HTTPException(400, f"a point of {name!r} must be three whole numbers [i, j, k]; got {_short(point)}")
     i, j, k = (int(index) for index in point)

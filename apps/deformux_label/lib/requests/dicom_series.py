@@ -1,4 +1,4 @@
-"""The DICOM files of one series, made one volume; their headers are judged before any pixel is decoded."""
+"""Converting the DICOM files of one series to one volume; headers are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def write_series(folder: Path, target: Path) -> None:
     _check_headers(files)
     try:
         loaded = LoadImage(image_only=True)(folder)
-    except Exception as error:  # each of MONAI's readers fails in its own way, and all mean the same to a user
+    except Exception as error:  # each of MONAI's readers raises its own errors, which mean the same to a user
         raise InvalidVolume(_UNREADABLE) from error
     image = nib.Nifti1Image(np.asarray(loaded), np.asarray(loaded.affine, dtype=float))
     image.header.set_xyzt_units("mm")
@@ -40,7 +40,7 @@ def write_series(folder: Path, target: Path) -> None:
 
 
 def _check_headers(files: list[Path]) -> None:
-    """Refuse what a decoder would give more memory than a scan takes: its sizes are believed to the last pixel."""
+    """Refuse files for which a decoder would allocate more memory than a scan takes: it trusts their sizes."""
     shapes = []
     for file in files:
         header, stored = _header(file)
@@ -51,7 +51,7 @@ def _check_headers(files: list[Path]) -> None:
         shapes.append((columns, rows, frames))
         check_shape(_NAME, (columns, rows, frames * len(files)))
         n_bytes = rows * columns * frames * bits // 8
-        # Compressed pixels tell their number only to a decoder.
+        # The number of compressed pixels is known only to a decoder.
         if is_compressed_too_far(n_bytes, file.stat().st_size) if stored is None else n_bytes > stored:
             raise InvalidVolume(
                 f"{_NAME} is damaged: a file has fewer pixels than the {frames} x {rows} x {columns} of its header"
@@ -66,13 +66,13 @@ def _header(file: Path) -> tuple[Dataset, int | None]:
         syntax = read_file_meta_info(file).TransferSyntaxUID
         if syntax.is_encapsulated:
             return dcmread(file, stop_before_pixels=True, specific_tags=_SIZES), None
-        # A deflated file is inflated whole, whatever is asked of it.
+        # A deflated file is always inflated whole.
         if syntax != DeflatedExplicitVRLittleEndian:
             header = dcmread(file, defer_size=_DEFERRED_BYTES, specific_tags=[*_SIZES, "PixelData"])
             pixels = header.get_item("PixelData")
-            # What is cut off is shorter than its length says.
+            # A truncated file is shorter than its length field says.
             return header, min(getattr(pixels, "length", 0), file.stat().st_size)
-    except Exception as error:  # pydicom raises whatever the damaged part makes of itself
+    except Exception as error:  # damaged parts make pydicom raise all kinds of errors
         raise InvalidVolume(_UNREADABLE) from error
     raise InvalidVolume(f"{_NAME} is deflated as a whole; expected files that are not, or compressed images")
 

@@ -1,4 +1,4 @@
-"""What a name from outside may be: the one check of image ids, tags, revisions, versions and other text.
+"""The one check of names from outside: image ids, tags, revisions, versions and other text.
 
 Every name that comes with a request, with a file of a request, or from a file name passes here before it is used.
 """
@@ -57,7 +57,7 @@ def is_image_id(value: object) -> bool:
 
 
 def checked_image_id(value: object, *, status: int = 400) -> str:
-    """Return an image id; raises HTTPException with ``status`` (404 where one is looked up) for what cannot be one."""
+    """Return a valid image id; raise HTTPException with ``status`` (404 for a look-up) for an invalid one."""
     if not is_image_id(value):
         raise HTTPException(
             status,
@@ -73,28 +73,28 @@ def is_tag(value: object) -> bool:
 
 
 def checked_tag(value: object) -> str:
-    """Return a label tag; raises HTTPException 400 for what cannot be one."""
+    """Return a valid label tag; raise HTTPException 400 for an invalid one."""
     if not isinstance(value, str) or not is_tag(value):
         raise HTTPException(400, f"{_shown(value)} cannot be a label tag; use up to 64 letters, digits, - and _")
     return str(getattr(value, "value", value))
 
 
 def checked_version(value: object) -> str:
-    """Return the name of a model version; raises HTTPException 404 for what cannot be one."""
+    """Return the valid name of a model version; raise HTTPException 404 for an invalid one."""
     if not isinstance(value, str) or not _VERSION.fullmatch(value):
         raise HTTPException(404, f"{_shown(value)} is not a model version; their names are such as v0001")
     return value
 
 
 def checked_revision(value: object) -> int:
-    """Return the number of a label's revision; raises HTTPException 404 for what cannot be one."""
+    """Return the valid number of a label's revision; raise HTTPException 404 for an invalid one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LAST_REVISION:
         raise HTTPException(404, f"{_shown(value)} is not a revision; they are numbered 1, 2, …")
     return value
 
 
 def checked_text(name: str, value: object, most: int = _LONGEST_TEXT) -> str:
-    """Return the text of the field ``name``; raises HTTPException 400 for anything else."""
+    """Return the text of the field ``name``; raise HTTPException 400 for anything else."""
     if not is_text(value, most):
         raise HTTPException(
             400, f"{name} must be text of at most {most} bytes without control characters; got {_shown(value)}"
@@ -131,6 +131,6 @@ def _refuse_surrogates(text: str, name: str) -> None:
 
 
 def _shown(value: object, most: int = 60) -> str:
-    """A value as ASCII, for a sentence that must be sendable whatever was received."""
+    """Return a value as ASCII, for a sentence that must be sendable whatever was received."""
     text = ascii(value)
     return text if len(text) <= most else f"{text[:most]}…"

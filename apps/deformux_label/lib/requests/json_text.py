@@ -1,4 +1,4 @@
-"""Reading JSON from outside: what could not be written again, compared or stored is refused."""
+"""Reading JSON from outside, which refuses values that cannot be written again, compared or stored."""
 
 from __future__ import annotations
 

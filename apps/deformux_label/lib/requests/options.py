@@ -1,77 +1,57 @@
-"""What an inference request may ask for."""
+"""The checks of single options, which every kind of request uses."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from fastapi import HTTPException
-from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.utils.others.generic import device_map, name_to_device
 
-from deformux_label.lib.store.volume_writer import FORMATS
+from deformux_label.lib.configs.numbers import number_between
+from deformux_label.lib.requests.identifiers import checked_text
 
-__all__ = ["checked_device", "chosen", "find_image", "inference_options", "known", "one_of", "saves_label"]
+__all__ = [
+    "CLIENT_OPTIONS",
+    "checked_device",
+    "checked_gpus",
+    "checked_number",
+    "chosen",
+    "known",
+    "one_of",
+    "refuse_unknown",
+    "with_checked_client",
+]
 
-_DTYPES = ("uint8", "uint16", "int16", "int32", "float32")
-_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+CLIENT_OPTIONS = ("client_id",)
+"""What every client may send with anything."""
 
 
 def known(kind: str, name: Any, present: Mapping[str, Any]) -> Any:
-    """The task of a name, or 404 with the names there are."""
+    """Return the task called ``name``; raise HTTPException 404 with the names there are."""
     task = present.get(name) if isinstance(name, str) else None
     if task is None:
         raise HTTPException(404, f"there is no {kind} {name!r}; there {_is_or_are(list(present))}")
     return task
 
 
-def find_image(image: Any, datastore: Datastore, folders: Sequence[Path]) -> tuple[str | None, str]:
-    """Id (None for a bare file) and path of what a request calls its image.
+def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], what: str) -> None:
+    """Refuse options that nothing reads: they would be kept and sent back with every status.
 
-    An id comes first: MONAI Label tries the name as a path on the server's disk before it looks for the id. Only paths
-    below ``folders`` are opened, and none in a hidden folder, such as that of what was deleted; links are followed
-    before that is checked.
+    Raises:
+        HTTPException: 400 with the options there are.
     """
-    if not isinstance(image, str) or not image:
-        raise HTTPException(400, "the request names no image; give the id of one, or upload it")
-    if path := datastore.get_image_uri(image):
-        return image, path
-    if "/" not in image and "\\" not in image:
-        raise HTTPException(404, f"there is no image with the id {image!r}")
-    resolved = None if "\0" in image else Path(image).resolve()
-    if resolved is None or not any(_is_below(resolved, folder.resolve()) for folder in folders):
-        raise HTTPException(403, "the image path is outside the studies folder; give the id of an image, or upload it")
-    if not os.path.exists(resolved):
-        raise HTTPException(404, f"there is no image at {image!r}")
-    return None, str(resolved)
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.is_relative_to(folder) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def inference_options(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of an inference request that the app knows, checked; the rest is left out."""
-    options: dict[str, Any] = {
-        "device": checked_device(request.get("device")),
-        "logging": one_of("logging", str(request.get("logging", "INFO")).upper(), _LOG_LEVELS),
-        "label_tag": str(request.get("label_tag") or DefaultLabelTag.ORIGINAL.value),
-        "save_label": saves_label(request),
-        "uncertainty": _switch("uncertainty", request.get("uncertainty", "off")),
-    }
-    if extension := request.get("result_extension"):
-        # It becomes the end of a file name on the server.
-        options["result_extension"] = one_of("result_extension", extension, FORMATS)
-    if dtype := request.get("result_dtype"):
-        options["result_dtype"] = one_of("result_dtype", dtype, _DTYPES)
-    return options
+    valid = sorted({*known, *CLIENT_OPTIONS})
+    unknown = sorted(str(name) for name in options if name not in valid)
+    if unknown:
+        shown = ", ".join(ascii(name)[:40] for name in unknown[:3])
+        raise HTTPException(400, f"{what} has no option {shown}; there are {', '.join(valid)}")
 
 
 def checked_device(value: Any) -> str:
-    """Torch's name of a device that a client chose from those that the server listed, or the default one."""
+    """Return torch's name of a device that the server listed, the default one for None; raise HTTPException 400."""
     name = chosen(value)
     device = name_to_device(name if isinstance(name, str) else None)
     try:
@@ -85,28 +65,43 @@ def checked_device(value: Any) -> str:
     return device
 
 
-def _switch(name: str, value: Any) -> bool:
-    value = chosen(value)
-    if isinstance(value, bool):
-        return value
-    return one_of(name, value, ("off", "on")) == "on"
+def checked_gpus(value: Any) -> str:
+    """Return the GPUs that a request chooses, ``all`` or numbers such as ``0,1``; raise HTTPException 400."""
+    value = value[0] if isinstance(value, list) and value else value
+    if value in (None, "", "all"):
+        return "all"
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3}){0,31}", value):
+        raise HTTPException(400, f"gpus must be all, or numbers such as 0,1; got {ascii(value)[:60]}")
+    return value
+
+
+def checked_number(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
+    """Return the number of an option, as ``number_between``; raise HTTPException 400."""
+    try:
+        return number_between(name, value, low=low, high=high, whole=whole)
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def chosen(value: Any) -> Any:
-    """The value of an option that is offered as a list: Slicer sends its first item, others perhaps all of it."""
+    """Return the value of an option that is offered as a list: Slicer sends its first item, others perhaps all."""
     return value[0] if isinstance(value, list) and value else value
 
 
-def saves_label(request: Mapping[str, Any]) -> bool:
-    """Whether the result of an inference is to be stored as a label."""
-    return str(request.get("save_label", False)).lower() in ("true", "1", "yes")
-
-
 def one_of(name: str, value: Any, valid: Sequence[str]) -> str:
-    """The value of an option, or 400 with the valid ones."""
+    """Return the value of an option; raise HTTPException 400 with the valid ones."""
     if value not in valid:
         raise HTTPException(400, f"{name} must be one of {', '.join(valid)}; got {value!r}")
     return str(value)
+
+
+def with_checked_client(params: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the parameters; raise HTTPException 400 for a client id that is not text."""
+    given = dict(params or {})
+    for name in CLIENT_OPTIONS:
+        if given.get(name) is not None:
+            checked_text(name, given[name])
+    return given
 
 
 def _is_or_are(names: list[str]) -> str:

@@ -3,92 +3,88 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from fastapi import HTTPException
-from nibabel.affines import apply_affine, voxel_sizes
 
-from deformux.data.grid import Box, bounding_box, slices, triple
-from deformux_label.lib.store.label_check import segment_values
+from deformux_label.lib.requests.inference import InferenceRequest
+from deformux_label.lib.requests.options import checked_number
+from deformux_label.lib.requests.uploaded_label import label_file_of
 
-__all__ = ["BACKGROUND", "FOREGROUND", "Drawn", "Scribbles", "drawn_of", "number_of", "roi_of", "segment_ids_of"]
+__all__ = ["SCRIBBLED_BACKGROUND", "SCRIBBLED_FOREGROUND", "SCRIBBLE_SEGMENTS", "ScribblesRequest"]
 
-Scribbles = npt.NDArray[np.uint8]
 # Values of scribbled voxels; 0 is not scribbled.
-BACKGROUND, FOREGROUND = 1, 2
-_SEGMENTS = {"background_scribbles": BACKGROUND, "foreground_scribbles": FOREGROUND}
-
-# An object reaches at most as far beyond its scribbles as they are long, but at least so far.
-_LEAST_MARGIN_MM = 20.0
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Scribbles ``(X, Y, Z)`` on the scan's grid, and the region (ends exclusive, perhaps beyond it) to segment."""
-
-    scribbles: Scribbles
-    region: Box
-
-    @property
-    def inside(self) -> Box:
-        """The part of the region that is in the scan."""
-        start = triple(np.clip(self.region[0], 0, self.scribbles.shape))
-        return start, triple(np.clip(self.region[1], 0, self.scribbles.shape))
+SCRIBBLED_BACKGROUND, SCRIBBLED_FOREGROUND = 1, 2
+SCRIBBLE_SEGMENTS = {"background_scribbles": SCRIBBLED_BACKGROUND, "foreground_scribbles": SCRIBBLED_FOREGROUND}
+# Smallest and largest value of each number in a task's config.
+_RANGES = {"lamda": (0.0, 1_000.0), "sigma": (1e-4, 1_000.0), "num_bins": (2, 1_024), "num_mixtures": (1, 64)}
 
 
-def drawn_of(request: Mapping[str, Any], *, of_foreground: bool) -> Drawn:
-    """The scribbles of a request; their region is around the foreground, or around all of them.
+class ScribblesRequest(InferenceRequest):
+    """A request to segment one label from scribbles.
 
-    Raises:
-        HTTPException: 422 for a file without scribbles, or a region without any of the foreground.
+    Args:
+        scribbles: the label file in which they are drawn.
+        segment_ids: their values in it, by the names of ``SCRIBBLE_SEGMENTS``.
+        roi: pairs of voxels of the file, the bounds along each axis; None for the whole image.
+        selected: the label to segment, or None where the request names none.
+        numbers: the task's numbers by name.
     """
-    image = Path(request["image"])
-    values, to_scan, affine = segment_values(request["scribbles"], image, request["image_id"] or image.name)
-    scribbles = np.zeros(values.shape, dtype=np.uint8)
-    for name, number in request["segment_ids"].items():
-        scribbles[values == number] = _SEGMENTS[name]
-    if not scribbles.any():
-        raise HTTPException(422, "there are no scribbles in the label file; draw on the foreground first")
-    if not (scribbles == FOREGROUND).any():
-        raise HTTPException(422, "there is no foreground scribble; draw at least one on what is to be segmented")
-    if request["roi"] is not None:
-        region = _clipped(request["roi"], to_scan, scribbles.shape)
-        outside = np.ones(scribbles.shape, dtype=bool)
-        outside[slices(region)] = False
-        scribbles[outside] = 0
-        if not (scribbles == FOREGROUND).any():
-            raise HTTPException(422, "no foreground scribble lies inside the region of interest; draw one there")
-        return Drawn(scribbles, region)
-    around = bounding_box(scribbles == FOREGROUND if of_foreground else scribbles > 0)
-    assert around is not None
-    sizes = voxel_sizes(affine)
-    longest = float(((np.array(around[1]) - around[0]) * sizes).max())
-    margin = np.ceil(max(_LEAST_MARGIN_MM, longest) / sizes).astype(int)
-    return Drawn(scribbles, (triple(np.array(around[0]) - margin), triple(np.array(around[1]) + margin)))
+
+    scribbles: Path
+    segment_ids: dict[str, int]
+    roi: tuple[int, ...] | None
+    selected: str | None
+    numbers: dict[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        sent: Mapping[str, Any],
+        asked: InferenceRequest,
+        *,
+        labels: Sequence[str],
+        uploads: Path | None,
+        defaults: Mapping[str, Any],
+        needs_label: bool,
+    ) -> ScribblesRequest:
+        """Parse the part of a request that is about scribbles, as far as that needs no image.
+
+        Args:
+            sent: the request.
+            asked: the part that all inference requests share.
+            labels: of the project.
+            uploads: the folder in which a label file must lie.
+            defaults: the task's options, whose numbers are read.
+            needs_label: refuse a request that names no label.
+
+        Raises:
+            HTTPException: 400 or 403.
+        """
+        if asked.options.save_label:
+            raise HTTPException(400, "a segment from scribbles is not a whole label; submit it with the others")
+        file, _ = label_file_of(sent, labels, uploads)
+        if file is None:
+            raise HTTPException(400, "the request has no scribbles; send them as its label file")
+        return cls(
+            scan=asked.scan,
+            options=asked.options,
+            scribbles=file,
+            segment_ids=_segment_ids(sent.get("label_info")),
+            roi=_roi(sent.get("roi")),
+            selected=_selected(sent.get("selected_label_name"), labels, needs_label=needs_label),
+            numbers={name: _number(name, sent.get(name), defaults[name]) for name in _RANGES if name in defaults},
+        )
 
 
-def _clipped(roi: Sequence[int], to_scan: npt.NDArray[np.float64], size: Sequence[int]) -> Box:
-    """The box of the scan between two corners, both included, of the label file's voxels."""
-    corners = np.rint(apply_affine(to_scan, np.reshape(roi, (3, 2)).T))
-    start, stop = corners.min(0).astype(int), corners.max(0).astype(int) + 1
-    if (stop <= 0).any() or (start >= np.array(size)).any():
-        shown = " x ".join(map(str, size))
-        raise HTTPException(422, f"roi {list(roi)} lies outside the image, which has {shown} voxels")
-    return triple(np.maximum(start, 0)), triple(np.minimum(stop, size))
-
-
-def segment_ids_of(listed: Any) -> dict[str, int]:
-    """The values of the scribbles' segments in the label file."""
+def _segment_ids(listed: Any) -> dict[str, int]:
+    """Return the values of the scribbles' segments in the label file."""
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         raise HTTPException(400, "label_info must list the segments of the label file, each with its name and id")
     found = {}
-    for name, item in itertools.product(_SEGMENTS, listed):
+    for name, item in itertools.product(SCRIBBLE_SEGMENTS, listed):
         if item.get("name") != name:
             continue
         number = item.get("id")
@@ -96,32 +92,37 @@ def segment_ids_of(listed: Any) -> dict[str, int]:
             raise HTTPException(400, f"the id of {name} must be a whole number from 1 on; got {number!r}")
         found[name] = int(number)
     if not found:
-        raise HTTPException(400, f"label_info names no scribbles; expected {' and '.join(_SEGMENTS)}")
+        raise HTTPException(400, f"label_info names no scribbles; expected {' and '.join(SCRIBBLE_SEGMENTS)}")
     return found
 
 
-def roi_of(value: Any) -> list[int] | None:
-    """Six voxel bounds, a pair for each axis, or None for the whole image."""
+def _roi(value: Any) -> tuple[int, ...] | None:
+    """Return six voxel bounds, a pair for each axis, or None for the whole image."""
     if value is None or value == []:
         return None
     numbers = isinstance(value, list) and len(value) == 6 and all(_is_number(bound) for bound in value)
     if not numbers:
         raise HTTPException(400, f"roi must be empty or six voxel bounds [i, i, j, j, k, k]; got {str(value)[:60]}")
-    return [round(bound) for bound in value]
+    return tuple(round(bound) for bound in value)
 
 
-def number_of(name: str, value: Any, preset: float, low: float, high: float) -> float:
-    """An option between two bounds, whole where its preset is, or the preset where it is not given."""
-    if value is None:
-        return preset
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not low <= number <= high or (isinstance(preset, int) and not number.is_integer()):
-        kind = "a whole number" if isinstance(preset, int) else "a number"
-        raise HTTPException(400, f"{name} must be {kind} from {low:g} to {high:g}; got {str(value)[:60]!r}")
-    return number
+def _selected(name: Any, labels: Sequence[str], *, needs_label: bool) -> str | None:
+    """Return the label that a request names; a project's only label needs no name."""
+    if name in (None, ""):
+        if len(labels) == 1:
+            return labels[0]
+        if needs_label:
+            raise HTTPException(400, f"selected_label_name must be one of {', '.join(labels)}; got none")
+        return None
+    if name not in labels:
+        raise HTTPException(400, f"selected_label_name must be one of {', '.join(labels)}; got {name!r}")
+    return str(name)
+
+
+def _number(name: str, value: Any, default: float) -> float:
+    low, high = _RANGES[name]
+    whole = isinstance(default, int)
+    return float(default) if value is None else checked_number(name, value, low=low, high=high, whole=whole)
 
 
 def _is_number(value: Any) -> bool:

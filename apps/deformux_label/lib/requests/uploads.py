@@ -1,9 +1,10 @@
-"""Uploaded files: where they lie while their request lasts, and what clears up after a server that was killed."""
+"""Uploaded files: their folder while the request lasts, and the clean-up after a server that was killed."""
 
 from __future__ import annotations
 
 import atexit
 import fcntl
+import io
 import logging
 import os
 import shutil
@@ -13,46 +14,48 @@ import tempfile
 import time
 from pathlib import Path
 
-from fastapi import HTTPException, UploadFile
+from fastapi import HTTPException
+from starlette.datastructures import UploadFile
 
-from deformux_label.web.multipart import StoredUpload
-
-__all__ = ["VOLUME_SUFFIXES", "own_folder", "private_uploads", "stored_upload", "volume_suffix"]
+__all__ = ["StoredUpload", "own_folder", "private_uploads", "stored_upload"]
 
 logger = logging.getLogger(__name__)
 
-# The longest first.
-VOLUME_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
+# Of volumes and of labels, the longest first.
+_SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
 _PREFIX = "deformux-label-"
 _LOCK = ".in-use"
-# A folder without a lock is of a server that has not locked it yet, or of an early one that is long gone.
+# A folder without a lock belongs to a server that is about to lock it, or to an early one that is long gone.
 _SECONDS_TO_LOCK = 3600
-# The locks of this process, which end with it, however it ends.
+# The locks of this process: they end with it, however it ends.
 _held: list[int] = []
 
 
-def volume_suffix(name: str) -> str | None:
-    """Return the suffix, in lower case, by which the name of a file says that it holds a volume."""
-    return next((suffix for suffix in VOLUME_SUFFIXES if name.lower().endswith(suffix)), None)
+class StoredUpload(UploadFile):
+    """A file of a form, whole at ``path``; ``file`` stays empty."""
+
+    def __init__(self, path: Path, filename: str) -> None:
+        super().__init__(io.BytesIO(), filename=filename)
+        self.path = path
 
 
 def stored_upload(upload: UploadFile, name: str) -> Path:
-    """Return the path of an uploaded volume; of the name that the client gave it only the suffix is kept.
+    """Return the path of an uploaded volume; only the suffix of the client's name for it is kept.
 
     Args:
         upload: a file of the request's form.
         name: what to call it, in the folder of the request and in sentences about it.
 
     Raises:
-        HTTPException: 422 for a suffix of no volume.
+        HTTPException: 422 for a suffix that volumes do not have.
     """
     assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
-    suffix = volume_suffix(upload.filename or "")
+    name_sent = (upload.filename or "").lower()
+    suffix = next((suffix for suffix in _SUFFIXES if name_sent.endswith(suffix)), None)
     if suffix is None:
         raise HTTPException(
             422,
-            f"the file {ascii(upload.filename or '')[:80]} cannot be a volume; send one of "
-            f"{', '.join(VOLUME_SUFFIXES)}",
+            f"the file {ascii(upload.filename or '')[:80]} cannot be a volume; send one of {', '.join(_SUFFIXES)}",
         )
     return upload.path.rename(upload.path.with_name(f"{name}{suffix}"))
 
@@ -72,7 +75,7 @@ def private_uploads() -> Path:
 def own_folder(parent: Path) -> Path:
     """Make a folder in ``parent`` that only this user can read and that goes with this process, however that ends.
 
-    Folders that remain of a whole machine that was switched off, or a container that was killed, go now.
+    Folders left behind by a machine that was switched off, or a container that was killed, are removed now.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(parent)
@@ -86,7 +89,7 @@ def own_folder(parent: Path) -> Path:
 
 
 def _remove_afterwards(folder: Path) -> None:
-    """Leave a shell that waits for the end of this process: uvicorn ends by its signal, past any ``atexit``."""
+    """Start a shell that outlives this process and removes the folder: uvicorn's signals bypass ``atexit``."""
     try:
         subprocess.Popen(
             ["/bin/sh", "-c", 'read -r _; rm -rf -- "$0"', str(folder)],
@@ -104,7 +107,7 @@ def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             status = folder.lstat()
-            # A link, or what somebody else put into the shared temporary folder, is none of ours.
+            # Links, and other users' files in the shared temporary folder, are not ours.
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and _is_left(folder, status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
                 logger.warning("Removed %s: files of a server that was killed", folder)

@@ -1,1 +1,1 @@
-"""Scores of labels and of volumes."""
+"""Scores of submitted labels."""

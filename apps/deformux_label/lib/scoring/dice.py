@@ -1,4 +1,4 @@
-"""How far submitted labels are from what the model had proposed."""
+"""Dice between submitted labels and the model's proposals."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class DiceScoring(ScoringMethod):
-    """Dice per label and its mean between two tags of a volume, kept in the volume's info.
+    """Dice per label, and its mean, between two tags of a volume; stored in the volume's info.
 
-    ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``). Voxels that nobody
-    labelled (255) do not count, and a label that was not looked for has no Dice.
+    ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``). Unlabelled voxels
+    (255) do not count, and a label that was not looked for has no Dice.
     """
 
     def __init__(self, project: Project) -> None:
@@ -42,7 +42,7 @@ class DiceScoring(ScoringMethod):
         return {image: score for image, score in scores.items() if score is not None}
 
     def score(self, datastore: Datastore, image_id: str, truth: str = "final", pred: str = "original") -> dict | None:
-        """Dice of one volume, stored as ``dice`` (mean) and ``dice_per_label``; None where a label is missing."""
+        """Return the Dice of one volume and store it as ``dice`` (mean) and ``dice_per_label``; None without both."""
         tags = datastore.get_labels_by_image_id(image_id)
         if truth not in tags or pred not in tags:
             return None
@@ -65,7 +65,7 @@ class DiceScoring(ScoringMethod):
             annotated = datastore.get_label_info(image_id, tag).get("annotated")
             if isinstance(annotated, list):
                 dice[[name not in annotated for name in self.project.labels]] = np.nan
-        # A label that is in neither has no Dice, and JSON has no NaN.
+        # A label that occurs in neither has no Dice, and JSON has no NaN.
         per_label = {name: _number(value) for name, value in zip(self.project.labels, dice, strict=True)}
         score = {"dice": _number(mean_dice(dice)), "dice_per_label": per_label}
         datastore.update_image_info(image_id, score)

@@ -1,1 +1,1 @@
-"""What the server keeps on the disk."""
+"""Everything that the server keeps on disk."""

@@ -1,4 +1,4 @@
-"""All labelled volumes in one file."""
+"""A zip file with all labelled volumes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ __all__ = ["write_archive"]
 def write_archive(cases: Mapping[str, tuple[str, str]], metadata: str) -> str:
     """Write ``image/<id>…``, ``label/<id>…`` and ``metadata.json`` to a new zip file, and return its path.
 
-    ``cases`` are the paths of volume and label by id; volumes of different folders may have the same name.
+    ``cases`` maps an id to the paths of volume and label. Entries are named by id, because volumes of different folders
+    may have the same file name.
     """
     handle, path = tempfile.mkstemp(suffix=".zip")
     os.close(handle)

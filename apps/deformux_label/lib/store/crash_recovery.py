@@ -1,4 +1,4 @@
-"""What the studies' index must say, given the files that are there."""
+"""Bringing the studies' index in step with the files, after a crash or changes by hand."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
 from deformux_label.lib.requests.identifiers import is_tag
-from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked_fields, why_unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions
-from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, unchecked, why_unusable
+from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
 
-__all__ = ["Reconciled", "file_of", "label_entry", "of_revision", "reconciled", "restored"]
+__all__ = ["Reconciled", "file_of", "label_entry", "reconcile", "restore_revision", "revision_entry"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Reconciled:
-    """The index entries of the volumes that are there, with the labels that are.
+    """The index entries of the volumes and labels that exist.
 
     Args:
-        objects: unchanged entries are the same objects.
-        found: the volumes, and what is not served.
-        to_check: (id, tag) of labels whose files are not known to be what the index says.
-        stray: ``tag/name`` to the reason, of files among the labels that are labels of nothing.
+        objects: entries by id; unchanged ones are the same objects as before.
+        found: the volumes, and the files that are not served.
+        to_check: (id, tag) of labels whose files may differ from what the index says.
+        stray: ``tag/name`` to the reason, for label files that belong to no volume.
     """
 
     objects: dict[str, ImageLabelModel]
@@ -40,17 +40,17 @@ class Reconciled:
     stray: dict[str, str] = field(default_factory=dict)
 
 
-def reconciled(
+def reconcile(
     model: LocalDatastoreModel,
     known: Mapping[str, ImageLabelModel],
     revisions: Revisions,
-    change: Change | None,
+    transaction: Transaction | None,
     project: Sequence[str],
 ) -> Reconciled:
     """Compare the index with the files; the caller holds the studies' lock.
 
-    Files that were copied in or deleted by hand are noticed, and an index that was lost comes back with what the
-    revisions know. No label is read here: which must be, to see what it is, is left to ``to_check``.
+    This notices files that were copied in or deleted by hand, and restores a lost index from the revisions. No label
+    is read here: ``to_check`` lists those that must be.
 
     Args:
         change: takes the files that must change; None where nothing can be written.
@@ -61,8 +61,8 @@ def reconciled(
     with_revisions = revisions.known()
 
     def belongs(image: str, file: str) -> bool:
-        """Labels that are kept under an id must not come to lie on another volume."""
-        # Deletions too say on which volume the label was.
+        """Return whether the labels kept under an id, if any, are of the volume in ``file``."""
+        # A deletion, too, records the volume of its label.
         kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
         return all(revision is None or revision.image_file in (None, file) for revision in kept)
 
@@ -77,7 +77,7 @@ def reconciled(
         tags = [tag for tag in with_revisions.get(image, []) if is_tag(tag)]
         if not there and not entry.labels and not tags:
             continue
-        one = _Labels(model, image, entry, revisions, change, list(project), result)
+        one = _Labels(model, image, entry, revisions, transaction, list(project), result)
         updated = {}
         for tag in sorted({*there, *filter(is_tag, entry.labels), *tags}):
             label = one.label(tag, there.get(tag, {}), has_revisions=tag in tags)
@@ -91,7 +91,7 @@ def reconciled(
 
 
 def file_of(image: str, entry: ImageLabelModel) -> str:
-    """Path of a volume in the studies; an index from before this was written down has the id and the suffix."""
+    """Return the path of a volume in the studies; an index of an earlier version implies it by id and suffix."""
     file = entry.image.info.get("file")
     return file if isinstance(file, str) else image + entry.image.ext
 
@@ -121,12 +121,12 @@ class _Labels:
     image: str
     entry: ImageLabelModel
     revisions: Revisions
-    change: Change | None
+    transaction: Transaction | None
     project: list[str]
     result: Reconciled
 
     def label(self, tag: str, files: Mapping[str, os.stat_result], *, has_revisions: bool) -> DataModel | None:
-        """The entry of one label; ``files`` are the suffixes that it is there with."""
+        """Return the entry of one label; ``files`` are the suffixes for which a file exists."""
         held = self.entry.labels.get(tag)
         if held is not None and split_suffix("x" + held.ext, (held.ext.lower(),)) is None:
             held = None
@@ -144,45 +144,49 @@ class _Labels:
         newest = self.revisions.newest(self.image, tag) if last else None
         if newest is not None and newest.deleted and number is not None and number < last:
             logger.warning("A crash interrupted the deletion of a label of image %s; finished now", self.image)
-            if self.change is not None:
-                self.change.remove(Path(self.model.label_path(tag)) / (self.image + suffix))
+            if self.transaction is not None:
+                self.transaction.remove(Path(self.model.label_path(tag)) / (self.image + suffix))
             return None
         self.result.to_check.append((self.image, tag))
         if held is not None and number is not None and number == last:
             return held if held.ext == suffix else held.model_copy(update={"ext": suffix})
         if newest is not None and not newest.deleted:
-            return of_revision(newest, suffix)
-        return label_entry(self.image, suffix, unchecked(held.info if held is not None else {}))
+            return revision_entry(newest, suffix)
+        return label_entry(self.image, suffix, unchecked_fields(held.info if held is not None else {}))
 
     def _is_known(self, held: DataModel, state: str, last: int) -> bool:
-        """Whether the file is the one that the index describes."""
+        """Return whether the file is the one that the index describes."""
         if held.info.get("checked") != state or held.info.get("revision", last) != last:
             return False
-        # What was of no use for another list of labels may be of use for this one.
+        # A label that could not be used for another list of labels may be usable for this one.
         return why_unusable(held.info) is None or held.info.get("labels") == self.project
 
     def _without_file(self, tag: str, held: DataModel | None, last: int) -> DataModel | None:
         newest = self.revisions.newest(self.image, tag) if last else None
-        if newest is None or newest.deleted or self.change is None:
+        if newest is None or newest.deleted or self.transaction is None:
             return None
         if held is not None and held.info.get("revision") == last:
             logger.info("The file of label %s of image %s was deleted by hand", tag, self.image)
             file = file_of(self.image, self.entry)
-            self.revisions.stage(self.change, self.image, tag, last + 1, None, annotator="", info={}, image_file=file)
+            self.revisions.stage(
+                self.transaction, self.image, tag, last + 1, None, annotator="", info={}, image_file=file
+            )
             return None
-        logger.warning("The file of revision %d of the label of image %s is not there; brought back", last, self.image)
-        return restored(self.model, self.revisions, self.change, newest)
+        logger.warning("The file of revision %d of the label of image %s is missing; restored", last, self.image)
+        return restore_revision(self.model, self.revisions, self.transaction, newest)
 
 
-def restored(model: LocalDatastoreModel, revisions: Revisions, change: Change, revision: Revision) -> DataModel:
-    """Make the kept file of a revision the current one, and return its entry."""
+def restore_revision(
+    model: LocalDatastoreModel, revisions: Revisions, transaction: Transaction, revision: Revision
+) -> DataModel:
+    """Make the kept file of a revision the current label, and return its entry."""
     target = Path(model.label_path(revision.tag)) / (revision.image + revision.suffix)
-    temporary = change.copy(revisions.file(revision), target)
-    return of_revision(revision, revision.suffix, checked=file_state(temporary.stat()))
+    temporary = transaction.copy(revisions.file(revision), target)
+    return revision_entry(revision, revision.suffix, checked=file_state(temporary.stat()))
 
 
-def of_revision(revision: Revision, suffix: str, checked: str | None = None) -> DataModel:
-    """The entry of a revision's label; ``checked`` is the state of its file, where that is known to be the label."""
+def revision_entry(revision: Revision, suffix: str, checked: str | None = None) -> DataModel:
+    """Return the entry of a revision's label; ``checked`` is the state of its file, if that was verified."""
     names: dict[str, Any] = {} if revision.labels is None else {"labels": list(revision.labels)}
     state = {} if checked is None else {"checked": checked}
     info = {**revision.info, **names, **state, "revision": revision.number}
@@ -190,5 +194,5 @@ def of_revision(revision: Revision, suffix: str, checked: str | None = None) -> 
 
 
 def label_entry(image: str, suffix: str, info: Mapping[str, object], time_s: float | None = None) -> DataModel:
-    """An entry of the index for a label file."""
+    """Return an index entry for a label file."""
     return DataModel(info={**info, "ts": int(time_s or time.time()), "name": image + suffix}, ext=suffix)

@@ -1,4 +1,4 @@
-"""The studies folder: MONAI Label's local datastore, which believes everything, made to check and keep what it gets."""
+"""The datastore of a studies folder: MONAI Label's, with checks of what it is given, and a history of it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 
 from deformux.data.loading import LoadVolumed
-from deformux.data.volume_reader import InvalidVolume
+from deformux.data.volume_reader import VOLUME_SUFFIXES, InvalidVolume
+from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
-from deformux_label.lib.store.changes import Change
+from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import file_of, label_entry
-from deformux_label.lib.store.index_file import VOLUME_SUFFIXES
 from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_fields import (
+    PLAIN_TAGS,
+    UNCERTAINTY_TAG,
+    client_fields,
+    file_state,
+    unchecked_fields,
+    without_server_fields,
+)
 from deformux_label.lib.store.label_names import looked_for, mapped_info, write_mapped
 from deformux_label.lib.store.label_revisions import Revision, checksum
-from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, claimed, file_state, said, unchecked
-from deformux_label.lib.store.leases import annotator_of
 from deformux_label.lib.store.listed_studies import ListedStudies
 from deformux_label.lib.store.studies_folder import StudiesError
-from deformux_label.lib.store.uploads import checked_info, checked_suffix, refuse_taken
+from deformux_label.lib.store.transaction import Transaction
+from deformux_label.lib.store.upload_check import checked_info, checked_suffix, refuse_taken
 from deformux_label.lib.store.volumes import split_suffix
-from deformux_label.web.caller import note, with_login
 
-__all__ = ["UNCERTAINTY_TAG", "VOLUME_SUFFIXES", "CheckedDatastore", "StudiesError"]
+__all__ = ["CheckedDatastore", "StudiesError"]
 
 
 # For tools on a folder that was never served with names.
@@ -41,15 +47,17 @@ _NUMBERS = tuple(map(str, range(1, 255)))
 class CheckedDatastore(ListedStudies):
     """Volumes in a folder and their labels under ``labels/<tag>``, indexed by ``datastore_v2.json``.
 
-    What cannot be used is refused with a 4xx and changes nothing; every submitted label stays, as a revision, under
-    ``.deformux/revisions``; what is deleted is moved to ``.deformux/trash``; the files of a change and the index are
-    written by rename, all of them or none; every change of the index starts from what is on disk, since training and
-    scoring run in processes of their own, and readers in other threads see the index before or after a change, never
-    within one. A folder that cannot be written to is served for inference alone, with the index in memory.
+    - Unusable input is refused with a 4xx and changes nothing.
+    - Every submitted label is kept as a revision under ``.deformux/revisions``; deleted files are moved to
+      ``.deformux/trash``.
+    - The files of a change and the index are written by rename, all or none.
+    - Every change starts from the index on disk, because training and scoring run in other processes. Readers in other
+      threads see the index before or after a change, never in between.
+    - A folder that cannot be written to is served for inference only, with the index in memory.
     """
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
-        """Store a label that lies on its image's grid and holds the project's values; returns the label's id."""
+        """Store a label on its image's grid with the project's values, and return its id."""
         self._image(image_id)
         tag = checked_tag(label_tag)
         if tag == UNCERTAINTY_TAG:
@@ -63,7 +71,7 @@ class CheckedDatastore(ListedStudies):
         return image_id
 
     def save_uncertainty(self, image_id: str, file: Path, info: dict[str, Any]) -> bool:
-        """Store where a model is unsure of a volume, in the place of an earlier map; False where none can be stored."""
+        """Store a map of a model's uncertainty, replacing an earlier one; return False if the folder is read-only."""
         if not self.read_only:
             self._store_label(image_id, UNCERTAINTY_TAG, file, checked_info(info))
         return not self.read_only
@@ -94,7 +102,7 @@ class CheckedDatastore(ListedStudies):
             if tuple(names) != tuple(project):
                 info = mapped_info(info, names, project)
                 file = stack.enter_context(_mapped_copy(file, image, image_id, names, project))
-            # Kept labels hold the project's values, whatever the segments were numbered when they were sent.
+            # A kept label already holds the project's values, however the client had numbered its segments.
             sent = {key: value for key, value in info.items() if key == "annotated"}
             checked = stack.enter_context(checked_labels(file, image, image_id, project, sent))
             kept = self._store_label(image_id, tag, checked, info, restored_from=number, labels=project)
@@ -112,15 +120,15 @@ class CheckedDatastore(ListedStudies):
     ) -> Revision | None:
         suffix = checked_suffix(file.name)
         names = list(labels or self.labels)
-        info = {**said(info), "labels": names}
+        info = {**without_server_fields(info), "labels": names}
         revision = None
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             previous = entry.labels.get(tag)
             if tag not in PLAIN_TAGS:
-                number = self._keep_if_unknown(change, image_id, tag, previous, entry) + 1
+                number = self._keep_if_unknown(transaction, image_id, tag, previous, entry) + 1
                 revision = self.revisions.stage(
-                    change,
+                    transaction,
                     image_id,
                     tag,
                     number,
@@ -129,15 +137,15 @@ class CheckedDatastore(ListedStudies):
                     annotator=annotator_of(info),
                     model_version=_text(info.get("model_version")),
                     restored_from=restored_from,
-                    info=said(info),
+                    info=without_server_fields(info),
                     labels=names,
                     image_file=file_of(image_id, entry),
                 )
                 info["revision"] = revision.number
                 note(revision=revision.number, annotator=revision.annotator, restored_from=restored_from)
-            temporary = change.copy(file, self._label_file(image_id, tag, suffix))
+            temporary = transaction.copy(file, self._label_file(image_id, tag, suffix))
             if previous is not None and previous.ext != suffix:
-                change.remove(self._label_file(image_id, tag, previous.ext))
+                transaction.remove(self._label_file(image_id, tag, previous.ext))
             info["checked"] = file_state(temporary.stat())
             objects[image_id] = _with_label(entry, tag, label_entry(image_id, suffix, info))
         return revision
@@ -145,29 +153,31 @@ class CheckedDatastore(ListedStudies):
     def remove_label(self, label_id: str, label_tag: str) -> None:
         """Move a label to the trash; its revisions stay, and each can be restored."""
         tag = checked_tag(label_tag)
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, label_id)
             label = self._label(label_id, tag)
-            place = self.trash.stage(change, "label", label_id, labels={tag: label.info.get("revision", 0)})
-            self._stage_removal(change, label_id, tag, entry, place)
+            place = self.trash.stage(transaction, "label", label_id, labels={tag: label.info.get("revision", 0)})
+            self._stage_removal(transaction, label_id, tag, entry, place)
             objects[label_id] = _with_label(entry, tag, None)
 
-    def _stage_removal(self, change: Change, image_id: str, tag: str, entry: ImageLabelModel, place: Path) -> None:
+    def _stage_removal(
+        self, transaction: Transaction, image_id: str, tag: str, entry: ImageLabelModel, place: Path
+    ) -> None:
         label = entry.labels[tag]
         if tag not in PLAIN_TAGS:
-            number = self._keep_if_unknown(change, image_id, tag, label, entry)
+            number = self._keep_if_unknown(transaction, image_id, tag, label, entry)
             author = with_login({})
             more = {"annotator": author.get("user", ""), "info": author, "image_file": file_of(image_id, entry)}
-            gone = self.revisions.stage(change, image_id, tag, number + 1, None, **more)
+            gone = self.revisions.stage(transaction, image_id, tag, number + 1, None, **more)
             note(revision=gone.number)
         file = self._label_file(image_id, tag, label.ext)
         if os.path.lexists(file):
-            change.move(file, place / "labels" / tag / file.name)
+            transaction.move(file, place / "labels" / tag / file.name)
 
     def _keep_if_unknown(
-        self, change: Change, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
+        self, transaction: Transaction, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
     ) -> int:
-        """Make a revision of a label that came another way, such as copied into the folder, before it goes.
+        """Keep a label that was not submitted, such as one copied into the folder, as a revision before it is replaced.
 
         Returns:
             the number of the last revision.
@@ -181,16 +191,16 @@ class CheckedDatastore(ListedStudies):
         newest = self.revisions.newest(image_id, tag)
         if newest is not None and newest.sha256 == checksum(file):
             return number
-        info = said(label.info)
+        info = without_server_fields(label.info)
         annotator = annotator_of(info) if info else ""
         more = {"image_file": file_of(image_id, entry)}
         self.revisions.stage(
-            change, image_id, tag, number + 1, file, suffix=label.ext, annotator=annotator, info=info, **more
+            transaction, image_id, tag, number + 1, file, suffix=label.ext, annotator=annotator, info=info, **more
         )
         return number + 1
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Store a new volume and return its id; a name that is taken by other bytes is refused."""
+        """Store a new volume and return its id; a name that other bytes have is refused."""
         suffix = checked_suffix(image_filename, VOLUME_SUFFIXES)
         name = checked_image_id((image_id or Path(image_filename).name).removesuffix(suffix))
         if split_suffix(name + suffix) != (name, suffix) or (name + suffix).lower().endswith(".seg.nrrd"):
@@ -201,38 +211,38 @@ class CheckedDatastore(ListedStudies):
             LoadVolumed("image")({"image": image_filename})
         except InvalidVolume as error:
             raise HTTPException(422, str(error).replace(Path(image_filename).name, name)) from error
-        with self._changing() as (objects, change):
+        with self._changing() as (objects, transaction):
             if name in objects and filecmp.cmp(image_filename, self._image_file(name, objects[name]), shallow=False):
                 return name
             root = Path(self._datastore_path)
             refuse_taken(name, suffix, image_filename, root, objects, self.revisions.known(), self.trash)
             target = root / (name + suffix)
-            change.copy(Path(image_filename), target, new=True)
-            info = {**said(info), "ts": int(time.time()), "name": target.name, "file": target.name}
+            transaction.copy(Path(image_filename), target, new=True)
+            info = {**without_server_fields(info), "ts": int(time.time()), "name": target.name, "file": target.name}
             objects[name] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
         return name
 
     def remove_image(self, image_id: str) -> None:
-        """Move a volume (of a link the link itself) and its labels to the trash; the labels' revisions stay."""
-        with self._changing() as (objects, change):
+        """Move a volume (a link itself, not its target) and its labels to the trash; the labels' revisions stay."""
+        with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             labels = {tag: label.info.get("revision", 0) for tag, label in entry.labels.items()}
             file = self._image_file(image_id, entry)
             known = {"file": file_of(image_id, entry), "info": entry.image.info}
-            place = self.trash.stage(change, "image", image_id, labels=labels, **known)
-            # Labels first: those of a volume that is gone would be taken for those of the next one of its name.
+            place = self.trash.stage(transaction, "image", image_id, labels=labels, **known)
+            # Labels first: if they outlived their volume, they would be taken for those of the next one with its name.
             for tag in entry.labels:
-                self._stage_removal(change, image_id, tag, entry, place)
+                self._stage_removal(transaction, image_id, tag, entry, place)
             if os.path.lexists(file):
-                change.move(file, place / "image" / file.name)
+                transaction.move(file, place / "image" / file.name)
             del objects[image_id]
         self._mapped.forget(image_id)
 
     def bring_back(self, name: str, annotator: str) -> str:
-        """Bring an entry of the trash back to where it was, and return the id of its volume.
+        """Move an entry of the trash back to where it was, and return the id of its volume.
 
         Raises:
-            HTTPException: 404 where there is no such entry, 409 where its place is taken.
+            HTTPException: 404 if there is no such entry, 409 if its place is taken.
         """
         entry = self.trash.get(name)
         files = self.trash.files(entry) if entry is not None else {}
@@ -241,13 +251,13 @@ class CheckedDatastore(ListedStudies):
         if entry.kind == "damaged label":
             raise HTTPException(409, f"{name!r} is a damaged file; the label was restored from its revision")
         image_id = entry.image
-        with self._changing() as (objects, change):
-            # A call before this one may have ended after it.
+        with self._changing() as (objects, transaction):
+            # An earlier call may have finished meanwhile.
             if "image" in files:
                 target = Path(self._datastore_path) / entry.file
                 if image_id in objects or os.path.lexists(target):
                     raise HTTPException(409, f"another volume has the id or the place of {image_id!r} by now")
-                change.move(files["image"], target)
+                transaction.move(files["image"], target)
                 suffix = (split_suffix(target.name) or ("", ""))[1]
                 info = {**checked_info(dict(entry.info)), "file": entry.file}
                 objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
@@ -255,7 +265,7 @@ class CheckedDatastore(ListedStudies):
             for tag in PLAIN_TAGS:
                 if tag in files and tag not in before.labels:
                     ext = checked_suffix(files[tag].name)
-                    change.move(files[tag], self._label_file(image_id, tag, ext))
+                    transaction.move(files[tag], self._label_file(image_id, tag, ext))
                     objects[image_id] = _with_label(objects[image_id], tag, label_entry(image_id, ext, {}))
         for tag, number in entry.labels.items():
             if tag in files and tag not in PLAIN_TAGS and tag not in before.labels:
@@ -265,31 +275,31 @@ class CheckedDatastore(ListedStudies):
                 except HTTPException as error:
                     if error.status_code != 422:
                         raise
-                    # It was of no use before it was deleted, either.
+                    # It could not be used before it was deleted, either.
                     self._bring_back_unusable(image_id, tag, files[tag])
         self.trash.forget(entry)
         return image_id
 
     def _bring_back_unusable(self, image_id: str, tag: str, file: Path) -> None:
         ext = checked_suffix(file.name)
-        with self._changing() as (objects, change):
-            change.move(file, self._label_file(image_id, tag, ext))
-            label = label_entry(image_id, ext, unchecked({}))
+        with self._changing() as (objects, transaction):
+            transaction.move(file, self._label_file(image_id, tag, ext))
+            label = label_entry(image_id, ext, unchecked_fields({}))
             objects[image_id] = _with_label(self._entry(objects, image_id), tag, label)
         self._check([(image_id, tag)])
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
-        """Merge ``info`` into what is known about a volume."""
-        more = said(checked_info(info))
+        """Merge ``info`` into the metadata of a volume."""
+        more = without_server_fields(checked_info(info))
         with self._changing() as (objects, _):
             entry = self._entry(objects, image_id)
             image = entry.image.model_copy(update={"info": {**entry.image.info, **more}})
             objects[image_id] = entry.model_copy(update={"image": image})
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Merge ``info`` into what is known about a label; what was looked for is said when it is submitted."""
-        # Whose work a label is does not change with what others say about it.
-        more = {key: value for key, value in claimed(checked_info(info)).items() if key != "client_id"}
+        """Merge ``info`` into the metadata of a label; ``annotated`` can only be set by submitting the label."""
+        # The annotator of a label stays the same, whoever changes its metadata.
+        more = {key: value for key, value in client_fields(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):
@@ -310,7 +320,7 @@ def _with_label(entry: ImageLabelModel, tag: str, label: DataModel | None) -> Im
 def _mapped_copy(
     file: Path, image: Path, image_id: str, names: Sequence[str], project: Sequence[str]
 ) -> Iterator[Path]:
-    """A temporary copy of a label with the values of the project's list."""
+    """Yield a temporary copy of a label with the values of the project's list."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "label.nii.gz"
         write_mapped(file, image, image_id, names, project, copy)

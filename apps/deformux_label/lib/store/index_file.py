@@ -12,30 +12,29 @@ from typing import Any
 
 from monailabel.datastore.local import ImageLabelModel, LocalDatastoreModel
 
-from deformux_label.lib.store.records import repaired
-from deformux_label.lib.store.volumes import VOLUME_SUFFIXES
+from deformux_label.lib.store.json_repair import repaired
 
-__all__ = ["VOLUME_SUFFIXES", "IndexFile"]
+__all__ = ["IndexFile"]
 
 logger = logging.getLogger(__name__)
 
 
 class IndexFile:
-    """Which state of the index this process knows."""
+    """The index on disk, and the state of it that this process knows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, int, int] | None = None
-        # Whether what was read is not what the file says.
+        # Whether the index that was read differs from the file because it was repaired.
         self.mended = False
 
     def changed(self) -> LocalDatastoreModel | None:
-        """The index, if another process has replaced it since this one read or wrote it.
+        """Return the index if another process has replaced it since this one read or wrote it, else None.
 
-        Entries that cannot be used are left out, and a copy of the whole is kept.
+        Unusable entries are left out, and a copy of the whole file is kept.
 
         Raises:
-            ValueError: it is damaged as a whole.
+            ValueError: the file as a whole is damaged.
         """
         if (state := self._state()) is None or state == self._seen:
             return None
@@ -50,18 +49,18 @@ class IndexFile:
         return model
 
     def write(self, model: LocalDatastoreModel, temporary: Path) -> None:
-        """Write the index to a file that will take its place."""
+        """Write the index to a temporary file, which will replace it."""
         # Pydantic writes ten thousand entries twenty times faster than the json module.
         text = model.model_dump_json(exclude={"base_path"}, indent=2, fallback=str)
         temporary.write_text(text, encoding="utf-8")
 
     def is_as_written(self) -> None:
-        """Take note that the file is what this process knows."""
+        """Note that this process has written the file."""
         self._seen = self._state()
         self.mended = False
 
     def put_aside(self) -> Path:
-        """Keep a damaged index under another name, and return that."""
+        """Rename a damaged index, and return its new path."""
         aside = self._aside()
         os.replace(self.path, aside)
         return aside
@@ -86,7 +85,9 @@ class IndexFile:
             "The index holds entries that cannot be used (%s); it is kept as %s, and %s",
             str(reason).splitlines()[0],
             aside,
-            f"those of {', '.join(map(ascii, bad[:20]))} are made anew of the files" if bad else "their text is mended",
+            f"those of {', '.join(map(ascii, bad[:20]))} are rebuilt from the files"
+            if bad
+            else "their text is repaired",
         )
         return model
 
@@ -98,5 +99,5 @@ class IndexFile:
             status = self.path.stat()
         except FileNotFoundError:
             return None
-        # Two writes within the clock's step differ in their file's number.
+        # Two writes within one tick of the clock have different inodes.
         return status.st_mtime_ns, status.st_ino, status.st_size

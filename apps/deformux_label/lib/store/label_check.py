@@ -1,4 +1,4 @@
-"""Is a submitted label one that this project can learn from?"""
+"""Checks of a submitted label: grid, values, segments."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["checked_labels", "label_array", "segment_values"]
 
-# Segments that the Slicer extension never saves, and therefore never numbers.
+# The Slicer extension never saves these segments, and therefore never numbers them.
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
-# In a file of segments that are not the project's labels.
+# Largest value in a file whose segments are not the project's labels.
 _MOST_SEGMENTS = 65_535
-# Layers of segments that are held in memory at a time, which each are as large as the scan.
+# Each layer of segments takes as much memory as the scan.
 _MOST_LAYERS = 256
-# Of a file of segments for each voxel of its scan, whatever its layers and type; and what is read for any scan.
+# Largest size in memory of a file of segments: per voxel of its scan, and what is allowed for any scan.
 _MOST_LABEL_BYTES = 16
 _SMALL_LABEL_BYTES = 2**28
 
@@ -38,18 +38,18 @@ _SMALL_LABEL_BYTES = 2**28
 def checked_labels(
     label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]
 ) -> Iterator[Path]:
-    """Path of a file with the label in this project's values 1..N: the given one, or a rewritten one.
+    """Yield the path of a file with the label in this project's values 1..N: the given one, or a rewritten one.
 
-    The Slicer extension numbers the segments it saves by their position and lists their names in ``label_info``. A
-    radiologist who deletes or reorders segments therefore sends other numbers, which are brought back by name. A file
-    that names its segments itself, such as ``.seg.nrrd``, is read by these names: they belong to the values of the
-    file, while ``label_info`` counts positions.
+    The Slicer extension numbers the segments it saves by position and lists their names in ``label_info``. If a
+    radiologist deletes or reorders segments, the numbers change; they are mapped back by name. A file that names its
+    segments itself, such as ``.seg.nrrd``, is read by these names: they belong to the values in the file, while
+    ``label_info`` counts positions.
 
     Voxels of 255 are unlabelled; ``annotated`` in ``info`` lists the labels that were looked for, if not all were.
 
     Raises:
-        HTTPException: 422 where the label is unreadable, on another grid than its image, or has foreign values, or
-            where what was annotated is no label of the project.
+        HTTPException: 422 if the label is unreadable, on another grid than its image, or has foreign values, or if
+            ``annotated`` names something that is not a label of the project.
     """
     _check_annotated(info, names)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def checked_labels(
 
 
 def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]) -> np.ndarray:
-    """The values ``(X, Y, Z)``, uint8, of a label in the order of its image's voxels; as ``checked_labels``."""
+    """Return the values ``(X, Y, Z)``, uint8, of a label in its image's voxel order; checks as ``checked_labels``."""
     with checked_labels(label, image, image_id, names, info) as checked:
         return read_volume(checked, np.uint8).values
 
@@ -65,15 +65,15 @@ def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], i
 def segment_values(
     label: Path, image: Path, image_id: str
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The values ``(X, Y, Z)`` of a label file in the order of its image's voxels, whatever they stand for.
+    """Return the values ``(X, Y, Z)`` of a label file in its image's voxel order, whatever they stand for.
 
     Returns:
-        the values; the matrix ``(4, 4)`` from voxels of the file to those of the image, whose order may differ; and
-        the one from the latter to RAS millimetres.
+        the values; the matrix ``(4, 4)`` from voxels of the file to voxels of the image, whose order may differ; and
+        the matrix from voxels of the image to RAS millimetres.
 
     Raises:
-        HTTPException: 422 where the file is unreadable, on another grid than its image, or has other values than
-            whole numbers.
+        HTTPException: 422 if the file is unreadable, on another grid than its image, or has values that are not whole
+            numbers.
     """
     with _refused(label, image, image_id):
         scan = _header(image)
@@ -101,7 +101,7 @@ def _checked(label: Path, image: Path, image_id: str, names: Sequence[str], sent
 def _of_values(
     scan: VolumeHeader, opened: OpenVolume, names: Sequence[str], sent: Sequence[str]
 ) -> tuple[bool, npt.NDArray[np.uint8]]:
-    """The project's values of a file that says nothing about its own; whether they are as in the file."""
+    """Return whether a file without segment names already holds the project's values, and these values."""
     listed = sent or names
     try:
         found = _values_on(scan, opened, len(listed), unlabelled=True)
@@ -121,7 +121,7 @@ def _of_values(
 
 
 def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]) -> tuple[bool, npt.NDArray[np.uint8]]:
-    """The project's values of a file that names its segments, perhaps of a part of the scan; as ``_of_values``."""
+    """Do as ``_of_values`` for a file that names its segments and may cover only a part of the scan."""
     segments = segments_of(opened.name, opened.header)
     placement = _Placement.of(scan, opened)
     if opened.header.layers > _MOST_LAYERS:
@@ -139,7 +139,7 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
 
 
 def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
-    """Refuse a file that would take far more memory than its scan: labels compress to nothing."""
+    """Refuse a file that would take far more memory than its scan: a small file of labels may be huge in memory."""
     if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MOST_LABEL_BYTES * math.prod(scan.shape)):
         raise InvalidVolume(
             f"{opened.name} holds {opened.header.n_bytes // 10**6:,} MB of {shown_shape(opened.header.file_shape)} "
@@ -154,7 +154,7 @@ class _OnTheScan:
 
 
 def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabelled: bool) -> _OnTheScan:
-    """The values of a file that covers the scan, in the order of the scan's voxels."""
+    """Return the values of a file that covers the scan, in the scan's voxel order."""
     placement = _Placement.of(scan, opened)
     if not placement.is_whole(scan, opened.header):
         raise _another_grid(scan, opened)
@@ -169,15 +169,15 @@ def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabel
 class _Placement:
     """Where the voxels of a label lie on a scan's grid: ``matrix`` ``(4, 4)`` holds whole numbers.
 
-    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order; it may save
-    only the part of a scan in which there are segments.
+    Slicer mirrors the third axis of every left-handed scan that it loads, and saves labels in that order. It may save
+    only the part of a scan that contains segments.
     """
 
     matrix: npt.NDArray[np.float64]
 
     @classmethod
     def of(cls, scan: VolumeHeader, opened: OpenVolume) -> _Placement:
-        """Raises InvalidVolume where the voxels of the one lie between those of the other."""
+        """Return the placement; raises InvalidVolume if voxels of the one lie between those of the other."""
         label = opened.header
         matrix = np.rint(np.linalg.inv(scan.affine) @ label.affine)
         turns = np.abs(matrix[:3, :3])
@@ -189,19 +189,19 @@ class _Placement:
 
     @property
     def is_identity(self) -> bool:
-        """Whether a voxel has the same index in both."""
+        """Return whether a voxel has the same index in both."""
         return bool((self.matrix == np.eye(4)).all())
 
     def is_whole(self, scan: VolumeHeader, label: VolumeHeader) -> bool:
-        """Whether the label has a voxel for each of the scan's, and no other."""
+        """Return whether the label has exactly the scan's voxels."""
         low, high = self._box(label.shape)
         return bool((low == 0).all() and (high == scan.shape).all())
 
     def place(self, name: str, values: npt.NDArray, shape: tuple[int, int, int]) -> npt.NDArray:
-        """Values ``(X, Y, Z)`` in the order of the scan's voxels, 0 beyond the label's.
+        """Return values ``(X, Y, Z)`` in the scan's voxel order, 0 outside the label.
 
         Raises:
-            InvalidVolume: something is labelled outside the scan.
+            InvalidVolume: a voxel outside the scan is labelled.
         """
         low, high = self._box(values.shape)
         turns = self.matrix[:3, :3]
@@ -219,7 +219,7 @@ class _Placement:
         return placed
 
     def _box(self, shape: Sequence[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The label's voxels on the scan's grid: the first, and the one behind the last."""
+        """Return the range of the label's voxels on the scan's grid: the first, and one past the last."""
         corners = self.matrix[:3, :3] @ np.array([np.zeros(3), np.array(shape) - 1]).T + self.matrix[:3, 3:]
         return corners.min(1).astype(int), corners.max(1).astype(int) + 1
 
@@ -237,7 +237,7 @@ def _header(image: Path) -> VolumeHeader:
 
 @contextmanager
 def _refused(label: Path, image: Path, image_id: str) -> Iterator[None]:
-    """Answer what cannot be used with 422, in words that mean something to the sender of a file."""
+    """Turn InvalidVolume into a 422 whose sentence names the image's id instead of temporary files."""
     try:
         yield
     except InvalidVolume as error:
@@ -254,7 +254,7 @@ def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def _segment_names(info: dict[str, Any]) -> list[str]:
-    """Names by position of the saved segments, or nothing where the client did not list any."""
+    """Return the names of the saved segments by position; empty if the client listed none."""
     listed = info.get("label_info")
     if not isinstance(listed, list) or not all(isinstance(item, dict) and item.get("name") for item in listed):
         return []

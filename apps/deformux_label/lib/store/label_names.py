@@ -1,16 +1,16 @@
-"""What the values of a stored label stand for, when the project's list of labels is another one than it was.
+"""Mapping of stored labels to the project's list of labels, when that has changed.
 
-Every label is stored with the names of its values 1..N, and stays as it was drawn. Where the project's list is
-another one, whoever uses the label (training, Dice, downloads, restoring) gets a copy with the values of the
-project's list, made when it is first asked for and kept under ``.deformux/mapped``. So nothing is lost by a start with
-another list, the former list brings everything back, and two servers with two lists can share a folder.
+Every label is stored with the names of its values 1..N, and stays as it was drawn. If the project's list differs,
+training, Dice, downloads and restoring get a copy with the values of the project's list. It is made when first needed
+and kept under ``.deformux/mapped``. A start with another list therefore loses nothing, a start with the former list
+brings everything back, and two servers with two lists can share a folder.
 
-- A label that both lists have gets its new value.
-- A label that the project's list does not have any more becomes background (0): such a voxel is certainly none of the
-  labels that were looked for and are still there. Where the project's list has labels that the old one did not, they
-  count as not looked for: ``annotated`` names the rest, and training does not take a 0 for the absence of the others.
-- Voxels of 255, which nobody labelled, stay 255. So do values beyond the list, of which nobody knows what they are.
-- A label with no name in common with the project's list says nothing to it, and counts as not there.
+- A label in both lists gets its new value.
+- A label that the project's list no longer has becomes background (0): such a voxel is certainly none of the remaining
+  labels. Labels that are new in the project's list count as not looked for: ``annotated`` names the others, and
+  training does not take a 0 for the absence of the new ones.
+- Unlabelled voxels (255) stay 255. Values beyond the stored list become 255, because their meaning is unknown.
+- A label that has no name in common with the project's list counts as missing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["MappedLabels", "looked_for", "mapped_info", "names_of", "value_table
 
 
 def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a stored label's values; ``unnamed`` are those of labels from before names were kept."""
+    """Return the names of a stored label's values; ``unnamed`` if it was stored before names were kept."""
     names = info.get("labels")
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
@@ -42,14 +42,14 @@ def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]
 
 
 def looked_for(info: Mapping[str, Any], names: Sequence[str], project: Sequence[str]) -> list[str]:
-    """Return which labels of the project were looked for when a label of ``names`` was drawn."""
+    """Return the labels of the project that were looked for when a label with ``names`` was drawn."""
     annotated = info.get("annotated")
     known = {str(name) for name in annotated} if isinstance(annotated, list) else set(names)
     return [name for name in project if name in names and name in known]
 
 
 def mapped_info(info: Mapping[str, Any], names: Sequence[str], project: Sequence[str]) -> dict[str, Any]:
-    """Return what is known about a label as it is for the project's list."""
+    """Return the metadata of a label, mapped to the project's list."""
     if tuple(names) == tuple(project):
         return dict(info)
     rest = {key: value for key, value in info.items() if key not in ("annotated", "label_info")}
@@ -73,7 +73,7 @@ def write_mapped(
     """Write a stored label with the values of the project's list, in the order of its image's voxels.
 
     Raises:
-        HTTPException: 422 where the label cannot be read or is not on its image's grid.
+        HTTPException: 422 if the label cannot be read or is not on its image's grid.
     """
     values, _, affine = segment_values(label, image, image_id)
     values = value_table(names, project)[np.minimum(values, UNLABELLED)]
@@ -89,7 +89,7 @@ class MappedLabels:
     def get(
         self, label: Path, image: Path, image_id: str, tag: str, names: Sequence[str], project: Sequence[str]
     ) -> Path:
-        """Return the copy of a label for the project's list, made where there is none of this version yet."""
+        """Return the copy of a label for the project's list; make it if this version has none yet."""
         status = label.stat()
         version = _short([list(names), status.st_size, status.st_mtime_ns, status.st_ino])
         place = self._root() / _short(list(project)) / tag / image_id
@@ -109,7 +109,7 @@ class MappedLabels:
                 shutil.rmtree(place, ignore_errors=True)
 
     def _root(self) -> Path:
-        # Studies that cannot be written to.
+        # The studies are read-only.
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="mapped-"))
         return self._folder

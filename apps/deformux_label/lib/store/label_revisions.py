@@ -1,4 +1,4 @@
-"""Every label that was ever submitted, with who drew it, when, and over which model's proposal."""
+"""The revisions of labels: every label ever submitted, with its annotator, its time and the model it corrects."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 from fastapi import HTTPException
 
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, is_image_id
-from deformux_label.lib.store.changes import WRITING, Change
-from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.json_repair import repaired
+from deformux_label.lib.store.transaction import WRITING, Transaction
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES
 
 __all__ = ["Revision", "Revisions", "checksum", "inside"]
@@ -28,20 +28,20 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Revision:
-    """One state of a label: a submitted file, or that there is none any more.
+    """One state of a label: a submitted file, or its deletion.
 
     Args:
-        image, tag: which label.
+        image, tag: the label.
         number: 1, 2, … for each label.
         time: seconds since 1970.
         annotator: who submitted, restored or deleted.
         suffix: of the file; empty for a deletion.
         sha256: of the file; empty for a deletion.
-        model_version: the model whose proposal was corrected, where that is known.
+        model_version: the model whose proposal was corrected, if known.
         restored_from: number of the revision that was restored.
-        info: what the client said about the label.
-        labels: names of the values 1..N; None where the record is older than this field.
-        image_file: path of the volume in the studies; None where the record is older than this field.
+        info: the client's metadata of the label.
+        labels: names of the values 1..N; None if the record is older than this field.
+        image_file: path of the volume in the studies; None if the record is older than this field.
     """
 
     image: str
@@ -59,29 +59,29 @@ class Revision:
 
     @property
     def deleted(self) -> bool:
-        """Whether this revision records a deletion."""
+        """Return whether this revision records a deletion."""
         return not self.sha256
 
     def summary(self) -> dict[str, Any]:
-        """Plain values to list, without what the client said."""
+        """Return plain values to list, without the client's metadata."""
         return {**asdict(self), "deleted": self.deleted} | {"info": None}
 
 
 class Revisions:
-    """Revisions in ``<folder>/<image>/<tag>/0001.nii.gz`` and ``0001.json``, both by rename, the second last.
+    """Revisions in ``<folder>/<image>/<tag>/0001.nii.gz`` and ``0001.json``, both written by rename, the JSON last.
 
-    A file without its JSON was never acknowledged. Nothing is ever deleted here. The caller holds the studies' lock.
-    Ids, tags and numbers that are none are refused with HTTPException, wherever they come from.
+    A file without its JSON was never acknowledged. Nothing here is ever deleted. The caller holds the studies' lock.
+    Invalid ids, tags and numbers are refused with HTTPException, wherever they come from.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Records that cannot be used, with the reason: told once, and listed for as long as they are there.
+        # Unusable records, with the reason: logged once, and listed for as long as they exist.
         self.damaged: dict[str, str] = {}
 
     def stage(
         self,
-        change: Change,
+        transaction: Transaction,
         image: str,
         tag: str,
         number: int,
@@ -92,14 +92,14 @@ class Revisions:
         info: Mapping[str, Any],
         **more: Any,
     ) -> Revision:
-        """Add a revision with a copy of ``file``, or of a deletion where it is None, to a change of files.
+        """Add a revision with a copy of ``file``, or of a deletion if it is None, to a transaction.
 
-        ``number`` is one more than that of the revision before; ``more`` are other fields of the revision.
+        ``number`` is the previous revision's plus one; ``more`` are other fields of the revision.
         """
         stem = self._stem(image, tag, number)
         sha256 = ""
         if file is not None:
-            sha256 = checksum(change.copy(file, stem.with_name(stem.name + suffix)))
+            sha256 = checksum(transaction.copy(file, stem.with_name(stem.name + suffix)))
         revision = Revision(
             image=image,
             tag=tag,
@@ -111,25 +111,25 @@ class Revisions:
             info=dict(info),
             **more,
         )
-        change.write_text(stem.with_name(stem.name + ".json"), json.dumps(asdict(revision), indent=1) + "\n")
+        transaction.write_text(stem.with_name(stem.name + ".json"), json.dumps(asdict(revision), indent=1) + "\n")
         return revision
 
     def history(self, image: str, tag: str) -> list[Revision]:
-        """Oldest first; one whose record is damaged is left out."""
+        """Return the revisions of a label, oldest first, without those whose records are damaged."""
         found = (self._read(image, tag, number) for number in sorted(self._numbers(image, tag)))
         return [revision for revision in found if revision is not None]
 
     def get(self, image: str, tag: str, number: int) -> Revision | None:
-        """One revision, or None."""
+        """Return one revision, or None."""
         checked_revision(number)
         return self._read(image, tag, number) if number in self._numbers(image, tag) else None
 
     def newest(self, image: str, tag: str) -> Revision | None:
-        """The last one, or None."""
+        """Return the last revision, or None."""
         return next(self._backwards(image, tag), None)
 
     def newest_intact(self, image: str, tag: str) -> Revision | None:
-        """The last one whose file is as it was kept; None where the last one is a deletion."""
+        """Return the last revision whose file is intact; None if a deletion is newer."""
         for revision in self._backwards(image, tag):
             if revision.deleted:
                 return None
@@ -138,23 +138,23 @@ class Revisions:
         return None
 
     def is_intact(self, revision: Revision) -> bool:
-        """Whether the kept file of a revision is as it was kept."""
+        """Return whether the file of a revision is there and unchanged."""
         try:
             return not revision.deleted and checksum(self.file(revision)) == revision.sha256
         except OSError:
             return False
 
     def last_number(self, image: str, tag: str) -> int:
-        """Number of the newest revision, 0 where there is none; of damaged ones too, whose files stay."""
+        """Return the number of the newest revision, 0 without one; damaged ones count, as their files stay."""
         return max(self._numbers(image, tag), default=0)
 
     def file(self, revision: Revision) -> Path:
-        """The kept file of a revision that is no deletion."""
+        """Return the kept file of a revision that is not a deletion."""
         stem = self._stem(revision.image, revision.tag, revision.number)
         return stem.with_name(stem.name + revision.suffix)
 
     def known(self) -> dict[str, list[str]]:
-        """Tags with revisions, by image; images that are gone included."""
+        """Return the tags with revisions, by image; this includes images that are gone."""
         if not self.folder.is_dir():
             return {}
         return {
@@ -164,7 +164,7 @@ class Revisions:
         }
 
     def clean(self) -> None:
-        """Delete what a crash left half-written; the caller holds the studies' lock."""
+        """Delete files that a crash left half-written; the caller holds the studies' lock."""
         for leftover in self.folder.glob(f"*/*/{WRITING}*"):
             leftover.unlink(missing_ok=True)
 
@@ -198,10 +198,10 @@ class Revisions:
 
 
 def _revision(record: Any, image: str, tag: str, number: int) -> Revision:
-    """The revision of a record.
+    """Return the revision of a record.
 
     Raises:
-        ValueError: it is not one of this label.
+        ValueError: the record is damaged, or is not of this label.
     """
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {type(record).__name__}")
@@ -228,10 +228,10 @@ def _revision(record: Any, image: str, tag: str, number: int) -> Revision:
 
 
 def inside(folder: Path, place: Path) -> Path:
-    """Return the folder ``place``, which must lie in ``folder`` when all links are followed.
+    """Return the folder ``place`` if it lies in ``folder`` once all links are followed.
 
     Raises:
-        HTTPException: 409, so that nothing is read or written elsewhere.
+        HTTPException: 409 if it does not, so that nothing is read or written elsewhere.
     """
     if not place.resolve().is_relative_to(folder.resolve()):
         raise HTTPException(409, f"{place.name!r} is a link out of the studies folder, which is not followed")
@@ -239,7 +239,7 @@ def inside(folder: Path, place: Path) -> Path:
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

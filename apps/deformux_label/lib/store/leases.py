@@ -1,4 +1,4 @@
-"""Who is working on which volume: a volume that was handed out is offered to nobody else for a while."""
+"""Leases of volumes: a volume that was handed out is not offered to another annotator until its lease ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,22 @@ from typing import Any
 from deformux_label.lib.requests.identifiers import checked_text, is_image_id, is_text
 from deformux_label.lib.store.state import StateDatabase, put_aside
 
-__all__ = ["ANONYMOUS", "MOST_LEASES", "Lease", "Leases", "annotator_of"]
+__all__ = ["MOST_LEASES", "Lease", "Leases"]
 
 logger = logging.getLogger(__name__)
 
-ANONYMOUS = "anonymous"
 MOST_LEASES = 50
-"""Volumes that one annotator, or one address, may have in hand at a time."""
+"""Leases that one annotator, or one address, may hold at a time."""
 _LONGEST_NAME = 200
 
 
 @dataclass(frozen=True)
 class Lease:
-    """A volume in somebody's hands.
+    """A volume that an annotator is working on.
 
     Args:
         image: id of the volume.
-        annotator: who has it.
+        annotator: who holds it.
         since, until: seconds since 1970.
         strategy: the active-learning strategy that chose it.
         model_version: the model that was published then.
@@ -50,15 +49,15 @@ class Lease:
 class Leases:
     """Leases in the project's database, one row each: the same after a restart and in every process.
 
-    An annotator who asks again without submitting skips: they get another volume. When no free one is left, or they
-    have ``most`` in hand, their own come round again, the one that they have had longest first; another annotator's
-    never do before they expire. The one exception is an address with ``most`` leases under whatever names: an annotator
-    there who has none yet takes over the address's oldest.
+    An annotator who asks again without submitting gets another volume. If no volume is free, or they hold ``most``
+    leases, they get one of their own again, the oldest first. They never get another annotator's before it expires,
+    with one exception: at an address that holds ``most`` leases, under any names, an annotator without a lease takes
+    over the oldest.
 
     Args:
-        path: the leases of earlier versions, taken over once; the database lies beside it.
+        path: the leases of earlier versions, imported once; the database lies beside it.
         minutes: how long a lease lasts; 0 switches leases off.
-        most: leases that an annotator or an address may have.
+        most: leases that an annotator or an address may hold.
         clock: seconds since 1970.
     """
 
@@ -71,7 +70,7 @@ class Leases:
         self._clock = clock
         self.state = StateDatabase(path.parent, on_open=self._opened)
         self._lock = threading.Lock()
-        # What is in the database, as of a connection and its count of other connections' changes.
+        # The leases in the database, as of a connection and its counter of other connections' changes.
         self._known: tuple[sqlite3.Connection, int, _Held] | None = None
 
     def claim(
@@ -83,10 +82,10 @@ class Leases:
         model_version: str | None = None,
         address: str = "",
     ) -> str | None:
-        """Lease the first of ``ranked`` (ids, best first) that may be given to this annotator, and return it.
+        """Lease the first of ``ranked`` (ids, best first) that this annotator may have, and return it.
 
-        None where everything in ``ranked`` is in other hands, or nothing is in it. The leases of an ``address`` are
-        counted together; without one, only the annotator's are.
+        Return None if others hold all of ``ranked``, or if it is empty. The leases of an ``address`` are counted
+        together; without an address, only the annotator's are.
 
         Raises:
             HTTPException: 400 for a name that is not text.
@@ -112,9 +111,9 @@ class Leases:
         return self._change(give)
 
     def release(self, image: str, *, check: Callable[[Lease], None] | None = None) -> Lease | None:
-        """End the lease of a volume and return it; None where there was none.
+        """End the lease of a volume and return it, or None if there was none.
 
-        ``check`` gets the lease that would end, and raises where it must not.
+        ``check`` gets the lease that would end, and raises if it must not.
         """
         if image not in self.active():
             return None
@@ -130,18 +129,18 @@ class Leases:
         return self._change(end)
 
     def active(self) -> dict[str, Lease]:
-        """The leases that have not expired, by volume."""
+        """Return the leases that have not expired, by volume."""
         now = self._clock()
         with self._lock:
             held = self.state.read(self._held)
             return {image: lease for image, lease in held.leases.items() if lease.until > now}
 
     def others(self, annotator: str) -> Collection[str]:
-        """Volumes that are in other hands than this annotator's."""
+        """Return the volumes that other annotators hold."""
         return {image for image, lease in self.active().items() if lease.annotator != annotator}
 
     def warnings(self) -> list[str]:
-        """One sentence for each thing that an operator should know."""
+        """Return one sentence for each thing that an operator should know."""
         return self.state.warnings()
 
     def _change(self, do: Callable[[sqlite3.Connection], Any]) -> Any:
@@ -149,12 +148,12 @@ class Leases:
             try:
                 return self.state.change(do)
             except BaseException:
-                # What was remembered may be ahead of what is on the disk.
+                # The remembered leases may be ahead of those on disk.
                 self._known = None
                 raise
 
     def _held(self, db: sqlite3.Connection) -> _Held:
-        """All leases, read again only after somebody else has changed them."""
+        """Return all leases; read them again only after another connection has changed them."""
         version = db.execute("PRAGMA data_version").fetchone()[0]
         if self._known is not None and self._known[:2] == (db, version):
             return self._known[2]
@@ -180,14 +179,14 @@ class Leases:
         return after
 
     def _take_over(self, db: sqlite3.Connection) -> Callable[[], None] | None:
-        """Take over the file of earlier versions; it is kept beside."""
+        """Import the file of earlier versions; it is kept under another name."""
         try:
             listed = json.loads(self.path.read_text())["leases"]
             records = list(listed)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, OSError) as error:
-            # Without it two annotators may meet once, which is better than no server.
+            # Without it two annotators may get the same volume once, which is better than no server.
             reason = str(error)
             return lambda: self.state.warn(
                 f"the leases of an earlier version cannot be read ({reason}) and are forgotten; they are kept as "
@@ -207,7 +206,7 @@ class Leases:
 
 
 class _Held:
-    """Leases by volume, with each holder's."""
+    """Leases by volume, and by annotator and address."""
 
     def __init__(self) -> None:
         self.leases: dict[str, Lease] = {}
@@ -233,11 +232,11 @@ class _Held:
         return lease
 
     def of(self, kind: str, name: str) -> Collection[str]:
-        """Volumes of an ``annotator`` or an ``address``."""
+        """Return the volumes of an ``annotator`` or an ``address``."""
         return self._of.get((kind, name), {})
 
     def expired(self, now: float) -> list[str]:
-        """Volumes whose leases have ended; looks at them only when one may have."""
+        """Return the volumes whose leases have expired; look at them only if one may have."""
         if now < self._first_end:
             return []
         self._first_end = min((lease.until for lease in self.leases.values() if lease.until > now), default=math.inf)
@@ -269,7 +268,7 @@ def _insert(db: sqlite3.Connection, lease: Lease, address: str) -> None:
 
 
 def _fault(lease: Lease) -> str:
-    """What is wrong with a lease from a file; empty where nothing is."""
+    """Return what is wrong with a lease that was read; empty if nothing is."""
     if not is_image_id(lease.image):
         return "its image is not an image id"
     if not is_text(lease.annotator, _LONGEST_NAME) or not is_text(lease.strategy):
@@ -280,14 +279,3 @@ def _fault(lease: Lease) -> str:
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in times):
         return "its times are not numbers"
     return ""
-
-
-def annotator_of(request: Mapping[str, Any]) -> str:
-    """Who asks: the login, which only the server writes under ``user``, else the client id that Slicer sends.
-
-    ``anonymous`` where there is neither.
-    """
-    for name in (request.get("user"), request.get("client_id")):
-        if isinstance(name, str) and name.strip():
-            return name.strip()
-    return ANONYMOUS

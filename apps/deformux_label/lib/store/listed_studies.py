@@ -1,4 +1,4 @@
-"""What a folder of studies holds, for whoever asks: volumes, labels, and what cannot be used."""
+"""Queries of a studies folder: its volumes, its labels, and what cannot be used."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
 from deformux_label.lib.store.archive import write_archive
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
 from deformux_label.lib.store.label_names import looked_for, mapped_info, names_of
-from deformux_label.lib.store.label_states import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
-from deformux_label.lib.store.notices import listed
+from deformux_label.lib.store.notices import count_and_first
 from deformux_label.lib.store.studies_folder import StudiesFolder
-from deformux_label.lib.store.summary import Summary
+from deformux_label.lib.store.studies_summary import StudiesSummary
 
 __all__ = ["ListedStudies"]
 
@@ -23,17 +23,17 @@ __all__ = ["ListedStudies"]
 class ListedStudies(StudiesFolder):
     """The part of MONAI Label's datastore that only reads."""
 
-    _summary: Summary | None = None
+    _summary: StudiesSummary | None = None
 
     def get_image_uri(self, image_id: str) -> str:
-        """Path of a volume, in the studies also where that is a link; empty where there is none."""
+        """Return the path of a volume in the studies, also if it is a link; empty if there is none."""
         entry = self._datastore.objects.get(image_id)
         return "" if entry is None else str(self._image_file(image_id, entry))
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
-        """Path of a label with the project's values; empty where there is none.
+        """Return the path of a label with the project's values; empty if there is none.
 
-        The stored file itself, unless the project's list of labels is another one than it was drawn for.
+        This is the stored file, unless the label was drawn for another list of labels.
         """
         label = self._datastore.label(label_id, label_tag)
         if label is None:
@@ -57,57 +57,57 @@ class ListedStudies(StudiesFolder):
         return str(self._mapped.get(file, image, label_id, label_tag, names, self.labels))
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
-        """What is known about a volume, with its ``path``."""
+        """Return the metadata of a volume, with its ``path``."""
         entry = self._image(image_id)
         return {**entry.image.info, "path": str(self._image_file(image_id, entry))}
 
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
-        """What is known about a label, for the project's list of labels."""
+        """Return the metadata of a label, for the project's list of labels."""
         info = self._label(label_id, label_tag).info
         return mapped_info(info, names_of(info, self._unnamed), self.labels) if self.labels else dict(info)
 
     def get_labels_by_image_id(self, image_id: str) -> dict[str, str]:
-        """Tag to id of the labels of a volume that can be used."""
+        """Return tag to id of a volume's usable labels."""
         entry = self._datastore.objects.get(image_id)
         return {tag: image_id for tag, label in entry.labels.items() if self._why_not(label) is None} if entry else {}
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Ids of the volumes with a submitted label that can be used."""
+        """Return the ids of the volumes with a usable submitted label."""
         return list(self.summary().labelled)
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Ids of the volumes without one; those whose label is still being checked are in neither list."""
+        """Return the ids of the volumes without one; those whose label is being checked are in neither list."""
         return list(self.summary().unlabelled)
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Paths of the volumes with a submitted label, and of their labels."""
+        """Return the paths of the volumes with a usable submitted label, and of these labels."""
         final = DefaultLabelTag.FINAL.value
         return [
             {"image": self.get_image_uri(image), "label": self.get_label_uri(image, final)}
             for image in self.get_labeled_images()
         ]
 
-    def summary(self) -> Summary:
-        """The volumes by whether they are labelled; made once for each state of the index."""
+    def summary(self) -> StudiesSummary:
+        """Return which volumes are labelled; made once for each state of the index."""
         model, summary = self._datastore, self._summary
         if summary is None or summary.objects is not model.objects:
-            summary = self._summary = Summary.of(model.objects, self._why_not)
+            summary = self._summary = StudiesSummary.of(model.objects, self._why_not)
         return summary
 
     def status(self) -> dict[str, Any]:
-        """How many volumes and labels there are, and what cannot be used, with the reasons."""
+        """Return the numbers of volumes and labels, and what cannot be used, with the reasons."""
         summary = self.summary()
         return {
             "total": len(self._datastore.objects),
             "completed": len(summary.labelled),
             "label_tags": dict(summary.tags),
-            "not_served": listed(self.not_served()),
-            "unusable_labels": listed(self.unusable_labels()),
+            "not_served": count_and_first(self.not_served()),
+            "unusable_labels": count_and_first(self.unusable_labels()),
             "read_only": self.read_only,
         }
 
     def warnings(self) -> list[str]:
-        """Return what an operator must know, the latest last."""
+        """Return one sentence for each thing that an operator must know, the latest last."""
         damaged = [f"{record}: {reason}" for record, reason in list(self.revisions.damaged.items())[:20]]
         return [*self.notices.warnings(), *damaged]
 
@@ -117,11 +117,11 @@ class ListedStudies(StudiesFolder):
         return {**(self._files.found.not_served if self._files else {}), **unusable}
 
     def unusable_labels(self) -> dict[str, str]:
-        """Return the label files (``tag/name``) that count for nothing, with the reasons."""
+        """Return the label files (``tag/name``) that cannot be used, with the reasons."""
         return {**(self._files.stray if self._files else {}), **self.summary().unusable}
 
     def get_dataset_archive(self, limit_cases: int | None) -> str:
-        """Path of a zip file with all labelled volumes."""
+        """Write a zip file with all labelled volumes, and return its path."""
         images = self.get_labeled_images()
         if not images:
             raise HTTPException(404, "there is no submitted label yet, so there is nothing to download")
@@ -131,7 +131,7 @@ class ListedStudies(StudiesFolder):
         return write_archive(cases, self._datastore.model_dump_json(exclude={"base_path"}))
 
     def _why_not(self, label: DataModel) -> str | None:
-        """Why a label does not count for this project; None where it does."""
+        """Return why a label cannot be used for this project, or None."""
         if reason := why_unusable(label.info):
             return reason
         names = names_of(label.info, self._unnamed)

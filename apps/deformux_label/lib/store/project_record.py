@@ -1,4 +1,4 @@
-"""For which labels a studies folder was served last: what labels that carry no names are taken to mean."""
+"""The record of the labels that a studies folder was served for: the names of labels stored without names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ProjectRecord:
 
     Args:
         labels: the list of the last start.
-        unnamed: the list that labels from before names were kept are taken to have; written once.
+        unnamed: the list assumed for labels that were stored without names; written once.
     """
 
     labels: tuple[str, ...]
@@ -30,7 +30,7 @@ class ProjectRecord:
 
     @classmethod
     def read(cls, path: Path, warn: Callable[[str], None] = logger.error) -> ProjectRecord | None:
-        """The record, or None where there is none; a damaged one is kept under another name, and ``warn`` told."""
+        """Return the record, or None; a damaged one is renamed, and ``warn`` gets a sentence."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             return cls(_names(record["labels"]), _names(record["unnamed"]))
@@ -38,7 +38,7 @@ class ProjectRecord:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.error("The record %s cannot be used: %s", path, error)
-            warn(f"the record {path} was damaged, and is made anew of the labels of this start")
+            warn(f"the record {path} was damaged, and is replaced by one of this start's labels")
             try:
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
             except OSError as other:
@@ -47,7 +47,7 @@ class ProjectRecord:
 
     @classmethod
     def begin(cls, path: Path, labels: Sequence[str], warn: Callable[[str], None]) -> ProjectRecord:
-        """The record of a start with a list of labels, not yet written: the start may be refused."""
+        """Return the record of a start with a list of labels; it is not written, as the start may be refused."""
         before = cls.read(path, warn)
         if before is not None and before.labels != tuple(labels):
             logger.warning(
@@ -58,7 +58,7 @@ class ProjectRecord:
         return cls(tuple(labels), before.unnamed if before else tuple(labels))
 
     def write(self, path: Path) -> None:
-        """Write the record where it says something new."""
+        """Write the record if it differs from the one on disk."""
         if self != ProjectRecord.read(path):
             write_text(path, json.dumps({"labels": list(self.labels), "unnamed": list(self.unnamed)}) + "\n")
 

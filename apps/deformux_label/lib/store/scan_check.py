@@ -1,4 +1,4 @@
-"""Which of the scans that are served have a header that nothing can use."""
+"""A check of the headers of all served scans."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deformux.data.volume_reader import InvalidVolume, open_volume
-from deformux_label.lib.store.label_states import file_state
+from deformux_label.lib.store.label_fields import file_state
 
 __all__ = ["ScanChecks"]
 
@@ -15,15 +15,15 @@ _PAUSE_S = 0.002
 
 
 class ScanChecks:
-    """Reads headers, each once for every state of its file."""
+    """Reads headers, each once per state of its file."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, str | None]] = {}
         self.reasons: Mapping[str, str] = {}
-        """Name of the file to what is wrong with it, as of the last look."""
+        """What is wrong with a file, by its name, as of the last look."""
 
     def look(self, files: Mapping[str, Path]) -> Mapping[str, str]:
-        """Look at the files by name that are new or changed, and return what is wrong with any of them."""
+        """Read the headers of new or changed files, by name, and return what is wrong with any file."""
         seen: dict[str, tuple[str, str | None]] = {}
         for name, path in files.items():
             try:
@@ -33,7 +33,7 @@ class ScanChecks:
             known = self._seen.get(name)
             if known is None or known[0] != state:
                 known = (state, _reason(path))
-                # Requests are answered in between.
+                # Let requests be answered in between.
                 time.sleep(_PAUSE_S)
             seen[name] = known
         self._seen = seen

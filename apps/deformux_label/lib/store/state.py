@@ -1,4 +1,4 @@
-"""What changes at every request, in one sqlite file of the project: who has which volume, and which tasks wait."""
+"""The state of a project that requests change, in one sqlite file: leases, tasks and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from deformux.data.atomic_files import replacing
 
-__all__ = ["StateDatabase", "put_aside", "shown"]
+__all__ = ["StateDatabase", "put_aside", "shortened_ascii"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 _BUSY_S = 30.0
 _TABLES = ("leases", "tasks", "results", "labels", "numbers", "set_aside")
 _MOST_WARNINGS = 20
-# Of a record that is set aside, enough to see what it was.
+# Characters of a record that is set aside: enough to see what it was.
 _MOST_KEPT = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases (
@@ -49,22 +49,22 @@ CREATE TABLE IF NOT EXISTS set_aside (
 );
 """
 _LOST = (
-    "the project's state was damaged and is begun anew: leases are forgotten, and trainings that waited are lost, so "
-    "ask for them again; the damaged file is kept as {}, and this is said until you remove it"
+    "the project's state was damaged and has been reset: leases are forgotten, and trainings that waited are lost, so "
+    "ask for them again; the damaged file is kept as {}: remove it to end this warning"
 )
 
 
 class StateDatabase:
     """``<folder>/state.sqlite``, for all threads and processes of a project.
 
-    What ``change`` has returned from is on the disk (write-ahead log, ``synchronous=FULL``): neither kill -9 nor a loss
-    of power takes it back. A damaged file is put aside and begun anew, a record that makes no sense is set aside; both
-    are said in ``warnings``.
+    A change is on disk once ``change`` returns (write-ahead log, ``synchronous=FULL``): neither kill -9 nor a power
+    failure undoes it. A damaged file is put aside and replaced by an empty one; an invalid record is set aside.
+    ``warnings`` tells of both.
 
     Args:
-        folder: the project's state; made when something is first read or written.
-        on_open: called with the open database, in a transaction, such as to take over the files of earlier versions;
-            what it returns is called once that transaction is on the disk.
+        folder: the project's state; made at the first read or write.
+        on_open: called with the open database, in a transaction, for example to import the files of earlier versions;
+            what it returns is called once that transaction is on disk.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class StateDatabase:
         self._noted: list[str] = []
 
     def read(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Return what ``do`` finds; it makes one query, or does not mind a change between two."""
+        """Return the result of ``do``, which makes one query, or tolerates a change between two."""
         return self._with_connection(do)
 
     def change(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Return what ``do`` returns, once all that it changed is on the disk; nothing is changed if it raises.
+        """Return the result of ``do`` once its changes are on disk; nothing is changed if it raises.
 
         Raises:
             OSError: the disk is full.
@@ -101,10 +101,10 @@ class StateDatabase:
         return self._with_connection(in_a_transaction)
 
     def set_aside(self, db: sqlite3.Connection, kind: str, record: object, reason: str) -> None:
-        """Keep a record that makes no sense where it does no harm, and warn."""
-        text = shown(record, _MOST_KEPT)
-        logger.warning("A record of %s is set aside (%s): %s", kind, reason, shown(record))
-        self._noted = [*self._noted, f"a record of {kind} makes no sense and is set aside: {reason}"][-_MOST_WARNINGS:]
+        """Keep an invalid record in the table ``set_aside``, and warn."""
+        text = shortened_ascii(record, _MOST_KEPT)
+        logger.warning("A record of %s is set aside (%s): %s", kind, reason, shortened_ascii(record))
+        self._noted = [*self._noted, f"a record of {kind} is invalid and is set aside: {reason}"][-_MOST_WARNINGS:]
         db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
         db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
 
@@ -130,11 +130,11 @@ class StateDatabase:
                 _raise_if_full(error)
                 if not _means_damage(error):
                     raise
-                self._begin_anew(error)
+                self._reset(error)
             return do(self._connection())
 
     def _connection(self) -> sqlite3.Connection:
-        """The open database; opened again after a fork, and when another process has put the file aside."""
+        """Return the open database; open it again after a fork, or when another process has put the file aside."""
         if self._open is not None:
             db, identity = self._open
             if identity == self._identity():
@@ -173,7 +173,7 @@ class StateDatabase:
         return (status.st_dev, status.st_ino, os.getpid())
 
     def _create(self) -> None:
-        """Make the file under another name: one that exists has its tables, so an empty one is damaged."""
+        """Make the file under another name, so that it never exists without its tables: an empty file is damaged."""
         with replacing(self.path) as temporary:
             db = sqlite3.connect(temporary)
             db.executescript(_SCHEMA)
@@ -188,7 +188,7 @@ class StateDatabase:
             db = _connect(self.path)
             try:
                 sound = db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
-                # Tables of later versions of this project are added to the file of an earlier one.
+                # Add the tables that the file of an earlier version lacks.
                 db.executescript(_SCHEMA)
                 for table in _TABLES:
                     db.execute(f"SELECT * FROM {table} LIMIT 1").fetchone()
@@ -201,7 +201,7 @@ class StateDatabase:
             return False
         return sound
 
-    def _begin_anew(self, error: Exception) -> None:
+    def _reset(self, error: Exception) -> None:
         if self._open is not None:
             self._open[0].close()
             self._open = None
@@ -220,7 +220,7 @@ class StateDatabase:
 
 
 def put_aside(path: Path, word: str = "damaged") -> Path:
-    """Keep a file under another name and return that name."""
+    """Rename a file to a free name beside it, and return that."""
     aside = path.with_name(f"{path.name}.{word}-{time.strftime('%Y%m%d-%H%M%S')}")
     number = 1
     while aside.exists():
@@ -230,16 +230,16 @@ def put_aside(path: Path, word: str = "damaged") -> Path:
     return aside
 
 
-def shown(value: object, most: int = 300) -> str:
-    """A value as ASCII, which can be written and sent whatever it is."""
+def shortened_ascii(value: object, most: int = 300) -> str:
+    """Return a value as ASCII, which can always be written and sent, shortened to ``most`` characters."""
     text = ascii(value)
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # Transactions are begun by hand; the threads of one object take turns.
+    # Transactions are begun explicitly; a lock serialises the threads of one object.
     db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    # Text that is not Unicode must not stop a start: whoever reads it sets the record aside.
+    # Text that is not Unicode must not stop a start: the reader sets the record aside.
     db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
@@ -252,7 +252,7 @@ def _raise_if_full(error: sqlite3.DatabaseError) -> None:
 
 
 def _means_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file is no database, a damaged one, or not ours; a lock or a full disk is none of these."""
+    """Return whether an error means that the file is damaged or not ours, unlike a lock or a full disk."""
     if type(error) is sqlite3.DatabaseError:
         return True
     return str(error).startswith(("no such table", "no such column", "table ", "unsupported file format", "malformed"))

@@ -1,4 +1,4 @@
-"""A folder of studies as it lies on the disk: its index, its lock, and what changes in it by hand."""
+"""A studies folder on disk: its index, its lock, and changes that are made in it by hand."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import checked_tag
-from deformux_label.lib.store import changed_labels as label_check
-from deformux_label.lib.store.changes import WRITING, Change, all_or_nothing
-from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconciled
+from deformux_label.lib.store import external_labels
+from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconcile
 from deformux_label.lib.store.index_file import IndexFile
+from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, why_unusable
 from deformux_label.lib.store.label_names import MappedLabels, names_of
 from deformux_label.lib.store.label_revisions import Revisions, checksum, inside
-from deformux_label.lib.store.label_states import PLAIN_TAGS, file_state, why_unusable
 from deformux_label.lib.store.notices import Notices
 from deformux_label.lib.store.project_record import ProjectRecord
 from deformux_label.lib.store.scan_check import ScanChecks
+from deformux_label.lib.store.transaction import WRITING, Transaction, all_or_nothing
 from deformux_label.lib.store.trash import Trash
-from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, split_suffix
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 from deformux_label.lib.store.watcher import StudiesWatcher
 
 __all__ = ["StudiesError", "StudiesFolder"]
@@ -37,29 +38,29 @@ __all__ = ["StudiesError", "StudiesFolder"]
 logger = logging.getLogger(__name__)
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Seconds that a start waits for labels to be checked; the rest follows in the background.
+# A start waits this long for labels to be checked; the rest is checked in the background.
 _WAIT_FOR_CHECKS_S = 5.0
 
 
 class StudiesError(ValueError):
-    """A folder cannot be served; the message is one sentence."""
+    """The folder cannot be served; the message is one sentence."""
 
 
 class StudiesFolder(LocalDatastore):
-    """The index of a folder, kept in step with the files and with what other processes write.
+    """The index of a folder, kept in step with the files and with the writes of other processes.
 
     Args:
         folder: the studies.
-        labels: the project's labels; None for tools, which take those of the last start.
+        labels: the project's labels; None for tools, which use those of the last start.
 
     Raises:
-        StudiesError: it cannot be read, or its labels are of another project.
+        StudiesError: the folder cannot be read, or its labels belong to another project.
     """
 
     _datastore: LocalDatastoreModel
 
     def __init__(self, folder: str, *, labels: Sequence[str] | None) -> None:
-        # Not MONAI Label's own start, which writes at once, and lists the folder in its own way.
+        # MONAI Label's own start is not called: it writes at once, and lists the folder in its own way.
         self._datastore_path = os.path.realpath(folder)
         self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
         self._lock_file = os.path.join(self._datastore_path, ".lock")
@@ -67,14 +68,14 @@ class StudiesFolder(LocalDatastore):
         self._auto_reload = settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD
         self.notices = Notices()
         self.read_only = _cannot_write(self._datastore_path) or bool(settings.MONAI_LABEL_DATASTORE_READ_ONLY)
-        # One re-entrant lock: MONAI Label opens a new one for each step of a change.
+        # One re-entrant lock; MONAI Label opens a new one for each step of a change.
         self._lock: AbstractContextManager[Any] = threading.RLock() if self.read_only else FileLock(self._lock_file)
         self._index = IndexFile(Path(self._datastore_config_path))
         state = Path(self._datastore_path) / ".deformux"
         self.revisions = Revisions(state / "revisions")
         self.trash = Trash(state / "trash")
         self._mapped = MappedLabels(None if self.read_only else state / "mapped")
-        self._checks = label_check.BackgroundChecks(self._check)
+        self._checks = external_labels.BackgroundChecks(self._check)
         self._scans: ScanChecks | None = None
         self.unusable_scans: frozenset[str] = frozenset()
         self._files: Reconciled | None = None
@@ -93,7 +94,7 @@ class StudiesFolder(LocalDatastore):
             for tag in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
                 self._make_label_folder(tag)
             with self._lock:
-                # Whoever writes holds the lock, so these are what a crash left.
+                # A writer holds the lock, so a crash left these.
                 root = Path(self._datastore_path)
                 for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"labels/*/{WRITING}*")):
                     leftover.unlink(missing_ok=True)
@@ -156,7 +157,7 @@ class StudiesFolder(LocalDatastore):
     # Paths.
 
     def _image_file(self, image_id: str, entry: ImageLabelModel) -> Path:
-        """The file of a volume, or the link to it, in the studies."""
+        """Return the file of a volume in the studies, or the link to it."""
         root = Path(self._datastore_path)
         path = root / file_of(image_id, entry)
         if ".." in path.parts:
@@ -164,7 +165,7 @@ class StudiesFolder(LocalDatastore):
         return inside(root, path.parent) / path.name
 
     def _label_folder(self, tag: str) -> Path:
-        """The folder of the labels of a tag."""
+        """Return the folder of a tag's labels."""
         folder = Path(self._datastore.label_path(checked_tag(tag)))
         return inside(Path(self._datastore_path), folder)
 
@@ -182,10 +183,10 @@ class StudiesFolder(LocalDatastore):
             )
 
     @contextmanager
-    def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Change]]:
-        """Hold the lock, start from the index on disk, and make all changes of files and the index at the end, or none.
+    def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Transaction]]:
+        """Hold the lock and yield the entries on disk and a transaction; both are written at the end, or neither.
 
-        Entries are replaced, never changed in place.
+        Entries must be replaced, never changed in place.
         """
         self._refuse_read_only()
         with self._lock:
@@ -193,12 +194,12 @@ class StudiesFolder(LocalDatastore):
             before = self._datastore.objects
             objects = dict(before)
             changed = None
-            with all_or_nothing() as change:
-                yield objects, change
+            with all_or_nothing() as transaction:
+                yield objects, transaction
                 unlike = any(objects[key] is not before[key] for key in objects.keys() & before.keys())
                 if objects.keys() != before.keys() or unlike or self._index.mended or not self._index.path.exists():
                     changed = self._datastore.model_copy(update={"objects": objects})
-                    self._index.write(changed, change.write(self._index.path))
+                    self._index.write(changed, transaction.write(self._index.path))
             if changed is not None:
                 self._index.is_as_written()
                 self._datastore = changed
@@ -210,29 +211,29 @@ class StudiesFolder(LocalDatastore):
             except ValueError as error:
                 aside = self._index.path if self.read_only else self._index.put_aside()
                 logger.error("The index cannot be read: %s", str(error).splitlines()[0])
-                self.notices.warn(f"the index was damaged, is kept as {aside}, and is made anew of the files")
+                self.notices.warn(f"the index was damaged; it is kept as {aside}, and rebuilt from the files")
                 return
             if model is not None:
                 model.base_path = self._datastore_path
                 self._datastore = model
 
     def _update_datastore_file(self, lock: bool = True) -> None:
-        with self._lock, all_or_nothing() as change:
-            self._index.write(self._datastore, change.write(self._index.path))
+        with self._lock, all_or_nothing() as transaction:
+            self._index.write(self._datastore, transaction.write(self._index.path))
         self._index.is_as_written()
 
     def refresh(self) -> None:
-        """Take note of files that came or went by hand; labels that came are looked at in the background."""
+        """Notice files that were added or removed by hand; new labels are checked in the background."""
         self._reconcile_datastore()
         self._checks.wait(_WAIT_FOR_CHECKS_S)
         if self._scans is not None:
             self.check_scans()
 
     def check_scans(self) -> Mapping[str, str]:
-        """Read the headers of all scans, some milliseconds each, now and after each refresh.
+        """Read the headers of all scans, a few milliseconds each, now and after each refresh.
 
         Returns:
-            file to the reason, of those that nothing can use; they are logged once.
+            file to the reason, for unusable scans; they are logged once.
         """
         if self._scans is None:
             self._scans = ScanChecks()
@@ -244,8 +245,8 @@ class StudiesFolder(LocalDatastore):
         return reasons
 
     def check_files(self) -> None:
-        """Read every scan's header and every label's bytes in this thread, which gives way to all others."""
-        label_check.give_way()
+        """Read every scan's header and every label's bytes, in this thread at a low priority."""
+        external_labels.give_way()
         self.check_scans()
         for image_id, entry in self._datastore.objects.items():
             for tag, label in entry.labels.items():
@@ -253,7 +254,7 @@ class StudiesFolder(LocalDatastore):
                     self._checks.add([(image_id, tag)])
 
     def _is_rotten(self, image_id: str, tag: str, label: DataModel) -> bool:
-        """Whether a label that nobody wrote to has other bytes than its revision: a failing disk changes no date."""
+        """Return whether an untouched label differs from its revision: a failing disk does not change the time."""
         if self.read_only or why_unusable(label.info) is not None:
             return False
         newest = self.revisions.newest(image_id, tag)
@@ -270,27 +271,27 @@ class StudiesFolder(LocalDatastore):
                 found = self._reconciled(self._datastore.objects, None)
                 self._datastore = self._datastore.model_copy(update={"objects": found.objects})
             else:
-                with self._changing() as (objects, change):
-                    found = self._reconciled(objects, change)
+                with self._changing() as (objects, transaction):
+                    found = self._reconciled(objects, transaction)
                     objects.clear()
                     objects.update(found.objects)
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
-            self.notices.warn("the disk of the studies is full, so that files copied in by hand are not taken note of")
+            self.notices.warn("the disk of the studies is full, so files that are copied in by hand are not noticed")
             found = self._reconciled(self._datastore.objects, None)
             self._datastore = self._datastore.model_copy(update={"objects": found.objects})
         self._files = found
         self.notices.tell("Not served", found.found.not_served)
-        self.notices.tell("A label of no volume", found.stray)
+        self.notices.tell("A label without a volume", found.stray)
         if self.labels and not self.read_only:
             self._checks.add(found.to_check)
 
-    def _reconciled(self, objects: Mapping[str, ImageLabelModel], change: Change | None) -> Reconciled:
-        return reconciled(self._datastore, objects, self.revisions, change, self.labels)
+    def _reconciled(self, objects: Mapping[str, ImageLabelModel], transaction: Transaction | None) -> Reconciled:
+        return reconcile(self._datastore, objects, self.revisions, transaction, self.labels)
 
     def _check(self, labels: Sequence[tuple[str, str]]) -> None:
-        """Look at the files of labels that changed without this server, and bring the index in step with them."""
+        """Look at labels that changed without this server, and update the index."""
         if self.read_only or not self.labels:
             return
         with ExitStack() as stack:
@@ -304,36 +305,38 @@ class StudiesFolder(LocalDatastore):
                 if not file.is_file():
                     continue
                 image = self._image_file(image_id, entry)
-                look = label_check.Look(tag, file, image_id, image, self.labels)
-                verdicts.append(label_check.judge(look, held, self.revisions, stack))
+                look = external_labels.LabelToCheck(tag, file, image_id, image, self.labels)
+                verdicts.append(external_labels.judge(look, held, self.revisions, stack))
             if not verdicts:
                 return
-            with self._changing() as (objects, change):
+            with self._changing() as (objects, transaction):
                 for verdict in verdicts:
-                    self._apply(verdict, objects, change)
+                    self._apply(verdict, objects, transaction)
 
-    def _apply(self, verdict: label_check.Verdict, objects: dict[str, ImageLabelModel], change: Change) -> None:
+    def _apply(
+        self, verdict: external_labels.Verdict, objects: dict[str, ImageLabelModel], transaction: Transaction
+    ) -> None:
         entry = objects.get(verdict.image)
         held = entry.labels.get(verdict.tag) if entry else None
-        # Somebody saved another one meanwhile.
+        # Another label was saved meanwhile.
         if entry is None or held is None or not verdict.file.is_file():
             return
         if file_state(verdict.file.stat()) != verdict.state:
             return
-        studies = label_check.Studies(
+        studies = external_labels.LabelContext(
             self._datastore,
             self.revisions,
             self.trash,
-            change,
+            transaction,
             self.labels,
             file_of(verdict.image, entry),
             self.notices.warn,
         )
-        label = label_check.apply(verdict, held, studies)
+        label = external_labels.apply_verdict(verdict, held, studies)
         objects[verdict.image] = entry.model_copy(update={"labels": {**entry.labels, verdict.tag: label}})
 
     def _is_news(self, kind: str, path: str) -> bool:
-        """Whether the index does not know yet that a file came, went or changed; its own writes are no news."""
+        """Return whether a file changed in a way that the index does not know yet, unlike after its own writes."""
         parts = os.path.relpath(path, self._datastore_path).split(os.sep)
         if parts[0] != "labels":
             file = "/".join(parts)
@@ -355,7 +358,7 @@ class StudiesFolder(LocalDatastore):
 
 
 def _cannot_write(folder: str) -> bool:
-    """Whether a folder, made where it does not exist, cannot be written to.
+    """Make a folder unless it exists, and return whether it is read-only.
 
     Raises:
         StudiesError: it is not a folder, or cannot be read.

@@ -1,4 +1,4 @@
-"""Tasks that run in the background, one row each in the project's database."""
+"""Background tasks, one row each in the project's database."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "unfinished",
 ]
 
-# In MONAI Label's words, which its clients compare with: queued, running, done, failed, stopped.
+# MONAI Label's words, which its clients compare.
 QUEUED, RUNNING, DONE, FAILED, STOPPED = "SUBMITTED", "RUNNING", "DONE", "ERROR", "STOPPED"
 FINISHED = (DONE, FAILED, STOPPED)
 
@@ -45,21 +45,21 @@ class Tasks:
         self.kind = kind
 
     def read(self) -> list[dict[str, Any]]:
-        """All tasks that are remembered; a bad record is left out."""
+        """Return all tasks; an invalid record is left out."""
         rows = self.state.read(lambda db: self._rows(db).fetchall())
         tasks = [_parsed(record) for _, record in rows]
         return [task for task in tasks if isinstance(task, dict)]
 
     def find(self, task_id: str) -> dict[str, Any] | None:
-        """The task of an id."""
+        """Return the task with an id, or None."""
         return next((task for task in self.read() if task["id"] == task_id), None)
 
     def change(self, do: Callable[[list[dict[str, Any]]], _Result]) -> _Result:
-        """Let ``do`` change the list and its tasks in place; what it returns is returned once that is on the disk."""
+        """Let ``do`` change the list and its tasks in place, and return its result once the changes are on disk."""
         return self.state.change(lambda db: self.change_within(db, do))
 
     def change_within(self, db: sqlite3.Connection, do: Callable[[list[dict[str, Any]]], _Result]) -> _Result:
-        """The same, in a transaction that is under way."""
+        """Do the same within an open transaction."""
         before: dict[str, str] = {}
         tasks = []
         for position, record in self._rows(db).fetchall():
@@ -86,28 +86,28 @@ class Tasks:
 
 
 def new_task(request: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A task that waits."""
+    """Return a queued task."""
     return {"id": str(uuid.uuid4()), "status": QUEUED, "request": dict(request), "start_ts": now(), "starts": 0, **more}
 
 
 def end(task: dict[str, Any], status: str, error: str | None = None) -> None:
-    """Note that a task has ended."""
+    """Record that a task has ended."""
     task |= {"status": status, "end_ts": now(), "ended": time.time(), "error": error}
 
 
 def now() -> str:
-    """The time as MONAI Label writes it."""
+    """Return the current time as MONAI Label writes it."""
     return datetime.now().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def unfinished(tasks: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The running task, else the first that waits."""
+    """Return the running task, else the first queued one, else None."""
     by_status = {task["status"]: task for task in reversed(tasks)}
     return by_status.get(RUNNING) or by_status.get(QUEUED)
 
 
 def _parsed(record: object) -> dict[str, Any] | str:
-    """A task, or what is wrong with it."""
+    """Return the task of a record, or what is wrong with it."""
     try:
         task: Any = json.loads(record) if isinstance(record, str) else record
     except (ValueError, RecursionError) as error:
@@ -116,7 +116,7 @@ def _parsed(record: object) -> dict[str, Any] | str:
 
 
 def fault(task: Any) -> str:
-    """What is wrong with a task from a file; empty where nothing is."""
+    """Return what is wrong with a task that was read; empty if nothing is."""
     if not isinstance(task, dict):
         return "it is not an object"
     if not is_text(task.get("id"), 100) or "/" in task["id"]:

@@ -1,4 +1,4 @@
-"""What was deleted, kept under ``.deformux/trash`` until somebody brings it back."""
+"""Deleted volumes and labels, kept under ``.deformux/trash`` until they are restored."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from deformux_label.lib.requests.identifiers import is_image_id, is_tag
-from deformux_label.lib.store.changes import Change
-from deformux_label.lib.store.records import repaired
+from deformux_label.lib.store.json_repair import repaired
+from deformux_label.lib.store.transaction import Transaction
 
 __all__ = ["Trash", "Trashed"]
 
@@ -25,16 +25,16 @@ _KINDS = ("image", "label", "damaged label")
 
 @dataclass(frozen=True)
 class Trashed:
-    """Something that was deleted.
+    """A deleted volume or label.
 
     Args:
         name: of its folder in the trash.
-        kind: ``image``, ``label``, or ``damaged label`` for a file that could not be read any more.
+        kind: ``image``, ``label``, or ``damaged label`` for a file that could no longer be read.
         image: id of the volume.
         time: of the deletion, seconds since 1970.
-        file: path of the volume's file in the studies; empty where only a label was deleted.
-        info: what was known about the volume.
-        labels: tag to the number of the revision that was the current label; 0 where there was none.
+        file: path of the volume's file in the studies; empty if only a label was deleted.
+        info: metadata of the volume.
+        labels: tag to the number of the revision that was the current label; 0 if there was none.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Trashed:
 class Trash:
     """Entries ``<folder>/<time>-<id>`` with the files and ``record.json``; the caller holds the studies' lock.
 
-    Files are moved here by renaming, so that of a link it is the link that goes, never what it points to.
+    Files are moved here by renaming: a link itself is moved, never its target.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,7 +57,7 @@ class Trash:
 
     def stage(
         self,
-        change: Change,
+        transaction: Transaction,
         kind: str,
         image: str,
         *,
@@ -65,21 +65,21 @@ class Trash:
         info: Mapping[str, Any] | None = None,
         labels: Mapping[str, int],
     ) -> Path:
-        """Add a new entry to a change of files; its files are to be moved to the folder that is returned."""
+        """Add a new entry to a transaction, and return the folder to which its files must be moved."""
         place = self._free(f"{time.strftime('%Y%m%d-%H%M%S')}-{image}")
         entry = Trashed(place.name, kind, image, time.time(), file, dict(info or {}), dict(labels))
-        change.write_text(place / "record.json", json.dumps(asdict(entry), indent=1) + "\n")
+        transaction.write_text(place / "record.json", json.dumps(asdict(entry), indent=1) + "\n")
         return place
 
     def entries(self) -> list[Trashed]:
-        """Oldest first; what a crash left without its files is not listed."""
+        """Return all entries that have files, oldest first; a crash may have left one without."""
         if not self.folder.is_dir():
             return []
         names = sorted(os.listdir(self.folder))
         return [entry for entry in map(self.get, names) if entry is not None and self.files(entry)]
 
     def get(self, name: str) -> Trashed | None:
-        """One entry, or None where there is none or its record cannot be used."""
+        """Return one entry, or None if there is none or its record cannot be used."""
         if not name or name.startswith(".") or "/" in name or "\0" in name:
             return None
         path = self.folder / name / "record.json"
@@ -99,7 +99,7 @@ class Trash:
         return entry
 
     def files(self, entry: Trashed) -> dict[str, Path]:
-        """The files of an entry: ``image``, and labels by their tags."""
+        """Return the files of an entry: ``image``, and labels by their tags."""
         place = self.folder / entry.name
         found = {}
         for folder in (place / "image", *sorted((place / "labels").glob("*"))):
@@ -108,7 +108,7 @@ class Trash:
         return found
 
     def forget(self, entry: Trashed) -> None:
-        """Delete an entry whose files were brought back."""
+        """Delete an entry whose files were restored."""
         shutil.rmtree(self.folder / entry.name, ignore_errors=True)
 
     def _free(self, name: str) -> Path:
@@ -120,5 +120,5 @@ class Trash:
 
 
 def _is_inside(file: object) -> bool:
-    """Whether a path of a record stays below the folder that it is relative to."""
+    """Return whether a record's relative path stays inside its folder."""
     return isinstance(file, str) and "\0" not in file and not file.startswith("/") and ".." not in file.split("/")

@@ -1,4 +1,4 @@
-"""Volumes that clients uploaded for a while, to segment them without adding them to the studies."""
+"""Sessions: volumes that clients upload temporarily, to segment them without adding them to the studies."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from fastapi import HTTPException, UploadFile
 from deformux.data.loading import LoadVolumed
 from deformux.data.volume_reader import InvalidVolume
 from deformux_label.lib.requests.dicom_series import write_series
-from deformux_label.lib.requests.uploads import stored_upload
-from deformux_label.web.multipart import StoredUpload
+from deformux_label.lib.requests.uploads import StoredUpload, stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
 
@@ -31,11 +30,11 @@ class VolumeSession:
 
     Args:
         id: a UUID, which only the client knows.
-        image: the volume, which may have been made of a DICOM series, in a folder of this session.
-        client: address of who sent it.
+        image: the volume, perhaps made from a DICOM series, in this session's own folder.
+        client: address of the sender.
         created: seconds since 1970.
         used: seconds since 1970, of the last request that named it.
-        expiry: seconds after its last use until it goes.
+        expiry: seconds after its last use until it is removed.
     """
 
     id: str
@@ -45,8 +44,8 @@ class VolumeSession:
     used: float
     expiry: float
 
-    def to_json(self) -> dict[str, Any]:
-        """What a client is told, in MONAI Label's words."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a client is told, in MONAI Label's words."""
         return {
             "name": self.id,
             "image": self.image.name,
@@ -60,12 +59,12 @@ class VolumeSession:
 class VolumeSessions:
     """The sessions of this server, which end with it.
 
-    They are known by what this process remembers alone: nothing that lies in a folder is believed. MONAI Label's own
-    unpacks archives, and reads the path of a session's image from a file beside it.
+    Only this process's memory says which sessions exist: files are not trusted. MONAI Label's own sessions unpack
+    archives, and read the path of an image from a file beside it.
 
     Args:
-        folder: a folder of this process alone.
-        expiry_s: seconds after its last use until a session goes, and the most that a client may ask for.
+        folder: a folder that only this process uses.
+        expiry_s: seconds after its last use until a session is removed, and the most that a client may ask for.
     """
 
     def __init__(self, folder: Path, expiry_s: float) -> None:
@@ -78,7 +77,7 @@ class VolumeSessions:
         """Keep one uploaded volume, or the files of one DICOM series, and return its session.
 
         Raises:
-            HTTPException: 422 for what is not one volume.
+            HTTPException: 422 if the files are not one volume.
         """
         name = str(uuid4())
         folder = self.store_path / name
@@ -101,7 +100,7 @@ class VolumeSessions:
         return session
 
     def find(self, name: str, *, touch: bool = True) -> VolumeSession:
-        """Return a session; raises HTTPException 404 where there is none, or no longer."""
+        """Return a session; raises HTTPException 404 if there is none, or it has expired."""
         self.remove_expired()
         with self._lock:
             session = self._sessions.get(name.lower())
@@ -112,14 +111,14 @@ class VolumeSessions:
             return session
 
     def remove(self, name: str) -> VolumeSession:
-        """Forget a session and delete its volume; raises HTTPException 404 where there is none."""
+        """Remove a session and delete its volume; raises HTTPException 404 if there is none."""
         session = self.find(name)
         with self._lock:
             self._drop(session.id)
         return session
 
     def remove_expired(self) -> int:
-        """Remove the sessions that nobody used for longer than their expiry, and return how many."""
+        """Remove the expired sessions, and return their number."""
         now = time.time()
         with self._lock:
             gone = [name for name, session in self._sessions.items() if session.used + session.expiry < now]
@@ -128,7 +127,7 @@ class VolumeSessions:
         return len(gone)
 
     def _make_room(self, client: str) -> None:
-        """Drop the sessions that were used longest ago: of this client, or of all, where there are too many."""
+        """Drop the least recently used sessions of this client, then of all clients, down to the limits."""
         own = [session for session in self._sessions.values() if session.client == client]
         for sessions, most in ((own, _MOST_PER_CLIENT), (list(self._sessions.values()), _MOST)):
             for session in sorted(sessions, key=lambda session: session.used)[: max(0, len(sessions) - most)]:
@@ -152,7 +151,7 @@ def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
     for number, upload in enumerate(uploads):
         assert isinstance(upload, StoredUpload)
         shutil.move(upload.path, series / f"{number:04d}.dcm")
-    # From here on it is a volume like any other, whole in one file.
+    # From here on it is an ordinary volume in one file.
     volume = folder / "series.nii.gz"
     write_series(series, volume)
     shutil.rmtree(series)

@@ -12,25 +12,37 @@ import nibabel as nib
 import nrrd
 import numpy as np
 
-from deformux_label.web.request_folder import request_folder
+from deformux_label.lib.requests.label_formats import LABEL_FORMATS
+from deformux_label.lib.requests.request_folder import request_folder
 
-__all__ = ["FORMATS", "write_labels", "write_result"]
+__all__ = ["write_labels", "write_result"]
 
-FORMATS = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd")
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0])
 
 
-def write_result(labels: np.ndarray, affine: np.ndarray, request: Mapping[str, Any], names: Mapping[str, int]) -> str:
-    """Write the labels of a reply to a new file, in the format that the request asks for, and return its path.
+def write_result(
+    labels: np.ndarray,
+    affine: np.ndarray,
+    names: Mapping[str, int],
+    *,
+    image: str,
+    extension: str | None = None,
+    dtype: str | None = None,
+) -> str:
+    """Write the labels of a reply to a new file and return its path.
 
-    Without one it is the image's own format, where that can hold labels.
+    Args:
+        labels: ``(X, Y, Z)``.
+        affine: maps voxels to RAS millimetres.
+        names: of the labels, with their values.
+        image: name of the scan's file, whose format is taken where ``extension`` is None and it can hold labels.
+        extension: the format that the request asks for.
+        dtype: the type that it asks for; uint8 for None.
     """
-    image = str(request["image"])
-    own = next((suffix for suffix in FORMATS if image.endswith(suffix)), FORMATS[0])
-    handle, path = tempfile.mkstemp(suffix=request.get("result_extension") or own, dir=request_folder())
+    own = next((suffix for suffix in LABEL_FORMATS if image.endswith(suffix)), LABEL_FORMATS[0])
+    handle, path = tempfile.mkstemp(suffix=extension or own, dir=request_folder())
     os.close(handle)
-    dtype = np.dtype(request.get("result_dtype") or "uint8")
-    write_labels(Path(path), labels.astype(dtype, copy=False), affine, names)
+    write_labels(Path(path), labels.astype(np.dtype(dtype or "uint8"), copy=False), affine, names)
     return path
 
 
@@ -62,7 +74,7 @@ def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapp
 
 
 def _segments(shape: tuple[int, ...], names: Mapping[str, int]) -> dict[str, str]:
-    """The header fields by which Slicer names the segments of a label volume."""
+    """Return the header fields by which Slicer names the segments of a label volume."""
     extent = " ".join(f"0 {n - 1}" for n in shape)
     fields = {
         "Segmentation_MasterRepresentation": "Binary labelmap",

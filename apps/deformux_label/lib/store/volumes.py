@@ -1,4 +1,4 @@
-"""Which files of a studies folder are volumes, and under which ids they are served."""
+"""Volumes and labels in a studies folder: which files they are, and the ids that they are served under."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import is_image_id
 
 __all__ = [
     "LABEL_SUFFIXES",
-    "VOLUME_SUFFIXES",
     "Found",
     "find_volumes",
     "free_id",
@@ -20,10 +20,9 @@ __all__ = [
     "with_ids",
 ]
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LABEL_SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES)
 _DEEPEST_FOLDER = 16
-# What people expect to be served; every other file, such as a text, is none of this server's business.
+# Files that users may expect to be served, and that are listed as not served; others, such as text, are ignored.
 _OTHER_KINDS = (
     *(".dcm", ".ima", ".mhd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".nia", ".vti", ".img.gz"),
     *(".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"),
@@ -32,11 +31,11 @@ _OTHER_KINDS = (
 
 @dataclass
 class Found:
-    """What a folder holds.
+    """The content of a folder.
 
     Args:
-        volumes: path relative to the folder, with ``/``, of every volume; in order of name.
-        not_served: relative path to the reason, of everything else that looks like one.
+        volumes: path of every volume, relative to the folder, with ``/``; in order of name.
+        not_served: relative path to the reason, for everything else that looks like a volume.
     """
 
     volumes: list[str] = field(default_factory=list)
@@ -44,7 +43,7 @@ class Found:
 
 
 def split_suffix(name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tuple[str, str] | None:
-    """Return stem and suffix of a volume's file name, the suffix as it is written; None for another file."""
+    """Return the stem and the suffix, in its own case, of a volume's file name; None for another file."""
     lower = name.lower()
     for suffix in suffixes:
         if lower.endswith(suffix) and len(name) > len(suffix):
@@ -53,11 +52,11 @@ def split_suffix(name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tupl
 
 
 def find_volumes(folder: Path, known: Collection[str] = ()) -> Found:
-    """Look for volumes in a folder and the folders in it.
+    """Find the volumes in a folder and its subfolders.
 
-    Hidden files and folders, and the ``labels``, are left out. Links to files are followed, as folders of hospitals
-    are full of them; links to folders are not. A relative path in ``known`` was served before, and stays a volume
-    whatever its name says.
+    Hidden files and folders, and ``labels``, are left out. Links to files are followed, as they are common in
+    hospitals' folders; links to folders are not. A relative path in ``known`` was served before, and stays a volume
+    whatever its name.
     """
     found = Found()
     _look_into(folder, "", 0, found, known)
@@ -90,11 +89,11 @@ def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Colle
 
 
 def _refusal(entry: os.DirEntry[str], *, known: bool) -> str | None:
-    """Why something that is not a folder is not served; None for a volume, and for what nobody expects to be one."""
+    """Return why something that is not a folder is not served; None for a volume or an unrelated file."""
     try:
         return _refusal_of(entry, known=known)
     except OSError as error:
-        # Such as of a link to itself, or into a folder that the server may not enter.
+        # For example a link to itself, or into a folder that the server may not enter.
         what = "link" if entry.is_symlink() else "file"
         return f"it is a {what} that cannot be followed: {error.strerror or error}"
 
@@ -118,11 +117,12 @@ def _refusal_of(entry: os.DirEntry[str], *, known: bool) -> str | None:
 
 
 def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str], bool]) -> dict[str, tuple[str, str]]:
-    """Return id to (relative path, suffix) of every volume; what can have no id is added to ``found.not_served``.
+    """Return id to (relative path, suffix) of every volume; add those without a valid id to ``found.not_served``.
 
     Args:
-        known: relative path to id of the volumes that have one, which they keep.
-        belongs: whether the labels that are kept under an id, if any, may be those of the volume at a relative path.
+        found: the volumes.
+        known: relative path to id of volumes that keep the id they have.
+        belongs: whether the labels kept under an id, if any, may belong to the volume at a relative path.
     """
     volumes = {known[path]: path for path in found.volumes if path in known}
     for path in found.volumes:
@@ -139,18 +139,18 @@ def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str
             found.not_served[path] = "other volumes have every id that it could have; rename it"
         else:
             volumes[chosen] = path
-    # In order of name, as volumes without a scan folder always were.
+    # In order of path, as in earlier versions.
     return {image: (volumes[image], suffix_of(volumes[image])) for image in sorted(volumes, key=volumes.__getitem__)}
 
 
 def suffix_of(path: str) -> str:
-    """Return the volume suffix of a path; empty where there is none."""
+    """Return the volume suffix of a path, or an empty text."""
     parts = split_suffix(path)
     return parts[1] if parts else ""
 
 
 def _candidates(path: str) -> Iterator[str]:
-    """The ids of a file, the best first: its stem, then its whole name, then that with a number."""
+    """Yield possible ids of a file, the best first: its stem, its whole name, then that with a number."""
     stem, _ = split_suffix(path) or (path, "")
     whole = path.replace("/", "__")
     yield stem.replace("/", "__")
@@ -168,9 +168,9 @@ def free_id(name: str, taken: Callable[[str], bool]) -> str:
 
 
 def labels_in(folder: Path) -> tuple[dict[str, dict[str, os.stat_result]], dict[str, str]]:
-    """Return the label files of a tag's folder: id to {suffix: status}, and name to reason of what is no label.
+    """Return the label files of a tag's folder as id to {suffix: status}, and name to reason for other files.
 
-    Hidden files are writes under way, or a Mac's companions.
+    Hidden files are left out: they are unfinished writes, or a Mac's metadata.
     """
     found: dict[str, dict[str, os.stat_result]] = {}
     refused: dict[str, str] = {}

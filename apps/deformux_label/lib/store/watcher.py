@@ -1,4 +1,4 @@
-"""Noticing files that come and go by hand."""
+"""A watcher of the studies folder, for files that are added or removed by hand."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ _PAUSE_S = 0.3
 
 
 class StudiesWatcher(FileSystemEventHandler):
-    """Calls ``refresh`` a moment after volumes or labels came or went, and ``reload`` when the index was replaced.
+    """Calls ``refresh`` shortly after volumes or labels changed, and ``reload`` when the index was replaced.
 
     Args:
         folder, index: the studies, and the path of their index.
         is_news: whether the index does not know yet that a path was ``created``, ``modified`` or ``deleted``.
+        refresh, reload: called from a thread of the watcher.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class StudiesWatcher(FileSystemEventHandler):
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin to watch; on a mounted file system, where nobody tells of changes, by looking again and again."""
+        """Begin to watch; a mounted file system, which may not report changes, is polled."""
         observer: Any = PollingObserver() if _is_on_mount(self._folder) else Observer()
         try:
             observer.schedule(self, path=self._folder, recursive=True)
@@ -53,7 +54,7 @@ class StudiesWatcher(FileSystemEventHandler):
             logger.error("The studies cannot be watched, so that files copied in by hand are not noticed: %s", error)
 
     def dispatch(self, event: FileSystemEvent) -> None:
-        """Of one event; only what happens to volumes, labels, folders and the index matters."""
+        """Handle one event; only volumes, labels, folders and the index matter."""
         kind = event.event_type
         if kind == "moved":
             self._happened("deleted", os.fsdecode(event.src_path), event.is_directory)
@@ -72,14 +73,14 @@ class StudiesWatcher(FileSystemEventHandler):
         if any(part.startswith(".") for part in parts):
             return
         if is_folder:
-            # One that was moved here brings its files without an event for each.
+            # A folder that is moved here brings its files without an event for each.
             if kind != "modified":
                 self._refresh_soon()
         elif split_suffix(parts[-1], LABEL_SUFFIXES) and self._is_news(kind, path):
             self._refresh_soon()
 
     def _refresh_soon(self) -> None:
-        """Once for all files that are copied in the same moment: each time the whole folder is listed."""
+        """Refresh once for all files that are copied at about the same time: each refresh lists the whole folder."""
         with self._lock:
             if self._soon is None:
                 self._soon = threading.Timer(_PAUSE_S, self._now)

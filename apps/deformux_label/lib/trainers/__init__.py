@@ -1,1 +1,1 @@
-"""Training tasks."""
+"""Trainings: their queue, their process and their status."""

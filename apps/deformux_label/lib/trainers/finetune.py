@@ -24,10 +24,10 @@ from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
-from deformux_label.lib.background.task_process import checked_gpus
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.requests.options import checked_device, chosen
+from deformux_label.lib.requests.options import checked_device
+from deformux_label.lib.requests.training import TrainingRequest
 from deformux_label.lib.trainers.process import TRAININGS_SHARE
 from deformux_label.lib.trainers.status import TrainingStatus
 
@@ -36,11 +36,11 @@ __all__ = ["FineTune"]
 logger = logging.getLogger(__name__)
 
 _STEPS_PER_EPOCH = 20
-# Of the learning rate from scratch, for a start from weights that already work.
+# The learning rate for a start from trained weights, as a fraction of the one from scratch.
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
-# The same labels give the same model, but for rounding.
+# The same labels give the same model, except for rounding.
 _SEED = 0
-# Cases of which it is said why they were not used.
+# Number of unused or doubtful cases whose reasons are reported.
 _MOST_TOLD = 100
 _STARTS = ("published", "pretrained", "scratch")
 
@@ -48,8 +48,8 @@ _STARTS = ("published", "pretrained", "scratch")
 class FineTune(TrainTask):
     """Train on every submitted label, write the result as a version, and publish it unless it is worse.
 
-    MONAI Label runs this in a process of its own; ``stats`` is read by the server from the status file. On SIGTERM the
-    step under way is finished and kept, and the next training on the same labels goes on from there.
+    MONAI Label runs this in a separate process; in the server, ``stats`` reads the status file. On SIGTERM the current
+    step is finished and kept, and the next training on the same labels continues from there.
     """
 
     def __init__(self, project: Project, models: ServedModels, state_folder: Path) -> None:
@@ -62,7 +62,7 @@ class FineTune(TrainTask):
         self.status = TrainingStatus(state_folder / "training.json")
 
     def config(self) -> dict[str, Any]:
-        """Options as the Slicer extension shows them: of a list it sends the first unless another is chosen."""
+        """Return the options as the Slicer extension shows them; the first of a list is its default."""
         recipe = RECIPES["finetune"]
         return {
             "device": device_list(),
@@ -83,14 +83,12 @@ class FineTune(TrainTask):
         """
         if not datastore.get_labeled_images():
             raise HTTPException(409, "training needs at least 1 submitted label; there are none so far")
-        self._recipe(request)
-        checked_device(request.get("device"))
-        checked_gpus(request.get("gpus"))
-        self._start(request)
+        self._parsed(request)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         self.check(request, datastore)
-        recipe = self._recipe(request)
+        asked = self._parsed(request)
+        recipe = _recipe(asked)
         self.status.start(
             total_epochs=recipe.epochs,
             total_steps=recipe.steps,
@@ -100,7 +98,7 @@ class FineTune(TrainTask):
         try:
             with _stop_on_sigterm() as stop:
                 outcome = self.learner.learn(
-                    self._cases(datastore), self._round(recipe, request), on_progress=self._report, stop=stop.is_set
+                    self._cases(datastore), self._round(recipe, asked), on_progress=self._report, stop=stop.is_set
                 )
         except TrainingStopped as error:
             self.status.update(now=True, status="stopped", error=f"{error}; no model was published")
@@ -119,11 +117,8 @@ class FineTune(TrainTask):
     def _starts(self) -> tuple[str, ...]:
         return tuple(start for start in _STARTS if start != "pretrained" or self.project.pretrained)
 
-    def _start(self, request: Mapping[str, Any]) -> str:
-        start = chosen(request.get("start_from", _STARTS[0]))
-        if start not in self._starts:
-            raise HTTPException(400, f"start_from must be one of {', '.join(self._starts)}; got {start!r}")
-        return str(start)
+    def _parsed(self, request: Mapping[str, Any]) -> TrainingRequest:
+        return TrainingRequest.of(request, self.config(), starts=self._starts)
 
     def _cases(self, datastore: Datastore) -> list[Case]:
         cases = []
@@ -134,33 +129,31 @@ class FineTune(TrainTask):
             cases.append(Case(image, Path(datastore.get_image_uri(image)), label, known or None))
         return cases
 
-    def _round(self, recipe: Recipe, request: Mapping[str, Any]) -> Round:
-        start = self._start(request)
+    def _round(self, recipe: Recipe, asked: TrainingRequest) -> Round:
         pretrained = self.project.pretrained
         gentle = recipe.replace(
             schedule="cosine", learning_rate=_CONTINUED_RATE * recipe.learning_rate, click_start=0.0
         )
-        devices = self._devices(recipe, request)
+        devices = self._devices(recipe, asked.device)
         return Round(
             scratch_recipe=recipe,
             continue_recipe=gentle,
             start=pretrained_path(pretrained) if pretrained else None,
             served=self.models.pretrained,
-            from_scratch=start == "scratch",
-            from_start=start == "pretrained",
+            from_scratch=asked.start_from == "scratch",
+            from_start=asked.start_from == "pretrained",
             device=devices[0],
             devices=devices,
             memory_share=TRAININGS_SHARE,
             seed=_SEED,
         )
 
-    def _devices(self, recipe: Recipe, request: Mapping[str, Any]) -> tuple[str, ...]:
+    def _devices(self, recipe: Recipe, one: str) -> tuple[str, ...]:
         """Return where to train: the device that a request chooses, else as many of the project's as divide a step.
 
         Raises:
             TrainingError: this process does not see a GPU that the project names.
         """
-        one = checked_device(request.get("device"))
         first = checked_device(device_list()[0])
         if self.project.train_devices == "one" or one not in (first, checked_device(None)):
             return (one,)
@@ -178,7 +171,7 @@ class FineTune(TrainTask):
         return tuple(devices[:used])
 
     def _tell(self, outcome: Outcome) -> None:
-        """The end of a training that gave a version; the Slicer extension takes ``total_time`` as the end."""
+        """Report that a training has written a version; the Slicer extension takes ``total_time`` as the end."""
         last = self.status.read()
         self.status.update(
             now=True,
@@ -207,19 +200,18 @@ class FineTune(TrainTask):
             eta_seconds=_finite(progress.eta_s),
         )
 
-    def _recipe(self, request: Mapping[str, Any]) -> Recipe:
-        recipe = RECIPES["finetune"]
-        steps = int(_number(request, "steps", recipe.steps, 1, 1_000_000))
-        # Validating takes about as long as ten steps.
-        return recipe.in_steps(steps, epochs=min(recipe.epochs, steps // _STEPS_PER_EPOCH)).replace(
-            batch_size=int(_number(request, "batch_size", recipe.batch_size, 1, 64)),
-            learning_rate=_number(request, "learning_rate", recipe.learning_rate, 1e-8, 1.0),
-        )
+
+def _recipe(asked: TrainingRequest) -> Recipe:
+    recipe = RECIPES["finetune"]
+    # Validating takes about as long as ten steps.
+    return recipe.in_steps(asked.steps, epochs=min(recipe.epochs, asked.steps // _STEPS_PER_EPOCH)).replace(
+        batch_size=asked.batch_size, learning_rate=asked.learning_rate
+    )
 
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; only the main thread may listen, and elsewhere nobody sends it."""
+    """Yield an event that SIGTERM sets; outside the main thread, where no handler can be set, it stays unset."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -231,20 +223,8 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _number(request: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
-    value = chosen(request.get(name, default))
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not low <= number <= high or (isinstance(default, int) and number != int(number)):
-        kind = "a whole number" if isinstance(default, int) else "a number"
-        raise HTTPException(400, f"{name} must be {kind} from {low:g} to {high:g}; got {value!r}")
-    return number
-
-
 def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of the first cases: every reply to ``GET /info/`` has it."""
+    """Return the first cases only: every reply to ``GET /info/`` contains them."""
     return dict(islice(by_case.items(), _MOST_TOLD))
 
 
@@ -253,5 +233,5 @@ def _finite(value: float | None) -> float | None:
 
 
 def _share(value: float | None) -> float:
-    """A Dice between 0 and 1 that the Slicer extension can draw; 0 where nothing was validated."""
+    """Return a Dice from 0 to 1 that the Slicer extension can draw; 0 if nothing was validated."""
     return min(1.0, max(0.0, _finite(value) or 0.0))

@@ -1,4 +1,4 @@
-"""How a training behaves beside the server that started it."""
+"""The training process: its end, and its share of a GPU."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from deformux_label.lib.trainers.queue import PARENT_PIPE
 
 __all__ = ["TRAININGS_SHARE", "end_with_the_server", "leave_room_on_the_gpu"]
 
-# What an inference and the driver need, of a GPU that a training may otherwise fill.
+# The rest of a GPU's memory is for an inference and the driver.
 TRAININGS_SHARE = 0.8
 _PATIENCE_S = 20.0
 
 
 def end_with_the_server() -> None:
-    """End this process politely on SIGTERM, and also when the server that started it is gone, however it went.
+    """End this process cleanly on SIGTERM, and when the server that started it is gone for any reason.
 
-    Without its server nobody would see or stop a training; the next server starts it again, and it resumes from its
-    last checkpoint.
+    Without its server a training could not be seen or stopped. The next server starts it again, and it resumes from
+    its last checkpoint.
     """
     signal.signal(signal.SIGTERM, _raise_exit)
     if os.environ.get(PARENT_PIPE):
@@ -32,10 +32,10 @@ def end_with_the_server() -> None:
 
 
 def leave_room_on_the_gpu() -> None:
-    """Never take all memory of a GPU: an inference beside this training would find none.
+    """Limit this process's memory on each GPU, so that inference beside this training finds some.
 
-    A training that needs more fails with a sentence, and the inference goes on; an inference that finds too little
-    falls back to smaller windows, then to the CPU.
+    A training that needs more fails with a sentence. An inference that finds too little falls back to smaller
+    windows, then to the CPU.
     """
     for index in range(torch.cuda.device_count()):
         torch.cuda.set_per_process_memory_fraction(TRAININGS_SHARE, index)

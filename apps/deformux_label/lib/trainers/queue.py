@@ -1,4 +1,4 @@
-"""Trainings that were asked for, in a database: one runs at a time, in a process of its own, and none is forgotten."""
+"""The queue of trainings, in the project's database: one runs at a time, in its own process, and none is lost."""
 
 from __future__ import annotations
 
@@ -40,25 +40,25 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 50
 _MOST_WAITING = 20
-# Characters of the JSON of a request: all options together have some hundred.
+# Characters of a request's JSON; all options together take a few hundred.
 _LONGEST_REQUEST = 10_000
-# A training that ends its server's start each time must not do so for ever.
+# A training that crashes its server at each start is not started for ever.
 _MOST_STARTS = 5
 
 
 class AlreadyTraining(RuntimeError):
-    """A training that somebody asked for has not finished; the message says which."""
+    """A requested training has not finished, or too many are queued; the message says which."""
 
 
 class TrainingQueue:
-    """Tasks in the project's database, their output in ``<folder>/tasks/<id>.log``.
+    """Training tasks in the project's database, with their output in ``<folder>/tasks/<id>.log``.
 
-    Any process may add, list or stop; of the servers of a project one runs the tasks. A task that its server's end
-    interrupted is started again by the next server, with the same id and request; the trainer resumes it.
+    Any process may add, list or stop tasks; one of a project's servers runs them. If a task was interrupted by its
+    server's end, the next server starts it again, with the same id and request, and the trainer resumes it.
 
     Args:
-        folder: the project's state. A ``queue.json`` of earlier versions in it is taken over once.
-        stop_patience_s: between SIGTERM and SIGKILL.
+        folder: the project's state. A ``queue.json`` of earlier versions in it is imported once.
+        stop_patience_s: seconds between SIGTERM and SIGKILL.
         on_end: called with each task that has ended, on the queue's own thread.
     """
 
@@ -77,16 +77,16 @@ class TrainingQueue:
         self._news = threading.Event()
 
     def start(self) -> None:
-        """Run the tasks, from now on, in this process's background."""
+        """Start to run the tasks in a background thread."""
         threading.Thread(target=self._run, name="training-queue", daemon=True).start()
 
     def add(self, request: Mapping[str, Any], *, automatic: bool = False, enqueue: bool = False) -> dict[str, Any]:
         """Queue a training and return its task.
 
         Raises:
-            AlreadyTraining: one that was asked for by hand has not finished, and ``enqueue`` was not given; or as many
-                wait as may. One that the server queued by itself is no obstacle: this one runs after it.
-            HTTPException: 400 for a request that is too long to be kept.
+            AlreadyTraining: a training that was requested by hand has not finished, and ``enqueue`` is False; or the
+                queue is full. An automatic training is not an obstacle: this one runs after it.
+            HTTPException: 400 for a request that is too long to store.
         """
         _check_request(request)
         task = new_task(request, automatic=automatic)
@@ -103,11 +103,10 @@ class TrainingQueue:
         return self._public(task)
 
     def submitted(self, image: str, sha256: str, every: int) -> bool:
-        """Note an image's current label; whether a training is due.
+        """Record an image's current label, and return whether a training is due.
 
-        It is when ``every`` (0 for never) images have another label than when the last training started, and none
-        waits. The same image counts once however often it is submitted, and not at all with the label that was
-        trained on.
+        It is due when ``every`` (0 for never) images have another label than when the last training started, and none
+        is queued. An image counts once, however often it is submitted, and not with the label that was trained on.
         """
 
         def count(db: sqlite3.Connection) -> int:
@@ -122,24 +121,24 @@ class TrainingQueue:
         return 0 < every <= changed and not any(task["status"] == QUEUED for task in self._read()["tasks"])
 
     def tasks(self) -> list[dict[str, Any]]:
-        """All that are remembered, oldest first."""
+        """Return all stored tasks, oldest first."""
         return [self._public(task) for task in self._read()["tasks"]]
 
     def unfinished(self) -> dict[str, Any] | None:
-        """The running task, else the next one, else None."""
+        """Return the running task, else the next one, else None."""
         task = unfinished(self._read()["tasks"])
         return None if task is None else self._public(task)
 
     def latest(self) -> dict[str, Any] | None:
-        """What a client that follows its training wants: the unfinished task, else the one that ended last."""
-        # From one look at the database: between two, the runner may take the task, which then is in neither.
+        """Return the task that a client follows: the unfinished one, else the one that ended last."""
+        # One read of the database: between two, the runner might take the task, and it would be in neither.
         tasks = self._read()["tasks"]
         ended = [task for task in tasks if task["status"] in FINISHED]
         task = unfinished(tasks) or max(ended, key=lambda t: t["ended"], default=None)
         return None if task is None else self._public(task)
 
     def summary(self) -> dict[str, Any]:
-        """The queue's state for ``train_stats``; empty before the first training."""
+        """Return the queue's state for ``train_stats``; empty before the first training."""
         tasks = self._read()["tasks"]
         if not tasks:
             return {}
@@ -149,7 +148,7 @@ class TrainingQueue:
         return {"running": next(iter(running), None), "waiting": waiting, "new_labels": new_labels}
 
     def stop(self) -> dict[str, Any] | None:
-        """Stop what runs and drop what waits; returns when it has ended: the stopped task, or None where none was."""
+        """Stop the running task and drop the queued ones; wait for the end and return the first, or None."""
 
         def mark(tasks: list[dict[str, Any]]) -> list[str]:
             left = [task for task in tasks if task["status"] not in FINISHED]
@@ -163,20 +162,20 @@ class TrainingQueue:
         if not stopped:
             return None
         self._news.set()
-        # Twice as long as the runner needs; a server that does not run the queue must not wait for one that is gone.
+        # Twice as long as the runner needs: the server that runs the queue may be another one, and gone.
         until = time.monotonic() + 2 * self._stop_patience_s
         while (task := self._find(stopped[0])) and task["status"] not in FINISHED and time.monotonic() < until:
             time.sleep(PAUSE_S / 4)
         return self._public(task) if task is not None else None
 
     def wait(self, task_id: str) -> dict[str, Any]:
-        """Wait until a task has ended."""
+        """Wait until a task has ended, and return it."""
         while (task := self._find(task_id)) is not None and task["status"] not in FINISHED:
             time.sleep(PAUSE_S)
         return self._public(task) if task is not None else {}
 
     def warnings(self) -> list[str]:
-        """One sentence for each thing that an operator should know."""
+        """Return one sentence for each thing that an operator should know."""
         return self.state.warnings()
 
     def _run(self) -> None:
@@ -205,7 +204,7 @@ class TrainingQueue:
 
     @staticmethod
     def _persist(do: Callable[[], Any]) -> Any:
-        """Try until it works: a disk that is full for a while must not end the thread that runs the trainings."""
+        """Try until it works: a disk that is full for a while must not end the thread that runs trainings."""
         while True:
             try:
                 return do()
@@ -220,7 +219,7 @@ class TrainingQueue:
                     again = not task.get("stop") and task["starts"] < _MOST_STARTS
                     logger.warning("The training %s was interrupted; %s", task["id"], "resuming" if again else "ended")
                     if again:
-                        # It began before what waits, so it comes first again.
+                        # It is older than the queued ones, so it comes first again.
                         task["status"] = QUEUED
                     else:
                         end(task, STOPPED if task.get("stop") else FAILED, "the training was interrupted")
@@ -266,7 +265,7 @@ class TrainingQueue:
         self._persist(partial(self._finish, task["id"], status, error))
 
     def _wait_for_the_former(self, task: Mapping[str, Any]) -> None:
-        """A training whose server was killed ends by itself; should it hang, it is ended."""
+        """Wait for the process of an earlier start, which ends when its server is killed; kill it if it hangs."""
         until = time.monotonic() + 2 * self._stop_patience_s
         while (process := alive(task.get("process"))) is not None:
             if time.monotonic() > until:
@@ -302,7 +301,7 @@ class TrainingQueue:
         return {"tasks": self._tasks.read()}
 
     def _change(self, do: Callable[[list[dict[str, Any]]], Any]) -> Any:
-        """Change the tasks and forget the oldest that have ended."""
+        """Change the tasks, and delete the oldest finished ones."""
         forgotten: list[dict[str, Any]] = []
 
         def change(tasks: list[dict[str, Any]]) -> Any:
@@ -318,7 +317,7 @@ class TrainingQueue:
         return result
 
     def _public(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """A task as MONAI Label's clients read it; the Slicer extension fails where ``details`` is empty."""
+        """Return a task as MONAI Label's clients read it; the Slicer extension fails if ``details`` is empty."""
         listed = ("id", "status", "request", "start_ts", "end_ts", "automatic", "error")
         details = last_lines(self._log(task["id"])) or [task.get("error") or task["status"]]
         return {key: task[key] for key in listed if task.get(key) is not None} | {"details": details}
@@ -327,7 +326,7 @@ class TrainingQueue:
         return self.folder / "tasks" / f"{task_id}.log"
 
     def _opened(self, db: sqlite3.Connection) -> Callable[[], None] | None:
-        """Take over the file of earlier versions, which is kept beside, and set bad records aside."""
+        """Import the file of earlier versions, which is kept under another name, and set invalid records aside."""
         after = self._take_over(db, self.folder / "queue.json")
         self._tasks.change_within(db, lambda _: None)
         return after
@@ -350,13 +349,13 @@ class TrainingQueue:
                 continue
             values = (self._tasks.kind, task["id"], json.dumps(task))
             db.execute("INSERT OR IGNORE INTO tasks (kind, id, record) VALUES (?, ?, ?)", values)
-        # Of which images is not known; the next training counts them in.
+        # The images are unknown; the next training resets this number.
         db.execute("INSERT OR REPLACE INTO numbers VALUES ('earlier_labels', ?)", (max(0, min(new_labels, 10**6)),))
         return lambda: os.replace(path, path.with_name(f"{path.name}.taken-over"))
 
 
 def _new_labels(db: sqlite3.Connection) -> int:
-    """Number of images whose label is another than when the last training started."""
+    """Return the number of images whose label has changed since the last training started."""
     changed = db.execute("SELECT count(*) FROM labels WHERE trained IS NOT current").fetchone()[0]
     earlier = db.execute("SELECT coalesce(sum(value), 0) FROM numbers WHERE name = 'earlier_labels'").fetchone()[0]
     return int(changed) + int(earlier)
@@ -381,10 +380,10 @@ def _refuse_a_second(tasks: Sequence[dict[str, Any]]) -> None:
 
 
 def with_queue(stats: Mapping[str, Any], queue: TrainingQueue) -> dict[str, Any]:
-    """``train_stats`` of the task that a client follows, with the queue's state.
+    """Return ``train_stats`` of the task that a client follows, with the queue's state.
 
-    The trainer's own stats are those of the last training that came far enough to write some: before that, or when it
-    failed on the way there, they would show the training before.
+    The trainer's own stats describe the last training that got far enough to write some. They do not describe a task
+    that is still queued, or that failed before that.
     """
     task = queue.latest()
     if task is None:

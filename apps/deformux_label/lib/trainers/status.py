@@ -1,4 +1,4 @@
-"""What a training is doing, in a file: it runs in a process of its own, and the server answers for it."""
+"""The status of a training in a file: the training's process writes it, the server reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_BYTES = 1_000_000
 
 
 class TrainingStatus:
-    """Reads and writes ``training.json``, in the form that MONAI Label's clients expect of ``stats()``.
+    """Reads and writes ``training.json``, in the form that MONAI Label's clients expect from ``stats()``.
 
     The Slicer extension divides ``epoch`` by ``total_epochs``, takes a truthy ``total_time`` as the end, and fails on a
     ``best_metric`` that is not a number.
@@ -39,7 +39,7 @@ class TrainingStatus:
         self._written = 0.0
 
     def start(self, **values: Any) -> None:
-        """A new training, with nothing done yet."""
+        """Begin the status of a new training."""
         process = psutil.Process()
         self._values = {
             "status": "running",
@@ -52,20 +52,20 @@ class TrainingStatus:
         self.update(now=True, **values)
 
     def update(self, *, now: bool = False, **values: Any) -> None:
-        """Set some values; written at most twice a second unless ``now``."""
+        """Set some values; write them at most twice a second, unless ``now``."""
         self._values |= values
         if now or time.monotonic() - self._written > self._SECONDS_BETWEEN_WRITES:
             write_text(self.path, json.dumps(self._values, allow_nan=False))
             self._written = time.monotonic()
 
     def read(self) -> dict[str, Any]:
-        """The last training, or nothing before the first; one whose process is gone has stopped."""
+        """Return the status of the last training, empty before the first; if its process is gone, it has stopped."""
         try:
             values = _checked(self.path.read_bytes())
         except FileNotFoundError:
             return {}
         except (ValueError, OSError, RecursionError) as error:
-            # It is only told; the versions and the queue do not depend on it.
+            # It only informs clients; the versions and the queue do not depend on it.
             logger.warning("%s is damaged and taken for empty until the next training: %s", self.path, error)
             return {}
         if values["status"] == "running" and not _alive(values["process"]):
@@ -78,10 +78,10 @@ class TrainingStatus:
 
 
 def _checked(content: bytes) -> dict[str, Any]:
-    """The values of a file, in which only what can be sent back and what clients compute with is.
+    """Return the values of a file that can be sent to clients, which compute with them.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
     if len(content) > _MOST_BYTES:
         raise ValueError(f"it has {len(content)} bytes")

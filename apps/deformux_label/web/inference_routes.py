@@ -1,10 +1,9 @@
-"""The files of an inference request: a volume, a session's volume, and a label file beside the active label's name."""
+"""The routes of inference, and the files of their requests: a volume, a session's volume, a label."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Coroutine, Mapping
-from pathlib import Path
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
@@ -17,16 +16,16 @@ from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.web.worker_threads import with_endpoint, with_signature
 
-__all__ = ["inference_router", "label_file_of"]
+__all__ = ["inference_router"]
 
 
 def inference_router(sessions: VolumeSessions | None) -> APIRouter:
-    """MONAI Label's inference, which gets its files from here.
+    """Return MONAI Label's routes of inference, which get their files from here.
 
-    It would copy each upload once more, leave the copy behind when the request fails, believe a session's own words
-    about where its image is, and let ``params`` choose another model than the path. It also puts the path of an
-    uploaded label file under ``label``, and then everything of ``params`` beside it: SmartEdit's ``label``, the name
-    of the active one, would replace the path. Where both come, the name moves to ``active_label``.
+    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session about where
+    its image is, and let ``params`` choose another model than the path. It also puts the path of an uploaded label file
+    under ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
+    path. If both are sent, the name moves to ``active_label``.
     """
     router = APIRouter()
     for route in infer.router.routes:
@@ -36,26 +35,6 @@ def inference_router(sessions: VolumeSessions | None) -> APIRouter:
     return router
 
 
-def label_file_of(
-    request: Mapping[str, Any], names: Collection[str], uploads: Path | None
-) -> tuple[Path | None, str | None]:
-    """The uploaded label file and the active label's name of a request to infer, as far as there are any.
-
-    Raises:
-        HTTPException: 400 where ``label`` is no name, 403 where it names a file that was not uploaded.
-    """
-    label, active = request.get("label"), request.get("active_label")
-    for value in (label, active):
-        if value is not None and not isinstance(value, str):
-            raise HTTPException(400, f"label must be the name of one label; got {value!r}")
-    if not label or label in names or ("/" not in label and "\\" not in label):
-        return None, active or label or None
-    path = None if "\0" in label else Path(label).resolve()
-    if path is None or uploads is None or not path.is_relative_to(uploads.resolve()) or not path.is_file():
-        raise HTTPException(403, "label must be the name of a label; send a label file as a part of the request")
-    return path, active or None
-
-
 def _with_files(
     endpoint: Callable[..., Any], sessions: VolumeSessions | None
 ) -> Callable[..., Coroutine[Any, Any, Any]]:
@@ -63,7 +42,7 @@ def _with_files(
         if arguments.get("output") == "dicom_seg":
             raise HTTPException(400, "DICOM SEG needs a DICOM web store; ask for output=image or output=all")
         params = json_object(arguments.get("params"))
-        # The route, and with it the role that may call it, was chosen by the path.
+        # The path has chosen the route, and with it the role that may call it.
         params.pop("model", None)
         if arguments.get("session_id"):
             if sessions is None:

@@ -1,6 +1,6 @@
-"""Labels whose files changed without this server: which are what a revision says, which are new, which are of no use.
+"""Labels whose files changed without this server: each matches a revision, is new, or cannot be used.
 
-Reading a label and its scan takes a second, and there may be thousands: it happens in the background, or when a label
+Reading a label and its scan takes a second, and there may be thousands. It happens in the background or when a label
 is used, and never twice for the same file.
 """
 
@@ -19,16 +19,16 @@ from pathlib import Path
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
-from deformux_label.lib.store.changes import Change
-from deformux_label.lib.store.crash_recovery import label_entry, of_revision, restored
+from deformux_label.lib.store.annotator import annotator_of
+from deformux_label.lib.store.crash_recovery import label_entry, restore_revision, revision_entry
 from deformux_label.lib.store.label_check import checked_labels
+from deformux_label.lib.store.label_fields import file_state, unusable_fields, without_server_fields
 from deformux_label.lib.store.label_revisions import Revision, Revisions, checksum
-from deformux_label.lib.store.label_states import file_state, said, unusable
-from deformux_label.lib.store.leases import annotator_of
+from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.trash import Trash
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
-__all__ = ["BackgroundChecks", "Look", "Studies", "Verdict", "apply", "give_way", "judge"]
+__all__ = ["BackgroundChecks", "LabelContext", "LabelToCheck", "Verdict", "apply_verdict", "give_way", "judge"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +38,16 @@ _OF_A_SUBMIT = frozenset({"annotated", "client_id", "label_info", "model_version
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the file of a label is.
+    """The result of looking at a label's file.
 
     Args:
-        image, tag: which label.
-        file, state: its file, and that file's state when it was looked at.
-        revision: of ``same``, the one that the file is; of ``replace``, the one that must become the current label.
-        usable: of a hand-made label, a file with it in the project's values and its scan's order; ``file`` itself
-            where it is in them already.
-        reason: why it is of no use, or why it must be replaced.
+        image, tag: the label.
+        file, state: its file, and the file's state when it was looked at.
+        revision: the revision that the file matches, or the one that must replace it.
+        replace: whether ``revision`` must become the current label again.
+        usable: for a hand-made label, a file with the project's values in its scan's order; this is ``file`` itself
+            where it already has both.
+        reason: why the label cannot be used, or why it must be replaced.
     """
 
     image: str
@@ -60,8 +61,8 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A label to be looked at, and the project's labels."""
+class LabelToCheck:
+    """A label to look at, and the project's labels."""
 
     tag: str
     file: Path
@@ -71,20 +72,23 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Studies:
-    """What a verdict is applied to: ``image_file`` is the volume's path in the studies, ``warn`` tells the operator."""
+class LabelContext:
+    """Where a verdict is applied.
+
+    ``image_file`` is the volume's path in the studies; ``warn`` tells the operator.
+    """
 
     model: LocalDatastoreModel
     revisions: Revisions
     trash: Trash
-    change: Change
+    transaction: Transaction
     names: Sequence[str]
     image_file: str
     warn: Callable[[str], None]
 
 
-def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
-    """Look at the file of a label; ``stack`` keeps what the verdict needs until it is applied."""
+def judge(look: LabelToCheck, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
+    """Look at a label's file and return the verdict; ``stack`` keeps the files that it needs until it is applied."""
     tag, file, image_id = look.tag, look.file, look.image_id
     state = file_state(file.stat())
     newest = revisions.newest(image_id, tag)
@@ -94,9 +98,9 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
     if newest is not None and held.info.get("checked") == state and held.info.get("revision") == newest.number:
         kept = revisions.newest_intact(image_id, tag)
         if kept is not None:
-            reason = "its file holds other bytes than were written, and nobody has changed it: check the disk"
+            reason = "its file differs from what was written, although nothing wrote to it: check the disk"
             return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
-    # The index of an interrupted save does not know yet that its file was as it should be.
+    # After an interrupted save the index does not say that the file was checked.
     interrupted = newest is not None and not newest.deleted and "checked" not in held.info
     if interrupted and any(revision.sha256 == content for revision in revisions.history(image_id, tag)):
         return Verdict(image_id, tag, file, state, revision=newest, replace=True, reason="a crash interrupted a save")
@@ -108,70 +112,70 @@ def judge(look: Look, held: DataModel, revisions: Revisions, stack: ExitStack) -
         return Verdict(image_id, tag, file, state, revision=kept, replace=kept is not None, reason=str(error.detail))
 
 
-def apply(verdict: Verdict, held: DataModel, studies: Studies) -> DataModel:
-    """Add what follows from a verdict to a change of files, and return the label's entry."""
+def apply_verdict(verdict: Verdict, held: DataModel, studies: LabelContext) -> DataModel:
+    """Add the file changes that a verdict requires to the transaction, and return the label's entry."""
     suffix = (split_suffix(verdict.file.name, LABEL_SUFFIXES) or ("", ""))[1]
     if verdict.revision is not None and not verdict.replace:
-        return of_revision(verdict.revision, suffix, checked=verdict.state)
+        return revision_entry(verdict.revision, suffix, checked=verdict.state)
     if verdict.revision is not None:
-        return _brought_back(verdict, verdict.revision, studies)
+        return _restore_kept(verdict, verdict.revision, studies)
     if verdict.usable is None:
         logger.warning("The label %s of image %s is not used: %s", verdict.file, verdict.image, verdict.reason)
-        info = unusable(held.info, verdict.reason, verdict.state, list(studies.names))
+        info = unusable_fields(held.info, verdict.reason, verdict.state, list(studies.names))
         return label_entry(verdict.image, suffix, info)
-    return _hand_made(verdict, verdict.usable, held, suffix, studies)
+    return _keep_hand_made(verdict, verdict.usable, held, suffix, studies)
 
 
-def _brought_back(verdict: Verdict, revision: Revision, studies: Studies) -> DataModel:
+def _restore_kept(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
     image, tag = verdict.image, verdict.tag
     known = any(kept.sha256 == checksum(verdict.file) for kept in studies.revisions.history(image, tag))
     if not known:
-        place = studies.trash.stage(studies.change, "damaged label", image, labels={tag: revision.number})
-        studies.change.move(verdict.file, place / "labels" / tag / verdict.file.name)
+        place = studies.trash.stage(studies.transaction, "damaged label", image, labels={tag: revision.number})
+        studies.transaction.move(verdict.file, place / "labels" / tag / verdict.file.name)
     elif verdict.file.name != image + revision.suffix:
-        studies.change.remove(verdict.file)
+        studies.transaction.remove(verdict.file)
     studies.warn(
         f"the label {tag!r} of image {image!r} was restored from its revision {revision.number}: {verdict.reason}"
     )
-    return restored(studies.model, studies.revisions, studies.change, revision)
+    return restore_revision(studies.model, studies.revisions, studies.transaction, revision)
 
 
-def _hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: Studies) -> DataModel:
-    """Keep a label that was copied in or drawn over by hand as a revision, and as it can be used as a second one."""
+def _keep_hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
+    """Keep a label that was copied in or edited by hand as a revision, and a converted copy as a second one."""
     image, tag = verdict.image, verdict.tag
     number = studies.revisions.last_number(image, tag) + 1
-    info = said(held.info)
+    info = without_server_fields(held.info)
     if "checked" in held.info or "revision" in held.info:
-        # Said of what the file was before somebody drew over it.
+        # These fields describe the file as it was before the edit.
         info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
     annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
     more = {"labels": list(studies.names), "image_file": studies.image_file}
     revision = studies.revisions.stage(
-        studies.change, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
+        studies.transaction, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
     )
     if usable == verdict.file:
         logger.info("The label %s of image %s was copied or drawn by hand; it is used", verdict.file, image)
-        return of_revision(revision, suffix, checked=verdict.state)
+        return revision_entry(revision, suffix, checked=verdict.state)
     new_suffix = (split_suffix(usable.name, LABEL_SUFFIXES) or ("", ".nii.gz"))[1]
     revision = studies.revisions.stage(
-        studies.change, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
+        studies.transaction, image, tag, number + 1, usable, suffix=new_suffix, annotator=_SERVER, info=info, **more
     )
     target = verdict.file.with_name(image + new_suffix)
-    temporary = studies.change.copy(usable, target)
+    temporary = studies.transaction.copy(usable, target)
     if verdict.file.name != target.name:
-        studies.change.remove(verdict.file)
+        studies.transaction.remove(verdict.file)
     logger.info("The label %s of image %s was copied by hand; it is used in its scan's order", verdict.file, image)
-    return of_revision(revision, new_suffix, checked=file_state(temporary.stat()))
+    return revision_entry(revision, new_suffix, checked=file_state(temporary.stat()))
 
 
 def give_way() -> None:
-    """Let whoever waits for the server come before this thread. Linux counts each thread as a process here."""
+    """Lower this thread's priority, so that requests come first; Linux sets priorities per thread."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 class BackgroundChecks:
-    """A thread that checks labels, a few at a time, and ends when there are none left."""
+    """A thread that checks labels in small batches and ends when none are left."""
 
     _AT_A_TIME = 16
 
@@ -182,7 +186,7 @@ class BackgroundChecks:
         self._running = False
 
     def add(self, labels: Iterable[tuple[str, str]]) -> None:
-        """Have labels checked, each once."""
+        """Queue labels, as (image, tag), to be checked; each is checked once."""
         with self._condition:
             self._waiting.update(dict.fromkeys(labels))
             if self._waiting and not self._running:
@@ -190,7 +194,7 @@ class BackgroundChecks:
                 threading.Thread(target=self._run, name="label checks", daemon=True).start()
 
     def wait(self, seconds: float) -> bool:
-        """Wait until all are checked; return whether they are."""
+        """Wait until all labels are checked; return False after a timeout."""
         with self._condition:
             return self._condition.wait_for(lambda: not self._running, timeout=seconds)
 
@@ -207,7 +211,7 @@ class BackgroundChecks:
                     break
             try:
                 self._check(some)
-            except Exception as error:  # the next ones may be better, and these are checked when they are used
+            except Exception as error:  # the next batch may succeed, and these labels are checked again when used
                 logger.warning("Labels could not be checked: %s", error)
             number += len(some)
         logger.info("Checked %d labels in %.0f seconds", number, time.monotonic() - start)

@@ -1,4 +1,4 @@
-"""What may be stored: the suffix of a file, what is said about it, and a name that nothing else has."""
+"""Checks of an upload before it is stored: its suffix, its metadata, and that its name is free."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 from fastapi import HTTPException
 
+from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import refuse_invalid_text
 from deformux_label.lib.store.trash import Trash
-from deformux_label.lib.store.volumes import LABEL_SUFFIXES, VOLUME_SUFFIXES, free_id
+from deformux_label.lib.store.volumes import LABEL_SUFFIXES, free_id
 
 __all__ = ["checked_info", "checked_suffix", "refuse_taken"]
 
 
 def checked_suffix(path: str, suffixes: tuple[str, ...] = LABEL_SUFFIXES) -> str:
-    """Return the suffix of a file that can be stored, in small letters; raises HTTPException 422 for another."""
+    """Return the suffix of a file in lower case; raises HTTPException 422 unless it is one of ``suffixes``."""
     for suffix in suffixes:
         if path.lower().endswith(suffix):
             return suffix
@@ -29,7 +30,7 @@ def checked_suffix(path: str, suffixes: tuple[str, ...] = LABEL_SUFFIXES) -> str
 
 
 def checked_info(info: Any) -> dict[str, Any]:
-    """Return what a client says about a volume or a label, as JSON that can be stored and sent again.
+    """Return a client's metadata of a volume or a label, as JSON that can be stored and sent again.
 
     Raises:
         HTTPException: 400.
@@ -40,7 +41,7 @@ def checked_info(info: Any) -> dict[str, Any]:
     try:
         json.dumps(info, allow_nan=False)
     except ValueError as error:
-        # It would be stored, and every later listing of the datastore would fail.
+        # Once stored, it would make every later listing of the datastore fail.
         raise HTTPException(400, "params must be JSON without NaN or Infinity") from error
     return dict(info or {})
 
@@ -54,10 +55,10 @@ def refuse_taken(
     with_labels: Mapping[str, object],
     trash: Trash,
 ) -> None:
-    """Refuse an upload whose name belongs to another volume, or to the labels of one that was deleted.
+    """Refuse an upload whose name belongs to another volume, or to the labels of a deleted volume.
 
     Raises:
-        HTTPException: 409 with a name that is free.
+        HTTPException: 409; it suggests a free name.
     """
 
     def taken(name: str) -> bool:
@@ -80,6 +81,6 @@ def refuse_taken(
 
 
 def _was_deleted(name: str, upload: str, trash: Trash) -> bool:
-    """Whether the same bytes were deleted under this name, so that the labels are this volume's."""
+    """Return whether the same bytes were deleted under this name, so that the kept labels belong to this volume."""
     files = [trash.files(entry).get("image") for entry in trash.entries() if entry.image == name]
     return any(file is not None and file.is_file() and filecmp.cmp(upload, file, shallow=False) for file in files)

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
-from deformux_label.lib.store.label_states import UNCERTAINTY_TAG
+from deformux_label.lib.store.label_fields import UNCERTAINTY_TAG
 
-__all__ = ["Summary"]
+__all__ = ["StudiesSummary"]
 
 _FINAL = DefaultLabelTag.FINAL.value
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What can be said of all entries at once.
+class StudiesSummary:
+    """Which volumes of an index are labelled.
 
     Args:
-        objects: the entries that this was made of.
-        labelled, unlabelled: ids of volumes with and without a submitted label that counts; those whose label is still
+        objects: the entries that this was made from.
+        labelled, unlabelled: ids of volumes with and without a usable submitted label; volumes whose label is still
             being checked are in neither.
-        tags: number of labels that count, by tag.
-        unusable: ``tag/name`` to the reason, of the others.
+        tags: number of usable labels, by tag.
+        unusable: ``tag/name`` to the reason, for the other labels.
     """
 
     objects: Mapping[str, ImageLabelModel]
@@ -35,8 +35,8 @@ class Summary:
     unusable: Mapping[str, str]
 
     @classmethod
-    def of(cls, objects: Mapping[str, ImageLabelModel], why_not: Callable[[DataModel], str | None]) -> Summary:
-        """Sum up the entries; ``why_not`` says why a label does not count."""
+    def of(cls, objects: Mapping[str, ImageLabelModel], why_not: Callable[[DataModel], str | None]) -> StudiesSummary:
+        """Summarise the entries; ``why_not`` returns why a label cannot be used, or None."""
         labelled, unlabelled = [], []
         tags: Counter[str] = Counter()
         unusable = {}

@@ -1,4 +1,4 @@
-"""One temporary folder for each request that needs one, removed when the request has ended, however it ends."""
+"""A temporary folder for each request that needs one, removed when the request ends, however it ends."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 __all__ = ["request_folder", "requests_folder"]
 
-# A list that the request's threads share with the request: empty until the folder is needed.
+# A list that the request shares with its threads: empty until the folder is needed.
 _folders: ContextVar[list[Path] | None] = ContextVar("folders", default=None)
 
 
 @contextmanager
 def requests_folder() -> Iterator[None]:
-    """Remove, at the end of this block, the folder that was made in it."""
+    """Remove the folder that this block made when it ends."""
     made: list[Path] = []
     token = _folders.set(made)
     try:
@@ -29,7 +29,7 @@ def requests_folder() -> Iterator[None]:
 
 
 def request_folder() -> Path | None:
-    """Return the folder of this request, made now if it is not there yet; None outside of any request."""
+    """Return the folder of this request, made at the first call; None outside of requests."""
     made = _folders.get()
     if made is None:
         return None

@@ -1,4 +1,4 @@
-"""Changes of several files that all happen or none of them, whatever the disk still holds."""
+"""Changes of several files that happen all or not at all, even on a full disk."""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ from pathlib import Path
 
 from deformux.data.atomic_files import sync_folder, umask
 
-__all__ = ["WRITING", "Change", "all_or_nothing", "place"]
+__all__ = ["WRITING", "Transaction", "all_or_nothing", "place"]
 
 logger = logging.getLogger(__name__)
 
-# Hidden, so that nobody takes it for a volume; whoever holds the studies' lock may delete what a crash left.
+# Hidden, so that it is not taken for a volume. The holder of the studies' lock may delete what a crash left behind.
 WRITING = ".writing-"
 
 
 @dataclass
 class _Step:
-    """A rename: of a finished temporary file to its place, or of a file to another place (None: out of the way)."""
+    """A rename of a finished temporary file (``written``) or of an existing file.
+
+    ``before`` keeps what was at ``target``; ``new`` refuses a target that exists.
+    """
 
     source: Path
     target: Path
@@ -35,24 +38,24 @@ class _Step:
 
 
 @dataclass
-class Change:
-    """Renames that are made together at the end of ``all_or_nothing``, in the order in which they were asked for."""
+class Transaction:
+    """Renames that ``all_or_nothing`` makes together at its end, in the order of the calls."""
 
     _steps: list[_Step] = field(default_factory=list)
     _hidden: list[Path] = field(default_factory=list)
     _folders: list[Path] = field(default_factory=list)
 
     def write(self, target: Path, *, new: bool = False) -> Path:
-        """Return a temporary path beside ``target`` to write to; what is written takes the place of ``target``.
+        """Return a temporary path beside ``target``; the file written there will replace ``target``.
 
-        Where it must be ``new``, the change fails if something is there.
+        With ``new``, the transaction fails if ``target`` exists.
         """
         temporary = self._temporary(target)
         self._steps.append(_Step(temporary, target, written=True, new=new))
         return temporary
 
     def write_text(self, target: Path, text: str) -> None:
-        """Write a text file in the place of ``target``."""
+        """Replace ``target`` with a text file."""
         self.write(target).write_text(text, encoding="utf-8")
 
     def copy(self, source: Path, target: Path, *, new: bool = False) -> Path:
@@ -62,17 +65,17 @@ class Change:
         return temporary
 
     def move(self, source: Path, target: Path) -> None:
-        """Rename ``source``, which may be a link and is not followed, to ``target``, where nothing may be."""
+        """Rename ``source`` to ``target``, which must not exist; a link is renamed, not followed."""
         self._make_folder(target.parent)
         self._steps.append(_Step(source, target, written=False))
 
     def remove(self, path: Path) -> None:
-        """Delete a file or a link, which is not followed."""
+        """Delete a file, or a link itself."""
         self._steps.append(_Step(path, self._temporary(path), written=False))
 
     def _temporary(self, target: Path) -> Path:
         self._make_folder(target.parent)
-        # The suffix stays: some writers choose the format by it.
+        # Keep the suffix: some writers choose the format by it.
         suffix = "".join(target.suffixes)[-40:]
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=WRITING, suffix=suffix)
         os.close(handle)
@@ -87,12 +90,12 @@ class Change:
             self._folders.append(path)
 
     def _prepare(self) -> None:
-        """Do everything that may need room, while nothing has changed yet."""
+        """Do everything that needs disk space, while nothing has changed yet."""
         for step in self._steps:
             if step.written:
                 with step.source.open("rb") as written:
                     os.fsync(written.fileno())
-                # mkstemp makes files for the owner alone; a label must be readable as any other file is.
+                # mkstemp makes files private to the owner; a label must be as readable as any other file.
                 step.source.chmod(0o666 & ~umask())
         for step in self._steps[:-1]:
             if step.written and os.path.lexists(step.target):
@@ -113,7 +116,7 @@ class Change:
                     try:
                         _undo(step)
                     except OSError as error:
-                        logger.error("%s could not be brought back: %s", step.target, error)
+                        logger.error("%s could not be restored: %s", step.target, error)
             raise
 
     def _clean(self, *, failed: bool) -> None:
@@ -121,34 +124,34 @@ class Change:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         for folder in reversed(self._folders) if failed else ():
-            with suppress(OSError):  # somebody else put something there
+            with suppress(OSError):  # something else was put there meanwhile
                 folder.rmdir()
 
 
 @contextmanager
-def all_or_nothing() -> Iterator[Change]:
-    """Collect changes of files, and make them at the end of the block, unless it raises.
+def all_or_nothing() -> Iterator[Transaction]:
+    """Collect file changes, and make them at the end of the block unless it raises.
 
-    New files are written completely, beside their places, before the first rename, so that a full disk is noticed
-    while nothing has changed yet. A rename that fails nevertheless undoes those before it, which needs no room. After
-    a crash in the middle of the renames the first of them are done, in the given order.
+    New files are written completely, beside their targets, before the first rename, so that a full disk is noticed
+    while nothing has changed yet. If a rename fails nevertheless, those before it are undone, which needs no space.
+    After a crash between renames, the first ones are done, in the given order.
     """
-    change = Change()
+    transaction = Transaction()
     try:
-        yield change
-        change._prepare()
-        change._commit()
+        yield transaction
+        transaction._prepare()
+        transaction._commit()
     except BaseException:
-        change._clean(failed=True)
+        transaction._clean(failed=True)
         raise
-    change._clean(failed=False)
+    transaction._clean(failed=False)
 
 
 def place(source: Path, target: Path, *, replace: bool = False) -> None:
-    """Rename a file or a link (not what it points to), also to another file system, and sync it to the disk.
+    """Rename a file or a link (not its target), also to another file system, and sync it to disk.
 
     Raises:
-        FileExistsError: something is at ``target`` and ``replace`` was not asked for.
+        FileExistsError: ``target`` exists and ``replace`` is False.
     """
     if not replace and os.path.lexists(target):
         raise FileExistsError(errno.EEXIST, "already exists", str(target))
@@ -167,12 +170,12 @@ def place(source: Path, target: Path, *, replace: bool = False) -> None:
 
 
 def _place_new(source: Path, target: Path) -> None:
-    """Give a file its name, which nothing may have; two at the same time cannot get the same one."""
+    """Rename a file to a name that must not exist; of two at the same time only one succeeds."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         place(source, target)
         return
     sync_folder(target.parent)
@@ -193,7 +196,7 @@ def _copy_entry(source: Path, target: Path) -> None:
 
 
 def _twin(path: Path) -> Path:
-    """A second name of a file or link, under which it stays when the first is replaced; a copy where links fail."""
+    """Return a second name of a file or link, which keeps it when the first is replaced; a copy where links fail."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
     os.close(handle)
     twin = Path(name)

@@ -1,4 +1,4 @@
-"""Records of files that anybody may have edited: their text made such that it can be written and sent again."""
+"""Repair of JSON from files that anybody may have edited, so that it can be written and sent again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ _DEEPEST = 32
 
 
 def repaired(value: Any, depth: int = 0) -> Any:
-    """Return JSON in which every text is Unicode, and every number finite.
+    """Return JSON in which every text is valid Unicode and every number finite.
 
-    Half a surrogate pair becomes ``?``, as in a name that a client sent before that was refused; NaN and infinity
-    become None.
+    Half a surrogate pair becomes ``?``: earlier versions accepted them from clients. NaN and infinity become None.
 
     Raises:
         ValueError: it is nested deeper than anything that this server writes.

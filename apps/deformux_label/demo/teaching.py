@@ -1,0 +1,248 @@
+"""The rounds of the demo: annotate, train and predict through a real server, until the plan is done."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deformux.data.header import geometry_difference
+from deformux.data.volume_reader import read_volume
+from deformux.inference.metrics import dice_per_label, mean_dice
+from deformux.interactive.simulated_annotator import WholeLabelAnnotator
+from deformux_label.demo.cohort import Cohort, CohortVolume
+from deformux_label.demo.figures import DemoRound
+from deformux_label.demo.report import DemoResults, save_report, save_round
+from deformux_label.demo.server_process import AnnotationClient, PlayerError, Server
+
+__all__ = ["DemoError", "DemoPlan", "run_demo"]
+
+_MODEL = "segmentation"
+
+
+class DemoError(RuntimeError):
+    """The demo cannot run; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """How much is labelled and trained: `first` volumes in round 1, then `batch` per round; `steps` per training.
+
+    The first training starts from nothing and takes twice the steps.
+    """
+
+    rounds: int = 3
+    first: int = 3
+    batch: int = 2
+    steps: int = 60
+    strategy: str = "uncertainty"
+
+    def steps_in(self, number: int) -> int:
+        """Return the training steps of a round, counted from 1."""
+        return self.steps * (2 if number == 1 else 1)
+
+    def check(self, volumes: int) -> None:
+        """Raise DemoError unless some of the `volumes` stay unlabelled in the last round."""
+        if min(self.rounds, self.first, self.batch, self.steps) < 1:
+            raise DemoError(
+                "rounds, first, batch and steps must be at least 1; "
+                f"got {self.rounds}, {self.first}, {self.batch} and {self.steps}"
+            )
+        labelled = self.first + (self.rounds - 1) * self.batch
+        if labelled >= volumes:
+            raise DemoError(
+                f"{self.rounds} rounds label {labelled} of {volumes} volumes and leave none to score: "
+                "use more volumes or fewer rounds"
+            )
+
+
+class _Teaching:
+    """The rounds over one server."""
+
+    def __init__(
+        self, cohort: Cohort, plan: DemoPlan, client: AnnotationClient, output: Path, progress: Progress, whole: TaskID
+    ) -> None:
+        self.cohort, self.plan, self.client, self.output = cohort, plan, client, output
+        self.progress, self.whole = progress, whole
+        self.annotator = WholeLabelAnnotator(cohort.labels)
+        self.labelled: set[str] = set()
+        self.results = DemoResults()
+
+    @staticmethod
+    def work(cohort: Cohort, plan: DemoPlan) -> float:
+        """Return the expected work in units of one segmentation, for the remaining time shown."""
+        labelled = [plan.first + i * plan.batch for i in range(plan.rounds)]
+        predictions = sum(len(cohort.volumes) - n + len(cohort.held_out) for n in labelled)
+        return predictions + labelled[-1] + sum(map(plan.steps_in, range(1, plan.rounds + 1)))
+
+    def run_round(self, number: int) -> None:
+        """Annotate, train and predict, and add the round to the results."""
+        start = time.monotonic()
+        strategy = "first" if number == 1 else self.plan.strategy
+        edited = self._annotate(number, self.plan.first if number == 1 else self.plan.batch, strategy)
+        training_seconds = self._train(number)
+        unlabelled = [volume for volume in self.cohort.volumes if volume.id not in self.labelled]
+        folder = self.output / "predictions" / f"round_{number}"
+        scores = self._predict(number, unlabelled, folder)
+        held_out = self._predict(number, self.cohort.held_out, folder / "held_out", uploaded=True)
+        self.results.predictions.append({volume.id: folder / f"{volume.id}.nii.gz" for volume in unlabelled})
+        self.results.dice.append(scores)
+        table = np.array(list(scores.values()))
+        finished = DemoRound(
+            number=number,
+            labelled=len(self.labelled),
+            unlabelled=len(unlabelled),
+            dice={name: mean_dice(table[:, i : i + 1]) for i, name in enumerate(self.cohort.labels)},
+            mean_dice=mean_dice(table),
+            edited=edited,
+            seconds=time.monotonic() - start,
+            training_seconds=training_seconds,
+            held_out_dice=mean_dice(list(held_out.values())) if held_out else None,
+        )
+        self.results.rounds.append(finished)
+
+    def _annotate(self, number: int, count: int, strategy: str) -> float:
+        """Correct and submit `count` volumes; return the share of foreground that had to be changed."""
+        changed = foreground = 0
+        task = self.progress.add_task(f"round {number}: correcting", total=count)
+        for _ in range(count):
+            image_id = self.client.next_sample(strategy)
+            volume = self.cohort.volume(image_id)
+            if image_id in self.labelled:
+                raise PlayerError(f"the strategy {strategy} offered {image_id}, which is labelled already")
+            shown = _read_prediction(self.client.infer(_MODEL, image_id), volume)
+            truth = volume.truth()
+            correction = self.annotator.correct(truth, shown)
+            corrected = self.output / "corrected" / f"{image_id}.nii.gz"
+            corrected.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(correction.label, volume.affine()), corrected)
+            self.client.submit(image_id, corrected, self.cohort.labels, model=_MODEL)
+            self.labelled.add(image_id)
+            changed += correction.edited_voxels
+            foreground += int(np.count_nonzero(truth | shown))
+            self.progress.advance(task)
+            self.progress.advance(self.whole)
+        self.progress.remove_task(task)
+        return changed / max(1, foreground)
+
+    def _train(self, number: int) -> float:
+        start = time.monotonic()
+        task = self.progress.add_task(f"round {number}: training on {len(self.labelled)} volumes", total=1.0)
+        before = 0.0
+
+        def show(share: float) -> None:
+            nonlocal before
+            self.progress.update(task, completed=share)
+            self.progress.advance(self.whole, max(0.0, share - before) * self.plan.steps_in(number))
+            before = max(before, share)
+
+        # one volume per step: on few volumes more steps teach more than larger batches
+        self.client.train(_MODEL, {"steps": self.plan.steps_in(number), "batch_size": 1}, show)
+        self.progress.remove_task(task)
+        return time.monotonic() - start
+
+    def _predict(
+        self, number: int, volumes: list[CohortVolume], folder: Path, *, uploaded: bool = False
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """Segment volumes and return the Dice per label of each; `uploaded` ones are not in the server's studies."""
+        scores = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        task = self.progress.add_task(f"round {number}: segmenting {len(volumes)} volumes", total=len(volumes))
+        for volume in volumes:
+            result = self.client.infer(_MODEL, volume.id, image=volume.image if uploaded else None)
+            scores[volume.id] = dice_per_label(
+                _read_prediction(result, volume), volume.truth(), len(self.cohort.labels)
+            )
+            shutil.move(result, folder / f"{volume.id}.nii.gz")
+            self.progress.advance(task)
+            self.progress.advance(self.whole)
+        self.progress.remove_task(task)
+        return scores
+
+
+def _read_prediction(path: Path, volume: CohortVolume) -> npt.NDArray[np.uint8]:
+    """Return the label the server sent; it must lie on the image's own grid."""
+    label = read_volume(path)
+    if difference := geometry_difference(volume.shape(), volume.affine(), label.header.shape, label.affine):
+        raise PlayerError(f"the segmentation of {volume.id} does not lie on the image's grid: {difference}")
+    return label.values.astype(np.uint8)
+
+
+def run_demo(
+    cohort: Cohort, plan: DemoPlan, options: dict[str, str], output: Path, console: Console
+) -> list[DemoRound]:
+    """Serve the cohort's images, teach the network in rounds, write the report, and return the rounds."""
+    plan.check(len(cohort.volumes))
+    studies = output / "studies"
+    studies.mkdir(parents=True)
+    for volume in cohort.volumes:
+        shutil.copyfile(volume.image, studies / volume.file_name)  # a copy: the source folder stays as it is
+    server = Server({"studies": str(studies), **options}, log=output / "server.log")
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),
+        TextColumn("left:"), TimeRemainingColumn(),
+    )  # fmt: skip
+    try:
+        with Progress(*columns, console=console, transient=True, speed_estimate_period=120) as progress:
+            whole = progress.add_task("whole demo", total=_Teaching.work(cohort, plan))
+            with server:
+                client = AnnotationClient(server, output / "received")
+                _check_strategy(client, plan.strategy)
+                teaching = _Teaching(cohort, plan, client, output, progress, whole)
+                _print_head(console, cohort)
+                for number in range(1, plan.rounds + 1):
+                    teaching.run_round(number)
+                    _print_row(console, teaching.results.rounds[-1])
+                    save_round(cohort, teaching.results, output)
+    except PlayerError:
+        console.print("\nThe last lines of the server's log:", style="bold")
+        console.print(server.tail(), markup=False, highlight=False)
+        raise
+    save_report(cohort, teaching.results, _facts(cohort, plan, options), output)
+    return teaching.results.rounds
+
+
+def _check_strategy(client: AnnotationClient, strategy: str) -> None:
+    valid = client.info().get("strategies", {})
+    if strategy not in valid:
+        raise DemoError(f"strategy must be one of {', '.join(sorted(valid))}; got {strategy!r}")
+
+
+def _facts(cohort: Cohort, plan: DemoPlan, options: dict[str, str]) -> dict[str, str]:
+    """Return what the report says about the conditions of the demo."""
+    facts = {
+        "cohort": cohort.description,
+        "scored on": "the volumes that were unlabelled at the end of each round",
+        "annotator": "simulated: hands in the true label",
+        "next sample": f"first in round 1, then {plan.strategy}",
+        "training": f"{plan.steps} steps per round, twice as many in the first, on all labels submitted so far",
+        "server": ", ".join(f"{key} {value}" for key, value in options.items()),
+    }
+    if cohort.held_out:
+        facts["held out"] = f"{len(cohort.held_out)} volumes of the split's val, never in the studies"
+    return facts
+
+
+def _print_head(console: Console, cohort: Cohort) -> None:
+    heads = "".join(f"{name[:11]:>12}" for name in cohort.labels)
+    held_out = f"{'held-out':>10}" if cohort.held_out else ""
+    console.print(
+        f"{'round':>5}{'labelled':>10}{'mean Dice':>11}{heads}{held_out}{'corrected':>11}{'seconds':>9}", style="bold"
+    )
+
+
+def _print_row(console: Console, finished: DemoRound) -> None:
+    dice = "".join(f"{value:12.3f}" for value in finished.dice.values())
+    held_out = f"{finished.held_out_dice:10.3f}" if finished.held_out_dice is not None else ""
+    console.print(
+        f"{finished.number:5d}{finished.labelled:10d}{finished.mean_dice:11.3f}{dice}{held_out}"
+        f"{finished.edited:11.0%}{finished.seconds:9.0f}",
+        highlight=False,
+    )

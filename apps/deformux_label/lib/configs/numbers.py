@@ -1,0 +1,42 @@
+"""The one check of a number from outside: of ``--conf``, of a request's options, of a training."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+__all__ = ["number_between"]
+
+_LONGEST_SHOWN = 60
+
+
+def number_between(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
+    """Return the number that ``value`` is or spells, if it lies between two bounds, both included.
+
+    Args:
+        name: what the sentence of the error calls the value.
+        value: a number or its text; a boolean is not a number.
+        low: least number; shown as it is given, so that ``1`` reads better than ``1.0``.
+        high: greatest number.
+        whole: refuse fractions; the result is still a float, which ``int`` converts without loss.
+
+    Raises:
+        ValueError: anything else; the message is one sentence.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not low <= number <= high or (whole and not number.is_integer()):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{name} must be {kind} from {_shown_bound(low)} to {_shown_bound(high)}; got {_shown(value)}")
+    return number
+
+
+def _shown_bound(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def _shown(value: Any) -> str:
+    """Quote a text; of a long value show the beginning."""
+    return repr(value[:_LONGEST_SHOWN]) if isinstance(value, str) else repr(value)[:_LONGEST_SHOWN]

@@ -1,0 +1,287 @@
+"""Every option of the server, declared once.
+
+``--conf`` and ``deformux-label serve`` take them from here. The variables of ``make serve`` and the table in the
+documents are compared with this declaration by ``tests/app/test_declared_options.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from deformux_label.lib.configs.numbers import number_between
+
+__all__ = [
+    "ALLOW_ORIGIN",
+    "AUTO_TRAIN",
+    "CACHE_GB",
+    "HOST",
+    "INSECURE",
+    "LEASE_MINUTES",
+    "LISTEN_OPTIONS",
+    "MAX_UPLOAD_GB",
+    "MAX_VOXELS",
+    "PLAIN_OPTIONS",
+    "PORT",
+    "PRESET",
+    "PROJECT_OPTIONS",
+    "SERVE_OPTIONS",
+    "SSL_CERT",
+    "SSL_KEY",
+    "TRAIN_DEVICES",
+    "USERS_FILE",
+    "WEB_OPTIONS",
+    "InvalidOption",
+    "Option",
+]
+
+_Value = TypeVar("_Value")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
+_DEVICES = re.compile(r"one|auto|cpu(,cpu){0,63}|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3}){0,63}")
+
+
+class InvalidOption(ValueError):
+    """An option of the app is wrong; the message is one sentence with the valid values."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option(Generic[_Value]):
+    """One option.
+
+    Args:
+        name: as ``--conf`` takes it; ``deformux-label serve`` takes it with dashes.
+        default: the text that counts where none is given; empty where there is no such text.
+        default_note: what the documents say instead of an empty default.
+        help: the values it takes, with Markdown's backticks.
+        parse: make a value of the name and a text; raises InvalidOption.
+        variable: of ``make serve``; empty where it takes none.
+        is_flag: whether ``serve`` takes it without a value, as true.
+    """
+
+    name: str
+    default: str
+    default_note: str = ""
+    help: str
+    parse: Callable[[str, str], _Value]
+    variable: str = ""
+    is_flag: bool = False
+
+    @property
+    def flag(self) -> str:
+        """Return the option as the command line takes it."""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def default_value(self) -> _Value:
+        """Return the value where none is given."""
+        return self.parse(self.name, self.default)
+
+    def value(self, given: Mapping[str, str]) -> _Value:
+        """Return the value of this option among texts by name.
+
+        Raises:
+            InvalidOption: it is a bad one.
+        """
+        return self.parse(self.name, given.get(self.name, self.default))
+
+
+def _text(_name: str, text: str) -> str:
+    return text
+
+
+def _number(most: int) -> Callable[[str, str], float]:
+    return lambda name, text: _checked_number(name, text, most, whole=False)
+
+
+def _count(most: int) -> Callable[[str, str], int]:
+    return lambda name, text: int(_checked_number(name, text, most, whole=True))
+
+
+def _checked_number(name: str, text: str, most: int, *, whole: bool) -> float:
+    try:
+        return number_between(name, text, low=0, high=most, whole=whole)
+    except ValueError as error:
+        raise InvalidOption(str(error)) from error
+
+
+def _devices(name: str, text: str) -> str:
+    value = ",".join(part.strip() for part in text.split(","))
+    if not _DEVICES.fullmatch(value):
+        raise InvalidOption(
+            f"{name} must be one, auto for all GPUs, or a list of devices such as cuda:0,cuda:1 or cpu,cpu; "
+            f"got {text!r}"
+        )
+    gpus = [device for device in value.split(",") if device.startswith("cuda:")]
+    if len(set(gpus)) < len(gpus):
+        raise InvalidOption(f"{name} must name each GPU once; got {text!r}")
+    return value
+
+
+def _origins(name: str, text: str) -> tuple[str, ...]:
+    origins = tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise InvalidOption(f"{name} must list origins such as https://viewer.org; got {origin!r}")
+    return origins
+
+
+def _file(_name: str, text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _truth(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise InvalidOption(f"{name} must be true or false; got {text.lower()!r}")
+    return text.lower() == "true"
+
+
+def _port(name: str, text: str) -> int:
+    try:
+        port = int(text)
+    except ValueError:
+        port = 0
+    if not 1 <= port <= 65535:
+        raise InvalidOption(f"{name} must be between 1 and 65535; got {text}")
+    return port
+
+
+# A pretrained model brings its own values of these; ``Project.from_conf`` reads them together.
+PRESET = Option(
+    name="preset",
+    default="tiny",
+    help="`tiny` (6 M parameters, for CPUs), `small` (14 M), `base` (56 M, the published network)",
+    parse=_text,
+    variable="PRESET",
+)
+_MODEL_OPTIONS: tuple[Option[str], ...] = (
+    Option(
+        name="labels",
+        default="",
+        default_note="from the pretrained model, else required",
+        help="names of the labels 1, 2, …, comma separated",
+        parse=_text,
+        variable="LABELS",
+    ),
+    Option(
+        name="modality",
+        default="ct",
+        help="`ct` (clipped to -175…250 HU) or `mr` (percentiles of each volume)",
+        parse=_text,
+        variable="MODALITY",
+    ),
+    PRESET,
+    Option(
+        name="spacing",
+        default="native",
+        help="voxel size in mm along right, anterior, superior, such as `1.5,1.5,2`; or `native`",
+        parse=_text,
+        variable="SPACING",
+    ),
+    Option(
+        name="patch_size",
+        default="96,96,96",
+        help="voxels of a training patch and of an inference window",
+        parse=_text,
+        variable="PATCH",
+    ),
+    Option(
+        name="pretrained",
+        default="none",
+        help="weights to start from: `hippocampus`; or `none`",
+        parse=_text,
+        variable="PRETRAINED",
+    ),
+)
+AUTO_TRAIN = Option(
+    name="auto_train",
+    default="0",
+    help="train after this many images have a new label; 0 for only when asked",
+    parse=_count(10_000),
+    variable="AUTO_TRAIN",
+)
+LEASE_MINUTES = Option(
+    name="lease_minutes",
+    default="60",
+    help="minutes for which a case is kept for the annotator who got it; 0 switches this off",
+    parse=_number(100_000),
+    variable="LEASE",
+)
+TRAIN_DEVICES = Option(
+    name="train_devices",
+    default="one",
+    help="where to train: `one`, `auto` (all GPUs), or a list such as `cuda:0,cuda:1`",
+    parse=_devices,
+    variable="TRAIN_DEVICES",
+)
+CACHE_GB = Option(
+    name="cache_gb",
+    default="1",
+    help="gigabytes of memory kept so that the next click on a volume is answered fast",
+    parse=_number(10_000),
+    variable="CACHE",
+)
+# Fields of ``Project`` by the same names.
+PLAIN_OPTIONS: tuple[Option[Any], ...] = (AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB)
+PROJECT_OPTIONS: tuple[Option[Any], ...] = (*_MODEL_OPTIONS, *PLAIN_OPTIONS)
+
+USERS_FILE = Option(
+    name="users",
+    default="",
+    default_note="in `~/.config/deformux-label/`",
+    help="file with the users; the first one switches the login on",
+    parse=_file,
+)
+ALLOW_ORIGIN = Option(
+    name="allow_origin",
+    default="",
+    default_note="none",
+    help="origins, such as `https://viewer.org`, whose pages may call the server",
+    parse=_origins,
+)
+MAX_UPLOAD_GB = Option(
+    name="max_upload_gb", default="4", help="most gigabytes of an uploaded file", parse=_number(10_000)
+)
+MAX_VOXELS = Option(
+    name="max_voxels", default="1500000000", help="most voxels of a volume that is read", parse=_count(10**12)
+)
+INSECURE = Option(
+    name="insecure",
+    default="false",
+    help="listen to the network without a login (`true` or `false` in `--conf`)",
+    parse=_truth,
+    is_flag=True,
+)
+# Fields of ``ServerOptions`` by the same names.
+WEB_OPTIONS: tuple[Option[Any], ...] = (USERS_FILE, ALLOW_ORIGIN, MAX_UPLOAD_GB, MAX_VOXELS, INSECURE)
+
+HOST = Option(
+    name="host",
+    default="127.0.0.1",
+    help="address to listen on; `0.0.0.0` opens it to the network, once there is a user",
+    parse=_text,
+    variable="HOST",
+)
+PORT = Option(name="port", default="8000", help="port to listen on", parse=_port, variable="PORT")
+SSL_CERT = Option(
+    name="ssl_cert",
+    default="",
+    default_note="none",
+    help="certificate file (PEM) for https; needs `--ssl-key`",
+    parse=_text,
+    variable="SSL_CERT",
+)
+SSL_KEY = Option(
+    name="ssl_key",
+    default="",
+    default_note="none",
+    help="key file (PEM) of the certificate, without a passphrase",
+    parse=_text,
+    variable="SSL_KEY",
+)
+# MONAI Label's own command has options for these: ``--conf`` does not take them.
+LISTEN_OPTIONS: tuple[Option[Any], ...] = (HOST, PORT, SSL_CERT, SSL_KEY)
+
+SERVE_OPTIONS = (*PROJECT_OPTIONS, *WEB_OPTIONS, *LISTEN_OPTIONS)

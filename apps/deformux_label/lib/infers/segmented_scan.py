@@ -1,0 +1,66 @@
+"""Scans with their automatic segmentation, from which clicks and scribbles start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deformux.data.transforms import inference_transforms, run_transforms
+from deformux.interactive.open_scan import OpenScan, scan_from_logits
+from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
+from deformux_label.lib.infers.gpu_memory import Placement, within_memory
+from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.served_network import ServedNetwork, served_logits
+from deformux_label.lib.requests.inference import RequestedScan
+
+__all__ = ["SegmentedScan", "open_requested_scan"]
+
+
+@dataclass(frozen=True)
+class SegmentedScan:
+    """A scan that is open for clicks and scribbles.
+
+    Args:
+        scan: the scan and its automatic segmentation.
+        warning: a sentence if memory was short, else None.
+        network_s: seconds that the network took for this request; 0 where the scan was in the cache.
+    """
+
+    scan: OpenScan
+    warning: str | None = None
+    network_s: float = 0.0
+
+
+def open_requested_scan(
+    models: ServedModels, cache: ClickCache, requested: RequestedScan, key: ScanKey
+) -> SegmentedScan:
+    """Return a scan from the cache, else segment it, and cache it if its request allows that.
+
+    Args:
+        models: the served models.
+        cache: the cache of all requests.
+        requested: the scan to open.
+        key: its current state, with the model version and the device.
+    """
+    made: list[SegmentedScan] = []
+
+    def compute() -> OpenScan:
+        made.append(_segmented(models, requested.path, key.version, key.device))
+        return made[-1].scan
+
+    scan = cache.scan(key, compute) if requested.keep else compute()
+    return made[-1] if made else SegmentedScan(scan)
+
+
+def _segmented(models: ServedModels, path: str, version: str, device: str) -> SegmentedScan:
+    _, card = models.load(version, device)
+    image = run_transforms(inference_transforms(card.preprocessing, device=device), {"image": path})["image"]
+    networks: list[ServedNetwork] = []
+
+    def logits(placement: Placement) -> Tensor:
+        networks.append(ServedNetwork(models, version, placement))
+        return served_logits(networks[-1], image)
+
+    found, warning = within_memory(logits, card.preprocessing.patch_size, device)
+    return SegmentedScan(scan_from_logits(image, found), warning, sum(network.seconds for network in networks))

@@ -1,0 +1,21 @@
+"""Who works on a volume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["annotator_of"]
+
+_ANONYMOUS = "anonymous"
+
+
+def annotator_of(request: Mapping[str, Any]) -> str:
+    """Return who sent a request: the login, which only the server writes under ``user``, else Slicer's client id.
+
+    Return ``anonymous`` where there is neither.
+    """
+    for name in (request.get("user"), request.get("client_id")):
+        if isinstance(name, str) and name.strip():
+            return name.strip()
+    return _ANONYMOUS
