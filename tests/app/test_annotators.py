@@ -63,7 +63,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
 
 @dataclass
 class Session:
-    """What six annotators and a server said to each other until no case was left, and the server that runs now."""
+    """Results of six annotators at one server until no case was left, and the server that runs now."""
 
     server: LiveServer
     first_training: dict[str, Any]
@@ -178,9 +178,9 @@ def annotate_together(server: LiveServer, cohort: Cohort, lasting_until: float) 
 def test_many_annotators_at_once(session: Session, cohort: Cohort) -> None:
     assert session.first_training["status"] == "RUNNING", session.first_training
     assert set(session.answers) == {200}
-    # Nobody skipped a case, so each was handed out once.
+    # No annotator skipped a case, so each was handed out once.
     assert sorted(session.handed_out) == sorted(set(cohort.cases) - {"case_00", "case_01", "case_02"})
-    # Newer labels wait for the next training.
+    # Newer labels are for the next training.
     tasks = {known["id"]: known["status"] for known in session.trainings}
     assert tasks.pop(session.first_training["id"]) in ("RUNNING", "DONE")
     automatic = [task for task in session.trainings if task["automatic"]]
@@ -216,7 +216,7 @@ def voxels_of(label: bytes) -> int:
 
 
 def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer, cohort: Cohort) -> None:
-    """One runs, at most one of the server's own waits."""
+    """One training runs, and at most one automatic training waits."""
     submit_three(server, cohort)
     wait_for(lambda: training(server, check_if_running="true").ok, "a training is queued")
     by_hand = train(server, 4000)
