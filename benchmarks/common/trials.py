@@ -131,12 +131,6 @@ class Result:
     peak_gb: float
     machine: tuple[str, ...]
 
-    @classmethod
-    def read(cls, path: Path, trial: Trial) -> Result:
-        """The inverse of what ``run_trial`` writes."""
-        values = json.loads(path.read_text())
-        return cls(trial, **{**values, "machine": tuple(values["machine"])})
-
     def per_case(self, metric: str) -> np.ndarray:
         """``(cases, labels)``, NaN where a label is in no volume."""
         return np.array([values[metric] for values in self.scores.values()], dtype=float)
@@ -162,13 +156,13 @@ class _Clock:
 
 
 def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 1) -> None:
-    """Train, score, and write ``<name>.json`` by rename; a training that was killed goes on from its checkpoint.
+    """Train, score, and write ``finished/<name>.json`` by rename; resume a killed training from its checkpoint.
 
     Args:
-        trial: what to do.
-        name: that of the trial where it was started: in this process the source may be a newer one.
+        trial: the trial.
+        name: its name in the process that started this one, whose source may be older.
         folder: for the result, the model and the checkpoint.
-        tell: called with what is being done, and the part of the training that is done (0..1).
+        tell: called with the activity, and the part of the training that is done (0..1).
         jobs: how many trials may run at the same time.
     """
     torch.set_num_threads(trial.threads)
@@ -205,7 +199,7 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 
         machine=(*machine_lines(), *([f"up to {jobs} trainings at a time"] if jobs > 1 else [])),
     )
     write_text(
-        folder / f"{name}.json",
+        folder / "finished" / f"{name}.json",
         json.dumps({f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "trial"}),
     )
     checkpoint.unlink(missing_ok=True)

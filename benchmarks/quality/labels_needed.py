@@ -1,32 +1,35 @@
-"""How many labels each strategy needs for 95 % of what all labels give, from simulations that are finished.
+"""How many labels each strategy needs for 95 % of the Dice of all labels, from finished simulations.
 
-    python -m benchmarks.quality.active_learning --full full/rounds.csv
-    python -m benchmarks.quality.active_learning --full-dice 0.87 --rounds some/rounds.csv
+    python -m benchmarks.quality.labels_needed --full full/rounds.csv
+    python -m benchmarks.quality.labels_needed --full-dice 0.87 --rounds some/rounds.csv
 
-``--rounds`` are by default those of benchmarks/server/next_sample.py; ``--full`` is a simulation of the same settings
+By default ``--rounds`` are those of benchmarks.quality.strategies. ``--full`` is a simulation of the same settings
 with one round that labels the whole pool, in as many steps as all rounds have together:
 
     deformux simulate --data ../shared/data/hippocampus --output full --subset train --modality mr \\
         --strategy random --rounds 1 --start 120 --seeds 5 --labels anterior,posterior --spacing 1.5,1.5,1.5 \\
         --patch-size 32,48,32 --steps 600 --set batch_size=1 --set flip_axes=0, --set foreground_ratio=1.0
 
-Between two rounds Dice is taken to rise in a straight line. Writes quality_active_learning.md, .csv and .png.
+Between two rounds Dice is interpolated linearly. Writes data/labels_needed.json and the section
+quality_active_learning of active_learning.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from benchmarks.common.command import RESULTS, run
+from benchmarks.common.command import run_command
 from benchmarks.common.machine import machine_lines
-from benchmarks.common.report import strips, table, write_report
+from benchmarks.common.plots import strips
+from benchmarks.common.report import Section, add_results, bullets, data_file, markdown_table, measure_and_write
+from benchmarks.common.simulated_rounds import read_simulation
 
-from deformux.active_learning.learning_curve import BASELINE, paired_difference
+from deformux.active_learning.learning_curve import BASELINE, paired_difference, read_rounds
 
 # Labelled volumes and mean Dice of each round, in order.
 Curve = list[tuple[int, float]]
@@ -35,63 +38,82 @@ _HEADS = ("strategy", "volumes", "reached by", "in the first round", f"less {BAS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=Path, default=RESULTS / "active_learning.csv", help="of a simulation")
-    full = parser.add_mutually_exclusive_group(required=True)
+    parser.add_argument("--rounds", type=Path, help="rounds.csv of a simulation")
+    full = parser.add_mutually_exclusive_group()
     full.add_argument("--full", type=Path, help="rounds.csv of trainings on the whole pool")
     full.add_argument("--full-dice", type=float, help="or the Dice of such a training")
-    parser.add_argument("--share", type=float, default=0.95, help="of the full-data Dice")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--share", type=float, default=0.95, help="part of the full-data Dice that is to be reached")
+    add_results(parser)
     arguments = parser.parse_args()
-    curves = read_curves(arguments.rounds)
+    if not (arguments.rewrite or arguments.full or arguments.full_dice):
+        parser.error("one of the arguments --full --full-dice --rewrite is required")
+    measure_and_write(arguments, "labels_needed", lambda: measured(arguments), section)
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Find the labelled volumes that each strategy and seed needs."""
+    curves = read_curves(arguments.rounds or data_file(arguments.results, "strategies"))
     all_labels = arguments.full_dice or full_dice(arguments.full)
     target = arguments.share * all_labels
-    needed = {
-        strategy: {seed: labels_needed(curve, target) for seed, curve in by_seed.items()}
-        for strategy, by_seed in curves.items()
+    return {
+        "machine": machine_lines(),
+        "share": arguments.share,
+        "full_dice": all_labels,
+        "most": max(labelled for by_seed in curves.values() for curve in by_seed.values() for labelled, _ in curve),
+        "needed": {
+            strategy: {str(seed): labels_needed(curve, target) for seed, curve in by_seed.items()}
+            for strategy, by_seed in curves.items()
+        },
+        "first": {
+            strategy: {str(seed): curve[0][0] for seed, curve in by_seed.items()}
+            for strategy, by_seed in curves.items()
+        },
     }
-    most = max(labelled for by_seed in curves.values() for curve in by_seed.values() for labelled, _ in curve)
-    reached = {name: [n for n in by_seed.values() if n is not None] for name, by_seed in needed.items()}
-    write_report(
-        arguments.results,
+
+
+def section(data: Mapping[str, Any]) -> Section:
+    """Write the labels needed as a table and a plot."""
+    reached = {name: [n for n in by_seed.values() if n is not None] for name, by_seed in data["needed"].items()}
+    target = data["share"] * data["full_dice"]
+    return Section(
         "active_learning",
-        title=f"Labels needed for {100 * arguments.share:g} % of the full-data Dice",
-        lines=[
-            *(f"- {line}" for line in machine_lines()),
-            f"- all labels give Dice {all_labels:.4f}, so that {target:.4f} is to be reached; simulations ended at "
-            f"{most} labelled volumes",
+        "quality_active_learning",
+        f"Labels needed for {100 * data['share']:g} % of the full-data Dice",
+        [
+            *bullets(data["machine"]),
+            f"- all labels give Dice {data['full_dice']:.4f}, so that {target:.4f} is to be reached; simulations ended at "
+            f"{data['most']} labelled volumes",
             "- volumes: mean over the seeds that reached it, by linear interpolation between rounds; difference and "
             f"ratio: to `{BASELINE}`, over the seeds in which both did; ±: half width of the 95 % confidence interval "
             "(Student's t). A seed above the target in its first round counts with that round's volumes, though it may "
             "need fewer",
             "",
-            *table(
-                _HEADS,
-                _rows(needed, curves),
-            ),
+            *markdown_table(_HEADS, _rows(data["needed"], data["first"])),
         ],
-        rows=[("strategy", "seed", "volumes"), *((s, seed, n) for s, own in needed.items() for seed, n in own.items())],
-        plot=strips({name: values for name, values in reached.items() if values}, "labelled volumes needed"),
+        strips({name: values for name, values in reached.items() if values}, "labelled volumes needed"),
     )
-    print((arguments.results / "quality_active_learning.md").read_text())
 
 
 def read_curves(path: Path) -> dict[str, dict[int, Curve]]:
-    """Strategy to seed to curve, of a simulation's rounds.csv."""
+    """Read strategy to seed to curve from the rounds.csv or the data file of a simulation."""
+    rounds = read_simulation(path) if path.suffix == ".json" else read_rounds(path)
     curves: dict[str, dict[int, Curve]] = defaultdict(lambda: defaultdict(list))
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            curves[row["strategy"]][int(row["seed"])].append((int(row["labelled"]), float(row["mean_dice"])))
+    for row in rounds:
+        curves[row.strategy][row.seed].append((len(row.labelled), row.mean_dice))
     return {strategy: {seed: sorted(curve) for seed, curve in own.items()} for strategy, own in curves.items()}
 
 
 def full_dice(path: Path) -> float:
-    """Mean Dice of trainings on the whole pool."""
+    """Return the mean Dice of trainings on the whole pool."""
     curves = read_curves(path)
     return float(np.mean([curve[-1][1] for by_seed in curves.values() for curve in by_seed.values()]))
 
 
 def labels_needed(curve: Curve, target: float) -> float | None:
-    """Labelled volumes at which a curve first reaches a Dice; its first round's where it begins above, or None."""
+    """Return the labelled volumes at which a curve first reaches a Dice, those of its first round if it begins above.
+
+    None if it does not reach the Dice.
+    """
     (before, below), *others = curve
     if below >= target:
         return float(before)
@@ -103,7 +125,7 @@ def labels_needed(curve: Curve, target: float) -> float | None:
 
 
 def _rows(
-    needed: Mapping[str, Mapping[int, float | None]], curves: Mapping[str, Mapping[int, Curve]]
+    needed: Mapping[str, Mapping[str, float | None]], first: Mapping[str, Mapping[str, int]]
 ) -> list[Sequence[str]]:
     rows = []
     baseline = needed.get(BASELINE, {})
@@ -116,11 +138,11 @@ def _rows(
             difference, half_width = paired_difference(own, random)
             interval = "" if np.isnan(half_width) else f" ± {half_width:.1f}"
             compared = [f"{difference:+.1f}{interval}", f"{np.mean(own) / np.mean(random):.2f}"]
-        at_once = str(sum(n == curves[strategy][seed][0][0] for seed, n in by_seed.items()))
+        at_once = str(sum(n == first[strategy][seed] for seed, n in by_seed.items()))
         volumes = f"{np.mean(reached):.1f}" if reached else "not reached"
         rows.append([strategy, volumes, f"{len(reached)} of {len(by_seed)} seeds", at_once, *compared])
     return rows
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
