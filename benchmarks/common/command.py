@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.places import HIPPOCAMPUS, RESULTS, WORK
+from benchmarks.common.report import add_rewrite
 from benchmarks.common.trial_data import TrialData
 from benchmarks.common.trials import Task
 
@@ -49,6 +50,7 @@ def options(name: str, doc: str | None, *, seeds: int | None = 3, data: Path = H
         default=RESULTS,
         help="folder of pages, pictures and data files; trials in a data file are not run again",
     )
+    add_rewrite(parser)
     if seeds is not None:
         parser.add_argument("--seeds", type=int, default=seeds, help="number of repetitions")
     parser.add_argument("--cases", type=int, help="train and test on at most this number of volumes")
@@ -86,8 +88,8 @@ def at_learning_rate(task: Task, name: str, rate: float | None) -> tuple[Task, s
 
 
 def trial_data(arguments: argparse.Namespace, benchmark: str) -> TrialData:
-    """Return the finished trials of a benchmark."""
-    return TrialData(arguments.results, benchmark, arguments.work)
+    """Return the finished trials of a benchmark, to which ``--rewrite`` adds none."""
+    return TrialData(arguments.results, benchmark, arguments.work, complete=arguments.rewrite)
 
 
 def run_command(main: Callable[[], None]) -> None:

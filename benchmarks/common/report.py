@@ -101,7 +101,7 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 def add_rewrite(parser: argparse.ArgumentParser) -> None:
     """Add ``--rewrite`` to a command."""
     parser.add_argument(
-        "--rewrite", action="store_true", help="measure nothing: write the section again from its data file"
+        "--rewrite", action="store_true", help="measure nothing: write the section again from the data file"
     )
 
 

@@ -25,10 +25,11 @@ class TrialData:
         results: folder of the results.
         benchmark: name of the data file.
         work: folder for results that are not merged, for locks, checkpoints and models.
+        complete: run no trials that are missing.
     """
 
-    def __init__(self, results: Path, benchmark: str, work: Path) -> None:
-        self.results, self.benchmark, self.work = results, benchmark, work
+    def __init__(self, results: Path, benchmark: str, work: Path, *, complete: bool = False) -> None:
+        self.results, self.benchmark, self.work, self.complete = results, benchmark, work, complete
         self.file = data_file(results, benchmark)
         self._version: tuple[int, int] | None = None
         self._content = _empty()

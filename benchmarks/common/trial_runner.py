@@ -40,7 +40,7 @@ def run_trials(
 
     Args:
         trials: what to run.
-        data: finished trials, to which each new one is added.
+        data: finished trials, to which each new one is added, unless it is to stay as it is.
         report: called at the start and after each trial with the results so far.
         jobs: how many trials to run at a time; steps are timed before, with nothing beside them.
 
@@ -48,6 +48,9 @@ def run_trials(
         ValueError: this machine does not have the device of a trial that is left to run.
         SystemExit: some trials failed; all others are done.
     """
+    if data.complete:
+        report(data.of(trials))
+        return data.of(trials)
     data.work.mkdir(parents=True, exist_ok=True)
     data.merge()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -3,9 +3,9 @@
     python -m benchmarks.operator.host_time [--before FOLDER] [--results FOLDER]
 
 It runs on a GPU if there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU calls are only queued; on
-the CPU a whole call includes its work, and the GPU's launcher runs on CPU tensors and starts nothing. ``--before`` names
-a folder with another version of the package ``deform3d``, measured in turns with this one. Writes data/host_time.json
-and the section host_time of operator_gpu.md.
+the CPU a whole call includes its work, and the GPU's launcher runs on CPU tensors and starts nothing. ``--before``
+names a folder with another version of the package ``deform3d``, measured in turns with this one. Writes
+data/host_time.json and the section host_time of operator_gpu.md.
 """
 
 from __future__ import annotations
@@ -248,10 +248,10 @@ def section(data: Mapping[str, Any]) -> Section:
         "host_time",
         "Host time of one call",
         [
-            "Microseconds of the host per call, float32, one thread, the least of many turns. Without a GPU a whole call",
-            "includes its work; parts are of the first problem. The launcher that starts nothing is the host's work",
-            "without starting kernels, whose time is the rest of a whole call on a GPU. What runs without a backend",
-            "is the function, PyTorch's dispatcher and autograd.",
+            "Microseconds of the host per call, float32, one thread, the least of many turns. Without a GPU a whole",
+            "call includes its work; parts are of the first problem. The launcher that starts nothing shows the host's",
+            "work without starting kernels, which is the rest of a whole call on a GPU. What runs without a backend is",
+            "the function, PyTorch's dispatcher and autograd.",
             "",
             *markdown_table(
                 ("", *packages), [(what, *(f"{us[name]:.1f}" for name in packages)) for what, us in rows.items()]

@@ -84,6 +84,8 @@ def main() -> None:
     )
     results = run_trials([last], chosen.data)
     chosen.report(results)
+    if arguments.rewrite:
+        return
     trained = model_file(arguments.work, last.name)
     if not trained.is_file():
         # Weights are not committed with a trial.

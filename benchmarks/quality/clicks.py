@@ -83,6 +83,8 @@ def main() -> None:
     played: list[Played] = []
     for case in track(cases, "clicking"):
         name = f"{key} {case.id}"
+        if name not in kept and arguments.rewrite:
+            continue
         if name not in kept:
             kept[name] = rounded(dataclasses.asdict(_play(network, card, case, device)))
             machines += [line for line in machine_lines() if line not in machines]

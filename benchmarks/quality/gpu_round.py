@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.common.command import hippocampus, options, run_command
 from benchmarks.common.machine import machine_lines
 from benchmarks.common.plots import figure
-from benchmarks.common.report import Section, add_rewrite, bullets, markdown_table, measure_and_write
+from benchmarks.common.report import Section, bullets, markdown_table, measure_and_write
 from benchmarks.common.scores import score
 from matplotlib.figure import Figure
 
@@ -42,7 +42,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=RECIPES["finetune"].steps, help="of the training")
     parser.add_argument("--preset", default="tiny", help="of DeformUX-Net")
     parser.set_defaults(device="cuda")
-    add_rewrite(parser)
     arguments = parser.parse_args()
     measure_and_write(arguments, "gpu_round", lambda: measured(arguments), section)
 
@@ -107,8 +106,8 @@ def section(data: Mapping[str, Any]) -> Section:
         "A round of the loop on a GPU",
         [
             *bullets(data["machine"]),
-            f"- {data['labelled']} labelled hippocampus volumes, `{data['preset']}` from scratch, {data['steps']} steps at "
-            "most, with clicks",
+            f"- {data['labelled']} labelled hippocampus volumes, `{data['preset']}` from scratch, {data['steps']} "
+            "steps at most, with clicks",
             f"- tested on {data['tested']} volumes of `val`, once, outside the measured time",
             f"- target: a Dice of {TARGET_DICE:g} within {TARGET_SECONDS:g} s, published",
             "",

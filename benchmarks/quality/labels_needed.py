@@ -81,8 +81,8 @@ def section(data: Mapping[str, Any]) -> Section:
         f"Labels needed for {100 * data['share']:g} % of the full-data Dice",
         [
             *bullets(data["machine"]),
-            f"- all labels give Dice {data['full_dice']:.4f}, so that {target:.4f} is to be reached; simulations ended at "
-            f"{data['most']} labelled volumes",
+            f"- all labels give Dice {data['full_dice']:.4f}, so that {target:.4f} is to be reached; simulations ended "
+            f"at {data['most']} labelled volumes",
             "- volumes: mean over the seeds that reached it, by linear interpolation between rounds; difference and "
             f"ratio: to `{BASELINE}`, over the seeds in which both did; ±: half width of the 95 % confidence interval "
             "(Student's t). A seed above the target in its first round counts with that round's volumes, though it may "

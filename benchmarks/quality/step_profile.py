@@ -22,7 +22,7 @@ from benchmarks.common.command import hippocampus, options, run_command
 from benchmarks.common.machine import machine_lines
 from benchmarks.common.networks import NETWORKS, SIZES, build
 from benchmarks.common.plots import figure
-from benchmarks.common.report import Section, add_rewrite, bullets, markdown_table, measure_and_write
+from benchmarks.common.report import Section, bullets, markdown_table, measure_and_write
 from benchmarks.common.trials import Task
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -48,7 +48,6 @@ ALL_KINDS = (AUGMENTATION, *KINDS, OTHER)
 
 def main() -> None:
     parser = options("step_profile", __doc__, seeds=None)
-    add_rewrite(parser)
     parser.add_argument("--steps", type=int, default=5, help="steps to profile, after two to warm up")
     parser.add_argument("--size", choices=SIZES, default=SIZES[0], help="of the networks")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
@@ -88,8 +87,8 @@ def section(data: Mapping[str, Any]) -> Section:
         f"Where a training step's seconds go, `{data['size']}`",
         [
             *bullets(data["machine"]),
-            f"- batch {data['batch']}, patch {'×'.join(map(str, data['patch']))}; mean of {data['steps']} steps, forward "
-            "and backward together; all else holds Python, the loss and sums",
+            f"- batch {data['batch']}, patch {'×'.join(map(str, data['patch']))}; mean of {data['steps']} steps, "
+            "forward and backward together; all else holds Python, the loss and sums",
             "",
             *markdown_table(("seconds per step", *seconds), rows),
         ],

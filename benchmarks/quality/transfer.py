@@ -4,8 +4,8 @@
     python -m benchmarks.quality.transfer --steps 2 --seeds 1 --networks UNet --sizes tiny    # to try it
 
 It exercises sparse label values, Hounsfield units and a resampling to 2.5 mm and back: a fault there shows as an organ
-that no network finds. Labels are those with at least 50 voxels in each half. A killed run resumes where it stopped. Adds
-each training to data/transfer.json and rewrites the section quality_transfer of few_labels.md.
+that no network finds. Labels are those with at least 50 voxels in each half. A killed run resumes where it stopped.
+Adds each training to data/transfer.json and rewrites the section quality_transfer of few_labels.md.
 """
 
 from __future__ import annotations

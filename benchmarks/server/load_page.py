@@ -1,14 +1,17 @@
-"""The page ``results/server.md``, of what ``server.py`` measured."""
+"""The sections of server.md, from the data of ``benchmarks.server.load``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["table"]
+from benchmarks.common.report import Section, bullets, markdown_table
+
+__all__ = ["section"]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The results as a page."""
+def section(name: str, result: Mapping[str, Any]) -> Section:
+    """Write the times as tables."""
     limits = result["limits"]
     by_leases = result["next_sample_ms"]
     few, many = by_leases
@@ -41,7 +44,7 @@ def table(result: dict[str, Any]) -> str:
             f"{limits['start_s']} s",
         ),
         (
-            "publishing a version: what its first inference takes more, worst of 5",
+            "publishing a version: extra time of its first inference, worst of 5",
             f"**{result['publish_s']:.2f} s**",
             f"{limits['publish_s']} s",
         ),
@@ -52,30 +55,22 @@ def table(result: dict[str, Any]) -> str:
             f"{100 * limits['throughput_share']:.0f} %",
         ),
     ]
+    quantiles = ("p50", "p99")
+    by_strategy = [
+        (name, *(f"{by_leases[number][name][q]:.0f} ms" for number in (few, many) for q in quantiles))
+        for name in by_leases[few]
+    ]
     lines = [
-        "# The server while it works",
-        "",
         "Real servers (`deformux-label serve`) and real requests on one machine; preset `tiny`, windows of 48³ voxels,",
         "a scan of 96³. MONAI Label's own server answered `GET /info/` in 4,320 ms during an inference of 4.35 s.",
         "",
-        "| what | measured | target |",
-        "|---|---|---|",
-        *[f"| {what} | {measured} | {target} |" for what, measured, target in rows],
-        "",
-        f"Next Sample of {result['studies']} studies by strategy, while others hold as many leases; the strategies",
+        *markdown_table(("what", "measured", "target"), rows),
+        f"Next Sample of {result['studies']} studies by strategy, while others hold a number of leases; the strategies",
         "take turns at random, and each lease is ended before the next is asked for. "
         + ("The login is on." if result["login"] else "The login is off."),
         "",
-        f"| strategy | {few} leases: p50 | p99 | {many} leases: p50 | p99 |",
-        "|---|---|---|---|---|",
-        *[
-            f"| {name} | "
-            + " | ".join(f"{by_leases[n][name][q]:.0f} ms" for n in (few, many) for q in ("p50", "p99"))
-            + " |"
-            for name in by_leases[few]
-        ],
-        "",
-        *[f"- {line}" for line in result["machine"]],
-        "",
+        *markdown_table(("strategy", f"{few} leases: p50", "p99", f"{many} leases: p50", "p99"), by_strategy),
+        *bullets(result["machine"]),
     ]
-    return "\n".join(lines)
+    title = "The server while it works" + (", with the login on" if result["login"] else "")
+    return Section("server", name, title, lines)
