@@ -1,4 +1,4 @@
-"""What the commands share: options, the hippocampus task, and errors in one sentence."""
+"""Options, the hippocampus task and error messages of the commands that train networks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common.places import HIPPOCAMPUS, RESULTS, WORK
+from benchmarks.common.report import add_rewrite
+from benchmarks.common.trial_data import TrialData
 from benchmarks.common.trials import Task
 
 from deformux.cli.devices import torch_device
@@ -16,32 +19,41 @@ from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import RECIPES
 
-__all__ = ["PATCH_SIZE", "RECIPE", "at_learning_rate", "hippocampus", "options", "placement", "run"]
+__all__ = [
+    "PATCH_SIZE",
+    "RECIPE",
+    "at_learning_rate",
+    "hippocampus",
+    "options",
+    "placement",
+    "run_command",
+    "trial_data",
+]
 
-RESULTS = Path(__file__).parents[1] / "results"
 # Holds a whole volume of the hippocampus data with a margin.
 PATCH_SIZE = (48, 64, 48)
-# At the learning rate of all committed trials: by what best_model found, the library's own is now twice that. Without
-# clicks, which only DeformUX-Net could learn from.
+# The learning rate of all committed trials. The library's own is twice that, as best_model found. Without clicks, which
+# only DeformUX-Net could learn from.
 RECIPE = RECIPES["finetune"].replace(learning_rate=1e-3, clicks=0)
 
 
-def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = "../shared/data/hippocampus") -> Any:
-    """A parser with the options that commands share; its description is the module's docstring."""
+def options(name: str, doc: str | None, *, seeds: int | None = 3, data: Path = HIPPOCAMPUS) -> Any:
+    """Return a parser with the options that commands share; its description is the module's docstring."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.quality.{name}", description=doc, formatter_class=_Formatter
     )
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder of the data")
+    parser.add_argument("--data", type=Path, default=data, help="a folder of labelled NIfTI")
+    parser.add_argument("--work", type=Path, default=WORK / name, help="folder for checkpoints, models and locks")
     parser.add_argument(
-        "--work",
+        "--results",
         type=Path,
-        default=RESULTS / "trials" / name,
-        help="finished trials are kept here, and not run again: to commit, so that another machine goes on",
+        default=RESULTS,
+        help="folder of pages, pictures and data files; trials in a data file are not run again",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table, the CSV and the plot")
+    add_rewrite(parser)
     if seeds is not None:
-        parser.add_argument("--seeds", type=int, default=seeds, help="how often everything is repeated")
-    parser.add_argument("--cases", type=int, help="volumes to train and to test on, at most: to try a command")
+        parser.add_argument("--seeds", type=int, default=seeds, help="number of repetitions")
+    parser.add_argument("--cases", type=int, help="train and test on at most this number of volumes")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N, or auto")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of a training")
     if seeds is not None:
@@ -50,13 +62,13 @@ def options(name: str, doc: str | None, *, seeds: int | None = 3, data: str = ".
 
 
 def placement(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where the trials compute, as arguments of ``Trial``; ``run_trials`` asks whether this machine can."""
+    """Return device and threads as arguments of ``Trial``; ``run_trials`` checks that this machine has the device."""
     device = torch_device("auto") if arguments.device == "auto" else arguments.device
     return {"device": device, "threads": arguments.threads}
 
 
 def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, int] = PATCH_SIZE) -> Task:
-    """Both labels of the hippocampus data: trained on ``train``, tested on ``val``."""
+    """Return the task of both labels of the hippocampus data: train on ``train``, test on ``val``."""
     train, val = (find_cases(arguments.data, subset=subset)[: arguments.cases] for subset in ("train", "val"))
     return Task(
         labels=("anterior", "posterior"),
@@ -69,20 +81,25 @@ def hippocampus(arguments: argparse.Namespace, *, patch_size: tuple[int, int, in
 
 
 def at_learning_rate(task: Task, name: str, rate: float | None) -> tuple[Task, str]:
-    """A task, and the name of its results, at another learning rate than that of all benchmarks, if there is one."""
+    """Return a task and the name of its section, both with another learning rate if one is given."""
     if rate is None:
         return task, name
     return dataclasses.replace(task, recipe=task.recipe.replace(learning_rate=rate)), f"{name}_at_{rate:g}"
 
 
-def run(main: Callable[[], None]) -> None:
-    """Run a command; what its user can cause ends in one sentence."""
+def trial_data(arguments: argparse.Namespace, benchmark: str) -> TrialData:
+    """Return the finished trials of a benchmark, to which ``--rewrite`` adds none."""
+    return TrialData(arguments.results, benchmark, arguments.work, complete=arguments.rewrite)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; end with one sentence on errors that its user can cause."""
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; the same command resumes here")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

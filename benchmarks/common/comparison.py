@@ -1,4 +1,4 @@
-"""The table that sets DeformUX-Net beside other networks of its size."""
+"""Tables and a plot that compare DeformUX-Net with other networks of its size."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 from benchmarks.common.networks import NETWORKS, OURS, SIZES
-from benchmarks.common.report import SURFACE, mean_and_deviation, paired_p, significant, strips, table
+from benchmarks.common.plots import strips
+from benchmarks.common.report import markdown_table
+from benchmarks.common.trial_report import SURFACE, mean_and_deviation, p_text, paired_p
 from benchmarks.common.trials import Result, Task, Trial
 from matplotlib.figure import Figure
 
-__all__ = ["COST_NOTES", "comparison", "comparison_plot", "network_trials"]
+__all__ = ["COST_NOTES", "comparison_plot", "comparison_tables", "network_trials"]
 
-_MOST_LABELS = 4  # that get a column each
+_MOST_LABELS = 4  # with a column each
 COST_NOTES = (
     "- GMAC: of one patch, convolutions and matrix products as PyTorch counts them, plus the deformable convolutions "
     "with their interpolation; normalisation, activations and sums are not counted",
@@ -26,7 +28,7 @@ COST_NOTES = (
 def network_trials(
     task: Task, networks: Sequence[str], sizes: Sequence[str], seeds: int, **options: object
 ) -> list[Trial]:
-    """Every network in every size with every seed; all networks before the next seed, so that early tables compare."""
+    """Return trials of every network, size and seed, all networks before the next seed: early tables compare too."""
     return [
         Trial(f"{network} {size}, seed {seed}", task, network, size, seed=seed, **options)  # type: ignore[arg-type]
         for seed in range(seeds)
@@ -35,8 +37,8 @@ def network_trials(
     ]
 
 
-def comparison(results: Sequence[Result]) -> list[str]:
-    """Markdown: a table for each size, best Dice first."""
+def comparison_tables(results: Sequence[Result]) -> list[str]:
+    """Return a Markdown table for each size, best Dice first."""
     lines = []
     for size in SIZES:
         groups = _groups(results, size)
@@ -48,12 +50,12 @@ def comparison(results: Sequence[Result]) -> list[str]:
         heads += (*(f"Dice {label}" for label in labels), "mean Dice", SURFACE, "HD95 mm", "seeds", "p")
         ranked = sorted(groups.items(), key=lambda item: -np.mean([r.mean("dice") for r in item[1]]))
         rows = [_row(name, own, groups.get(OURS), len(labels)) for name, own in ranked]
-        lines += [f"## {size}", "", *table(heads, rows)]
+        lines += [f"### {size}", "", *markdown_table(heads, rows)]
     return lines
 
 
 def comparison_plot(results: Sequence[Result]) -> Figure:
-    """Mean Dice of each network, a point per seed."""
+    """Plot the mean Dice of each network, a point per seed."""
     groups = {
         f"{name} {size}": [result.mean("dice") for result in own]
         for size in SIZES
@@ -82,5 +84,5 @@ def _row(name: str, own: Sequence[Result], ours: Sequence[Result] | None, labels
         *(f"{dice:.4f}" for dice in per_label),
         *(mean_and_deviation(own, metric) for metric in ("dice", "surface_dice", "hd95_mm")),
         str(len(own)),
-        significant(paired_p(own, ours)) if ours and name != OURS else "",
+        p_text(paired_p(own, ours)) if ours and name != OURS else "",
     ]

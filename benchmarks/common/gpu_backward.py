@@ -89,13 +89,13 @@ def _changes(tuning: Tuning) -> str:
 
 
 def _short(kernel: str) -> str:
-    """The name of a kernel without types and arguments."""
+    """Return the name of a kernel without types and arguments."""
     name = kernel.removeprefix("void ").split("<")[0].split("(")[0]
     return name.split("::")[-1] if "reduce" not in kernel else "reduce"
 
 
 def _tensors(batch: int, channels: int, size: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Output's gradient, input, offset and mask, channels-last, and the weight in its place before the mask."""
+    """Return the output's gradient, input, offset, weight and mask, channels-last."""
     generator = torch.Generator().manual_seed(0)
 
     def volume(n: int) -> Tensor:
@@ -138,7 +138,7 @@ def _print_errors(tunings: Sequence[Tuning]) -> None:
 
 
 def _compile(tunings: Sequence[Tuning]) -> int:
-    """Fill CuPy's cache on disk with all kernels, several at once; return how many."""
+    """Fill CuPy's cache on disk with all kernels, several at once; return their number."""
     import cupy
 
     recorder = _Recorder()
@@ -164,7 +164,7 @@ def _compile(tunings: Sequence[Tuning]) -> int:
 
 
 class _Recorder:
-    """A runtime that starts nothing and remembers the kernels that it was asked for."""
+    """A runtime that starts nothing and records the requested kernels."""
 
     def __init__(self) -> None:
         self.tuning = Tuning()

@@ -46,7 +46,7 @@ class Timing:
         )
 
 
-def compare(watch: Stopwatch) -> Iterator[Timing]:
+def time_forward(watch: Stopwatch) -> Iterator[Timing]:
     """Time every kernel on every shape, and print one line for each."""
     runtime = CupyRuntime()
     count = torch.cuda.get_device_properties().multi_processor_count

@@ -22,7 +22,7 @@ WHAT = (
 
 
 def training_steps(progress: Progress, seconds: float = 2.0) -> dict[str, Any]:
-    """One row without and one with activation checkpointing."""
+    """Return one row without and one with activation checkpointing."""
     torch.backends.cudnn.benchmark = True
     watch, rows = Stopwatch(seconds), []
     for checkpointing in (False, True):

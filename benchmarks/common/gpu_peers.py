@@ -19,7 +19,7 @@ Operator = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ColumnKernels:
-    """The three steps that the published code has CUDA kernels for; the rest of it are matrix products."""
+    """The three steps for which the published code has CUDA kernels; the rest are matrix products."""
 
     columns: Callable[[Tensor, Tensor], Tensor]
     offset_gradient: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _corners(offset: Tensor) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
-    """Per corner: index into (N * voxels), weight, and its slopes along d, h, w; each (27, N * voxels)."""
+    """Yield for each corner its index into (N * voxels), weight, and slopes along d, h, w; each (27, N * voxels)."""
     batch, _, *size = offset.shape
     voxels = size[0] * size[1] * size[2]
     shifts = offset.to(compute_dtype(offset.dtype)).reshape(batch, TAPS, 3, *size)
@@ -70,12 +70,12 @@ def _corners(offset: Tensor) -> Iterator[tuple[Tensor, Tensor, list[Tensor]]]:
 
 
 def _channel_rows(volume: Tensor) -> Tensor:
-    """(N, C, D, H, W) -> (C, N * voxels)."""
+    """Reshape (N, C, D, H, W) to (C, N * voxels)."""
     return volume.transpose(0, 1).reshape(volume.shape[1], -1)
 
 
 def columns(input: Tensor, offset: Tensor) -> Tensor:
-    """The sample of every channel and tap at every voxel: (C, 27, N * voxels)."""
+    """Return the sample of every channel and tap at every voxel: (C, 27, N * voxels)."""
     flat = _channel_rows(input)
     total: Tensor | None = None
     for index, weight, _ in _corners(offset):
@@ -86,7 +86,7 @@ def columns(input: Tensor, offset: Tensor) -> Tensor:
 
 
 def offset_gradient(grad_columns: Tensor, input: Tensor, offset: Tensor) -> Tensor:
-    """(N, 81, D, H, W) from the gradient of the columns."""
+    """Return (N, 81, D, H, W) from the gradient of the columns."""
     flat, axes = _channel_rows(input), [0.0, 0.0, 0.0]
     for index, _, slopes in _corners(offset):
         dot = (grad_columns.to(slopes[0].dtype) * flat[:, index]).sum(0)
@@ -97,7 +97,7 @@ def offset_gradient(grad_columns: Tensor, input: Tensor, offset: Tensor) -> Tens
 
 
 def input_gradient(grad_columns: Tensor, input: Tensor, offset: Tensor) -> Tensor:
-    """(N, C, D, H, W) from the gradient of the columns, by atomic additions."""
+    """Return (N, C, D, H, W) from the gradient of the columns, by atomic additions."""
     batch, channels, *size = input.shape
     shape = (channels, batch * size[0] * size[1] * size[2])
     flat = torch.zeros(shape, dtype=compute_dtype(input.dtype), device=input.device)
@@ -111,7 +111,7 @@ EAGER = ColumnKernels(columns, offset_gradient, input_gradient)
 
 
 def compiled_kernels() -> ColumnKernels:
-    """Each step fused to about one kernel, as the published code has them."""
+    """Compile each step to about one kernel, as in the published code."""
     options: dict[str, Any] = {"assert_indirect_indexing": False}
     return ColumnKernels(
         *(torch.compile(f, dynamic=True, options=options) for f in (columns, offset_gradient, input_gradient))
@@ -150,7 +150,7 @@ class _Im2colGemm(torch.autograd.Function):
 
 
 def im2col_gemm(kernels: ColumnKernels = EAGER) -> Operator:
-    """The published algorithm: a buffer of columns for all 27 taps, then one matrix product per group."""
+    """Return the published algorithm: a buffer of columns for all 27 taps, then one matrix product per group."""
 
     def run(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _Im2colGemm.apply(input, offset, weight, bias, kernels)
@@ -159,7 +159,7 @@ def im2col_gemm(kernels: ColumnKernels = EAGER) -> Operator:
 
 
 def grid_samples(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The sum of 27 `grid_sample` calls; every spatial size is at least 2."""
+    """Return the sum of 27 `grid_sample` calls; every spatial size is at least 2."""
     batch, _, *size = input.shape
     shifts = offset.view(batch, TAPS, 3, *size)
     output = bias.view(1, -1, 1, 1, 1)
@@ -176,7 +176,7 @@ def grid_samples(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) ->
 
 
 class _Tvdcn(torch.autograd.Function):
-    """The forward and backward of `tvdcn`, whose own autograd function fails where there is no mask or no bias."""
+    """The forward and backward of `tvdcn`, whose own autograd function fails without a mask or a bias."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:

@@ -1,14 +1,24 @@
-"""The results of `deform_conv3d_gpu.py`: kept after every part, and as a page with the targets beside them."""
+"""The results of `benchmarks.operator.deform_conv3d_gpu`: data and a section with targets, kept after every part."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deformux.data.atomic_files import write_text
+from benchmarks.common.report import (
+    Section,
+    bullets,
+    data_file,
+    markdown_table,
+    read_data,
+    read_section,
+    write_data,
+    write_section,
+)
+
+_NAME, _PAGE = "deform_conv3d_gpu", "operator_gpu"
 
 OURS, IM2COL, GRID, TVDCN = "deform3d", "im2col + GEMM per group", "27 grid_sample", "tvdcn"
 COMPILED = ", compiled"
@@ -43,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Target:
-    """A number of the plan; `measured` is None until its part has run."""
+    """A target; `measured` is None until its part has run."""
 
     name: str
     limit: float
@@ -61,7 +71,7 @@ class Target:
 
 @dataclass
 class Results:
-    """Everything measured so far on one machine."""
+    """All measurements on one machine so far."""
 
     folder: Path
     machine: list[str]
@@ -69,20 +79,29 @@ class Results:
 
     @classmethod
     def resume(cls, folder: Path, machine: list[str]) -> Results:
-        """What an earlier run on the same machine, with the same versions, has left."""
-        stored = folder / "deform_conv3d_gpu.json"
-        if stored.is_file():
-            content = json.loads(stored.read_text(encoding="utf-8"))
+        """Return the results with those of an earlier run on the same machine, with the same versions."""
+        if data_file(folder, _NAME).is_file():
+            content = read_data(folder, _NAME)
             if _undated(content["machine"]) == _undated(machine):
                 return cls(folder, machine, content["parts"])
         return cls(folder, machine)
 
     def keep(self, part: str, content: Any) -> None:
-        """Add a part and write both files."""
+        """Add a part; write the data and the section."""
         self.parts[part] = content
         kept = {"machine": self.machine, "targets": [asdict(t) for t in targets(self.parts)], "parts": self.parts}
-        write_text(self.folder / "deform_conv3d_gpu.json", json.dumps(kept, indent=1) + "\n")
-        write_text(self.folder / "deform_conv3d_gpu.md", page(self.machine, self.parts))
+        write_data(self.folder, _NAME, kept)
+        write_section(self.folder, section(self.machine, self.parts))
+
+    @classmethod
+    def rewrite(cls, folder: Path) -> None:
+        """Write the section again from the data."""
+        content = read_data(folder, _NAME)
+        write_section(folder, section(content["machine"], content["parts"]))
+
+    def text(self) -> str:
+        """Return the section as it was written last."""
+        return read_section(self.folder, _PAGE, _NAME)
 
 
 def _undated(machine: Sequence[str]) -> list[str]:
@@ -102,13 +121,13 @@ def _find(rows: Sequence[Row], implementation: str, dtype: str, sigma: float = 1
 
 
 def _speedup(ours: Row | None, peers: Sequence[Row | None], attribute: str) -> float | None:
-    """Against the fastest peer that has been measured."""
+    """Return the ratio to the fastest peer that has been measured."""
     times = [getattr(peer, attribute) for peer in peers if peer is not None]
     return min(times) / getattr(ours, attribute) if ours is not None and times else None
 
 
 def targets(parts: Mapping[str, Any]) -> list[Target]:
-    """The issue's targets, at N=2, C=48, 48³, channels-last, offsets of deviation 1 where nothing else is said."""
+    """Return the targets, at N=2, C=48, 48³, channels-last and offsets of deviation 1 unless stated otherwise."""
     operator, peers = rows_of(parts, "operator"), rows_of(parts, "peers", "compiled-peers")
     slow = rows_of(parts, "deterministic")
     found = []
@@ -142,14 +161,10 @@ def targets(parts: Mapping[str, Any]) -> list[Target]:
     return found
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(line)} |" for line in lines), ""]
-
-
-def page(machine: Sequence[str], parts: Mapping[str, Any]) -> str:
-    """All parts measured so far, as Markdown."""
-    text = ["# CUDA operator", "", *(f"- {line}" for line in machine), "", "## Targets", ""]
-    text += _table(
+def section(machine: Sequence[str], parts: Mapping[str, Any]) -> Section:
+    """Write all parts measured so far."""
+    text = [*bullets(machine), "", "### Targets", ""]
+    text += markdown_table(
         ("at 2×48×48³", "target", "measured", ""),
         [
             (
@@ -167,8 +182,8 @@ def page(machine: Sequence[str], parts: Mapping[str, Any]) -> str:
     peers = [*rows_of(parts, "peers", "compiled-peers"), *rows_of(tvdcn, "rows")]
     text += _against(rows_of(parts, "operator"), peers, tvdcn.get("skipped"))
     if "fused" in parts:
-        text += ["## Offsets computed inside the kernel, against convolution then operator", ""]
-        text += _table(
+        text += ["### Offsets computed inside the kernel, against convolution then operator", ""]
+        text += markdown_table(
             ("input", "dtype", "two steps ms", "fused ms", "ratio", "two steps peak MB", "fused peak MB"),
             [
                 (
@@ -181,13 +196,15 @@ def page(machine: Sequence[str], parts: Mapping[str, Any]) -> str:
     if "network" in parts:
         text += _network(parts["network"])
     for title, kernels in parts.get("kernels", {}).items():
-        text += [f"## What runs on the GPU: {title}", ""]
+        text += [f"### What runs on the GPU: {title}", ""]
         lines = [(f"`{k['kernel'][:100]}`", f"{k['calls']:g}", f"{k['us']:.1f}") for k in kernels]
-        text += _table(("kernel", "calls", "µs"), lines)
+        text += markdown_table(("kernel", "calls", "µs"), lines)
     for title, tuned in parts.get("tuning", {}).items():
-        text += [f"## Launch shapes: {title}", ""]
-        text += _table(("launch shape", "time over the default's"), [(t["tuning"], f"{t['ratio']:.3f}") for t in tuned])
-    return "\n".join(text)
+        text += [f"### Launch shapes: {title}", ""]
+        text += markdown_table(
+            ("launch shape", "time over the default's"), [(t["tuning"], f"{t['ratio']:.3f}") for t in tuned]
+        )
+    return Section(_PAGE, _NAME, "Depthwise convolution on a GPU", text)
 
 
 def _operator(rows: Sequence[Row], title: str) -> list[str]:
@@ -202,11 +219,11 @@ def _operator(rows: Sequence[Row], title: str) -> list[str]:
         for row in rows
     ]
     head = ("input", "dtype", "layout", "offsets", "forward ms", "L1 floor ms", "forward / floor")
-    return [f"## {title}", "", *_table((*head, "forward + backward ms", "/ forward"), lines)]
+    return [f"### {title}", "", *markdown_table((*head, "forward + backward ms", "/ forward"), lines)]
 
 
 def _against(operator: Sequence[Row], peers: Sequence[Row], skipped: str | None) -> list[str]:
-    """Peers take contiguous tensors, the operator the network's channels-last ones."""
+    """Compare peers on contiguous tensors with the operator on the network's channels-last ones."""
     if not peers and skipped is None:
         return []
     ours = {row.case: row for row in operator}
@@ -222,11 +239,11 @@ def _against(operator: Sequence[Row], peers: Sequence[Row], skipped: str | None)
         lines.append((peer.shape, peer.dtype, peer.implementation, *times))
     head = ("input", "dtype", "implementation", "forward ms", "over ours", "forward + backward ms", "over ours")
     note = [] if skipped is None else [f"Not measured: {skipped}.", ""]
-    return ["## Against other implementations", "", *_table(head, lines), *note]
+    return ["### Against other implementations", "", *markdown_table(head, lines), *note]
 
 
 def _network(part: Mapping[str, Any]) -> list[str]:
-    title = ["## Training step of the base network", ""]
+    title = ["### Training step of the base network", ""]
     if "skipped" in part:
         return [*title, part["skipped"], ""]
     lines = [
@@ -237,4 +254,4 @@ def _network(part: Mapping[str, Any]) -> list[str]:
         for row in part["rows"]
     ]
     head = ("activation checkpointing", "step ms", "peak memory GB", "operator ms", "operator's share of GPU time")
-    return [*title, part["what"], "", *_table(head, lines)]
+    return [*title, part["what"], "", *markdown_table(head, lines)]

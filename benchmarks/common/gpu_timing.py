@@ -17,7 +17,7 @@ Work = Callable[[], object]
 
 
 class Progress:
-    """Prints one line per finished step, with the time that the rest will take at this pace."""
+    """Prints one line per finished step, with the time left at this pace."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.done, self.start = steps, 0, time.monotonic()
@@ -32,8 +32,8 @@ class Progress:
 class Stopwatch:
     """Medians of many runs, timed by events on the stream.
 
-    Before each run the L2 cache is overwritten, and a kernel that only waits lets the host queue the whole run first:
-    what is timed is the GPU's work. Where a run has more launches than the queue holds, the host's time shows.
+    Before each run the L2 cache is overwritten, and a kernel that only waits lets the host queue the whole run first,
+    so that only the GPU's work is timed. If a run has more launches than the queue holds, the host's time shows.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -43,7 +43,7 @@ class Stopwatch:
         self.clock_hz = boost_clock_hz()
 
     def milliseconds(self, run: Work) -> float:
-        """The median over about `seconds`, at least 5 and at most 100 runs, after three to warm up."""
+        """Return the median over about `seconds`, at least 5 and at most 100 runs, after three to warm up."""
         for _ in range(3):
             run()
         torch.cuda.synchronize()
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def boost_clock_hz() -> float:
-    """The card's highest clock, from its driver."""
+    """Return the card's highest clock, from its driver."""
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, check=True, capture_output=True, text=True, timeout=30).stdout
@@ -80,12 +80,12 @@ def boost_clock_hz() -> float:
 def gather_floor_ms(
     channels: int, size: int, batch: int, itemsize: int, multiprocessors: int, clock_hz: float
 ) -> float:
-    """How long the L1 caches, at 128 bytes per clock each, take to read 27 taps x 8 corners of every channel."""
+    """Return the time for which the L1 caches, at 128 bytes per clock, read 27 taps x 8 corners of every channel."""
     return 1000 * 27 * 8 * channels * batch * size**3 * itemsize / (multiprocessors * 128 * clock_hz)
 
 
 def peak_bytes(run: Work) -> int:
-    """What a run takes beyond what was there before it; its result counts."""
+    """Return the peak memory of a run, its result included, beyond what was allocated before."""
     run()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -97,7 +97,7 @@ def peak_bytes(run: Work) -> int:
 
 
 def profiled(run: Work, repeats: int) -> Any:
-    """A profile of some runs, after one to warm up."""
+    """Profile some runs, after one to warm up."""
     run()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as result:
@@ -108,7 +108,7 @@ def profiled(run: Work, repeats: int) -> Any:
 
 
 def kernel_times(events: Sequence[Any], repeats: int) -> list[dict[str, Any]]:
-    """What ran on the GPU in one run: kernels, copies and fills, the longest first."""
+    """Return the kernels, copies and fills of one run on the GPU, the longest first."""
     calls: dict[str, int] = defaultdict(int)
     times: dict[str, float] = defaultdict(float)
     for event in events:
@@ -120,7 +120,7 @@ def kernel_times(events: Sequence[Any], repeats: int) -> list[dict[str, Any]]:
 
 
 def operator_us(events: Sequence[Any], repeats: int) -> float:
-    """The GPU time of one run below the operators of `deform3d`; one called by another counts once."""
+    """Return the GPU time of one run below the operators of `deform3d`; one called by another counts once."""
     total = 0.0
     for event in events:
         if event.device_type == DeviceType.CPU and _ours(event) and not _below_ours(event):

@@ -69,7 +69,7 @@ def tune(watch: Stopwatch, cases: Sequence[Sequence[Tensor]]) -> dict[str, list[
 
 
 def _is_size(field: str) -> bool:
-    """Whether it is a size that matters here, not a choice between kernels."""
+    """Check that a field is a size that matters here, not a choice between kernels."""
     return field not in _IRRELEVANT and not isinstance(getattr(Tuning(), field), bool)
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, as text for its results."""
+"""Facts of the machine that a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GPU_PACKAGES = ("triton", "cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy
 
 
 def machine_lines() -> list[str]:
-    """Processor, memory, threads, accelerator and versions: one fact per line."""
+    """Return processor, memory, threads, accelerator and versions, one fact per line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     packages = ("torch", "numpy", "numba", "llvmlite", "monai", "monailabel")
@@ -34,7 +34,7 @@ def machine_lines() -> list[str]:
 
 
 def _card() -> list[str]:
-    """The GPU's sizes and highest clocks, its driver and CUDA versions; nothing without a GPU."""
+    """Return the GPU's sizes and highest clocks, its driver and CUDA versions; nothing without a GPU."""
     if not torch.cuda.is_available():
         return []
     card = torch.cuda.get_device_properties()

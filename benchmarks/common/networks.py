@@ -1,4 +1,4 @@
-"""The networks that are compared, in two sizes, and what one forward pass of them costs."""
+"""The compared networks, in two sizes, and the cost of a forward pass."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS = "DeformUX-Net"
 SIZES = ("tiny", "small")
 
 Patch = tuple[int, int, int]
-# For a number of classes and a patch.
+# Makes a network for a number of classes and a patch.
 Maker = Callable[[int, Patch], nn.Module]
 
 
@@ -61,7 +61,7 @@ _PEERS: Mapping[str, tuple[Maker, Maker]] = MappingProxyType(
         "SwinUNETR": (_swin_unetr(12), _swin_unetr(24)),
     }
 )
-# What the sides of its input must divide by; for the others those of a patch do.
+# Divisor of the sides of an input; the sides of a patch suit the others.
 _MULTIPLES = {"SwinUNETR": 32}
 
 NETWORKS = (OURS, *_PEERS)
@@ -70,10 +70,10 @@ NETWORKS = (OURS, *_PEERS)
 def build(
     name: str, size: str, *, classes: int, patch: Patch, options: Mapping[str, Any] = MappingProxyType({})
 ) -> nn.Module:
-    """A fresh network for one input channel; ``options`` are those of DeformUXNet.
+    """Build a network for one input channel; ``options`` are those of DeformUXNet.
 
     Raises:
-        ValueError: no such network, or no such size of it.
+        ValueError: the network or its size is unknown.
     """
     if name == OURS:
         return DeformUXNet(1, classes, size, **options)
@@ -85,14 +85,14 @@ def build(
 
 
 class _Peer(nn.Module):
-    """One of MONAI's networks, with what ``fit`` asks for, on sides that it may not divide by itself."""
+    """One of MONAI's networks with the attributes that ``fit`` reads, on inputs of any size."""
 
     def __init__(self, network: nn.Module, classes: int, multiple: int) -> None:
         super().__init__()
         self.network = network
         self.out_channels = classes
         self.multiple = multiple
-        # As fast on a CPU as in DeformUX-Net: which way a convolution is computed is no merit of a network.
+        # As fast on a CPU as in DeformUX-Net: the way a convolution is computed is not a merit of a network.
         adopt(network)
         for module in network.modules():
             if type(module) is Conv3d:
@@ -118,12 +118,12 @@ class _Conv3d(Conv3d):
 
 @torch.no_grad()
 def gmac(network: nn.Module, shape: tuple[int, ...]) -> float:
-    """Billions of multiply-adds of one forward pass on an input of this shape.
+    """Return billions of multiply-adds of one forward pass on an input of this shape.
 
     PyTorch counts convolutions and matrix products. It does not know the deformable convolution, which is added here:
     its taps, and 8 for each tap and channel to interpolate. Normalisation, activations and sums are not counted.
     """
-    # Without storage: only shapes are needed, and a machine that trains on a GPU need not compile CPU kernels for them.
+    # Only shapes are needed, and a machine that trains on a GPU need not compile CPU kernels for them.
     network = copy.deepcopy(network).to("meta").eval()
     deformable = 0
 

@@ -1,147 +1,195 @@
-"""Tables, CSV files and plots of results."""
+"""Result pages of several sections, and the data file behind each section.
+
+``<page>.md`` holds the sections of related benchmarks. Each command replaces its own section, which comment lines
+enclose, and leaves the others as they are. What a section is written from is in ``data/<benchmark>.json``.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from benchmarks.common.scores import METRICS, TOLERANCE_MM
-from benchmarks.common.trials import Result
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from scipy import stats
+from benchmarks.common.places import RESULTS
+from filelock import FileLock
+from tabulate import tabulate
 
 from deformux.data.atomic_files import replacing, write_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = [
-    "NOTES",
-    "SURFACE",
-    "case_rows",
-    "facts",
-    "figure",
-    "mean_and_deviation",
-    "paired_p",
-    "significant",
-    "spread",
-    "strips",
-    "table",
-    "write_report",
+    "PAGES",
+    "Section",
+    "add_results",
+    "add_rewrite",
+    "bullets",
+    "data_file",
+    "markdown_table",
+    "measure_and_write",
+    "read_data",
+    "read_section",
+    "rounded",
+    "write_data",
+    "write_section",
 ]
 
-SURFACE = f"surface Dice at {TOLERANCE_MM:g} mm"
-NOTES = (
-    "- Dice and distances: mean over labels of the mean over cases; ± is the standard deviation over seeds. HD95 "
-    "where a label is missed, or found where there is none, is the volume's diagonal",
-    "- p: Wilcoxon's signed-rank test, two-sided, paired over cases, each a mean over labels and seeds",
+PAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "operator_cpu": "The operator on a CPU",
+        "operator_gpu": "The operator on a GPU",
+        "training_speed": "Speed of training",
+        "inference": "Speed of inference",
+        "clicks_speed": "Speed of clicks",
+        "server": "The server under load",
+        "scribbles": "Scribbles",
+        "comparison": "DeformUX-Net and other networks",
+        "ablations": "The paper's ablations",
+        "few_labels": "Few labelled volumes",
+        "active_learning": "Choosing the next case",
+        "clicks": "What clicks buy",
+        "learning": "The learning loop",
+        "models": "The strongest models",
+    }
 )
-# The signed-rank test cannot reach p < 0.05 with fewer pairs.
-_FEWEST_PAIRS = 6
 
 
-def write_report(
-    folder: Path,
-    name: str,
-    *,
-    title: str,
-    lines: Iterable[str],
-    rows: Iterable[Sequence[object]],
-    plot: Figure | None = None,
-) -> None:
-    """Replace ``quality_<name>.md``, ``.csv`` and, where there is a plot, ``.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / f"quality_{name}.md", "\n".join([f"# {title}", "", *lines]) + "\n")
-    text = io.StringIO()
-    csv.writer(text).writerows(rows)
-    write_text(folder / f"quality_{name}.csv", text.getvalue())
-    if plot is not None:
-        with replacing(folder / f"quality_{name}.png") as temporary:
-            plot.savefig(temporary, format="png")
+@dataclass(frozen=True)
+class Section:
+    """One section of a page.
 
-
-def facts(results: Sequence[Result], planned: int, *others: str) -> list[str]:
-    """What a reader must know, as a list: machine and versions, the data, the seeds, how much is done."""
-    machine = dict.fromkeys(line for result in results for line in result.machine)
-    lines = [*machine, *others]
-    if results:
-        task = results[0].trial.task
-        seeds = sorted({result.trial.seed for result in results})
-        patches = dict.fromkeys("×".join(map(str, result.trial.task.prep.patch_size)) for result in results)
-        lines += [
-            f"tested on {len(task.test)} volumes that took no part in training, on their own grids",
-            f"seeds {', '.join(map(str, seeds))}; batch {task.recipe.batch_size}, patch "
-            f"{' or '.join(patches)}; training took {sum(r.seconds for r in results):.0f} s in all",
-        ]
-    state = "all" if len(results) == planned else "**so far**"
-    return [*(f"- {line}" for line in (*lines, f"{len(results)} of {planned} trials, {state}")), ""]
-
-
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table, and an empty line."""
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
-
-
-def case_rows(results: Sequence[Result]) -> list[list[object]]:
-    """One row for each trial and test case, below a head."""
-    if not results:
-        return []
-    columns = [f"{metric}_{label}" for metric in METRICS for label in results[0].trial.task.labels]
-    rows: list[list[object]] = [["trial", "network", "size", "seed", "steps", "seconds", "case", *columns]]
-    for result in results:
-        trial = result.trial
-        start = [trial.title, trial.network, trial.size, trial.seed, result.steps, f"{result.seconds:.1f}"]
-        for case, values in result.scores.items():
-            numbers = ["" if v is None else f"{v:.4f}" for metric in METRICS for v in values[metric]]
-            rows.append([*start, case, *numbers])
-    return rows
-
-
-def mean_and_deviation(results: Sequence[Result], metric: str = "dice") -> str:
-    """Mean of a metric over seeds ± their standard deviation."""
-    return spread([result.mean(metric) for result in results], 2 if metric == "hd95_mm" else 4)
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation, the latter from two values on."""
-    deviation = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.{digits}f}{deviation}"
-
-
-def paired_p(one: Sequence[Result], other: Sequence[Result], metric: str = "dice") -> float | None:
-    """Wilcoxon's signed-rank test over cases, each a mean over labels and seeds: the p-value, two-sided.
-
-    None where there are too few cases, or nothing differs.
+    Args:
+        page: a key of ``PAGES``.
+        name: names the section in its page, and its picture.
+        title: the heading.
+        lines: Markdown below the heading; headings in it begin with ``###``.
+        plot: saved as ``<name>.png`` and shown at the end of the section.
     """
-    a, b = (np.mean([np.nanmean(result.per_case(metric), axis=1) for result in some], axis=0) for some in (one, other))
-    if len(a) < _FEWEST_PAIRS or np.array_equal(a, b):
-        return None
-    return float(stats.wilcoxon(a, b).pvalue)
+
+    page: str
+    name: str
+    title: str
+    lines: Sequence[str]
+    plot: Figure | None = None
 
 
-def significant(p: float | None) -> str:
-    """A p-value as text."""
-    return "" if p is None else f"{p:.1g}" if p < 0.001 else f"{p:.3f}"
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table and an empty line."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    # Without alignment tabulate pads no cells, which would change every line of a table with its longest cell.
+    text = tabulate(cells, heads, tablefmt="github", disable_numparse=True, stralign=None, numalign=None)
+    return [*text.splitlines(), ""]
 
 
-def figure(width: float = 8, height: float = 5) -> Figure:
-    """An empty figure that needs no display."""
-    empty = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(empty)
-    return empty
+def bullets(facts: Iterable[str]) -> list[str]:
+    """Return a Markdown list."""
+    return [f"- {fact}" for fact in facts]
 
 
-def strips(groups: Mapping[str, Sequence[float]], axis: str) -> Figure:
-    """A row for each group, best first: a point per seed, and a bar at their mean."""
-    groups = dict(sorted(groups.items(), key=lambda item: np.mean(item[1])))
-    plot = figure(height=1.2 + 0.35 * len(groups))
-    axes = plot.add_subplot()
-    for row, values in enumerate(groups.values()):
-        axes.plot(values, [row] * len(values), "o", color="C0", alpha=0.6)
-        axes.plot([np.mean(values)], [row], "|", color="black", markersize=14)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.set_xlabel(axis)
-    axes.grid(alpha=0.3, axis="x")
-    return plot
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """Add ``--results`` and ``--rewrite`` to a command."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of pages, pictures and data files")
+    add_rewrite(parser)
+
+
+def add_rewrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rewrite`` to a command."""
+    parser.add_argument(
+        "--rewrite", action="store_true", help="measure nothing: write the section again from the data file"
+    )
+
+
+def measure_and_write(
+    arguments: argparse.Namespace,
+    name: str,
+    measure: Callable[[], Mapping[str, Any] | Iterator[Mapping[str, Any]]],
+    section: Callable[[Mapping[str, Any]], Section],
+) -> None:
+    """Measure, keep the data, write the section and print it; with ``--rewrite`` take the data from the file.
+
+    ``measure`` returns all data, or yields what it has so far each time that there is more.
+    """
+    measured = [None] if arguments.rewrite else measure()
+    for data in [measured] if isinstance(measured, Mapping) else measured:
+        if data is not None:
+            write_data(arguments.results, name, data)
+        # From the file also after a measurement, so that --rewrite gives the same section.
+        written = section(read_data(arguments.results, name))
+        write_section(arguments.results, written)
+    print(read_section(arguments.results, written.page, written.name))
+
+
+def data_file(results: Path, name: str) -> Path:
+    """Return the path of a benchmark's data file."""
+    return results / "data" / f"{name}.json"
+
+
+def read_data(results: Path, name: str) -> dict[str, Any]:
+    """Read a benchmark's data file."""
+    content: dict[str, Any] = json.loads(data_file(results, name).read_text(encoding="utf-8"))
+    return content
+
+
+def write_data(results: Path, name: str, data: Mapping[str, Any]) -> None:
+    """Replace a benchmark's data file: one line for each entry of its top level, and for each row of a list there."""
+    entries = []
+    for key, value in data.items():
+        text = _json(value)
+        if isinstance(value, list) and len(text) > 120:
+            text = "[\n" + ",\n".join(_json(row) for row in value) + "\n]"
+        elif isinstance(value, dict) and len(text) > 120:
+            text = "{\n" + ",\n".join(f"{_json(k)}: {_json(row)}" for k, row in value.items()) + "\n}"
+        entries.append(f"{_json(key)}: {text}")
+    write_text(data_file(results, name), "{\n" + ",\n".join(entries) + "\n}\n")
+
+
+def rounded(value: Any) -> Any:
+    """Round all numbers of nested lists and dicts to seven digits, those of float32, in which scores are computed."""
+    if isinstance(value, Mapping):
+        return {name: rounded(each) for name, each in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [rounded(each) for each in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def write_section(results: Path, section: Section) -> None:
+    """Replace a section of its page by rename, or add it at the end; other sections stay as they are."""
+    lines = ["", f"## {section.title}", "", *section.lines]
+    if section.plot is not None:
+        with replacing(results / f"{section.name}.png") as temporary:
+            section.plot.savefig(temporary, format="png")
+        lines += ["", f"![{section.title}]({section.name}.png)"]
+    body = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
+    begin, end = _markers(section.name)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{section.page}.md"
+    with FileLock(results / "pages.lock"):
+        page = path.read_text(encoding="utf-8") if path.is_file() else f"# {PAGES[section.page]}\n"
+        block = f"{begin}\n{body}\n{end}\n"
+        if begin in page:
+            before, _, rest = page.partition(begin)
+            page = before + block + rest.partition(f"{end}\n")[2]
+        else:
+            page = f"{page}\n{block}"
+        write_text(path, page)
+
+
+def read_section(results: Path, page: str, name: str) -> str:
+    """Return the Markdown of one section, its heading first."""
+    begin, end = _markers(name)
+    text = (results / f"{page}.md").read_text(encoding="utf-8")
+    return text.partition(f"{begin}\n")[2].partition(end)[0]
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- begin {name} -->", f"<!-- end {name} -->"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

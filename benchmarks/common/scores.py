@@ -16,12 +16,12 @@ from deformux.data.transforms import run_transforms
 from deformux.inference.metrics import dice_per_label, surface_dice_per_label
 from deformux.inference.sliding_window import segment
 
-__all__ = ["METRICS", "TOLERANCE_MM", "compare", "score"]
+__all__ = ["METRICS", "TOLERANCE_MM", "score", "score_volume"]
 
 METRICS = ("dice", "surface_dice", "hd95_mm")
 TOLERANCE_MM = 1.0
 
-# Case to metric to one value per label; None where a label is in neither volume.
+# Case to metric to one value per label; None if a label is in neither volume.
 Scores = dict[str, dict[str, list[float | None]]]
 
 
@@ -41,18 +41,18 @@ def score(
         found, _ = segment(network, case.image, prep, device=device)
         truth = run_transforms(load, {"image": case.image, "label": case.label})["label"]
         spacing_mm = [float(size) for size in truth.pixdim]
-        scores[case.id] = compare(np.asarray(found[0]), np.asarray(truth[0]), n_labels, spacing_mm)
+        scores[case.id] = score_volume(np.asarray(found[0]), np.asarray(truth[0]), n_labels, spacing_mm)
         on_case()
     return scores
 
 
-def compare(
+def score_volume(
     found: np.ndarray, truth: np.ndarray, n_labels: int, spacing_mm: Sequence[float]
 ) -> dict[str, list[float | None]]:
-    """Each metric for labels 1..n_labels of two volumes ``(X, Y, Z)``.
+    """Return each metric for labels 1..n_labels of two volumes ``(X, Y, Z)``.
 
-    Where a label is in one of the two only, surface Dice is 0 and the Hausdorff distance the volume's diagonal: an
-    infinite one would hide everything else in a mean.
+    If only one of them has a label, surface Dice is 0 and the Hausdorff distance is the volume's diagonal: an infinite
+    one would hide everything else in a mean.
     """
     dice = dice_per_label(found, truth, n_labels)
     surface = surface_dice_per_label(found, truth, n_labels, spacing_mm=spacing_mm, tolerance_mm=TOLERANCE_MM)

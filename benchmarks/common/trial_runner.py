@@ -1,4 +1,4 @@
-"""Running trials, each in a fresh process, and going on where a killed run stopped."""
+"""Run trials, each in a fresh process, and resume where a killed run stopped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.common.trial_data import TrialData
 from benchmarks.common.trials import Result, Tell, Trial, affordable_steps, run_trial
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -32,26 +33,30 @@ _console = Console()
 
 
 def run_trials(
-    trials: Sequence[Trial], folder: Path, report: Report = lambda _: None, *, jobs: int = 1
+    trials: Sequence[Trial], data: TrialData, report: Report = lambda _: None, *, jobs: int = 1
 ) -> list[Result]:
-    """The results of all trials in their order; those that are in ``folder`` already are not run again.
+    """Return the results of all trials in their order; run those that are not in the data yet.
 
-    Several processes may share a folder: each takes what no other has in hands.
+    Several processes may share a data file and its work folder: each takes trials that no other one runs.
 
     Args:
         trials: what to run.
-        folder: one JSON file per finished trial, written by rename.
+        data: finished trials, to which each new one is added, unless it is to stay as it is.
         report: called at the start and after each trial with the results so far.
         jobs: how many trials to run at a time; steps are timed before, with nothing beside them.
 
     Raises:
-        ValueError: this machine has no such device, and there is something left to run.
+        ValueError: this machine does not have the device of a trial that is left to run.
         SystemExit: some trials failed; all others are done.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if data.complete:
+        report(data.of(trials))
+        return data.of(trials)
+    data.work.mkdir(parents=True, exist_ok=True)
+    data.merge()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with ProgressBar(*columns, TextColumn("{task.fields[left]}"), console=_console) as bar:
-        queue = _Queue(trials, folder, report, bar, jobs)
+        queue = _Queue(trials, data, report, bar, jobs)
         for device in {trial.device for trial in queue.pending()}:
             torch_device(device)
         if jobs == 1:
@@ -67,37 +72,38 @@ def run_trials(
                     raise
     if queue.failed:
         sys.exit("failed, and tried again by the next call:\n" + "\n".join(queue.failed.values()))
-    return _finished(trials, folder)
+    return data.of(trials)
 
 
 class _Queue:
-    """Trials that are taken one by one, by several threads and processes, and what is told of them."""
+    """Trials that several threads and processes take one by one, and the progress that is shown."""
 
-    def __init__(self, trials: Sequence[Trial], folder: Path, report: Report, bar: Progress, jobs: int) -> None:
-        self.trials, self.folder, self.report, self.bar, self.jobs = trials, folder, report, bar, jobs
+    def __init__(self, trials: Sequence[Trial], data: TrialData, report: Report, bar: Progress, jobs: int) -> None:
+        self.trials, self.data, self.report, self.bar, self.jobs = trials, data, report, bar, jobs
         self.failed: dict[str, str] = {}
         self.stopped = threading.Event()
         self._parts: dict[str, float] = {}
         self._over = 0
         self._began = time.monotonic()
         self._one_at_a_time = threading.Lock()
-        results = _finished(trials, folder)
+        results = data.of(trials)
         self._task = bar.add_task("", total=len(trials), completed=len(results), left="")
         report(results)
 
     def pending(self) -> list[Trial]:
-        return [t for t in self.trials if not _file(t, self.folder).is_file() and t.name not in self.failed]
+        return [t for t in self.trials if t not in self.data and t.name not in self.failed]
 
     def work(self) -> None:
         """Run trials until none is left."""
         while not self.stopped.is_set() and (pending := self.pending()):
-            taken = _take_first(pending, self.folder)
+            taken = _take_first(pending, self.data)
             if taken is None:
-                time.sleep(1)  # others have all that is left in hands
+                time.sleep(1)  # others run all that is left
                 continue
             trial, lock = taken
             try:
-                error = self._in_fresh_process(trial.title, _trial, trial, trial.name, self.folder, self.jobs)
+                error = self._in_fresh_process(trial.title, _trial, trial, trial.name, self.data.work, self.jobs)
+                self.data.merge()
             finally:
                 lock.release()
             if not self.stopped.is_set():
@@ -105,9 +111,9 @@ class _Queue:
                     self._finish(trial, error)
 
     def time_steps(self) -> None:
-        """Time the steps of those whose budget is seconds, while nothing else runs."""
+        """Time the steps of trials with a budget of seconds, while nothing else runs."""
         paces = {trial.pace_name: trial for trial in self.pending() if trial.seconds is not None}
-        if paces and (error := self._in_fresh_process("timing", _paces, list(paces.values()), self.folder)):
+        if paces and (error := self._in_fresh_process("timing", _paces, list(paces.values()), self.data.work)):
             sys.exit(f"steps could not be timed: {error}")
         self._began = time.monotonic()
 
@@ -115,10 +121,10 @@ class _Queue:
         self._over += 1
         if error:
             self.failed[trial.name] = f"{trial.title}: {error}"
-        results = _finished(self.trials, self.folder)
+        results = self.data.of(self.trials)
         self.report(results)
         left = self._move_bar()
-        what = f"{error or _told(trial, self.folder)}; {len(results)} of {len(self.trials)}"
+        what = f"{error or _outcome(*self.data.of([trial]))}; {len(results)} of {len(self.trials)}"
         _console.print(f"{trial.title}: {what}{left and ', '}{left}", soft_wrap=True)
 
     def _show(self, title: str, what: str, part: float) -> None:
@@ -126,7 +132,7 @@ class _Queue:
         self._move_bar(description=f"{title}: {what}")
 
     def _move_bar(self, **changes: str) -> str:
-        """Show how much is done; how long the rest will take, by what was done since the first trial began."""
+        """Show the progress; return the time left, estimated from what was done since the first trial began."""
         running = sum(self._parts.values())
         left, done = len(self.pending()) - running, self._over + running
         time_left = ""
@@ -137,7 +143,7 @@ class _Queue:
         return time_left
 
     def _in_fresh_process(self, title: str, what: Callable[..., None], *arguments: object) -> str:
-        """Run a function where nothing else has taken memory; what went wrong, or nothing."""
+        """Run a function in a process whose memory is fresh; return its error, or an empty text."""
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(what, arguments, sender))
@@ -161,30 +167,21 @@ class _Queue:
         return error or (f"its process ended with code {process.exitcode}" if process.exitcode else "")
 
 
-def _file(trial: Trial, folder: Path) -> Path:
-    return folder / f"{trial.name}.json"
-
-
-def _finished(trials: Sequence[Trial], folder: Path) -> list[Result]:
-    return [Result.read(_file(trial, folder), trial) for trial in trials if _file(trial, folder).is_file()]
-
-
-def _take_first(trials: Sequence[Trial], folder: Path) -> tuple[Trial, FileLock] | None:
-    """The first trial that no other process has in hands, locked."""
+def _take_first(trials: Sequence[Trial], data: TrialData) -> tuple[Trial, FileLock] | None:
+    """Return the first trial that no other process runs, locked."""
     for trial in trials:
-        lock = FileLock(folder / f"{trial.name}.lock")
+        lock = FileLock(data.work / f"{trial.name}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             continue
-        if not _file(trial, folder).is_file():
+        if trial not in data:
             return trial, lock
         lock.release()
     return None
 
 
-def _told(trial: Trial, folder: Path) -> str:
-    result = Result.read(_file(trial, folder), trial)
+def _outcome(result: Result) -> str:
     return f"Dice {result.mean('dice'):.4f} after {result.steps} steps in {result.seconds:.0f} s"
 
 
@@ -193,7 +190,7 @@ def _child(what: Callable[..., None], arguments: Sequence[object], sender: Conne
         try:
             sender.send((told, part))
         except BrokenPipeError:
-            # Killed: whoever goes on needs the cores.
+            # The parent was killed: leave the cores to the run that resumes.
             os._exit(1)
 
     try:
@@ -209,7 +206,7 @@ def _trial(tell: Tell, trial: Trial, name: str, folder: Path, jobs: int) -> None
 
 
 def _paces(tell: Tell, trials: Sequence[Trial], folder: Path) -> None:
-    # What all networks share is loaded by the first, on a GPU the kernels of a rare augmentation too: that must not
+    # The first training loads what all networks share, on a GPU also the kernels of rare augmentations. That must not
     # count as its pace.
     with TemporaryDirectory() as thrown_away:
         affordable_steps(trials[0], Path(thrown_away), lambda what, part: tell(f"warming up, {what}", part))

@@ -33,18 +33,18 @@ from deformux.networks.model_file import ModelCard, save_model, warm_start
 
 __all__ = ["Result", "Task", "Tell", "Trial", "affordable_steps", "model_file", "run_trial"]
 
-# Of a training whose steps are timed: the first ones compile, and fill caches. On a GPU, where a step may take
-# milliseconds, also those whose patches were drawn ahead while it warmed up.
+# Steps to warm up and steps to time. The first ones compile and fill caches; on a GPU, where a step may take
+# milliseconds, the patches of further ones were drawn ahead meanwhile.
 _TIMES = {"cpu": (5, 20), "cuda": (60, 240)}
 _EPOCHS = 10
 
-# Told what is being done, and the part of the training that is done (0..1).
+# Called with the activity, and the part of the training that is done (0..1).
 Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be learnt: from which cases, tested on which, and the recipe that all networks share."""
+    """A learning task: labels, training and test cases, and the recipe that all networks share."""
 
     labels: tuple[str, ...]
     prep: Preprocessing
@@ -58,13 +58,13 @@ class Trial:
     """A training and its test.
 
     Args:
-        title: what sets it apart from the other trials of a script.
-        task: what is learnt.
+        title: sets it apart from the other trials of a command.
+        task: the learning task.
         network, size, options: arguments of ``build``.
         seed: of the weights and of every random choice.
         steps: optimizer steps.
         seconds: instead of ``steps``: as many as fit into this time, by the time of a step measured at the start.
-        start_from: model file whose weights it starts with, as far as they fit.
+        start_from: model file whose weights it starts with, if they fit.
         keep_model: write a model file beside the result.
         device, threads: where to compute.
     """
@@ -84,12 +84,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """A file name, which differs where anything differs that could change the result."""
+        """A file name that differs if anything differs that could change the result."""
         return self._named(self.title, ())
 
     @property
     def pace_name(self) -> str:
-        """The same of how fast it trains, which no seed changes."""
+        """A file name for its speed, which no seed changes."""
         return self._named(f"{self.network} {self.size}", ("title", "seed", "keep_model"))
 
     def _named(self, title: str, without: Collection[str]) -> str:
@@ -109,16 +109,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """What a trial gave.
+    """Result of a trial.
 
     Args:
-        trial: which.
+        trial: the trial.
         scores: of the test cases.
-        parameters, gmac: of the network; the second of one forward pass on one patch.
+        parameters, gmac: of the network; billions of multiply-adds of a forward pass on one patch.
         steps, seconds: of the training, without the reading of its volumes.
         seconds_per_step: the median, augmentation included; None after too few steps.
         peak_gb: memory of the process, or of the GPU, at the end of the training.
-        machine: what it ran on, and beside how many others at most, one fact per line.
+        machine: facts of the machine, one per line, and the number of trainings that ran at a time.
     """
 
     trial: Trial
@@ -131,23 +131,17 @@ class Result:
     peak_gb: float
     machine: tuple[str, ...]
 
-    @classmethod
-    def read(cls, path: Path, trial: Trial) -> Result:
-        """The inverse of what ``run_trial`` writes."""
-        values = json.loads(path.read_text())
-        return cls(trial, **{**values, "machine": tuple(values["machine"])})
-
     def per_case(self, metric: str) -> np.ndarray:
-        """``(cases, labels)``, NaN where a label is in no volume."""
+        """Return ``(cases, labels)``, NaN if a label is in neither volume."""
         return np.array([values[metric] for values in self.scores.values()], dtype=float)
 
     def mean(self, metric: str) -> float:
-        """Mean over labels of the mean over cases."""
+        """Return the mean over labels of the mean over cases."""
         return mean_dice(self.per_case(metric))
 
 
 class _Clock:
-    """Asked after every step whether to stop: it never does, but looks at the time."""
+    """A ``stop`` for ``fit`` that never stops, but notes the time of every step."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -157,18 +151,18 @@ class _Clock:
         return False
 
     def seconds(self) -> np.ndarray:
-        """Of each step but the first."""
+        """Return the seconds of each step but the first."""
         return np.diff(self.times)
 
 
 def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 1) -> None:
-    """Train, score, and write ``<name>.json`` by rename; a training that was killed goes on from its checkpoint.
+    """Train, score, and write ``finished/<name>.json`` by rename; resume a killed training from its checkpoint.
 
     Args:
-        trial: what to do.
-        name: that of the trial where it was started: in this process the source may be a newer one.
+        trial: the trial.
+        name: its name in the process that started this one, whose source may be older.
         folder: for the result, the model and the checkpoint.
-        tell: called with what is being done, and the part of the training that is done (0..1).
+        tell: called with the activity, and the part of the training that is done (0..1).
         jobs: how many trials may run at the same time.
     """
     torch.set_num_threads(trial.threads)
@@ -205,19 +199,19 @@ def run_trial(trial: Trial, name: str, folder: Path, tell: Tell, *, jobs: int = 
         machine=(*machine_lines(), *([f"up to {jobs} trainings at a time"] if jobs > 1 else [])),
     )
     write_text(
-        folder / f"{name}.json",
+        folder / "finished" / f"{name}.json",
         json.dumps({f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.name != "trial"}),
     )
     checkpoint.unlink(missing_ok=True)
 
 
 def model_file(folder: Path, name: str) -> Path:
-    """Where a trial's model is kept: apart, since its card is named as the trial's result is."""
+    """Return the path of a trial's model."""
     return folder / "models" / f"{name}.safetensors"
 
 
 def affordable_steps(trial: Trial, folder: Path, tell: Tell) -> int:
-    """How many steps fit into the trial's seconds, by the time of some; kept, so that all seeds take as many."""
+    """Return the steps that fit into the trial's seconds, timed once: all seeds take the same number."""
     kept = folder / "steps" / f"{trial.pace_name}.txt"
     if not kept.is_file():
         torch.set_num_threads(trial.threads)
@@ -226,14 +220,14 @@ def affordable_steps(trial: Trial, folder: Path, tell: Tell) -> int:
         # No more volumes are read than are drawn.
         drawn = trial.task.train[: recipe.steps * recipe.batch_size]
         _fit(trial, drawn, _network(trial), recipe, clock, tell)
-        # Steps with clicks take longer, and come in the later part of a run only.
+        # Steps with clicks take longer, and come only in the later part of a run.
         pace = clock.seconds()[warm_up - 1 :].sum() / (recipe.effort(recipe.steps) - recipe.effort(warm_up))
         write_text(kept, str(max(1, int(trial.seconds / pace * recipe.steps / recipe.effort(recipe.steps)))))
     return int(kept.read_text())
 
 
 def _network(trial: Trial) -> nn.Module:
-    """Before its first step."""
+    """Build the network as it is before its first step."""
     torch.manual_seed(trial.seed)
     classes, patch = len(trial.task.labels) + 1, trial.task.prep.patch_size
     network = build(trial.network, trial.size, classes=classes, patch=patch, options=trial.options)
@@ -292,6 +286,6 @@ def _card(trial: Trial, recipe: Recipe, result: FitResult, scores: Scores) -> Mo
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
+    """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""Two ways to do the same, timed in turns: whatever slows the machine slows both."""
+"""Two ways to do the same, timed in turns, so that other work on the machine slows both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["in_turns"]
 
 
 def in_turns(one: Callable[[], None], other: Callable[[], None], pairs: int) -> tuple[float, float, float]:
-    """Median seconds of each, and the median of the ratios of ``pairs`` pairs, first over second."""
+    """Return the median seconds of each, and the median of the ratios of ``pairs`` pairs, first over second."""
     seconds: tuple[list[float], list[float]] = ([], [])
     for index in range(pairs + 1):
         for run, kept in zip((one, other), seconds, strict=True):

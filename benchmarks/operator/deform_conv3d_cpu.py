@@ -1,6 +1,36 @@
-"""The CPU operator against what PyTorch offers without it: the sum of 27 `grid_sample` calls.
+"""The CPU operator and what PyTorch offers without it: the sum of 27 `grid_sample` calls.
 
     python -m benchmarks.operator.deform_conv3d_cpu
+
+Writes data/deform_conv3d_cpu.json and the section deform_conv3d_cpu of operator_cpu.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
+from torch import Tensor
+from torch.nn import functional as F
+
+from deform3d import deform_conv3d
+
+SHAPES = ((48, 48), (96, 24), (192, 12), (384, 6))
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
+TARGETS = {"forward": 25.0, "training": 12.0, "memory": 2.0}
+HOW = """\
+The operator and the sum of 27 `grid_sample` calls, which is what PyTorch offers without it.
 
 The shapes are DeformUX-Net's four stages at a patch of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1, offsets
 normal(0, 1), float32. Both sides get the same contiguous tensors; a second line per shape has channels-last ones, which
@@ -10,32 +40,6 @@ Memory is the peak of the resident set over a forward and backward, less the res
 gradients and all that is temporary. It is given as a multiple of the bytes of the operator's inputs and output, at as
 many samples as bring these to 64 MB, because the system counts resident pages only roughly.
 """
-
-from __future__ import annotations
-
-import argparse
-import json
-import math
-import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import torch
-from benchmarks.common.machine import machine_lines
-from torch import Tensor
-from torch.nn import functional as F
-
-from deform3d import deform_conv3d
-
-SHAPES = ((48, 48), (96, 24), (192, 12), (384, 6))
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last_3d}
-RESULTS = Path(__file__).parents[1] / "results"
-TARGETS = {"forward": 25.0, "training": 12.0, "memory": 2.0}
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Row:
 
 
 def composite(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """3 x 3 x 3 depthwise deformable convolution, padding 1, from one `grid_sample` per tap."""
+    """Compute a 3 x 3 x 3 depthwise deformable convolution, padding 1, from one `grid_sample` per tap."""
     batch, _, *size = input.shape
     axes = [torch.arange(n, dtype=input.dtype) for n in size]
     centre = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
@@ -92,7 +96,7 @@ def train(function: Callable[..., Tensor], tensors: list[Tensor], direction: Ten
 
 
 def milliseconds(run: Callable[[], object], seconds: float) -> float:
-    """The median over as many runs as fit, at least three, after one to warm up."""
+    """Return the median over as many runs as fit, at least three, after one to warm up."""
     run()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < seconds and len(times) < 200):
@@ -103,7 +107,7 @@ def milliseconds(run: Callable[[], object], seconds: float) -> float:
 
 
 def check_agreement() -> None:
-    """Both sides compute the same, and what the oracle computes, gradients too."""
+    """Check that both sides and the oracle give the same output and gradients."""
     tensors = arguments(16, 7, "contiguous")
     tensors = [t.detach().double().requires_grad_() for t in tensors]
     direction = torch.randn(tensors[0].shape, dtype=torch.float64)
@@ -117,7 +121,7 @@ def check_agreement() -> None:
         torch.testing.assert_close(theirs, expected)
 
 
-def measure(channels: int, size: int, seconds: float) -> list[Row]:
+def timed_shape(channels: int, size: int, seconds: float) -> list[Row]:
     tensors = arguments(channels, size, "contiguous")
     direction = torch.randn_like(tensors[0])
     with torch.no_grad():
@@ -137,7 +141,7 @@ def measure(channels: int, size: int, seconds: float) -> list[Row]:
 
 
 def memory_ratio(channels: int, size: int, layout: str) -> float:
-    """Measured in a process of its own, whose memory nothing else has shaped."""
+    """Measure in a fresh process, whose memory nothing else has shaped."""
     command = [
         sys.executable,
         "-m",
@@ -183,32 +187,37 @@ def summary(rows: list[Row]) -> dict[str, dict[str, float]]:
     }
 
 
-def table(rows: list[Row], means: dict[str, dict[str, float]]) -> str:
-    lines = [
-        "| input | layout | forward ms | composite ms | ratio | training ms | composite ms | ratio | memory |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for r in rows:
-        lines.append(
-            f"| {'×'.join(map(str, r.shape))} | {r.layout} | {r.forward_ms:.2f} | {r.composite_forward_ms:.1f} | "
-            f"{r.forward_ratio:.1f} | {r.training_ms:.2f} | {r.composite_training_ms:.1f} | {r.training_ratio:.1f} | "
-            f"{r.memory_ratio:.2f} |"
-        )
-    for layout, mean in means.items():
-        lines.append(
-            f"| **geometric mean, worst memory** | {layout} | | | **{mean['forward_ratio']:.1f}** | | | "
-            f"**{mean['training_ratio']:.1f}** | **{mean['memory_ratio']:.2f}** |"
-        )
-    lines.append(
-        f"| target | | | | {TARGETS['forward']:.0f} | | | {TARGETS['training']:.0f} | {TARGETS['memory']:.0f} |"
-    )
-    return "\n".join(lines)
+def measured(seconds: float) -> dict[str, Any]:
+    """Check and measure all shapes."""
+    check_agreement()
+    rows = [row for channels, size in SHAPES for row in timed_shape(channels, size, seconds)]
+    means = summary(rows)
+    assert all(math.isfinite(value) for mean in means.values() for value in mean.values())
+    return {"machine": machine_lines(), "targets": TARGETS, "means": means, "rows": [asdict(row) for row in rows]}
 
 
-def write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+def section(data: Mapping[str, Any]) -> Section:
+    """Write times, ratios and memory as a table."""
+    heads = ("input", "layout", "forward ms", "composite ms", "ratio", "training ms", "composite ms", "ratio", "memory")
+    rows = []
+    for values in data["rows"]:
+        row = Row(**values)
+        rows.append(
+            (
+                *("×".join(map(str, row.shape)), row.layout),
+                *(f"{row.forward_ms:.2f}", f"{row.composite_forward_ms:.1f}", f"{row.forward_ratio:.1f}"),
+                *(f"{row.training_ms:.2f}", f"{row.composite_training_ms:.1f}", f"{row.training_ratio:.1f}"),
+                f"{row.memory_ratio:.2f}",
+            )
+        )
+    for layout, mean in data["means"].items():
+        ratios = (f"**{mean['forward_ratio']:.1f}**", f"**{mean['training_ratio']:.1f}**")
+        what = "**geometric mean, worst memory**"
+        rows.append((what, layout, "", "", ratios[0], "", "", ratios[1], f"**{mean['memory_ratio']:.2f}**"))
+    limits = {name: f"{limit:.0f}" for name, limit in data["targets"].items()}
+    rows.append(("target", "", "", "", limits["forward"], "", "", limits["training"], limits["memory"]))
+    lines = [HOW, *bullets(data["machine"]), "", *markdown_table(heads, rows)]
+    return Section("operator_cpu", "deform_conv3d_cpu", "Depthwise convolution of each stage", lines)
 
 
 def main() -> None:
@@ -216,24 +225,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement")
     parser.add_argument("--memory", nargs=3, metavar=("CHANNELS", "SIZE", "LAYOUT"), help=argparse.SUPPRESS)
+    add_results(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
         channels, size, layout = options.memory
-        return print_memory_ratio(int(channels), int(size), layout)
-
-    check_agreement()
-    rows = [row for channels, size in SHAPES for row in measure(channels, size, options.seconds)]
-    means = summary(rows)
-    assert all(math.isfinite(value) for mean in means.values() for value in mean.values())
-    machine = machine_lines()
-    text = "\n".join([__doc__.strip(), "", *(f"- {line}" for line in machine), "", table(rows, means), ""])
-    print(text)
-    RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / "deform_conv3d_cpu.md", "# CPU operator\n\n" + text)
-    content = {"machine": machine, "targets": TARGETS, "means": means, "rows": [asdict(row) for row in rows]}
-    write(RESULTS / "deform_conv3d_cpu.json", json.dumps(content, indent=1) + "\n")
-    return None
+        print_memory_ratio(int(channels), int(size), layout)
+    else:
+        measure_and_write(options, "deform_conv3d_cpu", lambda: measured(options.seconds), section)
 
 
 if __name__ == "__main__":

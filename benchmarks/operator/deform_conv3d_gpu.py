@@ -1,4 +1,4 @@
-"""The CUDA operator against the published algorithm, `grid_sample`, `tvdcn` and its L1 floor; the network's step.
+"""The CUDA operator, the published algorithm, `grid_sample`, `tvdcn` and the L1 floor; the network's step.
 
     python -m benchmarks.operator.deform_conv3d_gpu [--parts operator peers ...] [--results FOLDER]
     python -m benchmarks.operator.deform_conv3d_gpu --tune
@@ -6,9 +6,10 @@
     python -m benchmarks.operator.deform_conv3d_gpu --tune-backward
 
 The shapes are DeformUX-Net's four stages at two patches of 96 x 96 x 96; 3 x 3 x 3 depthwise, padding 1. Each part is
-written to FOLDER/deform_conv3d_gpu.{md,json} as soon as it is measured; what earlier runs on the same machine left
-there stays. `--tune` tries launch shapes instead; `--compare-forward` prints the times and errors of the forward's
-kernels at every stage, large and small, and `--tune-backward` the backward's kernel by kernel.
+added to data/deform_conv3d_gpu.json and the section deform_conv3d_gpu of operator_gpu.md as soon as it is measured;
+parts of earlier runs on the same machine stay. `--tune` tries launch shapes instead; `--compare-forward` prints the
+times and errors of the forward's kernels at every stage, large and small, and `--tune-backward` the backward's kernel
+by kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from benchmarks.common.gpu_peers import Operator, compiled_kernels, grid_samples
 from benchmarks.common.gpu_results import COMPILED, GRID, IM2COL, OURS, TVDCN, Results, Row
 from benchmarks.common.gpu_timing import Progress, Stopwatch, gather_floor_ms, kernel_times, peak_bytes, profiled
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import add_results
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,7 +45,7 @@ def operator(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Ten
 def arguments(
     channels: int, size: int, dtype: torch.dtype, layout: str, sigma: float, device: str = "cuda"
 ) -> list[Tensor]:
-    """Leaves: input, offset, weight, bias."""
+    """Return the leaves input, offset, weight and bias."""
     generator = torch.Generator().manual_seed(0)
     volumes = [torch.randn(BATCH, n, *(size,) * 3, generator=generator) for n in (channels, 81)]
     volumes[1] *= sigma
@@ -58,7 +59,7 @@ def train(function: Operator, tensors: list[Tensor], direction: Tensor) -> tuple
 
 
 def check_agreement(functions: dict[str, Operator]) -> dict[str, float]:
-    """Largest relative error of outputs and gradients on a small case; ends the benchmark where one is wrong."""
+    """Return the largest relative error of outputs and gradients on a small case; exit if one is wrong."""
     given = arguments(6, 7, torch.float32, "contiguous", 1.0)
     with torch.no_grad():
         given[1].mul_(16).floor_().add_(0.5).div_(16)  # no sample at a whole position, where there is no derivative
@@ -84,7 +85,7 @@ def check_agreement(functions: dict[str, Operator]) -> dict[str, float]:
 
 
 class Benchmark:
-    """The parts, each of which returns what is kept of it."""
+    """The parts of the benchmark; each method returns the results of one part."""
 
     def __init__(self, seconds: float, progress: Progress) -> None:
         self.watch, self.progress = Stopwatch(seconds), progress
@@ -166,7 +167,7 @@ class Benchmark:
         return rows
 
     def kernels(self) -> dict[str, list[dict[str, Any]]]:
-        """Kernel by kernel, one forward and backward of the first stage."""
+        """Time one forward and backward of the first stage kernel by kernel."""
         tables = {}
         for dtype in DTYPES:
             for sigma in SIGMAS:
@@ -206,7 +207,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# In the order of their worth, should time run out; with how many lines of progress each prints.
+# The most valuable first, in case time runs out; with the number of progress lines of each.
 PARTS = {
     "operator": 32,
     "deterministic": 8,
@@ -222,7 +223,7 @@ PARTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results")
+    add_results(parser)
     parser.add_argument("--seconds", type=float, default=0.4, help="time for each measurement")
     parser.add_argument("--tune", action="store_true", help="try launch shapes instead")
     parser.add_argument(
@@ -230,13 +231,16 @@ def main() -> None:
     )
     parser.add_argument("--tune-backward", action="store_true", help="time the backward's kernels instead")
     options = parser.parse_args()
+    if options.rewrite:
+        Results.rewrite(options.results)
+        return
     if not torch.cuda.is_available():
         sys.exit("deform_conv3d_gpu.py: got no CUDA device, expected one; run it on a machine with an NVIDIA GPU.")
     if options.compare_forward:
-        from benchmarks.common.gpu_forward import compare
+        from benchmarks.common.gpu_forward import time_forward
 
         print(*machine_lines(), sep="\n")
-        list(compare(Stopwatch(options.seconds / 8)))
+        list(time_forward(Stopwatch(options.seconds / 8)))
         return
     if options.tune_backward:
         from benchmarks.common.gpu_backward import tune_backward
@@ -253,7 +257,7 @@ def main() -> None:
     benchmark = Benchmark(options.seconds, Progress(sum(PARTS[part] for part in options.parts)))
     for part in options.parts:
         results.keep(part, getattr(benchmark, part.replace("-", "_"))())
-    print((options.results / "deform_conv3d_gpu.md").read_text(encoding="utf-8"))
+    print(results.text())
 
 
 if __name__ == "__main__":

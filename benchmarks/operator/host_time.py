@@ -1,10 +1,11 @@
-"""What one call of the operator costs before any work is done: microseconds of the host, and where they go.
+"""The host's microseconds for one call of the operator, and where they go.
 
-``python -m benchmarks.operator.host_time [--before FOLDER] [--results FOLDER]`` writes ``host_time.md`` and
-``host_time.json``. It runs on a GPU where there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU
-calls are only queued; on the CPU a whole call includes its work, and the GPU's launcher runs on tensors of the CPU and
-starts nothing.
-``--before`` names a folder with another version of the package ``deform3d``, measured in turns with this one.
+    python -m benchmarks.operator.host_time [--before FOLDER] [--results FOLDER]
+
+It runs on a GPU if there is one, otherwise on the CPU, and takes about 20 seconds. On a GPU calls are only queued; on
+the CPU a whole call includes its work, and the GPU's launcher runs on CPU tensors and starts nothing. ``--before``
+names a folder with another version of the package ``deform3d``, measured in turns with this one. Writes
+data/host_time.json and the section host_time of operator_gpu.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,10 +32,9 @@ from deform3d import _autograd, _launch, deform_conv3d
 from deform3d._checks import check
 from deform3d._dispatch import choose_backend
 
-RESULTS = Path(__file__).parents[1] / "results"
 # The problem of the page's first table, and the deepest stage of `tiny` in a patch of 32x48x32 voxels.
 SHAPES = ((1, 16, 4, 4, 4), (2, 128, 2, 3, 2))
-# So few calls are queued at once that the host never waits for the GPU to take one.
+# The GPU's queue holds this number of calls: the host never waits.
 CALLS, TURNS = 10, 25
 ONES = (1, 1, 1)
 Runs = dict[str, Callable[[], object]]
@@ -43,27 +44,21 @@ def main() -> None:
     """Measure, print, and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, metavar="FOLDER")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_results(parser)
     parser.add_argument("--rounds", type=int, default=2, help="of each version, in turns")
     parser.add_argument("--only-measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only_measure:
-        print(json.dumps(measure()))
+        print(json.dumps(call_times()))
         return
     packages = {"now": Path(deform_conv3d.__code__.co_filename).parents[1]}
     if arguments.before:
         packages = {"before": arguments.before.resolve(), **packages}
-    rows = compare(packages, arguments.rounds)
-    text = page(rows, tuple(packages))
-    print(text)
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    (arguments.results / "host_time.md").write_text(text)
-    kept = {"us_per_call": rows, "machine": machine_lines()}
-    (arguments.results / "host_time.json").write_text(json.dumps(kept, indent=1) + "\n")
+    measure_and_write(arguments, "host_time", lambda: measured(packages, arguments.rounds), section)
 
 
-def compare(packages: dict[str, Path], rounds: int) -> dict[str, dict[str, float]]:
-    """Return microseconds by measurement and package: the least of all rounds, for other work only adds to them."""
+def measured(packages: dict[str, Path], rounds: int) -> dict[str, Any]:
+    """Measure microseconds by call and package: the least of all rounds, for other work only adds to them."""
     rows: dict[str, dict[str, float]] = {}
     for _ in range(rounds):
         for name, folder in packages.items():
@@ -75,10 +70,10 @@ def compare(packages: dict[str, Path], rounds: int) -> dict[str, dict[str, float
             for what, us in json.loads(done.stdout.splitlines()[-1]).items():
                 kept = rows.setdefault(what, {})
                 kept[name] = min(us, kept.get(name, us))
-    return rows
+    return {"us_per_call": rows, "machine": machine_lines()}
 
 
-def measure() -> dict[str, float]:
+def call_times() -> dict[str, float]:
     """Return microseconds per call of everything, with the package that this process has imported."""
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -244,23 +239,26 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def page(rows: dict[str, dict[str, float]], packages: Sequence[str]) -> str:
-    """Return the results as text."""
-    lines = [
-        "# Host time of one call",
-        "",
-        "Microseconds of the host per call, float32, one thread, the least of many turns. Without a GPU a whole call",
-        "includes its work; parts are of the first problem. The launcher that starts nothing is all that a GPU's host",
-        "does but starting kernels, whose time is what a whole call on a GPU takes more; what runs without a backend",
-        "is the function, PyTorch's dispatcher and autograd.",
-        "",
-        f"| | {' | '.join(packages)} |",
-        f"|---|{'---|' * len(packages)}",
-        *(f"| {what} | {' | '.join(f'{us[name]:.1f}' for name in packages)} |" for what, us in rows.items()),
-        "",
-        *(f"- {line}" for line in machine_lines()),
-    ]
-    return "\n".join(lines) + "\n"
+def section(data: Mapping[str, Any]) -> Section:
+    """Write the times as a table."""
+    rows = data["us_per_call"]
+    packages = tuple(next(iter(rows.values())))
+    return Section(
+        "operator_gpu",
+        "host_time",
+        "Host time of one call",
+        [
+            "Microseconds of the host per call, float32, one thread, the least of many turns. Without a GPU a whole",
+            "call includes its work; parts are of the first problem. The launcher that starts nothing shows the host's",
+            "work without starting kernels, which is the rest of a whole call on a GPU. What runs without a backend is",
+            "the function, PyTorch's dispatcher and autograd.",
+            "",
+            *markdown_table(
+                ("", *packages), [(what, *(f"{us[name]:.1f}" for name in packages)) for what, us in rows.items()]
+            ),
+            *bullets(data["machine"]),
+        ],
+    )
 
 
 if __name__ == "__main__":

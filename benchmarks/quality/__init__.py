@@ -1,8 +1,8 @@
-"""What the network and the loop are worth on real data: each module is one command, such as
+"""The network and the learning loop on real data: each module is one command, such as
 
     python -m benchmarks.quality.equal_budget --help
 
-run in the repository's root. Results go to benchmarks/results/quality_<name>.md, .csv and .png.
+run in the repository's root.
 """
 
-import deformux  # noqa: F401  before MONAI, so that what MONAI deprecates is silent here too
+import deformux  # noqa: F401  before MONAI, to silence its deprecation warnings here too

@@ -1,10 +1,10 @@
-"""Every row of the DeformUX-Net paper's ablation (arXiv 2310.00199, table 3) at ``tiny``, beside the paper's numbers.
+"""The ablations of the DeformUX-Net paper (arXiv 2310.00199, table 3) at ``tiny``, beside the paper's numbers.
 
     python -m benchmarks.quality.ablations                              # 8 variants, 3 seeds, 400 steps each
     python -m benchmarks.quality.ablations --steps 2 --cases 2 --seeds 1    # to try it
 
-Trains on ``train`` and scores ``val`` once at the end of each training. A run that was killed goes on where it
-stopped. Writes quality_ablations.md, .csv and .png after each training.
+Trains on ``train`` and scores ``val`` once at the end of each training. A killed run resumes where it stopped. Adds
+each training to data/ablations.json and rewrites the section quality_ablations of ablations.md.
 """
 
 from __future__ import annotations
@@ -14,25 +14,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from benchmarks.common.command import hippocampus, options, placement, run
-from benchmarks.common.report import (
-    NOTES,
-    case_rows,
-    facts,
-    mean_and_deviation,
-    paired_p,
-    significant,
-    strips,
-    table,
-    write_report,
-)
+from benchmarks.common.command import hippocampus, options, placement, run_command, trial_data
+from benchmarks.common.plots import strips
+from benchmarks.common.report import Section, markdown_table, write_section
+from benchmarks.common.trial_report import NOTES, facts, mean_and_deviation, p_text, paired_p
 from benchmarks.common.trial_runner import run_trials
 from benchmarks.common.trials import Result, Trial
 
 
 @dataclass(frozen=True)
 class Row:
-    """A variant: the question it belongs to, the options of DeformUXNet, and the paper's Dice on three data sets."""
+    """A variant: its question, the options of DeformUXNet, and the paper's Dice on three data sets."""
 
     question: str
     name: str
@@ -41,7 +33,7 @@ class Row:
 
     @property
     def published_mean(self) -> float:
-        """Over the three data sets: the paper's order."""
+        """Mean over the three data sets, which gives the paper's order."""
         return float(np.mean(self.amos_kits_pancreas))
 
 
@@ -78,11 +70,11 @@ def main() -> None:
     def report(results: Sequence[Result]) -> None:
         shown = {title: _of(results, given) for title, given in variants.items()}
         shown = {title: own for title, own in shown.items() if own}
-        write_report(
-            arguments.results,
+        section = Section(
             "ablations",
-            title="The paper's ablations on the hippocampus data",
-            lines=[
+            "quality_ablations",
+            "The paper's ablations on the hippocampus data",
+            [
                 *facts(results, len(trials), f"`tiny`, {arguments.steps} steps each"),
                 *_tables(results),
                 *_verdict(results),
@@ -90,11 +82,11 @@ def main() -> None:
                 "- the paper's numbers are Dice on other data, of its `base` network after 40,000 steps; p is against "
                 "the published network, the first row of each table",
             ],
-            rows=case_rows(results),
-            plot=strips({title: [r.mean("dice") for r in own] for title, own in shown.items()}, "mean Dice"),
+            strips({title: [r.mean("dice") for r in own] for title, own in shown.items()}, "mean Dice"),
         )
+        write_section(arguments.results, section)
 
-    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
+    run_trials(trials, trial_data(arguments, "ablations"), report, jobs=arguments.jobs)
 
 
 def _title(row: Row) -> str:
@@ -121,7 +113,7 @@ def _tables(results: Sequence[Result]) -> list[str]:
             place = 1 + sum(other.published_mean > row.published_mean for other in group)
             own = measured.get(row.name)
             rows.append([row.name, *paper, place, *(_measured(own, published, measured) if own else [""] * 7)])
-        lines += [f"## {question}", "", *table(_HEADS, rows)]
+        lines += [f"### {question}", "", *markdown_table(_HEADS, rows)]
     return lines
 
 
@@ -133,14 +125,14 @@ def _measured(own: Sequence[Result], published: Sequence[Result], group: Mapping
         f"{np.median(paces):.3f}" if paces else "",
         mean_and_deviation(own),
         f"{_dice(own) - _dice(published):+.4f}" if published and not same else "",
-        significant(paired_p(own, published)) if published and not same else "",
+        p_text(paired_p(own, published)) if published and not same else "",
         str(1 + sum(_dice(other) > _dice(own) for other in group.values())),
         str(len(own)),
     ]
 
 
 def _verdict(results: Sequence[Result]) -> list[str]:
-    """How many of the paper's comparisons hold here, in one sentence."""
+    """State in one sentence how many of the paper's comparisons hold here."""
     published = _of(results, {})
     others = [own for row in ROWS if row.options and (own := _of(results, row.options))]
     if not published or not others:
@@ -155,4 +147,4 @@ def _verdict(results: Sequence[Result]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

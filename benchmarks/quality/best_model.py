@@ -1,15 +1,15 @@
-"""The strongest model that a budget of minutes gives, its settings chosen without a look at ``val``.
+"""The strongest model within a budget of minutes, its settings chosen without ``val``.
 
     python -m benchmarks.quality.best_model                                              # tiny, 60 minutes on the CPU
     python -m benchmarks.quality.best_model --preset base --minutes 20 --device cuda     # what one GPU makes of base
     python -m benchmarks.quality.best_model --minutes 0.1 --choose-seconds 2 --cases 8 --seeds 1 --changes lr=2e-3
 
 Changes to recipe and patches are tried one by one, each for ``--choose-seconds`` of training, on three quarters of
-``train``, and scored on the last quarter. A change is kept where the mean over seeds is better by ``--least-gain``;
-the next one is tried on top of it. Then one model is trained on all of ``train`` for ``--minutes``, with clicks as the
-shipped ones are, and scored on ``val`` once, without any. The budget is that of the last training. A run that was
-killed goes on where it stopped. Writes quality_best_<preset>_<device>.md, .csv and .png, and the model file to
-``--output``.
+``train``, and scored on the last quarter. A change is kept if the mean over seeds gains ``--least-gain``; the next one
+is tried on top of it. Then one model is trained on all of ``train`` for ``--minutes``, with clicks as the shipped ones
+are, and scored on ``val`` once, without clicks. The budget is that of the last training. A killed run resumes where it
+stopped. Adds each training to data/best_model.json, rewrites the section quality_best_<preset>_<device> of models.md,
+and writes the model file to ``--output``.
 """
 
 from __future__ import annotations
@@ -22,18 +22,10 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from benchmarks.common.command import hippocampus, options, placement, run
-from benchmarks.common.report import (
-    NOTES,
-    case_rows,
-    facts,
-    mean_and_deviation,
-    paired_p,
-    significant,
-    strips,
-    table,
-    write_report,
-)
+from benchmarks.common.command import hippocampus, options, placement, run_command, trial_data
+from benchmarks.common.plots import strips
+from benchmarks.common.report import Section, markdown_table, write_section
+from benchmarks.common.trial_report import NOTES, facts, mean_and_deviation, p_text, paired_p
 from benchmarks.common.trial_runner import run_trials
 from benchmarks.common.trials import Result, Task, Trial, model_file
 
@@ -90,23 +82,28 @@ def main() -> None:
         keep_model=True,
         **placement(arguments),
     )
-    results = run_trials([last], arguments.work)
+    results = run_trials([last], chosen.data)
     chosen.report(results)
+    if arguments.rewrite:
+        return
     trained = model_file(arguments.work, last.name)
     if not trained.is_file():
         # Weights are not committed with a trial.
-        known = arguments.work / f"{last.name}.json"
-        raise ValueError(f"the weights are where they were trained; to train them here too, remove {known}")
+        raise ValueError(
+            "the weights are where they were trained; to train them here too, "
+            f"remove {last.name} from {chosen.data.file}"
+        )
     output = arguments.output or arguments.work / f"best_{arguments.preset}.safetensors"
     save_model(output, *load_model(trained))
     print(f"{output}: Dice {results[0].mean('dice'):.4f} on val")
 
 
 class Choice:
-    """Which changes to the recipe are kept, by a held-out part of ``train``."""
+    """Choose changes to the recipe by a held-out part of ``train``."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
+        self.data = trial_data(arguments, "best_model")
         self.whole: Task = hippocampus(arguments)
         kept_in, out = held_out(self.whole.train, _FRACTION)
         self.task: Task = dataclasses.replace(self.whole, train=tuple(kept_in), test=tuple(out))
@@ -114,7 +111,7 @@ class Choice:
         self.kept: list[str] = []
 
     def make(self) -> Task:
-        """What is learnt, and the chosen settings."""
+        """Try the changes; return the task with those that are kept."""
         task = self.task
         best = self._try("as it was", task)
         for name in self.arguments.changes:
@@ -139,27 +136,27 @@ class Choice:
             )
             for seed in range(arguments.seeds)
         ]
-        self.tried[name] = run_trials(trials, arguments.work, jobs=arguments.jobs)
+        self.tried[name] = run_trials(trials, self.data, jobs=arguments.jobs)
         return float(np.mean([result.mean("dice") for result in self.tried[name]]))
 
     def report(self, last: Sequence[Result]) -> None:
-        """Write the tables; without the ``last`` training before it is over."""
+        """Write the section; ``last`` is empty until the last training is over."""
         arguments = self.arguments
         results = [*(result for tried in self.tried.values() for result in tried), *last]
         planned = (len(arguments.changes) + 1) * arguments.seeds + 1
-        write_report(
-            arguments.results,
-            f"best_{arguments.preset}_{arguments.device.partition(':')[0]}",
-            title=f"The strongest `{arguments.preset}` in {arguments.minutes:g} minutes",
-            lines=[
+        section = Section(
+            "models",
+            f"quality_best_{arguments.preset}_{arguments.device.partition(':')[0]}",
+            f"The strongest `{arguments.preset}` in {arguments.minutes:g} minutes",
+            [
                 *facts(results, planned, f"settings chosen on {len(self.task.test)} held-out volumes of `train`"),
                 *(self._scored(last[0]) if last else []),
                 *self._choices(),
                 *NOTES,
             ],
-            rows=case_rows(results),
-            plot=strips({name: [r.mean("dice") for r in own] for name, own in self.tried.items()}, "held-out Dice"),
+            strips({name: [r.mean("dice") for r in own] for name, own in self.tried.items()}, "held-out Dice"),
         )
+        write_section(arguments.results, section)
 
     def _scored(self, last: Result) -> list[str]:
         dice = np.nanmean(last.per_case("dice"), axis=0)
@@ -169,20 +166,20 @@ class Choice:
         heads = ("trained on", "patch", "steps", "seconds", *each, "mean Dice", "HD95 mm")
         row = [len(task.train), patch, last.steps, f"{last.seconds:.0f}", *(f"{value:.4f}" for value in dice)]
         row += [f"**{last.mean('dice'):.4f}**", f"{last.mean('hd95_mm'):.2f}"]
-        return [f"## The model on {len(last.scores)} `val` volumes, scored once", "", *table(heads, [row])]
+        return [f"### The model on {len(last.scores)} `val` volumes, scored once", "", *markdown_table(heads, [row])]
 
     def _choices(self) -> list[str]:
         rows, base = [], self.tried["as it was"]
         for name, own in self.tried.items():
             gain = np.mean([r.mean("dice") for r in own]) - np.mean([r.mean("dice") for r in base])
             kept = "yes" if name in self.kept else ""
-            compared = [f"{gain:+.4f}", significant(paired_p(own, base)), kept] if own is not base else [""] * 3
+            compared = [f"{gain:+.4f}", p_text(paired_p(own, base)), kept] if own is not base else [""] * 3
             rows.append([name, f"{np.mean([r.steps for r in own]):.0f}", mean_and_deviation(own), *compared])
             if kept:
                 base = own
         heads = ("change", "steps", "held-out Dice", "against what was kept before", "p", "kept")
-        title = f"## Settings, tried in this order for {self.arguments.choose_seconds:g} s each"
-        return [title, "", *table(heads, rows)]
+        title = f"### Settings, tried in this order for {self.arguments.choose_seconds:g} s each"
+        return [title, "", *markdown_table(heads, rows)]
 
 
 def _changed(task: Task, *, patch_size: tuple[int, int, int] | None = None, **of_recipe: Any) -> Task:
@@ -191,4 +188,4 @@ def _changed(task: Task, *, patch_size: tuple[int, int, int] | None = None, **of
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

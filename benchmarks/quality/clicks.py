@@ -1,14 +1,14 @@
-"""What clicks buy on ``val``, and what a case costs an annotator with and without the model.
+"""What clicks buy on ``val``, and the time that a case costs an annotator with and without the model.
 
     python -m benchmarks.quality.clicks --model best_tiny.safetensors
     python -m benchmarks.quality.clicks --model hippocampus --cases 2      # to try it
 
-Robots click into the largest errors, as ``deformux clicks``. With the model a case costs the automatic segmentation,
-and the clicks to a Dice, each the model's answer and ``--click-seconds`` of the annotator's. Without it
+Robots click into the largest errors, as ``deformux clicks``. With the model a case costs the automatic segmentation
+and the clicks to a Dice; a click costs the model's answer and ``--click-seconds`` of the annotator. Without the model
 every slice that holds a label is drawn, ``--slice-seconds`` each, along the axis with the fewest such slices. Both
-times of the annotator are assumptions, the rest is measured. A case where the Dice is not reached within 20 clicks
-costs these and its drawing. A run that was killed goes on after the last finished case. Writes quality_clicks.md, .csv
-and .png after each case.
+times of the annotator are assumptions, the rest is measured. A case that does not reach the Dice within 20 clicks
+costs these and its drawing. A killed run resumes after the last finished case. Adds each case to data/clicks.json and
+rewrites the section quality_clicks of clicks.md.
 """
 
 from __future__ import annotations
@@ -16,23 +16,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from benchmarks.common.command import options, run
+from benchmarks.common.command import options, run_command
 from benchmarks.common.machine import machine_lines
-from benchmarks.common.report import spread, table, write_report
+from benchmarks.common.report import (
+    Section,
+    bullets,
+    data_file,
+    markdown_table,
+    read_data,
+    read_section,
+    rounded,
+    write_data,
+    write_section,
+)
+from benchmarks.common.trial_report import spread
 from rich.progress import track
 
 from deformux.cli.common import model_path
 from deformux.cli.devices import torch_device
-from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case, find_cases
 from deformux.inference.sliding_window import segment
 from deformux.interactive.click_benchmark import THRESHOLDS, CaseResult, Robot, play_case, summarise_clicks
@@ -46,7 +55,7 @@ _CAP = 20
 
 @dataclass(frozen=True)
 class Played:
-    """One case: what the robots did, seconds of the automatic segmentation, and slices that would have to be drawn."""
+    """Result of one case: the robots' clicks, seconds of the automatic segmentation, and slices to draw without it."""
 
     robots: tuple[CaseResult, ...]
     automatic_s: float
@@ -67,16 +76,23 @@ def main() -> None:
     path = model_path(arguments.model)
     network, card = load_model(path, device=device)
     network = with_guidance(network).to(device).eval()
-    kept = arguments.work / hashlib.sha256(path.read_bytes()).hexdigest()[:10] / f"{device}-{threads}"
+    key = f"{hashlib.sha256(path.read_bytes()).hexdigest()[:10]} {device}-{threads}"
+    file = data_file(arguments.results, "clicks")
+    data = read_data(arguments.results, "clicks") if file.is_file() else {"machines": {}, "cases": {}}
+    machines, kept = data["machines"].setdefault(key, []), data["cases"]
     cases = find_cases(arguments.data, subset="val")[: arguments.cases]
     played: list[Played] = []
     for case in track(cases, "clicking"):
-        file = kept / f"{case.id}.json"
-        if not file.is_file():
-            write_text(file, json.dumps(dataclasses.asdict(_play(network, card, case, device))))
-        played.append(_read(file))
-        _report(arguments, card, played, len(cases))
-    print((arguments.results / "quality_clicks.md").read_text())
+        name = f"{key} {case.id}"
+        if name not in kept and arguments.rewrite:
+            continue
+        if name not in kept:
+            kept[name] = rounded(dataclasses.asdict(_play(network, card, case, device)))
+            machines += [line for line in machine_lines() if line not in machines]
+            write_data(arguments.results, "clicks", data)
+        played.append(_played(kept[name]))
+        _report(arguments, card, played, machines, len(cases))
+    print(read_section(arguments.results, "clicks", "quality_clicks"))
 
 
 def _play(network: DeformUXNet, card: ModelCard, case: Case, device: str) -> Played:
@@ -89,12 +105,14 @@ def _play(network: DeformUXNet, card: ModelCard, case: Case, device: str) -> Pla
     return Played(tuple(results), automatic_s, min(int(drawn.any(axis=axes).sum()) for axes in across))
 
 
-def _read(file: Path) -> Played:
-    values = json.loads(file.read_text())
-    return Played(tuple(CaseResult(**robot) for robot in values.pop("robots")), **values)
+def _played(values: Mapping[str, Any]) -> Played:
+    robots = tuple(CaseResult(**robot) for robot in values["robots"])
+    return Played(robots, values["automatic_s"], values["slices"])
 
 
-def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Played], planned: int) -> None:
+def _report(
+    arguments: argparse.Namespace, card: ModelCard, played: Sequence[Played], machine: Sequence[str], planned: int
+) -> None:
     results = [result for case in played for result in case.robots]
     trained = "with" if card.network_options.get("guidance") else "without"
     head, *rows = click_rows(summarise_clicks(results))
@@ -104,22 +122,22 @@ def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Pla
         for index, robot in enumerate(_ROBOTS)
         for goal in THRESHOLDS
     }
-    write_report(
-        arguments.results,
+    section = Section(
         "clicks",
-        title="What clicks buy",
-        lines=[
-            *(f"- {line}" for line in machine_lines()),
+        "quality_clicks",
+        "What clicks buy, and what a case costs",
+        [
+            *bullets(machine),
             f"- model `{arguments.model}`, preset `{card.preset}`, trained {trained} clicks on "
             f"{len(card.training_cases)} volumes",
             f"- {len(played)} of {planned} `val` volumes; robots of `deformux clicks`, at most {_CAP} clicks",
             f"- **assumed**: {arguments.click_seconds:g} s of an annotator's time per click, "
             f"{arguments.slice_seconds:g} s per slice that is drawn; measured: the model's time, clicks, slices",
             "",
-            *table(head, rows),
-            "## Seconds that a case costs, mean over cases ± their deviation, and times drawing",
+            *markdown_table(head, rows),
+            "### Seconds that a case costs, mean over cases ± their deviation, and times drawing",
             "",
-            *table(
+            *markdown_table(
                 ("", *(f"to Dice {goal:.2f}" for goal in THRESHOLDS)),
                 [
                     ("without the model, every slice drawn", *[spread(drawing, 0)] * len(THRESHOLDS)),
@@ -132,17 +150,10 @@ def _report(arguments: argparse.Namespace, card: ModelCard, played: Sequence[Pla
                     ),
                 ],
             ),
-        ],
-        rows=[
-            ("case", "robot", "to_dice", "clicks", "cost_s", "drawing_s"),
-            *(
-                (case.robots[index].case, robot.name, goal, case.robots[index].clicks_to(goal), f"{cost:.1f}", drawn)
-                for index, robot in enumerate(_ROBOTS)
-                for goal in THRESHOLDS
-                for case, cost, drawn in zip(played, costs[robot.name, goal], drawing, strict=True)
-            ),
+            "![Dice over clicks](quality_clicks.png)",
         ],
     )
+    write_section(arguments.results, section)
     plot_clicks(arguments.results / "quality_clicks.png", results)
 
 
@@ -159,4 +170,4 @@ def _compared(cost: Sequence[float], drawing: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""Dice against the number of labelled volumes: from scratch, and from weights that learnt something else before.
+"""Dice over the number of labelled volumes: from scratch, and from weights that learnt something else before.
 
     python -m benchmarks.quality.few_labels                                     # 7 counts, 3 starts, 3 seeds
     python -m benchmarks.quality.few_labels --starts scratch --counts 1 10 --learning-rate 2e-3  # another recipe
@@ -6,10 +6,10 @@
 
 The starts are ``scratch``; ``synthetic``, weights that learnt the four labels of the synthetic abdominal cohort; and
 ``other label``, weights that learnt the anterior part alone on all of ``train``. The last have seen the volumes and
-one of the two labels: only the posterior part's Dice compares them fairly. Volumes are drawn by the seed, fewer being
-part of more; every training has the same steps. ``val`` is scored once at the end of each. A run that was killed goes
-on where it stopped. Writes quality_few_labels.md, .csv and .png after each training, with another learning rate
-quality_few_labels_at_0.002.
+one of the two labels: only the posterior part's Dice compares them fairly. The seed draws the volumes, smaller sets
+being part of larger ones; every training has the same number of steps. ``val`` is scored once at the end of each. A
+killed run resumes where it stopped. Adds each training to data/few_labels.json and rewrites a section of few_labels.md:
+quality_few_labels or, with another learning rate, quality_few_labels_at_0.002.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.common.command import at_learning_rate, hippocampus, options, placement, run
-from benchmarks.common.report import NOTES, case_rows, facts, figure, table, write_report
+from benchmarks.common.command import at_learning_rate, hippocampus, options, placement, run_command, trial_data
+from benchmarks.common.plots import figure
+from benchmarks.common.report import Section, markdown_table, write_section
+from benchmarks.common.trial_report import NOTES, facts
 from benchmarks.common.trial_runner import run_trials
 from benchmarks.common.trials import Result, Task, Trial, model_file
 from filelock import FileLock
@@ -49,11 +51,12 @@ def main() -> None:
     arguments = parser.parse_args()
     # Which best_model chose: more steps in the same time.
     task = hippocampus(arguments, patch_size=(32, 48, 32))
+    data = trial_data(arguments, "few_labels")
     weights: dict[str, Path | None] = {"scratch": None}
     if set(arguments.starts) - set(weights):
-        earlier = run_trials(_earlier_trials(task, arguments), arguments.work, jobs=arguments.jobs)
+        earlier = run_trials(_earlier_trials(task, arguments), data, jobs=arguments.jobs)
         weights |= {r.trial.title: model_file(arguments.work, r.trial.name) for r in earlier}
-    task, name = at_learning_rate(task, "few_labels", arguments.learning_rate)
+    task, name = at_learning_rate(task, "quality_few_labels", arguments.learning_rate)
     trials = [
         Trial(
             f"{start}, {count} labelled, seed {seed}",
@@ -68,25 +71,27 @@ def main() -> None:
         for start in arguments.starts
     ]
 
+    rate = "" if arguments.learning_rate is None else f", learning rate {arguments.learning_rate:g}"
+
     def report(results: Sequence[Result]) -> None:
         steps = f"`tiny`, {arguments.steps} steps each, learning rate {task.recipe.learning_rate:g}"
         if len(weights) > 1:
             steps += f"; weights to start from learnt {arguments.earlier_steps} steps"
-        write_report(
-            arguments.results,
+        section = Section(
+            "few_labels",
             name,
-            title="Few labelled volumes of the hippocampus data",
-            lines=[
+            f"Few labelled volumes of the hippocampus data{rate}",
+            [
                 *facts(results, len(trials), steps),
                 *_tables(results, arguments.counts, arguments.starts),
                 *NOTES,
                 *([_SEEN] if "other label" in arguments.starts else []),
             ],
-            rows=case_rows(results),
-            plot=_plot(results, arguments.starts),
+            _plot(results, arguments.starts),
         )
+        write_section(arguments.results, section)
 
-    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
+    run_trials(trials, data, report, jobs=arguments.jobs)
 
 
 def _earlier_trials(task: Task, arguments: argparse.Namespace) -> list[Trial]:
@@ -99,7 +104,7 @@ def _earlier_trials(task: Task, arguments: argparse.Namespace) -> list[Trial]:
         anterior = [_anterior_only(case, folder / "anterior") for case in (*task.train, *task.test)]
     phantoms = tuple(find_cases(synthetic))
     given = {"steps": arguments.earlier_steps, "keep_model": True, **placement(arguments)}
-    # A liver on the right is no mirror image of anything. The preprocessing stays that of the task to come.
+    # An abdomen is not symmetric. The preprocessing is that of the task that follows.
     unmirrored = task.recipe.replace(flip_axes=(), foreground_ratio=0.75)
     seen = dataclasses.replace(task, labels=LABELS, recipe=unmirrored, train=phantoms, test=phantoms[-5:])
     part = dataclasses.replace(
@@ -109,7 +114,7 @@ def _earlier_trials(task: Task, arguments: argparse.Namespace) -> list[Trial]:
 
 
 def _anterior_only(case: Case, folder: Path) -> Case:
-    """The case with the label of its anterior part alone."""
+    """Return the case with the label of its anterior part alone."""
     path = folder / case.label.name
     if not path.is_file():
         file = nib.load(case.label)
@@ -128,7 +133,7 @@ def _start(result: Result) -> str:
 
 
 def _values(results: Sequence[Result], start: str, count: int, column: int | None) -> list[float]:
-    """Dice of each seed: of a label, or the mean over labels."""
+    """Return the Dice of each seed: of a label, or the mean over labels."""
     own = [r for r in results if _start(r) == start and len(r.trial.task.train) == count]
     return [r.mean("dice") if column is None else float(np.nanmean(r.per_case("dice")[:, column])) for r in own]
 
@@ -148,7 +153,7 @@ def _tables(results: Sequence[Result], counts: Sequence[int], starts: Sequence[s
                 )
                 cells.append(f"{np.mean(values):.4f}{spread}{gain}" if values else "")
             rows.append([count, *cells])
-        lines += [f"## {what}", "", *table(("labelled", *starts), rows)]
+        lines += [f"### {what}", "", *markdown_table(("labelled", *starts), rows)]
     return lines
 
 
@@ -170,4 +175,4 @@ def _plot(results: Sequence[Result], starts: Sequence[str]) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

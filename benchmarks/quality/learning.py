@@ -1,6 +1,6 @@
-"""What the learning loop makes of hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
+"""What the learning loop learns from hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
 
-    python -m benchmarks.quality.learning --data ../shared/data/hippocampus [--part target|corrupted]
+    python -m benchmarks.quality.learning [--data FOLDER] [--part target|corrupted]
         [--rounds 50] [--steps 60] [--spacing 1.5,1.5,1.5 --patch-size 32,48,32]
 
 Cases come from the split's ``train``; ``val`` is only scored, never trained on and never chosen by. Rounds go through
@@ -8,8 +8,8 @@ Cases come from the split's ``train``; ``val`` is only scored, never trained on 
 
 target: ten labelled volumes from scratch, then ten more. corrupted: ten correct ones, then one label each round, of
 which a share (``--corrupt``) is wrong: random voxels, another case's label, labels swapped, empty, or moved. With
-``--state`` an interrupted run goes on. Writes benchmarks/results/learning_<part>.md and .json; corrupted does so after
-each round.
+``--state`` an interrupted run resumes. Writes data/learning_<part>.json and the section learning_<part> of learning.md,
+after each round if corrupted. ``--variant`` adds to that name: it keeps results of other settings apart.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.places import HIPPOCAMPUS
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case, find_cases
@@ -40,13 +42,12 @@ from deformux.networks.model_file import load_model
 from deformux.publishing.learner import Learner, Round
 
 LABELS = ("anterior", "posterior")
-RESULTS = Path(__file__).parents[1] / "results"
 CORRUPTIONS = ("noise", "another case's", "swapped", "empty", "moved")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=HIPPOCAMPUS, help="a folder of labelled NIfTI")
     parser.add_argument("--part", choices=("target", "corrupted"), default="target")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--spacing", default="native", help="voxel size in mm; the files have 1 mm")
@@ -57,20 +58,24 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--corrupt", type=float, default=0.3)
     parser.add_argument("--val", type=int, default=40, help="val cases to score on, at most")
-    parser.add_argument("--note", default="", help="what else a reader of the results should know")
+    parser.add_argument("--note", default="", help="a remark for the readers of the results")
+    parser.add_argument("--variant", help="added to the name of the results")
     parser.add_argument("--state", type=Path, help="folder that keeps the project between runs; default: temporary")
+    add_results(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    name = "_".join(filter(None, ["learning", arguments.part, arguments.variant]))
     state = arguments.state or Path(tempfile.mkdtemp(prefix="learning-"))
+    play = target if arguments.part == "target" else corrupted
     try:
-        (target if arguments.part == "target" else corrupted)(arguments, state)
+        measure_and_write(arguments, name, lambda: play(arguments, state), lambda data: section(name, data))
     finally:
         if arguments.state is None:
             shutil.rmtree(state)
 
 
 class Loop:
-    """A project on the train cases, whose published version is scored on val whenever it changes."""
+    """A project on the ``train`` cases, whose published version is scored on ``val`` whenever it changes."""
 
     def __init__(self, arguments: argparse.Namespace, state: Path) -> None:
         self.state = state
@@ -86,7 +91,7 @@ class Loop:
     def round(
         self, number: int, cases: Sequence[Case], *, first_steps: int, steps: int, submitted: str = "correct"
     ) -> None:
-        """Learn from the cases, unless it was done; a row says what it gave, with the published version's Dice."""
+        """Learn from the cases unless that was done before; keep the result and the published version's Dice."""
         if number < len(self.rows):
             return
         started, computing = time.monotonic(), time.process_time()
@@ -115,12 +120,13 @@ class Loop:
 
     @property
     def patch(self) -> str:
-        """What a step sees."""
+        """The patch of one step, in words."""
         size = "×".join(map(str, self.prep.patch_size))
         spacing = "×".join(f"{mm:g}" for mm in self.prep.spacing_mm) if self.prep.spacing_mm else "1×1×1"
         return f"one patch of {size} voxels of {spacing} mm"
 
     def dice(self, version: str | None) -> float | None:
+        """Return the mean Dice of a version on ``val``."""
         if version is None:
             return None
         if version not in self._scored:
@@ -130,7 +136,8 @@ class Loop:
         return self._scored[version]
 
 
-def target(arguments: argparse.Namespace, state: Path) -> None:
+def target(arguments: argparse.Namespace, state: Path) -> dict[str, Any]:
+    """Play two rounds of ten new labels each."""
     loop = Loop(arguments, state)
     steps = arguments.steps or 200
     for number, count in enumerate((10, 20)):
@@ -140,10 +147,11 @@ def target(arguments: argparse.Namespace, state: Path) -> None:
         f"first from scratch, where the training labels have doubled since); {loop.patch} per step",
         f"scored on {len(loop.val)} val cases; seconds include validation and the gate, not the scoring on val",
     ]
-    write("target", "Two rounds of ten labelled volumes", loop.rows, [*facts, *filter(None, [arguments.note])])
+    return as_data("Two rounds of ten labelled volumes", loop.rows, [*facts, *filter(None, [arguments.note])])
 
 
-def corrupted(arguments: argparse.Namespace, state: Path) -> None:
+def corrupted(arguments: argparse.Namespace, state: Path) -> Iterator[dict[str, Any]]:
+    """Play rounds of one new label each, some of them wrong; yield the results so far after each round."""
     loop = Loop(arguments, state)
     rng = np.random.default_rng(arguments.seed + 1)
     labelled, wrong = loop.cases[:10], 0
@@ -160,13 +168,13 @@ def corrupted(arguments: argparse.Namespace, state: Path) -> None:
             labelled = [*labelled, case]
         played = len(loop.rows)
         loop.round(number, labelled, first_steps=arguments.first_steps, steps=steps, submitted=kind)
-        # After each round, so that a run which is cut off has its results so far; not again for those it goes on from.
+        # Not after the rounds of an earlier run that this one resumes.
         if len(loop.rows) > played or number + 1 == arguments.rounds:
-            write_corrupted(arguments, loop, steps=steps, wrong=wrong)
+            yield corrupted_data(arguments, loop, steps=steps, wrong=wrong)
 
 
-def write_corrupted(arguments: argparse.Namespace, loop: Loop, *, steps: int, wrong: int) -> None:
-    """Write the results of the rounds so far, of which ``wrong`` submitted a corrupted label."""
+def corrupted_data(arguments: argparse.Namespace, loop: Loop, *, steps: int, wrong: int) -> dict[str, Any]:
+    """Return the results of the rounds so far, of which ``wrong`` submitted a corrupted label."""
     rows = loop.rows
     best = np.fmax.accumulate([row["val"] for row in rows])
     fall = max(before - row["val"] for before, row in zip(best, rows, strict=True))
@@ -179,11 +187,11 @@ def write_corrupted(arguments: argparse.Namespace, loop: Loop, *, steps: int, wr
         f"last {rows[-1]['val']}, best {max(best):.4f}; **largest fall from the best so far {fall:.4f}** (limit 0.01)",
     ]
     title = "Rounds of learning from partly corrupted labels"
-    write("corrupted", title, rows, [*facts, *filter(None, [arguments.note])])
+    return as_data(title, rows, [*facts, *filter(None, [arguments.note])])
 
 
 def corrupt(case: Case, kind: str, other: Case, rng: np.random.Generator, folder: Path) -> Case:
-    """The case with a wrong label of the given kind."""
+    """Return the case with a wrong label of the given kind."""
     file = nib.load(case.label)
     label = np.asarray(file.dataobj).astype(np.uint8)
     if kind == "noise":
@@ -205,22 +213,23 @@ def corrupt(case: Case, kind: str, other: Case, rng: np.random.Generator, folder
     return dataclasses.replace(case, label=path)
 
 
-def write(part: str, title: str, rows: Sequence[dict[str, Any]], facts: Sequence[str]) -> None:
-    """The table as markdown and JSON."""
+def as_data(title: str, rows: Sequence[dict[str, Any]], facts: Sequence[str]) -> dict[str, Any]:
+    """Return what is kept of the rounds."""
+    return {"title": title, "machine": machine_lines(), "facts": list(facts), "rounds": list(rows)}
+
+
+def section(name: str, data: Mapping[str, Any]) -> Section:
+    """Write the rounds as a table."""
     heads = ("round", "labelled", "submitted", "seconds", "CPU seconds", "published", "served", "Dice on val", "why")
-    lines = [f"# {title}", "", *(f"- {line}" for line in (*machine_lines(), *facts)), ""]
-    lines += ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for number, row in enumerate(rows, start=1):
-        published = "yes" if row["published"] else "no"
-        cells = (number, row["labelled"], row["submitted"], row["seconds"])
-        cells += (row["cpu_seconds"], published, row["served"])
-        lines.append("| " + " | ".join(str(cell) for cell in (*cells, row["val"], row["reason"])) + " |")
-    text = "\n".join(lines) + "\n"
-    write_text(RESULTS / f"learning_{part}.md", text)
-    write_text(
-        RESULTS / f"learning_{part}.json", json.dumps({"facts": list(facts), "rounds": list(rows)}, indent=1) + "\n"
-    )
-    print(text)
+    rows = [
+        (
+            *(number, row["labelled"], row["submitted"], row["seconds"], row["cpu_seconds"]),
+            *("yes" if row["published"] else "no", row["served"], row["val"], row["reason"]),
+        )
+        for number, row in enumerate(data["rounds"], start=1)
+    ]
+    facts = bullets((*data["machine"], *data["facts"]))
+    return Section("learning", name, data["title"], [*facts, "", *markdown_table(heads, rows)])
 
 
 if __name__ == "__main__":

@@ -3,23 +3,26 @@
     python -m benchmarks.quality.step_profile                                    # six networks of tiny size, one core
     python -m benchmarks.quality.step_profile --networks UNet --steps 1 --cases 2    # to try it
 
-What PyTorch's profiler says of some steps of `equal_budget`, by kinds of operation. Writes quality_step_profile.md,
-.csv and .png.
+PyTorch's profile of some steps of `equal_budget`, by kinds of operation. Writes data/step_profile.json and the section
+quality_step_profile of training_speed.md after each network.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.common.command import hippocampus, options, run
+from benchmarks.common.command import hippocampus, options, run_command
 from benchmarks.common.machine import machine_lines
 from benchmarks.common.networks import NETWORKS, SIZES, build
-from benchmarks.common.report import figure, table, write_report
+from benchmarks.common.plots import figure
+from benchmarks.common.report import Section, bullets, markdown_table, measure_and_write
 from benchmarks.common.trials import Task
 from matplotlib.figure import Figure
 from rich.progress import track
@@ -45,11 +48,16 @@ ALL_KINDS = (AUGMENTATION, *KINDS, OTHER)
 
 def main() -> None:
     parser = options("step_profile", __doc__, seeds=None)
-    parser.add_argument("--steps", type=int, default=5, help="that are profiled, after two to warm up")
+    parser.add_argument("--steps", type=int, default=5, help="steps to profile, after two to warm up")
     parser.add_argument("--size", choices=SIZES, default=SIZES[0], help="of the networks")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
     parser.set_defaults(threads=1)
     arguments = parser.parse_args()
+    measure_and_write(arguments, "step_profile", lambda: measured(arguments), section)
+
+
+def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Profile one network after the other; yield the data so far after each."""
     torch.set_num_threads(arguments.threads)
     task = hippocampus(arguments)
     # No more volumes are read than are drawn.
@@ -58,32 +66,38 @@ def main() -> None:
     seconds = {}
     for name in track(arguments.networks, "profiling"):
         seconds[name] = profiled_step(name, arguments.size, task, arguments.steps)
-        write_report(
-            arguments.results,
-            "step_profile",
-            title=f"Where a training step's seconds go, `{arguments.size}`",
-            lines=[
-                *(f"- {line}" for line in machine_lines()),
-                f"- batch {task.recipe.batch_size}, patch {'×'.join(map(str, task.prep.patch_size))}; mean of "
-                f"{arguments.steps} steps, forward and backward together; all else holds Python, the loss and sums",
-                "",
-                *table(
-                    ("seconds per step", *seconds),
-                    [[kind, *(f"{each[kind]:.2f}" for each in seconds.values())] for kind in ALL_KINDS]
-                    + [["**all**", *(f"**{sum(each.values()):.2f}**" for each in seconds.values())]],
-                ),
-            ],
-            rows=[
-                ("network", *ALL_KINDS),
-                *((name, *(f"{each[kind]:.4f}" for kind in ALL_KINDS)) for name, each in seconds.items()),
-            ],
-            plot=_plot(seconds),
-        )
-    print((arguments.results / "quality_step_profile.md").read_text())
+        yield {
+            "machine": machine_lines(),
+            "size": arguments.size,
+            "batch": task.recipe.batch_size,
+            "patch": task.prep.patch_size,
+            "steps": arguments.steps,
+            "seconds": seconds,
+        }
+
+
+def section(data: Mapping[str, Any]) -> Section:
+    """Write the seconds of each kind of operation as a table and a plot."""
+    seconds = data["seconds"]
+    rows = [[kind, *(f"{each[kind]:.2f}" for each in seconds.values())] for kind in ALL_KINDS]
+    rows.append(["**all**", *(f"**{sum(each.values()):.2f}**" for each in seconds.values())])
+    return Section(
+        "training_speed",
+        "quality_step_profile",
+        f"Where a training step's seconds go, `{data['size']}`",
+        [
+            *bullets(data["machine"]),
+            f"- batch {data['batch']}, patch {'×'.join(map(str, data['patch']))}; mean of {data['steps']} steps, "
+            "forward and backward together; all else holds Python, the loss and sums",
+            "",
+            *markdown_table(("seconds per step", *seconds), rows),
+        ],
+        _plot(seconds),
+    )
 
 
 class _Steps:
-    """Starts the profiler after the steps to warm up; asked after each whether to stop."""
+    """A ``stop`` for ``fit`` that starts the profiler after the steps to warm up, and never stops."""
 
     def __init__(self, profiler: profile) -> None:
         self.profiler, self.done, self.began = profiler, 0, 0.0
@@ -97,7 +111,7 @@ class _Steps:
 
 
 def profiled_step(name: str, size: str, task: Task, steps: int) -> Counter[str]:
-    """Seconds of a step by kind of operation."""
+    """Return the seconds of a step by kind of operation."""
     torch.manual_seed(0)
     network = build(name, size, classes=len(task.labels) + 1, patch=task.prep.patch_size)
     profiler = profile(activities=[ProfilerActivity.CPU], acc_events=True)
@@ -123,7 +137,7 @@ def _kind(event: Any) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), OTHER)
 
 
-def _plot(seconds: dict[str, Counter[str]]) -> Figure:
+def _plot(seconds: Mapping[str, Mapping[str, float]]) -> Figure:
     plot = figure(height=1.6 + 0.4 * len(seconds))
     axes = plot.add_subplot()
     names = list(seconds)[::-1]
@@ -138,4 +152,4 @@ def _plot(seconds: dict[str, Counter[str]]) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,27 +1,29 @@
-"""Milliseconds of a training step on a GPU: launch by launch, from CUDA graphs, and compiled besides.
+"""Milliseconds of a training step on a GPU: launch by launch, from CUDA graphs, and compiled too.
 
     python -m benchmarks.quality.step_time                                    # all rows
     python -m benchmarks.quality.step_time --rows "DeformUX-Net tiny" --no-compile
     python -m benchmarks.quality.step_time --prepare                          # only compile, for the next call
 
 Whole steps of ``deformux.fitting.training_step`` on random patches in pinned memory: copy, forward, loss, backward,
-clipping, AdamW, moving average, reading the loss. Writes quality_step_time.md, .csv and .png after each row.
+clipping, AdamW, moving average, reading the loss. Writes data/step_time.json and the section quality_step_time of
+training_speed.md after each network.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common.command import RECIPE, RESULTS, run
+from benchmarks.common.command import RECIPE, run_command
 from benchmarks.common.machine import machine_lines
 from benchmarks.common.networks import OURS, build
-from benchmarks.common.report import figure, table, write_report
+from benchmarks.common.plots import figure
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 from matplotlib.figure import Figure
 from monai.utils import set_determinism
 
@@ -70,26 +72,33 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--cache", type=Path, help="folder of compiled networks, for later calls")
     parser.add_argument("--prepare", action="store_true", help="fill the cache and measure nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_results(parser)
     arguments = parser.parse_args()
+    if arguments.prepare:
+        for _ in measured(arguments, [COMPILED]):
+            pass
+    else:
+        ways = [LAUNCHES, GRAPHS, *([COMPILED] if arguments.compile else [])]
+        measure_and_write(arguments, "step_time", lambda: measured(arguments, ways), section)
+
+
+def measured(arguments: argparse.Namespace, ways: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Time one network after the other; yield the data so far after each."""
     if not torch.cuda.is_available():
         raise ValueError("got no CUDA device, expected one; run it on a machine with an NVIDIA GPU")
-    ways = [LAUNCHES, GRAPHS, *([COMPILED] if arguments.compile else [])]
-    results: list[tuple[Row, dict[str, dict[str, float]]]] = []
+    rows: list[dict[str, Any]] = []
     for number, title in enumerate(arguments.rows):
         row = ROWS[title]
-        measured = {}
-        for way in [COMPILED] if arguments.prepare else ways:
+        for way in ways:
             print(f"{number + 1} of {len(arguments.rows)}: {title}, {way} ...", flush=True)
-            measured[way] = milliseconds(row, way, seconds=arguments.seconds, cache=arguments.cache)
-            print(f"  {measured[way]}", flush=True)
-        results.append((row, measured))
-        if not arguments.prepare:
-            _write(arguments.results, results, ways)
+            times = milliseconds(row, way, seconds=arguments.seconds, cache=arguments.cache)
+            print(f"  {times}", flush=True)
+            rows.append({"network": row.title, "batch": "×".join(map(str, (BATCH, *row.patch))), "way": way, **times})
+        yield {"machine": machine_lines(), "rows": rows}
 
 
 def milliseconds(row: Row, way: str, *, seconds: float, cache: Path | None) -> dict[str, float]:
-    """Times per step: whole, what the host takes for it, and the first one's seconds."""
+    """Return the times of a step, of the host's part of it and of the first steps, and the peak memory."""
     set_determinism(0)
     network = build(row.network, row.size, classes=CLASSES, patch=row.patch).cuda()
     recipe = RECIPE.replace(steps=10_000, batch_size=BATCH)
@@ -130,41 +139,42 @@ def milliseconds(row: Row, way: str, *, seconds: float, cache: Path | None) -> d
     }
 
 
-def _write(folder: Path, results: Sequence[tuple[Row, dict[str, dict[str, float]]]], ways: Sequence[str]) -> None:
+def section(data: Mapping[str, Any]) -> Section:
+    """Write the times as a table and a plot."""
     heads = ("network", "batch", "how", "ms per step", "of it the host", "first five steps s", "peak memory GB")
-    rows: list[list[Any]] = [
+    rows = [
         [
-            *(row.title, "×".join(map(str, (BATCH, *row.patch))), way, f"{own['ms']:.2f}", f"{own['host_ms']:.2f}"),
-            *(f"{own['first_s']:.1f}", f"{own['peak_gb']:.2f}"),
+            *(row["network"], row["batch"], row["way"], f"{row['ms']:.2f}", f"{row['host_ms']:.2f}"),
+            *(f"{row['first_s']:.1f}", f"{row['peak_gb']:.2f}"),
         ]
-        for row, measured in results
-        for way, own in measured.items()
+        for row in data["rows"]
     ]
-    write_report(
-        folder,
-        "step_time",
-        title="Milliseconds of a training step on a GPU",
-        lines=[
-            *(f"- {line}" for line in machine_lines()),
+    return Section(
+        "training_speed",
+        "quality_step_time",
+        "Milliseconds of a training step on a GPU",
+        [
+            *bullets(data["machine"]),
             f"- bfloat16, {CLASSES} classes, every class annotated; a step is copy, forward, loss, backward, clipping, "
             "AdamW and moving average, and its loss is read one step later",
             "- the host's time is that of the call, in which it may wait for the GPU",
             "",
-            *table(heads, rows),
+            *markdown_table(heads, rows),
         ],
-        rows=[tuple(heads), *map(tuple, rows)],
-        plot=_plot(results, ways),
+        _plot(data["rows"]),
     )
 
 
-def _plot(results: Sequence[tuple[Row, dict[str, dict[str, float]]]], ways: Sequence[str]) -> Figure:
-    plot = figure(height=1.6 + 0.6 * len(results))
+def _plot(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    networks, ways = (list(dict.fromkeys(row[key] for row in rows)) for key in ("network", "way"))
+    plot = figure(height=1.6 + 0.6 * len(networks))
     axes = plot.add_subplot()
     height = 0.8 / len(ways)
-    for i, way in enumerate(ways):
-        at = [len(results) - index - i * height for index in range(len(results))]
-        axes.barh(at, [measured[way]["ms"] for _, measured in results], height, label=way)
-    axes.set_yticks([len(results) - index for index in range(len(results))], [row.title for row, _ in results])
+    for index, way in enumerate(ways):
+        own = [row for row in rows if row["way"] == way]
+        at = [len(networks) - networks.index(row["network"]) - index * height for row in own]
+        axes.barh(at, [row["ms"] for row in own], height, label=way)
+    axes.set_yticks([len(networks) - index for index in range(len(networks))], networks)
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds per step")
     axes.legend(frameon=False, fontsize=8)
@@ -172,4 +182,4 @@ def _plot(results: Sequence[tuple[Row, dict[str, dict[str, float]]]], ways: Sequ
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,11 +1,11 @@
-"""Many organs in one CT: trained on the lower half of its slices, tested on the upper. A smoke test, not a claim.
+"""Many organs in one CT: train on the lower half of its slices, test on the upper. A smoke test, not a claim.
 
     python -m benchmarks.quality.transfer                          # 6 networks of two sizes, 3 seeds, 400 steps each
     python -m benchmarks.quality.transfer --steps 2 --seeds 1 --networks UNet --sizes tiny    # to try it
 
-Sparse label values, Hounsfield units and a resampling to 2.5 mm and back are what it exercises: a fault there shows as
-an organ that no network finds. Labels are those with at least 50 voxels in each half. A run that was killed goes on
-where it stopped. Writes quality_transfer.md, .csv and .png after each training.
+It exercises sparse label values, Hounsfield units and a resampling to 2.5 mm and back: a fault there shows as an organ
+that no network finds. Labels are those with at least 50 voxels in each half. A killed run resumes where it stopped.
+Adds each training to data/transfer.json and rewrites the section quality_transfer of few_labels.md.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from benchmarks.common.command import RECIPE, options, placement, run
-from benchmarks.common.comparison import COST_NOTES, comparison, comparison_plot, network_trials
+from benchmarks.common.command import RECIPE, options, placement, run_command, trial_data
+from benchmarks.common.comparison import COST_NOTES, comparison_plot, comparison_tables, network_trials
 from benchmarks.common.networks import NETWORKS, SIZES
-from benchmarks.common.report import NOTES, case_rows, facts, table, write_report
+from benchmarks.common.places import CT
+from benchmarks.common.report import Section, markdown_table, write_section
+from benchmarks.common.trial_report import NOTES, facts
 from benchmarks.common.trial_runner import run_trials
 from benchmarks.common.trials import Result, Task
 
@@ -33,7 +35,7 @@ _FEWEST_VOXELS = 50
 
 
 def main() -> None:
-    parser = options("transfer", __doc__, data="../shared/data/ct")
+    parser = options("transfer", __doc__, data=CT)
     parser.add_argument("--steps", type=int, default=400, help="of each training")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
@@ -44,26 +46,26 @@ def main() -> None:
     )
 
     def report(results: Sequence[Result]) -> None:
-        write_report(
-            arguments.results,
-            "transfer",
-            title="One abdominal CT: lower half to train on, upper half to test on",
-            lines=[
+        section = Section(
+            "few_labels",
+            "quality_transfer",
+            "One abdominal CT: lower half to train on, upper half to test on",
+            [
                 *facts(results, len(trials), f"each network had {arguments.steps} steps"),
-                *comparison(results),
+                *comparison_tables(results),
                 *_labels(results, task),
                 *NOTES,
                 *COST_NOTES,
             ],
-            rows=case_rows(results),
-            plot=comparison_plot(results),
+            comparison_plot(results),
         )
+        write_section(arguments.results, section)
 
-    run_trials(trials, arguments.work, report, jobs=arguments.jobs)
+    run_trials(trials, trial_data(arguments, "transfer"), report, jobs=arguments.jobs)
 
 
 def halves(arguments: argparse.Namespace) -> Task:
-    """The two halves as volumes of their own, their labels numbered 1, 2, …"""
+    """Write the two halves as volumes of their own, with labels 1, 2, …; return the task."""
     names: Mapping[str, int] = json.loads((arguments.data / "labels.json").read_text())["example_seg.nii.gz"]
     image, label = (
         nib.as_closest_canonical(nib.load(arguments.data / name))
@@ -96,14 +98,14 @@ def halves(arguments: argparse.Namespace) -> Task:
 
 
 def _part(file: nib.Nifti1Image, slices: slice, path: Path) -> Path:
-    """Some of a volume's slices, at their place in the patient."""
+    """Write some of a volume's slices, at their place in the patient."""
     with replacing(path) as temporary:
         nib.save(file.slicer[:, :, slices], temporary)
     return path
 
 
 def _labels(results: Sequence[Result], task: Task) -> list[str]:
-    """Dice of each label by each network, the mean over seeds."""
+    """Return a table of each label's Dice by each network, the mean over seeds."""
     groups = dict.fromkeys((r.trial.network, r.trial.size) for r in results)
     columns = [
         np.mean([r.per_case("dice")[0] for r in results if (r.trial.network, r.trial.size) == group], axis=0)
@@ -111,8 +113,8 @@ def _labels(results: Sequence[Result], task: Task) -> list[str]:
     ]
     heads = ["label", *(f"{network} {size}" for network, size in groups)]
     rows = [[name, *(f"{column[i]:.3f}" for column in columns)] for i, name in enumerate(task.labels)]
-    return ["## Dice of each label", "", *table(heads, rows)]
+    return ["### Dice of each label", "", *markdown_table(heads, rows)]
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,1 +1,1 @@
-"""Speed of the annotation server and of what it answers with."""
+"""Speed of the annotation server, of inference and of clicks."""

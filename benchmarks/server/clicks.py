@@ -1,8 +1,10 @@
 """A click over HTTP, from request to reply, and the memory of a server in which ten annotators click.
 
-``python -m benchmarks.server.clicks`` starts real servers with ``deformux-label serve`` and writes
-``results/clicks_server.md`` and ``results/clicks_server.json``. The weights are the pretrained ones of another organ:
-what a click costs does not depend on whether the mask is right.
+    python -m benchmarks.server.clicks
+
+Starts real servers with ``deformux-label serve``. The weights are the pretrained ones of another organ: the cost of a
+click does not depend on whether the mask is right. Writes data/clicks_server.json and the section clicks_server of
+clicks_speed.md.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import requests
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.places import CT
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
+from benchmarks.server.running import Client, serving, state_of
 from requests_toolbelt import MultipartDecoder
 from rich.progress import track
 
@@ -31,9 +36,7 @@ from deformux.networks.model_file import ModelCard, load_model
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.configs.project import Project
-from server import checked, get, serving, state_of
 
-HERE = Path(__file__).resolve().parents[1]
 ONE = {"labels": "anterior,posterior", "modality": "ct", "spacing": "native", "patch_size": "96,96,96"}
 # Sixty labels make a volume's logits large, so that ten volumes do not fit into the cache.
 MANY = {**ONE, "labels": ",".join(f"organ {n}" for n in range(1, 61)), "cache_gb": "1"}
@@ -42,15 +45,20 @@ LIMITS = {"median_s": 1.0, "p95_s": 2.0, "not_network_share": 0.25}
 
 def main() -> None:
     """Measure, print, and keep the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scan", type=Path, default=HERE.parents[1] / "shared" / "data" / "ct" / "example_ct.nii.gz")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scan", type=Path, default=CT / "example_ct.nii.gz")
     parser.add_argument("--clicks", type=int, default=50, help="on the scan")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--all-clicks", type=int, default=500, help="of all clients together")
     parser.add_argument("--burst", type=int, default=10, help="clicks of a client until another one's turn comes")
     parser.add_argument("--size", type=int, default=96, help="voxels along each axis of a client's volume")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    add_results(parser)
     args = parser.parse_args()
+    measure_and_write(args, "clicks_server", lambda: measured(args), section)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Click on one scan, and on those of many clients."""
     with tempfile.TemporaryDirectory() as folder:
         studies = [Path(folder) / name / "studies" for name in ("one", "many")]
         try:
@@ -58,32 +66,27 @@ def main() -> None:
         finally:
             for each, conf in zip(studies, (ONE, MANY), strict=True):
                 shutil.rmtree(state_of(each, conf), ignore_errors=True)
-    result |= {"limits": LIMITS, "machine": machine_lines()}
-    text = table(result)
-    print(text)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "clicks_server.md").write_text(text)
-    (args.results / "clicks_server.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result | {"limits": LIMITS, "machine": machine_lines()}
 
 
 def one_scan(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Sessions of ten clicks, one after another, each request with all clicks of its session so far."""
+    """Click in sessions of ten, one after another, each request with all clicks of its session so far."""
     studies.mkdir(parents=True)
     shutil.copy(args.scan, studies / "scan.nii.gz")
     size = nib.load(args.scan).shape
     publish(studies, ONE)
     rng = random.Random(0)
-    with serving(studies, ONE) as (url, _, _):
+    with serving(studies, ONE) as server:
         start = time.perf_counter()
-        checked(requests.post(f"{url}/infer/segmentation", params={"image": "scan"}, timeout=600))
+        server.client.post("infer/segmentation", params={"image": "scan"})
         first_s = time.perf_counter() - start
-        click(url, "scan", {})  # compiles what only an edit calls
+        click(server.client, "scan", {})  # compiles the kernels of an edit
         times = []
         for number in track(range(args.clicks), description="clicks on the scan"):
             if number % 10 == 0:
                 points: dict[str, list[list[int]]] = {}
             points.setdefault(rng.choice(["anterior", "posterior", "background"]), []).append(voxel(size, rng))
-            times.append(click(url, "scan", points))
+            times.append(click(server.client, "scan", points))
     total = [each["total_s"] for each in times]
     other = [each["total_s"] - each["network_s"] for each in times]
     return {
@@ -101,7 +104,7 @@ def one_scan(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def many_clients(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Clients with a volume each, in bursts in random order, two at a time; the server's memory after each click."""
+    """Click in bursts of clients with a volume each, in random order, two at a time; return the server's memory."""
     size = (args.size,) * 3
     for number in range(args.clients):
         path = studies / f"case_{number}.nii.gz"
@@ -114,21 +117,21 @@ def many_clients(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
     bursts = [(n, start) for n in range(args.clients) for start in range(0, per_client, args.burst)]
     random.Random(0).shuffle(bursts)
     memory: list[float] = []
-    with serving(studies, MANY) as (url, _, process):
-        idle = resident_mb(process)
+    with serving(studies, MANY) as server:
+        idle = resident_mb(server.pid)
 
         def burst(client: int, start: int) -> None:
             rng = random.Random(1000 * client + start)
             points: dict[str, list[list[int]]] = {}
             for _ in range(start, min(start + args.burst, per_client)):
                 points.setdefault(rng.choice([*labels, "background"]), []).append(voxel(size, rng))
-                click(url, f"case_{client}", points, client_id=f"client {client}")
-                memory.append(resident_mb(process))
+                click(server.client, f"case_{client}", points, client_id=f"client {client}")
+                memory.append(resident_mb(server.pid))
 
         with ThreadPoolExecutor(2) as pool:
             for done in track([pool.submit(burst, *each) for each in bursts], description="bursts of clicks"):
                 done.result()
-        state = get(f"{url}/deformux/sessions").json()
+        state = server.client.get("deformux/sessions").json()
     fifth = max(1, len(memory) // 5)
     return {
         "clients": args.clients,
@@ -145,7 +148,7 @@ def many_clients(studies: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def publish(studies: Path, conf: dict[str, str]) -> None:
-    """Publish a version that takes clicks: the pretrained weights where the labels are as many, else random ones."""
+    """Publish a version that takes clicks: the pretrained weights if the labels fit, else random ones."""
     project = Project.from_conf(conf)
     torch.manual_seed(0)
     network = DeformUXNet(1, len(project.labels) + 1, project.preset, guidance=True)
@@ -162,11 +165,11 @@ def publish(studies: Path, conf: dict[str, str]) -> None:
     versions.publish(versions.write(network, card))
 
 
-def click(url: str, image: str, points: dict[str, Any], **params: Any) -> dict[str, float]:
-    """One edit as Slicer asks for it: seconds from request to reply, those of the network, and the reply's size."""
+def click(client: Client, image: str, points: dict[str, Any], **params: Any) -> dict[str, float]:
+    """Edit as Slicer does; return seconds from request to reply, those of the network, and the reply's size."""
     form = {"params": (None, json.dumps({**points, **params, "result_extension": ".nrrd", "result_dtype": "uint8"}))}
     start = time.perf_counter()
-    answer = checked(requests.post(f"{url}/infer/edit", params={"image": image}, files=form, timeout=600))
+    answer = client.post("infer/edit", params={"image": image}, files=form)
     total = time.perf_counter() - start
     parts = MultipartDecoder.from_response(answer).parts
     (reply,) = [part.text for part in parts if b'name="params"' in part.headers[b"Content-Disposition"]]
@@ -178,19 +181,19 @@ def click(url: str, image: str, points: dict[str, Any], **params: Any) -> dict[s
 
 
 def voxel(size: tuple[int, ...], rng: random.Random) -> list[int]:
-    """A voxel anywhere in a volume."""
+    """Return a random voxel of a volume."""
     return [rng.randrange(n) for n in size]
 
 
 def resident_mb(process: int) -> float:
-    """Resident memory of a process in megabytes (10^6 bytes)."""
+    """Return the resident memory of a process in megabytes (10^6 bytes)."""
     status = Path(f"/proc/{process}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def table(result: dict[str, Any]) -> str:
-    """The results as a page."""
+def section(result: Mapping[str, Any]) -> Section:
+    """Write times and memory as tables."""
     one, many, limits = result["one"], result["many"], result["limits"]
     scan, volume = (" x ".join(map(str, each["voxels"])) for each in (one, many))
     rows = [
@@ -215,28 +218,19 @@ def table(result: dict[str, Any]) -> str:
         ("evictions", f"{kept['evictions']}"),
     ]
     lines = [
-        "# Clicks through the server",
-        "",
         "Real servers (`deformux-label serve`) and real requests on one machine; preset `tiny`, windows of 96³ voxels.",
         "",
         f"{one['clicks']} clicks on `example_ct.nii.gz` ({scan} voxels), in sessions of ten: each request holds all",
         "clicks of its session so far.",
         "",
-        "| what | measured | target |",
-        "|---|---|---|",
-        *[f"| {what} | {measured} | {target} |" for what, measured, target in rows],
-        "",
+        *markdown_table(("what", "measured", "target"), rows),
         f"{many['clients']} clients, each with a volume of {volume} voxels and {MANY['labels'].count(',') + 1} labels, "
         f"two at a time, {many['clicks']} clicks in all, `cache_gb` 1:",
         "",
-        "| resident memory of the server | measured |",
-        "|---|---|",
-        *[f"| {what} | {measured} |" for what, measured in memory_rows],
-        "",
-        *[f"- {line}" for line in result["machine"]],
-        "",
+        *markdown_table(("resident memory of the server", "measured"), memory_rows),
+        *bullets(result["machine"]),
     ]
-    return "\n".join(lines)
+    return Section("clicks_speed", "clicks_server", "Clicks through the server", lines)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What a click costs in the process that edits, on a GPU: the published `base` network on an abdominal CT.
+"""The cost of a click in the process that edits, on a GPU: the published `base` network on an abdominal CT.
 
     python -m benchmarks.server.clicks_gpu
     python -m benchmarks.server.clicks_gpu --device cpu --preset tiny --steps 1 --clicks 5    # to try it
 
-A network that learns a few organs of one scan for some steps, so that its answers look like answers; then a robot
-annotator clicks into its errors, with the network's calls captured in CUDA graphs and without. What HTTP and the
-session add is in `clicks_server.md`. Writes results/clicks_gpu.md and .json.
+A network first learns a few organs of one scan for some steps, so that its answers are plausible. Then a robot
+annotator clicks into its errors, with the network's calls captured in CUDA graphs and without. `clicks_server` has what
+HTTP and the session add. Writes data/clicks_gpu.json and the section clicks_gpu of clicks_speed.md.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.places import CT
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 from torch import Tensor
 
 from deformux.data.cases import Case
@@ -38,7 +40,6 @@ from deformux.interactive.simulated_annotator import ClickAnnotator, dense_label
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.presets import PRESETS
 
-HERE = Path(__file__).resolve().parents[1]
 LABELS = ("liver", "spleen", "stomach")
 PREP = Preprocessing("ct", spacing_mm=(1.5, 1.5, 1.5), patch_size=(96, 96, 96))
 LIMIT_MS = 40
@@ -50,24 +51,25 @@ SESSION = 10
 def main() -> None:
     """Measure, print, and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=HERE.parents[1] / "shared" / "data" / "ct")
+    parser.add_argument("--data", type=Path, default=CT, help="a folder of labelled NIfTI")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="base")
     parser.add_argument("--steps", type=int, default=60, help="of the training before")
     parser.add_argument("--clicks", type=int, default=50)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    add_results(parser)
     args = parser.parse_args()
+    measure_and_write(args, "clicks_gpu", lambda: measured(args), section)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Train a network on the scan, and click."""
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(args, scan(args.data, Path(folder))) | {"limit_ms": LIMIT_MS, "machine": machine_lines()}
-    text = table(result)
-    print(text)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "clicks_gpu.md").write_text(text)
-    (args.results / "clicks_gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+        case = scan(args.data, Path(folder))
+        return train_and_click(args, case) | {"limit_ms": LIMIT_MS, "machine": machine_lines()}
 
 
 def scan(data: Path, folder: Path) -> Case:
-    """The labelled CT with `LABELS` as 1, 2, …"""
+    """Return the labelled CT with `LABELS` as 1, 2, …"""
     names = json.loads((data / "labels.json").read_text())["example_seg.nii.gz"]
     label = nib.load(data / "example_seg.nii.gz")
     dense = dense_labels(np.asarray(label.dataobj), [names[name] for name in LABELS])
@@ -83,7 +85,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def timed(self, stage: str, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, which counts for a stage."""
+        """Return the same function, whose time counts for a stage."""
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
@@ -97,7 +99,7 @@ class Stages:
 
     @contextmanager
     def of_every_editor(self) -> Iterator[None]:
-        """Time the parts of every editor meanwhile."""
+        """Time the parts of every editor within the block."""
         parts = [
             (editing, "encode_guidance", "guidance"),
             (Editor, "_with_borders", "borders"),
@@ -114,8 +116,8 @@ class Stages:
                 setattr(owner, name, original)
 
 
-def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
-    """Train, segment, and click; seconds of each."""
+def train_and_click(args: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """Train, segment and click; return the seconds of each."""
     torch.manual_seed(0)
     network = DeformUXNet(1, len(LABELS) + 1, args.preset, guidance=True)
     recipe = RECIPES["finetune"].in_steps(args.steps, epochs=1)
@@ -146,7 +148,7 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 def clicked(
     network: Callable[..., Tensor], study: OpenScan, truth: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Milliseconds of a robot's clicks with a network, whole and by part."""
+    """Return the milliseconds of a robot's clicks with a network, whole and by part."""
     stages = Stages(args.device)
     timed = stages.timed("network", network)
     seconds: list[float] = []
@@ -181,32 +183,31 @@ def clicked(
     }
 
 
-def table(r: dict[str, Any]) -> str:
-    """The results as Markdown."""
+def section(r: Mapping[str, Any]) -> Section:
+    """Write the times as a table."""
     size, inside, window = ("×".join(map(str, r[key])) for key in ("voxels", "network_voxels", "window"))
     first = next(iter(r["ways"].values()))
-    lines = [
-        "# A click on a GPU",
-        "",
-        f"Preset `{r['preset']}`, trained for {r['steps']} steps on the CT ({size} voxels, {inside} for the network, "
-        f"windows of {window}); {r['clicks']} clicks of a robot into errors, in sessions of {SESSION}. A click "
-        f"computes {first['windows']:.1f} windows in the mean. Parts are medians.",
-        "",
-        f"| | median (target {r['limit_ms']}) | 95th percentile | longest | {' | '.join(first['parts_median_ms'])} |",
-        f"|---|---|---|---|{'---|' * len(first['parts_median_ms'])}",
-    ]
-    for name, each in r["ways"].items():
-        parts = " | ".join(f"{ms:.1f}" for ms in each["parts_median_ms"].values())
-        lines.append(
-            f"| {name} | **{each['median_ms']:.1f} ms** | {each['p95_ms']:.1f} ms | {each['max_ms']:.1f} ms | {parts} |"
+    heads = ("", f"median (target {r['limit_ms']})", "95th percentile", "longest", *first["parts_median_ms"])
+    rows = [
+        (
+            *(name, f"**{each['median_ms']:.1f} ms**", f"{each['p95_ms']:.1f} ms", f"{each['max_ms']:.1f} ms"),
+            *(f"{ms:.1f}" for ms in each["parts_median_ms"].values()),
         )
-    lines += [
+        for name, each in r["ways"].items()
+    ]
+    # Data of earlier versions lack the number of windows.
+    windows = f" A click computes {first['windows']:.1f} windows on average." if "windows" in first else ""
+    lines = [
+        f"Preset `{r['preset']}`, trained for {r['steps']} steps on the CT ({size} voxels, {inside} for the network, "
+        f"windows of {window}); {r['clicks']} clicks of a robot into errors, in sessions of {SESSION}.{windows} Parts "
+        "are medians.",
         "",
+        *markdown_table(heads, rows),
         f"The automatic segmentation takes {r['automatic_s']:.2f} s, the training {r['trained_s']:.0f} s.",
         "",
-        *(f"- {line}" for line in r["machine"]),
+        *bullets(r["machine"]),
     ]
-    return "\n".join(lines) + "\n"
+    return Section("clicks_speed", "clicks_gpu", "A click on a GPU", lines)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""What the app's segmentation task costs beyond the network itself, on a whole CT.
+"""The cost of the app's segmentation task beyond the network itself, on a whole CT.
 
-``python -m benchmarks.server.inference`` writes ``results/inference.md`` and ``results/inference.json``. The weights
-are untrained: their values change nothing about the time.
+    python -m benchmarks.server.inference
+
+The weights are untrained: their values do not change the time. Writes data/inference.json and the section inference of
+inference.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.places import CT
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
@@ -27,20 +31,24 @@ from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.segmentation import Segmentation
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
-HERE = Path(__file__).resolve().parents[1]
-SCAN = HERE.parent.parent / "shared" / "data" / "ct" / "example_ct.nii.gz"
 LIMIT = 1.15
 
 
 def main() -> None:
     """Measure, print, and keep the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scan", type=Path, default=SCAN)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scan", type=Path, default=CT / "example_ct.nii.gz")
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--labels", type=int, default=13)
     parser.add_argument("--patch", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=3)
+    add_results(parser)
     args = parser.parse_args()
+    measure_and_write(args, "inference", lambda: measured(args), section)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Time the task and single calls of its network."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     project = Project(
         labels=tuple(f"organ_{n}" for n in range(1, args.labels + 1)),
@@ -51,7 +59,7 @@ def main() -> None:
         task = Segmentation(project, _published(project, Path(state)), ClickCache(0))
         runs = [_run(task, args.scan, device) for _ in range(args.repeats + 1)][1:]  # the first one compiles
     ratio = statistics.median(run["seconds"] / (run["windows"] * run["call_s"]) for run in runs)
-    result = {
+    return {
         "scan": args.scan.name,
         "preset": args.preset,
         "labels": args.labels,
@@ -66,10 +74,6 @@ def main() -> None:
         "runs": runs,
         "machine": machine_lines(),
     }
-    text = _table(result)
-    print(text)
-    (HERE / "results" / "inference.md").write_text(text)
-    (HERE / "results" / "inference.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _published(project: Project, state: Path) -> ServedModels:
@@ -81,7 +85,7 @@ def _published(project: Project, state: Path) -> ServedModels:
 
 
 def _run(task: Segmentation, scan: Path, device: str) -> dict[str, Any]:
-    """One request; single calls of the network on one window are timed before and after it, under the same load."""
+    """Time one request, and before and after it, under the same load, single calls of the network on one window."""
     network, card = task.models.load("v0001", device)
     window = torch.rand(1, 1, *card.preprocessing.patch_size, device=device)
     calls = 0
@@ -113,26 +117,25 @@ def _call(network: DeformUXNet, window: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _table(result: dict[str, Any]) -> str:
-    parts = result["parts_s"]
+def section(data: Mapping[str, Any]) -> Section:
+    """Write the times as a table."""
+    parts = data["parts_s"]
+    row = (
+        *(data["windows"], f"{data['call_s']:.3f} s", f"{data['windows'] * data['call_s']:.2f} s"),
+        *(f"{data['task_s']:.2f} s", f"**{data['ratio']:.3f}**", data["limit"]),
+    )
+    heads = ("windows", "one network call", "windows × call", "whole task", "ratio", "limit")
     lines = [
-        "# Inference: the whole task against the network alone",
+        f"`{data['scan']}`, preset `{data['preset']}`, {data['labels']} labels, windows of {data['window']}³,",
+        f"{data['device']}; medians. The task as served: read, prepare, segment, restore the grid, write.",
         "",
-        f"`{result['scan']}`, preset `{result['preset']}`, {result['labels']} labels, windows of {result['window']}³,",
-        f"{result['device']}; medians. The task as served: read, prepare, segment, restore the grid, write.",
-        "",
-        "| windows | one network call | windows × call | whole task | ratio | limit |",
-        "|---|---|---|---|---|---|",
-        f"| {result['windows']} | {result['call_s']:.3f} s | {result['windows'] * result['call_s']:.2f} s "
-        f"| {result['task_s']:.2f} s | **{result['ratio']:.3f}** | {result['limit']} |",
-        "",
+        *markdown_table(heads, [row]),
         f"Of the task: prepare {parts['pre']:.2f} s, windows {parts['infer']:.2f} s, restore {parts['post']:.2f} s, "
         f"write {parts['write']:.2f} s.",
         "",
-        *[f"- {line}" for line in result["machine"]],
-        "",
+        *bullets(data["machine"]),
     ]
-    return "\n".join(lines)
+    return Section("inference", "inference", "The whole task and the network alone", lines)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,18 @@
     python -m benchmarks.server.inference_gpu
     python -m benchmarks.server.inference_gpu --device cpu --preset tiny --size 96,96,64 --only segmentation
 
-The weights are untrained, with offsets as after some training: their values change nothing about the time. A call
-is timed as a click makes it (64³ voxels with guidance) and as a segmentation does (96³ without). Needs neither the app
-nor MONAI Label. Writes results/inference_gpu.md and .json.
+The weights are untrained, with offsets as after some training: their values do not change the time. A call is timed
+as a click makes it (64³ voxels with guidance) and as a segmentation does (96³ without). Needs neither the app nor MONAI
+Label. Writes data/inference_gpu.json and the section inference_gpu of inference.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import nibabel as nib
 import numpy as np
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 from torch import Tensor
 
 from deformux.data.preprocessing import Preprocessing
@@ -34,7 +34,6 @@ from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.precision import mixed_precision
 from deformux.networks.presets import PRESETS
 
-HERE = Path(__file__).resolve().parents[1]
 CLICK, WINDOW = (64, 64, 64), (96, 96, 96)
 LIMIT_S = 5.0
 # Guidance channels that a click fills: two labels' clicks, and as many labels in the mask.
@@ -52,8 +51,13 @@ def main() -> None:
     parser.add_argument("--size", default="512,512,300", help="voxels of the scan")
     parser.add_argument("--only", choices=("calls", "segmentation"))
     parser.add_argument("--compiled", action="store_true", help="compiled networks too: minutes more")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder to write to")
+    add_results(parser)
     args = parser.parse_args()
+    measure_and_write(args, "inference_gpu", lambda: measured(args), section)
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """Time calls and a segmentation."""
     network = untrained(args.preset, args.classes).to(args.device).eval()
     result: dict[str, Any] = {"preset": args.preset, "classes": args.classes, "device": args.device}
     if args.only != "segmentation":
@@ -61,16 +65,11 @@ def main() -> None:
     if args.only != "calls":
         size = tuple(int(n) for n in args.size.split(","))
         result["segmentation"] = segmentation(network, size, args.device)
-    result["machine"] = machine_lines()
-    text = table(result)
-    print(text)
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "inference_gpu.md").write_text(text)
-    (args.results / "inference_gpu.json").write_text(json.dumps(result, indent=2) + "\n")
+    return {**result, "machine": machine_lines()}
 
 
 def untrained(preset: str, classes: int) -> DeformUXNet:
-    """A network whose offsets and guidance are not zero, as they are at initialisation."""
+    """Return a network whose offsets and guidance are not zero, as they are at initialisation."""
     torch.manual_seed(0)
     network = DeformUXNet(1, classes, preset, guidance=True)
     for module in network.modules():
@@ -83,7 +82,7 @@ def untrained(preset: str, classes: int) -> DeformUXNet:
 
 
 def calls(network: DeformUXNet, device: str, *, compiled: bool) -> list[dict[str, Any]]:
-    """Milliseconds and differences of each way to call the network."""
+    """Return milliseconds and differences of each way to call the network."""
     x = torch.rand(4, 1, *WINDOW, device=device)
     click = torch.rand(1, 1, *CLICK, device=device)
     guidance = torch.zeros(1, network.guidance_channels, *CLICK, device=device)
@@ -116,7 +115,7 @@ def calls(network: DeformUXNet, device: str, *, compiled: bool) -> list[dict[str
 def row(
     name: str, run: Callable[..., Tensor], kinds: dict[str, tuple[Tensor, ...]], expected: Callable[..., Tensor]
 ) -> dict[str, Any]:
-    """One way to call the network, for all kinds of calls."""
+    """Time one way to call the network, for all kinds of calls."""
     result: dict[str, Any] = {"name": name}
     for kind, inputs in kinds.items():
         began = time.perf_counter()
@@ -138,7 +137,7 @@ def row(
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """How long something takes, the GPU's work included."""
+    """Return the seconds of a call, the GPU's work included."""
     synchronize()
     began = time.perf_counter()
     run()
@@ -147,13 +146,13 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def segmentation(network: DeformUXNet, size: tuple[int, ...], device: str) -> dict[str, Any]:
-    """Seconds of each stage, captured and not, from a compressed file to a compressed file."""
+    """Time each stage, captured and not, from a compressed file to a compressed file."""
     prep = Preprocessing("ct", patch_size=WINDOW)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "scan.nii.gz"
@@ -171,7 +170,7 @@ def segmentation(network: DeformUXNet, size: tuple[int, ...], device: str) -> di
 
 @torch.inference_mode()
 def stages(network: Callable[..., Tensor], path: Path, prep: Preprocessing, device: str) -> dict[str, Any]:
-    """One segmentation of a file; recording the calls is part of it."""
+    """Time one segmentation of a file; recording the calls is part of it."""
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -202,7 +201,7 @@ def stages(network: Callable[..., Tensor], path: Path, prep: Preprocessing, devi
 
 
 def phantom(size: tuple[int, ...]) -> np.ndarray:
-    """A body in air, with a scanner's noise, which is what compression works on; int16."""
+    """Return a body in air in int16, with a scanner's noise, which decides the time of compression."""
     rng = np.random.default_rng(0)
     x, y = np.ogrid[: size[0], : size[1]]
     body = ((x / size[0] - 0.5) / 0.41) ** 2 + ((y / size[1] - 0.5) / 0.32) ** 2 < 1
@@ -211,50 +210,49 @@ def phantom(size: tuple[int, ...]) -> np.ndarray:
     return np.where(body[..., None], 40, -1000).astype(np.int16) + noise[..., layers]
 
 
-def table(result: dict[str, Any]) -> str:
-    """The results as Markdown."""
-    lines = [
-        "# Inference on a GPU",
+def section(data: Mapping[str, Any]) -> Section:
+    """Write calls and segmentations as tables."""
+    lines = [f"`DeformUXNet`, preset `{data['preset']}`, {data['classes']} classes, bfloat16 autocast.", ""]
+    if "calls" in data:
+        lines += _calls_table(data["calls"])
+    if "segmentation" in data:
+        lines += _segmentation_table(data["segmentation"])
+    return Section("inference", "inference_gpu", "Inference on a GPU", [*lines, *bullets(data["machine"])])
+
+
+def _calls_table(calls: list[dict[str, Any]]) -> list[str]:
+    kinds = [kind for kind in calls[0] if kind != "name"]
+    rows = []
+    for each in calls:
+        cells = [
+            f"{each[kind]['ms']:.2f} ({each[kind]['distance']:.0e}, {100 * each[kind]['classes_differ']:.2f} %)"
+            if kind in each
+            else ""
+            for kind in kinds
+        ]
+        first = max(each[kind]["first_s"] for kind in kinds if kind in each)
+        rows.append((each["name"], *cells, f"{first:.2f} s"))
+    return [
+        "Milliseconds of a call (median of 10); in brackets, the distance of the logits from the first row's, and "
+        "the part of the voxels whose class differs; untrained networks are undecided nearly everywhere.",
         "",
-        f"`DeformUXNet`, preset `{result['preset']}`, {result['classes']} classes, bfloat16 autocast.",
-        "",
+        *markdown_table(("", *kinds, "first call of a kind"), rows),
     ]
-    if "calls" in result:
-        kinds = [kind for kind in result["calls"][0] if kind != "name"]
-        lines += [
-            "Milliseconds of a call (median of 10); in brackets, how far the logits are from the first row's, and "
-            "the part of the voxels whose class differs; untrained networks are undecided nearly everywhere.",
-            "",
-            f"| | {' | '.join(kinds)} | first call of a kind |",
-            f"|---{'|---' * len(kinds)}|---|",
-        ]
-        for each in result["calls"]:
-            cells = [
-                f"{each[kind]['ms']:.2f} ({each[kind]['distance']:.0e}, {100 * each[kind]['classes_differ']:.2f} %)"
-                if kind in each
-                else ""
-                for kind in kinds
-            ]
-            first = max(each[kind]["first_s"] for kind in kinds if kind in each)
-            lines.append(f"| {each['name']} | {' | '.join(cells)} | {first:.2f} s |")
-        lines.append("")
-    if "segmentation" in result:
-        found = result["segmentation"]
-        ways = [name for name in found if name != "voxels"]
-        lines += [
-            f"Automatic segmentation of {'×'.join(map(str, found['voxels']))} voxels, from a `.nii.gz` to a `.nii.gz`, "
-            f"windows of {'×'.join(map(str, WINDOW))}; target {LIMIT_S:.0f} s.",
-            "",
-            "| | total | read | prepare | windows | restore | write | peak memory |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for name in ways:
-            each = found[name]
-            parts = " | ".join(f"{value:.2f} s" for value in each["stages_s"].values())
+
+
+def _segmentation_table(found: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, each in found.items():
+        if name != "voxels":
+            parts = (f"{value:.2f} s" for value in each["stages_s"].values())
             peak = f"{each['peak_gb']:.1f} GB" if "peak_gb" in each else ""
-            lines.append(f"| {name} | **{each['total_s']:.2f} s** | {parts} | {peak} |")
-        lines.append("")
-    return "\n".join([*lines, *(f"- {line}" for line in result["machine"])]) + "\n"
+            rows.append((name, f"**{each['total_s']:.2f} s**", *parts, peak))
+    return [
+        f"Automatic segmentation of {'×'.join(map(str, found['voxels']))} voxels, from a `.nii.gz` to a `.nii.gz`, "
+        f"windows of {'×'.join(map(str, WINDOW))}; target {LIMIT_S:.0f} s.",
+        "",
+        *markdown_table(("", "total", "read", "prepare", "windows", "restore", "write", "peak memory"), rows),
+    ]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Organs from a few strokes, without a model: this app's scribble tasks against MONAI Label's own, and their CPU time.
+"""Organs from a few strokes, without a model: this app's scribble tasks and MONAI Label's own, and their CPU time.
 
-``python -m benchmarks.server.scribbles`` writes ``scribbles.md`` and ``scribbles.json``. A simulated reader
-draws in one or three slices of each organ of the example CT and MR: on what is deep inside the organ, and around it,
-two voxels off its border. MONAI Label's task runs with its presets, on the scan's own voxels, with the intensities that
-the app prepares; its mixture of Gaussians needs a CUDA compiler and is left out.
+    python -m benchmarks.server.scribbles [--data FOLDER]
+
+A simulated reader draws in one or three slices of each organ of the example CT and MR: deep inside the organ, and
+around it, two voxels off its border. MONAI Label's task runs with its presets, on the scan's own voxels, with the
+intensities that the app prepares; its mixture of Gaussians needs a CUDA compiler and is left out. Writes
+data/scribbles.json and the section scribbles of scribbles.md.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from benchmarks.common.machine import machine_lines
+from benchmarks.common.places import CT
+from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 from monailabel.scribbles.transforms import (
     ApplyGraphCutOptimisationd,
     MakeISegUnaryd,
@@ -34,8 +39,6 @@ from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.scribbles import GraphCut
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
-HERE = Path(__file__).resolve().parents[1]
-DATA = HERE.parent.parent / "shared" / "data" / "ct"
 ORGANS = {
     "ct": ("example_ct_sm", "example_seg", ("liver", "spleen", "kidney_left", "stomach", "aorta")),
     "mr": ("example_mr_sm", "example_seg_mr", ("liver", "spleen", "kidney_left", "kidney_right")),
@@ -49,26 +52,28 @@ INFO = [{"name": "background_scribbles", "id": 1}, {"name": "foreground_scribble
 
 def main() -> None:
     """Measure, print, and keep the results."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=CT, help="a folder of labelled NIfTI")
+    add_results(parser)
     args = parser.parse_args()
+    measure_and_write(args, "scribbles", lambda: measured(args.data), section)
+
+
+def measured(data: Path) -> dict[str, Any]:
+    """Segment each organ from strokes, and cut a whole scan."""
     torch.set_num_threads(1)
-    names = json.loads((args.data / "labels.json").read_text())
+    names = json.loads((data / "labels.json").read_text())
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for modality, (scan, segmentation, organs) in ORGANS.items():
-            image, truth = args.data / f"{scan}.nii.gz", nib.load(args.data / f"{segmentation}.nii.gz")
+            image, truth = data / f"{scan}.nii.gz", nib.load(data / f"{segmentation}.nii.gz")
             values = np.asarray(truth.dataobj)
             for organ in organs:
                 value = names[f"{segmentation}.nii.gz"].get(organ)
                 if value is not None and (values == value).any():
                     rows += _organ(modality, organ, image, values == value, truth.affine, Path(folder))
-        whole = _whole_scan(args.data / "example_ct.nii.gz", Path(folder))
-    result = {"rows": rows, "whole_scan": whole, "machine": machine_lines()}
-    text = _table(result)
-    print(text)
-    (HERE / "results" / "scribbles.md").write_text(text)
-    (HERE / "results" / "scribbles.json").write_text(json.dumps(result, indent=2) + "\n")
+        whole = _whole_scan(data / "example_ct.nii.gz", Path(folder))
+    return {"rows": rows, "whole_scan": whole, "machine": machine_lines()}
 
 
 def _organ(
@@ -117,7 +122,7 @@ def _own(image: Path, label: Path, modality: str, evidence: str) -> np.ndarray:
 
 
 def _stock(image: Path, drawn: np.ndarray, modality: str) -> np.ndarray:
-    """MONAI Label's transforms, as its HistogramBasedGraphCut chains them."""
+    """Segment with MONAI Label's transforms, as its HistogramBasedGraphCut chains them."""
     volume = run_transforms(inference_transforms(Preprocessing(modality)), {"image": image})["image"]
     order = ornt_transform(*(io_orientation(np.asarray(a)) for a in (volume.affine, volume.meta["original_affine"])))
     array = apply_orientation(volume[0].numpy(), order)[None]
@@ -135,7 +140,7 @@ def _stock(image: Path, drawn: np.ndarray, modality: str) -> np.ndarray:
 
 
 def _whole_scan(image: Path, folder: Path) -> dict[str, Any]:
-    """Scribbles so long that the whole CT is cut."""
+    """Time scribbles that are long enough to cut the whole CT."""
     scan = nib.load(image)
     drawn = np.zeros(scan.shape, np.uint8)
     x, y, z = scan.shape
@@ -152,29 +157,32 @@ def _whole_scan(image: Path, folder: Path) -> dict[str, Any]:
     return {"voxels": list(scan.shape), "seconds": times}
 
 
-def _table(result: dict[str, Any]) -> str:
-    lines = ["# Scribbles without a model", "", *result["machine"], ""]
-    lines += [
-        "Dice of organs from simulated strokes in 3 slices or 1, and CPU seconds (one thread) from file to file.",
-        "",
-    ]
-    lines += [_CAVEAT, ""]
-    lines += [
-        "| scan | organ | slices | MONAI Label's histogram | histogram+graphcut | gmm+graphcut |",
-        "|---|---|---|---|---|---|",
-    ]
+def section(data: Mapping[str, Any]) -> Section:
+    """Write Dice and seconds as a table."""
     kinds = ("monailabel", "histogram", "mixture")
-    for row in result["rows"]:
-        cells = " | ".join(f"{row[kind]:.2f} ({row[f'{kind}_s']:.2f} s)" for kind in kinds)
-        lines.append(f"| {row['scan']} | {row['organ']} | {row['slices']} | {cells} |")
+    rows = []
+    for row in data["rows"]:
+        cells = (f"{row[kind]:.2f} ({row[f'{kind}_s']:.2f} s)" for kind in kinds)
+        rows.append((row["scan"], row["organ"], row["slices"], *cells))
     for slices in (3, 1):
-        chosen = [row for row in result["rows"] if row["slices"] == slices]
-        cells = " | ".join(f"**{statistics.mean(row[kind] for row in chosen):.2f}**" for kind in kinds)
-        lines.append(f"| mean | | {slices} | {cells} |")
-    whole = result["whole_scan"]
+        chosen = [row for row in data["rows"] if row["slices"] == slices]
+        means = (f"**{statistics.mean(row[kind] for row in chosen):.2f}**" for kind in kinds)
+        rows.append(("mean", "", slices, *means))
+    whole = data["whole_scan"]
     size = "x".join(map(str, whole["voxels"]))
     times = ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in whole["seconds"].items())
-    return "\n".join([*lines, "", f"A cut of a whole CT of {size} voxels, median of 3: {times}.", ""])
+    heads = ("scan", "organ", "slices", "MONAI Label's histogram", "histogram+graphcut", "gmm+graphcut")
+    lines = [
+        *bullets(data["machine"]),
+        "",
+        "Dice of organs from simulated strokes in 3 slices or 1, and CPU seconds (one thread) from file to file.",
+        "",
+        _CAVEAT,
+        "",
+        *markdown_table(heads, rows),
+        f"A cut of a whole CT of {size} voxels, median of 3: {times}.",
+    ]
+    return Section("scribbles", "scribbles", "Scribbles without a model", lines)
 
 
 if __name__ == "__main__":

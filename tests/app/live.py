@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +19,19 @@ import nrrd
 import numpy as np
 import requests
 
+from deformux_label.demo.server_process import PlayerError, ServerProcess
+
 APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
 LABELS = ("liver", "spleen")
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
-# Seconds that a test waits for what must happen, on whatever machine.
+# Seconds that a test waits for an event, on slow machines too.
 PATIENCE_S = 240
 # Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.
 ORGANS = {"liver": ((14.0, 2.0, 5.0), 13.0), "spleen": ((-13.0, 8.0, -7.0), 10.0)}
 
 
 def stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
-    """MONAI Label's own command line."""
+    """Return MONAI Label's own command line."""
     command = [str(Path(sys.executable).parent / "monailabel"), "start_server", "--app", str(APP)]
     command += ["--studies", str(studies)]
     for key, value in conf.items():
@@ -40,7 +40,7 @@ def stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
 
 
 def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
-    """This project's command line, which ``make serve`` calls."""
+    """Return this project's command line, which ``make serve`` calls."""
     command = [str(Path(sys.executable).parent / "deformux-label"), "serve", "--studies", str(studies)]
     for key, value in conf.items():
         command += [f"--{key.replace('_', '-')}", value]
@@ -48,71 +48,38 @@ def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The monailabel command is a shell script that runs whatever ``python`` it finds on the PATH."""
+    """Return the environment of a server: the monailabel script runs the first ``python`` on the PATH."""
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "MONAI_LABEL_SESSION_PATH": str(folder / "sessions"),
-        # Where the users of the login are by default: those of whoever runs the tests are not asked for.
+        # The default folder of the login's users: not that of the user who runs the tests.
         "XDG_CONFIG_HOME": str(folder / "config"),
     }
 
 
-class LiveServer:
-    """A server in its own process group; ``stop`` ends it with everything that it started."""
+class LiveServer(ServerProcess):
+    """A server that runs once it is constructed; ``stop`` ends it with everything that it started."""
 
     def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.url = f"{scheme}://127.0.0.1:{port}"
-        self.log = folder / f"server-{port}.log"
-        command = [*command, "--host", host, "--port", str(port)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment(folder),
-                cwd=folder,
-            )
+        super().__init__(
+            command,
+            log=folder / f"server-{uuid.uuid4().hex[:8]}.log",
+            scheme=scheme,
+            host=host,
+            environment=environment(folder),
+            folder=folder,
+            patience_s=120,
+        )
         try:
-            self._wait()
-        except BaseException:
-            self.stop()
-            raise
-
-    def _wait(self, patience_s: float = 120) -> None:
-        end = time.monotonic() + patience_s
-        while time.monotonic() < end:
-            assert self.process.poll() is None, f"the server ended by itself:\n{self.log.read_text()[-3000:]}"
-            try:
-                # Where a login is needed, that is an answer too.
-                if requests.get(f"{self.url}/info/", timeout=10, verify=False).status_code in (200, 401):
-                    return
-            except requests.ConnectionError:
-                time.sleep(0.2)
-        raise AssertionError(f"the server did not answer:\n{self.log.read_text()[-3000:]}")
-
-    def stop(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(10)
-            except ProcessLookupError:
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        # A training that the server started may outlive it by a moment.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+            self.start()
+        except PlayerError as error:
+            raise AssertionError(f"{error}:\n{self.log.read_text()[-3000:]}") from error
 
     def infer(
         self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any
     ) -> Any:
-        """A raw request to infer, without any client in between."""
+        """Ask for an inference by a raw request, without a client in between."""
         return requests.post(
             f"{self.url}/infer/{model}",
             params={"image": image, **(query or {})},
@@ -121,7 +88,7 @@ class LiveServer:
         )
 
     def submit(self, image: str, label: Path, tag: str = "", **params: Any) -> Any:
-        """A raw request to save a label."""
+        """Save a label by a raw request."""
         with label.open("rb") as file:
             return requests.put(
                 f"{self.url}/datastore/label",
@@ -132,12 +99,12 @@ class LiveServer:
             )
 
     def objects(self) -> dict[str, Any]:
-        """The datastore's index."""
+        """Return the datastore's index."""
         return requests.get(f"{self.url}/datastore/", params={"output": "all"}, timeout=60).json()["objects"]
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """What the condition gives as soon as that is true."""
+    """Return the condition's value as soon as it is true."""
     end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         if found := condition():
@@ -220,7 +187,7 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray) -> Path:
 
 
 def rotation(*degrees: float) -> np.ndarray:
-    """Turned about x, then y, then z."""
+    """Return the matrix of a rotation about x, then y, then z."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.deg2rad(degrees)):
         turn = np.eye(3)
@@ -232,7 +199,7 @@ def rotation(*degrees: float) -> np.ndarray:
 
 
 def slicer(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Run ``slicer_session.py``: real Slicer, away from the test process, which its teardown may not survive."""
+    """Run ``slicer_session.py``: real Slicer in a process of its own, for its teardown may crash."""
     script = Path(__file__).with_name("slicer_session.py")
     done = subprocess.run(
         [sys.executable, str(script)], input=json.dumps(jobs), capture_output=True, text=True, timeout=180, check=False
@@ -275,12 +242,12 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
 
 
 def remove_state(studies: Path, conf: Mapping[str, str]) -> None:
-    """Delete what a server kept for a project in the app's folder."""
+    """Delete a project's state in the app's folder."""
     shutil.rmtree(project_of(conf).state_folder(APP, str(studies)), ignore_errors=True)
 
 
 def project_of(conf: Mapping[str, str]) -> Any:
-    """The project that a server is started for with these options, of which some are the server's."""
+    """Return the project of these options, some of which are the server's."""
     from deformux_label.lib.configs.project import Project
     from deformux_label.lib.configs.server import SERVER_OPTIONS
 

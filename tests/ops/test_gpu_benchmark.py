@@ -1,6 +1,6 @@
-"""The peers of the GPU benchmark and the page that it writes, as far as they need no GPU."""
+"""The GPU benchmark's other implementations and its page, as far as they need no GPU."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -78,7 +78,7 @@ def test_page_lists_targets_beside_measurements(load, tmp_path):
     assert verdicts["deterministic forward + backward over the default, float32"] == "met"
     assert verdicts["training step of the base network: operator"] == "met"
     assert verdicts["training step of the base network: peak memory"] == "missed"
-    page = (tmp_path / "deform_conv3d_gpu.md").read_text()
+    page = (tmp_path / "operator_gpu.md").read_text()
     assert "| forward, float32 | ≤ 0.44 ms | 0.5 ms | missed |" in page
     assert "| 2×48×48³ | float32 | channels-last | 1 | 0.500 | 0.250 | 2.00 | 3.000 | 6.0 |" in page
     assert "| 2×48×48³ | float32 | im2col + GEMM per group, compiled | 4.000 | 8.0× | 20.000 | 6.7× |" in page
@@ -104,11 +104,11 @@ def test_unloadable_peer_says_why(load, tmp_path, monkeypatch):
             peers.tvdcn_operator()
     kept = results.Results.resume(tmp_path, ["date: today"])
     kept.keep("tvdcn", {"skipped": str(caught.value)})
-    assert "Not measured: tvdcn is not installed." in (tmp_path / "deform_conv3d_gpu.md").read_text()
+    assert "Not measured: tvdcn is not installed." in (tmp_path / "operator_gpu.md").read_text()
     rows = [row(results, results.TVDCN, "float32", 12.0, 50.0, layout="")]
     kept.keep("tvdcn", {"rows": rows})
     kept.keep("operator", [row(results, "deform3d", "float32", 0.5, 3.0)])
-    page = (tmp_path / "deform_conv3d_gpu.md").read_text()
+    page = (tmp_path / "operator_gpu.md").read_text()
     assert "| 2×48×48³ | float32 | tvdcn | 12.000 | 24.0× | 50.000 | 16.7× |" in page
     assert "Not measured" not in page
 
@@ -119,8 +119,8 @@ def test_earlier_results_are_kept_only_on_the_same_machine(load, tmp_path):
     results.Results.resume(tmp_path, ["date: yesterday", "card: A"]).keep("kernels", kernels)
     again = results.Results.resume(tmp_path, ["date: today", "card: A"])
     again.keep("tuning", {"forward": [{"tuning": "default", "ratio": 1.0}]})
-    assert set(json.loads((tmp_path / "deform_conv3d_gpu.json").read_text())["parts"]) == {"kernels", "tuning"}
-    page = (tmp_path / "deform_conv3d_gpu.md").read_text()
+    assert set(json.loads((tmp_path / "data" / "deform_conv3d_gpu.json").read_text())["parts"]) == {"kernels", "tuning"}
+    page = (tmp_path / "operator_gpu.md").read_text()
     assert "| `deform_forward` | 1 | 300.0 |" in page
     assert "| default | 1.000 |" in page
     assert results.Results.resume(tmp_path, ["date: today", "card: B"]).parts == {}

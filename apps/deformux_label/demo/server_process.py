@@ -1,4 +1,4 @@
-"""A radiologist's side of the protocol: start a real server as a process and talk to it over HTTP as clients do."""
+"""A server in a process of its own, and a client that talks to it over HTTP as annotating programs do."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.error import HTTPError
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from monailabel.client import MONAILabelClient
 from monailabel.client.client import MONAILabelClientException
 
-__all__ = ["AnnotationClient", "PlayerError", "Server", "free_port"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["AnnotationClient", "PlayerError", "Server", "ServerProcess", "free_port", "serve_command"]
 
 _TRAINING_DONE = {"DONE", "ERROR"}
 
@@ -35,43 +43,55 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """A `deformux-label serve` process in its own process group; a context manager that always stops it.
+def serve_command(options: Mapping[str, str]) -> list[str]:
+    """Return the command line of `deformux-label serve`; `options` are the command's options without their dashes."""
+    # not the installed script: it need not be on the PATH
+    command = [sys.executable, "-c", "from deformux_label.cli.main import app; app()", "serve"]
+    for name, value in options.items():
+        command += [f"--{name.replace('_', '-')}", value]
+    return command
 
-    `options` are the command's options without their dashes, e.g. `{"studies": "…", "labels": "liver,spleen"}`.
-    Entering waits until the server answers, at most `patience_s`; raises PlayerError when it does not.
+
+class ServerProcess:
+    """A server on a free port, in its own process group; a context manager that always stops it.
+
+    Args:
+        command: starts a server in the foreground; `--host` and `--port` are added.
+        log: file for what the server prints.
+        host: address that the server listens on; this program asks it at 127.0.0.1.
+        scheme: `http`, or `https` with any certificate.
+        environment: instead of this process's own.
+        folder: working folder of the server.
+        patience_s: seconds that `start` waits for the first answer.
     """
 
-    def __init__(self, options: Mapping[str, str], *, log: Path, patience_s: float = 180.0) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        log: Path,
+        host: str = "127.0.0.1",
+        scheme: str = "http",
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
+        patience_s: float = 180.0,
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{scheme}://127.0.0.1:{self.port}"
         self.log = log
-        self._patience_s = patience_s
-        # The users of whoever starts it are for their own servers: this one is for this program alone.
-        arguments = {"users": str(log.parent / "no-users.json"), **options}
-        arguments |= {"host": "127.0.0.1", "port": str(self.port)}
-        # not the installed script: it need not be on the PATH
-        self._command = [sys.executable, "-c", "from deformux_label.cli.main import app; app()", "serve"]
-        for name, value in arguments.items():
-            self._command += [f"--{name.replace('_', '-')}", value]
+        self._command = [*command, "--host", host, "--port", str(self.port)]
+        self._environment, self._folder, self._patience_s = environment, folder, patience_s
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
-    def pid(self) -> int | None:
-        """Process id while the server runs; also its process group."""
-        return None if self._process is None else self._process.pid
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process that was started, whose id is also that of its process group."""
+        if self._process is None:
+            raise PlayerError("the server was not started")
+        return self._process
 
-    def __enter__(self) -> Server:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        try:
-            self._wait_until_it_answers()
-        except BaseException:
-            self.stop()
-            raise
+    def __enter__(self) -> Self:
+        self.start()
         return self
 
     def __exit__(
@@ -79,21 +99,46 @@ class Server:
     ) -> None:
         self.stop()
 
+    def start(self) -> None:
+        """Start the server and wait until it answers; raise PlayerError if it does not."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=self._environment,
+                cwd=self._folder,
+            )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
+
     def _wait_until_it_answers(self) -> None:
-        client = MONAILabelClient(self.url)
+        trusting = ssl.create_default_context()
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        # no proxy: the server is on this machine
+        opener = build_opener(ProxyHandler({}), HTTPSHandler(context=trusting))
         end = time.monotonic() + self._patience_s
         while time.monotonic() < end:
             self.check()
             try:
-                client.info()
-            except (OSError, MONAILabelClientException, ValueError):
-                time.sleep(0.3)
-            else:
-                return
+                with opener.open(f"{self.url}/info/", timeout=10):
+                    return
+            except HTTPError as error:
+                if error.code == HTTPStatus.UNAUTHORIZED:  # a login is needed
+                    return
+            except (OSError, HTTPException):
+                pass  # not yet
+            time.sleep(0.05)
         raise PlayerError(f"the server did not answer on {self.url} within {self._patience_s:.0f} s")
 
     def check(self) -> None:
-        """Raise PlayerError when the server has ended by itself."""
+        """Raise PlayerError if the server has ended by itself."""
         if self._process is not None and self._process.poll() is not None:
             raise PlayerError(f"the server ended by itself with exit status {self._process.returncode}")
 
@@ -105,18 +150,27 @@ class Server:
 
     def stop(self, grace_s: float = 10.0) -> None:
         """End the server and everything it started: politely first, then by force."""
-        process, self._process = self._process, None
+        process = self._process
         if process is None:
             return
-        for number, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, grace_s)):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(process.pid, number)
             except ProcessLookupError:
                 break
-            end = time.monotonic() + wait_s
+            end = time.monotonic() + grace_s
             while time.monotonic() < end and _group_alive(process):
                 time.sleep(0.05)
         process.wait()
+
+
+class Server(ServerProcess):
+    """A `deformux-label serve` process; `options` as of `serve_command`, e.g. `{"studies": "…", "labels": "liver"}`."""
+
+    def __init__(self, options: Mapping[str, str], *, log: Path, patience_s: float = 180.0) -> None:
+        # The users of whoever starts it are for their own servers: this one is for this program alone.
+        own = {"users": str(log.parent / "no-users.json")}
+        super().__init__(serve_command({**own, **options}), log=log, patience_s=patience_s)
 
 
 def _group_alive(process: subprocess.Popen[bytes]) -> bool:
@@ -129,9 +183,9 @@ def _group_alive(process: subprocess.Popen[bytes]) -> bool:
 
 
 class AnnotationClient:
-    """MONAI Label's own client with what an annotating program needs around it; errors become PlayerError sentences."""
+    """MONAI Label's own client with the calls of an annotating program; errors become PlayerError sentences."""
 
-    def __init__(self, server: Server, folder: Path, *, name: str = "simulated-radiologist") -> None:
+    def __init__(self, server: ServerProcess, folder: Path, *, name: str = "simulated-radiologist") -> None:
         self._server = server
         self._folder = folder
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +202,7 @@ class AnnotationClient:
             raise PlayerError(f"{what} failed: {error}") from error
 
     def info(self) -> dict[str, Any]:
-        """Return what the server says about itself: models, labels, trainers, strategies."""
+        """Return the server's information: models, labels, trainers, strategies."""
         return dict(self._ask("asking for the server's information", self._client.info))
 
     def next_sample(self, strategy: str) -> str:
