@@ -52,35 +52,11 @@ def test_measured_numbers_are_in_the_files_they_are_said_to_be_in(name: str, rep
 
 
 def test_a_wrong_number_is_found(repository: Path) -> None:
-    """Check the check itself: README with one digit changed."""
+    """The check itself, on the README with one digit changed."""
     text = (repository / "README.md").read_text()
-    assert len(claims(text)) >= 6
-    (text, file), *_ = [claim for claim in claims(text) if "/inference.md" in claim[1]]
+    assert len(claims(text)) >= 12
+    (text, file), *_ = [claim for claim in claims(text) if "hippocampus.md" in claim[1]]
     results = numbers((repository / file).read_text())
     (value,) = numbers(text)
     assert is_in(value, results)
     assert not is_in(value + Decimal("0.051"), results)
-
-
-def test_the_readme_is_short(repository: Path) -> None:
-    assert len((repository / "README.md").read_text().split()) < 700
-
-
-@pytest.mark.parametrize("name", [*_DOCUMENTS, "CONTRIBUTING.md"])
-def test_links_between_documents_lead_somewhere(name: str, repository: Path) -> None:
-    document = repository / name
-    broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
-        path, _, anchor = target.partition("#")
-        if path.startswith(("http://", "https://")):
-            continue
-        file = document.parent / path if path else document
-        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
-            broken.append(target)
-    assert not broken
-
-
-def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
