@@ -50,6 +50,7 @@ from deformux.active_learning.simulation import SimulationPlan
 from deformux.active_learning.strategies import STRATEGIES
 from deformux.cli.simulate import play
 from deformux.cli.simulate_options import short_recipe
+from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
 
