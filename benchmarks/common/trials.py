@@ -99,7 +99,7 @@ class Trial:
             "start_from": self.start_from and self.start_from.name,
             "labels": task.labels,
             "prep": task.prep.to_dict(),
-            "recipe": task.recipe.to_json(),
+            "recipe": task.recipe.to_dict(),
             "train": [case.id for case in task.train],
             "test": [case.id for case in task.test],
         }
@@ -282,7 +282,7 @@ def _card(trial: Trial, recipe: Recipe, result: FitResult, scores: Scores) -> Mo
         parent=trial.start_from.stem if trial.start_from else None,
         training_cases=tuple(case.id for case in task.train),
         training_labels={case.id: label_checksum(case) for case in task.train},
-        recipe=recipe.to_json(),
+        recipe=recipe.to_dict(),
         seed=trial.seed,
         validation={"mean_dice": mean_dice(np.array(list(dice.values()), dtype=float)), "per_case": dice},
         seconds=round(result.seconds, 1),

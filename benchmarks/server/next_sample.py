@@ -26,8 +26,15 @@ from benchmarks.common.machine import machine_lines
 from filelock import FileLock
 from rich.console import Console
 
-from deformux.active_learning.learning_curve import Round, Summary, plot, read_rounds, summarise, write_rounds
-from deformux.active_learning.simulation import Plan
+from deformux.active_learning.learning_curve import (
+    CurveSummary,
+    SimulatedRound,
+    plot_curves,
+    read_rounds,
+    summarise_curves,
+    write_rounds,
+)
+from deformux.active_learning.simulation import SimulationPlan
 from deformux.active_learning.strategies import STRATEGIES
 from deformux.cli.simulate import play
 from deformux.cli.simulate_options import short_recipe
@@ -56,7 +63,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=_RESULTS, help="the files' name without its ending")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    plan = Plan(
+    plan = SimulationPlan(
         strategies=tuple(arguments.strategies.split(",")),
         rounds=arguments.rounds,
         batch=arguments.batch,
@@ -94,7 +101,7 @@ def _recipe(steps: int, name: str = "finetune") -> Recipe:
 class _Results:
     """The committed files: rounds of finished seeds, by what settings and on what machine."""
 
-    def __init__(self, stem: Path, plan: Plan) -> None:
+    def __init__(self, stem: Path, plan: SimulationPlan) -> None:
         self.plan = plan
         self.csv, self.json = stem.with_suffix(".csv"), stem.with_suffix(".json")
         self.markdown, self.png = stem.with_suffix(".md"), stem.with_suffix(".png")
@@ -107,7 +114,7 @@ class _Results:
     def seeds(self) -> set[int]:
         return {row.seed for row in read_rounds(self.csv)}
 
-    def add(self, seed: int, rounds: list[Round]) -> None:
+    def add(self, seed: int, rounds: list[SimulatedRound]) -> None:
         with FileLock(self.csv.with_suffix(".lock")):
             rows = [*read_rounds(self.csv), *rounds]
             rows.sort(key=lambda row: (self.plan.strategies.index(row.strategy), row.seed, row.round))
@@ -115,8 +122,8 @@ class _Results:
             facts["machines"][str(seed)] = machine_lines()
             write_text(self.json, json.dumps(facts, indent=1) + "\n")
             write_rounds(self.csv, rows, self.plan.labels)
-            plot(self.png, rows)
-            write_text(self.markdown, "\n".join(self._report(summarise(rows), facts)) + "\n")
+            plot_curves(self.png, rows)
+            write_text(self.markdown, "\n".join(self._report(summarise_curves(rows), facts)) + "\n")
         print(self.markdown.read_text())
 
     def _facts(self) -> dict[str, Any]:
@@ -125,7 +132,7 @@ class _Results:
         facts: dict[str, Any] = json.loads(self.json.read_text())
         return facts
 
-    def _report(self, summary: list[Summary], facts: dict[str, Any]) -> list[str]:
+    def _report(self, summary: list[CurveSummary], facts: dict[str, Any]) -> list[str]:
         plan = self.plan
         later = plan.continue_recipe.steps if plan.continue_recipe else plan.recipe.steps
         machines: dict[tuple[str, ...], list[str]] = {}
@@ -153,7 +160,7 @@ class _Results:
         ]
 
 
-def _difference(line: Summary) -> str:
+def _difference(line: CurveSummary) -> str:
     if line.difference is None or line.difference_half_width is None:
         return ""
     return f"{line.difference:+.4f} {_plus_minus(line.difference_half_width)}"

@@ -17,7 +17,7 @@ from live import APP, CONF, LABELS, LiveServer, Training, Volume
 
 from deformux.networks.model_file import load_model
 from deformux.publishing.model_versions import ModelVersions
-from deformux.publishing.publish_gate import Assignment
+from deformux.publishing.validation_split import Assignment
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.leases import Leases
 

@@ -21,7 +21,7 @@ from deformux.fitting.fit import TrainingStopped, fit
 
 
 def averaged(ranks: Ranks) -> dict[str, Any]:
-    """What becomes of gradients of rank + 1: one that all have, one that only rank 0 has, and one that nobody has."""
+    """Average gradients of rank + 1: one that all ranks have, one that only rank 0 has, and one that none has."""
     parameters = [nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
     parameters[0].grad = torch.full((2, 3), ranks.rank + 1.0)
     if ranks.rank == 0:

@@ -1,4 +1,4 @@
-"""Trains in processes that are killed, for test_resume.py: imports once, then one forked process for each attempt.
+"""Train in processes that are killed, for test_resume.py: import once, then fork a process for each attempt.
 
     python resume_driver.py FOLDER PLAN...
 
@@ -75,7 +75,7 @@ def kill_at(event: str, count: int) -> None:
 
 
 class Attempt:
-    """One attempt at a run; steps are counted where the engine asks whether to stop."""
+    """One attempt at a run; steps are counted when ``fit`` asks whether to stop."""
 
     steps = 0
     stop_at: int | None = None

@@ -24,7 +24,7 @@ from deformux.networks.deformux_net import DeformUXNet
 
 
 def organ(certainty: float, *, classes: int = 3, size: int = 24) -> torch.Tensor:
-    """Probabilities of a cube of class 1 whose voxels have the given certainty, in sure background."""
+    """Return probabilities of a cube of class 1 whose voxels have the given certainty, in sure background."""
     p = torch.zeros(classes, size, size, size)
     p[0] = 1
     inside = (slice(8, 16),) * 3
@@ -39,7 +39,7 @@ def entropy(*probabilities: float) -> float:
 
 
 def scores_of(values: dict[str, float]) -> dict[str, VolumeScores]:
-    """Scores that differ in every kind, so that a strategy that reads the wrong one is seen."""
+    """Return scores that differ in every kind, so that a strategy that reads the wrong one fails."""
     return {
         name: VolumeScores(uncertainty=v, per_label=(v,), entropy=1 - v, mutual_information=(v * 7) % 1)
         for name, v in values.items()
@@ -54,7 +54,7 @@ def test_sure_is_zero_and_undecided_is_one() -> None:
     assert volume_uncertainty(torch.full((4, 5, 6, 7), 0.25)) == pytest.approx(1)
 
 
-def test_is_the_entropy_of_the_organ() -> None:
+def test_uncertainty_is_the_entropy_of_the_organ() -> None:
     assert volume_uncertainty(organ(0.8)) == pytest.approx(entropy(0.8, 0.2) / math.log(3), rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_half_precision_gives_the_same() -> None:
     [torch.zeros(4, 4, 4), torch.ones(1, 4, 4, 4), torch.randn(3, 4, 4, 4) * 5, torch.full((2, 2, 2, 2), math.nan)],
     ids=["no classes", "one class", "logits", "nan"],
 )
-def test_refuses_what_is_not_probabilities(bad: torch.Tensor) -> None:
+def test_values_that_are_not_probabilities_are_refused(bad: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="expected probabilities"):
         volume_uncertainty(bad)
 
@@ -214,7 +214,7 @@ def test_choices_grow_colder() -> None:
 def test_stochastic_batch_is_the_best_of_the_random_batches() -> None:
     scores = np.random.default_rng(3).uniform(size=12)
     many = stochastic_batch(scores, 3, rng=np.random.default_rng(0), batches=20_000)
-    # Of so many batches, all 220 subsets are among them: the best is that of the highest scores.
+    # The batches include all 220 subsets: the best has the highest scores.
     assert many == list(np.argsort(-scores)[:3])
     means = [scores[stochastic_batch(scores, 3, rng=np.random.default_rng(s), batches=1)].mean() for s in range(3000)]
     assert np.mean(means) == pytest.approx(scores.mean(), abs=0.02)
@@ -277,7 +277,7 @@ def test_adaptive_starts_with_typical_cases_and_then_spreads() -> None:
     labelled = [name for name in features if name[0] == "a"]
     rest = [name for name in features if name[0] == "b"] + ["a_new"]
     features["a_new"] = features["a0"] + 0.01
-    # Cold enough to leave nothing to chance: the case beside a labelled one comes last.
+    # At such a coldness nothing is random: the case beside a labelled one comes last.
     got = choose(
         "adaptive",
         unlabelled=rest,

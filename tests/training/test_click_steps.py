@@ -1,4 +1,4 @@
-"""Training with a simulated annotator: what is clicked, and what a network learns from it."""
+"""Training with a simulated annotator: where it clicks, and what a network learns from it."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def network(*, guidance: bool = True, out_channels: int = 3) -> DeformUXNet:
 
 
 def peaks(guidance: torch.Tensor, value: int) -> list[tuple[int, ...]]:
-    """The clicks of a class: where its map is 1."""
+    """Return the clicks of a class: where its map is 1."""
     return [tuple(voxel) for voxel in (guidance[value] == 1).nonzero().tolist()]
 
 
 def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two noisy images, and labels 1 and 2 with a part that nobody labelled."""
+    """Return two noisy images, and labels 1 and 2 with an unlabelled part."""
     torch.manual_seed(seed)
     label = torch.zeros(2, 1, 16, 16, 16, dtype=torch.uint8)
     label[:, :, 2:9, 2:9, 2:9] = 1
@@ -52,7 +52,7 @@ def batch(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, 1, 16, 16, 16), label
 
 
-def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> None:
+def test_clicks_give_the_true_label_and_start_from_the_prediction() -> None:
     net = network()
     image, label = batch()
     everything = torch.ones(2, 3, dtype=torch.bool)
@@ -74,7 +74,7 @@ def test_clicks_give_the_true_label_and_start_from_what_the_network_says() -> No
             again = encode_guidance({v: np.array(c) for v, c in clicks.items()}, None, n_labels=2, size=(16, 16, 16))
             assert torch.equal(given[:3], again[:3])
     assert seen == {0, 1, 2}
-    # Up to ten, and one that is not needed; few more often than many.
+    # Up to ten and a needless one each; few more often than many.
     assert 1 <= min(counts) < max(counts) <= 12
     assert np.median(counts) <= 3
     assert 40 < automatic_masks < 80, "mostly the network's own mask, but not only"
@@ -88,7 +88,7 @@ def test_clicks_follow_from_seed_and_step() -> None:
     everything = torch.ones(2, 3, dtype=torch.bool)
 
     def draw(seed: int, step: int) -> torch.Tensor | None:
-        # What was drawn from the global generator in between does not matter.
+        # Other draws from the global generator do not matter.
         torch.rand(3)
         return ClickTraining(net, EVERY_STEP, seed=seed).guidance(step, image, logits, label, everything)
 
@@ -105,7 +105,7 @@ def test_clicks_follow_from_seed_and_step() -> None:
         late.guidance(2, image, logits, label, everything)
 
 
-def test_a_label_that_was_not_looked_for_is_never_corrected() -> None:
+def test_a_label_that_was_not_annotated_is_never_corrected() -> None:
     net = network()
     with torch.no_grad():
         # It sees label 2 everywhere.
@@ -132,7 +132,7 @@ def weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in net.state_dict().items() if not name.endswith(".guidance")}
 
 
-def test_a_network_that_takes_no_clicks_is_trained_as_ever(write_case) -> None:
+def test_a_network_without_guidance_trains_as_without_clicks(write_case) -> None:
     cases = [write_case(f"c{seed}", seed=seed, size=(18, 16, 16)) for seed in range(2)]
     trained = []
     # An automatic network, with and without clicks in the recipe; and one with guidance, in steps without clicks.
@@ -150,7 +150,7 @@ def test_a_network_that_takes_no_clicks_is_trained_as_ever(write_case) -> None:
         torch.testing.assert_close(other, trained[0], rtol=0, atol=0)
 
 
-def test_a_step_with_clicks_is_an_ordinary_step_and_more(write_case) -> None:
+def test_a_step_with_clicks_contains_an_ordinary_step(write_case) -> None:
     cases = [write_case("c0", size=(18, 16, 16))]
     without, with_clicks = network(), network()
     first = QUICK.replace(steps=1)
@@ -176,8 +176,8 @@ def test_a_partly_annotated_volume_trains_with_clicks(write_case, tmp_path: Path
     assert any(value.any() for name, value in net.named_parameters() if name.endswith(".guidance"))
 
 
-def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
-    # Of two equal balls one is the label, and nothing but a click can tell which.
+def test_a_network_learns_to_follow_clicks(tmp_path: Path) -> None:
+    # One of two equal balls is the label, and only a click can tell which.
     grid = np.stack(np.meshgrid(*[np.arange(n) for n in (32, 16, 16)], indexing="ij"))
     rng = np.random.default_rng(0)
     centres = np.array([[8, 8, 8], [23, 8, 8]])
@@ -216,13 +216,13 @@ def test_a_network_learns_to_do_what_a_click_says(tmp_path: Path) -> None:
         assert dice > 0.8, (number, dice)
 
 
-def test_steps_with_clicks_count_twice_in_what_a_training_takes() -> None:
+def test_steps_with_clicks_count_twice_in_the_effort() -> None:
     recipe = EVERY_STEP.replace(steps=100, click_start=0.4, click_probability=0.5)
     assert [recipe.effort(step) for step in (0, 40, 60, 100)] == [0, 40, 70, 130]
     assert recipe.replace(clicks=0).effort(100) == 100
 
 
-def test_the_time_that_is_left_knows_of_the_clicks_to_come(write_case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_accounts_for_clicks_to_come(write_case, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10_000))
     monkeypatch.setattr("deformux.fitting.fit.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     left = []
@@ -237,17 +237,17 @@ def test_the_time_that_is_left_knows_of_the_clicks_to_come(write_case, monkeypat
         on_progress=lambda p: left.append((p.step, p.eta_s, p.seconds)),
     )
     eta, seconds = next(entry[1:] for entry in left if entry[0] == 2)
-    # Two ordinary steps took so long; two with clicks are to come.
+    # Two ordinary steps are done; two with clicks are to come.
     assert eta > 1.5 * seconds
     assert left[-1][1] == 0
 
 
-def test_a_recipe_without_clicks_reads_as_it_did_before_there_were_any() -> None:
+def test_a_recipe_without_clicks_has_no_fields_for_them() -> None:
     said = {"clicks", "click_probability", "click_start"}
-    assert said <= set(EVERY_STEP.to_json())
+    assert said <= set(EVERY_STEP.to_dict())
     plain = EVERY_STEP.replace(clicks=0)
-    assert not said & set(plain.to_json())
-    assert Recipe(**plain.to_json()).replace(click_probability=1.0, click_start=0.0) == plain
+    assert not said & set(plain.to_dict())
+    assert Recipe(**plain.to_dict()).replace(click_probability=1.0, click_start=0.0) == plain
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,9 @@ from deformux.fitting.fit import Progress, TrainingError
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.patches import Patches
 from deformux.fitting.rank_processes import fit_on
+from deformux.fitting.rank_task import RankTask
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.presets import PRESETS, Preset
 
 HERE = Path(__file__).parent
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
@@ -36,13 +36,8 @@ RECIPE = RECIPES["finetune"].replace(
 
 
 def network(seed: int = 0) -> DeformUXNet:
-    """A hundredth of the size of an ordinary one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "deformux.networks.deformux_net.PRESETS", {**PRESETS, "hundredth": Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
-        )
-        torch.manual_seed(seed)
-        return DeformUXNet(1, 3, "hundredth", guidance=True)
+    torch.manual_seed(seed)
+    return DeformUXNet(1, 3, "tiny", guidance=True)
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def test_two_processes_of_torchrun_train_one_network(cases: list[Case], tmp_path
         assert own["agree"] == [True, False]
         assert own["gather"] == [{"rank": 0}, {"rank": 1}]
         assert own["from_writer"] == "rank 0"
-        # Stopped in one process, all are after the same step; then they go on from the one checkpoint.
+        # Stopped in one process, all stop after the same step, and are resumed from the one checkpoint.
         assert own["stopped"] == {"stopped": 3}
         assert own["resumed"]["from"] == 3
         assert own["resumed"]["losses"] == own["whole"]["losses"]
@@ -81,7 +76,7 @@ def test_two_processes_of_torchrun_train_one_network(cases: list[Case], tmp_path
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_a_step_is_that_of_the_mean_gradient(cases: list[Case]) -> None:
+def test_a_step_follows_the_mean_gradient(cases: list[Case]) -> None:
     recipe = RECIPE.replace(steps=1, epochs=1, clicks=0, gradient_clip=None, ema_decay=None, schedule="constant")
     trained, expected = network(), network()
     threads = torch.get_num_threads()
@@ -102,11 +97,11 @@ def test_a_step_is_that_of_the_mean_gradient(cases: list[Case]) -> None:
         torch.isclose(trained.state_dict()[name], value, rtol=0, atol=0.01 * recipe.learning_rate).flatten()
         for name, value in expected.state_dict().items()
     ]
-    # The first step of Adam is about the sign of the gradient, which rounding may turn where that is nearly zero.
+    # The first step of Adam follows the sign of the gradient, which rounding may flip near zero.
     assert torch.cat(close).float().mean() > 0.999
 
 
-def test_what_cannot_be_divided_is_refused(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_indivisible_batch_is_refused(cases: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="must be a multiple of the number of processes; got 2 for 3 processes"):
         Patches(cases, new=(), recipe=RECIPE, ranks=Ranks(0, 3), **OPTIONS)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "99")):
@@ -117,7 +112,33 @@ def test_what_cannot_be_divided_is_refused(cases: list[Case], monkeypatch: pytes
         pass
 
 
-def test_a_process_that_is_killed_ends_the_training_which_can_go_on(cases: list[Case], tmp_path: Path) -> None:
+def test_a_task_is_the_same_after_json(cases: list[Case], tmp_path: Path) -> None:
+    one_label = Case("c9", cases[0].image, cases[0].label, ("ball",))
+    task = RankTask(
+        RankTask.describe(network()),
+        [*cases[:2], one_label],
+        RECIPE,
+        PREP,
+        ["ball", "box"],
+        val_cases=cases[2:3],
+        new=["c0"],
+        seed=7,
+        capture=False,
+        compile_cache=tmp_path,
+        can_stop=True,
+    )
+    text = task.to_json()
+    assert "\n" not in text
+    assert RankTask.from_json(text) == task
+
+
+def test_a_network_that_the_task_cannot_describe_is_refused(cases: list[Case]) -> None:
+    one_plane = DeformUXNet(1, 3, "tiny", offset_planes="xy")
+    with pytest.raises(ValueError, match="use one device"):
+        fit_on(["cpu", "cpu"], one_plane, cases[:2], recipe=RECIPE, **OPTIONS)
+
+
+def test_a_killed_process_ends_the_training_which_can_be_resumed(cases: list[Case], tmp_path: Path) -> None:
     whole, killed = network(), network()
     options = {**OPTIONS, "recipe": RECIPE, "val_cases": cases[3:], "checkpoint_seconds": 0}
     expected = fit_on(["cpu", "cpu"], whole, cases[:3], **options)

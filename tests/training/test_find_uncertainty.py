@@ -41,7 +41,7 @@ def test_logits_are_not_taken_for_probabilities() -> None:
 
 
 def brute_centre(inside: np.ndarray, spacing: tuple[float, ...]) -> float:
-    """Distance of the deepest voxel of a region from everything around it, slices outside the volume included."""
+    """Return the distance of the deepest voxel of a region from all around it, slices outside the volume included."""
     outside = np.argwhere(~np.pad(inside, 1)) - 1
     return max(np.linalg.norm((outside - voxel) * spacing, axis=1).min() for voxel in np.argwhere(inside))
 
@@ -56,7 +56,7 @@ def test_the_place_to_look_is_deepest_in_the_most_uncertain_region(spacing: tupl
             corner = rng.integers(0, 5, 3)
             region[tuple(slice(c, c + n) for c, n in zip(corner, rng.integers(3, 9, 3), strict=True))] = True
         unsure[region] = rng.uniform(60, 100, region.sum())
-        unsure[14:, 13:, 12:] = 100  # a region of its own: surer to be unsure, but small
+        unsure[14:, 13:, 12:] = 100  # a separate region: more uncertain, but small
         place = look_next(torch.from_numpy(unsure), spacing)
         assert place is not None
         assert region[place]
@@ -65,7 +65,7 @@ def test_the_place_to_look_is_deepest_in_the_most_uncertain_region(spacing: tupl
         assert depth == pytest.approx(brute_centre(region, spacing))
 
 
-def test_nothing_to_look_at_and_a_single_slice() -> None:
+def test_an_empty_map_and_a_single_slice() -> None:
     assert look_next(torch.zeros(4, 4, 4)) is None
     slice_of = torch.zeros(21, 21, 1)
     slice_of[5:12, 6:13] = 80

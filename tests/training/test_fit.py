@@ -47,7 +47,7 @@ def test_a_network_learns_two_objects_and_finds_them_in_a_new_scan(write_case) -
     torch.testing.assert_close(probabilities.sum(0), torch.ones(probabilities.shape[1:]))
 
 
-def test_single_slices_are_learnt_from_as_volumes(write_case) -> None:
+def test_single_slices_train_as_volumes(write_case) -> None:
     """A 2D image, and volumes of one voxel along each axis, with clicks and without."""
     cases = [
         write_case(f"case{i}", seed=i, size=size) for i, size in enumerate([(32, 32, 1), (32, 1, 32), (1, 32, 32)])
@@ -93,7 +93,7 @@ def test_the_best_weights_by_validation_are_kept(write_case) -> None:
 
 
 def test_the_moving_average_of_all_steps_is_kept(write_case) -> None:
-    """Against the average of the weights that each step left, in float64."""
+    """Compare with the average of the weights after each step, in float64."""
     net, decay = network(), 0.75
     left: list[torch.Tensor] = []
 
@@ -132,7 +132,7 @@ def test_volumes_beyond_the_memory_budget_are_read_again(write_case) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "one_cycle", "cosine", "constant"])
-def test_the_papers_options_run(write_case, schedule: str) -> None:
+def test_every_schedule_runs(write_case, schedule: str) -> None:
     recipe = Recipe(steps=2, epochs=2, schedule=schedule, low_resolution=0.5, flip_axes=(0,))
     result = fit(network(), [write_case("a")], recipe=recipe, prep=PREP, labels=LABELS)
     assert all(np.isfinite(result.losses))
@@ -163,7 +163,7 @@ def test_an_unusable_case_is_named(write_case, tmp_path: Path) -> None:
             fit(network(), cases, recipe=QUICK, prep=PREP, labels=LABELS)
 
 
-def test_a_diverged_run_ends_with_a_reason(write_case) -> None:
+def test_a_diverged_training_ends_with_a_reason(write_case) -> None:
     wild = Recipe(steps=12, epochs=1, learning_rate=1e30, schedule="constant", mixed_precision=False)
     with pytest.raises(TrainingError, match="no longer finite"):
         fit(network(), [write_case("a")], recipe=wild, prep=PREP, labels=LABELS)
@@ -180,7 +180,7 @@ def test_a_bad_recipe_names_the_valid_values() -> None:
         Recipe().replace(steps=2.5)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_those_of_the_paper() -> None:
     recipe = Recipe()
     assert (recipe.steps, recipe.batch_size, recipe.learning_rate, recipe.weight_decay) == (40_000, 2, 1e-4, 0.08)
     assert (recipe.betas, recipe.eps, recipe.schedule) == ((0.9, 0.999), 1e-8, "plateau")

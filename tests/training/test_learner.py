@@ -1,4 +1,4 @@
-"""A round of learning: what trains, what validates, what is published, and what a kill in the middle leaves."""
+"""A round of learning: which cases train and validate, what is published, and what a killed round leaves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = Round(scratch_recipe=STEP, continue_recipe=STEP)
 
 @pytest.fixture(autouse=True)
 def small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Networks of a hundredth of the size: what is tested here happens around them."""
+    """Use networks of a hundredth of the size: these tests are about what happens around them."""
     monkeypatch.setattr("deformux.networks.deformux_net.PRESETS", {**PRESETS, "small-test": SMALL})
 
 
@@ -44,7 +44,7 @@ def learner(root: Path) -> Learner:
 
 
 def relabelled(case: Case, folder: Path, change) -> Case:
-    """The case with another label file."""
+    """Return the case with another label file."""
     file = nib.load(case.label)
     path = folder / f"{case.id}-changed.nii.gz"
     nib.save(nib.Nifti1Image(change(np.asarray(file.dataobj)).astype(np.uint8), file.affine), path)
@@ -90,7 +90,7 @@ def test_from_one_label_to_seven(write_case, tmp_path: Path) -> None:
     assert not list(state.glob("training/*"))
 
 
-def test_a_stopped_round_goes_on_and_a_diverged_one_publishes_nothing(write_case, tmp_path: Path) -> None:
+def test_a_stopped_round_is_resumed_and_a_diverged_one_publishes_nothing(write_case, tmp_path: Path) -> None:
     cases = [write_case("c0", size=(16, 16, 16))]
     state = tmp_path / "state"
     two = Round(scratch_recipe=STEP.replace(steps=2))
@@ -113,7 +113,7 @@ def test_a_stopped_round_goes_on_and_a_diverged_one_publishes_nothing(write_case
 
 
 def test_a_worse_model_is_kept_but_not_published(shared_data: Path, tmp_path: Path) -> None:
-    # The shipped weights are served; none of these cases chose them, but some trained them, which is no matter here.
+    # The shipped weights are served; some of these cases trained them, which does not matter here.
     start = pretrained_path("hippocampus")
     card = load_model(start)[1]
     cases = find_cases(shared_data / "hippocampus", subset="train")[:5]
@@ -130,7 +130,7 @@ def test_a_worse_model_is_kept_but_not_published(shared_data: Path, tmp_path: Pa
     same = project.learn(cases, Round(scratch_recipe=still, start=start, served=start))
     assert (same.version, same.published) == ("v0002", True)
     assert same.decision.candidate == pytest.approx(same.decision.incumbent, abs=0.002)
-    # And then what was published is what the next one is measured against.
+    # Then the next model is compared with the published one.
     worse = project.learn(cases, Round(scratch_recipe=STEP, from_scratch=True))
     assert not worse.published
     assert worse.decision.incumbent == pytest.approx(same.decision.candidate, abs=1e-6)
@@ -153,7 +153,7 @@ class Falling:
 def steered(
     cases: list[Case], state: Path, dice: list[float], monkeypatch: pytest.MonkeyPatch, options: Round = QUICK
 ) -> list[Outcome]:
-    """What rounds on the same cases give, each by a learner of its own, as in processes of their own."""
+    """Return the outcomes of rounds on the same cases, each by a new learner, as in a new process."""
     monkeypatch.setattr("deformux.publishing.learner.fit_on", Falling(dice))
     return [learner(state).learn(cases, options) for _ in dice]
 
@@ -174,11 +174,11 @@ def test_many_small_falls_are_stopped_before_they_add_up(
     assert stopped.decision.reason == ("worse than v0001 was: mean Dice 0.8943 instead of 0.9000 on 1 validation case")
     assert [outcome.card.gate["champion"] for outcome in published] == [None, "v0001", "v0001"]
     assert (stopped.decision.incumbent, stopped.decision.best) == (pytest.approx(0.8962), pytest.approx(0.9))
-    # The refused ones do not move the bar, and a new best does: from there the falls are counted anew.
+    # Refused models do not move the bar; a new best does, and falls are counted from there.
     after = steered(five_cases, state, [0.8945, 0.895, 0.91, 0.9081, 0.9062, 0.9049], monkeypatch)
     assert [outcome.published for outcome in after] == [False, True, True, True, True, False]
     assert "worse than v0007 was" in after[-1].decision.reason
-    # Back to the last but one: what it was measured against comes back with it.
+    # Back to the last but one, with the champion that it was compared with.
     assert versions.rollback() == "v0008"
     (again,) = steered(five_cases, state, [0.9049], monkeypatch)
     assert "worse than the published model" in again.decision.reason
@@ -190,7 +190,7 @@ def test_falls_from_the_pretrained_model_do_not_add_up(
 ) -> None:
     first, state = learner(tmp_path / "other"), tmp_path / "state"
     options = Round(STEP, STEP, served=first.versions.path(first.learn(five_cases[:1], QUICK).version))
-    # What was measured of the served one before the rounds begin, as after a restart.
+    # Scores of the served model before the rounds begin, as after a restart.
     checksums = {case.id: label_checksum(case) for case in five_cases}
     learner(state).scores.remember("pretrained-v0001", {case: [0.9, 0.9] for case in checksums}, checksums)
     outcomes = steered(five_cases, state, [0.8981, 0.8962, 0.8943], monkeypatch, options)
@@ -206,7 +206,7 @@ def _files(state: Path) -> list[Path]:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "null", '{"cases": [], "c": {"label": 3}, "id": [], "history": 1}', "\udcff"]
 )
-def test_no_damaged_file_ends_a_training_or_changes_who_validates(
+def test_no_damaged_file_ends_a_training_or_changes_the_validation_cases(
     five_cases: list[Case], tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = tmp_path / "state"

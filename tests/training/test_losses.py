@@ -1,4 +1,4 @@
-"""The loss for incomplete labels, against MONAI's for complete ones and against what must not matter."""
+"""The loss for incomplete labels: equal to MONAI's for complete ones, unchanged by what must not matter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ALL = torch.ones(2, 4, dtype=torch.bool)
 
 
 def problem(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits (2, 4, 6, 5, 7) and a label (2, 1, 6, 5, 7) with values 0..3, in double precision."""
+    """Return logits (2, 4, 6, 5, 7) and a label (2, 1, 6, 5, 7) with values 0..3, in double precision."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, 4, 6, 5, 7, generator=generator, dtype=torch.float64)
     return logits.requires_grad_(), torch.randint(0, 4, (2, 1, 6, 5, 7), generator=generator)
@@ -35,7 +35,7 @@ def gradient(logits: Tensor, label: Tensor, annotated: Tensor = ALL) -> Tensor:
     return found
 
 
-def test_with_complete_labels_it_is_monais() -> None:
+def test_complete_labels_give_monais_loss() -> None:
     logits, label = problem()
     peer = DiceCELoss(to_onehot_y=True, softmax=True, include_background=False, batch=True)(logits, label)
     torch.testing.assert_close(PartialDiceCELoss()(logits, label, ALL), peer, rtol=0, atol=1e-7)
@@ -47,7 +47,7 @@ def test_unlabelled_voxels_count_nowhere() -> None:
     label[:, :, :3] = 255
     found = gradient(logits, label)
     assert (found[:, :, :3] == 0).all()
-    # The rest is as if the volume ended there.
+    # The loss is that of a volume that ends there.
     rest = logits[:, :, 3:].detach().requires_grad_()
     torch.testing.assert_close(found[:, :, 3:], gradient(rest, label[:, :, 3:]), rtol=0, atol=1e-12)
     nothing = PartialDiceCELoss()(logits, torch.full_like(label, 255), ALL)
@@ -68,12 +68,12 @@ def test_emphasis_adds_the_cross_entropy_of_some_voxels() -> None:
     assert nowhere == loss(logits, label, ALL)
 
 
-def test_what_was_not_annotated_is_background_or_anything() -> None:
+def test_a_label_that_was_not_annotated_may_be_background() -> None:
     logits, label = problem()
     label[label == 2] = 0
     annotated = ALL.clone()
     annotated[:, 2] = False
-    # Merged by hand: a network with one output less, whose background is either of the two.
+    # Merged by hand: a network with one output less, whose background stands for both.
     merged = torch.cat([logits[:, [0, 2]].logsumexp(1, keepdim=True), logits[:, [1, 3]]], 1)
     renumbered = torch.where(label == 3, 2, label)
     dice = DiceLoss(to_onehot_y=True, softmax=True, include_background=False, batch=True, reduction="sum")
@@ -99,7 +99,7 @@ def test_each_volume_has_its_own_annotation() -> None:
     )
 
 
-def test_patches_are_centred_where_somebody_labelled(write_case) -> None:
+def test_patches_are_centred_on_labelled_voxels(write_case) -> None:
     case = write_case("a", size=(48, 16, 16))
     file = nib.load(case.label)
     values = np.asarray(file.dataobj).copy()

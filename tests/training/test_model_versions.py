@@ -1,4 +1,4 @@
-"""Versions: what is published, what it replaced, and that no crash at any moment leaves anything in between."""
+"""Versions: what is published, what it replaced, and that no crash leaves anything in between."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def versions_of(root: Path, count: int) -> ModelVersions:
 
 
 def written(versions: ModelVersions, name: str) -> ModelCard:
-    """The card of a version as it was before the checksum of the weights was added."""
+    """Return the card of a version as it was before the checksum of the weights was added."""
     card = read_card(versions.path(name))
     assert card.weights_sha256 == hashlib.sha256(versions.path(name).read_bytes()).hexdigest()
     return dataclasses.replace(card, weights_sha256="")
 
 
 def in_a_process(work: Callable[[], None]) -> int:
-    """Run in a forked process; returns its exit code, or minus the signal that ended it."""
+    """Run in a forked process; return its exit code, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
         try:
@@ -79,7 +79,7 @@ def killed_at(step: int, work: Callable[[], None]) -> int:
     return in_a_process(instrumented)
 
 
-def test_rollback_goes_to_what_was_published_before(tmp_path: Path) -> None:
+def test_rollback_goes_to_the_version_published_before(tmp_path: Path) -> None:
     versions = versions_of(tmp_path, 4)
     for name in ("v0001", "v0003", "v0002"):
         versions.publish(name, f"because of {name}", by="ada")
@@ -110,7 +110,7 @@ def test_a_pinned_version_stays_until_it_is_unpinned(tmp_path: Path) -> None:
     assert [info.name for info in versions.infos() if info.published] == ["v0003"]
 
 
-def test_pruning_keeps_the_newest_and_all_that_was_published(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest_and_all_published_versions(tmp_path: Path) -> None:
     versions = versions_of(tmp_path, 6)
     versions.publish("v0002")
     versions.publish("v0004")
@@ -123,7 +123,7 @@ def test_pruning_keeps_the_newest_and_all_that_was_published(tmp_path: Path) -> 
     assert versions.write(model(), CARD) == "v0007"
 
 
-def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
+def test_a_kill_at_any_change_of_the_disk_loses_nothing(tmp_path: Path) -> None:
     versions = versions_of(tmp_path, 3)
     versions.publish("v0002")
     used = {"v0001", "v0002", "v0003"}
@@ -138,7 +138,7 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
         step += 1
         before = set(versions.names())
         outcome = killed_at(step, train_and_publish)
-        # Whatever happened: everything listed can be read, what is published exists, and so do the last ten that were.
+        # Everything listed can be read, and the published version and the last ten before it exist.
         for name in versions.names():
             assert load_file(versions.path(name))["weight"].shape == (2, 2)
             assert written(versions, name) == CARD
@@ -155,7 +155,7 @@ def test_killed_at_every_change_of_the_disk(tmp_path: Path) -> None:
         assert outcome == -signal.SIGKILL
     assert step > 10
     assert outcomes == {(False, False), (True, False), (True, True)}, "every stage was hit"
-    # The next write finds no lock held, and removes what the killed ones left, half a file of safetensors among it.
+    # The next write finds no lock held, and removes leftovers of killed processes, half a safetensors file among them.
     (tmp_path / ".tmpAbCdEf").write_bytes(b"half")
     assert versions.write(model(), CARD) not in used
     assert versions.damaged() == {}
@@ -232,7 +232,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def published(tmp_path: Path) -> ModelVersions:
-    """Three versions, published one after the other."""
+    """Return three versions, published one after the other."""
     versions = versions_of(tmp_path, 3)
     for name in versions.names():
         versions.publish(name)
@@ -273,7 +273,7 @@ def test_a_damaged_record_is_replaced_by_its_copy(published: ModelVersions, dama
     (warning,) = versions.warnings()
     assert re.match(r"publications\.json is (damaged|missing)", warning)
     assert "its copy publications.copy.json is used" in warning
-    # The next change writes both anew, and keeps what was damaged.
+    # The next change writes both anew, and keeps the damaged file.
     assert versions.rollback() == "v0002"
     assert (ModelVersions(root).published(), ModelVersions(root).warnings()) == ("v0002", [])
     assert (root / "publications.damaged.json").exists() is (damage is not unlink)
@@ -321,14 +321,14 @@ def test_in_place_of_a_damaged_version_the_one_before_is_served(
         assert readable[:2] == ["v0001", "v0002"]
         with pytest.raises(ValueError, match="v0003"):
             versions.publish("v0003")
-    # Writing and pruning leave what a backup may complete.
+    # Writing and pruning leave files that a backup may complete.
     versions.write(model(), CARD)
     assert versions.prune(keep=1) == []
     path.write_bytes(intact)
     assert (versions.published(), versions.warnings(), versions.damaged()) == ("v0003", [], {})
 
 
-def test_what_was_rolled_back_is_not_served_in_place_of_a_damaged_version(published: ModelVersions) -> None:
+def test_a_rolled_back_version_is_not_served_in_place_of_a_damaged_version(published: ModelVersions) -> None:
     assert published.rollback() == "v0002"
     flip_a_bit(published.path("v0002"))
     assert published.published() == "v0001"
@@ -368,7 +368,7 @@ def test_pruning_keeps_the_last_published_the_pinned_and_the_best(tmp_path: Path
     assert versions.prune(keep=2, keep_published=3) == [f"v{number:04d}" for number in (3, *range(6, 13))]
     assert versions.names() == ["v0002", "v0013", "v0014", "v0015"]
     assert versions.rollback() == "v0014"
-    # What lies under it is gone, but for the one that somebody chose.
+    # Versions under it are deleted, but for the pinned one.
     assert (versions.rollback(), versions.rollback()) == ("v0013", "v0002")
     assert versions.warnings() == []
     assert versions.prune(keep=1, keep_published=1) == ["v0013", "v0014"]

@@ -1,4 +1,4 @@
-"""Patches that several processes draw, against those of one."""
+"""Patches drawn by several processes are those drawn by one."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def drawn(cases, *, workers: int, first_step: int = 0, **options) -> list[dict[s
 
 
 def same(ours: list[dict[str, torch.Tensor]], theirs: list[dict[str, torch.Tensor]]) -> bool:
-    """Resampling rounds otherwise with another number of threads, and a process has one."""
+    """Use one thread, as worker processes do: resampling rounds differently with more."""
     return len(ours) == len(theirs) and all(
         a.keys() == b.keys() and all(torch.allclose(a[key].float(), b[key].float(), rtol=0, atol=1e-5) for key in a)
         for a, b in zip(ours, theirs, strict=True)
     )
 
 
-def test_processes_draw_what_one_draws(write_case) -> None:
+def test_several_processes_draw_the_same_as_one(write_case) -> None:
     cases = [write_case(f"case{i}", seed=i) for i in range(3)]
     alone = drawn(cases, workers=0)
     assert [tuple(batch["image"].shape) for batch in alone] == [(4, 1, 32, 32, 16)] * RECIPE.steps
@@ -40,7 +40,7 @@ def test_processes_draw_what_one_draws(write_case) -> None:
     assert not torch.equal(alone[0]["image"], alone[1]["image"])
 
 
-def test_what_was_drawn_in_between_does_not_matter(write_case) -> None:
+def test_other_random_draws_do_not_matter(write_case) -> None:
     cases = [write_case("case1", seed=1)]
     patches = Patches(cases, new=(), recipe=RECIPE, prep=PREP, labels=("ball", "box"), workers=0)
     batches = []

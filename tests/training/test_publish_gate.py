@@ -1,110 +1,22 @@
-"""Who validates, and when a model is replaced: by hand-made scores, and by real Dice against labels of noise."""
+"""When a model is replaced: by hand-made scores, and by real Dice against labels of noise."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from deformux.inference.metrics import dice_per_label
-from deformux.publishing.publish_gate import Assignment, Decision, decide
+from deformux.publishing.publish_gate import Decision, decide
 
 LABELS = ("a", "b")
-Scores = dict[str, list[float]]
+_Scores = dict[str, list[float]]
 
 
-def sides(path: Path, ids: list[str]) -> dict[str, bool]:
-    assignment = Assignment(path)
-    return {case: assignment.validates(case) for case in ids}
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_assignments_only_grow_and_both_sides_always_have_cases(tmp_path: Path, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    path, labelled, before = tmp_path / "assignment.json", [], {}
-    names = [f"patient-{number}" for number in rng.permutation(1000)[:60]]
-    while names:
-        arrived = [names.pop() for _ in range(min(len(names), int(rng.integers(1, 8))))]
-        labelled += arrived
-        # A new object each time, as in a new process; the order of the listing does not matter.
-        Assignment(path).assign(rng.permutation(labelled).tolist())
-        now = sides(path, labelled)
-        assert before.items() <= now.items(), "an assignment changed"
-        before = now
-        validating = sum(now.values())
-        if len(labelled) < 5:
-            assert validating == 0
-        else:
-            assert len(labelled) // 5 <= validating < len(labelled)
-    # A fifth by the hash, and a few more that were needed early; never the half.
-    assert 12 <= sum(before.values()) <= 24
-
-
-def test_an_assignment_outlives_the_rule_that_made_it(tmp_path: Path) -> None:
-    path = tmp_path / "assignment.json"
-    path.write_text('{"cases": {"x": "validation", "y": "training"}}')
-    Assignment(path).assign(["x", "y", "z"])
-    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
-    with pytest.raises(KeyError):
-        Assignment(path).validates("never seen")
-
-
-def test_when_the_validation_labels_are_deleted_new_cases_take_over(tmp_path: Path) -> None:
-    path = tmp_path / "assignment.json"
-    first = [f"c{number}" for number in range(8)]
-    Assignment(path).assign(first)
-    remaining = [case for case, validates in sides(path, first).items() if not validates]
-    assert len(remaining) >= 4
-    Assignment(path).assign([*remaining, "new"])
-    assert Assignment(path).validates("new")
-
-
-def test_a_damaged_assignment_is_not_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "assignment.json"
-    path.write_text("{")
-    with pytest.raises(ValueError, match=r"assignment\.json is damaged"):
-        Assignment(path).assign(["a"])
-    assert path.read_text() == "{"
-
-
-@pytest.mark.parametrize("text", [None, "", "{", '{"cases": {"a": "testing"}}', '{"cases": 3}', "[]"])
-def test_a_damaged_assignment_is_read_from_its_copy(text: str | None, tmp_path: Path) -> None:
-    path, cases = tmp_path / "assignment.json", [f"c{number}" for number in range(9)]
-    Assignment(path).assign(cases)
-    before = sides(path, cases)
-    if text is None:
-        path.unlink()
-    else:
-        path.write_text(text)
-    Assignment(path).assign([*cases, "new"])
-    assert sides(path, cases) == before
-    # A flipped word is as wrong as a cut one.
-    path.write_text(path.read_text().replace('"c1": "training"', '"c1": "validation"', 1))
-    assert sides(path, cases) == before
-
-
-def test_without_both_assignments_the_cards_say_who_trained(tmp_path: Path) -> None:
-    path = tmp_path / "assignment.json"
-    known = {"x": "validation", "y": "training"}
-    assignment = Assignment(path, lambda: known)
-    assignment.assign(["x", "y", "z"])
-    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
-    for file in tmp_path.glob("*.json"):
-        file.write_text("{")
-    assignment.assign(["x", "y", "z"])
-    assert sides(path, ["x", "y", "z"]) == {"x": True, "y": False, "z": False}
-    # Nothing was trained yet: nothing can be mixed.
-    for file in tmp_path.glob("*.json"):
-        file.write_text("{")
-    Assignment(path, dict).assign(["z"])
-    assert sides(path, ["z"]) == {"z": False}
-
-
-def judge(candidate: Scores, incumbent: Scores | None, **options: Any) -> Decision:
+def judge(candidate: _Scores, incumbent: _Scores | None, **options: Any) -> Decision:
     shares = {case: [0.05, 0.05] for case in candidate}
     return decide(candidate, incumbent, labels=LABELS, shares=shares, **options)
 
@@ -139,17 +51,17 @@ def test_small_falls_do_not_add_up() -> None:
     assert "worse than v0001 was: mean Dice 0.7940 instead of 0.8000" in decision.reason
 
 
-def test_what_is_no_fall_is_published_however_far_below_the_best() -> None:
+def test_an_equal_model_is_published_however_far_below_the_best() -> None:
     best, published = ("v0001", {"x": [0.82, 0.82]}), {"x": [0.8, 0.8]}
     same = judge({"x": [0.8, 0.8]}, published, champion=best)
     assert (same.publish, same.best, same.champion) == (True, pytest.approx(0.82), "v0001")
     assert not judge({"x": [0.7999, 0.7999]}, published, champion=best).publish
-    # Measured on the labels of today, the published one is the best itself.
+    # On today's labels the published model is itself the best.
     overtaken = judge({"x": [0.7985, 0.7985]}, published, champion=("v0001", {"x": [0.7, 0.7]}))
     assert (overtaken.publish, overtaken.best, overtaken.champion) == (True, pytest.approx(0.8), None)
 
 
-def test_a_champion_that_finds_nothing_where_nothing_is_gets_the_credit() -> None:
+def test_a_champion_gets_credit_for_finding_nothing_where_nothing_is() -> None:
     nan = math.nan
     inventing, truthful = {"x": [0.8, 0.0], "y": [0.8, 0.8]}, {"x": [0.8, nan], "y": [0.8, 0.8]}
     decision = judge({**inventing, "y": [0.8, 0.799]}, inventing, champion=("v0001", truthful))
@@ -162,7 +74,7 @@ def test_without_validation_cases_a_model_is_provisional() -> None:
     assert (decision.publish, decision.provisional) == (True, True)
 
 
-def test_finding_what_is_not_there_is_worse_than_finding_nothing() -> None:
+def test_inventing_a_label_is_worse_than_finding_nothing() -> None:
     nan = math.nan
     truthful, inventing = {"x": [0.8, nan], "y": [0.8, 0.8]}, {"x": [0.8, 0.0], "y": [0.8, 0.8]}
     assert not judge(inventing, truthful).publish
@@ -194,7 +106,7 @@ def test_where_no_case_can_be_trusted_a_measured_model_stays() -> None:
 
 
 def volume(seed: int) -> np.ndarray:
-    """Two balls in (24, 24, 24), of about 4 % each."""
+    """Return two balls in (24, 24, 24), of about 4 % each."""
     rng = np.random.default_rng(seed)
     grid = np.stack(np.meshgrid(*[np.arange(24)] * 3, indexing="ij"))
     centres = rng.uniform(6, 9, 3), rng.uniform(15, 18, 3)
@@ -203,7 +115,7 @@ def volume(seed: int) -> np.ndarray:
 
 
 def segmentation(truth: np.ndarray, error: float, seed: int) -> np.ndarray:
-    """A segmentation in which a share `error` of all voxels is drawn at random: a model that learnt some noise."""
+    """Return a segmentation in which a share `error` of all voxels is random, as of a model that learnt noise."""
     rng = np.random.default_rng(seed)
     return np.where(rng.random(truth.shape) < error, rng.integers(0, 3, truth.shape), truth)
 

@@ -1,4 +1,4 @@
-"""A training that is killed or stopped goes on and ends as if it had never been interrupted."""
+"""A training that is killed or stopped is resumed and ends as if it had never been interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 QUICK = RECIPES["finetune"].replace(steps=3, epochs=1, mixed_precision=False)
 
 
-def test_killed_at_any_moment_a_training_ends_with_the_same_weights(write_case, tmp_path: Path) -> None:
+def test_a_training_killed_at_any_moment_ends_with_the_same_weights(write_case, tmp_path: Path) -> None:
     for number in range(3):
         write_case(f"c{number}", seed=number, size=(20, 20, 20))
     plans = {
@@ -37,11 +37,11 @@ def test_killed_at_any_moment_a_training_ends_with_the_same_weights(write_case, 
             "step=1,half-written=1,step=2,half-written=2,before-rename=2,after-rename=1",
             [KILLED] * 6,
         ),
-        # By the user; then with a disk that holds no checkpoint any more, which costs steps but not the training.
+        # By the user; then with a full disk, which costs steps but not the training.
         "one_cycle-stopped": ("stop=4,disk-full=1,step=2", [STOPPED, STOPPED, KILLED]),
         "plateau-killed": ("step=5", [KILLED]),
         "cosine-killed": ("after-rename=3", [KILLED]),
-        # A simulated annotator clicks into what the network says: into the same voxels.
+        # The simulated annotator clicks into the same voxels of the prediction.
         "clicks-killed": ("step=4", [KILLED]),
     }
     arguments = [*{name.partition("-")[0] for name in plans}, *(f"{name}:{plan}" for name, (plan, _) in plans.items())]
@@ -114,7 +114,7 @@ def test_new_cases_are_drawn_twice_as_often_and_all_equally_early() -> None:
     assert sorted(draw_order(["a", "b"], {"a", "b"}, oversampling=2, draws=2, seed=0)) == [0, 1], "all new is none new"
 
 
-def test_the_command_goes_on_where_it_ended(write_case, tmp_path: Path) -> None:
+def test_the_command_resumes_where_it_ended(write_case, tmp_path: Path) -> None:
     write_case("a", size=(16, 16, 16))
     output = tmp_path / "model.safetensors"
     options = ["--labels", "ball,box", "--patch-size", "16,16,16", "--set", "steps=1", "--set", "epochs=1"]

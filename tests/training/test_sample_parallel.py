@@ -1,4 +1,4 @@
-"""A batch shared between threads gives what it gives at once."""
+"""A batch shared between threads gives the same as a whole batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def four_threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("samples", "workers", "guided"), [(2, 2, True), (3, 2, False), (1, 2, True)])
-def test_output_and_gradients_are_those_of_the_whole_batch(samples: int, workers: int, guided: bool) -> None:
+def test_output_and_gradients_equal_those_of_the_whole_batch(samples: int, workers: int, guided: bool) -> None:
     torch.manual_seed(0)
     network = DeformUXNet(1, 3, preset="tiny", guidance=True).double()
     inputs = [torch.rand(samples, 1, 16, 16, 16).double()]
@@ -39,7 +39,7 @@ def test_output_and_gradients_are_those_of_the_whole_batch(samples: int, workers
     (output * weights).sum().backward()
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
     for name, parameter in network.named_parameters():
-        # None where the weights of the guidance had no part.
+        # None where the weights of the guidance are not used.
         assert (parameter.grad is None) == (gradients[name] is None), name
         if parameter.grad is not None:
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-9, msg=name)
@@ -87,7 +87,7 @@ class _Picky(nn.Module):
         return x
 
 
-def test_what_goes_wrong_in_a_thread_is_raised() -> None:
+def test_an_error_in_a_thread_is_raised() -> None:
     with pytest.raises(RuntimeError, match="out of memory"):
         SampleThreads(_Picky(), 2)(torch.tensor([1.0, -1.0]))
 

@@ -1,4 +1,4 @@
-"""The simulated learning loop: what is measured, that it is paired, and that nothing finished is lost."""
+"""Simulated active learning: measurements, their pairing, and that no finished one is lost."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from deformux.active_learning.learning_curve import (
-    Round,
+    SimulatedRound,
     area_under_budget_curve,
     paired_difference,
     read_rounds,
-    summarise,
+    summarise_curves,
     write_rounds,
 )
-from deformux.active_learning.simulation import Plan, held_out, simulate
+from deformux.active_learning.simulation import SimulationPlan, held_out, simulate
 from deformux.active_learning.strategies import STRATEGIES
 from deformux.cli.main import app
 from deformux.cli.simulate_options import short_recipe
@@ -60,13 +60,13 @@ def run(cohort: Path, output: Path, *options: str) -> Result:
 
 
 def kept(output: Path) -> dict[str, int]:
-    """When each finished measurement was written; hidden files are writes that were cut short."""
+    """Return when each finished measurement was written; hidden files are interrupted writes."""
     found = (output / "measurements").glob("[!.]*.json")
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
 def rows(output: Path) -> list[dict[str, str]]:
-    """The table without what may differ between two runs."""
+    """Return the table without what may differ between two runs."""
     with (output / "rounds.csv").open(newline="") as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
@@ -79,7 +79,7 @@ def whole(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_plays_every_strategy_on_growing_sets_and_never_on_test_cases(cohort: Path, whole: Path) -> None:
+def test_every_strategy_labels_growing_sets_and_never_test_cases(cohort: Path, whole: Path) -> None:
     table = rows(whole)
     assert len(table) == len(STRATEGIES) * 2
     ids = sorted((case.id for case in find_cases(cohort)), key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -124,12 +124,12 @@ def test_the_summary_is_that_of_the_rounds(whole: Path) -> None:
             assert float(summary[strategy]["difference"]) == pytest.approx(difference, abs=2e-6)
 
 
-def test_trainings_go_on_from_the_round_before_where_that_is_asked_for(cohort: Path, tmp_path: Path) -> None:
+def test_trainings_continue_the_round_before_on_request(cohort: Path, tmp_path: Path) -> None:
     recipe = short_recipe(2).replace(mixed_precision=False, foreground_ratio=1.0)
     pool, test = held_out(find_cases(cohort), 0.25)
 
     def dice(folder: str, continue_recipe: Recipe | None) -> list[float]:
-        plan = Plan(
+        plan = SimulationPlan(
             strategies=("random",),
             rounds=3,
             batch=1,
@@ -153,7 +153,7 @@ def test_trainings_go_on_from_the_round_before_where_that_is_asked_for(cohort: P
     assert not list((tmp_path / "moving").rglob("weights/*.safetensors")), "weights of a finished seed are deleted"
 
 
-def test_goes_on_after_kill_9_and_ends_with_the_same_table(cohort: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_simulation_resumes_and_ends_with_the_same_table(cohort: Path, whole: Path, tmp_path: Path) -> None:
     options = ["--strategy", "random,adaptive", "--seeds", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "deformux.cli.main", *arguments(cohort, tmp_path, *options)],
@@ -206,7 +206,7 @@ def test_snapshots_of_earlier_rounds_give_samples_that_disagree(cohort: Path, tm
         ),
     ],
 )
-def test_what_cannot_be_simulated_is_said_in_a_sentence(
+def test_an_impossible_simulation_ends_in_a_sentence(
     cohort: Path, tmp_path: Path, options: list[str], message: str
 ) -> None:
     done = run(cohort, tmp_path, *options)
@@ -226,15 +226,15 @@ def test_area_and_paired_difference_are_their_definitions() -> None:
 
 
 def test_summaries_pair_by_seed_and_leave_out_unfinished_ones() -> None:
-    def curve(strategy: str, seed: int, *dice: float) -> list[Round]:
+    def curve(strategy: str, seed: int, *dice: float) -> list[SimulatedRound]:
         return [
-            Round(strategy, seed, index, tuple(map(str, range(5 * (index + 1)))), value, (value,), 1.0)
+            SimulatedRound(strategy, seed, index, tuple(map(str, range(5 * (index + 1)))), value, (value,), 1.0)
             for index, value in enumerate(dice)
         ]
 
     rounds = [*curve("random", 0, 0.5, 0.7), *curve("random", 1, 0.6, 0.8), *curve("entropy", 0, 0.6, 0.8)]
     rounds += curve("entropy", 1, 0.1)  # not finished
-    random, entropy = summarise(rounds)
+    random, entropy = summarise_curves(rounds)
     assert (random.strategy, random.seeds, random.area, random.difference) == ("random", 2, pytest.approx(0.65), None)
     assert (entropy.seeds, entropy.area, entropy.difference) == (1, pytest.approx(0.7), pytest.approx(0.1))
 
@@ -248,4 +248,4 @@ def test_the_test_set_does_not_change_when_volumes_are_added(cohort: Path) -> No
 
 def test_a_plan_is_checked() -> None:
     with pytest.raises(ValueError, match="batch must be at least 1; got 0"):
-        Plan(("random",), 2, 0, 2, (0,), short_recipe(2), Preprocessing(), ("a",))
+        SimulationPlan(("random",), 2, 0, 2, (0,), short_recipe(2), Preprocessing(), ("a",))

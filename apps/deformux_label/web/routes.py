@@ -254,8 +254,8 @@ def _versions(app: App) -> APIRouter:
         return {
             "published": versions.published(),
             "pinned": versions.pinned(),
-            "versions": [info.to_json() for info in versions.infos()],
-            "history": [publication.to_json() for publication in versions.history()],
+            "versions": [info.to_dict() for info in versions.infos()],
+            "history": [publication.to_dict() for publication in versions.history()],
             "damaged": versions.damaged(),
             "warnings": versions.warnings(),
         }
@@ -263,7 +263,7 @@ def _versions(app: App) -> APIRouter:
     def show(name: str, user: User = _USER) -> Any:
         known(name)
         try:
-            return app.versions().info(name).to_json()
+            return app.versions().info(name).to_dict()
         except ValueError as error:
             raise HTTPException(409, str(error)) from error
 

@@ -1,4 +1,4 @@
-"""Which volumes stand for many others, and which are unlike those already chosen; on rows of features."""
+"""Typical and diverse volumes, from rows of features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from scipy.spatial.distance import cdist
 __all__ = ["diverse_batch", "standardised", "typical_batch", "typicality"]
 
 Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
 
 _NEIGHBOURS = 20
 _MOST_CLUSTERS = 500
@@ -24,18 +23,18 @@ _CLOSEST = 1e-12
 
 
 def standardised(features: npt.ArrayLike) -> Array:
-    """Rows ``(n, d)`` with mean 0 and variance 1 in each column; columns of one value become 0."""
+    """Return rows ``(n, d)`` with mean 0 and variance 1 in each column; columns of one value become 0."""
     x = np.asarray(features, dtype=np.float64)
     spread = x.std(axis=0)
     return (x - x.mean(axis=0)) / np.where(spread > 1e-9 * np.abs(x).max(initial=1e-9), spread, np.inf)
 
 
 def typicality(features: Array, *, neighbours: int = _NEIGHBOURS) -> Array:
-    """Inverse of the mean distance to the nearest neighbours (Hacohen et al., arXiv 2202.02794).
+    """Return the inverse of the mean distance to the nearest neighbours (Hacohen et al., arXiv 2202.02794).
 
     Args:
         features: ``(n, d)``.
-        neighbours: how many; with fewer other rows, all of them.
+        neighbours: number of neighbours; with fewer other rows, all of them.
 
     Returns:
         ``(n,)``; 0 for a single row.
@@ -47,22 +46,22 @@ def typicality(features: Array, *, neighbours: int = _NEIGHBOURS) -> Array:
     for start in range(0, len(features), _BLOCK):
         rows = slice(start, start + _BLOCK)
         distances = cdist(features[rows], features)
-        # The nearest of all is the row itself.
+        # The nearest row is the row itself.
         nearest = np.partition(distances, count, axis=1)[:, : count + 1]
         result[rows] = count / np.maximum(nearest.sum(axis=1), _CLOSEST)
     return result
 
 
 def typical_batch(features: Array, covered: Array, batch: int, rng: np.random.Generator) -> list[int]:
-    """TypiClust: the most typical row of each of the largest clusters that hold no covered row.
+    """Choose the most typical row of each of the largest clusters that hold no covered row (TypiClust).
 
-    Hacohen et al., arXiv 2202.02794: as many clusters as there are covered and wanted rows, by k-means.
+    Hacohen et al., arXiv 2202.02794: k-means with one cluster for each covered and each wanted row.
 
     Args:
         features: ``(n, d)``, candidates.
         covered: ``(m, d)``, rows that are labelled already; they count as part of their clusters.
-        batch: how many to choose.
-        rng: starts the clusters.
+        batch: number of rows to choose.
+        rng: for the first centres of the clusters.
 
     Returns:
         ``min(batch, n)`` positions in ``features``, in the order of choice.
@@ -70,7 +69,7 @@ def typical_batch(features: Array, covered: Array, batch: int, rng: np.random.Ge
     everything = np.concatenate([features, covered])
     count = min(len(covered) + batch, len(everything), _MOST_CLUSTERS)
     with warnings.catch_warnings():
-        # A cluster that ends empty is of no consequence here.
+        # An empty cluster does no harm here.
         warnings.simplefilter("ignore", UserWarning)
         # Drawing in proportion to the squared distance is k-means++; scipy's own takes minutes for 10,000 rows.
         start = diverse_batch(everything, covered[:0], count, coldness=2.0, rng=rng)
@@ -100,9 +99,9 @@ def diverse_batch(
     coldness: float = math.inf,
     rng: np.random.Generator | None = None,
 ) -> list[int]:
-    """Rows far from those covered and from each other, drawn with probability ∝ (weight · distance)^coldness.
+    """Draw rows far from the covered ones and from each other, with probability ∝ (weight · distance)^coldness.
 
-    They are drawn one by one, and the distance is that to the nearest covered or chosen row. An infinite coldness
+    Rows are drawn one by one; the distance is that to the nearest covered or chosen row. An infinite coldness
     takes the largest product each time: without weights that is the greedy k-center of Sener and Savarese (arXiv
     1708.00489). A finite one is the power acquisition of Kirsch et al. (arXiv 2106.12059) on weights that fall near
     what is already chosen, as in the k-means++ seeding of BADGE (Ash et al., arXiv 1906.03671).
@@ -110,10 +109,10 @@ def diverse_batch(
     Args:
         features: ``(n, d)``, candidates.
         covered: ``(m, d)``, rows to keep away from; may be empty.
-        batch: how many to choose.
-        weights: ``(n,)``, not negative; equal without it.
+        batch: number of rows to choose.
+        weights: ``(n,)``, not negative; equal by default.
         coldness: 0 draws uniformly.
-        rng: of the draws; needed for a finite coldness.
+        rng: for the draws; needed for a finite coldness.
 
     Returns:
         ``min(batch, n)`` positions in ``features``, in the order of choice.
@@ -130,7 +129,7 @@ def diverse_batch(
         if math.isfinite(coldness):
             if rng is None:
                 raise ValueError("a finite coldness draws at random: give rng")
-            # The largest of Gumbel-perturbed logarithms is a draw in proportion to the powers.
+            # The largest Gumbel-perturbed logarithm is a draw in proportion to the powers.
             value = coldness * value + rng.gumbel(size=n)
         value[~free] = -np.inf
         best = int(np.argmax(value))

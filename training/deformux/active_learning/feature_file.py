@@ -1,4 +1,4 @@
-"""Features of volumes in a file."""
+"""File of features of volumes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Features = npt.NDArray[np.float32]
 
 
 def write_features(path: Path, features: Mapping[str, Features]) -> None:
-    """Replace a safetensors file of features ``(d,)`` by volume id."""
+    """Write a safetensors file of features ``(d,)`` by volume id."""
     rows = np.stack(list(features.values())) if features else np.empty((0, 0))
     with replacing(path) as temporary:
         save_file({"features": rows.astype(np.float32)}, temporary, metadata={"volumes": json.dumps(list(features))})
 
 
 def read_features(path: Path) -> dict[str, Features]:
-    """The inverse of ``write_features``; nothing where there is no such file, or none that can be read."""
+    """Invert ``write_features``; return nothing where there is no file, or it cannot be read."""
     try:
         with safe_open(path, framework="numpy") as file:
             rows, names = file.get_tensor("features"), json.loads(file.metadata()["volumes"])

@@ -1,4 +1,4 @@
-"""How much a labelling budget buys: learning curves over labelled volumes, their area, and paired comparisons."""
+"""Learning curves over labelled volumes: their area, paired comparisons, tables and plot."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from scipy.integrate import trapezoid
 from deformux.data.atomic_files import replacing, write_text
 
 __all__ = [
-    "Round",
-    "Summary",
+    "CurveSummary",
+    "SimulatedRound",
     "area_under_budget_curve",
     "paired_difference",
-    "plot",
+    "plot_curves",
     "read_rounds",
-    "summarise",
+    "summarise_curves",
+    "write_curve_summary",
     "write_rounds",
-    "write_summary",
 ]
 
 BASELINE = "random"
 
 
 @dataclass(frozen=True)
-class Round:
-    """One training of a simulation: on how many volumes, and Dice on the fixed test set (NaN where in no case)."""
+class SimulatedRound:
+    """One training of a simulation, and its Dice on the fixed test set (NaN for a label that is in no case)."""
 
     strategy: str
     seed: int
@@ -46,7 +46,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Summary:
+class CurveSummary:
     """A strategy over all seeds: mean and 95 % half width of the area, and of its difference to random."""
 
     strategy: str
@@ -59,9 +59,10 @@ class Summary:
 
 
 def area_under_budget_curve(budget: Sequence[float], dice: Sequence[float]) -> float:
-    """Mean Dice over the budget: trapezoids over labelled volumes, divided by their range (AUBC, IJCAI 2021, 634).
+    """Return the mean Dice over the budget: trapezoids over labelled volumes, divided by their range (AUBC).
 
-    Zhan et al., "A comparative survey: benchmarking for pool-based active learning"; a single round is its own mean.
+    Zhan et al., "A comparative survey: benchmarking for pool-based active learning", IJCAI 2021, 634. A single round is
+    its own mean.
     """
     if len(budget) == 1:
         return float(dice[0])
@@ -69,16 +70,16 @@ def area_under_budget_curve(budget: Sequence[float], dice: Sequence[float]) -> f
 
 
 def paired_difference(values: Sequence[float], reference: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of values paired by seed, and the half width of its 95 % confidence interval (Student's t).
+    """Return the mean difference of values paired by seed, and the half width of its 95 % interval (Student's t).
 
     The half width is NaN for a single pair.
     """
     return _mean_and_half_width(np.subtract(values, reference))
 
 
-def summarise(rounds: Iterable[Round]) -> list[Summary]:
-    """One line per strategy in order of appearance, over the seeds for which it has all the rounds of the longest."""
-    curves: dict[str, dict[int, list[Round]]] = {}
+def summarise_curves(rounds: Iterable[SimulatedRound]) -> list[CurveSummary]:
+    """Summarise each strategy in order of appearance, over the seeds with as many rounds as the longest curve."""
+    curves: dict[str, dict[int, list[SimulatedRound]]] = {}
     for row in sorted(rounds, key=lambda row: row.round):
         curves.setdefault(row.strategy, {}).setdefault(row.seed, []).append(row)
     longest = max((len(curve) for seeds in curves.values() for curve in seeds.values()), default=0)
@@ -101,12 +102,12 @@ def summarise(rounds: Iterable[Round]) -> list[Summary]:
         if strategy != BASELINE and shared:
             difference = paired_difference([by_seed[s] for s in shared], [baseline[s] for s in shared])
         final = float(np.mean([curves[strategy][seed][-1].mean_dice for seed in by_seed]))
-        result.append(Summary(strategy, len(by_seed), area, area_half_width, final, *difference))
+        result.append(CurveSummary(strategy, len(by_seed), area, area_half_width, final, *difference))
     return result
 
 
-def write_rounds(path: Path, rounds: Iterable[Round], labels: Sequence[str]) -> None:
-    """Replace a CSV file with one row per training."""
+def write_rounds(path: Path, rounds: Iterable[SimulatedRound], labels: Sequence[str]) -> None:
+    """Write a CSV file with one row per training."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(
@@ -129,13 +130,13 @@ def write_rounds(path: Path, rounds: Iterable[Round], labels: Sequence[str]) -> 
     write_text(path, text.getvalue())
 
 
-def read_rounds(path: Path) -> list[Round]:
-    """The trainings of a CSV file of ``write_rounds``; none where there is no file."""
+def read_rounds(path: Path) -> list[SimulatedRound]:
+    """Return the trainings of a CSV file of ``write_rounds``; none where there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return [
-            Round(
+            SimulatedRound(
                 strategy=row["strategy"],
                 seed=int(row["seed"]),
                 round=int(row["round"]),
@@ -148,11 +149,11 @@ def read_rounds(path: Path) -> list[Round]:
         ]
 
 
-def write_summary(path: Path, summary: Iterable[Summary]) -> None:
-    """Replace a CSV file with one row per strategy; what is not known is empty."""
+def write_curve_summary(path: Path, summary: Iterable[CurveSummary]) -> None:
+    """Write a CSV file with one row per strategy; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = [field.name for field in fields(Summary)]
+    columns = [field.name for field in fields(CurveSummary)]
     writer.writerow(columns)
     for line in summary:
         values = [getattr(line, column) for column in columns]
@@ -160,8 +161,8 @@ def write_summary(path: Path, summary: Iterable[Summary]) -> None:
     write_text(path, text.getvalue())
 
 
-def plot(path: Path, rounds: Sequence[Round]) -> None:
-    """Replace a PNG file: mean Dice against labelled volumes, a thin line per seed and a thick one per strategy."""
+def plot_curves(path: Path, rounds: Sequence[SimulatedRound]) -> None:
+    """Plot into a PNG file: mean Dice against labelled volumes, a thin line per seed and a thick one per strategy."""
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""What a network shows of an unlabelled volume: its scores, and the pooled features of its encoder."""
+"""Scores of an unlabelled volume, and its pooled features from a network's encoder."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deformux.active_learning.feature_file import Features
 from deformux.active_learning.uncertainty_scores import VolumeScores, score_samples
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
@@ -19,8 +18,6 @@ from deformux.inference.sliding_window import sliding_window
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Observation", "encode", "mirrorings", "observe"]
-
-Features = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class Observation:
 
 
 class _Watched:
-    """A network that remembers the means of what its encoder gave for each window."""
+    """A network that remembers the means of its encoder's features for each window."""
 
     def __init__(self, network: DeformUXNet) -> None:
         self.network = network
@@ -56,13 +53,15 @@ class _Watched:
 
 
 def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
-    """Every combination of the axes, none first: the ways to mirror a volume."""
+    """Return every combination of the axes along which to mirror a volume, none first."""
     return [chosen for count in range(len(axes) + 1) for chosen in combinations(sorted(axes), count)]
 
 
 @torch.inference_mode()
 def encode(network: DeformUXNet, image: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> Features:
-    """Encoder features ``(d,)`` of a volume, each channel's mean over voxels and windows, for an untrained network too.
+    """Return encoder features ``(d,)`` of a volume: each channel's mean over voxels and windows.
+
+    The network may be untrained.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -82,7 +81,7 @@ def observe(
     flip_axes: Sequence[int] = (),
     device: str | torch.device = "cpu",
 ) -> Observation:
-    """Scores of a volume from every network and every mirroring, and the features of the first network.
+    """Return scores of a volume from every network and every mirroring, and features from the first network.
 
     Args:
         networks: the model in use first, then earlier ones of the same labels.

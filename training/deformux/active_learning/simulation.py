@@ -1,4 +1,4 @@
-"""The whole learning loop on a labelled folder, without a server: train, test, choose, label, again."""
+"""Simulation of active learning on a labelled folder: train, test, choose, label, and again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deformux.active_learning.feature_file import read_features, write_features
-from deformux.active_learning.learning_curve import Round
+from deformux.active_learning.learning_curve import SimulatedRound
 from deformux.active_learning.observe import encode, observe
 from deformux.active_learning.strategies import NEEDS_SCORES, STRATEGIES, choose
 from deformux.active_learning.uncertainty_scores import VolumeScores
@@ -30,28 +30,28 @@ from deformux.inference.metrics import mean_dice
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import warm_start
 
-__all__ = ["Plan", "held_out", "simulate"]
+__all__ = ["SimulationPlan", "held_out", "simulate"]
 
 _COLD_STARTS = ("adaptive", "typicality")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is simulated; the same plan on the same volumes gives the same curves, but for rounding in bfloat16.
+class SimulationPlan:
+    """Settings of a simulation; the same ones on the same volumes give the same curves, but for rounding in bfloat16.
 
     Args:
-        strategies: of ``deformux.active_learning.STRATEGIES``.
-        rounds: trainings per strategy and seed.
-        batch: volumes labelled between two of them.
-        start: volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random ones
-            (those of the seed) for the others.
+        strategies: some of ``STRATEGIES``.
+        rounds: number of trainings per strategy and seed.
+        batch: number of volumes labelled between two trainings.
+        start: number of volumes labelled before the first: typical ones for ``adaptive`` and ``typicality``, random
+            ones (those of the seed) for the others.
         seeds: each starts other networks from other volumes.
-        recipe: of every training, from scratch each time, so that a curve shows what labels give and not what
-            longer training gives; its ``flip_axes`` also give the samples that scores compare.
-        continue_recipe: where given, of all trainings but the first, which then go on from the round before, as in the
-            app. A curve also shows what longer training gives, the same for all strategies.
+        recipe: of every training, from scratch each time, so that a curve shows the effect of labels and not of longer
+            training; its ``flip_axes`` also give the samples that scores compare.
+        continue_recipe: where given, of all trainings but the first, which then continue the round before, as in the
+            app. Curves then include the effect of longer training, which is the same for all strategies.
         prep, labels, preset: as in ``fit``.
-        snapshots: models whose predictions a score compares: the current one, and those of the rounds before.
+        snapshots: number of models whose predictions a score compares: the current one, and those of rounds before.
         start_from: model file that every training and the cold start begin with.
         device: where to compute.
 
@@ -88,7 +88,7 @@ class Plan:
 
 
 def held_out(cases: Sequence[Case], fraction: float) -> tuple[list[Case], list[Case]]:
-    """Pool and test set of a labelled folder: by a hash of the case ids, so that the same cases always test.
+    """Return pool and test set of a labelled folder, by a hash of the case ids, so that the same cases always test.
 
     Raises:
         ValueError: the fraction leaves one of the two empty.
@@ -104,26 +104,26 @@ def held_out(cases: Sequence[Case], fraction: float) -> tuple[list[Case], list[C
 
 
 def simulate(
-    plan: Plan,
+    plan: SimulationPlan,
     pool: Sequence[Case],
     test: Sequence[Case],
     folder: Path,
     *,
-    on_round: Callable[[Round, bool], None] | None = None,
+    on_round: Callable[[SimulatedRound, bool], None] | None = None,
     on_progress: Callable[[str, Progress], None] | None = None,
-) -> list[Round]:
-    """Play every strategy with every seed.
+) -> list[SimulatedRound]:
+    """Simulate every strategy with every seed.
 
-    What a training gave is kept in ``folder``, written by rename. A run that was stopped, or a plan with further
-    seeds or strategies, goes on where nothing is kept yet; processes with other seeds may share a folder.
+    Results of trainings are kept in ``folder``, written by rename. A stopped simulation, or a plan with further seeds
+    or strategies, computes only what is missing; processes with other seeds may share a folder.
 
     Args:
-        plan: what is simulated.
+        plan: settings of the simulation.
         pool: volumes to choose from.
-        test: volumes that every training is tested on, and none is trained on.
-        folder: for the results.
-        on_round: called after each round, with whether it was computed now.
-        on_progress: called about once a second in trainings, with what is being trained.
+        test: volumes on which every training is tested, and none is trained.
+        folder: where the results are kept.
+        on_round: called after each round, and told whether it was computed now.
+        on_progress: called about once a second in trainings, and told what is being trained.
 
     Raises:
         ValueError: the pool is smaller than the last round needs.
@@ -136,10 +136,10 @@ def simulate(
             f"{plan.rounds} rounds need {needed} volumes to label, the pool has {len(pool)}: "
             "choose fewer rounds, a smaller batch or a smaller test fraction"
         )
-    # Where nothing can be written, that is better known before hours of training.
+    # A folder that cannot be written to must fail before hours of training.
     (folder / "measurements").mkdir(parents=True, exist_ok=True)
     lab = _Laboratory(plan, pool, test, folder, on_progress)
-    result: list[Round] = []
+    result: list[SimulatedRound] = []
     for row, computed in _rounds(plan, lab):
         result.append(row)
         if on_round is not None:
@@ -147,8 +147,8 @@ def simulate(
     return result
 
 
-def _rounds(plan: Plan, lab: _Laboratory) -> Iterator[tuple[Round, bool]]:
-    """Seed by seed and round by round, so that strategies can be compared before the end."""
+def _rounds(plan: SimulationPlan, lab: _Laboratory) -> Iterator[tuple[SimulatedRound, bool]]:
+    """Yield rounds seed by seed, so that strategies can be compared before the end."""
     names = sorted(lab.cases)
     for seed in plan.seeds:
         history = {strategy: [lab.start(strategy, seed)] for strategy in plan.strategies}
@@ -160,10 +160,10 @@ def _rounds(plan: Plan, lab: _Laboratory) -> Iterator[tuple[Round, bool]]:
                 needs = "nothing" if last else "scores" if not index else _needs(strategy)
                 measured, computed = lab.measure(seed, sets, needs, f"{strategy}, seed {seed}, round {index + 1}")
                 labelled = sets[-1]
-                yield (
-                    Round(strategy, seed, index, labelled, measured.mean_dice, measured.dice, measured.seconds),
-                    computed,
+                row = SimulatedRound(
+                    strategy, seed, index, labelled, measured.mean_dice, measured.dice, measured.seconds
                 )
+                yield row, computed
                 if not last:
                     chosen = choose(
                         strategy,
@@ -193,11 +193,11 @@ class _Measurement:
 
 
 class _Laboratory:
-    """Trains and tests on sets of volumes, and remembers in files what came out."""
+    """Trains and tests on sets of volumes, and keeps the results in files."""
 
     def __init__(
         self,
-        plan: Plan,
+        plan: SimulationPlan,
         pool: Sequence[Case],
         test: Sequence[Case],
         folder: Path,
@@ -207,7 +207,7 @@ class _Laboratory:
         self.cases = {case.id: case for case in pool}
         start_from = plan.start_from
         self.settings: dict[str, Any] = {
-            "recipe": plan.recipe.to_json(),
+            "recipe": plan.recipe.to_dict(),
             "prep": plan.prep.to_dict(),
             "labels": plan.labels,
             "preset": plan.preset,
@@ -216,10 +216,10 @@ class _Laboratory:
             "test": sorted(case.id for case in test),
         }
         if plan.continue_recipe is not None:
-            self.settings["continue_recipe"] = plan.continue_recipe.to_json()
+            self.settings["continue_recipe"] = plan.continue_recipe.to_dict()
 
     def start(self, strategy: str, seed: int) -> tuple[str, ...]:
-        """The volumes that are labelled before the first training."""
+        """Return the volumes that are labelled before the first training."""
         cold = strategy in _COLD_STARTS
         chosen = choose(
             strategy if cold else "random",
@@ -232,7 +232,7 @@ class _Laboratory:
         return tuple(chosen)
 
     def measure(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, what: str) -> tuple[_Measurement, bool]:
-        """Test Dice of a training on the last set, what the next choice needs, and whether it was computed now."""
+        """Return test Dice of a training on the last set, what the next choice needs, and if it was computed now."""
         what_counts = self._history(sets, self.plan.snapshots)
         path = self.folder / "measurements" / f"{self._key(seed, what_counts, needs)}.json"
         features = path.with_suffix(".safetensors")
@@ -246,10 +246,10 @@ class _Laboratory:
             write_text(path, json.dumps(values))
         return (
             _Measurement(
-                mean_dice=_from_json(values["mean_dice"]),
-                dice=tuple(_from_json(value) for value in values["dice"]),
+                mean_dice=_or_nan(values["mean_dice"]),
+                dice=tuple(_or_nan(value) for value in values["dice"]),
                 seconds=values["seconds"],
-                scores={name: VolumeScores.from_json(score) for name, score in values["scores"].items()},
+                scores={name: VolumeScores.from_dict(score) for name, score in values["scores"].items()},
                 features=read_features(features),
             ),
             computed,
@@ -287,7 +287,7 @@ class _Laboratory:
                         flip_axes=plan.recipe.flip_axes,
                         device=plan.device,
                     )
-                    scores[name], features[name] = seen.scores.to_json(), seen.features
+                    scores[name], features[name] = seen.scores.to_dict(), seen.features
         if needs != "nothing":
             for name, case in self.cases.items():
                 if name not in features:
@@ -300,8 +300,8 @@ class _Laboratory:
         return {
             "seed": seed,
             "labelled": sorted(labelled),
-            "mean_dice": _to_json(mean_dice(per_label)),
-            "dice": [_to_json(value) for value in means],
+            "mean_dice": _or_none(mean_dice(per_label)),
+            "dice": [_or_none(value) for value in means],
             "seconds": round(seconds, 1),
             "scores": scores,
         }
@@ -316,7 +316,7 @@ class _Laboratory:
         report = self.on_progress
         fit(
             network,
-            # Their order must not matter: two strategies may reach the same set on different ways.
+            # Their order must not matter: two strategies may reach the same set in different ways.
             [self.cases[name] for name in sorted(labelled)],
             recipe=recipe,
             prep=plan.prep,
@@ -364,7 +364,7 @@ class _Laboratory:
         return self._weights_folder / f"{seed}-{self._key(seed, self._history(sets, 1), 'weights')}.safetensors"
 
     def _history(self, sets: Sequence[tuple[str, ...]], rounds: int) -> Sequence[tuple[str, ...]]:
-        """The labelled sets that a result depends on: of the last rounds, or all where trainings go on."""
+        """Return the labelled sets that a result depends on: of the last rounds, or all where trainings continue."""
         return sets[-rounds:] if self.plan.continue_recipe is None else sets
 
     def _key(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str) -> str:
@@ -372,9 +372,9 @@ class _Laboratory:
         return hashlib.sha256(identity.encode()).hexdigest()[:20]
 
 
-def _to_json(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def _from_json(value: float | None) -> float:
+def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value

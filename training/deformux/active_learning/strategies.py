@@ -1,4 +1,4 @@
-"""Which unlabelled volumes to label next: one front for every strategy."""
+"""Strategies that choose which unlabelled volumes to label next."""
 
 from __future__ import annotations
 
@@ -7,26 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from deformux.active_learning.diversity import diverse_batch, standardised, typical_batch
+from deformux.active_learning.diversity import Array, diverse_batch, standardised, typical_batch
 from deformux.active_learning.strategy_names import NEEDS_SCORES, STRATEGIES
 from deformux.active_learning.uncertainty_scores import VolumeScores
 
 __all__ = ["NEEDS_SCORES", "STRATEGIES", "choose", "coldness", "power_noise", "stochastic_batch"]
 
-Array = npt.NDArray[np.float64]
-
-# How many random batches compete in ``stochastic_batch``.
+# Number of random batches that compete in ``stochastic_batch``.
 _BATCHES = 100
 _SMALLEST_SCORE = 1e-12
 
 
 def coldness(round_: int) -> float:
-    """Exponent of the scores in round 0, 1, …: early models are poor judges, so early choices are the most random."""
+    """Return the exponent of scores in round 0, 1, …: early models judge poorly, so early choices are more random."""
     return 1.0 + round_
 
 
 def power_noise(scores: npt.ArrayLike, *, coldness: float, rng: np.random.Generator) -> Array:
-    """Perturbed log scores; their B largest are B draws without replacement with probability ∝ score^coldness.
+    """Perturb log scores; the B largest are B draws without replacement with probability ∝ score^coldness.
 
     Power acquisition of Kirsch et al. (arXiv 2106.12059): ``coldness · log(score)`` plus Gumbel noise.
 
@@ -41,12 +39,12 @@ def power_noise(scores: npt.ArrayLike, *, coldness: float, rng: np.random.Genera
 def stochastic_batch(
     scores: npt.ArrayLike, batch: int, *, rng: np.random.Generator, batches: int = _BATCHES
 ) -> list[int]:
-    """The random batch with the highest mean score (Gaillochet et al., arXiv 2301.07670).
+    """Return the random batch with the highest mean score (Gaillochet et al., arXiv 2301.07670).
 
     Args:
         scores: ``(n,)``.
-        batch: volumes in a batch.
-        batches: how many are drawn, each without replacement.
+        batch: number of volumes in a batch.
+        batches: number of batches drawn, each without replacement.
 
     Returns:
         ``min(batch, n)`` positions, in the order of their scores.
@@ -85,8 +83,8 @@ def choose(
     Args:
         strategy: one of ``STRATEGIES``.
         unlabelled: ids to choose from; their order does not matter.
-        batch: how many to choose.
-        round_: how many batches were chosen from scores before.
+        batch: number of volumes to choose.
+        round_: number of batches chosen from scores before.
         labelled: ids that have a label; those with features keep the choice away from them.
         scores, features: by id.
 
@@ -157,7 +155,7 @@ def _adaptive(
 
 
 def _rows(names: Sequence[str], labelled: Sequence[str], features: Mapping[str, npt.ArrayLike]) -> tuple[Array, Array]:
-    """Features of the candidates and of the labelled volumes, on one scale."""
+    """Return features of the candidates and of the labelled volumes, on one scale."""
     known = [name for name in labelled if name in features]
     rows = standardised([np.asarray(features[name], dtype=np.float64) for name in (*names, *known)])
     return rows[: len(names)], rows[len(names) :]

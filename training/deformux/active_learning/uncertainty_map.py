@@ -1,4 +1,4 @@
-"""Where in a volume a model is unsure: a map to lay over the scan, and the voxel to look at next."""
+"""Map of a model's uncertainty over a scan, and the voxel to look at next."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from scipy import ndimage
 from torch import Tensor
 
 from deformux.active_learning.uncertainty_scores import volume_uncertainty, voxel_entropy
-from deformux.data.grid import ScanGrid
+from deformux.data.grid import Index, ScanGrid
 
 __all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
 
-# A map that stays below this shows nothing that is worth a look.
+# A map that stays below this shows nothing worth a look.
 _LEAST = 1.0
-
-Index = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Uncertainty:
     Args:
         map: ``(X, Y, Z)``, uint8, 0 (sure) to 100, on the scan's grid.
         look_next: the voxel of the scan at the centre of the most uncertain region; None where there is none.
-        mean: 0 to 100, the volume's uncertainty as active learning knows it (``selection.volume_uncertainty``).
+        mean: 0 to 100, the volume's uncertainty in active learning (``volume_uncertainty``).
     """
 
     map: npt.NDArray[np.uint8]
@@ -42,7 +40,7 @@ class Uncertainty:
 
 @torch.inference_mode()
 def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
-    """What the logits ``(C, x, y, z)`` of a preprocessed ``image`` say about where the model is unsure of its scan.
+    """Find where a model is unsure of a scan, from the logits ``(C, x, y, z)`` of its preprocessed ``image``.
 
     Raises:
         ValueError: the logits are not ``(C >= 2, x, y, z)`` or not finite.
@@ -59,7 +57,7 @@ def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
 
 
 def uncertainty_map(probabilities: Tensor) -> Tensor:
-    """Each voxel's entropy where labels may be ``(x, y, z)``, float32: 0 is sure, 100 is undecided.
+    """Return each voxel's entropy where labels may be, ``(x, y, z)``, float32: 0 is sure, 100 is undecided.
 
     100 stands for the entropy of two equally likely classes, or more, however many labels there are: at the edge of an
     organ two compete. A voxel that is more likely background than not counts less in proportion, as in
@@ -77,7 +75,7 @@ def uncertainty_map(probabilities: Tensor) -> Tensor:
 
 
 def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Index | None:
-    """Index of the voxel at the centre of a map's most uncertain region, or None where the map is empty.
+    """Return the voxel at the centre of a map's most uncertain region, or None where the map is empty.
 
     Regions are connected voxels (by their faces) of at least half the map's maximum; the most uncertain one has the
     highest sum. Its centre is the voxel farthest from its border, of equally far ones the most uncertain.
@@ -95,7 +93,7 @@ def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> 
     most = int(np.argmax(sums)) + 1
     around = ndimage.find_objects(regions, max_label=most)[most - 1]
     inside = regions[around] == most
-    # The volume's own faces are borders too, unless it has a single slice: that would be border altogether.
+    # The faces of the volume are borders too, except along an axis of one voxel, where all would be border.
     margin = [(1, 1) if n > 1 else (0, 0) for n in values.shape]
     depth = ndimage.distance_transform_edt(np.pad(inside, margin), sampling=spacing_mm)
     depth = depth[tuple(slice(before, before + n) for (before, _), n in zip(margin, inside.shape, strict=True))]
@@ -106,7 +104,7 @@ def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> 
 
 
 def _nearest(index: Index, grid: ScanGrid) -> Index:
-    """The scan's voxel nearest to a voxel of the network's grid."""
+    """Return the scan's voxel nearest to a voxel of the network's grid."""
     nearest = np.rint(apply_affine(np.linalg.inv(grid.to_network), index)).astype(int)
     i, j, k = (int(n) for n in np.clip(nearest, 0, np.array(grid.size) - 1))
     return i, j, k

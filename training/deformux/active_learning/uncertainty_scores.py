@@ -1,4 +1,4 @@
-"""How unsure a model is of a whole volume, from the probabilities of one or several of its predictions."""
+"""Scores of a model's uncertainty about a whole volume, from one or several predictions."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 __all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty", "voxel_entropy"]
 
-# A label that is expected to fill less is not in the volume, and has no uncertainty.
+# A label with a smaller expected volume counts as absent, and has no uncertainty.
 _FEWEST_VOXELS = 1.0
 
 
 @dataclass(frozen=True)
 class VolumeScores:
-    """What a volume's predictions say about it; every value is divided by log C, so that it lies between 0 and 1.
+    """Uncertainty of a volume's predictions; every value is divided by log C, so that it lies between 0 and 1.
 
     Args:
         uncertainty: mean over the labels in ``per_label``.
         per_label: entropy weighted by the label's own probability; None for a label that is not in the volume.
         entropy: mean over all voxels, background included.
-        mutual_information: mean over all voxels of what the samples disagree on; 0 for a single sample.
+        mutual_information: mean disagreement of the samples over all voxels; 0 for a single sample.
     """
 
     uncertainty: float
@@ -32,8 +32,8 @@ class VolumeScores:
     entropy: float
     mutual_information: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
         return {
             "uncertainty": self.uncertainty,
             "per_label": list(self.per_label),
@@ -42,13 +42,13 @@ class VolumeScores:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> VolumeScores:
-        """The inverse of ``to_json``."""
+    def from_dict(cls, values: Mapping[str, Any]) -> VolumeScores:
+        """Invert ``to_dict``."""
         return cls(**{**values, "per_label": tuple(values["per_label"])})
 
 
 def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
-    """Entropy of each label 1..C-1 where the label may be, 0 (sure) to 1 (every class equally likely).
+    """Return the entropy of each label 1..C-1 where the label may be, 0 (sure) to 1 (every class equally likely).
 
     Each voxel's entropy, divided by its maximum log C, counts with the voxel's probability of that label: a small
     organ counts as much as a large one, and background around them changes nothing.
@@ -57,7 +57,7 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
 
     Returns:
-        one value per label; None where its probabilities sum to less than one voxel.
+        One value per label; None where its probabilities sum to less than one voxel.
 
     Raises:
         ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
@@ -67,7 +67,7 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
 
 
 def volume_uncertainty(probabilities: Tensor) -> float:
-    """Mean of ``label_uncertainty`` over the labels in a volume; 0 where there is none.
+    """Return the mean of ``label_uncertainty`` over the labels in a volume; 0 where there is none.
 
     Args:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
@@ -79,7 +79,7 @@ def volume_uncertainty(probabilities: Tensor) -> float:
 
 
 def voxel_entropy(probabilities: Tensor) -> Tensor:
-    """Entropy ``(D, H, W)`` of each voxel's probabilities ``(C, D, H, W)``, in nats: 0 to log C.
+    """Return the entropy ``(D, H, W)`` of each voxel's probabilities ``(C, D, H, W)``, in nats: 0 to log C.
 
     Raises:
         ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
@@ -88,7 +88,7 @@ def voxel_entropy(probabilities: Tensor) -> Tensor:
 
 
 def score_samples(samples: Iterable[Tensor]) -> VolumeScores:
-    """Scores of a volume from several predictions of it, such as mirrored ones or those of several models.
+    """Score a volume by several predictions of it, such as mirrored ones or those of several models.
 
     Entropies are those of the mean prediction. The mutual information between prediction and model, the entropy of
     the mean less the mean of the entropies, is BALD's score (Houlsby et al., arXiv 1112.5745). Samples are

@@ -97,7 +97,7 @@ def _card(
         network_options=network_options(network),
         training_cases=tuple(case.id for case in training),
         training_labels={case.id: label_checksum(case) for case in training},
-        recipe=recipe.to_json(),
+        recipe=recipe.to_dict(),
         validation={"mean_dice": result.best_dice, "per_case": result.per_case},
         seconds=round(result.seconds, 1),
         device=device_name(device),

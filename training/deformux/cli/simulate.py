@@ -10,8 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from deformux.active_learning.learning_curve import Round, Summary, plot, summarise, write_rounds, write_summary
-from deformux.active_learning.simulation import Plan, held_out, simulate
+from deformux.active_learning.learning_curve import (
+    CurveSummary,
+    SimulatedRound,
+    plot_curves,
+    summarise_curves,
+    write_curve_summary,
+    write_rounds,
+)
+from deformux.active_learning.simulation import SimulationPlan, held_out, simulate
 from deformux.cli.common import ProgressBar, clear_errors, console
 from deformux.cli.devices import torch_device, use_threads
 from deformux.data.cases import Case
@@ -42,10 +49,10 @@ def simulate_on_folder(
     device: str,
     threads: int,
 ) -> None:
-    """Run a simulation with the options of the command on labelled volumes; see ``Plan``."""
+    """Run a simulation with the options of the command on labelled volumes; see ``SimulationPlan``."""
     with clear_errors(TrainingError):
         use_threads(threads)
-        plan = Plan(
+        plan = SimulationPlan(
             strategies=strategies,
             rounds=rounds,
             batch=batch,
@@ -64,12 +71,12 @@ def simulate_on_folder(
 
 
 def play(
-    plan: Plan, cases: Sequence[Case], output: Path, *, test_fraction: float, console: Console = console
-) -> list[Summary]:
+    plan: SimulationPlan, cases: Sequence[Case], output: Path, *, test_fraction: float, console: Console = console
+) -> list[CurveSummary]:
     """Simulate with a progress bar; write tables and plot after each round, and print the summary."""
     pool, test = held_out(cases, test_fraction)
     total = len(plan.strategies) * len(plan.seeds) * plan.rounds
-    done: list[Round] = []
+    done: list[SimulatedRound] = []
     computing: list[float] = []
     began = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
@@ -79,7 +86,7 @@ def play(
         def show(what: str, progress: Progress) -> None:
             bar.update(task, description=f"{what}: step {progress.step} of {progress.total_steps}")
 
-        def finished(row: Round, computed: bool) -> None:
+        def finished(row: SimulatedRound, computed: bool) -> None:
             nonlocal began
             if computed:
                 computing.append(time.monotonic() - began)
@@ -94,13 +101,13 @@ def play(
             bar.update(task, completed=len(done), left=f"about {left} left" if left else "")
 
         simulate(plan, pool, test, output, on_round=finished, on_progress=show)
-    summary = summarise(done)
+    summary = summarise_curves(done)
     console.print(_table(summary))
     console.print(f"{output}: rounds.csv, summary.csv, curves.png")
     return summary
 
 
-def _table(summary: list[Summary]) -> Table:
+def _table(summary: list[CurveSummary]) -> Table:
     """Show the area under the budget curve of each strategy, and its paired difference to random."""
     table = Table("strategy", "seeds", "AUBC", "final Dice", "difference to random (95 %)")
     for line in summary:
@@ -114,10 +121,10 @@ def _table(summary: list[Summary]) -> Table:
     return table
 
 
-def _write(output: Path, rounds: list[Round], plan: Plan) -> None:
+def _write(output: Path, rounds: list[SimulatedRound], plan: SimulationPlan) -> None:
     write_rounds(output / "rounds.csv", rounds, plan.labels)
-    write_summary(output / "summary.csv", summarise(rounds))
-    plot(output / "curves.png", rounds)
+    write_curve_summary(output / "summary.csv", summarise_curves(rounds))
+    plot_curves(output / "curves.png", rounds)
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""The random part of training: patches and how they are varied."""
+"""Augmentation: random patches and how they are changed."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _KEYS = ("image", "label")
 
 
 class SamplingMapsd(Transform):
-    """From ``label`` (1, x, y, z) with 255 for unlabelled: where patches may be centred.
+    """Adds maps of where patches may be centred, from ``label`` (1, x, y, z) with 255 for unlabelled.
 
-    Adds ``foreground`` and ``known`` (uint8), which cost two bytes per voxel beside the label's one.
+    ``foreground`` and ``known`` are uint8, which cost two bytes per voxel beside the label's one.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -51,14 +51,14 @@ class SamplingMapsd(Transform):
 def training_augmentation(
     prep: Preprocessing, recipe: Recipe, *, device: str | torch.device = "cpu"
 ) -> list[Transform]:
-    """Random dictionary transforms from whole volumes ``(1, x, y, z)`` to ``patches_per_volume`` training patches.
+    """Return random transforms of dictionaries from volumes ``(1, x, y, z)`` to ``patches_per_volume`` patches.
 
-    What precedes the first random one is done once for each volume in memory. Anything else in the dictionary under
-    ``annotated`` is passed on. Patches are cut from volumes on the CPU; on ``device`` they are varied, and stay.
+    Transforms before the first random one run once for each volume in memory. ``annotated`` is passed on. Patches are
+    cut from volumes on the CPU, augmented on ``device``, and stay there.
     """
     device = torch.device(device)
     transforms: list[Transform] = [
-        # Only what collates: paths and reader headers stay behind.
+        # Only these collate: paths and headers of readers stay behind.
         SelectItemsd((*_KEYS, "annotated")),
         SpatialPadd("image", prep.patch_size, mode="edge"),
         SpatialPadd("label", prep.patch_size, mode="constant"),
@@ -70,15 +70,24 @@ def training_augmentation(
             pos=recipe.foreground_ratio,
             neg=1 - recipe.foreground_ratio,
             num_samples=recipe.patches_per_volume,
-            # Background, but never where nobody has labelled.
+            # Background, but never unlabelled voxels.
             image_key="known",
             image_threshold=0,
         ),
         SelectItemsd((*_KEYS, "annotated")),
     ]
     if device.type != "cpu":
-        # One core resamples a patch about as fast as it trains on one; a GPU would wait for it most of the time.
+        # One core resamples a patch about as fast as it trains on one; a GPU would wait most of the time.
         transforms.append(EnsureTyped(_KEYS, device=device))
+    transforms += [*_geometry(recipe, device), *_intensity(recipe)]
+    # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
+    transforms.append(EnsureTyped(_KEYS, track_meta=False))
+    return transforms
+
+
+def _geometry(recipe: Recipe, device: torch.device) -> list[Transform]:
+    """Return random flips, affine and elastic deformations."""
+    transforms: list[Transform] = []
     for axis in recipe.flip_axes:
         transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
     if recipe.affine_probability > 0 and (recipe.rotation_degrees > 0 or recipe.scaling > 0):
@@ -103,9 +112,15 @@ def training_augmentation(
             padding_mode=("border", "zeros"),
             device=device,
         )
-        # With another probability of its own it would resample every patch, most of them to what they were.
+        # With a probability of its own it would resample every patch, most of them without a change.
         often = recipe.elastic_probability
         transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[often, 1 - often]))
+    return transforms
+
+
+def _intensity(recipe: Recipe) -> list[Transform]:
+    """Return random changes of the image alone."""
+    transforms: list[Transform] = []
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
         transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))
@@ -117,6 +132,4 @@ def training_augmentation(
         transforms.append(RandScaleIntensityd("image", prob=p, factors=recipe.intensity_scale))
     if recipe.intensity_shift > 0:
         transforms.append(RandShiftIntensityd("image", prob=p, offsets=recipe.intensity_shift))
-    # Geometry has served its purpose; a plain tensor spares every operation of the network MONAI's bookkeeping.
-    transforms.append(EnsureTyped(_KEYS, track_meta=False))
     return transforms

@@ -1,4 +1,4 @@
-"""A training on disk: everything that the next process needs to go on as if nothing had happened."""
+"""Checkpoints of trainings: everything that the next process needs to resume exactly."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,18 @@ from torch import Tensor, nn
 from deformux.data.atomic_files import replacing
 from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.distributed import Ranks
 from deformux.fitting.recipe import Recipe
 
-__all__ = ["Checkpoint", "CheckpointFile", "fingerprint", "label_checksum", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointFile",
+    "broadcast_checkpoint",
+    "fingerprint",
+    "label_checksum",
+    "load_checkpoint",
+    "save_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +46,12 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, of: str) -> None:
-    """Write one safetensors file by rename, its plain values as JSON in the header.
+    """Write one safetensors file by rename, with the plain values as JSON in its header.
 
     Args:
         path: the file.
         checkpoint: what to keep.
-        of: the run's fingerprint.
+        of: fingerprint of the training.
 
     Raises:
         OSError: the disk is full, or the file cannot be written; the previous checkpoint is still there.
@@ -62,7 +71,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, *, of: str) -> None:
 
 
 def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
-    """The checkpoint of the run with this fingerprint, or None where there is none; the reason is logged."""
+    """Return the checkpoint of the training with this fingerprint, or None where there is none; log the reason."""
     if not path.exists():
         return None
     try:
@@ -72,7 +81,7 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
                 logger.warning("Starting anew: %s is of another training (recipe, cases, labels or start)", path)
                 return None
             tensors: dict[str, dict[str, Tensor]] = {}
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
+            for key in file.keys():  # noqa: SIM118 - it is not a mapping
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
@@ -81,12 +90,44 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
     return Checkpoint(tensors, values)
 
 
+def broadcast_checkpoint(load: Callable[[], Checkpoint | None], ranks: Ranks) -> Checkpoint | None:
+    """Return, in all processes, the checkpoint that the writer loads."""
+    own = load() if ranks.is_writer else None
+    if ranks.size == 1:
+        return own
+
+    def describe() -> dict[str, Any] | None:
+        if own is None:
+            return None
+        layout = {
+            group: {
+                name: (str(value.dtype).removeprefix("torch."), list(value.shape)) for name, value in tensors.items()
+            }
+            for group, tensors in own.tensors.items()
+        }
+        return {"values": dict(own.values), "tensors": layout}
+
+    described = ranks.from_writer(describe)
+    if described is None:
+        return None
+    checkpoint = own or Checkpoint(
+        {
+            group: {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}
+            for group, layout in described["tensors"].items()
+        },
+        described["values"],
+    )
+    for group in described["tensors"]:
+        ranks.broadcast_tensors(checkpoint.tensors[group][name] for name in described["tensors"][group])
+    return checkpoint
+
+
 class CheckpointFile:
-    """Where a run keeps its checkpoint.
+    """File in which a training keeps its checkpoint.
 
     Args:
         path: the file.
-        run_id: the run's fingerprint; checkpoints of others are ignored.
+        run_id: fingerprint of the training; checkpoints of others are ignored.
         seconds: least time between two checkpoints.
     """
 
@@ -95,30 +136,30 @@ class CheckpointFile:
         self.last = time.monotonic()
 
     def load(self) -> Checkpoint | None:
-        """The last checkpoint of this run, or None."""
+        """Return the last checkpoint of this training, or None."""
         return load_checkpoint(self.path, of=self.run_id)
 
     @property
     def due(self) -> bool:
-        """Whether the last one is old enough."""
+        """Whether the last checkpoint is old enough."""
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the last checkpoint; a disk that is full is logged."""
+        """Replace the last checkpoint; log an error where the disk is full."""
         try:
             save_checkpoint(self.path, checkpoint, of=self.run_id)
         except OSError as error:
-            # A full disk costs the means to resume, not the training.
+            # A full disk must not end the training, which only cannot be resumed.
             logger.error("The training goes on without a new checkpoint: %s", error)
         self.last = time.monotonic()
 
     def remove(self) -> None:
-        """Start anew next time."""
+        """Delete the checkpoint, so that the next training starts anew."""
         self.path.unlink(missing_ok=True)
 
 
 def label_checksum(case: Case) -> str:
-    """SHA-256 of a case's label file, and of the labels that it was annotated for where these are not all."""
+    """Return the SHA-256 of a case's label file, and of the labels that were annotated where these are not all."""
     digest = hashlib.sha256(case.label.read_bytes())
     if case.annotated is not None:
         digest.update(json.dumps(sorted(case.annotated)).encode())
@@ -136,13 +177,13 @@ def fingerprint(
     labels: Sequence[str],
     seed: int,
 ) -> str:
-    """What a run is, as a checksum: the same recipe on the same labels from the same weights. Paths do not count."""
+    """Return a checksum of a training: its recipe, labels and first weights. Paths do not count."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    said = {
-        "recipe": recipe.to_json(),
+    identity = {
+        "recipe": recipe.to_dict(),
         "preprocessing": prep.to_dict(),
         "labels": list(labels),
         "seed": seed,
@@ -150,5 +191,5 @@ def fingerprint(
         "validation": [(case.id, label_checksum(case)) for case in val_cases],
         "new": sorted(new),
     }
-    digest.update(json.dumps(said).encode())
+    digest.update(json.dumps(identity).encode())
     return digest.hexdigest()

@@ -1,9 +1,9 @@
 """Training steps in which a simulated annotator clicks into the network's errors.
 
 Iterative training in the manner of Mahadevan et al. (BMVC 2018) and Sofiiuk et al. (RITM, ICIP 2022), with few passes
-through the network. Every step is an ordinary one, without clicks. A step with clicks goes on from its prediction: in
-half of them a pass for the mask after the first clicks, and then one with guidance, whose gradient is added. Thus what
-is learnt of clicks takes no step from the automatic network.
+through the network. Every step first trains without clicks. A step with clicks continues from its prediction: in half
+of them with a pass for the mask after the first clicks, and then with a pass with guidance, whose gradient is added.
+Learning from clicks thus takes no step from the automatic network.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from deformux.networks.precision import mixed_precision
 
 __all__ = ["ClickTraining"]
 
-# Of the steps with clicks: those that start from another mask than the network's own, and those with a second round.
+# Share of the steps with clicks that start from another mask than the network's own, and that have a second round.
 _FOREIGN_MASK = 0.15
 _SECOND_ROUND = 0.5
-# Of the second rounds: those that start from the mask after the first, as an annotator who saves in between does.
+# Share of the second rounds that start from the mask after the first, like an annotator who saves in between.
 _SAVED_BETWEEN = 0.3
-# Of the volumes: those with a click where nothing is wrong.
+# Share of the volumes with a click where nothing is wrong.
 _NEEDLESS_CLICK = 0.1
 # Voxels.
 _LARGEST_SHIFT = 3
-# What sets these random numbers apart from others of the same step.
+# Separates these random numbers from others of the same step.
 _STREAM = 0xC11C
 
-Labels = npt.NDArray[np.uint8]
+_Labels = npt.NDArray[np.uint8]
 
 
 class ClickTraining:
     """Guidance for training steps.
 
-    Whether a step has clicks, how many and where follows from the seed, the step and the network's weights alone, so
-    that a resumed training clicks as an uninterrupted one would have.
+    The clicks of a step follow from the seed, the step and the network's weights alone, so that a resumed training
+    clicks as an uninterrupted one would have.
 
     Args:
         network: the network in training, which takes guidance.
-        recipe: how often, and how many clicks at most.
+        recipe: how often to click, and how many times at most.
         seed: of the training.
     """
 
@@ -57,18 +57,18 @@ class ClickTraining:
         self.n_labels = network.out_channels - 1
 
     def takes_part(self, step: int) -> bool:
-        """Whether a step, from 1, has clicks."""
+        """Return whether a step, counted from 1, has clicks."""
         return self._drawn(step) is not None
 
     def guidance(self, step: int, image: Tensor, logits: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
-        """Guidance ``(N, guidance channels, D, H, W)``, on the image's device, for a step that has clicks.
+        """Return guidance ``(N, guidance channels, D, H, W)``, on the image's device, for a step that has clicks.
 
         Args:
-            step: of the training, from 1.
+            step: number of the step, from 1.
             image: ``(N, channels, D, H, W)``.
-            logits: what the network says without clicks, ``(N, classes, D, H, W)``.
+            logits: prediction without clicks, ``(N, classes, D, H, W)``.
             label: ``(N, 1, D, H, W)``, 255 where unlabelled.
-            annotated: ``(N, classes)``, which classes were looked for.
+            annotated: ``(N, classes)``, which classes were annotated.
 
         Raises:
             ValueError: the step has no clicks.
@@ -96,14 +96,14 @@ class ClickTraining:
         return self._encode(clicks, start, image)
 
     def _drawn(self, step: int) -> np.random.Generator | None:
-        """The random numbers of a step with clicks, or None for a step without."""
+        """Return the random numbers of a step with clicks, or None for a step without."""
         rng = np.random.default_rng(np.random.SeedSequence([self.seed, step, _STREAM]))
         if step <= self.recipe.click_start * self.recipe.steps or rng.random() >= self.recipe.click_probability:
             return None
         return rng
 
     def _clicks(
-        self, truth: Labels, shown: Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
+        self, truth: _Labels, shown: _Labels, *, annotated: npt.NDArray[np.bool_], most: int, rng: np.random.Generator
     ) -> list[Click]:
         jitter = float(rng.random()) if rng.random() < 0.5 else 0.0
         annotator = ClickAnnotator(self.n_labels, jitter=jitter, seed=rng)
@@ -116,7 +116,7 @@ class ClickTraining:
         return clicks
 
     @torch.inference_mode()
-    def _predict(self, image: Tensor, guidance: Tensor) -> list[Labels]:
+    def _predict(self, image: Tensor, guidance: Tensor) -> list[_Labels]:
         if not self.recipe.mixed_precision:
             logits = self.network(image, guidance)
         else:
@@ -124,7 +124,7 @@ class ClickTraining:
                 logits = self.network(image, guidance)
         return _classes(logits)
 
-    def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[Labels], image: Tensor) -> Tensor:
+    def _encode(self, clicks: Sequence[Sequence[Click]], masks: Sequence[_Labels], image: Tensor) -> Tensor:
         maps = []
         for given, mask in zip(clicks, masks, strict=True):
             by_label = {
@@ -135,24 +135,24 @@ class ClickTraining:
         return torch.stack(maps).to(image.device)
 
 
-def _classes(logits: Tensor) -> list[Labels]:
+def _classes(logits: Tensor) -> list[_Labels]:
     return list(logits.argmax(1).to("cpu", torch.uint8).numpy())
 
 
 def _count(most: int, rng: np.random.Generator) -> int:
-    """1 to ``most`` clicks, n of them with a probability proportional to 1/n: most cases need few."""
+    """Draw a number of clicks, 1 to ``most``, n with a probability proportional to 1/n: most cases need few."""
     weights = 1 / np.arange(1, most + 1)
     return int(rng.choice(most, p=weights / weights.sum())) + 1
 
 
-def _spoilt(truth: Labels, rng: np.random.Generator) -> Labels:
-    """A mask from somewhere else: the truth with every label moved by some voxels, and some of them missing."""
+def _spoilt(truth: _Labels, rng: np.random.Generator) -> _Labels:
+    """Return a mask from another source: the truth with every label moved by some voxels, and some labels missing."""
     mask = np.zeros_like(truth)
     kept = rng.random(int(UNLABELLED)) < rng.choice([0.0, 0.7, 1.0], p=[0.1, 0.2, 0.7])
     for value in np.unique(truth):
         offset = rng.integers(-_LARGEST_SHIFT, _LARGEST_SHIFT + 1, 3)
         if 0 < value < UNLABELLED and kept[value]:
-            # An axis of a single voxel has no room.
+            # Nothing moves along an axis of a single voxel.
             offset = np.where(np.array(truth.shape) > 1, offset, 0)
             mask[ndimage.shift(truth == value, offset, order=0)] = value
     return mask

@@ -1,4 +1,4 @@
-"""Whether compiling the network pays in a training on a GPU, and where what was compiled is kept."""
+"""Compiling the network of a training on a GPU: whether it pays, and where the compiled code is kept."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deformux.data.atomic_files import write_text
+from deformux.fitting.training_step import TrainingStep
 
-__all__ = ["Compilation"]
+__all__ = ["Compilation", "CompileOnce"]
 
 logger = logging.getLogger(__name__)
 
 # Measured on an H200 with captured steps in bfloat16: `tiny` at 2×32×48×32 from 8.5 to 4.7 ms, `base` at 2×96³ from
 # 105 to 65.
 _SAVED = 0.35
-# Of the first compilation of a network: 70 to 110 were measured; and of one that is in the cache: 3 to 7.
+# Time of the first compilation of a network, measured as 70 to 110, and of one in the cache, 3 to 7.
 _SECONDS, _SECONDS_AGAIN = 110.0, 10.0
+# The steps whose pace says whether compiling pays; the first ones compile kernels and capture graphs.
+_PACE_FROM, _PACE_TO = 20, 60
 
 
 class Compilation:
     """Decides by the time that is left, and remembers how long compiling took.
 
     Args:
-        network: what sets one compiled network apart from another: preset, classes, patch and batch size.
-        cache: folder for what the compiler makes, so that the next training of the same network hardly pays; None for
-            the compiler's own, in which case every training is counted as the first.
+        network: values that identify a compiled network: preset, classes, patch and batch size.
+        cache: folder for compiled code, so that the next training of the same network compiles in seconds; None for
+            the compiler's own, in which case every training counts as the first.
     """
 
     def __init__(self, network: Mapping[str, Any], *, cache: Path | None) -> None:
@@ -44,14 +47,14 @@ class Compilation:
 
     @property
     def seconds(self) -> float:
-        """How long compiling will take."""
+        """Seconds that compiling will take."""
         if self.cache is not None:
             with contextlib.suppress(OSError, ValueError):
                 return float((self.cache / f"{self._name}.seconds").read_text())
         return _SECONDS
 
     def pays(self, seconds_left: float) -> bool:
-        """Whether a training that would go on for so long without it ends sooner with it."""
+        """Return whether a training with so much time left ends sooner with compiling."""
         able = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
         return able and _SAVED * seconds_left > 1.5 * self.seconds
 
@@ -61,15 +64,53 @@ class Compilation:
         logger.info("compiling the network, which takes about %.0f s", self.seconds)
         if self.cache is not None:
             self.cache.mkdir(parents=True, exist_ok=True)
-            # Read whenever something is compiled; whoever has set it keeps that folder.
+            # Read at every compilation; a folder that the user has set stays.
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(self.cache))
 
     def end(self) -> None:
-        """Call after the first compiled step: what is compiled now need not be compiled again."""
+        """Call after the first compiled step; the compiled code is now in the cache."""
         taken = time.monotonic() - self._began
         logger.info("compiling took %.0f s", taken)
         if self.cache is not None:
             write_text(self.cache / f"{self._name}.seconds", f"{min(taken, _SECONDS_AGAIN):.1f}")
+
+
+class CompileOnce:
+    """Compiles the network of a training once, where the pace of its first steps says that this pays for the rest.
+
+    Args:
+        compilation: of the network.
+        take_step: takes the steps.
+        first_step: step after which this process took over.
+        steps: of the whole training.
+        agree: returns whether a flag is set in any of the processes that train together.
+    """
+
+    def __init__(
+        self,
+        compilation: Compilation,
+        take_step: TrainingStep,
+        *,
+        first_step: int,
+        steps: int,
+        agree: Callable[[bool], bool],
+    ) -> None:
+        self.compilation, self.take_step, self.agree = compilation, take_step, agree
+        self.first_step, self.steps = first_step, steps
+        self._pace_began = 0.0
+
+    def after_step(self, step: int) -> None:
+        """Measure the pace, decide, or note how long compiling took: call after each step."""
+        taken = step - self.first_step
+        if taken == _PACE_FROM:
+            self._pace_began = time.monotonic()
+        elif taken == _PACE_TO:
+            pace = (time.monotonic() - self._pace_began) / (_PACE_TO - _PACE_FROM)
+            if self.agree(self.compilation.pays(pace * (self.steps - step))):
+                self.compilation.begin()
+                self.take_step.compile()
+        elif taken == _PACE_TO + 1 and self.take_step.compiled:
+            self.compilation.end()
 
 
 def _gpu() -> str:

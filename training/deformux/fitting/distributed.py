@@ -1,38 +1,38 @@
 """One training in several processes: gradients are averaged, and every decision is the same in all of them.
 
-A step draws the volumes of one process: ``batch_size`` stays the total, and each process takes an equal part of it. The
-loss is a Dice and a cross entropy over the batch that it sees; the mean of the gradients of n such losses is not quite
-the gradient of one loss over n times the patches, so that n processes train as well as one, but not to the same bits.
+``batch_size`` is the total of a step, and each process takes an equal part of it. The loss is a Dice and a cross
+entropy over that part; the mean gradient of n such losses is not quite the gradient of one loss over all patches. So n
+processes train as well as one, but not to the same bits.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 __all__ = ["ALONE", "Ranks", "connected", "joined"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a training; one that is alone agrees with itself, and nothing is sent.
+    """This process among those of a training; a process that is alone sends nothing.
 
     All processes must call the same methods in the same order.
 
     Args:
         rank: number of this process, from 0.
         size: number of processes.
-        local: number of those on this machine.
+        local: number of the processes on this machine.
         device: where this process computes.
     """
 
@@ -46,12 +46,12 @@ class Ranks:
         """Whether this process writes checkpoints, results and progress."""
         return self.rank == 0
 
-    def part(self, items: Sequence[T]) -> Sequence[T]:
+    def part(self, items: Sequence[_T]) -> Sequence[_T]:
         """Return every ``size``-th of the items, from number ``rank`` on."""
         return items[self.rank :: self.size]
 
     def share(self, number: int, what: str) -> int:
-        """Return what each process has of a number; raises ValueError where it cannot be divided."""
+        """Return each process's part of a number; raise ValueError where it cannot be divided."""
         if number % self.size:
             raise ValueError(
                 f"{what} must be a multiple of the number of processes; got {number} for {self.size} processes"
@@ -60,9 +60,13 @@ class Ranks:
 
     def broadcast(self, module: nn.Module) -> None:
         """Make the weights and buffers of a module those of the writer."""
+        self.broadcast_tensors(module.state_dict().values())
+
+    def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
+        """Make the values of tensors those of the writer."""
         if self.size == 1:
             return
-        for value in module.state_dict().values():
+        for value in tensors:
             sent = value.contiguous()
             dist.broadcast(sent, 0)
             value.copy_(sent)
@@ -70,8 +74,8 @@ class Ranks:
     def average(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Make each gradient the mean over all processes, and return the mean loss.
 
-        A parameter without a gradient counts as zero, unless it has none anywhere. On a GPU nothing waits for it while
-        all have one.
+        A missing gradient counts as zero, unless it is missing in all processes. While none is missing, nothing waits
+        for the GPU.
         """
         if self.size == 1:
             return loss
@@ -98,22 +102,24 @@ class Ranks:
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         return bool(flags.item())
 
-    def from_writer(self, get: Callable[[], T]) -> T:
-        """Return what the function gives the writer; only the writer calls it."""
+    def from_writer(self, get: Callable[[], Any]) -> Any:
+        """Return the plain values, as of JSON, that the function returns to the writer; only the writer calls it."""
         if self.size == 1:
             return get()
-        values: list[Any] = [get() if self.is_writer else None]
-        dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
-        value: T = values[0]
-        return value
+        return self.gather(get() if self.is_writer else None)[0]
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by rank."""
+    def gather(self, value: _T) -> list[_T]:
+        """Return the plain values, as of JSON, of all processes, by rank."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        # As text: PyTorch's own collectives of objects would load pickles.
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(own)]))
+        longest = max(int(length) for length in lengths)
+        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(texts, nn.functional.pad(own, (0, longest - len(own))))
+        return [json.loads(bytes(text[: int(length)].tolist())) for text, length in zip(texts, lengths, strict=True)]
 
 
 ALONE = Ranks()
@@ -121,13 +127,13 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started; without it this process is alone.
+    """Join the processes that ``torchrun`` started; without ``torchrun`` this process is alone.
 
     Args:
-        device: ``cpu``, or ``cuda``, of which each process takes the GPU of its number on its machine.
+        device: ``cpu``, or ``cuda`` for the GPU with the process's number on its machine.
 
     Raises:
-        ValueError: a certain GPU is asked for, or this machine has fewer GPUs than processes.
+        ValueError: a particular GPU is asked for, or this machine has fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     if size == 1:
@@ -164,7 +170,5 @@ def connected(ranks: Ranks, store: dist.Store | None = None) -> Iterator[Ranks]:
     try:
         yield ranks
     finally:
-        # Ignite remembers these processes, and would greet the next ones in some of them only, which would then wait.
-        idist.finalize()
         if dist.is_initialized():
             dist.destroy_process_group()

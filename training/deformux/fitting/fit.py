@@ -1,45 +1,38 @@
-"""Training: ``fit()`` on MONAI's engines and handlers."""
+"""Training: ``fit`` is one loop of draw, step, validate, report, stop and save."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
-from monai.engines import SupervisedTrainer
-from monai.handlers import LrScheduleHandler
 from monai.utils import set_determinism
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch import nn
 
 from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import InvalidVolume
-from deformux.fitting.checkpoint import Checkpoint, CheckpointFile, fingerprint
+from deformux.fitting.checkpoint import CheckpointFile, broadcast_checkpoint, fingerprint
 from deformux.fitting.click_steps import ClickTraining
-from deformux.fitting.compilation import Compilation
+from deformux.fitting.compilation import Compilation, CompileOnce
 from deformux.fitting.distributed import ALONE, Ranks
-from deformux.fitting.optimizer import make_average, make_optimizer, make_schedule
 from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
+from deformux.fitting.training_state import TrainingState
 from deformux.fitting.training_step import LossReader, TrainingStep
 from deformux.inference.evaluate import evaluate
-from deformux.inference.metrics import mean_dice
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", "fit"]
 
 logger = logging.getLogger(__name__)
 
-# The steps by whose time it is judged whether compiling pays; the first ones compile kernels and capture graphs.
-_PACE_FROM, _PACE_TO = 20, 60
+_REPORT_SECONDS = 1.0
 
 
 class TrainingError(RuntimeError):
@@ -52,7 +45,7 @@ class TrainingStopped(TrainingError):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is: steps and epochs done, last loss, validation Dice so far, seconds since start and to the end."""
+    """Steps and epochs done, last loss, validation Dice so far, seconds since the start and to the end."""
 
     step: int
     total_steps: int
@@ -67,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run gave: training seconds, the best validation Dice, and the mean loss per epoch.
+    """Result of a training: its seconds, the best validation Dice, and the mean loss of each epoch.
 
     ``per_case`` holds the validation Dice by label of the weights that were kept, ``resumed_from`` the step at which
     this call took over from a checkpoint.
@@ -102,36 +95,53 @@ def fit(
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
 
     Args:
-        network: its output channels are background and ``labels``. With ``recipe.clicks`` one that takes guidance
-            learns from clicks too; one that takes none is trained as it is without them.
+        network: its output channels are background and ``labels``. With ``recipe.clicks``, a network that takes
+            guidance also learns from clicks; one that takes none is trained without them.
         cases: volumes to learn from; unlabelled voxels and labels that were not annotated teach nothing.
-        recipe: every number of the run.
+        recipe: every number of the training.
         prep: how volumes become network input.
         labels: names of labels 1..N.
-        val_cases: volumes to validate on after each epoch; none keeps the weights of the last step.
+        val_cases: volumes to validate on after each epoch; without any, the weights of the last step are kept.
         new: ids of the cases that are drawn ``recipe.oversampling`` times as often.
         device: where to compute.
         on_progress: called about once a second and after each epoch.
-        seed: of every random choice; a run in float32 repeats bit for bit, bfloat16 gradients differ by rounding.
-        checkpoint: file from which an interrupted run goes on, and ends as if it had never been interrupted; one of
-            other cases, labels, weights or another recipe is ignored. It stays when the run is over.
+        seed: of every random choice; a training in float32 repeats bit for bit, bfloat16 gradients differ by rounding.
+        checkpoint: file from which an interrupted training is resumed, to end as if it had never been interrupted. A
+            checkpoint of other cases, labels, weights or another recipe is ignored. The file stays at the end.
         checkpoint_seconds: least time between two checkpoints.
         stop: asked after each step whether to stop; the checkpoint then holds that step.
-        capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time; and compile
-            the network where the run is long enough to pay for it, which rounds otherwise.
-        compile_cache: folder that keeps what was compiled for the next run.
+        capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time, and compile
+            the network where the training is long enough to pay for it, which rounds differently.
+        compile_cache: folder that keeps compiled code for the next training.
         ranks: this process among those that train together, all of which call this with the same arguments but
             ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.
 
     Raises:
-        TrainingStopped: ``stop`` said so.
+        TrainingStopped: ``stop`` returned true.
         TrainingError: no cases, an unusable scan or label, or a loss that is no longer finite.
         ValueError: the volumes of a step cannot be divided among the processes.
+
+    Examples:
+        Two steps on a synthetic scan of the trunk with large voxels:
+
+        >>> from tempfile import TemporaryDirectory
+        >>> from deformux.data.cases import find_cases, label_names
+        >>> from deformux.data.synthetic import write_cohort
+        >>> from deformux.fitting.recipe import RECIPES
+        >>> with TemporaryDirectory() as folder:
+        ...     cohort = write_cohort(folder, volumes=1, voxel_scale=8.0)
+        ...     labels = label_names(cohort)
+        ...     result = fit(
+        ...         DeformUXNet(1, len(labels) + 1, "tiny"),
+        ...         find_cases(cohort),
+        ...         recipe=RECIPES["finetune"].replace(steps=2, epochs=1),
+        ...         prep=Preprocessing("ct", patch_size=(16, 16, 16)),
+        ...         labels=labels,
+        ...     )
+        >>> len(result.losses)
+        1
     """
-    if not cases:
-        raise TrainingError("there are no labelled volumes to train on")
-    if network.out_channels != len(labels) + 1:
-        raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
+    _check(network, cases, labels)
     set_determinism(seed)
     try:
         saved = None
@@ -139,25 +149,32 @@ def fit(
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
         patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks)
-        run = _Run(
-            network,
-            patches,
-            recipe,
-            prep,
-            labels,
-            val_cases,
-            device,
-            seed,
-            on_progress,
-            saved,
-            stop,
-            capture,
-            compile_cache,
-            ranks,
-        )
-        # CUDA graphs are those of the current device.
-        with torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext():
-            return run.run()
+        with _on(device):
+            ranks.broadcast(network.to(device))
+            state = TrainingState(network, recipe)
+            if found := broadcast_checkpoint(lambda: saved.load() if saved is not None else None, ranks):
+                state.restore(found)
+            first_step = state.step
+            take_step = _training_step(network, state, recipe, seed=seed, device=device, capture=capture, ranks=ranks)
+            effort = recipe.effort if take_step.clicks is not None else float
+            reporter = _Reporter(state, effort, on_progress if ranks.is_writer else None)
+            if not state.done:
+                _train(
+                    state,
+                    take_step,
+                    patches,
+                    seed=seed,
+                    ranks=ranks,
+                    compile_once=_compile_once(take_step, state, recipe, prep, compile_cache, ranks)
+                    if capture
+                    else None,
+                    validate=lambda: _validate(state.candidate, val_cases, prep, labels, device, ranks),
+                    reporter=reporter,
+                    saved=saved,
+                    stop=stop,
+                )
+            state.load_best()
+            return FitResult(reporter.seconds, state.best_dice, state.losses, state.best_scores, first_step)
     except (InvalidVolume, RuntimeError) as error:
         reason = _unusable_volume(error)
         if reason is None:
@@ -167,285 +184,177 @@ def fit(
         set_determinism(None)
 
 
-def _unusable_volume(error: BaseException | None) -> InvalidVolume | None:
-    """MONAI wraps whatever a transform raises: the sentence for the user is further down."""
-    while error is not None and not isinstance(error, InvalidVolume):
-        error = error.__cause__
-    return error
+def _train(
+    state: TrainingState,
+    take_step: TrainingStep,
+    patches: Patches,
+    *,
+    seed: int,
+    ranks: Ranks,
+    compile_once: CompileOnce | None,
+    validate: Callable[[], dict[str, list[float]]],
+    reporter: _Reporter,
+    saved: CheckpointFile | None,
+    stop: Callable[[], bool] | None,
+) -> None:
+    """Take the steps that are left; raises TrainingStopped and TrainingError as ``fit``."""
+    losses = LossReader(take_step.device)
+    batches = iter(patches.loader(first_step=state.step, steps=state.steps, seed=seed))
+    while not state.done:
+        seed_everything(seed, state.step, ranks.rank)
+        batch = next(batches)
+        state.step += 1
+        # Gradients, clicks, clipping, optimizer and moving average.
+        loss = take_step(state.step, batch["image"], batch["label"], batch["annotated"])
+        state.end_step()
+        state.count(losses.add(loss))
+        if compile_once is not None:
+            compile_once.after_step(state.step)
+        reporter.report_if_due()
+        stopped = stop is not None and ranks.agree(stop())
+        if state.epoch_is_over and not state.diverged:
+            state.count(losses.rest())
+            state.end_epoch(validate())
+            reporter.report()
+        if saved is not None and (state.done or stopped or saved.due):
+            state.count(losses.rest())
+            if not state.diverged:
+                saved.save(state.checkpoint(seconds=reporter.seconds))
+        # Stopped in the last step, the training is done all the same.
+        if stopped and not state.done:
+            raise TrainingStopped("the training was stopped" + (", and can be continued" if saved else ""))
+        if state.diverged:
+            if saved is not None:
+                # It would only lead here again.
+                saved.remove()
+            raise TrainingError("the loss is no longer finite; train again with a lower learning rate")
 
 
-class _Run:
-    """One training run: builds MONAI's engines and listens to them."""
+class _Reporter:
+    """Reports the progress of a training, and the time it takes.
+
+    Args:
+        state: of the training, already restored.
+        effort: of the steps up to a step, in the time of ordinary ones.
+        on_progress: called with the progress, or None.
+    """
 
     def __init__(
-        self,
-        network: DeformUXNet,
-        patches: Patches,
-        recipe: Recipe,
-        prep: Preprocessing,
-        labels: Sequence[str],
-        val_cases: Sequence[Case],
-        device: str | torch.device,
-        seed: int,
-        on_progress: Callable[[Progress], None] | None,
-        saved: CheckpointFile | None,
-        stop: Callable[[], bool] | None,
-        capture: bool,
-        compile_cache: Path | None,
-        ranks: Ranks,
+        self, state: TrainingState, effort: Callable[[int], float], on_progress: Callable[[Progress], None] | None
     ) -> None:
-        self.network = network.to(device)
-        self.ranks = ranks
-        ranks.broadcast(self.network)
-        self.patches, self.recipe, self.prep, self.labels, self.val_cases = patches, recipe, prep, labels, val_cases
-        self.device = torch.device(device)
-        self.seed, self.on_progress, self.saved, self.stop = seed, on_progress, saved, stop
-        self.epoch_length = math.ceil(recipe.steps / recipe.epochs)
-        self.epochs = math.ceil(recipe.steps / self.epoch_length)
-        self.steps = self.epochs * self.epoch_length
-        self.started = self.last_report = time.monotonic()
-        self.seconds_before = 0.0
-        self.first_step = 0
-        self.epoch_loss = 0.0
-        self.losses: list[float] = []
-        self.loss = math.nan
-        self.dice: float | None = None
-        self.best_dice: float | None = None
-        self.best_scores: dict[str, list[float]] = {}
-        self.best_state: dict[str, Tensor] | None = None
-        self.stale_epochs = 0
-        self.done = self.stopped = False
-        self.optimizer = make_optimizer(network, recipe)
-        self.schedule = make_schedule(self.optimizer, recipe, steps=self.steps)
-        self.ema = make_average(network, recipe)
-        guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
-        self.clicks = ClickTraining(network, recipe, seed=seed) if guided else None
-        self.step = TrainingStep(
-            network,
-            self.optimizer,
-            self.ema,
-            recipe,
-            clicks=self.clicks,
-            device=self.device,
-            capture=capture,
-            samples=recipe.batch_size // ranks.size,
-            combine=(lambda loss: ranks.average(network.parameters(), loss)) if ranks.size > 1 else None,
-        )
-        self.loss_reader = LossReader(self.device)
-        # What compiling saves is known of this network alone; another may not be compiled without a break.
-        compiles = capture and self.device.type == "cuda" and isinstance(network, DeformUXNet)
-        self.compiler = (
-            Compilation(_identity(network, recipe, prep, ranks.size), cache=compile_cache) if compiles else None
-        )
-        self.pace_began = 0.0
+        self.state, self.effort, self.on_progress = state, effort, on_progress
+        self.first_step = state.step
+        self.started = self.last = time.monotonic()
 
-    def run(self) -> FitResult:
-        checkpoint = self.ranks.from_writer(lambda: self.saved.load() if self.saved is not None else None)
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        if not self.done:
-            self._trainer(checkpoint).run()
-        if self.stopped:
-            raise TrainingStopped("the training was stopped" + (", and can be continued" if self.saved else ""))
-        if not all(math.isfinite(loss) for loss in (self.loss, *self.losses)):
-            if self.saved is not None:
-                # It would only lead here again.
-                self.saved.remove()
-            raise TrainingError("the loss is no longer finite; train again with a lower learning rate")
-        self.network.load_state_dict(self.best_state or self._candidate().state_dict())
-        self.network.eval()
-        return FitResult(self._seconds(), self.best_dice, self.losses, self.best_scores, self.first_step)
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before the checkpoint included."""
+        return self.state.seconds_before + time.monotonic() - self.started
 
-    def _candidate(self) -> nn.Module:
-        """The network that validation and the result see: the moving average where there is one."""
-        return self.ema.module if self.ema is not None else self.network
+    def report_if_due(self) -> None:
+        """Report once a second."""
+        if time.monotonic() - self.last >= _REPORT_SECONDS:
+            self.report()
 
-    def _trainer(self, checkpoint: Checkpoint | None) -> SupervisedTrainer:
-        trainer = SupervisedTrainer(
-            device=self.device,
-            max_epochs=self.epochs,
-            train_data_loader=self.patches.loader(first_step=self.first_step, steps=self.steps, seed=self.seed),
-            epoch_length=self.epoch_length,
-            network=self.network,
-            optimizer=self.optimizer,
-            loss_function=None,  # it is part of the step
-            iteration_update=self._take_step,
-            decollate=False,
-        )
-        if checkpoint is not None:
-            trainer.load_state_dict(checkpoint.values["engine"])
-        trainer.add_event_handler(
-            Events.GET_BATCH_STARTED, lambda engine: seed_everything(self.seed, engine.state.iteration, self.ranks.rank)
-        )
-        if isinstance(self.schedule, LRScheduler) and not isinstance(self.schedule, ReduceLROnPlateau):
-            LrScheduleHandler(self.schedule, print_lr=False, epoch_level=False).attach(trainer)
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._after_step)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch)
-        if isinstance(self.schedule, ReduceLROnPlateau):
-            # Behind _after_epoch, which provides the loss to judge.
-            handler = LrScheduleHandler(self.schedule, print_lr=False, step_transform=lambda _: self.losses[-1])
-            handler.attach(trainer)
-        # Last, when the step is over for everybody else.
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._keep_step)
-        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._keep_epoch)
-        return trainer
-
-    def _take_step(self, engine: Engine, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        loss = self.step(engine.state.iteration, batch["image"], batch["label"], batch["annotated"])
-        return {"loss": loss}
-
-    def _after_step(self, engine: Engine) -> None:
-        self._count(engine, self.loss_reader.add(engine.state.output["loss"]))
-        if self.compiler is not None:
-            self._consider_compiling(engine.state.iteration)
-        if time.monotonic() - self.last_report >= 1:
-            self._report(engine)
-
-    def _count(self, engine: Engine, losses: Sequence[float]) -> None:
-        for self.loss in losses:
-            self.epoch_loss += self.loss / self.epoch_length
-            if not math.isfinite(self.loss):
-                engine.terminate()
-
-    def _consider_compiling(self, step: int) -> None:
-        """Compile, once, where the steps so far say that this pays for the rest."""
-        taken = step - self.first_step
-        if taken == _PACE_FROM:
-            self.pace_began = time.monotonic()
-        elif taken == _PACE_TO:
-            assert self.compiler is not None
-            pace = (time.monotonic() - self.pace_began) / (_PACE_TO - _PACE_FROM)
-            if self.ranks.agree(self.compiler.pays(pace * (self.steps - step))):
-                self.compiler.begin()
-                self.step.compile()
-        elif taken == _PACE_TO + 1 and self.step.compiled:
-            assert self.compiler is not None
-            self.compiler.end()
-
-    def _after_epoch(self, engine: Engine) -> None:
-        self._count(engine, self.loss_reader.rest())
-        self.losses.append(self.epoch_loss)
-        self.epoch_loss = 0.0
-        if self.val_cases:
-            self._validate()
-        logger.info("epoch %d of %d: loss %.4f, Dice %s", engine.state.epoch, self.epochs, self.losses[-1], self.dice)
-        self.done = engine.state.iteration >= self.steps
-        if self.recipe.patience is not None and self.stale_epochs >= self.recipe.patience and not self.done:
-            logger.info("stopping early: no better validation Dice in %d epochs", self.stale_epochs)
-            self.done = True
-            engine.terminate()
-        self._report(engine)
-
-    def _validate(self) -> None:
-        network = self._candidate()
-        cases = self.ranks.part(self.val_cases)
-        own = evaluate(network, cases, self.prep, n_labels=len(self.labels), labels=self.labels, device=self.device)
-        each = {case: dice for part in self.ranks.gather(own) for case, dice in part.items()}
-        scores = {case.id: each[case.id] for case in self.val_cases}
-        self.dice = mean_dice(list(scores.values()))
-        self.stale_epochs += 1
-        # The first counts even where it is NaN, because validation volumes hold none of the labels.
-        if self.best_state is None or self.best_dice is None or self.dice > self.best_dice:
-            self.best_dice = self.dice if math.isfinite(self.dice) else None
-            self.best_scores = scores
-            self.best_state = {name: value.clone() for name, value in network.state_dict().items()}
-            self.stale_epochs = 0
-
-    def _keep_step(self, engine: Engine) -> None:
-        if self.stop is not None and self.ranks.agree(self.stop()):
-            self.stopped = True
-        within_epoch = engine.state.iteration % self.epoch_length != 0
-        if within_epoch:
-            # At the end of an epoch validation comes first.
-            self._keep(engine)
-
-    def _keep_epoch(self, engine: Engine) -> None:
-        self._keep(engine)
-
-    def _keep(self, engine: Engine) -> None:
-        if self.saved is not None and (self.done or self.stopped or self.saved.due):
-            self._count(engine, self.loss_reader.rest())
-            if math.isfinite(self.loss):
-                self.saved.save(self._checkpoint(engine))
-        if self.stopped:
-            # Stopped in the last step, it is over all the same.
-            self.stopped = not self.done
-            engine.terminate()
-
-    def _checkpoint(self, engine: Engine) -> Checkpoint:
-        optimizer = self.optimizer.state_dict()
-        tensors: dict[str, Mapping[str, Tensor]] = {
-            "network": self.network.state_dict(),
-            "optimizer": {
-                f"{index}/{name}": value for index, entry in optimizer["state"].items() for name, value in entry.items()
-            },
-            "average": self.ema.module.state_dict() if self.ema is not None else {},
-            "best": self.best_state or {},
-        }
-        values: dict[str, Any] = {
-            "engine": dict(engine.state_dict()),
-            "optimizer": optimizer["param_groups"],
-            "schedule": self.schedule.state_dict() if self.schedule is not None else None,
-            "seconds": self._seconds(),
-        }
-        return Checkpoint(tensors, values | {name: getattr(self, name) for name in _PLAIN})
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        tensors, values = checkpoint.tensors, checkpoint.values
-        self.network.load_state_dict(tensors["network"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(tensors["average"])
-            self.ema.n_averaged.fill_(values["engine"]["iteration"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.get("optimizer", {}).items():
-            index, _, name = key.partition("/")
-            state.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]})
-        if self.schedule is not None:
-            self.schedule.load_state_dict(values["schedule"])
-        if "best" in tensors:
-            self.best_state = {name: value.to(self.device) for name, value in tensors["best"].items()}
-        for name in _PLAIN:
-            setattr(self, name, values[name])
-        self.seconds_before = values["seconds"]
-        self.first_step = values["engine"]["iteration"]
-        logger.info("resuming after %d of %d steps", self.first_step, self.steps)
-
-    def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
-
-    def _report(self, engine: Engine) -> None:
-        self.last_report = time.monotonic()
-        if self.on_progress is None or not self.ranks.is_writer:
+    def report(self) -> None:
+        """Report now."""
+        self.last = time.monotonic()
+        if self.on_progress is None:
             return
-        step = engine.state.iteration
-        effort = self.recipe.effort if self.clicks is not None else float
-        pace = (self.last_report - self.started) / max(1.0, effort(step) - effort(self.first_step))
+        state, effort = self.state, self.effort
+        pace = (self.last - self.started) / max(1.0, effort(state.step) - effort(self.first_step))
         self.on_progress(
             Progress(
-                step=step,
-                total_steps=self.steps,
-                epoch=engine.state.epoch,
-                total_epochs=self.epochs,
-                loss=self.loss,
-                mean_dice=self.dice,
-                best_dice=self.best_dice,
-                seconds=self._seconds(),
-                eta_s=0.0 if self.done else pace * (effort(self.steps) - effort(step)),
+                step=state.step,
+                total_steps=state.steps,
+                epoch=state.epoch,
+                total_epochs=state.epochs,
+                loss=state.loss,
+                mean_dice=state.dice,
+                best_dice=state.best_dice,
+                seconds=self.seconds,
+                eta_s=0.0 if state.done else pace * (effort(state.steps) - effort(state.step)),
             )
         )
 
 
-# What a checkpoint holds of a run beside tensors and the states of engine, optimizer and schedule.
-_PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
+def _check(network: DeformUXNet, cases: Sequence[Case], labels: Sequence[str]) -> None:
+    if not cases:
+        raise TrainingError("there are no labelled volumes to train on")
+    if network.out_channels != len(labels) + 1:
+        raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
 
 
-def _identity(network: DeformUXNet, recipe: Recipe, prep: Preprocessing, ranks: int) -> dict[str, Any]:
-    """What a compiled network is made for."""
-    return {
+def _on(device: str | torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one: CUDA graphs are those of the current device."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else nullcontext()
+
+
+def _training_step(
+    network: DeformUXNet,
+    state: TrainingState,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: str | torch.device,
+    capture: bool,
+    ranks: Ranks,
+) -> TrainingStep:
+    guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
+    return TrainingStep(
+        network,
+        state.optimizer,
+        state.average,
+        recipe,
+        clicks=ClickTraining(network, recipe, seed=seed) if guided else None,
+        device=torch.device(device),
+        capture=capture,
+        samples=recipe.batch_size // ranks.size,
+        combine=(lambda loss: ranks.average(network.parameters(), loss)) if ranks.size > 1 else None,
+    )
+
+
+def _compile_once(
+    take_step: TrainingStep,
+    state: TrainingState,
+    recipe: Recipe,
+    prep: Preprocessing,
+    cache: Path | None,
+    ranks: Ranks,
+) -> CompileOnce | None:
+    network = state.network
+    # What compiling saves is known of this network alone; another may not be compiled without a break.
+    if take_step.device.type != "cuda" or not isinstance(network, DeformUXNet):
+        return None
+    identity = {
         "preset": network.preset,
         "channels": (network.in_channels, network.out_channels, network.guidance_channels),
-        "batch": recipe.batch_size // ranks,
+        "batch": recipe.batch_size // ranks.size,
         "patch": prep.patch_size,
         "mixed_precision": recipe.mixed_precision,
     }
+    compilation = Compilation(identity, cache=cache)
+    return CompileOnce(compilation, take_step, first_step=state.step, steps=state.steps, agree=ranks.agree)
+
+
+def _validate(
+    network: nn.Module,
+    cases: Sequence[Case],
+    prep: Preprocessing,
+    labels: Sequence[str],
+    device: str | torch.device,
+    ranks: Ranks,
+) -> dict[str, list[float]]:
+    """Return the Dice by case and label; each process validates on an equal part of the cases."""
+    if not cases:
+        return {}
+    own = evaluate(network, ranks.part(cases), prep, n_labels=len(labels), labels=labels, device=device)
+    each = {case: dice for part in ranks.gather(own) for case, dice in part.items()}
+    return {case.id: each[case.id] for case in cases}
+
+
+def _unusable_volume(error: BaseException | None) -> InvalidVolume | None:
+    """Return the cause that is a sentence for the user: MONAI wraps whatever a transform raises."""
+    while error is not None and not isinstance(error, InvalidVolume):
+        error = error.__cause__
+    return error

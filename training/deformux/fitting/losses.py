@@ -1,4 +1,4 @@
-"""The training loss, for labels that may be incomplete."""
+"""Training loss for labels that may be incomplete."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class PartialDiceCELoss(nn.Module):
     def forward(
         self, logits: Tensor, label: Tensor, annotated: Tensor | None = None, emphasis: Tensor | None = None
     ) -> Tensor:
-        """The loss, a scalar; 0 where nothing is labelled. Asks a GPU nothing, so that it can be captured in a graph.
+        """Return the loss, a scalar; 0 where nothing is labelled. It never waits for a GPU: a graph can capture it.
 
         Args:
             logits: ``(N, C, D, H, W)``, class 0 is background.
             label: ``(N, 1, D, H, W)`` with values 0..C-1 and ``UNLABELLED``.
             annotated: ``(N, C)``, whether a class was annotated in a volume; class 0 always counts as annotated. None
-                says that all were, which spares the sums over the others.
-            emphasis: weights ``(N, 1, D, H, W)`` of a second cross entropy, their weighted mean, which is added.
+                means that all were, which spares the sums over the others.
+            emphasis: weights ``(N, 1, D, H, W)`` of a second cross entropy, whose weighted mean is added.
         """
         target = label.long()
         known = target != UNLABELLED
@@ -48,7 +48,7 @@ class PartialDiceCELoss(nn.Module):
             mask = known & classes[:, :, None, None, None]
         chosen = torch.where(known, target, 0)
         truth = one_hot(chosen, logits.shape[1])
-        # As gather(1, chosen), whose gradient makes a GPU wait where algorithms are to be deterministic.
+        # Like gather(1, chosen), whose gradient makes a GPU wait where algorithms must be deterministic.
         nll = torch.where(known, -(truth * log_probabilities).sum(1, keepdim=True), 0.0)
         cross_entropy = nll.sum() / known.sum().clamp(min=1)
         if emphasis is not None:
@@ -57,12 +57,12 @@ class PartialDiceCELoss(nn.Module):
 
 
 def _marginal(log_probabilities: Tensor, classes: Tensor) -> Tensor:
-    """Log probabilities with the classes that are not in ``classes`` (N, C) merged into class 0."""
+    """Return log probabilities in which the classes that are not in ``classes`` (N, C) are merged into class 0."""
     here = classes[:, :, None, None, None]
     merged = here.clone()
     merged[:, 0] = False
-    # Class 0 is what is neither annotated nor any other class; summed as logarithms, where nothing underflows.
+    # Class 0 and the classes that were not annotated, summed as logarithms so that nothing underflows.
     background = torch.logsumexp(log_probabilities.masked_fill(merged, -torch.inf), 1, keepdim=True)
-    # The merged classes keep a finite value, whose gradient nobody asks for.
+    # The merged classes keep a finite value, whose gradient is never used.
     rest = log_probabilities[:, 1:].masked_fill(~here[:, 1:], -100.0)
     return torch.cat([background, rest], 1)

@@ -1,4 +1,4 @@
-"""How a recipe updates a network's weights: optimizer, schedule of the learning rate, average, precision."""
+"""Optimizer, learning rate schedule, moving average and precision of a recipe."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deformux.networks.precision import mixed_precision
 
 __all__ = ["MixedPrecision", "make_average", "make_optimizer", "make_schedule"]
 
-# The weights of the guidance begin at zero, beside others that may be trained already, and few steps reach them.
+# The weights of the guidance begin at zero beside others that may be trained, and few steps update them.
 _GUIDANCE_RATE = 5.0
 
 
@@ -37,7 +37,7 @@ class MixedPrecision(nn.Module):
 
 
 def make_optimizer(network: nn.Module, recipe: Recipe) -> AdamW:
-    """AdamW with the recipe's numbers; weights of guidance learn five times as fast as the others."""
+    """Return AdamW with the recipe's numbers; weights of guidance learn five times as fast as the others."""
     parts: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, value in network.named_parameters():
         parts[name.endswith(".guidance")].append(value)
@@ -55,7 +55,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> AdamW:
 
 
 def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRScheduler | ReduceLROnPlateau | None:
-    """The learning rate over a run of ``steps``; None where it stays."""
+    """Return the schedule of the learning rate over ``steps``; None where it is constant."""
     if recipe.schedule == "one_cycle":
         return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps)
     if recipe.schedule == "cosine":
@@ -66,8 +66,8 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRSche
 
 
 def make_average(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """The moving average of the weights, from those after the first step on; None where the recipe wants none."""
+    """Return the moving average of the weights, from the first step on; None where the recipe has none."""
     if recipe.ema_decay is None:
         return None
-    # All tensors at once: on a GPU two launches for each, as of ignite's EMAHandler, are a third of a step's launches.
+    # All tensors at once: two launches for each tensor would be a third of a step's launches on a GPU.
     return AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))

@@ -1,7 +1,7 @@
-"""Which volume is drawn when, and how it is varied: a function of the seed and the step alone.
+"""Training patches: which volume is drawn when, and how it is augmented, follow from the seed and the step alone.
 
-Nothing random is carried from step to step, so that a resumed training draws what an uninterrupted one would have, and
-several processes that draw ahead give what one does, up to rounding.
+Nothing random is carried from step to step. A resumed training therefore draws what an uninterrupted one would have
+drawn, and several processes that draw ahead give the same as one, up to rounding.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ __all__ = ["Patches", "draw_order", "seed_everything"]
 
 logger = logging.getLogger(__name__)
 
-# Processes that draw patches for a GPU: more do not help, and fewer than two cannot keep up with it.
+# Number of processes that draw patches for a GPU: more do not help, and fewer than two cannot keep up.
 _MOST_WORKERS, _FEWEST_WORKERS = 12, 2
 # Batches that each of them has ready.
 _PREFETCH = 2
 
 
 def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int, draws: int, seed: int) -> list[int]:
-    """Indices into ``cases`` for every draw of a run: shuffled rounds in which new cases come ``oversampling`` times.
+    """Return the index into ``cases`` of every draw: shuffled rounds in which new cases come ``oversampling`` times.
 
     Args:
         cases: ids.
-        new: ids of those that are new; where all are, none is preferred.
+        new: ids of the new ones; where all are new, none is preferred.
     """
     times = [oversampling if case in new else 1 for case in cases]
     deck = np.repeat(np.arange(len(cases)), times if len(set(times)) > 1 else 1)
@@ -51,21 +51,21 @@ def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int,
 
 
 class Patches:
-    """Training patches of labelled volumes, from one step of a run to its end.
+    """Training patches of labelled volumes, from one step of a training to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
-    For a GPU, processes of their own draw and vary patches ahead of time on the cores that are there, and what they
-    give lies in pinned memory on the CPU. With too few cores patches are varied on the GPU, and stay there.
-    Each of several processes that train together draws an equal part of a step's volumes.
+    For a GPU, worker processes draw and augment patches ahead of time, into pinned memory. With too few cores for
+    that, patches are augmented on the GPU, and stay there. Each of several processes that train together draws an
+    equal part of a step's volumes.
 
     Args:
         cases: volumes to draw from.
-        new: ids of those that are drawn more often.
-        recipe: how patches are drawn and varied.
+        new: ids of the cases that are drawn more often.
+        recipe: how patches are drawn and augmented.
         prep: how volumes become network input.
         labels: names of labels 1..N.
         device: where the network trains.
-        workers: processes that draw; None for as many as this machine has cores and shared memory for, none on a CPU.
+        workers: number of processes that draw; None for as many as cores and shared memory allow, and 0 on a CPU.
         ranks: this process among those that train together.
     """
 
@@ -103,7 +103,7 @@ class Patches:
         augmentation = training_augmentation(prep, recipe, device="cpu" if self.workers else device)
         transforms: list[Transform] = [*labelled_transforms(prep, n_labels=n_labels), *augmentation]
         fixed = list(itertools.takewhile(lambda t: not isinstance(t, RandomizableTrait), transforms))
-        # What a volume takes once it is preprocessed is known only by doing it: the first stands for all.
+        # Only preprocessing a volume shows how much memory it takes: the first stands for all.
         first = CacheDataset(files[:1], fixed, cache_rate=1.0, progress=False)[0]
         each = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
         keep = int(recipe.cache_gb * 1e9 / ranks.local / each)
@@ -113,7 +113,7 @@ class Patches:
             logger.info("drawing patches in %d processes", self.workers)
 
     def loader(self, *, first_step: int, steps: int, seed: int) -> DataLoader:
-        """Batches for the steps ``first_step`` to ``steps`` - 1."""
+        """Return batches for the steps ``first_step`` to ``steps`` - 1."""
         ids = [case.id for case in self.cases]
         draws = steps * self.volumes
         order = draw_order(ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps))
@@ -121,7 +121,7 @@ class Patches:
         if self.workers:
             # Forked, they share the volumes in memory.
             processes = {"num_workers": self.workers, "prefetch_factor": _PREFETCH, "multiprocessing_context": "fork"}
-        # A generator of its own: the loader would otherwise draw from the global one at moments of its choice.
+        # Without its own generator the loader would draw from the global one, at moments of its choice.
         return DataLoader(
             _Batches(self._dataset, seed, self.ranks.rank),
             batch_sampler=[
@@ -135,7 +135,7 @@ class Patches:
 
 
 class _Batches(torch.utils.data.Dataset):
-    """The volumes of a batch, every random choice in which follows from the seed and its step."""
+    """Volumes of a batch; every random choice follows from the seed and the step."""
 
     def __init__(self, dataset: CacheDataset, seed: int, rank: int) -> None:
         self.dataset, self.seed, self.rank = dataset, seed, rank
@@ -144,7 +144,7 @@ class _Batches(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitems__(self, draws: Sequence[tuple[int, int]]) -> list[Any]:
-        """What the transforms make of each (step, volume) of one step."""
+        """Return the transformed volume of each (step, volume) of one step."""
         step = draws[0][0]
         seed_everything(self.seed, step, self.rank)
         self.dataset.transform.set_random_state(seed=_mixed(self.seed, step, self.rank))
@@ -160,10 +160,10 @@ def seed_everything(seed: int, step: int, rank: int = 0) -> None:
 
 
 def _workers(device: torch.device, batch_bytes: int, ranks: int) -> int:
-    """The number of processes that draw patches for each of the ranks of this machine; 0 where these do themselves."""
+    """Return the number of processes that draw patches for each rank of this machine; 0 where ranks draw themselves."""
     if device.type != "cuda" or sys.platform != "linux":
         return 0
-    # One core is for the training, one for whatever else there is.
+    # One core is for the training, one for everything else.
     cores = len(os.sched_getaffinity(0)) // ranks - 2
     # Batches travel through it; a container has 64 MB by default.
     memory = os.statvfs("/dev/shm")

@@ -1,16 +1,17 @@
-"""A training on several devices of this machine, started by one process, which stays the one to watch and to stop.
+"""A training on several devices of this machine, which one process starts, watches and stops.
 
-That process trains on the first device and starts another for each further one. They speak over the loopback interface
-and find each other in a private folder, so that nothing listens to the network. They end with it, however it ends; it
-ends with an error when one of them does.
+That process trains on the first device and starts another process for each further one. They talk over the loopback
+interface and find each other in a private folder, so that nothing listens to the network. They end with the first
+process, however it ends; it ends with an error when one of them does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ import torch.distributed as dist
 from deformux.data.cases import Case
 from deformux.fitting.distributed import Ranks, connected
 from deformux.fitting.fit import FitResult, TrainingError, TrainingStopped, fit
+from deformux.fitting.rank_task import RankTask
 from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["fit_on"]
@@ -35,9 +37,11 @@ __all__ = ["fit_on"]
 logger = logging.getLogger(__name__)
 
 _STORE = "store"
-# For a process that lost another one to end by itself: to notice may take Gloo a moment, and NCCL never does.
+# Time for a process that lost another one to end by itself: Gloo notices after a moment, and NCCL never does.
 _GRACE_S = 20.0
 _PAUSE_S = 0.2
+# Arguments of ``fit`` for the first process only.
+_OF_THE_FIRST = ("on_progress", "checkpoint", "checkpoint_seconds")
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
@@ -53,26 +57,26 @@ def fit_on(
     """Train as ``fit`` does, on several devices of this machine.
 
     Args:
-        devices: one of each process, such as ``cuda:0`` and ``cuda:1``; with only one, this is ``fit``.
+        devices: one for each process, such as ``cuda:0`` and ``cuda:1``; with only one, this is ``fit``.
         network, cases, stop: as for ``fit``.
-        memory_share: most of a GPU's memory that a process which this one starts takes.
+        memory_share: largest share of a GPU's memory for each process that this one starts.
         options: the other arguments of ``fit``.
 
     Raises:
         TrainingStopped, TrainingError: as ``fit``, and when a process ends that should not have.
-        ValueError: the volumes of a step cannot be divided among the devices.
+        ValueError: the volumes of a step cannot be divided among the devices, or the network is one of the ablations.
     """
     if len(devices) == 1:
         return fit(network, cases, device=devices[0], stop=stop, **options)
     threads = torch.get_num_threads()
     # Processors are shared, GPUs are not.
     own_threads = max(1, threads // len(devices)) if devices[0] == "cpu" else threads
-    given = {**options, "stop": None if stop is None else _never, "on_progress": None, "checkpoint": None}
-    arguments = pickle.dumps((network.to("cpu"), cases, given))
-    with tempfile.TemporaryDirectory(prefix="deformux-training-") as folder, _set(_environment(0)):
+    shared = {name: value for name, value in options.items() if name not in _OF_THE_FIRST}
+    task = RankTask(RankTask.describe(network), cases, can_stop=stop is not None, **shared)
+    with tempfile.TemporaryDirectory(prefix="deformux-training-") as folder, _set(_environment()):
         followers = _Followers(devices, Path(folder), own_threads, memory_share)
         try:
-            followers.tell(arguments)
+            followers.tell(task)
             torch.set_num_threads(own_threads)
             ranks = Ranks(0, len(devices), len(devices), devices[0])
             with connected(ranks, dist.FileStore(str(Path(folder, _STORE)), len(devices))):
@@ -94,9 +98,9 @@ def _never() -> bool:
     return False
 
 
-def _environment(rank: int) -> dict[str, str]:
-    """Return the variables that keep a process to the loopback interface, and tell Ignite its number."""
-    return {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK, "LOCAL_RANK": str(rank)}
+def _environment() -> dict[str, str]:
+    """Return the variables that keep a process to the loopback interface."""
+    return {"GLOO_SOCKET_IFNAME": _LOOPBACK, "NCCL_SOCKET_IFNAME": _LOOPBACK}
 
 
 @contextmanager
@@ -117,9 +121,9 @@ class _Followers:
 
     Args:
         devices: of all processes.
-        folder: where they meet, and leave the reason of their end.
-        threads: with which each computes.
-        memory_share: of its GPU, for each.
+        folder: where they meet, and write why they ended.
+        threads: number of threads of each.
+        memory_share: share of its GPU's memory for each.
     """
 
     def __init__(self, devices: Sequence[str], folder: Path, threads: int, memory_share: float) -> None:
@@ -127,25 +131,28 @@ class _Followers:
         self._over = threading.Event()
         command = [sys.executable, "-m", "deformux.fitting.rank_processes"]
         self.processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_environment(rank)})
-            for rank in range(1, len(devices))
+            subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_environment()}) for _ in devices[1:]
         ]
         self._places = [
-            pickle.dumps((Ranks(rank, len(devices), len(devices), device), str(folder), threads, memory_share))
+            {
+                "ranks": dataclasses.asdict(Ranks(rank, len(devices), len(devices), device)),
+                "folder": str(folder),
+                "threads": threads,
+                "memory_share": memory_share,
+            }
             for rank, device in enumerate(devices[1:], start=1)
         ]
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
-    def tell(self, arguments: bytes) -> None:
-        """Send each process its place and what it is to train on; raises OSError where one has ended."""
+    def tell(self, task: RankTask) -> None:
+        """Send each process its place and its task, a line each; raise OSError where one has ended."""
         for process, place in zip(self.processes, self._places, strict=True):
             assert process.stdin is not None
-            process.stdin.write(place)
-            process.stdin.write(arguments)
+            process.stdin.write(f"{json.dumps(place)}\n{task.to_json()}\n".encode())
             process.stdin.flush()
 
     def failure(self, patience_s: float) -> str | None:
-        """Return why one of them ended that should not have; None when none does within a time."""
+        """Return why a process ended that should not have; None when none ends within a time."""
         until = time.monotonic() + patience_s
         while not any(process.poll() for process in self.processes):
             if time.monotonic() > until:
@@ -153,21 +160,21 @@ class _Followers:
             time.sleep(_PAUSE_S)
         for told in sorted(self.folder.glob("error-*")):
             return told.read_text(encoding="utf-8")
-        # What was killed comes first: the others ended for its sake.
+        # A killed process comes first: the others ended because of it.
         ended = zip(self.processes, self.devices[1:], strict=True)
         code, device = min((process.returncode, device) for process, device in ended if process.returncode)
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         return f"the process that trained on {device} {how}; the next training goes on from the last checkpoint"
 
     def wait(self) -> None:
-        """Wait until all have ended, each by itself."""
+        """Wait until all have ended by themselves."""
         self._over.set()
         for process in self.processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_S)
 
     def end(self) -> None:
-        """End those that are left."""
+        """End the processes that are left."""
         self._over.set()
         for process in self.processes:
             process.kill()
@@ -177,7 +184,7 @@ class _Followers:
                 process.stdin.close()
 
     def _watch(self) -> None:
-        """End this process where it waits for one that is gone, and does not notice."""
+        """End this process where it waits for a process that has ended, and does not notice."""
         while not self._over.wait(_PAUSE_S):
             if not any(process.poll() for process in self.processes):
                 continue
@@ -188,23 +195,38 @@ class _Followers:
 
 
 def _follow() -> None:
-    """Be one of the processes; what to do comes through standard input, which ends with the first process."""
-    # Whoever ends all processes of a group means the first one, which tells the others.
+    """Train as one of the processes; the task comes through standard input, which ends with the first process."""
+    # A signal to the whole group is for the first process, which tells the others.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    ranks, folder, threads, memory_share = pickle.load(sys.stdin.buffer)
-    network, cases, options = pickle.load(sys.stdin.buffer)
+    place = json.loads(sys.stdin.buffer.readline())
+    task = RankTask.from_json(sys.stdin.buffer.readline())
+    ranks, folder = Ranks(**place["ranks"]), Path(place["folder"])
     threading.Thread(target=_end_with_the_first, name="first-watch", daemon=True).start()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(place["threads"])
     if ranks.device != "cpu":
-        torch.cuda.set_per_process_memory_fraction(memory_share, ranks.device)
+        torch.cuda.set_per_process_memory_fraction(place["memory_share"], ranks.device)
     try:
-        with connected(ranks, dist.FileStore(str(Path(folder, _STORE)), ranks.size)):
-            fit(network, cases, device=ranks.device, ranks=ranks, **options)
+        with connected(ranks, dist.FileStore(str(folder / _STORE), ranks.size)):
+            fit(
+                DeformUXNet(**task.network),
+                task.cases,
+                recipe=task.recipe,
+                prep=task.prep,
+                labels=task.labels,
+                val_cases=task.val_cases,
+                new=task.new,
+                device=ranks.device,
+                seed=task.seed,
+                stop=_never if task.can_stop else None,
+                capture=task.capture,
+                compile_cache=task.compile_cache,
+                ranks=ranks,
+            )
     except TrainingStopped:
         return
     except TrainingError as error:
-        Path(folder, f"error-{ranks.rank}").write_text(str(error), encoding="utf-8")
+        (folder / f"error-{ranks.rank}").write_text(str(error), encoding="utf-8")
         raise SystemExit(1) from None
 
 

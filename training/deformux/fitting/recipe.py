@@ -1,4 +1,4 @@
-"""How a network is trained: every number of a training run in one frozen object."""
+"""Training recipes: every number of a training in one frozen object."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Recipe:
     """A training recipe; the defaults are the paper's (arXiv 2310.00199, appendix A.1, table 4).
 
     Args:
-        steps: optimizer steps.
+        steps: number of optimizer steps.
         batch_size: patches per step.
         patches_per_volume: patches cut from a volume each time it is drawn.
-        epochs: parts into which the steps are divided for validation, schedule and progress.
+        epochs: number of parts into which the steps are divided for validation, schedule and progress.
         learning_rate: of AdamW; the peak with ``one_cycle`` and ``cosine``.
         weight_decay, betas, eps: of AdamW.
         schedule: ``plateau`` (factor 0.9, patience 10 epochs), ``one_cycle``, ``cosine`` (a twentieth of the steps to
@@ -29,8 +29,8 @@ class Recipe:
         gradient_clip: largest norm of the gradient; None for no limit.
         ema_decay: decay per step of the moving average of the weights that is kept as the result; None keeps the last.
         patience: epochs without a better validation Dice after which a run ends early; None for never.
-        oversampling: how often a new case is drawn for each time that an old one is.
-        foreground_ratio: patches centred on a labelled voxel, of all patches.
+        oversampling: draws of a new case for each draw of an old one.
+        foreground_ratio: share of the patches that are centred on a labelled voxel.
         rotation_degrees, scaling: largest rotation about each axis and relative change of size.
         affine_probability: of rotating and scaling a patch.
         elastic_probability: of deforming a patch.
@@ -42,12 +42,13 @@ class Recipe:
         gamma: contrast exponents drawn from this range.
         low_resolution: smallest zoom of a simulated coarse scan; 1 for none.
         intensity_probability: of each of the intensity changes.
-        clicks: most clicks that a simulated annotator makes into a patch, for a network that takes guidance; 0 for a
-            training without clicks.
-        click_probability: steps with clicks, of all steps once there are any. Such a step takes about twice as long.
-        click_start: part of the run before the first clicks, since a network must find something before it can err.
+        clicks: largest number of clicks of a simulated annotator in a patch, for a network that takes guidance; 0 for
+            a training without clicks.
+        click_probability: share of the steps with clicks, once there are any. Such a step takes about twice as long.
+        click_start: share of the training before the first clicks, since a network must find something before it can
+            err.
         mixed_precision: bfloat16 where the device has it.
-        cache_gb: memory that preprocessed volumes may take; the rest is read again each time.
+        cache_gb: memory for preprocessed volumes; the rest is read again each time.
 
     Raises:
         ValueError: a value is out of range.
@@ -81,8 +82,8 @@ class Recipe:
     low_resolution: float = 1.0
     intensity_probability: float = 0.5
     clicks: int = 0
-    # They take time, a sixth more from scratch and a third from a version. From a quarter of the run on instead of the
-    # half, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
+    # They take time, a sixth more from scratch and a third from a version. From a quarter of the training on instead of
+    # half of it, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
     click_probability: float = 0.3
     click_start: float = 0.5
     mixed_precision: bool = True
@@ -118,7 +119,7 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> Recipe:
-        """A recipe with some values changed; raises ValueError naming the valid ones where a name is unknown."""
+        """Return the recipe with some values changed; raise ValueError with the valid names where one is unknown."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(changes) - set(names))
         if unknown:
@@ -126,23 +127,29 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     def effort(self, step: int) -> float:
-        """What a training of a network with guidance takes up to a step, in the time of ordinary steps."""
+        """Return the time of a training with guidance up to a step, in ordinary steps."""
         with_clicks = max(0.0, step - self.click_start * self.steps) if self.clicks else 0.0
         return step + self.click_probability * with_clicks
 
     def in_steps(self, steps: int, *, epochs: int) -> Recipe:
-        """This recipe in another number of steps and, at least one, epochs, averaging over a tenth of the run."""
-        # An average over more than a tenth of the run lags behind a short one.
+        """Return this recipe with other steps and epochs (at least one), averaging over a tenth of the steps."""
+        # An average over more than a tenth of the steps lags behind in a short training.
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the card; a training without clicks says nothing about them."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the card, without those of clicks where there are none."""
         values = dataclasses.asdict(self)
         if not self.clicks:
-            # As before there were clicks: checkpoints and simulations are kept under this.
+            # As before there were clicks: checkpoints and simulations are identified by this.
             for name in ("clicks", "click_probability", "click_start"):
                 del values[name]
         return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Invert ``to_dict``, also after JSON; raise ValueError on a bad value."""
+        tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
+        return cls(**tuples)
 
 
 _FEW = Recipe(

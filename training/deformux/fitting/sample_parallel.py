@@ -1,4 +1,4 @@
-"""Training on a CPU with a thread per sample: what is small in a network leaves no thread without work."""
+"""Training on a CPU with a thread per sample, so that small layers leave no thread idle."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["SampleThreads"]
 class SampleThreads(nn.Module):
     """A network whose batches are shared between threads, forward and backward, on a CPU.
 
-    Otherwise every operation of a batch waits for its slowest thread, and all wait for what is not parallel. The
-    network must treat each sample as if it were alone and draw nothing at random. Gradients of parameters are summed in
+    Without it every operation of a batch waits for its slowest thread, and all threads wait for serial code. The
+    network must treat each sample independently and draw nothing at random. Gradients of parameters are summed in
     the order of the samples; inputs get none.
 
     Args:
-        network: ``(N, ...)`` tensors to one of as many samples.
-        workers: threads that share a batch; each computes with an equal part of ``torch.get_num_threads()``.
+        network: ``(N, ...)`` tensors to one tensor of N samples.
+        workers: number of threads that share a batch; each gets an equal part of ``torch.get_num_threads()``.
     """
 
     def __init__(self, network: nn.Module, workers: int) -> None:
@@ -31,33 +31,33 @@ class SampleThreads(nn.Module):
         self.network = network
         self.workers = workers
         threads, started = torch.get_num_threads(), threading.Barrier(workers)
-        # They end with this object.
+        # The threads end with this object.
         self._pool = ThreadPoolExecutor(
             workers, "sample", initializer=_compute_with, initargs=(max(1, threads // workers),)
         )
         self.each(lambda _: started.wait(), range(workers))
-        # What a thread sets for itself is also what threads to come begin with.
+        # The number that a thread sets for itself is also the default of later threads.
         torch.set_num_threads(threads)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return _Shared.apply(self, inputs, *(p for p in self.network.parameters() if p.requires_grad))
 
     def each(self, work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """As ``map``, each call in a thread of its own; raises what one of them raised when all are over."""
+        """Do as ``map`` does, each call in its own thread; raise the error of one of them when all are over."""
         calls = [self._pool.submit(work, *given) for given in zip(*arguments, strict=True)]
         wait(calls)
         return [call.result() for call in calls]
 
 
 def _compute_with(threads: int) -> None:
-    torch.get_num_threads()  # a thread's first question sets the number that all begin with
+    torch.get_num_threads()  # the first call in a thread sets the default of all
     torch.set_num_threads(threads)
 
 
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, threads: SampleThreads, inputs: tuple[Tensor, ...], *parameters: Tensor) -> Tensor:
-        # Gradients are off here, and on in the threads.
+        # Gradients are disabled here, and enabled in the threads.
         parts = threads.each(threads.network, *(tensor.chunk(threads.workers) for tensor in inputs))
         ctx.threads, ctx.parts, ctx.parameters = threads, parts, parameters
         return torch.cat([part.detach() for part in parts])

@@ -1,8 +1,8 @@
-"""A step of a training: gradients, clicks, clipping, AdamW, moving average; on a GPU its gradients are a CUDA graph.
+"""A training step: gradients, clicks, clipping, AdamW, moving average; on a GPU its gradients are a CUDA graph.
 
-A step of a small network is over two thousand launches, which Python queues more slowly than a GPU does the work. A
+A step of a small network makes over two thousand launches, which Python queues more slowly than a GPU runs them. A
 graph queues them at once. AdamW stays outside: a one-cycle schedule changes the decay rates of its moments, which its
-fused kernel takes by value; it is one launch for many tensors, queued while the GPU is still at work on the gradients.
+fused kernel takes by value. It is one launch for many tensors, queued while the GPU still computes the gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["LossReader", "TrainingStep"]
 
-# On a GPU up to this many channels of guidance are all convolved, whether they hold anything or not.
+# On a GPU, guidance of at most this many channels is convolved whole, whether its channels hold anything or not.
 _MOST_GUIDANCE = 32
 
 
@@ -38,11 +38,11 @@ class TrainingStep:
         optimizer: of its parameters.
         average: the moving average of its weights, or None.
         recipe: how to train.
-        clicks: what steps with clicks learn from, or None.
-        device: where the network is.
+        clicks: guidance of the steps with clicks, or None.
+        device: device of the network.
         capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. Where that fails, one
             warning says why and steps are queued launch by launch.
-        samples: patches of a batch, which on a CPU get a thread each.
+        samples: number of patches in a batch, which get a thread each on a CPU.
         combine: called with the loss when the gradients of a batch are complete, before they are clipped; returns the
             loss to report.
     """
@@ -70,11 +70,11 @@ class TrainingStep:
         self._captured_clicks: dict[Any, CapturedCall] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if self._capture else None
         guidance = getattr(network, "guidance_channels", 0)
-        # All of them, so that it need not be asked of the GPU which hold anything.
+        # All of them: asking which hold anything would wait for the GPU.
         self._channels: tuple[Tensor, ...] = ()
         if device.type == "cuda" and 0 < guidance <= _MOST_GUIDANCE:
             self._channels = (torch.arange(guidance, device=device),)
-        # Those of the guidance stay where they are, for a graph that adds to them.
+        # Gradients of the guidance stay in place, for a graph that adds to them.
         self._guidance = [p for name, p in network.named_parameters() if name.endswith(".guidance")]
         self._guidance_gradients: list[Tensor] = []
 
@@ -82,7 +82,7 @@ class TrainingStep:
         """Take one step; return the loss of the batch before it, a scalar on the device.
 
         Args:
-            step: of the training, from 1.
+            step: number of the step, from 1.
             image: ``(N, channels, D, H, W)``.
             label: ``(N, 1, D, H, W)``, 255 where unlabelled.
             annotated: ``(N, classes)``, on the CPU.
@@ -109,8 +109,8 @@ class TrainingStep:
     def compile(self) -> None:
         """Compile the network for batches without clicks, at the next step, which takes a minute or two.
 
-        Steps go on with the network as it is, and a warning, where it cannot be compiled; and without one where they
-        are not captured, since compiling saves little of what Python takes.
+        Where it cannot be compiled, steps go on without, after a warning. Where steps are not captured, nothing is
+        compiled, since compiling saves little of Python's time.
         """
         if not self._capture:
             return
@@ -122,12 +122,12 @@ class TrainingStep:
         self._forget()
 
     def _forget(self) -> None:
-        """Give back what graphs keep."""
+        """Free the memory of the graphs."""
         self._captured.clear()
         self._captured_clicks.clear()
         if self._pool is not None:
             torch.cuda.empty_cache()
-            # A pool ends with the last graph in it, and cannot be begun again.
+            # A pool ends with its last graph, and cannot be used again.
             self._pool = torch.cuda.graph_pool_handle()
 
     def _gradients(self, batch: tuple[Tensor, ...], clip: bool) -> tuple[Tensor, Tensor, Any]:
@@ -142,7 +142,7 @@ class TrainingStep:
                 self._clip()
             return loss.detach(), logits.detach()
 
-        # An optimizer's state begins with its first step.
+        # The optimizer's state exists after its first step only.
         if not self._capture or not self.optimizer.state:
             return *work(*batch), None
         key = (*((t.shape, t.dtype) for t in batch), clip)
@@ -160,11 +160,11 @@ class TrainingStep:
         return loss, logits, key
 
     def _add_clicks(self, batch: tuple[Tensor, ...], guidance: Tensor, key: Any) -> None:
-        """Add the gradient of the same batch with clicks; by now that without them needs no memory any more."""
+        """Add the gradient of the same batch with clicks; the pass without them has freed its memory by now."""
 
         def work(guidance: Tensor, image: Tensor, *targets: Tensor) -> tuple[()]:
             label, annotated = (*targets, None)[:2]
-            # Of what the network says with clicks, only what is near to them is ever used.
+            # Only the prediction near the clicks is ever used.
             near = guidance[:, : self.network.out_channels].amax(1, keepdim=True)
             for gradient in self._guidance_gradients:
                 gradient.zero_()
@@ -185,7 +185,7 @@ class TrainingStep:
             except CaptureFailed as error:
                 self._capture = False
                 self._warn(error)
-            # Whether it could be captured or not, trying has added to the gradients.
+            # Capturing has added to the gradients, whether it succeeded or not.
             self._captured[key][0].replay()
             if not self._capture:
                 work(guidance, *batch)
@@ -215,7 +215,7 @@ class TrainingStep:
         if self.device.type == "cpu" or not average.n_averaged or average.multi_avg_fn is None:
             average.update_parameters(self.network)
             return
-        # As above, but for a copy of the counter from the CPU, for which a GPU would be waited for.
+        # As above, without a copy of the counter from the CPU, which would make the GPU wait.
         with torch.no_grad():
             average.multi_avg_fn(list(average.module.parameters()), list(self.network.parameters()), average.n_averaged)
             for own, current in zip(average.module.buffers(), self.network.buffers(), strict=True):
@@ -224,14 +224,14 @@ class TrainingStep:
 
 
 class LossReader:
-    """Losses as numbers: on a GPU one step late, so that it has the next step to work on while it is asked."""
+    """Reads losses as numbers: on a GPU one step late, so that it computes the next step meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self._waits = device.type == "cuda"
         self._pending: list[tuple[Tensor, Any]] = []
 
     def add(self, loss: Tensor) -> list[float]:
-        """Add that of a step; return those that are known by now and were not returned before, in order."""
+        """Add the loss of a step; return those that are known by now and were not returned before, in order."""
         if not self._waits:
             return [float(loss)]
         number = torch.empty((), dtype=loss.dtype, pin_memory=True)
@@ -243,7 +243,7 @@ class LossReader:
         return known
 
     def rest(self) -> list[float]:
-        """Wait for those that were added, and return what ``add`` did not."""
+        """Wait for the losses that ``add`` did not return, and return them."""
         pending, self._pending = self._pending, []
         values = []
         for number, event in pending:
@@ -255,7 +255,7 @@ class LossReader:
 def _in_training(network: nn.Module, recipe: Recipe, device: torch.device, samples: int) -> nn.Module:
     mixed: nn.Module = MixedPrecision(network, recipe.mixed_precision)
     workers = min(samples, torch.get_num_threads())
-    # In others a sample may know of the rest of its batch, as with batch normalisation.
+    # In other networks samples may depend on their batch, as with batch normalisation.
     if device.type == "cpu" and workers > 1 and isinstance(network, DeformUXNet):
         return SampleThreads(mixed, workers)
     return mixed

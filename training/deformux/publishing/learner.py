@@ -1,4 +1,4 @@
-"""One round of learning: from all labels so far to a new version, which is published if it is no worse."""
+"""One round of learning: from all labels so far to a new version, which is published if it is not worse."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from deformux.data.cases import Case
-from deformux.data.label_quality import LabelFacts
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.fit import FitResult, Progress, TrainingError
 from deformux.fitting.rank_processes import fit_on
+from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
-from deformux.publishing.learning_round import Outcome, Round
+from deformux.publishing.learning_round import Outcome, Round, RoundPlan
 from deformux.publishing.model_versions import ModelVersions
-from deformux.publishing.publish_gate import FEWEST_TO_VALIDATE, Assignment, Decision, decide
-from deformux.publishing.round_folder import RunState
-from deformux.publishing.score_cache import ScoreBook
+from deformux.publishing.publish_gate import Decision, Scores, decide
+from deformux.publishing.round_folder import RoundFolder
+from deformux.publishing.score_cache import ScoreCache
+from deformux.publishing.validation_split import FEWEST_TO_VALIDATE, Assignment
 
 __all__ = ["Learner", "Outcome", "Round"]
 
@@ -32,50 +33,38 @@ logger = logging.getLogger(__name__)
 
 _FOREIGN = "pretrained-"
 
-Scores = Mapping[str, Sequence[float]]
-
 
 @dataclass(frozen=True)
-class _Plan:
-    """A round before it begins: which case does what, and where the weights come from."""
+class _Trained:
+    """The network that a round chose, and how it was trained.
 
-    training: tuple[Case, ...]
-    validation: tuple[Case, ...]
-    checksums: Mapping[str, str]
-    facts: Mapping[str, LabelFacts]
-    set_aside: Mapping[str, str]
+    Args:
+        network: in evaluation mode.
+        result: of its training.
+        recipe: of its training.
+        parent: name of the model it started from; None for random weights.
+        seconds: of all trainings of the round.
+    """
+
+    network: DeformUXNet
+    result: FitResult
+    recipe: Recipe
     parent: str | None
-    parent_path: Path | None
-    parent_labels: Mapping[str, str]
-
-    @property
-    def continues(self) -> bool:
-        """Whether it starts from a model of this project's own labels, a version rather than foreign weights."""
-        return self.parent is not None and not self.parent.startswith(_FOREIGN)
-
-    @property
-    def training_labels(self) -> dict[str, str]:
-        """Case id to label checksum."""
-        return {case.id: self.checksums[case.id] for case in self.training}
-
-    @property
-    def new(self) -> set[str]:
-        """Cases that the parent has not seen, or not with this label."""
-        return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
+    seconds: float
 
 
 class Learner:
-    """A project's memory of what it learnt: versions, frozen assignment, scores, and the round under way.
+    """Learns a project's labels round by round; keeps versions, validation split, scores and the round under way.
 
-    Everything lies in one folder and is written by rename. A round that is killed goes on from its last checkpoint when
-    the next one has the same labels and options; if its version was already written, it is only published.
+    Everything lies in one folder and is written by rename. A killed round is resumed from its last checkpoint when the
+    next one has the same labels and options; if its version was already written, it is only published.
 
     Args:
         root: the project's state folder.
         labels: names of labels 1..N.
         preprocessing: how scans become network input.
         preset: size of the network.
-        keep: newest versions that are kept, beside those that ``ModelVersions.prune`` keeps.
+        keep: number of newest versions to keep, beside those that ``ModelVersions.prune`` keeps.
     """
 
     def __init__(
@@ -85,8 +74,8 @@ class Learner:
         self.labels, self.preprocessing, self.preset, self.keep = tuple(labels), preprocessing, preset, keep
         self.versions = ModelVersions(self.root / "versions")
         self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
-        self.run_state = RunState(self.root / "training")
-        self.scores = ScoreBook(self.root, self.labels)
+        self.round_folder = RoundFolder(self.root / "training")
+        self.scores = ScoreCache(self.root, self.labels)
 
     def learn(
         self,
@@ -100,11 +89,11 @@ class Learner:
 
         Args:
             cases: every labelled volume of the project.
-            options: of this round.
+            options: how this round is trained.
             on_progress, stop: as for ``fit``.
 
         Raises:
-            TrainingStopped: ``stop`` said so; calling again goes on.
+            TrainingStopped: ``stop`` returned true; the next call resumes the round.
             TrainingError: nothing to train on, or the training diverged; nothing was published.
         """
         self.root.mkdir(parents=True, exist_ok=True)
@@ -127,99 +116,27 @@ class Learner:
         plan = self._plan(cases, options)
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
-        device, seed, scratch_recipe = options.device, options.seed, options.scratch_recipe
-        recipe = options.continue_recipe if plan.continues else scratch_recipe
-        run_id = self.run_state.begin(
-            {
-                "training": plan.training_labels,
-                "validation": {case.id: plan.checksums[case.id] for case in plan.validation},
-                "parent": plan.parent,
-                "recipes": [recipe.to_json(), scratch_recipe.to_json()],
-                "seed": seed,
-            }
-        )
-        last = self._last_from_scratch()
-        doubled = bool(plan.parent and plan.validation and last and len(plan.training) >= 2 * last)
-        parts = [recipe, scratch_recipe] if doubled else [recipe]
-
-        def train(part: int) -> tuple[DeformUXNet, FitResult]:
-            network = self._network(plan.parent_path if part == 0 else None, seed, guidance=parts[part].clicks > 0)
-            result = fit_on(
-                options.devices or (device,),
-                network,
-                plan.training,
-                recipe=parts[part],
-                prep=self.preprocessing,
-                labels=self.labels,
-                val_cases=plan.validation,
-                new=plan.new if part == 0 and plan.parent else (),
-                memory_share=options.memory_share,
-                on_progress=_part_of(on_progress, [p.steps for p in parts], [p.epochs for p in parts], part),
-                seed=seed,
-                checkpoint=self.run_state.checkpoint(part),
-                checkpoint_seconds=options.checkpoint_seconds,
-                stop=stop,
-                compile_cache=self.root / "compiled",
-            )
-            _check_finite(network)
-            return network, result
-
-        network, result = train(0)
-        seconds = result.seconds
-        if doubled:
-            logger.info("The labels have doubled since the last training from scratch: training from scratch too")
-            other, from_nothing = train(1)
-            seconds += from_nothing.seconds
-            # The gate's own comparison, with the fine-tuned model as the incumbent.
-            preferred = self._decide(from_nothing.per_case, result.per_case, plan, provisional=False)
-            logger.info("From scratch: %s", preferred.reason)
-            if preferred.publish and (preferred.candidate or 0) > (preferred.incumbent or 0):
-                network, result, recipe = other, from_nothing, scratch_recipe
-                plan = dataclasses.replace(plan, parent=None)
-        decision = self._judge(result.per_case, plan, options)
-        card = ModelCard(
-            labels=self.labels,
-            preprocessing=self.preprocessing,
-            preset=self.preset,
-            network_options=network_options(network),
-            parent=plan.parent,
-            training_cases=tuple(case.id for case in plan.training),
-            training_labels=plan.training_labels,
-            recipe=recipe.to_json(),
-            seed=seed,
-            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
-            gate=decision.to_json(),
-            provisional=decision.provisional,
-            scratch_cases=last if plan.parent and last and not doubled else len(plan.training),
-            run=run_id,
-            seconds=seconds,
-            device=", ".join(options.devices) or device,
-        )
-        try:
-            name = self.versions.write(network, card)
-            # As it was written, with the checksum of the weights.
-            card = self.versions.card(name)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
-        served = [f"{_FOREIGN}{options.served.stem}"] if options.served is not None else []
-        self.scores.remember(name, result.per_case, plan.checksums, keep=[*self.versions.names(), *served])
+        run_id = self.round_folder.begin(plan.identity(options.scratch_recipe))
+        trained = self._train(plan, options, on_progress, stop)
+        decision = self._compare(trained.result.per_case, plan, options)
+        name, card = self._write(trained, decision, plan, options, run_id)
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
-        """What a round did that was killed between writing its version and publishing it, if there was one."""
-        run_id = self.run_state.under_way()
+        """Publish the version of a round that was killed after writing it; return its outcome, or None without one."""
+        run_id = self.round_folder.under_way()
         written = next((info for info in self.versions.infos() if run_id and info.card.run == run_id), None)
         if written is None or self.versions.fault(written.name):
             return None
         # The decision, with its numbers, is in the card.
-        decision = Decision.from_json(written.card.gate)
+        decision = Decision.from_dict(written.card.gate)
         if written.ever_published:
-            # Even this was done, and may have been rolled back since.
-            self.run_state.end()
+            # It was published already, and may have been rolled back since.
+            self.round_folder.end()
             return Outcome(written.name, written.published, decision, written.card)
         return self._publish(written.name, written.card, decision, {})
 
-    def _plan(self, cases: Sequence[Case], options: Round) -> _Plan:
+    def _plan(self, cases: Sequence[Case], options: Round) -> RoundPlan:
         if not cases:
             raise TrainingError("there are no labelled volumes to train on")
         checksums = {case.id: label_checksum(case) for case in cases}
@@ -239,13 +156,28 @@ class Learner:
             raise TrainingError(
                 f"the only labelled volumes are kept for validation ({', '.join(validates)}); label another one"
             )
-        name, path = self._start(options)
-        known = read_card(path).training_labels if path is not None else {}
-        logger.info("Training on %d volumes, %d validate, from %s", len(training), len(validation), name or "scratch")
-        return _Plan(training, validation, checksums, facts, set_aside, name, path, known)
+        parent, path = self._start(options)
+        logger.info("Training on %d volumes, %d validate, from %s", len(training), len(validation), parent or "scratch")
+        last = self._last_from_scratch()
+        doubled = bool(parent and validation and last and len(training) >= 2 * last)
+        of_project = parent is not None and not parent.startswith(_FOREIGN)
+        recipe = options.continue_recipe if of_project else options.scratch_recipe
+        return RoundPlan(
+            training=training,
+            validation=validation,
+            checksums=checksums,
+            facts=facts,
+            set_aside=set_aside,
+            parent=parent,
+            parent_path=path,
+            parent_labels=read_card(path).training_labels if path is not None else {},
+            recipes=(recipe, options.scratch_recipe) if doubled else (recipe,),
+            last_from_scratch=last,
+            seed=options.seed,
+        )
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
-        """Name and file of the weights to start from; those of another architecture are none."""
+        """Return name and file of the weights to start from; None where there are none, or of another architecture."""
         published = self.versions.published() if not options.from_start else None
         path = self.versions.path(published) if published is not None else options.start
         if path is None or options.from_scratch:
@@ -258,10 +190,65 @@ class Learner:
         return published or f"{_FOREIGN}{path.stem}", path
 
     def _sides_in_cards(self) -> dict[str, str]:
-        """Which cases trained and which validated, by the cards of all versions: whatever trained once, trains."""
+        """Return the sides of cases by the cards of all versions: a case that trained once, trains."""
         cards = [info.card for info in self.versions.infos()]
         validating = {case: "validation" for card in cards for case in card.validation.get("per_case") or {}}
         return validating | {case: "training" for card in cards for case in card.training_cases}
+
+    def _last_from_scratch(self) -> int:
+        """Return the number of training cases of the last training from scratch; 0 before the first training."""
+        return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
+
+    def _train(
+        self,
+        plan: RoundPlan,
+        options: Round,
+        on_progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> _Trained:
+        """Train, from scratch too where the labels have doubled, and return the better of the two."""
+        first = self._fit(plan, options, 0, on_progress, stop)
+        if len(plan.recipes) == 1:
+            return first
+        logger.info("The labels have doubled since the last training from scratch: training from scratch too")
+        second = self._fit(plan, options, 1, on_progress, stop)
+        # The gate's own comparison, with the fine-tuned model as the incumbent.
+        preferred = self._decide(second.result.per_case, first.result.per_case, plan, provisional=False)
+        logger.info("From scratch: %s", preferred.reason)
+        better = preferred.publish and (preferred.candidate or 0) > (preferred.incumbent or 0)
+        return dataclasses.replace(second if better else first, seconds=first.seconds + second.seconds)
+
+    def _fit(
+        self,
+        plan: RoundPlan,
+        options: Round,
+        part: int,
+        on_progress: Callable[[Progress], None] | None,
+        stop: Callable[[], bool] | None,
+    ) -> _Trained:
+        """Train by one of the plan's recipes: the first starts from the parent, the second from scratch."""
+        recipe = plan.recipes[part]
+        parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
+        network = self._network(weights, plan.seed, guidance=recipe.clicks > 0)
+        result = fit_on(
+            options.devices or (options.device,),
+            network,
+            plan.training,
+            recipe=recipe,
+            prep=self.preprocessing,
+            labels=self.labels,
+            val_cases=plan.validation,
+            new=plan.new if parent else (),
+            memory_share=options.memory_share,
+            on_progress=_part_of(on_progress, plan.recipes, part),
+            seed=plan.seed,
+            checkpoint=self.round_folder.checkpoint(part),
+            checkpoint_seconds=options.checkpoint_seconds,
+            stop=stop,
+            compile_cache=self.root / "compiled",
+        )
+        _check_finite(network)
+        return _Trained(network, result, recipe, parent, result.seconds)
 
     def _network(self, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
@@ -270,12 +257,8 @@ class Learner:
             warm_start(network, weights)
         return network
 
-    def _last_from_scratch(self) -> int:
-        """Training cases of the last training from scratch, or of the first training where there was none."""
-        return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
-
-    def _judge(self, candidate: Scores, plan: _Plan, options: Round) -> Decision:
-        """Compare with what is served now, which may be another model than the one trained from."""
+    def _compare(self, candidate: Scores, plan: RoundPlan, options: Round) -> Decision:
+        """Compare with the model that is served now, which may be another one than the parent."""
         published = self.versions.published()
         path = self.versions.path(published) if published is not None else options.served
         card = read_card(path) if path is not None else None
@@ -290,17 +273,17 @@ class Learner:
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
         champion = self._champion(card, plan, options)
         decision = self._decide(candidate, scores, plan, provisional=provisional, champion=champion)
-        # Of incumbent, champion and candidate, the best so far is what the next round must not fall behind.
+        # The best of incumbent, champion and candidate is the champion of the next round.
         if decision.candidate is None:
             return dataclasses.replace(decision, champion=champion[0] if champion else name)
         if decision.candidate >= (decision.best or 0):
             return dataclasses.replace(decision, champion=None)
         return dataclasses.replace(decision, champion=decision.champion or name)
 
-    def _champion(self, card: ModelCard, plan: _Plan, options: Round) -> tuple[str, Scores] | None:
-        """Return the best model before a published one and its scores, where it was better than that.
+    def _champion(self, card: ModelCard, plan: RoundPlan, options: Round) -> tuple[str, Scores] | None:
+        """Return name and scores of the best model before the published one, where it was better than that.
 
-        The card of the published version names it: a rollback thus also goes back in this.
+        The card of the published version names it, so that a rollback also restores the champion.
         """
         name = card.gate.get("champion")
         if name is None:
@@ -320,7 +303,7 @@ class Learner:
         self,
         candidate: Scores,
         incumbent: Scores | None,
-        plan: _Plan,
+        plan: RoundPlan,
         *,
         provisional: bool,
         champion: tuple[str, Scores] | None = None,
@@ -335,6 +318,39 @@ class Learner:
             incumbent_is_provisional=provisional,
         )
 
+    def _write(
+        self, trained: _Trained, decision: Decision, plan: RoundPlan, options: Round, run_id: str
+    ) -> tuple[str, ModelCard]:
+        """Write the version and its scores; return its name and its card."""
+        result = trained.result
+        card = ModelCard(
+            labels=self.labels,
+            preprocessing=self.preprocessing,
+            preset=self.preset,
+            network_options=network_options(trained.network),
+            parent=trained.parent,
+            training_cases=tuple(case.id for case in plan.training),
+            training_labels=plan.training_labels,
+            recipe=trained.recipe.to_dict(),
+            seed=plan.seed,
+            validation={"mean_dice": result.best_dice, "per_case": result.per_case},
+            gate=decision.to_dict(),
+            provisional=decision.provisional,
+            scratch_cases=plan.scratch_cases,
+            run=run_id,
+            seconds=trained.seconds,
+            device=", ".join(options.devices) or options.device,
+        )
+        try:
+            name = self.versions.write(trained.network, card)
+            # As it was written, with the checksum of the weights.
+            card = self.versions.card(name)
+        except (OSError, SafetensorError) as error:
+            raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
+        served = [f"{_FOREIGN}{options.served.stem}"] if options.served is not None else []
+        self.scores.remember(name, result.per_case, plan.checksums, keep=[*self.versions.names(), *served])
+        return name, card
+
     def _publish(self, name: str, card: ModelCard, decision: Decision, set_aside: Mapping[str, str]) -> Outcome:
         published = decision.publish and self.versions.publish_trained(name, decision.reason)
         if decision.publish and not published:
@@ -343,28 +359,30 @@ class Learner:
         logger.info("%s is %s: %s", name, "published" if published else "not published", decision.reason)
         for case, reason in decision.doubtful.items():
             logger.warning("Validation case %s did not count: %s", case, reason)
-        self.run_state.end()
+        self.round_folder.end()
         self.versions.prune(self.keep)
         return Outcome(name, published, decision, card, set_aside)
 
 
 def _part_of(
-    on_progress: Callable[[Progress], None] | None, steps: Sequence[int], epochs: Sequence[int], part: int
+    on_progress: Callable[[Progress], None] | None, recipes: Sequence[Recipe], part: int
 ) -> Callable[[Progress], None] | None:
-    """Progress of one of several trainings as progress of all of them."""
+    """Return what turns the progress of one of several trainings into the progress of all of them."""
     if on_progress is None:
         return None
+    before, after = recipes[:part], recipes[part + 1 :]
 
     def report(p: Progress) -> None:
-        to_come = sum(steps[part + 1 :])
+        steps_before, steps_after = (sum(recipe.steps for recipe in some) for some in (before, after))
+        epochs_before, epochs_after = (sum(recipe.epochs for recipe in some) for some in (before, after))
         on_progress(
             dataclasses.replace(
                 p,
-                step=p.step + sum(steps[:part]),
-                total_steps=p.total_steps + sum(steps[:part]) + to_come,
-                epoch=p.epoch + sum(epochs[:part]),
-                total_epochs=p.total_epochs + sum(epochs[:part]) + sum(epochs[part + 1 :]),
-                eta_s=p.eta_s + p.seconds / max(1, p.step) * to_come,
+                step=p.step + steps_before,
+                total_steps=p.total_steps + steps_before + steps_after,
+                epoch=p.epoch + epochs_before,
+                total_epochs=p.total_epochs + epochs_before + epochs_after,
+                eta_s=p.eta_s + p.seconds / max(1, p.step) * steps_after,
             )
         )
 

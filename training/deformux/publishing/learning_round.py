@@ -1,16 +1,19 @@
-"""How a round of learning is trained, and what it gave."""
+"""A round of learning: its options, its plan, and its outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from deformux.data.cases import Case
+from deformux.data.label_quality import LabelFacts
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.model_file import ModelCard
 from deformux.publishing.publish_gate import Decision
 
-__all__ = ["Outcome", "Round"]
+__all__ = ["Outcome", "Round", "RoundPlan"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,13 @@ class Round:
 
     Args:
         scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version. The
-            version takes guidance where its recipe has clicks, whatever it starts from.
+            new version takes guidance where its recipe has clicks, whatever it starts from.
         start: model file to start from while no version is published.
         served: model file that answers requests while no version is published; the gate compares with it.
         from_scratch: start from random weights in any case.
         from_start: start from ``start`` even where a version is published.
         device: where to compute.
-        devices: where to train, by a process on each; empty for ``device`` alone.
+        devices: where to train, with one process on each; empty for ``device`` alone.
         memory_share: most of a GPU's memory for each process that a training on several devices starts.
         seed: of every random choice.
         checkpoint_seconds: least time between two checkpoints.
@@ -45,8 +48,62 @@ class Round:
 
 
 @dataclass(frozen=True)
+class RoundPlan:
+    """A round before it begins: which cases train and which validate, and where the weights come from.
+
+    Args:
+        training, validation: cases of each side.
+        checksums, facts: of each label, by case id.
+        set_aside: case id to why its label is not used.
+        parent, parent_path: name and file of the model to start from; None for random weights.
+        parent_labels: case id to checksum of the label that the parent was trained on.
+        recipes: of the training, and of a second one from scratch where the labels have doubled since the last.
+        last_from_scratch: number of training cases of the last training from scratch; 0 where there was none.
+        seed: of every random choice.
+    """
+
+    training: tuple[Case, ...]
+    validation: tuple[Case, ...]
+    checksums: Mapping[str, str]
+    facts: Mapping[str, LabelFacts]
+    set_aside: Mapping[str, str]
+    parent: str | None
+    parent_path: Path | None
+    parent_labels: Mapping[str, str]
+    recipes: tuple[Recipe, ...]
+    last_from_scratch: int
+    seed: int
+
+    @property
+    def training_labels(self) -> dict[str, str]:
+        """Case id to label checksum."""
+        return {case.id: self.checksums[case.id] for case in self.training}
+
+    @property
+    def new(self) -> set[str]:
+        """Cases that the parent has not seen, or not with this label."""
+        return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
+
+    @property
+    def scratch_cases(self) -> int:
+        """Number of training cases when this line of models was last trained from scratch, after this round."""
+        from_scratch_now = self.parent is None or len(self.recipes) > 1
+        return len(self.training) if from_scratch_now else self.last_from_scratch or len(self.training)
+
+    def identity(self, scratch_recipe: Recipe) -> dict[str, Any]:
+        """Return what an interrupted round must have in common with this one to go on."""
+        return {
+            "training": self.training_labels,
+            "validation": {case.id: self.checksums[case.id] for case in self.validation},
+            "parent": self.parent,
+            "recipes": [self.recipes[0].to_dict(), scratch_recipe.to_dict()],
+            "seed": self.seed,
+        }
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a round gave: the version written, the gate's decision, whether it is published, and why not.
+    """Result of a round: the version written, the gate's decision, and whether it is published.
 
     ``set_aside`` names labelled cases that were not used, each with the reason.
     """

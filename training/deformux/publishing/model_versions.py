@@ -24,7 +24,7 @@ from deformux.networks.model_file import (
     remove_unfinished,
     save_model,
 )
-from deformux.publishing.publications import KINDS, LOST, Publication, Record, published_stack, worth_keeping
+from deformux.publishing.publications import KINDS, LOST, Publication, PublicationRecord, published_stack, worth_keeping
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
@@ -35,7 +35,7 @@ _KEEP_PUBLISHED = 10
 
 @dataclass(frozen=True)
 class VersionInfo:
-    """A version as it is listed: its name, its card, and whether it is published, pinned, or ever was published."""
+    """A version in a list: its name, its card, and whether it is published, pinned, or ever was published."""
 
     name: str
     card: ModelCard
@@ -43,21 +43,21 @@ class VersionInfo:
     pinned: bool
     ever_published: bool
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, the card among them."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, the card among them."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "card"}
         return values | {"card": json.loads(self.card.to_json())}
 
 
 class ModelVersions:
-    """Versions ``v0001.safetensors`` and ``v0001.json``, …, and ``publications.json``, which says what is served.
+    """Versions ``v0001.safetensors`` and ``v0001.json``, …, and ``publications.json``, which says which is served.
 
     The published version is the last entry of the history of publications, so that one rename moves the pointer. Where
-    its files are damaged or gone, what was published before it is served instead. The history is kept twice; where both
-    copies are lost, the newest version that the gate did not refuse counts as published. ``warnings`` tells all this.
+    its files are damaged or gone, the version published before it is served instead. The history is kept twice; where
+    both copies are lost, the newest version that the gate did not refuse counts as published. ``warnings`` reports it.
 
-    Weights are written after their card and deleted before it: a version exists while its weights do, and what a crash
-    leaves behind is never listed and is removed by the next ``write`` or ``prune``. A number is never used twice.
+    Weights are written after their card and deleted before it: a version exists while its weights do. Leftovers of a
+    crash are never listed, and the next ``write`` or ``prune`` removes them. A number is never used twice.
 
     All methods may be called from several processes at once.
     """
@@ -70,24 +70,24 @@ class ModelVersions:
         self._faults: dict[str, tuple[object, str | None]] = {}
 
     def names(self) -> list[str]:
-        """All versions, oldest first."""
+        """Return all versions, oldest first."""
         return sorted(
             (path.stem for path in self._numbered(".safetensors") if path.with_suffix(".json").is_file()), key=_number
         )
 
     def path(self, name: str) -> Path:
-        """The model file of a version; raises ValueError listing the versions where there is none of that name."""
+        """Return the model file of a version; raise ValueError with all versions where there is none of that name."""
         path = self.root / f"{name}.safetensors"
         if name not in self.names():
             raise ValueError(f"no version {name!r}; there are {', '.join(self.names()) or 'none yet'}")
         return path
 
     def card(self, name: str) -> ModelCard:
-        """The card of a version; raises ValueError where there is none of that name, or its card is damaged."""
+        """Return the card of a version; raise ValueError where there is no such version, or its card is damaged."""
         return read_card(self.path(name))
 
     def infos(self) -> list[VersionInfo]:
-        """All versions whose card can be read, oldest first; the others are ``damaged``."""
+        """Return all versions whose card can be read, oldest first; the others are ``damaged``."""
         state = self._state()
         ever = {entry.version for entry in state.history}
         current = self._served(state)[0]
@@ -101,7 +101,7 @@ class ModelVersions:
         return infos
 
     def info(self, name: str) -> VersionInfo:
-        """What ``infos`` says of one version; raises ValueError where there is none of that name, or it is damaged."""
+        """Return one version of ``infos``; raise ValueError where there is none of that name, or it is damaged."""
         path = self.path(name)
         found = next((info for info in self.infos() if info.name == name), None)
         if found is None:
@@ -109,19 +109,19 @@ class ModelVersions:
         return found
 
     def damaged(self, *, quick: bool = False) -> dict[str, str]:
-        """Every version that cannot be served, oldest first, and why: one sentence without folders.
+        """Return every version that cannot be served, oldest first, and why: one sentence without folders.
 
-        ``quick`` reads no weights, and knows of damage inside them only what was found before.
+        With ``quick`` no weights are read, and only damage to them that was found before is reported.
         """
         kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
         cards = {path.stem for path in self._numbered(".json")}
         weights = {path.stem for path in self._numbered(".safetensors")}
-        # Any other card alone is of a version that is being written or deleted.
+        # Any other card without weights belongs to a version that is being written or deleted.
         faults = {name: self.fault(name, quick=quick) for name in sorted(weights | (cards & kept), key=_number)}
         return {name: fault for name, fault in faults.items() if fault}
 
     def fault(self, name: str, *, quick: bool = False) -> str | None:
-        """Why a version cannot be served, in one sentence without folders; None where it can.
+        """Return why a version cannot be served, in one sentence without folders; None where it can.
 
         Its weights are read once, and again when their file has changed; with ``quick`` not at all.
         """
@@ -136,7 +136,7 @@ class ModelVersions:
         return fault
 
     def distrust(self, name: str, fault: str) -> None:
-        """Serve this version no more in this process, for a fault that showed in its use, until its files change."""
+        """Stop serving a version in this process, for a fault that showed in its use, until its files change."""
         path = self.root / f"{name}.safetensors"
         signature = _signature(path), _signature(path.with_suffix(".json"))
         self._faults[name] = signature, self._without_folder(fault)
@@ -156,18 +156,18 @@ class ModelVersions:
         return text.replace(f"{self.root}{os.sep}", "")
 
     def warnings(self) -> list[str]:
-        """What is wrong with what is served, or with the record of it; empty while all is well."""
+        """Return what is wrong with the served version, or with the record; empty while all is well."""
         state = self._state()
         warning = self._served(state)[1]
         return [text for text in (state.fault, warning) if text]
 
     def doubt(self) -> str | None:
-        """Why what is served may be another version than the published one; None where it is that."""
+        """Return why another version than the published one may be served; None where it is the published one."""
         state = self._state()
         return self._served(state)[1] or (state.fault if state.lost else None)
 
     def write(self, network: torch.nn.Module, card: ModelCard) -> str:
-        """Store a new version and return its name; it is not served before ``publish``."""
+        """Write a new version and return its name; it is not served before ``publish``."""
         with self._lock():
             self._remove_leftovers()
             state = self._state()
@@ -187,7 +187,7 @@ class ModelVersions:
         self._publish(name, "publish", reason, by)
 
     def publish_trained(self, name: str, reason: str) -> bool:
-        """Serve what a training made, unless a version is pinned; returns whether it is served."""
+        """Serve a trained version, unless one is pinned; return whether it is served."""
         with self._lock():
             if self._state().pinned is not None:
                 return False
@@ -195,19 +195,19 @@ class ModelVersions:
             return True
 
     def published(self) -> str | None:
-        """The version to serve: the one published last, or where that is damaged the one before it; None without any.
+        """Return the version to serve: the one published last, or where that is damaged the one before it, or None.
 
         ``warnings`` says when it is not the one published last.
         """
         return self._served(self._state())[0]
 
     def intended(self) -> str | None:
-        """The version that was published last, whether it can be served or not; None before the first."""
+        """Return the version that was published last, whether it can be served or not; None before the first."""
         history = self._state().history
         return history[-1].version if history else None
 
-    def _served(self, state: Record) -> tuple[str | None, str | None]:
-        """The version to serve, and a sentence where that is not the published one."""
+    def _served(self, state: PublicationRecord) -> tuple[str | None, str | None]:
+        """Return the version to serve, and a sentence where that is not the published one."""
         stack = published_stack(state.history)
         if not stack:
             return None, None
@@ -219,7 +219,7 @@ class ModelVersions:
         return sound, f"version {stack[-1]} is published but cannot be served: {fault}; {instead}"
 
     def rollback(self, reason: str = "rolled back", *, by: str = "user") -> str:
-        """Serve what was published before the present version, and return its name; again goes further back.
+        """Serve the version published before the present one, and return its name; a second call goes further back.
 
         Raises:
             ValueError: nothing was published before, or a version is pinned.
@@ -233,7 +233,7 @@ class ModelVersions:
             return target
 
     def pin(self, name: str | None = None, reason: str = "pinned", *, by: str = "user") -> str:
-        """Serve this version (None: the published one) until ``unpin``, whatever trainings give; returns its name."""
+        """Serve this version (None: the published one) until ``unpin``, whatever is trained; return its name."""
         with self._lock():
             pinned = name or self.published()
             if pinned is None:
@@ -243,24 +243,24 @@ class ModelVersions:
             return pinned
 
     def unpin(self) -> None:
-        """Let trainings publish again."""
+        """Allow trainings to publish again."""
         with self._lock():
             self._write(dataclasses.replace(self._state(), pinned=None))
 
     def pinned(self) -> str | None:
-        """The pinned version, or None."""
+        """Return the pinned version, or None."""
         return self._state().pinned
 
     def history(self) -> list[Publication]:
-        """Every publication, oldest first; the last one is in force."""
+        """Return every publication, oldest first; the last one is in force."""
         return [*self._state().history]
 
     def prune(self, keep: int = 5, *, keep_published: int = _KEEP_PUBLISHED) -> list[str]:
-        """Delete old versions, and return what is gone.
+        """Delete old versions, and return their names.
 
-        What is kept: the last ``keep`` versions; the last ``keep_published`` that were published, which is how far a
+        Kept are: the last ``keep`` versions; the last ``keep_published`` that were published, which is how far a
         rollback reaches (ten of preset ``base`` take 2.2 GB); every version that was ever pinned, since a person chose
-        it; and of all these the best model before each, with which the gate compares.
+        it; and for each of these the best model before it, with which the gate compares.
         """
         if keep < 1 or keep_published < 1:
             raise ValueError(f"at least 1 version must be kept of each kind; got {keep} and {keep_published} published")
@@ -283,7 +283,7 @@ class ModelVersions:
                 raise ValueError(f"version {state.pinned} is pinned; unpin it before publishing {name}")
             self._write(self._with(state, name, kind, reason, by))
 
-    def _with(self, state: Record, name: str, kind: str, reason: str, by: str) -> Record:
+    def _with(self, state: PublicationRecord, name: str, kind: str, reason: str, by: str) -> PublicationRecord:
         assert kind in KINDS
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         if fault := self.fault(self.path(name).stem):
@@ -291,23 +291,23 @@ class ModelVersions:
         entry = Publication(name, kind, reason, by, now)
         return dataclasses.replace(state, history=(*state.history, entry))
 
-    def _write(self, state: Record) -> None:
-        write_kept_twice(self._state_path, state.to_json(), indent=1)
+    def _write(self, state: PublicationRecord) -> None:
+        write_kept_twice(self._state_path, state.to_dict(), indent=1)
 
-    def _state(self) -> Record:
-        """The record of publications, or what can be made of the cards where it is lost."""
-        state, fault = read_kept_twice(self._state_path, Record.from_json)
+    def _state(self) -> PublicationRecord:
+        """Return the record of publications, or one made from the cards where it is lost."""
+        state, fault = read_kept_twice(self._state_path, PublicationRecord.from_dict)
         if state is not None:
             return dataclasses.replace(state, fault=fault)
         names = self.names()
         if fault is None and not names:
-            return Record()
+            return PublicationRecord()
         newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
         said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
         reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
-        # The same at every look: nothing is written until somebody publishes.
+        # Every call returns the same: nothing is written until a version is published.
         history = (Publication(newest, LOST, reason, "server", self.card(newest).created),) if newest else ()
-        return Record(_number(names[-1]) if names else 0, None, history, reason, True)
+        return PublicationRecord(_number(names[-1]) if names else 0, None, history, reason, True)
 
     def _may_be_served(self, name: str) -> bool:
         return self.fault(name) is None and self.card(name).gate.get("publish") is not False
@@ -320,9 +320,9 @@ class ModelVersions:
         return (path for path in self.root.glob(f"v*{suffix}") if re.fullmatch(r"v\d+", path.stem))
 
     def _remove_leftovers(self) -> None:
-        """Only under the lock, under which nothing is being written."""
+        """Delete what crashes left; only under the lock, where nothing is being written."""
         remove_unfinished(self.root)
-        # What would be kept and lost its weights keeps its card: they may come back from a backup.
+        # A version to keep that lost its weights keeps its card: they may come back from a backup.
         kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
         for card in self._numbered(".json"):
             if card.stem not in kept and not card.with_suffix(".safetensors").exists():
@@ -330,7 +330,7 @@ class ModelVersions:
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """What changes when a file does, or None where there is none."""
+    """Return a value that changes with the file, or None where there is no file."""
     try:
         found = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The record of which versions of a model were published, and what follows from it."""
+"""Record of the versions of a model that were published."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "LOST", "Publication", "Record", "published_stack", "worth_keeping"]
+__all__ = ["KINDS", "LOST", "Publication", "PublicationRecord", "published_stack", "worth_keeping"]
 
 KINDS = ("training", "publish", "rollback", "pin")
 LOST = "rebuilt"
@@ -16,14 +16,14 @@ _NAME = re.compile(r"v\d+")
 
 @dataclass(frozen=True)
 class Publication:
-    """That a version became the published one.
+    """Publication of a version.
 
     Args:
         version: its name.
         kind: ``training`` (the gate let it through), ``publish``, ``rollback`` or ``pin`` (a person asked for it), or
             ``rebuilt`` (the history was lost, and this version is the newest that may be served).
         reason: one sentence.
-        by: who asked.
+        by: user who asked for it.
         time: UTC, ISO 8601.
     """
 
@@ -33,16 +33,16 @@ class Publication:
     by: str
     time: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
-class Record:
-    """What ``publications.json`` holds: one file, so that pointer, history and pin never contradict each other.
+class PublicationRecord:
+    """Contents of ``publications.json``: one file, so that pointer, history and pin never contradict each other.
 
-    ``fault`` says what was wrong with the file, and ``lost`` whether its copy was gone too; neither is written.
+    ``fault`` says what was wrong with the file, and ``lost`` whether its copy was lost too; neither is written.
     """
 
     last_number: int = 0
@@ -51,12 +51,14 @@ class Record:
     fault: str | None = None
     lost: bool = False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the file holds."""
         values = dataclasses.asdict(self)
         return {name: values[name] for name in ("last_number", "pinned", "history")}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Record:
+    def from_dict(cls, values: dict[str, Any]) -> PublicationRecord:
+        """Invert ``to_dict``; raise ValueError, TypeError or KeyError where the values are not a record."""
         history = tuple(Publication(**entry) for entry in values["history"])
         state = cls(int(values["last_number"]), values["pinned"], history)
         for name in (state.pinned, *(entry.version for entry in history)):
@@ -65,15 +67,15 @@ class Record:
         return state
 
 
-def worth_keeping(state: Record, published: int) -> set[str]:
-    """The last versions that were published, what a rollback would go to, and all that were ever pinned."""
+def worth_keeping(state: PublicationRecord, published: int) -> set[str]:
+    """Return the versions that were published last, the target of a rollback, and all that were ever pinned."""
     latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
     pinned = [entry.version for entry in state.history if entry.kind == "pin"]
     return {*latest, *published_stack(state.history)[-2:], *pinned}
 
 
 def published_stack(history: tuple[Publication, ...]) -> list[str]:
-    """What is published, above what it replaced; a rollback takes back what lay above its target."""
+    """Return the published version on top of those it replaced; a rollback removes all above its target."""
     stack: list[str] = []
     for entry in history:
         if entry.kind == "rollback" and entry.version in stack:

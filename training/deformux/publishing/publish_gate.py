@@ -1,113 +1,31 @@
-"""Which cases validate, once and for ever, and whether a new model may replace the published one."""
+"""Whether a new model may replace the published one."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
-from deformux.data.checked_json import read_kept_twice, write_kept_twice
 from deformux.inference.metrics import mean_dice
 
-__all__ = ["FEWEST_TO_VALIDATE", "Assignment", "Decision", "decide"]
+__all__ = ["Decision", "Scores", "decide"]
 
-logger = logging.getLogger(__name__)
-
-FEWEST_TO_VALIDATE = 5
-"""With fewer labelled cases every one of them trains."""
-
-# A fifth of the cases, by their hash.
-_VALIDATION_SHARE = 5
-# Fall of the mean Dice, of a label's mean Dice, and of the Dice of the typical case that a publication may cost.
+# Largest fall of the mean Dice, of a label's mean Dice, and of the median case's Dice in one publication.
 _MEAN_TOLERANCE = 0.002
 _LABEL_TOLERANCE = 0.05
 _TYPICAL_TOLERANCE = 0.005
-# Fall of the mean Dice from the best model of the line, however many publications it takes.
+# Largest fall of the mean Dice below the best model of the line, over any number of publications.
 _TOTAL_TOLERANCE = 0.005
-# The median says something from this many cases on.
+# The fewest cases whose median means something.
 _FEWEST_FOR_MEDIAN = 3
 
 Scores = Mapping[str, Sequence[float]]
-
-
-class Assignment:
-    """Which cases validate and which train, in a file that only grows.
-
-    A case is assigned when it is first seen, and keeps its side whatever happens later: models that trained on it are
-    published, and scoring them on it would flatter them. The first four labelled cases train. From the fifth on a case
-    validates when the hash of its id says so (one in five), or when fewer than a fifth of the labelled cases would
-    validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
-
-    Args:
-        path: JSON file; written by rename, and kept twice.
-        rebuild: gives the sides of the cases that are known from elsewhere, for where both copies are lost.
-    """
-
-    def __init__(self, path: Path, rebuild: Callable[[], Mapping[str, str]] | None = None) -> None:
-        self.path = Path(path)
-        self._rebuild = rebuild
-        self._lock = FileLock(self.path.with_suffix(".lock"))
-
-    def assign(self, case_ids: Iterable[str]) -> None:
-        """Give every new case among all labelled ones its side.
-
-        Raises:
-            ValueError: both copies are lost, and there is nothing to rebuild them from; nothing is assigned then, since
-                another assignment would mix the sides.
-        """
-        # The smaller the hash, the later: the first four train, and of cases that come together the hash decides.
-        labelled = sorted(set(case_ids), key=_hash, reverse=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock:
-            sides = self._read()
-            seen = [case for case in labelled if case in sides]
-            validating = sum(sides[case] == "validation" for case in seen)
-            new = [case for case in labelled if case not in sides]
-            for count, case in enumerate(new, start=len(seen) + 1):
-                needed = validating < count // _VALIDATION_SHARE
-                validates = count >= FEWEST_TO_VALIDATE and (_hash(case) % _VALIDATION_SHARE == 0 or needed)
-                sides[case] = "validation" if validates else "training"
-                validating += validates
-            if new:
-                write_kept_twice(self.path, {"cases": sides}, indent=1)
-
-    def validates(self, case_id: str) -> bool:
-        """Whether a case is kept for validation; raises KeyError for one that was never assigned."""
-        return self._read()[case_id] == "validation"
-
-    def _read(self) -> dict[str, str]:
-        sides, fault = read_kept_twice(self.path, _sides)
-        if sides is not None:
-            if fault:
-                logger.warning("Which cases validate: %s", fault)
-            return sides
-        known = dict(self._rebuild()) if self._rebuild is not None else {}
-        if fault is None and not known:
-            return {}
-        if self._rebuild is None:
-            raise ValueError(f"{self.path}: {fault}; restore it from a backup, or begin a new project")
-        logger.warning("%s; rebuilt from the models' cards: %d cases", fault or f"{self.path} is missing", len(known))
-        return known
-
-
-def _sides(values: Mapping[str, Any]) -> dict[str, str]:
-    sides = dict(values["cases"])
-    if not set(sides.values()) <= {"training", "validation"}:
-        raise ValueError("a case is neither for training nor for validation")
-    return sides
-
-
-def _hash(case_id: str) -> int:
-    return int.from_bytes(hashlib.sha256(case_id.encode()).digest()[:8], "big")
+"""Case id to Dice per label."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +33,9 @@ class Decision:
     """Whether a candidate is published, and the numbers behind it.
 
     Args:
-        publish: the answer.
+        publish: whether to publish it.
         reason: one sentence.
-        provisional: nothing could be measured; the next model that can be measured replaces it.
+        provisional: nothing could be measured; the next model that is measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
             the other model does find it there; None where nothing was scored.
         best: mean Dice on the counted cases of the best model before this candidate.
@@ -139,13 +57,13 @@ class Decision:
     counted: tuple[str, ...] = ()
     doubtful: Mapping[str, str] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for the card."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the card."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Decision:
-        """The inverse of ``to_json``."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """Invert ``to_dict``."""
         return cls(**{**values, "counted": tuple(values["counted"])})
 
 
@@ -154,7 +72,7 @@ def decide(
     incumbent: Scores | None,
     *,
     labels: Sequence[str],
-    shares: Scores,
+    shares: Mapping[str, Sequence[float]],
     champion: tuple[str, Scores] | None = None,
     incumbent_is_provisional: bool = False,
 ) -> Decision:
@@ -166,13 +84,14 @@ def decide(
     0.005 below that of the champion, the best model of the line: small falls must not add up.
 
     A case does not count where neither model is better than chance, or where both are less than half as good as on
-    the median case: its label is more likely wrong than both models, and the report names it. Chance is the Dice of
+    the median case: its label is more likely wrong than both models, and the decision names it. Chance is the Dice of
     calling every voxel the label, 2p / (1 + p) for a label that fills the share p of the volume; on labels of random
     noise no model can do better.
 
     Args:
-        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; none for no incumbent.
-        labels: names, in the order of the scores.
+        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; None where there is no
+            incumbent.
+        labels: names of the labels, in the order of the scores.
         champion: name of the best model of the line, if that is not the incumbent, and its scores on the same cases.
         shares: case id to the share of the volume that each label fills, 0 to 1.
         incumbent_is_provisional: the incumbent was published without having been measured.
@@ -197,7 +116,7 @@ def decide(
         return Decision(True, reason, candidate=mean, counted=counted, doubtful=doubtful)
     old = np.array([incumbent[case] for case in counted], dtype=float)
     former = np.array([champion[1][case] for case in counted], dtype=float) if champion else old
-    # A label that is not there is NaN for a model that does not find it, and 0 for one that does.
+    # An absent label is NaN for a model that does not find it, and 0 for one that does.
     found = ~(np.isnan(old) & np.isnan(new) & np.isnan(former))
     old, new, former = (np.where(np.isnan(values) & found, 1.0, values) for values in (old, new, former))
     means = mean_dice(old), mean_dice(new)
@@ -210,7 +129,7 @@ def decide(
     best, name = means[0], None
     if champion is not None and mean_dice(former) > best:
         name, best = champion[0], mean_dice(former)
-        # What is no fall from the published model is published, however far below the best that one lies by now.
+        # A candidate that is not below the published model is published, however far below the best that is.
         if publish and means[1] < min(means[0], best - _TOTAL_TOLERANCE):
             publish, reason = False, f"worse than {name} was: mean Dice {means[1]:.4f} instead of {best:.4f}"
     return Decision(
@@ -251,7 +170,7 @@ def _nothing_counts(incumbent_is_unproven: bool, doubtful: Mapping[str, str]) ->
     return Decision(incumbent_is_unproven, reason, provisional=incumbent_is_unproven, doubtful=doubtful)
 
 
-def _doubtful(candidate: Scores, incumbent: Scores, shares: Scores) -> dict[str, str]:
+def _doubtful(candidate: Scores, incumbent: Scores, shares: Mapping[str, Sequence[float]]) -> dict[str, str]:
     best = {case: np.fmax(_mean(candidate[case]), _mean(incumbent[case])) for case in candidate}
     doubtful: dict[str, str] = {}
     for case, dice in best.items():

@@ -1,4 +1,4 @@
-"""The folder of the round under way: which round it is, and its checkpoints."""
+"""Folder of the round under way: its id and its checkpoints."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.networks.model_file import remove_unfinished
 
-__all__ = ["RunState"]
+__all__ = ["RoundFolder"]
 
 logger = logging.getLogger(__name__)
 
 
-class RunState:
-    """A round's id and checkpoints, from its first step until it is published or not; one round at a time.
+class RoundFolder:
+    """Keeps the id and the checkpoints of one round, from its first step until it is published or not.
 
     Args:
         folder: made by ``begin``, deleted by ``end``.
@@ -30,11 +30,11 @@ class RunState:
         self.folder = Path(folder)
 
     def under_way(self) -> str | None:
-        """The id of a round that did not end, or None."""
+        """Return the id of a round that did not end, or None."""
         return self._read().get("id")
 
     def begin(self, of: Mapping[str, Any]) -> str:
-        """The id of the round under way if it is one ``of`` the same labels, start and options, else of a new one."""
+        """Return the id of the round under way if it has the same labels, start and options, else of a new one."""
         same = json.loads(json.dumps(of))
         before = self._read()
         if before.get("of") == same:
@@ -48,11 +48,11 @@ class RunState:
         return run_id
 
     def checkpoint(self, part: int) -> Path:
-        """Checkpoint file of a part of the round."""
+        """Return the checkpoint file of a part of the round."""
         return self.folder / f"checkpoint-{part}.safetensors"
 
     def end(self) -> None:
-        """Forget the round."""
+        """Delete the folder: the round is over."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is known of labels and of models on them, so that nothing is read or computed twice."""
+"""Cache of facts about labels and of scores of models on them, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.evaluate import evaluate
 from deformux.networks.model_file import load_model
 
-__all__ = ["ScoreBook"]
+__all__ = ["ScoreCache"]
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 _FACTS, _SCORES = "label_facts.json", "validation_scores.json"
 
 
-class ScoreBook:
-    """Facts about labels by checksum, and Dice by model, case and label checksum, in two files of a folder.
+class ScoreCache:
+    """Keeps facts about labels by checksum, and Dice by model, case and label checksum, in two files of a folder.
 
     Args:
         root: the folder.
@@ -38,7 +38,7 @@ class ScoreBook:
         self.labels = tuple(labels)
 
     def facts(self, cases: Sequence[Case], checksums: Mapping[str, str]) -> dict[str, LabelFacts]:
-        """What each case's label is like; one that cannot be read has its fault in a sentence."""
+        """Return facts about each case's label; a label that cannot be read has its fault in a sentence."""
         known = self._read(_FACTS, _facts)
         facts: dict[str, LabelFacts] = {}
         unreadable: dict[str, LabelFacts] = {}
@@ -52,13 +52,13 @@ class ScoreBook:
             except InvalidVolume as error:
                 unreadable[case.id] = LabelFacts((), str(error))
         self._write(_FACTS, {checksums[case]: dataclasses.asdict(fact) for case, fact in facts.items()})
-        # One unusable file must not keep all others from being learnt.
+        # One unusable file must not keep the others from training.
         return {**facts, **unreadable}
 
     def scores(
         self, model: str, path: Path, cases: Sequence[Case], checksums: Mapping[str, str], *, device: str
     ) -> dict[str, list[float]]:
-        """Dice of a model file on cases, by label; only cases that are new, or have a new label, are computed."""
+        """Return the Dice of a model file on cases, by label; compute it only for new cases and new labels."""
         known = self._read(_SCORES, _scores).get(model, {})
         scores = {
             case.id: [math.nan if value is None else value for value in known[case.id]["dice"]]
@@ -86,7 +86,7 @@ class ScoreBook:
         *,
         keep: Collection[str] | None = None,
     ) -> None:
-        """Add a model's Dice on cases; of the other models only those in ``keep`` (None: all) are kept."""
+        """Add a model's Dice on cases; forget the other models, except those in ``keep`` (None: all)."""
         known = {name: of for name, of in self._read(_SCORES, _scores).items() if keep is None or name in keep}
         new = {
             case: {"label": checksums[case], "dice": [None if math.isnan(value) else value for value in dice]}
@@ -94,13 +94,13 @@ class ScoreBook:
         }
         self._write(_SCORES, {**known, model: {**known.get(model, {}), **new}})
 
-    def _read(self, name: str, parse: Callable[[dict[str, Any]], dict[str, T]]) -> dict[str, T]:
+    def _read(self, name: str, parse: Callable[[dict[str, Any]], dict[str, _T]]) -> dict[str, _T]:
         try:
             return read_checked(self.root / name, parse)
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            # Nothing is kept in these files that cannot be computed again.
+            # Everything in these files can be computed again.
             logger.warning("%s; what it held is computed again", error)
             return {}
 

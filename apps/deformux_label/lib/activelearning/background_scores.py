@@ -218,7 +218,7 @@ class _Update:
         try:
             if score:
                 seen = self._on_device(lambda device: observe(networks, image, prep, flip_axes=axes, device=device))
-                self.scores[name], self.features[name] = seen.scores.to_json(), seen.features
+                self.scores[name], self.features[name] = seen.scores.to_dict(), seen.features
             else:
                 self.features[name] = self._on_device(lambda device: encode(networks[0], image, prep, device=device))
                 if self.model == UNTRAINED:
@@ -248,7 +248,7 @@ class _Update:
             scores: dict[str, VolumeScores] = {}
             strategies: tuple[str, ...] = ("adaptive", "typicality")
         else:
-            scores = {name: VolumeScores.from_json(self.scores[name] or {}) for name in unlabelled}
+            scores = {name: VolumeScores.from_dict(self.scores[name] or {}) for name in unlabelled}
             strategies = ("typicality", *NEEDS_SCORES)
         orders = {}
         for strategy in strategies:

@@ -1,0 +1,106 @@
+"""The task of a process that trains with others, as one line of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deformux.data.cases import Case
+from deformux.data.preprocessing import Preprocessing
+from deformux.fitting.recipe import Recipe
+from deformux.networks.deformux_net import DeformUXNet
+
+__all__ = ["RankTask"]
+
+
+@dataclass(frozen=True)
+class RankTask:
+    """Arguments of ``fit`` that all processes of a training share; weights and checkpoint come from the writer.
+
+    Args:
+        network: arguments of ``DeformUXNet``.
+        cases, recipe, prep, labels, val_cases, new, seed, capture, compile_cache: as for ``fit``.
+        can_stop: whether one of the processes is asked to stop after each step.
+    """
+
+    network: dict[str, Any]
+    cases: Sequence[Case]
+    recipe: Recipe
+    prep: Preprocessing
+    labels: Sequence[str]
+    val_cases: Sequence[Case] = ()
+    new: Collection[str] = ()
+    seed: int = 0
+    capture: bool = True
+    compile_cache: Path | None = None
+    can_stop: bool = False
+
+    def to_json(self) -> str:
+        """Return the task as one line of text."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values |= {
+            "cases": [_case_to_dict(case) for case in self.cases],
+            "recipe": self.recipe.to_dict(),
+            "prep": self.prep.to_dict(),
+            "labels": list(self.labels),
+            "val_cases": [_case_to_dict(case) for case in self.val_cases],
+            "new": sorted(self.new),
+            "compile_cache": None if self.compile_cache is None else str(self.compile_cache),
+        }
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> RankTask:
+        """Invert ``to_json``."""
+        values = json.loads(text)
+        cache = values["compile_cache"]
+        values |= {
+            "cases": [_case_from_dict(case) for case in values["cases"]],
+            "recipe": Recipe.from_dict(values["recipe"]),
+            "prep": Preprocessing.from_dict(values["prep"]),
+            "val_cases": [_case_from_dict(case) for case in values["val_cases"]],
+            "compile_cache": None if cache is None else Path(cache),
+        }
+        return cls(**values)
+
+    @staticmethod
+    def describe(network: DeformUXNet) -> dict[str, Any]:
+        """Return the arguments that build a network like this one.
+
+        Raises:
+            ValueError: it has other options, which it does not remember.
+        """
+        arguments: dict[str, Any] = {
+            "in_channels": network.in_channels,
+            "out_channels": network.out_channels,
+            "preset": network.preset,
+            "activation_checkpointing": network.activation_checkpointing,
+            "guidance": network.guidance_channels > 0,
+        }
+        with torch.device("meta"):
+            like = DeformUXNet(**arguments)
+        if _shapes(like) != _shapes(network):
+            raise ValueError(
+                "several devices train networks with the published convolution, offsets and MLP only; use one device"
+            )
+        return arguments
+
+
+def _shapes(network: DeformUXNet) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def _case_to_dict(case: Case) -> dict[str, Any]:
+    annotated = None if case.annotated is None else list(case.annotated)
+    return {"id": case.id, "image": str(case.image), "label": str(case.label), "annotated": annotated}
+
+
+def _case_from_dict(values: dict[str, Any]) -> Case:
+    annotated = None if values["annotated"] is None else tuple(values["annotated"])
+    return Case(values["id"], Path(values["image"]), Path(values["label"]), annotated)
