@@ -55,7 +55,7 @@ def list_command(folder: Folder) -> None:
 
 
 @app.command(name="show")
-def show_command(folder: Folder, name: Name) -> None:
+def card_command(folder: Folder, name: Name) -> None:
     """Print the card of a version: its origin, and why it was published or not."""
     with clear_errors():
         _console().print_json(_open(folder).card(name).to_json())
