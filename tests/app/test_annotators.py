@@ -61,9 +61,41 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     return Cohort(root / "studies", cases)
 
 
+@dataclass
+class Session:
+    """Results of six annotators at one server until no case was left, and the server that runs now."""
+
+    server: LiveServer
+    first_training: dict[str, Any]
+    answers: list[int]
+    handed_out: list[str]
+    trainings: list[dict[str, Any]]
+    leases: dict[str, Any]
+
+
 @pytest.fixture(scope="module")
-def server(start_here: Callable[..., LiveServer], cohort: Cohort) -> LiveServer:
-    return start_here(cohort.studies, CONF, serve_command)
+def session(start_here: Callable[..., LiveServer], cohort: Cohort, request: pytest.FixtureRequest) -> Session:
+    """Each annotator asks, looks at the proposal, submits, and asks again, until nothing is left; a training runs."""
+    server = start_here(cohort.studies, CONF, serve_command)
+    assert training(server).status_code == 404
+    submit_three(server, cohort)
+    wait_for(
+        lambda: training(server).json()["status"] not in ("SUBMITTED", "RUNNING") or stats(server).get("step"),
+        "a first step",
+    )
+    first_training = training(server).json()
+    lasting_until = time.monotonic() + (120 if request.config.getoption("--runslow") else 0)
+    answers, handed_out = annotate_together(server, cohort, lasting_until)
+    trainings = training(server, all="true").json()
+    leases = requests.get(f"{server.url}/deformux/leases", timeout=60).json()
+    return Session(server, first_training, answers, handed_out, trainings, leases)
+
+
+@pytest.fixture
+def server(session: Session) -> LiveServer:
+    """The server of the session, without a training."""
+    requests.delete(f"{session.server.url}/train/", timeout=PATIENCE_S)
+    return session.server
 
 
 def training(server: LiveServer, **query: Any) -> requests.Response:
@@ -100,22 +132,19 @@ def wait_for_a_step(server: LiveServer, task: str) -> None:
     wait_for(under_way, "the training takes its first step")
 
 
-def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: pytest.FixtureRequest) -> None:
-    """Each annotator asks, looks at the proposal, submits and asks again until none is left, while a training runs."""
-    assert training(server).status_code == 404
-    for voxels, case in enumerate(("case_00", "case_01", "case_02"), start=1):
+def submit_three(server: LiveServer, cohort: Cohort) -> None:
+    """Submit as many labels as ``--conf auto_train`` asks for."""
+    for case in ("case_00", "case_01", "case_02"):
+        voxels = len(cohort.submitted) + 1
         assert server.submit(case, cohort.label(case, voxels), client_id="early", model_version="v0001").ok
         cohort.submitted.append((case, voxels, "early"))
-    task = training(server).json()["id"]
-    wait_for(
-        lambda: training(server).json()["status"] not in ("SUBMITTED", "RUNNING") or stats(server).get("step"),
-        "a first step",
-    )
-    assert training(server).json()["status"] == "RUNNING", training(server).json()
-    handed_out: list[tuple[str, str]] = []
+
+
+def annotate_together(server: LiveServer, cohort: Cohort, lasting_until: float) -> tuple[list[int], list[str]]:
+    """Return the status of every answer that six annotators got, and the cases that they were handed."""
+    handed_out: list[str] = []
     everybody = threading.Barrier(6)
     counting = threading.Lock()
-    lasting_until = time.monotonic() + (120 if request.config.getoption("--runslow") else 0)
 
     def annotate(name: str) -> list[int]:
         answers = []
@@ -129,7 +158,7 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
             body = {"client_id": name}
             sample = checked(requests.post(f"{server.url}/activelearning/random", json=body, timeout=PATIENCE_S))
             if "id" in sample:
-                handed_out.append((sample["id"], name))
+                handed_out.append(sample["id"])
             elif time.monotonic() > lasting_until:
                 return answers
             case = sample["id"] if "id" in sample else next(iter(cohort.cases))
@@ -143,15 +172,21 @@ def test_many_annotators_at_once(server: LiveServer, cohort: Cohort, request: py
 
     with ThreadPoolExecutor(6) as pool:
         answers = [status for result in pool.map(annotate, [f"annotator {n}" for n in range(6)]) for status in result]
-    assert set(answers) == {200}
+    return answers, handed_out
+
+
+def test_many_annotators_at_once(session: Session, cohort: Cohort) -> None:
+    assert session.first_training["status"] == "RUNNING", session.first_training
+    assert set(session.answers) == {200}
     # No annotator skipped a case, so each was handed out once.
-    assert sorted(case for case, _ in handed_out) == sorted(set(cohort.cases) - {"case_00", "case_01", "case_02"})
+    assert sorted(session.handed_out) == sorted(set(cohort.cases) - {"case_00", "case_01", "case_02"})
     # Newer labels are for the next training.
-    tasks = {known["id"]: known["status"] for known in training(server, all="true").json()}
-    assert tasks.pop(task) in ("RUNNING", "DONE")
-    assert len(tasks) >= 1
-    check_labels(server, cohort)
-    assert requests.get(f"{server.url}/deformux/leases", timeout=60).json() == {"leases": []}
+    tasks = {known["id"]: known["status"] for known in session.trainings}
+    assert tasks.pop(session.first_training["id"]) in ("RUNNING", "DONE")
+    automatic = [task for task in session.trainings if task["automatic"]]
+    assert 2 <= len(automatic) <= 4, "the labels are six times what --conf auto_train asks for"
+    check_labels(session.server, cohort)
+    assert session.leases == {"leases": []}
 
 
 def check_labels(server: LiveServer, cohort: Cohort) -> None:
@@ -169,7 +204,8 @@ def check_labels(server: LiveServer, cohort: Cohort) -> None:
         assert voxels_of(current.content) == kept[-1][1]
         # Without a proposal from the server, a label has no model, whatever the client says.
         blind = ("early", "anna", "ben")
-        assert all((r["model_version"] is None) == (r["annotator"] in blind) for r in listed)
+        drawn = [revision for revision in listed if revision["restored_from"] is None]
+        assert all((r["model_version"] is None) == (r["annotator"] in blind) for r in drawn)
     assert sorted(kept) == sorted((case, voxels % 4000, name) for case, voxels, name in cohort.submitted)
 
 
@@ -179,11 +215,10 @@ def voxels_of(label: bytes) -> int:
     return int((np.asarray(nib.Nifti1Image.from_bytes(gzip.decompress(label)).dataobj) > 0).sum())
 
 
-def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer) -> None:
+def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer, cohort: Cohort) -> None:
     """One training runs, and at most one automatic training waits."""
+    submit_three(server, cohort)
     wait_for(lambda: training(server, check_if_running="true").ok, "a training is queued")
-    automatic = [task for task in training(server, all="true").json() if task["automatic"]]
-    assert 2 <= len(automatic) <= 4, "six times as many labels as auto_train were submitted above"
     by_hand = train(server, 4000)
     assert by_hand.status_code == 200, "an automatic training is not an obstacle"
     again = train(server, 4000)
@@ -213,13 +248,13 @@ def test_stopping_answers_when_everything_has_stopped(server: LiveServer) -> Non
 
 
 def test_a_killed_server_finishes_its_training_after_a_restart(
-    start_here: Callable[..., LiveServer], server: LiveServer, cohort: Cohort
+    start_here: Callable[..., LiveServer], session: Session, server: LiveServer, cohort: Cohort
 ) -> None:
     task = train(server, 24).json()["id"]
     wait_for_a_step(server, task)
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait()
-    again = start_here(cohort.studies, CONF, serve_command)
+    again = session.server = start_here(cohort.studies, CONF, serve_command)
     most = 0
 
     def ended() -> bool:
@@ -260,6 +295,7 @@ def test_a_killed_server_finishes_its_training_after_a_restart(
     query = {"image": case, "revision": 1, "client_id": "carla"}
     restored = requests.post(f"{again.url}/deformux/labels/restore", params=query, timeout=60).json()
     assert (restored["annotator"], restored["restored_from"]) == ("carla", 1)
+    cohort.submitted.append((case, next(voxels for name, voxels, _ in cohort.submitted if name == case), "carla"))
     for log in (server.log, again.log):
         assert "Exception in ASGI application" not in log.read_text()
 

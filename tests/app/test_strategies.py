@@ -217,13 +217,14 @@ from pathlib import Path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.activelearning import background_scores as selection
+from deformux_label.lib.activelearning import background_scores
 import json
 
-selection._SECONDS_BETWEEN_WRITES = 0.0
-selection._SHARE_OF_WRITING = 1.0
+background_scores._SECONDS_BETWEEN_WRITES = 0.0
+background_scores._SHARE_OF_WRITING = 1.0
 folder, project = Path(sys.argv[1]), Project.from_conf(json.loads(sys.argv[2]))
-scores = selection.SelectionScores(project, ServedModels(project, folder / "state"), folder / "state" / "selection")
+state = folder / "state"
+scores = background_scores.SelectionScores(project, ServedModels(project, state), state / "selection")
 scores.update(CheckedDatastore(str(folder / "studies"), labels=project.labels))
 """
 
