@@ -125,6 +125,7 @@ def fit(
         Two steps on a synthetic scan of the trunk with large voxels:
 
         >>> from tempfile import TemporaryDirectory
+        >>> from deformux import DeformUXNet, Preprocessing, fit
         >>> from deformux.data.cases import find_cases, label_names
         >>> from deformux.data.synthetic import write_cohort
         >>> from deformux.fitting.recipe import RECIPES
