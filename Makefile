@@ -16,7 +16,7 @@ help:
 	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
 	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (options: docs/server.md)"
 	@echo "    MODALITY PRESET SPACING PATCH PRETRAINED AUTO_TRAIN LEASE TRAIN_DEVICES CACHE HOST PORT SSL_CERT SSL_KEY"
-	@echo "make test | test-all | lint | bench  checks; test-all adds the slow sweeps"
+	@echo "make test | test-all | lint | bench  checks; test-all adds slow sweeps and a random order"
 	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
 $(READY): pyproject.toml ops/pyproject.toml constraints.txt
@@ -50,6 +50,8 @@ test: lint
 
 test-all: RUNSLOW := --runslow
 test-all: test
+	# No test may depend on those before it in its file.
+	$(PYTEST) --random-order --random-order-bucket=module tests/app tests/security
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -61,7 +63,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.server.inference
 
 # The two targets below need an NVIDIA GPU. PYTHON_GPU names a Python of any version that has torch, cupy, numpy and
-# pytest (and monai, for the network): nothing is installed then, the sources are read where they are. Without it they
+# pytest (and monai, for the network; tabulate, for bench-gpu): nothing is installed then, the sources are read where they are. Without it they
 # use .venv, and install CuPy there for CUDA 13, or 12 with CUDA=12.
 PYTHON_GPU ?=
 CUDA ?= 13

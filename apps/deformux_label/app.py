@@ -20,6 +20,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.async_tasks.utils import processes
 
+from deformux import __version__
 from deformux.data.header import MAX_VOXELS_VARIABLE
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.activelearning.background_scores import SelectionScores, SelectionScoring
@@ -89,7 +90,7 @@ class DeformUXLabel(MONAILabelApp):
             conf={},
             name="DeformUX Label",
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
-            version="0.1.0",
+            version=__version__,
             # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
             labels=[*self.project.labels, BACKGROUND_LABEL],
         )

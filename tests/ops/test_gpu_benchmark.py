@@ -18,6 +18,7 @@ NETWORK_ROW = {"checkpointing": False, "ms": 80.0, "peak_gb": 21.0, "operator_ms
 @pytest.fixture
 def load() -> Callable[[str], ModuleType]:
     """Import one of the benchmarks' shared modules."""
+    pytest.importorskip("tabulate", reason="the benchmarks' pages need tabulate")
     return lambda name: importlib.import_module(f"benchmarks.common.{name}")
 
 
