@@ -63,8 +63,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.server.inference
 
 # The two targets below need an NVIDIA GPU. PYTHON_GPU names a Python of any version that has torch, cupy, numpy and
-# pytest (and monai, for the network; tabulate, for bench-gpu): nothing is installed then, the sources are read where they are. Without it they
-# use .venv, and install CuPy there for CUDA 13, or 12 with CUDA=12.
+# pytest (and monai, for the network; tabulate, for bench-gpu): nothing is installed then, the sources are read where
+# they are. Without it they use .venv, and install CuPy there for CUDA 13, or 12 with CUDA=12.
 PYTHON_GPU ?=
 CUDA ?= 13
 DEVICE ?= cuda:0
