@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 __all__ = ["COST_NOTES", "comparison_plot", "comparison_tables", "network_trials"]
 
-_MOST_LABELS = 4  # with a column each
+_MAX_LABELS = 4  # with a column each
 COST_NOTES = (
     "- GMAC: of one patch, convolutions and matrix products as PyTorch counts them, plus the deformable convolutions "
     "with their interpolation; normalisation, activations and sums are not counted",
@@ -45,7 +45,7 @@ def comparison_tables(results: Sequence[Result]) -> list[str]:
         if not groups:
             continue
         labels = next(iter(groups.values()))[0].trial.task.labels
-        labels = labels if len(labels) <= _MOST_LABELS else ()
+        labels = labels if len(labels) <= _MAX_LABELS else ()
         heads = ("network", "parameters", "GMAC", "steps", "s per step", "training s", "memory")
         heads += (*(f"Dice {label}" for label in labels), "mean Dice", SURFACE, "HD95 mm", "seeds", "p")
         ranked = sorted(groups.items(), key=lambda item: -np.mean([r.mean("dice") for r in item[1]]))

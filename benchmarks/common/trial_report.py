@@ -19,7 +19,7 @@ NOTES = (
     "- p: Wilcoxon's signed-rank test, two-sided, paired over cases, each a mean over labels and seeds",
 )
 # The signed-rank test cannot reach p < 0.05 with fewer pairs.
-_FEWEST_PAIRS = 6
+_MIN_PAIRS = 6
 
 
 def facts(results: Sequence[Result], planned: int, *others: str) -> list[str]:
@@ -56,7 +56,7 @@ def paired_p(one: Sequence[Result], other: Sequence[Result], metric: str = "dice
     None if there are too few cases, or no case differs.
     """
     a, b = (np.mean([np.nanmean(result.per_case(metric), axis=1) for result in some], axis=0) for some in (one, other))
-    if len(a) < _FEWEST_PAIRS or np.array_equal(a, b):
+    if len(a) < _MIN_PAIRS or np.array_equal(a, b):
         return None
     return float(stats.wilcoxon(a, b).pvalue)
 

@@ -31,7 +31,7 @@ from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.interactive.simulated_annotator import dense_labels
 
-_FEWEST_VOXELS = 50
+_MIN_VOXELS = 50
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def halves(arguments: argparse.Namespace) -> Task:
     both = {
         name: value
         for name, value in names.items()
-        if min((part == value).sum() for part in (values[..., :middle], values[..., middle:])) >= _FEWEST_VOXELS
+        if min((part == value).sum() for part in (values[..., :middle], values[..., middle:])) >= _MIN_VOXELS
     }
     dense = nib.Nifti1Image(dense_labels(values, list(both.values())), label.affine)
     folder = arguments.work / "data"

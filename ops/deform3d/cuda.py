@@ -39,7 +39,7 @@ log = logging.getLogger("deform3d")
 
 _OLDEST_CAPABILITY = (7, 5)
 # More than any kernel takes.
-_MOST_ARGUMENTS = 64
+_MAX_ARGUMENTS = 64
 
 
 class CupyRuntime:
@@ -122,9 +122,9 @@ class _Started(threading.local):
         import cupy
 
         self.devices: set[int] = set()
-        self.arguments = (ctypes.c_int64 * _MOST_ARGUMENTS)()
+        self.arguments = (ctypes.c_int64 * _MAX_ARGUMENTS)()
         first, size = ctypes.addressof(self.arguments), ctypes.sizeof(ctypes.c_int64)
-        self.addresses = (ctypes.c_void_p * _MOST_ARGUMENTS)(*(first + size * i for i in range(_MOST_ARGUMENTS)))
+        self.addresses = (ctypes.c_void_p * _MAX_ARGUMENTS)(*(first + size * i for i in range(_MAX_ARGUMENTS)))
         self.addresses_at = ctypes.addressof(self.addresses)
         self.start = cupy.cuda.driver.launchKernel
 

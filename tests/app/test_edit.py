@@ -16,7 +16,7 @@ import pytest
 import requests
 from live import CONF, LABELS, LiveServer, Volume, publish_untrained, serve_command, slicer, write, write_volume
 
-from deformux_label.lib.requests.clicks import MOST_POINTS
+from deformux_label.lib.requests.clicks import MAX_POINTS
 
 VALUES = {"liver": 1, "spleen": 2, "background": 0}
 GEOMETRIES = ["axial", "anisotropic", "permuted", "oblique", "oblique_nrrd", "plain_nii"]
@@ -215,8 +215,8 @@ BAD_POINTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "two indices": ({"liver": [[1, 2]]}, ("three",)),
     "one point": ({"liver": [1, 2, 3]}, ("[i, j, k]",)),
     "an object": ({"liver": {"x": 1}}, ("list",)),
-    "too many": ({"liver": [[1, 2, 3]] * MOST_POINTS, "spleen": [[1, 2, 3]]}, (str(MOST_POINTS), "1001")),
-    "very many": ({"liver": [[1, 2, 3]] * 20_000}, (str(MOST_POINTS), "20000")),
+    "too many": ({"liver": [[1, 2, 3]] * MAX_POINTS, "spleen": [[1, 2, 3]]}, (str(MAX_POINTS), "1001")),
+    "very many": ({"liver": [[1, 2, 3]] * 20_000}, (str(MAX_POINTS), "20000")),
     "unknown label": ({"gallbladder": [[1, 2, 3]]}, ("gallbladder", "liver, spleen, background")),
     "unknown active label": ({"label": "gallbladder"}, ("gallbladder", "liver, spleen, background")),
     "a list as active label": ({"label": ["liver"]}, ("label",)),

@@ -10,7 +10,7 @@ from fastapi import HTTPException
 
 from deformux_label.lib.requests.clicks import EditRequest
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
-from deformux_label.lib.requests.submission import MOST_INFO_BYTES, Submission
+from deformux_label.lib.requests.submission import MAX_INFO_BYTES, Submission
 from deformux_label.lib.requests.training import TrainingRequest
 
 DEFAULTS = {"steps": 600, "batch_size": 4, "learning_rate": 1e-3}
@@ -73,7 +73,7 @@ def test_a_submission_keeps_the_clients_information() -> None:
         "tag": "final",
         "info": {"client_id": "anna", "more": [1]},
     }
-    for params, status in (("[1]", 400), ('{"client_id": 5}', 400), (f'"{"x" * MOST_INFO_BYTES}"', 413)):
+    for params, status in (("[1]", 400), ('{"client_id": 5}', 400), (f'"{"x" * MAX_INFO_BYTES}"', 413)):
         with pytest.raises(HTTPException) as refused:
             Submission.of("a", "", params)
         assert refused.value.status_code == status

@@ -305,7 +305,7 @@ def test_a_large_region_is_cut_on_larger_voxels(
     volume = write_volume(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", spacing=(1.0, 2.0, 1.5))
     drawn = draw(volume.truth, 1)
     fine = run(task, volume, drawn, tmp_path)
-    monkeypatch.setattr(module, "_MOST_VOXELS", 4_000)
+    monkeypatch.setattr(module, "_MAX_VOXELS", 4_000)
     coarse = run(task, volume, drawn, tmp_path)
     assert agrees(coarse, drawn)
     assert (coarse != fine).any()

@@ -31,7 +31,7 @@ FLAGS = (
 SANITIZERS = ("-O0", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all")
 SANITIZE = "DEFORM3D_SANITIZE_KERNELS"
 # The limits of a launch on every GPU since Turing, without opting in to more.
-MOST_THREADS, MOST_SHARED_BYTES, MOST_BLOCKS = 1024, 48 * 1024, 2**31 - 1
+MAX_THREADS, MAX_SHARED_BYTES, MAX_BLOCKS = 1024, 48 * 1024, 2**31 - 1
 FORWARD, REVERSE, SHUFFLED = 0, 1, 7
 
 
@@ -105,7 +105,7 @@ class EmulatedRuntime:
     source: Callable[[str], str]
     tuning: Any = None
     order: int = FORWARD
-    most_blocks: int = MOST_BLOCKS  # fewer than the launcher asks for, so that the kernels' loops over work repeat
+    most_blocks: int = MAX_BLOCKS  # fewer than the launcher asks for, so that the kernels' loops over work repeat
     launches: list[Launch] = field(default_factory=list)
 
     def multiprocessors(self, device: torch.device) -> int:
@@ -124,11 +124,11 @@ class EmulatedRuntime:
         self.launches.append(Launch(kernel, grid, block, shared_bytes, tuple(args)))
         source = self.source(kernel.unit)
         bounds = re.search(rf"__launch_bounds__\((\d+)[^)]*\)\s+{kernel.name}\(", source)
-        threads, most = block[0] * block[1], int(bounds[1]) if bounds else MOST_THREADS
-        if not (0 < threads <= most and 0 < grid <= MOST_BLOCKS and 0 <= shared_bytes <= MOST_SHARED_BYTES):
+        threads, most = block[0] * block[1], int(bounds[1]) if bounds else MAX_THREADS
+        if not (0 < threads <= most and 0 < grid <= MAX_BLOCKS and 0 <= shared_bytes <= MAX_SHARED_BYTES):
             raise KernelError(
                 f"{kernel.name}: got grid {grid}, block {block}, {shared_bytes} shared bytes, which no GPU launches; "
-                f"expected at most {most} threads and {MOST_SHARED_BYTES} bytes"
+                f"expected at most {most} threads and {MAX_SHARED_BYTES} bytes"
             )
         library = self.compiler.load(source, kernel.options, kernel.name)
         expected = library.deform3d_arguments()
@@ -154,7 +154,7 @@ def _stacks() -> ctypes.Array[ctypes.c_char]:
 
     They are mapped, not allocated, so that a sanitizer neither fills nor guards them; unused, they take no memory.
     """
-    memory = mmap.mmap(-1, MOST_THREADS * STACK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, MAX_THREADS * STACK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return (ctypes.c_char * len(memory)).from_buffer(memory)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cuda_emulator import MOST_SHARED_BYTES, Launch
+from cuda_emulator import MAX_SHARED_BYTES, Launch
 
 from deform3d import _launch
 from deform3d._checks import check
@@ -213,7 +213,7 @@ def test_sizes_of_launches(make_problem, channels, dtype):
         threads = launch.block[0] * launch.block[1]
         assert 0 < threads <= 640
         assert 0 < launch.grid < 2**31
-        assert launch.shared_bytes <= MOST_SHARED_BYTES
+        assert launch.shared_bytes <= MAX_SHARED_BYTES
     (forward,) = named(recorded, "deform_forward")
     assert 12**3 <= forward.grid * forward.block[1] < 3 * 12**3
     assert forward.grid >= 2 * 132  # enough for every multiprocessor
@@ -230,7 +230,7 @@ def test_sizes_of_walks(make_problem, channels, dtype, length):
     group = 128 if lanes % 3 else 192  # threads that work on one tile
     assert launch.grid == min(tiles, 132)
     assert launch.block == (768, 1)
-    assert launch.shared_bytes <= MOST_SHARED_BYTES
+    assert launch.shared_bytes <= MAX_SHARED_BYTES
     assert tiles * (group // lanes) >= 2 * length * 9 * 7
 
 

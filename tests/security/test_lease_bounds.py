@@ -11,10 +11,10 @@ import pytest
 import requests
 from live import LABELS, LiveServer, serve_command, write
 
-from deformux_label.lib.store.leases import MOST_LEASES, Leases
+from deformux_label.lib.store.leases import MAX_LEASES, Leases
 
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "4,4,4", "patch_size": "16,16,16"}
-N_CASES = MOST_LEASES + 10
+N_CASES = MAX_LEASES + 10
 CASES = tuple(f"case_{number:03d}" for number in range(N_CASES))
 
 
@@ -41,8 +41,8 @@ def test_an_address_with_changing_names_leases_a_bounded_number(server: LiveServ
     # An address that a client sends is refused.
     spoofed = requests.post(f"{server.url}/activelearning/first", json={"_address": "10.0.0.1"}, timeout=60)
     assert spoofed.status_code == 400
-    own = [ask(server, client_id=f"name {number}")["id"] for number in range(MOST_LEASES)]
-    assert len(set(own)) == MOST_LEASES
+    own = [ask(server, client_id=f"name {number}")["id"] for number in range(MAX_LEASES)]
+    assert len(set(own)) == MAX_LEASES
     before = {lease["image"] for lease in leases(server)}
     assert before == set(own)
     for number, strategy in enumerate(("first", "random", "adaptive") * 5):
@@ -57,11 +57,11 @@ def test_an_address_with_changing_names_leases_a_bounded_number(server: LiveServ
 def test_an_annotator_leases_a_bounded_number_and_others_go_on(tmp_path: Path) -> None:
     now = [1000.0]
     leases = Leases(tmp_path / "leases.json", clock=lambda: now[0])
-    for number in range(MOST_LEASES):
+    for number in range(MAX_LEASES):
         now[0] += 1
         assert leases.claim("greedy", CASES, address="10.0.0.1") == CASES[number]
     # A colleague on another machine gets a free one; one behind the same address takes over the oldest.
-    assert leases.claim("colleague", CASES, address="10.0.0.3") == CASES[MOST_LEASES]
+    assert leases.claim("colleague", CASES, address="10.0.0.3") == CASES[MAX_LEASES]
     now[0] += 1
     assert leases.claim("neighbour", CASES, address="10.0.0.1") == CASES[0]
     assert leases.active()[CASES[0]].annotator == "neighbour"
@@ -70,7 +70,7 @@ def test_an_annotator_leases_a_bounded_number_and_others_go_on(tmp_path: Path) -
     now[0] += 1
     assert leases.claim("greedy", CASES, address="10.0.0.4") == CASES[1], "from wherever they ask"
     # With a login the address does not count: a large ward may share one.
-    for number in range(MOST_LEASES + 1, N_CASES):
+    for number in range(MAX_LEASES + 1, N_CASES):
         assert leases.claim(f"user {number}", CASES) == CASES[number]
     assert leases.claim("one more", CASES) is None
     # Submitting frees a lease.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["app_folder", "open_studies", "print_table", "refuse", "terminal_text"]
 
 # Width of a table in a file or a pipe, where lines are not wrapped.
-_WIDEST = 20_000
+_MAX_WIDTH = 20_000
 
 
 def app_folder() -> Path:
@@ -51,7 +51,7 @@ def print_table(table: Table) -> None:
     """Print a table without cutting anything: its names are typed again, or read by programs."""
     for column in table.columns:
         column.overflow = "fold"
-    Console(width=None if sys.stdout.isatty() else _WIDEST, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else _MAX_WIDTH, markup=False, highlight=False).print(table)
 
 
 def open_studies(studies: Path) -> CheckedDatastore:

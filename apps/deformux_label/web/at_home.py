@@ -12,8 +12,8 @@ from deformux_label.web.shared_json import SharedJson
 __all__ = ["AtHome", "place_of"]
 
 # Of one user, who could otherwise make the server forget the places of others.
-_MOST_OF_A_NAME = 20
-_MOST = 10_000
+_MAX_NAME_LENGTH = 20
+_MAX_PLACES = 10_000
 
 
 def place_of(address: str) -> str:
@@ -70,15 +70,15 @@ class AtHome:
     def _remember(self, name: str, place: str) -> None:
         self._places[name, place] = None
         of_name = [pair for pair in self._places if pair[0] == name]
-        for pair in of_name[:-_MOST_OF_A_NAME]:
+        for pair in of_name[:-_MAX_NAME_LENGTH]:
             del self._places[pair]
-        while len(self._places) > _MOST:
+        while len(self._places) > _MAX_PLACES:
             self._places.popitem(last=False)
 
     def _read(self) -> None:
         if self._file is None:
             return
         found = self._file.read(lambda listed: [(str(name), str(place)) for name, place in listed])
-        for name, place in (found or [])[-_MOST:]:
+        for name, place in (found or [])[-_MAX_PLACES:]:
             if (name, place) not in self._places:
                 self._remember(name, place)

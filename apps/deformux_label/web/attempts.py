@@ -15,17 +15,17 @@ __all__ = ["Attempt", "Attempts", "TooManyAttempts"]
 
 # The first failures are free; then each wait is twice the last one.
 _FREE_FOR_NAME, _FREE_FOR_ADDRESS = 3, 10
-_FIRST_S, _LONGEST_S = 0.5, 8.0
+_FIRST_S, _MAX_S = 0.5, 8.0
 # Attempts that would have to wait longer are refused, so that waiting requests cannot fill the server.
 _PATIENCE_S = 10.0
 # Failures of a name, from anywhere, delay it at new places by at most this: a stranger can make a user wait there, but
 # not lock them out.
-_LONGEST_ANYWHERE_S = 2.0
+_MAX_ANYWHERE_S = 2.0
 # Concurrent attempts: of a name at an address, of an address, and of all addresses. Users at home do not count in the
 # last two.
-_MOST_OF_PAIR, _MOST_OF_ADDRESS, _MOST_IN_ALL = 16, 32, 1_000
+_MAX_PER_PAIR, _MAX_PER_ADDRESS, _MAX_TOTAL = 16, 32, 1_000
 _FORGOTTEN_S = 900.0
-_MOST_REMEMBERED = 10_000
+_MAX_REMEMBERED = 10_000
 # Refusals of an address are logged once in this number of seconds.
 _SILENT_S = 60.0
 
@@ -74,7 +74,7 @@ class _Failed:
     def add(self, free: int, now: float) -> None:
         self.count += 1
         self.last = now
-        self.free_at = now + _delay(self.count - free, _LONGEST_S)
+        self.free_at = now + _delay(self.count - free, _MAX_S)
 
 
 class Attempts:
@@ -106,9 +106,9 @@ class Attempts:
         attempt = Attempt((name, place) in self.home)
         source = self._entry("address", place)
         known = self._failed.get(("pair", name, place))
-        full = known is not None and known.under_way >= _MOST_OF_PAIR
+        full = known is not None and known.under_way >= _MAX_PER_PAIR
         if not attempt.at_home:
-            full |= source.under_way >= _MOST_OF_ADDRESS or self._strangers >= _MOST_IN_ALL
+            full |= source.under_way >= _MAX_PER_ADDRESS or self._strangers >= _MAX_TOTAL
         if full:
             # Before the name is remembered: a flood of names must not push out others.
             raise self._refusal(source, source.free_at - self._clock())
@@ -116,7 +116,7 @@ class Attempts:
         limits = [(pair, _FREE_FOR_NAME)] if attempt.at_home else [(pair, _FREE_FOR_NAME), (source, _FREE_FOR_ADDRESS)]
         with self._under_way([entry for entry, _ in limits], stranger=not attempt.at_home):
             if not attempt.at_home:
-                await asyncio.sleep(_delay(anywhere.count - _FREE_FOR_ADDRESS, _LONGEST_ANYWHERE_S))
+                await asyncio.sleep(_delay(anywhere.count - _FREE_FOR_ADDRESS, _MAX_ANYWHERE_S))
             since = self._clock()
             async with AsyncExitStack() as turns:
                 for entry, _ in limits:
@@ -168,7 +168,7 @@ class Attempts:
         elif now - entry.last > _FORGOTTEN_S:
             entry.count, entry.free_at = 0, 0.0
         self._failed.move_to_end(key)
-        if len(self._failed) > _MOST_REMEMBERED:
+        if len(self._failed) > _MAX_REMEMBERED:
             oldest, known = self._failed.popitem(last=False)
             if known.under_way:
                 self._failed[oldest] = known

@@ -81,8 +81,8 @@ AUDITED: Mapping[tuple[str, str], Act] = {
     ("POST", "/deformux/versions/unpin"): Act("unpin version"),
 }
 _FIRST = ("time", "what", "status", "user", "role", "address")
-_LONGEST_VALUE = 200
-_MOST_ITEMS = 50
+_MAX_VALUE_LENGTH = 200
+_MAX_ITEMS = 50
 # Apart from the threads of endpoints: a record must not wait for an upload.
 _THREADS = CapacityLimiter(4)
 
@@ -229,12 +229,12 @@ def _bounded(value: Any) -> Any:
     if isinstance(value, bool | int) or (isinstance(value, float) and value == value and abs(value) < 1e300):
         return value
     if isinstance(value, Mapping):
-        return {_short(str(key)): _bounded(item) for key, item in list(value.items())[:_MOST_ITEMS]}
+        return {_short(str(key)): _bounded(item) for key, item in list(value.items())[:_MAX_ITEMS]}
     if isinstance(value, list | tuple):
-        return [_bounded(item) for item in value[:_MOST_ITEMS]]
+        return [_bounded(item) for item in value[:_MAX_ITEMS]]
     return _short(str(value))
 
 
 def _short(text: str) -> str:
     valid = text.encode("utf-8", "backslashreplace").decode()
-    return valid if len(valid) <= _LONGEST_VALUE else f"{valid[:_LONGEST_VALUE]}…"
+    return valid if len(valid) <= _MAX_VALUE_LENGTH else f"{valid[:_MAX_VALUE_LENGTH]}…"

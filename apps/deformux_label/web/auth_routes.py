@@ -20,7 +20,7 @@ __all__ = ["auth_router"]
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_FIELD = 4_096
+_MAX_FIELD_LENGTH = 4_096
 
 
 def auth_router(gate: Gate) -> APIRouter:
@@ -96,7 +96,7 @@ def _add_browser_routes(router: APIRouter, gate: Gate) -> None:
 
 
 def _field() -> Any:
-    return Form(..., max_length=_LONGEST_FIELD)
+    return Form(..., max_length=_MAX_FIELD_LENGTH)
 
 
 async def _log_in(gate: Gate, request: Request, username: str, password: str) -> str:

@@ -20,10 +20,10 @@ __all__ = ["DISK_FULL", "CheckedRoute"]
 
 DISK_FULL = "the server's disk is full, so nothing was changed; make room and send it again"
 # Slices in one DICOM series.
-_MOST_SERIES_FILES = 1_000
+_MAX_SERIES_FILES = 1_000
 # Larger bodies are parsed in a thread: parsing blocks the event loop.
 _AT_ONCE_BYTES = 20_000
-_MOST_PATH_BYTES = 8_000
+_MAX_PATH_BYTES = 8_000
 
 
 class CheckedRoute(APIRoute):
@@ -31,7 +31,7 @@ class CheckedRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
-        files = _MOST_SERIES_FILES if self.path.endswith("/session/") else 2
+        files = _MAX_SERIES_FILES if self.path.endswith("/session/") else 2
         upload = self.path.endswith(("/datastore/image", "/datastore/")) and "PUT" in (self.methods or ())
 
         async def run(request: Request) -> Response:
@@ -97,7 +97,7 @@ def _check_name(name: str, value: Any, path: str, upload: bool) -> None:
         checked_image_id(value, status=400 if upload else 404)
     elif name == "image":
         # A client may also send a path below the studies folder.
-        checked_text(name, value, _MOST_PATH_BYTES)
+        checked_text(name, value, _MAX_PATH_BYTES)
     elif name == "tag" and value:
         checked_tag(value)
     elif name == "session_id" and value:
@@ -105,7 +105,7 @@ def _check_name(name: str, value: Any, path: str, upload: bool) -> None:
     elif name == "name" and "/versions/" in path:
         checked_version(value)
     else:
-        checked_text(f"the parameter {ascii(name)[:60]}", str(value), _MOST_PATH_BYTES)
+        checked_text(f"the parameter {ascii(name)[:60]}", str(value), _MAX_PATH_BYTES)
 
 
 def _check_session(value: str) -> None:

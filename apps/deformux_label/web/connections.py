@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 # Until the headers of a request are complete, counted from the connection or the end of the last request; and until a
 # TLS handshake is.
-_MOST_HEADERS_S = 15.0
+_MAX_HEADERS_S = 15.0
 # Of a reply, without any byte of it accepted.
-_MOST_STALLED_S = 60.0
-_MOST_PER_ADDRESS = 256
-_MOST_FILES = 65_536
+_MAX_STALLED_S = 60.0
+_MAX_PER_ADDRESS = 256
+_MAX_FILES = 65_536
 # Files that the server itself opens.
 _OWN_FILES = 512
 _SECONDS_BETWEEN = 1.0
@@ -69,7 +69,7 @@ class _Watch:
 
     def _too_many(self, address: str, others: Iterable[str]) -> bool:
         count = Counter(others)
-        if count[address] < _MOST_PER_ADDRESS and count.total() < self._most:
+        if count[address] < _MAX_PER_ADDRESS and count.total() < self._most:
             return False
         now = time.monotonic()
         if now - self._told > _SILENT_S:
@@ -86,7 +86,7 @@ class _Watch:
         for protocol in list(self._open):
             if protocol.transport.is_closing() and protocol.transport.get_write_buffer_size() == 0:
                 self.lost(protocol)
-            elif self._idle_since(protocol, now) < now - _MOST_HEADERS_S or self._stalls(protocol, now):
+            elif self._idle_since(protocol, now) < now - _MAX_HEADERS_S or self._stalls(protocol, now):
                 logger.warning("A connection of %s is dropped: it is too slow", _address(protocol))
                 protocol.transport.abort()
                 self.lost(protocol)
@@ -110,7 +110,7 @@ class _Watch:
         if size == 0 or size != before:
             self._stalled[protocol] = (size, now)
             return False
-        return since < now - _MOST_STALLED_S
+        return since < now - _MAX_STALLED_S
 
 
 def watch_connections() -> None:
@@ -149,7 +149,7 @@ def _watch_handshakes(watch: _Watch) -> None:
         if not self._server_side:
             made(self, transport)
             return
-        self._ssl_handshake_timeout = min(self._ssl_handshake_timeout, _MOST_HEADERS_S)
+        self._ssl_handshake_timeout = min(self._ssl_handshake_timeout, _MAX_HEADERS_S)
         made(self, transport)
         if not watch.made_below(self, transport):
             transport.abort()
@@ -169,7 +169,7 @@ def _address(protocol: Any) -> str:
 def _more_files() -> int:
     """Raise the number of files that this process may open, which include connections, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -36,8 +36,8 @@ CHALLENGE = {"WWW-Authenticate": "Bearer"}
 OUT_OF_ORDER = "nobody can log in now: the server's users file must be mended"
 _WRONG = "the user name or the password is wrong"
 # Longer than any name, so that no cut text equals one.
-_LONGEST_NAME = 200
-_LONGEST_RECORDED = 64
+_MAX_NAME_LENGTH = 200
+_MAX_RECORDED_LENGTH = 64
 _IMAGE = "/datastore/image"
 _SAMPLE = "/activelearning/{strategy}"
 # Each check of a password occupies a processor for a quarter of a second.
@@ -83,12 +83,12 @@ class Gate:
             HTTPException: 401 for a wrong name or password, 429 after too many of them.
             InvalidUsers: the users file is damaged.
         """
-        name = unicodedata.normalize("NFC", name)[:_LONGEST_NAME]
+        name = unicodedata.normalize("NFC", name)[:_MAX_NAME_LENGTH]
         shown = ascii(name)[:80]
         # Fail before any password is checked if the file is damaged.
         self.users.all()
         # No user has a longer name.
-        note(what="log in", user=name[:_LONGEST_RECORDED])
+        note(what="log in", user=name[:_MAX_RECORDED_LENGTH])
         try:
             async with self.attempts.attempt(name, address) as attempt:
                 user = self.users.all().get(name)
@@ -117,7 +117,7 @@ class HandedOut:
 
     _SECONDS = 300.0
     _TIMES = 3
-    _MOST = 1_000
+    _MAX_HELD = 1_000
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -127,7 +127,7 @@ class HandedOut:
         """Let an address fetch an image as if it sent this token."""
         self._held.pop((address, image), None)
         self._held[address, image] = (token, self._clock() + self._SECONDS, self._TIMES)
-        if len(self._held) > self._MOST:
+        if len(self._held) > self._MAX_HELD:
             self._held.popitem(last=False)
 
     def take(self, address: str, image: str) -> str | None:

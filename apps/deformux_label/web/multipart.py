@@ -19,12 +19,12 @@ from deformux_label.lib.requests.uploads import StoredUpload
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-__all__ = ["MOST_FIELD_BYTES", "read_multipart"]
+__all__ = ["MAX_FIELD_BYTES", "read_multipart"]
 
-MOST_FIELD_BYTES = 1_000_000
-_MOST_FIELDS = 32
-_MOST_NAME_BYTES = 1_000
-_MOST_HEADER_BYTES = 8_000
+MAX_FIELD_BYTES = 1_000_000
+_MAX_FIELDS = 32
+_MAX_NAME_BYTES = 1_000
+_MAX_HEADER_BYTES = 8_000
 
 
 async def read_multipart(headers: Headers, stream: AsyncIterator[bytes], *, most_files: int) -> FormData:
@@ -118,8 +118,8 @@ class _Form:
 
     def _count_header(self, size: int) -> None:
         self._header_bytes += size
-        if self._header_bytes > _MOST_HEADER_BYTES:
-            raise HTTPException(413, f"the headers of a form's part must be at most {_MOST_HEADER_BYTES} bytes")
+        if self._header_bytes > _MAX_HEADER_BYTES:
+            raise HTTPException(413, f"the headers of a form's part must be at most {_MAX_HEADER_BYTES} bytes")
 
     def _header_end(self) -> None:
         if bytes(self._header[0]).lower() == b"content-disposition":
@@ -130,12 +130,12 @@ class _Form:
         _, options = parse_options_header(self._disposition)
         if b"name" not in options:
             raise HTTPException(400, "each part of a form must have a name in its Content-Disposition")
-        self._name = _decoded(options[b"name"], "the name of a form's part", _MOST_NAME_BYTES)
+        self._name = _decoded(options[b"name"], "the name of a form's part", _MAX_NAME_BYTES)
         # Older clients write the name as ``filename*``, which the parser ignores.
         if b"filename" not in options and b"filename*=" not in self._disposition.lower():
             self._fields += 1
-            if self._fields > _MOST_FIELDS:
-                raise HTTPException(413, f"a form may have at most {_MOST_FIELDS} fields; send fewer")
+            if self._fields > _MAX_FIELDS:
+                raise HTTPException(413, f"a form may have at most {_MAX_FIELDS} fields; send fewer")
             return
         self._files += 1
         if self._files > self.most_files:
@@ -143,7 +143,7 @@ class _Form:
         folder = request_folder()
         assert folder is not None, "forms are read within a request"
         self._path = folder / f"part-{self._files}"
-        name = _decoded(options.get(b"filename", b""), "the name of a file", 10 * _MOST_NAME_BYTES)
+        name = _decoded(options.get(b"filename", b""), "the name of a file", 10 * _MAX_NAME_BYTES)
         self.items.append((self._name, StoredUpload(self._path, name)))
         self.waiting.append((self._path, b""))
 
@@ -151,15 +151,15 @@ class _Form:
         if self._path is not None:
             self.waiting.append((self._path, data[start:end]))
             return
-        if len(self._text) + end - start > MOST_FIELD_BYTES:
-            raise HTTPException(413, f"a form's field must be at most {MOST_FIELD_BYTES} bytes; send less")
+        if len(self._text) + end - start > MAX_FIELD_BYTES:
+            raise HTTPException(413, f"a form's field must be at most {MAX_FIELD_BYTES} bytes; send less")
         self._text += data[start:end]
 
     def _part_end(self) -> None:
         if self._path is not None:
             self.waiting.append((self._path, None))
         else:
-            self.items.append((self._name, _decoded(bytes(self._text), "a form's field", MOST_FIELD_BYTES)))
+            self.items.append((self._name, _decoded(bytes(self._text), "a form's field", MAX_FIELD_BYTES)))
 
     def _end(self) -> None:
         self.ended = True

@@ -23,10 +23,10 @@ from deformux_label.web.offered import OFFERED, offered
 __all__ = ["Perimeter", "host_names"]
 
 # Bytes of a body without volumes: JSON, or a form of fields.
-_MOST_BODY = 1_000_000
+_MAX_BODY = 1_000_000
 # For the fields beside a volume in a form.
-_MOST_FORM = 2_000_000
-_MOST_QUERY = 16_000
+_MAX_FORM = 2_000_000
+_MAX_QUERY = 16_000
 _UPLOADS = (
     ("PUT", "/session/"),
     ("PUT", "/datastore/"),
@@ -36,8 +36,8 @@ _UPLOADS = (
     ("POST", "/infer/segmentation"),
 )
 # Clients that send nothing for this time, or fewer bytes a second on average after it, are dropped.
-_MOST_PAUSE_S = 20.0
-_LEAST_BYTES_PER_S = 2_000
+_MAX_PAUSE_S = 20.0
+_MIN_BYTES_PER_S = 2_000
 # Clients that send too much read the refusal only after sending; up to this much of the rest is read and dropped.
 _FORGOTTEN_BYTES = 64_000_000
 _FORGOTTEN_S = 5.0
@@ -135,7 +135,7 @@ class Perimeter:
 
     def _check_route(self, scope: Scope) -> None:
         path = self._path(scope)
-        if path is None or not is_text(path, _MOST_QUERY):
+        if path is None or not is_text(path, _MAX_QUERY):
             raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
         if offered(scope["method"], path) is None:
             methods = sorted({name for route in OFFERED for name in route.methods if offered(name, path)})
@@ -162,7 +162,7 @@ class Perimeter:
         path = self._path(scope)
         route = offered(scope["method"], path) if path is not None else None
         upload = route is not None and (scope["method"], route.path) in _UPLOADS
-        return self.most_upload + _MOST_FORM if upload else _MOST_BODY
+        return self.most_upload + _MAX_FORM if upload else _MAX_BODY
 
 
 class _Body:
@@ -188,7 +188,7 @@ class _Body:
             return await self._receive()
         started = time.monotonic()
         try:
-            message = await asyncio.wait_for(self._receive(), _MOST_PAUSE_S)
+            message = await asyncio.wait_for(self._receive(), _MAX_PAUSE_S)
         except (asyncio.TimeoutError, TimeoutError) as error:
             raise self._too_slow() from error
         self._waited += time.monotonic() - started
@@ -199,7 +199,7 @@ class _Body:
         if self._read > self._most:
             await self._forget()
             raise self._too_large()
-        if not self._ended and self._waited > _MOST_PAUSE_S + self._read / _LEAST_BYTES_PER_S:
+        if not self._ended and self._waited > _MAX_PAUSE_S + self._read / _MIN_BYTES_PER_S:
             raise self._too_slow()
         return message
 
@@ -261,13 +261,13 @@ def _declared(headers: dict[bytes, str]) -> int:
 
 
 def _check_query(query: bytes) -> None:
-    if len(query) > _MOST_QUERY:
-        raise HTTPException(414, f"the query must be at most {_MOST_QUERY} bytes")
+    if len(query) > _MAX_QUERY:
+        raise HTTPException(414, f"the query must be at most {_MAX_QUERY} bytes")
     try:
         text = unquote_to_bytes(query.replace(b"+", b" ")).decode()
     except UnicodeDecodeError as error:
         raise HTTPException(400, "the query must be UTF-8 with percent signs") from error
-    if not is_text(text, _MOST_QUERY):
+    if not is_text(text, _MAX_QUERY):
         raise HTTPException(400, "the query must not hold null bytes or other control characters")
     names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
     if len(set(names)) < len(names):

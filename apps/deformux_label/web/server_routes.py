@@ -22,8 +22,8 @@ from deformux_label.web.worker_threads import in_thread
 
 __all__ = ["about_router", "scoring_router"]
 
-_MOST_LINES = 10_000
-_MOST_LINE = 4_000
+_MAX_LINES = 10_000
+_MAX_LINE = 4_000
 # Options that a scoring method reads.
 _OPTIONS = {"dice": ("y", "y_pred")}
 _ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
@@ -34,14 +34,14 @@ def about_router() -> APIRouter:
     """Return the routes of the log, the GPU, and the model files."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR, tags=["Others"])
 
-    def logs(lines: int = Query(300, ge=1, le=_MOST_LINES), user: User = _ADMIN) -> PlainTextResponse:
+    def logs(lines: int = Query(300, ge=1, le=_MAX_LINES), user: User = _ADMIN) -> PlainTextResponse:
         """Return the last lines of the log as plain text."""
         file = Path(settings.MONAI_LABEL_APP_DIR, "logs", "app.log")
         if not file.is_file():
             raise HTTPException(404, "this server writes no log file")
         with file.open(encoding="utf-8", errors="replace") as log:
             last = deque(log, lines)
-        return PlainTextResponse("".join(line[:_MOST_LINE] for line in last))
+        return PlainTextResponse("".join(line[:_MAX_LINE] for line in last))
 
     def gpu(user: User = _ADMIN) -> PlainTextResponse:
         """Return the output of nvidia-smi."""

@@ -19,8 +19,8 @@ __all__ = ["SECONDS", "EndedTokens", "Tokens"]
 
 SECONDS = 12 * 3600
 _ALGORITHM = "HS256"
-_MOST_ENDED = 10_000
-_LONGEST = 4_096
+_MAX_ENDED = 10_000
+_MAX_TOKEN_LENGTH = 4_096
 
 
 class Tokens:
@@ -65,7 +65,7 @@ class Tokens:
             self._ended.add(claims["jti"], float(claims["exp"]))
 
     def _claims(self, token: str) -> dict[str, str] | None:
-        if len(token) > _LONGEST:
+        if len(token) > _MAX_TOKEN_LENGTH:
             return None
         try:
             return jwt.decode(
@@ -115,7 +115,7 @@ class EndedTokens:
         def merged() -> dict[str, float]:
             self._refresh()
             now = time.time()
-            left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MOST_ENDED:]
+            left = sorted((end, name) for name, end in self._held.items() if end > now)[-_MAX_ENDED:]
             self._held = {name: end for end, name in left}
             return self._held
 

@@ -16,7 +16,7 @@ from monailabel.utils.others.generic import file_checksum
 from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.request_folder import request_folder
-from deformux_label.lib.requests.submission import MOST_INFO_BYTES
+from deformux_label.lib.requests.submission import MAX_INFO_BYTES
 from deformux_label.lib.requests.uploads import stored_upload
 from deformux_label.lib.store.label_fields import client_fields
 from deformux_label.lib.store.volume_sessions import VolumeSessions
@@ -26,7 +26,7 @@ from deformux_label.web.worker_threads import in_thread
 __all__ = ["datastore_router", "session_router"]
 
 _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
-_MOST_CASES = 1_000_000
+_MAX_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 # One for each parameter: FastAPI writes the name of the parameter into it.
@@ -49,18 +49,18 @@ def datastore_router(app: _App) -> APIRouter:
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
         if not image:
             raise HTTPException(400, "the request names no image; give the id of the new one as ?image=")
-        info = with_login(client_fields(json_object(params, most=MOST_INFO_BYTES)))
+        info = with_login(client_fields(json_object(params, most=MAX_INFO_BYTES)))
         return {"image": app.datastore().add_image(image, str(stored_upload(file, "upload")), info)}
 
     def image_info(image: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
-        more = client_fields(json_object(info, name="info", most=MOST_INFO_BYTES))
+        more = client_fields(json_object(info, name="info", most=MAX_INFO_BYTES))
         return app.datastore().update_image_info(image, more)
 
     def label_info(label: str, tag: str, info: str = _INFO, user: User = _ANNOTATOR) -> Any:
-        return app.datastore().update_label_info(label, tag, json_object(info, name="info", most=MOST_INFO_BYTES))
+        return app.datastore().update_label_info(label, tag, json_object(info, name="info", most=MAX_INFO_BYTES))
 
     def label_params(label: str, tag: str, params: str = _PARAMS, user: User = _ANNOTATOR) -> Any:
-        return app.datastore().update_label_info(label, tag, json_object(params, most=MOST_INFO_BYTES))
+        return app.datastore().update_label_info(label, tag, json_object(params, most=MAX_INFO_BYTES))
 
     def check_image(image: str, check_sum: str | None = None, user: User = _USER) -> Any:
         path = app.datastore().get_image_uri(image)
@@ -80,7 +80,7 @@ def datastore_router(app: _App) -> APIRouter:
         missing = f"image {label!r} has no label with the tag {tag!r}"
         return OpenedFile(app.datastore().get_label_uri(label, tag) or "", missing=missing)
 
-    def dataset(limit_cases: int | None = Query(None, ge=1, le=_MOST_CASES), user: User = _ANNOTATOR) -> Any:
+    def dataset(limit_cases: int | None = Query(None, ge=1, le=_MAX_CASES), user: User = _ANNOTATOR) -> Any:
         made = Path(app.datastore().get_dataset_archive(limit_cases))
         folder = request_folder()
         assert folder is not None, "this is a request"

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Allowed beside letters and digits of any script; blanks only inside, as in "Eva Müller".
 _IN_NAMES = "._@+- "
-_LONGEST_NAME = 64
+_MAX_NAME_LENGTH = 64
 # The name of users without a login in leases and revisions.
 _RESERVED = ("anonymous",)
 # Letters and marks that are invisible: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
@@ -36,8 +36,8 @@ _INVISIBLE = re.compile(
 )
 # Alphabets with many letters that look the same: a name may use one of them.
 _ALIKE = ("ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN", "LISU")
-_LEAST_PASSWORD = 8
-_LONGEST_PASSWORD = 1_000
+_MIN_PASSWORD_LENGTH = 8
+_MAX_PASSWORD_LENGTH = 1_000
 _ROUNDS = 12
 # Checked for names that do not exist, so that both answers take equally long.
 _NOBODY = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
@@ -212,12 +212,12 @@ def checked_name(name: str) -> str:
     """Return the normalized name of a new user; raise InvalidUsers for a bad one."""
     normal = unicodedata.normalize("NFC", name)
     good = all(character in _IN_NAMES or _is_shown(character) for character in normal)
-    if not (good and 1 <= len(normal) <= _LONGEST_NAME and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
+    if not (good and 1 <= len(normal) <= _MAX_NAME_LENGTH and normal[0] not in _IN_NAMES and normal[-1] != " ") or (
         _folded(normal) in _RESERVED
     ):
         raise InvalidUsers(
-            f"a user name is 1 to {_LONGEST_NAME} visible letters, digits and . _ @ + - with blanks only inside, and "
-            f"not {_RESERVED[0]!r}; got {ascii(name)[:80]}"
+            f"a user name is 1 to {_MAX_NAME_LENGTH} visible letters, digits and . _ @ + - with blanks only inside, "
+            f"and not {_RESERVED[0]!r}; got {ascii(name)[:80]}"
         )
     if len(alike := {alphabet for character in normal if (alphabet := _alphabet(character)) in _ALIKE}) > 1:
         raise InvalidUsers(
@@ -248,9 +248,9 @@ def checked_password(password: str) -> str:
         size = len(password.encode())
     except UnicodeEncodeError as error:
         raise InvalidUsers("the password is not valid Unicode; type it again") from error
-    if len(password) < _LEAST_PASSWORD or not password.strip() or size > _LONGEST_PASSWORD:
+    if len(password) < _MIN_PASSWORD_LENGTH or not password.strip() or size > _MAX_PASSWORD_LENGTH:
         raise InvalidUsers(
-            f"a password has at least {_LEAST_PASSWORD} characters and at most {_LONGEST_PASSWORD} bytes; got "
+            f"a password has at least {_MIN_PASSWORD_LENGTH} characters and at most {_MAX_PASSWORD_LENGTH} bytes; got "
             f"{len(password)} characters"
         )
     return password

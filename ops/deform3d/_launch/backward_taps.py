@@ -29,7 +29,7 @@ from .plan import (
 from .steps import Step
 
 # The number of warps per multiprocessor that registers allow.
-MOST_WARPS = 16
+MAX_WARPS = 16
 _WARP = 32
 # Eleven integers, and padding to align the samples of the next warp.
 _TASK_BYTES = 48
@@ -85,7 +85,7 @@ def plan_taps(
     if not (tuning.fast_samples and known and is_cube(g) and g.depthwise):
         return None
     rows = g.taps + with_bias
-    blocks = multiprocessors * (MOST_WARPS // tuning.taps_warps)
+    blocks = multiprocessors * (MAX_WARPS // tuning.taps_warps)
     tile = _tile(g, _WARP // _split(g.in_channels // vector)[0], rows, blocks, tuning)
     if tile.count * rows > INT32_MAX or g.batch * max(g.voxels, g.out_voxels) > INT32_MAX:
         return None

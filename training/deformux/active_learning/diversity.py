@@ -15,7 +15,7 @@ __all__ = ["diverse_batch", "standardised", "typical_batch", "typicality"]
 Array = npt.NDArray[np.float64]
 
 _NEIGHBOURS = 20
-_MOST_CLUSTERS = 500
+_MAX_CLUSTERS = 500
 # Rows whose distances to all others are in memory at a time.
 _BLOCK = 1024
 # Two volumes of equal features have no finite log distance or typicality.
@@ -67,7 +67,7 @@ def typical_batch(features: Array, covered: Array, batch: int, rng: np.random.Ge
         ``min(batch, n)`` positions in ``features``, in the order of choice.
     """
     everything = np.concatenate([features, covered])
-    count = min(len(covered) + batch, len(everything), _MOST_CLUSTERS)
+    count = min(len(covered) + batch, len(everything), _MAX_CLUSTERS)
     with warnings.catch_warnings():
         # An empty cluster does no harm here.
         warnings.simplefilter("ignore", UserWarning)

@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty", "voxel_entropy"]
 
 # A label with a smaller expected volume counts as absent, and has no uncertainty.
-_FEWEST_VOXELS = 1.0
+_MIN_VOXELS = 1.0
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _per_label(p: Tensor, entropy: Tensor) -> tuple[float | None, ...]:
     values: list[float | None] = []
     for weight in p[1:]:
         total = float(weight.sum(dtype=torch.float64))
-        if total < _FEWEST_VOXELS:
+        if total < _MIN_VOXELS:
             values.append(None)
         else:
             values.append(_clamped(float((weight * entropy).sum(dtype=torch.float64)) / total))

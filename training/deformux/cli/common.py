@@ -28,8 +28,8 @@ from deformux.data.cases import InvalidFolder, label_names, split_label_names
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 
 __all__ = [
-    "LARGEST_SEED",
-    "MOST_THREADS",
+    "MAX_SEED",
+    "MAX_THREADS",
     "ProgressBar",
     "assignments",
     "clear_errors",
@@ -45,9 +45,9 @@ __all__ = [
 ]
 
 # NumPy's and PyTorch's generators take more; seeds are counted up from here.
-LARGEST_SEED = 2**31 - 1
+MAX_SEED = 2**31 - 1
 # More than any machine has, and few enough for PyTorch to start.
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 # mps and xpu are not promised, but PyTorch may know them.
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,2})?")
 

@@ -17,8 +17,8 @@ from rich.logging import RichHandler
 
 from deformux.active_learning.strategy_names import STRATEGIES
 from deformux.cli.common import (
-    LARGEST_SEED,
-    MOST_THREADS,
+    MAX_SEED,
+    MAX_THREADS,
     assignments,
     clear_errors,
     existing_folder,
@@ -45,7 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(versions_app, name="versions")
 
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MOST_THREADS)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MAX_THREADS)]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
@@ -56,7 +56,7 @@ PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
 Spacing = Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")]
 PatchSize = Annotated[str, typer.Option(help="Patch R,A,S in voxels.")]
 FirstSeed = Annotated[
-    int, typer.Option(help="Share a folder between processes: give each other seeds.", min=0, max=LARGEST_SEED)
+    int, typer.Option(help="Share a folder between processes: give each other seeds.", min=0, max=MAX_SEED)
 ]
 ContinueSteps = Annotated[
     int, typer.Option(help="Go on from the round before in this number of steps; 0: from scratch each time.", min=0)
@@ -92,7 +92,7 @@ def fit_command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=MAX_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -184,7 +184,7 @@ def clicks_command(
     jitter: Annotated[
         float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=LARGEST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=MAX_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 # Results are uint8, and 255 in a label marks an unlabelled voxel.
-_MOST_LABELS = 254
+_MAX_LABELS = 254
 _FOLDERS = (("images", "labels"), ("imagesTr", "labelsTr"))
 
 
@@ -220,5 +220,5 @@ def _check_label_names(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"each label must have its own name; got {twice[0]!r} twice")
-    if len(names) > _MOST_LABELS:
-        raise ValueError(f"at most {_MOST_LABELS} labels are possible; got {len(names)}")
+    if len(names) > _MAX_LABELS:
+        raise ValueError(f"at most {_MAX_LABELS} labels are possible; got {len(names)}")

@@ -33,9 +33,9 @@ GEOMETRY_TOLERANCE_MM = 1e-3
 MAX_VOXELS_VARIABLE = "DEFORMUX_MAX_VOXELS"
 _DEFAULT_MAX_VOXELS = 1_500_000_000
 # A whole-body scan at 0.25 mm has 8,000 slices; no detector row and no radiograph is longer.
-_LONGEST_AXIS = 10_000
+_MAX_AXIS_LENGTH = 10_000
 # The longest axis against the second longest: about 4 in a scout view. Beyond this the volume is a line.
-_MOST_ELONGATED = 64
+_MAX_ELONGATED = 64
 # An affine's columns lie in a plane if their determinant is a smaller part of the product of their lengths.
 _SINGULAR = 1e-6
 
@@ -121,10 +121,10 @@ def check_shape(name: str, shape: Sequence[int]) -> None:
             f"at most {max_voxels():,} are read (option max-voxels)"
         )
     second, longest = sorted((1, *shape))[-2:]
-    if longest > _LONGEST_AXIS or longest > _MOST_ELONGATED * second:
+    if longest > _MAX_AXIS_LENGTH or longest > _MAX_ELONGATED * second:
         raise InvalidVolume(
-            f"{name} has {shown_shape(shape)} voxels, a shape that no scan has; expected at most {_LONGEST_AXIS:,} "
-            f"along an axis, and at most {_MOST_ELONGATED} times as many as along the second longest"
+            f"{name} has {shown_shape(shape)} voxels, a shape that no scan has; expected at most {_MAX_AXIS_LENGTH:,} "
+            f"along an axis, and at most {_MAX_ELONGATED} times as many as along the second longest"
         )
 
 

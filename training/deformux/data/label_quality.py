@@ -16,9 +16,9 @@ from deformux.data.transforms import run_transforms
 __all__ = ["LabelFacts", "coherence", "label_facts"]
 
 # A straight line of single voxels has 0.33, a sheet 0.67, independent voxels 0.
-_LEAST_COHERENCE = 0.2
+_MIN_COHERENCE = 0.2
 # Fewer voxels may be single clicks or the thinnest vessels: draw no conclusion.
-_FEWEST_VOXELS, _LEAST_SHARE = 200, 0.01
+_MIN_VOXELS, _MIN_SHARE = 200, 0.01
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def label_facts(case: Case, labels: Sequence[str]) -> LabelFacts:
     shares = tuple(float((label == value).sum()) / known for value in range(1, len(labels) + 1))
     value = coherence(label)
     fault = ""
-    if value is not None and value < _LEAST_COHERENCE:
-        found = f"coherence {value:.2f}, expected at least {_LEAST_COHERENCE}"
+    if value is not None and value < _MIN_COHERENCE:
+        found = f"coherence {value:.2f}, expected at least {_MIN_COHERENCE}"
         fault = f"its voxels are as unrelated as random ones ({found})"
     return LabelFacts(shares, fault)
 
@@ -67,7 +67,7 @@ def coherence(label: npt.NDArray[np.uint8]) -> float | None:
         same += 2 * int(((a == b) & (a > 0) & known).sum())
     counts = np.bincount(label[label != UNLABELLED].ravel(), minlength=2).astype(float)
     foreground = counts[1:].sum()
-    if foreground < max(_FEWEST_VOXELS, _LEAST_SHARE * counts.sum()) or pairs == 0:
+    if foreground < max(_MIN_VOXELS, _MIN_SHARE * counts.sum()) or pairs == 0:
         return None
     expected = float((counts[1:] ** 2).sum() / (foreground * counts.sum()))
     return (same / pairs - expected) / (1 - expected) if expected < 1 else 1.0

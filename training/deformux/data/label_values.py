@@ -12,7 +12,7 @@ __all__ = ["UNLABELLED", "check_label_values"]
 # Value of unlabelled voxels: neither background nor any structure.
 UNLABELLED = 255
 # Values of a label above this are not shown: they can be anything.
-_LARGEST_SHOWN = 65_535
+_MAX_SHOWN = 65_535
 
 
 def check_label_values(name: str, values: npt.NDArray, n_labels: int, *, unlabelled: bool) -> None:
@@ -42,7 +42,7 @@ def _distinct(values: npt.NDArray) -> npt.NDArray:
 
 def _shown_values(values: npt.NDArray, most: int = 6) -> str:
     """List the first values, if a label could have them."""
-    if not (values == np.round(values)).all() or np.abs(values).max() > _LARGEST_SHOWN:
+    if not (values == np.round(values)).all() or np.abs(values).max() > _MAX_SHOWN:
         return "values that no label has"
     text = ", ".join(f"{value:g}" for value in values[:most])
     return f"the values {text}" + (", …" if len(values) > most else "")

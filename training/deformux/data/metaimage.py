@@ -13,8 +13,8 @@ from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine
 
 __all__ = ["metaimage_header"]
 
-_LONGEST_HEADER = 2**20
-_MOST_AXES = 10
+_MAX_HEADER_LENGTH = 2**20
+_MAX_AXES = 10
 # MetaIO's long has four bytes on every platform.
 _TYPES = {
     "MET_CHAR": "i1", "MET_ASCII_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2",
@@ -36,7 +36,7 @@ def metaimage_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
         raise InvalidVolume(f"{name} has its voxels in another file; expected a volume that is whole in one file")
     numbers = _Numbers(name, fields)
     n = numbers.whole("NDims", 0)
-    if not 1 <= n <= _MOST_AXES:
+    if not 1 <= n <= _MAX_AXES:
         raise numbers.damaged("it gives no number of dimensions")
     file_shape = tuple(int(v) for v in numbers.floats("DimSize", n, None))
     check_shape(name, file_shape)
@@ -117,7 +117,7 @@ class _Numbers:
 def _fields(name: str, file: BinaryIO) -> dict[str, str]:
     """Read the header's fields, up to the one that says where the voxels are."""
     fields: dict[str, str] = {}
-    left = _LONGEST_HEADER
+    left = _MAX_HEADER_LENGTH
     while True:
         line = file.readline(left)
         left -= len(line)

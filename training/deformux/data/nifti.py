@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine_of, check_shape, one_volume
 
-__all__ = ["LONGEST_HEADER", "nifti_header"]
+__all__ = ["MAX_HEADER_LENGTH", "nifti_header"]
 
 _Matrix = npt.NDArray[np.float64]
 _TYPES = {
@@ -25,7 +25,7 @@ _OTHER_TYPES = {
 # Millimetres in each unit of space: unknown, metre, millimetre, micrometre.
 _UNITS = {0: 1.0, 1: 1e3, 2: 1.0, 3: 1e-3}
 # Bytes before the voxels: the header, and extensions such as a copy of the DICOM header.
-LONGEST_HEADER = 16 * 2**20
+MAX_HEADER_LENGTH = 16 * 2**20
 # The tolerances by which ITK chooses between the two affines of a header.
 _ORTHONORMAL, _SAME_MATRIX, _SAME_OFFSET, _SIMILAR = 1e-4, 1e-5, 1e-7, 1e-4
 
@@ -85,7 +85,7 @@ def nifti_header(name: str, start: bytes, *, compressed: bool) -> VolumeHeader:
         raise InvalidVolume(f"{name} is a vector image of {count} values in each voxel; expected one number")
     shape = one_volume(name, file_shape, range(min(n_dims, 3)))
     (offset,) = values(layout.vox_offset)
-    if not layout.size + 4 <= offset <= LONGEST_HEADER or offset != int(offset):
+    if not layout.size + 4 <= offset <= MAX_HEADER_LENGTH or offset != int(offset):
         raise InvalidVolume(f"{name} cannot be read: it is damaged, its header gives no place for the voxels")
     slope, intercept = (float(v) if math.isfinite(v) else 0.0 for v in values(layout.scaling))
     pixdim = values(layout.pixdim)

@@ -15,8 +15,8 @@ from deformux.data.header import LPS_TO_RAS, InvalidVolume, VolumeHeader, affine
 
 __all__ = ["is_segmentation", "nrrd_header"]
 
-_LONGEST_HEADER = 4 * 2**20
-_MOST_AXES = 16
+_MAX_HEADER_LENGTH = 4 * 2**20
+_MAX_AXES = 16
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
     "u1": ("uchar", "unsigned char", "uint8", "uint8_t"),
@@ -75,14 +75,14 @@ def nrrd_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
     affine = LPS_TO_RAS @ header.affine(axes)
     start, skip = file.tell(), header.number("byteskip")
     for _ in range(max(0, header.number("lineskip"))):
-        if not file.readline(_LONGEST_HEADER):
+        if not file.readline(_MAX_HEADER_LENGTH):
             break
         start = file.tell()
     if encoding == "raw" and skip:
         # -1: the voxels fill the end of the file.
         start = size - math.prod(file_shape) * dtype.itemsize if skip < 0 else start + skip
         skip = 0
-    if not 0 <= skip <= _LONGEST_HEADER or not 0 <= start <= size:
+    if not 0 <= skip <= _MAX_HEADER_LENGTH or not 0 <= start <= size:
         raise header.damaged("it gives no place for the voxels")
     return VolumeHeader(
         shape, affine, file_shape, dtype, encoding, start, skip, layers=layers, layer_axis=layer_axis, fields=pairs
@@ -113,7 +113,7 @@ class _Header:
             sizes = tuple(int(part) for part in self.fields["sizes"].split())
         except (KeyError, ValueError) as error:
             raise self.damaged("it gives no sizes") from error
-        if not 1 <= n <= _MOST_AXES or len(sizes) != n:
+        if not 1 <= n <= _MAX_AXES or len(sizes) != n:
             raise self.damaged("its sizes do not match its dimension")
         return sizes
 
@@ -257,7 +257,7 @@ def _fields(name: str, file: BinaryIO) -> tuple[dict[str, str], dict[str, str]]:
         raise InvalidVolume(f"{name} cannot be read: it is damaged, or not a NRRD file")
     fields: dict[str, str] = {}
     pairs: dict[str, str] = {}
-    left = _LONGEST_HEADER
+    left = _MAX_HEADER_LENGTH
     while True:
         line = file.readline(left)
         left -= len(line)

@@ -16,9 +16,9 @@ __all__ = ["Damaged", "is_too_short", "open_voxels"]
 _CHUNK = 256 * 1024
 # Bytes after the voxels that are decompressed to reach the checksum at the end of a stream.
 _TAIL = 64 * 1024
-_LONGEST_NUMBER = 64
+_MAX_NUMBER_LENGTH = 64
 # The largest factor by which a format can shrink a volume: bzip2 holds 46 MB of zeros in a block of some 40 bytes.
-_MOST_INFLATION = {"raw": 1, "gzip": 1040, "zlib": 1040, "bzip2": 2_000_000, "hex": 1}
+_MAX_INFLATION = {"raw": 1, "gzip": 1040, "zlib": 1040, "bzip2": 2_000_000, "hex": 1}
 
 
 class Damaged(Exception):
@@ -159,7 +159,7 @@ class _Text:
         self._cut = b""
         if words and text and not text[-1:].isspace():
             self._cut = words.pop()
-        if len(self._cut) > _LONGEST_NUMBER or any(len(word) > _LONGEST_NUMBER for word in words):
+        if len(self._cut) > _MAX_NUMBER_LENGTH or any(len(word) > _MAX_NUMBER_LENGTH for word in words):
             raise Damaged
         try:
             convert = float if self._dtype.kind == "f" else int
@@ -174,7 +174,7 @@ class _Text:
 def is_too_short(size: int, header: VolumeHeader) -> bool:
     """Return whether a file of ``size`` bytes cannot hold its voxels, however well compressed."""
     least = 2 * header.n_values - 1 if header.encoding == "text" else header.n_bytes
-    return (size - header.start) * _MOST_INFLATION.get(header.encoding, 1) < least
+    return (size - header.start) * _MAX_INFLATION.get(header.encoding, 1) < least
 
 
 def open_voxels(file: BinaryIO, size: int, header: VolumeHeader) -> _Compressed | _Plain | _Hex | _Text:

@@ -42,7 +42,7 @@ _GZIP = b"\x1f\x8b"
 # Bytes decoded and converted at a time.
 _SLAB = 4 * 2**20
 # Scans, with their noise, compress to a tenth; masked ones to a hundredth. Anything smaller holds no scan.
-_MOST_COMPRESSED_SCAN, _SMALL_SCAN = 250, 64 * 2**20
+_MAX_COMPRESSED_SCAN, _SMALL_SCAN = 250, 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class OpenVolume:
 
 def is_compressed_too_far(n_bytes: int, size: int) -> bool:
     """Return whether a file of ``size`` bytes is too small for the noise of a scan of ``n_bytes`` in memory."""
-    return n_bytes > _SMALL_SCAN and n_bytes > _MOST_COMPRESSED_SCAN * size
+    return n_bytes > _SMALL_SCAN and n_bytes > _MAX_COMPRESSED_SCAN * size
 
 
 def volume_suffix(name: str) -> str | None:

@@ -33,7 +33,7 @@ _SAVED_BETWEEN = 0.3
 # Share of the volumes with a click where nothing is wrong.
 _NEEDLESS_CLICK = 0.1
 # Voxels.
-_LARGEST_SHIFT = 3
+_MAX_SHIFT = 3
 # Separates these random numbers from others of the same step.
 _STREAM = 0xC11C
 
@@ -150,7 +150,7 @@ def _spoilt(truth: _Labels, rng: np.random.Generator) -> _Labels:
     mask = np.zeros_like(truth)
     kept = rng.random(int(UNLABELLED)) < rng.choice([0.0, 0.7, 1.0], p=[0.1, 0.2, 0.7])
     for value in np.unique(truth):
-        offset = rng.integers(-_LARGEST_SHIFT, _LARGEST_SHIFT + 1, 3)
+        offset = rng.integers(-_MAX_SHIFT, _MAX_SHIFT + 1, 3)
         if 0 < value < UNLABELLED and kept[value]:
             # Nothing moves along an axis of a single voxel.
             offset = np.where(np.array(truth.shape) > 1, offset, 0)

@@ -31,7 +31,7 @@ __all__ = ["Patches", "draw_order", "seed_everything"]
 logger = logging.getLogger(__name__)
 
 # Number of processes that draw patches for a GPU: more do not help, and fewer than two cannot keep up.
-_MOST_WORKERS, _FEWEST_WORKERS = 12, 2
+_MAX_WORKERS, _MIN_WORKERS = 12, 2
 # Batches that each of them has ready.
 _PREFETCH = 2
 
@@ -168,8 +168,8 @@ def _workers(device: torch.device, batch_bytes: int, ranks: int) -> int:
     # Batches travel through it; a container has 64 MB by default.
     memory = os.statvfs("/dev/shm")
     room = memory.f_bavail * memory.f_frsize // (2 * (_PREFETCH + 1) * batch_bytes * ranks)
-    count = min(cores, room, _MOST_WORKERS)
-    return count if count >= _FEWEST_WORKERS else 0
+    count = min(cores, room, _MAX_WORKERS)
+    return count if count >= _MIN_WORKERS else 0
 
 
 def _mixed(seed: int, step: int, rank: int = 0) -> int:

@@ -27,7 +27,7 @@ from deformux.networks.deformux_net import DeformUXNet
 __all__ = ["LossReader", "TrainingStep"]
 
 # On a GPU, guidance of at most this many channels is convolved whole, whether its channels hold anything or not.
-_MOST_GUIDANCE = 32
+_MAX_GUIDANCE = 32
 
 
 class TrainingStep:
@@ -72,7 +72,7 @@ class TrainingStep:
         guidance = getattr(network, "guidance_channels", 0)
         # All of them: asking which hold anything would wait for the GPU.
         self._channels: tuple[Tensor, ...] = ()
-        if device.type == "cuda" and 0 < guidance <= _MOST_GUIDANCE:
+        if device.type == "cuda" and 0 < guidance <= _MAX_GUIDANCE:
             self._channels = (torch.arange(guidance, device=device),)
         # Gradients of the guidance stay in place, for a graph that adds to them.
         self._guidance = [p for name, p in network.named_parameters() if name.endswith(".guidance")]

@@ -36,7 +36,7 @@ Recorder: TypeAlias = Callable[[Callable[[], Tensor], torch.device, Any], Record
 
 # Windows of fewer voxels in total leave a large card idle; more gain nothing.
 _VOXELS_AT_ONCE = 2 * 96**3
-_MOST_WINDOWS = 16
+_MAX_WINDOWS = 16
 # Generous number of tensors of the first stage's width and the window's size that a call needs at a time.
 _LIVE_TENSORS = 16
 # Share of the free memory that windows may take, and of the whole card that a recording may keep.
@@ -165,7 +165,7 @@ class CapturedNetwork:
     def batch_size(self, window: Sequence[int]) -> int:
         """Return the number of windows that fill the card and fit into its memory."""
         voxels = math.prod(window)
-        wanted = max(1, min(_MOST_WINDOWS, _VOXELS_AT_ONCE // voxels))
+        wanted = max(1, min(_MAX_WINDOWS, _VOXELS_AT_ONCE // voxels))
         if self.device.type != "cuda" or not isinstance(self.network, DeformUXNet):
             return wanted
         width = PRESETS[self.network.preset].channels[0]

@@ -35,7 +35,7 @@ _FLAT = 0.5
 # Lead of a label where it was clicked: half a voxel's worth, as logits change by 5 per voxel there.
 _MARGIN = 2.5
 # An error that takes more has another cause than a misplaced border.
-_MOST = 12.0
+_MAX_ERROR = 12.0
 # Variance of errors of single voxels against that of errors shared by neighbours. It also keeps adjacent clicks of two
 # labels from outbidding each other by more than a few margins.
 _NUGGET = 0.2
@@ -166,7 +166,7 @@ def _amounts(
             now = [a + b for a, b in zip(columns[index], added, strict=True)]
             own = now.pop(label)
             missing = _MARGIN - (own - max(now))
-            amounts[index] = min(max(amounts[index] + missing / (1 + _NUGGET), 0.0), _MOST)
+            amounts[index] = min(max(amounts[index] + missing / (1 + _NUGGET), 0.0), _MAX_ERROR)
         if amounts == before:
             break
     return np.array(amounts)

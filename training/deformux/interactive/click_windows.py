@@ -15,7 +15,7 @@ from deformux.data.grid import Box, Index, triple
 __all__ = ["Lattice", "edit_window"]
 
 # A click's window on a CPU: about a third of a second with the tiny preset on two cores.
-_MOST_VOXELS = 64**3
+_MAX_VOXELS = 64**3
 _SMALLEST = 32
 # The network halves its input four times.
 _MULTIPLE = 16
@@ -23,7 +23,7 @@ _MULTIPLE = 16
 _STEP = 0.6
 
 
-def edit_window(patch_size: Sequence[int], most_voxels: int = _MOST_VOXELS) -> Index:
+def edit_window(patch_size: Sequence[int], most_voxels: int = _MAX_VOXELS) -> Index:
     """Return the window for edits by a network: its training patch, shortened evenly to a number of voxels."""
     window = list(patch_size)
     while math.prod(window) > most_voxels:

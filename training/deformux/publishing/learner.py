@@ -25,7 +25,7 @@ from deformux.publishing.model_versions import ModelVersions
 from deformux.publishing.publish_gate import Decision, Scores, decide
 from deformux.publishing.round_folder import RoundFolder
 from deformux.publishing.score_cache import ScoreCache
-from deformux.publishing.validation_split import FEWEST_TO_VALIDATE, Assignment
+from deformux.publishing.validation_split import MIN_CASES_TO_VALIDATE, Assignment
 
 __all__ = ["Learner", "Outcome", "Round"]
 
@@ -151,7 +151,8 @@ class Learner:
         self.assignment.assign(case.id for case in usable)
         validates = {case.id: self.assignment.validates(case.id) for case in usable}
         training = tuple(case for case in usable if not validates[case.id])
-        validation = tuple(case for case in usable if validates[case.id]) if len(usable) >= FEWEST_TO_VALIDATE else ()
+        can_validate = len(usable) >= MIN_CASES_TO_VALIDATE
+        validation = tuple(case for case in usable if validates[case.id]) if can_validate else ()
         if not training:
             raise TrainingError(
                 f"the only labelled volumes are kept for validation ({', '.join(validates)}); label another one"

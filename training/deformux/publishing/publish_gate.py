@@ -22,7 +22,7 @@ _TYPICAL_TOLERANCE = 0.005
 # Largest fall of the mean Dice below the best model of the line, over any number of publications.
 _TOTAL_TOLERANCE = 0.005
 # The fewest cases whose median means something.
-_FEWEST_FOR_MEDIAN = 3
+_MIN_FOR_MEDIAN = 3
 
 Scores = Mapping[str, Sequence[float]]
 """Case id to Dice per label."""
@@ -156,7 +156,7 @@ def _verdict(
         name, (before, after) = min(fallen.items(), key=lambda item: item[1][1] - item[1][0])
         return False, f"label {name} collapses: Dice {after:.4f} instead of {before:.4f}"
     typical = statistics.median(differences)
-    if len(differences) >= _FEWEST_FOR_MEDIAN and typical < -_TYPICAL_TOLERANCE:
+    if len(differences) >= _MIN_FOR_MEDIAN and typical < -_TYPICAL_TOLERANCE:
         return False, f"worse on most cases than the published model: the median Dice changes by {typical:+.4f}"
     return True, f"mean Dice {new:.4f}, published model {old:.4f}"
 
@@ -180,7 +180,7 @@ def _doubtful(candidate: Scores, incumbent: Scores, shares: Mapping[str, Sequenc
         elif dice < chance + min(chance / 2, 0.1) or dice == 0:
             doubtful[case] = f"both models are near chance: Dice {dice:.3f}, chance {chance:.3f}"
     rest = [dice for case, dice in best.items() if case not in doubtful]
-    if len(rest) >= _FEWEST_FOR_MEDIAN:
+    if len(rest) >= _MIN_FOR_MEDIAN:
         median = statistics.median(rest)
         for case, dice in best.items():
             if case not in doubtful and dice < median / 2:

@@ -12,11 +12,11 @@ from filelock import FileLock
 
 from deformux.data.checked_json import read_kept_twice, write_kept_twice
 
-__all__ = ["FEWEST_TO_VALIDATE", "Assignment"]
+__all__ = ["MIN_CASES_TO_VALIDATE", "Assignment"]
 
 logger = logging.getLogger(__name__)
 
-FEWEST_TO_VALIDATE = 5
+MIN_CASES_TO_VALIDATE = 5
 """With fewer labelled cases, all of them train."""
 
 # A fifth of the cases, by their hash.
@@ -58,7 +58,7 @@ class Assignment:
             new = [case for case in labelled if case not in sides]
             for count, case in enumerate(new, start=len(seen) + 1):
                 needed = validating < count // _VALIDATION_SHARE
-                validates = count >= FEWEST_TO_VALIDATE and (_hash(case) % _VALIDATION_SHARE == 0 or needed)
+                validates = count >= MIN_CASES_TO_VALIDATE and (_hash(case) % _VALIDATION_SHARE == 0 or needed)
                 sides[case] = "validation" if validates else "training"
                 validating += validates
             if new:

@@ -14,7 +14,7 @@ from deformux_label.lib.store.leases import Lease
 __all__ = ["Waiting", "WaitingVolumes"]
 
 # Volumes that a sentence names.
-_MOST_NAMED = 5
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ class WaitingVolumes:
 
 def first_names(images: Sequence[str]) -> str:
     """Return some of the names, and the number of the others."""
-    more = f" and {len(images) - _MOST_NAMED} more" if len(images) > _MOST_NAMED else ""
-    return f"{', '.join(images[:_MOST_NAMED])}{more}"
+    more = f" and {len(images) - _MAX_NAMED} more" if len(images) > _MAX_NAMED else ""
+    return f"{', '.join(images[:_MAX_NAMED])}{more}"
 
 
 def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders, unusable: frozenset[str]) -> Waiting:

@@ -24,7 +24,7 @@ PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
 PAUSE_S = 0.2
 _LINES = 20
 # Characters of a log line that are sent back.
-_MOST_OF_A_LINE = 300
+_MAX_LINE_LENGTH = 300
 
 
 def run_method(
@@ -104,7 +104,7 @@ def last_lines(log: Path) -> list[str]:
             lines = file.read().decode(errors="replace").splitlines()[-_LINES:]
     except OSError:
         return []
-    return [line if len(line) <= _MOST_OF_A_LINE else f"{line[:_MOST_OF_A_LINE]}…" for line in lines]
+    return [line if len(line) <= _MAX_LINE_LENGTH else f"{line[:_MAX_LINE_LENGTH]}…" for line in lines]
 
 
 def reason(what: str, code: int, details: list[str], hint: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["number_between"]
 
-_LONGEST_SHOWN = 60
+_MAX_SHOWN_LENGTH = 60
 
 
 def number_between(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
@@ -39,4 +39,4 @@ def _shown_bound(bound: float) -> str:
 
 def _shown(value: Any) -> str:
     """Quote a text; of a long value show the beginning."""
-    return repr(value[:_LONGEST_SHOWN]) if isinstance(value, str) else repr(value)[:_LONGEST_SHOWN]
+    return repr(value[:_MAX_SHOWN_LENGTH]) if isinstance(value, str) else repr(value)[:_MAX_SHOWN_LENGTH]

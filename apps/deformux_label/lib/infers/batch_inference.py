@@ -29,7 +29,7 @@ _IMAGES = ("all", "labeled", "unlabeled")
 _ORIGINAL = DefaultLabelTag.ORIGINAL.value
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _KEPT = 10
-_LONGEST_SENTENCE = 300
+_MAX_SENTENCE_LENGTH = 300
 _INTERRUPTED = "the batch inference was interrupted when its server ended; start it again for the volumes that are left"
 # Seconds after which a task without a process counts as lost: its server ended before it started one.
 _STARTING_S = 60.0
@@ -252,7 +252,7 @@ def _outcome(image: str, infer: Callable[[str], Any]) -> str:
     try:
         infer(image)
     except HTTPException as error:
-        return str(error.detail)[:_LONGEST_SENTENCE]
+        return str(error.detail)[:_MAX_SENTENCE_LENGTH]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             # The next volumes would fail for the same reason, each after an inference.

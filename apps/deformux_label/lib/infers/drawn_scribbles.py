@@ -20,7 +20,7 @@ __all__ = ["Drawn", "Scribbles", "drawn_of"]
 Scribbles = npt.NDArray[np.uint8]
 
 # An object reaches at most as far beyond its scribbles as they are long; this is the least margin.
-_LEAST_MARGIN_MM = 20.0
+_MIN_MARGIN_MM = 20.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
     assert around is not None
     sizes = voxel_sizes(affine)
     longest = float(((np.array(around[1]) - around[0]) * sizes).max())
-    margin = np.ceil(max(_LEAST_MARGIN_MM, longest) / sizes).astype(int)
+    margin = np.ceil(max(_MIN_MARGIN_MM, longest) / sizes).astype(int)
     return Drawn(scribbles, (triple(np.array(around[0]) - margin), triple(np.array(around[1]) + margin)))
 
 

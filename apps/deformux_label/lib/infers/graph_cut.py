@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Log-odds are clipped here: beyond it they are practically certain, and must not outweigh a scribble.
-_MOST_LOG_ODDS = 7.0
+_MAX_LOG_ODDS = 7.0
 # Weight of nearness relative to intensity; tuned on CT and MR organs with simulated scribbles.
 _NEARNESS = 2.0
 # Reach of a scribble that contradicts the network: its weight is exp(-distance / reach), in units of the scale.
@@ -41,7 +41,7 @@ _REACH = 3.0
 # Voxels with at least this probability are samples of the intensities of a side.
 _SURE = 0.9
 # Mixtures are fitted to at most this number of voxels, and tabulated in this number of steps of intensity.
-_MOST_SAMPLES = 20_000
+_MAX_SAMPLES = 20_000
 _STEPS = 512
 # Neighbouring voxels share a face.
 _NEIGHBOURS = 6
@@ -115,7 +115,7 @@ def cut(
         options: of the energy.
         connected: drop parts that are not connected to a foreground scribble.
     """
-    foreground = 1 / (1 + np.exp(-np.clip(log_odds, -_MOST_LOG_ODDS, _MOST_LOG_ODDS)))
+    foreground = 1 / (1 + np.exp(-np.clip(log_odds, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)))
     unary = make_iseg_unary(
         np.stack([1 - foreground, foreground]).astype(np.float32),
         scribbles[None],
@@ -165,7 +165,7 @@ def from_network(
     drawn = evidence(image, foreground, background) + around.log_odds()
     distance = ndimage.distance_transform_edt(~contradicted, sampling=around.spacing)
     weight = np.exp(-distance / (_REACH * around.scale)).astype(np.float32)
-    return weight * drawn + (1 - weight) * np.clip(own, -_MOST_LOG_ODDS, _MOST_LOG_ODDS)
+    return weight * drawn + (1 - weight) * np.clip(own, -_MAX_LOG_ODDS, _MAX_LOG_ODDS)
 
 
 def by_histogram(n_bins: int) -> Evidence:
@@ -196,8 +196,8 @@ def by_mixture(n_mixtures: int) -> Evidence:
 def _density(samples: Values, n_mixtures: int, at: Values) -> Values:
     if samples.size == 0:
         return np.ones_like(at)
-    if samples.size > _MOST_SAMPLES:
-        samples = np.random.default_rng(0).choice(samples, _MOST_SAMPLES, replace=False)
+    if samples.size > _MAX_SAMPLES:
+        samples = np.random.default_rng(0).choice(samples, _MAX_SAMPLES, replace=False)
     # No more Gaussians than there are distinct samples.
     n_components = int(np.clip(len(np.unique(samples)) // 4, 1, n_mixtures))
     if samples.size == 1:

@@ -48,7 +48,7 @@ __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 logger = logging.getLogger(__name__)
 
 # Cutting more voxels takes too long and too much memory, so larger voxels are cut instead.
-_MOST_VOXELS = 3_000_000
+_MAX_VOXELS = 3_000_000
 
 
 class GraphCut(InferTask):
@@ -256,7 +256,7 @@ def _scaled(image: torch.Tensor) -> torch.Tensor:
 def _factors(size: Sequence[int], spacing: npt.NDArray[np.float64]) -> tuple[int, int, int]:
     """Return the number of voxels to merge along each axis; the shortest sides grow first."""
     factors = [1, 1, 1]
-    while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MOST_VOXELS:
+    while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MAX_VOXELS:
         factors[min(range(3), key=lambda axis: spacing[axis] * factors[axis])] += 1
     return triple(factors)
 

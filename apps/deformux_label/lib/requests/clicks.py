@@ -14,10 +14,10 @@ from deformux_label.lib.requests.inference import InferenceRequest
 from deformux_label.lib.requests.options import chosen, one_of
 from deformux_label.lib.requests.uploaded_label import label_file_of
 
-__all__ = ["BACKGROUND_LABEL", "MOST_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "in_files_order"]
+__all__ = ["BACKGROUND_LABEL", "MAX_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "in_files_order"]
 
 BACKGROUND_LABEL = "background"
-MOST_POINTS = 1_000
+MAX_POINTS = 1_000
 # Slicer mirrors the third axis of every left-handed scan that it loads, and counts voxels in that order. Its extension
 # sends the first value of an option; a client that sends none means the voxels of the file.
 VOXEL_ORDERS = ("slicer", "file")
@@ -116,8 +116,8 @@ def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | Non
     for name, value in request.items():
         if name not in values and name != "foreground" and _is_points(value):
             raise HTTPException(400, f"there are points for {name!r}, which is not one of {', '.join(values)}")
-    if (number := sum(map(len, lists.values()))) > MOST_POINTS:
-        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {number}")
+    if (number := sum(map(len, lists.values()))) > MAX_POINTS:
+        raise HTTPException(400, f"at most {MAX_POINTS} points are possible; got {number}")
     order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
     owner: dict[_Voxel, int] = {}
     for name in order:
@@ -132,8 +132,8 @@ def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | Non
 def _voxels(name: str, value: Any) -> list[_Voxel]:
     if not isinstance(value, list):
         raise HTTPException(400, f"the points of {name!r} must be a list of [i, j, k]; got {_short(value)}")
-    if len(value) > MOST_POINTS:
-        raise HTTPException(400, f"at most {MOST_POINTS} points are possible; got {len(value)} for {name!r}")
+    if len(value) > MAX_POINTS:
+        raise HTTPException(400, f"at most {MAX_POINTS} points are possible; got {len(value)} for {name!r}")
     return [_voxel(name, point) for point in value]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import HTTPException
 
 __all__ = [
-    "LONGEST_NAME",
+    "MAX_NAME_LENGTH",
     "checked_image_id",
     "checked_revision",
     "checked_tag",
@@ -26,15 +26,15 @@ __all__ = [
 ]
 
 # Bytes of UTF-8: with a suffix and the prefix of a temporary name it still fits into the 255 of a file name.
-LONGEST_NAME = 200
-_LONGEST_TEXT = 1_000
+MAX_NAME_LENGTH = 200
+_MAX_TEXT_LENGTH = 1_000
 _DEEPEST = 32
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _VERSION = re.compile(r"v[0-9]{4,9}")
 _LAST_REVISION = 999_999_999
 
 
-def is_text(value: object, most: int = _LONGEST_TEXT) -> bool:
+def is_text(value: object, most: int = _MAX_TEXT_LENGTH) -> bool:
     """Return whether a value is Unicode text of at most ``most`` bytes without control characters or surrogates."""
     if not isinstance(value, str):
         return False
@@ -48,7 +48,7 @@ def is_text(value: object, most: int = _LONGEST_TEXT) -> bool:
 def is_image_id(value: object) -> bool:
     """Return whether a value can be an image id: text that is also the name of a visible file in any folder."""
     return (
-        is_text(value, LONGEST_NAME)
+        is_text(value, MAX_NAME_LENGTH)
         and isinstance(value, str)
         and value.strip() == value != ""
         and not value.startswith(".")
@@ -61,7 +61,7 @@ def checked_image_id(value: object, *, status: int = 400) -> str:
     if not is_image_id(value):
         raise HTTPException(
             status,
-            f"{_shown(value)} cannot be an image id; use a name of at most {LONGEST_NAME} bytes without path "
+            f"{_shown(value)} cannot be an image id; use a name of at most {MAX_NAME_LENGTH} bytes without path "
             "separators, control characters or a dot in front",
         )
     return str(value)
@@ -93,7 +93,7 @@ def checked_revision(value: object) -> int:
     return value
 
 
-def checked_text(name: str, value: object, most: int = _LONGEST_TEXT) -> str:
+def checked_text(name: str, value: object, most: int = _MAX_TEXT_LENGTH) -> str:
     """Return the text of the field ``name``; raise HTTPException 400 for anything else."""
     if not is_text(value, most):
         raise HTTPException(

@@ -10,9 +10,9 @@ from fastapi import HTTPException
 
 from deformux_label.lib.requests.identifiers import refuse_invalid_text
 
-__all__ = ["LARGEST_NUMBER", "json_object", "read_json"]
+__all__ = ["MAX_NUMBER", "json_object", "read_json"]
 
-LARGEST_NUMBER = 2**63
+MAX_NUMBER = 2**63
 """Whole numbers must be below it: larger ones fit into no array and no database."""
 
 
@@ -66,6 +66,6 @@ def _finite(text: str) -> float:
 
 def _whole(text: str) -> int:
     # Longer ones take long to parse.
-    if len(text) > 20 or not -LARGEST_NUMBER <= (value := int(text)) < LARGEST_NUMBER:
+    if len(text) > 20 or not -MAX_NUMBER <= (value := int(text)) < MAX_NUMBER:
         raise ValueError(f"{text[:40]}; whole numbers must be below 2^63")
     return value

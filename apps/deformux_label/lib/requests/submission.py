@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.options import with_checked_client
 
-__all__ = ["FINAL_TAG", "MOST_INFO_BYTES", "Submission"]
+__all__ = ["FINAL_TAG", "MAX_INFO_BYTES", "Submission"]
 
 FINAL_TAG = DefaultLabelTag.FINAL.value
 # Information about volumes and labels is sent with every listing.
-MOST_INFO_BYTES = 100_000
+MAX_INFO_BYTES = 100_000
 
 
 class Submission(BaseModel):
@@ -35,5 +35,5 @@ class Submission(BaseModel):
     @classmethod
     def of(cls, image: str, tag: str, params: str) -> Submission:
         """Parse the parts of a request; raise HTTPException for bad ones."""
-        info = with_checked_client(json_object(params, most=MOST_INFO_BYTES))
+        info = with_checked_client(json_object(params, most=MAX_INFO_BYTES))
         return cls(image=image, tag=tag or FINAL_TAG, info=info)

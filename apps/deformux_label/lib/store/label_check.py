@@ -26,11 +26,11 @@ __all__ = ["checked_labels", "label_array", "segment_values"]
 # The Slicer extension never saves these segments, and therefore never numbers them.
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
 # Largest value in a file whose segments are not the project's labels.
-_MOST_SEGMENTS = 65_535
+_MAX_SEGMENTS = 65_535
 # Each layer of segments takes as much memory as the scan.
-_MOST_LAYERS = 256
+_MAX_LAYERS = 256
 # Largest size in memory of a file of segments: per voxel of its scan, and what is allowed for any scan.
-_MOST_LABEL_BYTES = 16
+_MAX_LABEL_BYTES = 16
 _SMALL_LABEL_BYTES = 2**28
 
 
@@ -78,7 +78,7 @@ def segment_values(
     with _refused(label, image, image_id):
         scan = _header(image)
         with open_volume(label) as opened:
-            found = _values_on(scan, opened, _MOST_SEGMENTS, unlabelled=False)
+            found = _values_on(scan, opened, _MAX_SEGMENTS, unlabelled=False)
         return found.values.astype(np.uint16), found.placement.matrix, scan.affine
 
 
@@ -124,9 +124,9 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
     """Do as ``_of_values`` for a file that names its segments and may cover only a part of the scan."""
     segments = segments_of(opened.name, opened.header)
     placement = _Placement.of(scan, opened)
-    if opened.header.layers > _MOST_LAYERS:
+    if opened.header.layers > _MAX_LAYERS:
         raise InvalidVolume(
-            f"{opened.name} has {opened.header.layers} layers of segments; at most {_MOST_LAYERS} are read"
+            f"{opened.name} has {opened.header.layers} layers of segments; at most {_MAX_LAYERS} are read"
         )
     _check_size(scan, opened)
     stored = opened.read(opened.header.dtype.newbyteorder("=")).values
@@ -140,7 +140,7 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
 
 def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
     """Refuse a file that would take far more memory than its scan: a small file of labels may be huge in memory."""
-    if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MOST_LABEL_BYTES * math.prod(scan.shape)):
+    if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MAX_LABEL_BYTES * math.prod(scan.shape)):
         raise InvalidVolume(
             f"{opened.name} holds {opened.header.n_bytes // 10**6:,} MB of {shown_shape(opened.header.file_shape)} "
             f"values for an image of {shown_shape(scan.shape)} voxels; expected segments of about the image's size"

@@ -17,13 +17,13 @@ from typing import Any
 from deformux_label.lib.requests.identifiers import checked_text, is_image_id, is_text
 from deformux_label.lib.store.state import StateDatabase, put_aside
 
-__all__ = ["MOST_LEASES", "Lease", "Leases"]
+__all__ = ["MAX_LEASES", "Lease", "Leases"]
 
 logger = logging.getLogger(__name__)
 
-MOST_LEASES = 50
+MAX_LEASES = 50
 """Leases that one annotator, or one address, may hold at a time."""
-_LONGEST_NAME = 200
+_MAX_NAME_LENGTH = 200
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Leases:
     """
 
     def __init__(
-        self, path: Path, *, minutes: float = 60.0, most: int = MOST_LEASES, clock: Callable[[], float] = time.time
+        self, path: Path, *, minutes: float = 60.0, most: int = MAX_LEASES, clock: Callable[[], float] = time.time
     ) -> None:
         self.path = path
         self.seconds = 60.0 * minutes
@@ -90,10 +90,10 @@ class Leases:
         Raises:
             HTTPException: 400 for a name that is not text.
         """
-        checked_text("client_id", annotator, _LONGEST_NAME)
+        checked_text("client_id", annotator, _MAX_NAME_LENGTH)
         if self.seconds <= 0:
             return next(iter(ranked), None)
-        address = address if is_text(address, _LONGEST_NAME) else "unknown"
+        address = address if is_text(address, _MAX_NAME_LENGTH) else "unknown"
 
         def give(db: sqlite3.Connection) -> str | None:
             held, now = self._held(db), self._clock()
@@ -271,7 +271,7 @@ def _fault(lease: Lease) -> str:
     """Return what is wrong with a lease that was read; empty if nothing is."""
     if not is_image_id(lease.image):
         return "its image is not an image id"
-    if not is_text(lease.annotator, _LONGEST_NAME) or not is_text(lease.strategy):
+    if not is_text(lease.annotator, _MAX_NAME_LENGTH) or not is_text(lease.strategy):
         return "its annotator or strategy is not text"
     if lease.model_version is not None and not is_text(lease.model_version):
         return "its model version is not text"

@@ -11,7 +11,7 @@ __all__ = ["Notices", "count_and_first", "printable"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_LISTED = 50
+_MAX_LISTED = 50
 
 
 class Notices:
@@ -27,7 +27,7 @@ class Notices:
         if sentence not in self._warnings:
             logger.warning("%s", sentence[:1].upper() + sentence[1:])
         self._warnings[sentence] = None
-        while len(self._warnings) > _MOST_LISTED:
+        while len(self._warnings) > _MAX_LISTED:
             self._warnings.popitem(last=False)
 
     def warnings(self) -> list[str]:
@@ -38,16 +38,16 @@ class Notices:
         """Log new names, with their reasons."""
         new = {name: reason for name, reason in reasons.items() if f"{what} {name} {reason}" not in self._told}
         self._told.update(f"{what} {name} {reason}" for name, reason in new.items())
-        for name, reason in list(new.items())[:_MOST_LISTED]:
+        for name, reason in list(new.items())[:_MAX_LISTED]:
             logger.warning("%s: %s: %s", what, printable(name), printable(reason))
-        if len(new) > _MOST_LISTED:
-            logger.warning("%s: and %d more; `deformux-label studies` lists them", what, len(new) - _MOST_LISTED)
+        if len(new) > _MAX_LISTED:
+            logger.warning("%s: and %d more; `deformux-label studies` lists them", what, len(new) - _MAX_LISTED)
 
 
 def count_and_first(reasons: Mapping[str, str]) -> dict[str, Any]:
     """Return the number of files and the first of them with the reasons, for ``/info/``."""
     first = [{"file": printable(name), "reason": printable(why)} for name, why in sorted(reasons.items())]
-    return {"count": len(reasons), "first": first[:_MOST_LISTED]}
+    return {"count": len(reasons), "first": first[:_MAX_LISTED]}
 
 
 def printable(text: str) -> str:

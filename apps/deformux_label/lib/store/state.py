@@ -24,9 +24,9 @@ _Result = TypeVar("_Result")
 
 _BUSY_S = 30.0
 _TABLES = ("leases", "tasks", "results", "labels", "numbers", "set_aside")
-_MOST_WARNINGS = 20
+_MAX_WARNINGS = 20
 # Characters of a record that is set aside: enough to see what it was.
-_MOST_KEPT = 10_000
+_MAX_KEPT = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases (
     image TEXT PRIMARY KEY, annotator TEXT NOT NULL, address TEXT NOT NULL,
@@ -102,16 +102,16 @@ class StateDatabase:
 
     def set_aside(self, db: sqlite3.Connection, kind: str, record: object, reason: str) -> None:
         """Keep an invalid record in the table ``set_aside``, and warn."""
-        text = shortened_ascii(record, _MOST_KEPT)
+        text = shortened_ascii(record, _MAX_KEPT)
         logger.warning("A record of %s is set aside (%s): %s", kind, reason, shortened_ascii(record))
-        self._noted = [*self._noted, f"a record of {kind} is invalid and is set aside: {reason}"][-_MOST_WARNINGS:]
+        self._noted = [*self._noted, f"a record of {kind} is invalid and is set aside: {reason}"][-_MAX_WARNINGS:]
         db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
         db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
 
     def warn(self, warning: str) -> None:
         """Add a sentence to ``warnings``."""
         logger.error("%s", warning)
-        self._noted = [*self._noted, warning][-_MOST_WARNINGS:]
+        self._noted = [*self._noted, warning][-_MAX_WARNINGS:]
 
     def warnings(self) -> list[str]:
         """Return one sentence for each thing that an operator should know."""
@@ -120,7 +120,7 @@ class StateDatabase:
         except FileNotFoundError:
             names = []
         damaged = [n for n in names if n.startswith(f"{self.path.name}.damaged-") and not n.endswith(("-wal", "-shm"))]
-        return [_LOST.format(name) for name in damaged[-_MOST_WARNINGS:]] + self._noted
+        return [_LOST.format(name) for name in damaged[-_MAX_WARNINGS:]] + self._noted
 
     def _with_connection(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
         with self._lock:

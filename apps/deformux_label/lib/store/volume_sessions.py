@@ -20,8 +20,8 @@ from deformux_label.lib.requests.uploads import StoredUpload, stored_upload
 
 __all__ = ["VolumeSession", "VolumeSessions"]
 
-_MOST_PER_CLIENT = 16
-_MOST = 128
+_MAX_PER_CLIENT = 16
+_MAX_SESSIONS = 128
 
 
 @dataclass
@@ -129,7 +129,7 @@ class VolumeSessions:
     def _make_room(self, client: str) -> None:
         """Drop the least recently used sessions of this client, then of all clients, down to the limits."""
         own = [session for session in self._sessions.values() if session.client == client]
-        for sessions, most in ((own, _MOST_PER_CLIENT), (list(self._sessions.values()), _MOST)):
+        for sessions, most in ((own, _MAX_PER_CLIENT), (list(self._sessions.values()), _MAX_SESSIONS)):
             for session in sorted(sessions, key=lambda session: session.used)[: max(0, len(sessions) - most)]:
                 self._drop(session.id)
 

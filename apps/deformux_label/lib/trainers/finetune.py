@@ -41,7 +41,7 @@ _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learni
 # The same labels give the same model, except for rounding.
 _SEED = 0
 # Number of unused or doubtful cases whose reasons are reported.
-_MOST_TOLD = 100
+_MAX_REPORTED = 100
 _STARTS = ("published", "pretrained", "scratch")
 
 
@@ -225,7 +225,7 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
 
 def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
     """Return the first cases only: every reply to ``GET /info/`` contains them."""
-    return dict(islice(by_case.items(), _MOST_TOLD))
+    return dict(islice(by_case.items(), _MAX_REPORTED))
 
 
 def _finite(value: float | None) -> float | None:

@@ -39,11 +39,11 @@ __all__ = ["DONE", "FINISHED", "PARENT_PIPE", "RUNNING", "AlreadyTraining", "Tra
 logger = logging.getLogger(__name__)
 
 _KEPT = 50
-_MOST_WAITING = 20
+_MAX_WAITING = 20
 # Characters of a request's JSON; all options together take a few hundred.
-_LONGEST_REQUEST = 10_000
+_MAX_REQUEST_LENGTH = 10_000
 # A training that crashes its server at each start is not started for ever.
-_MOST_STARTS = 5
+_MAX_STARTS = 5
 
 
 class AlreadyTraining(RuntimeError):
@@ -94,8 +94,8 @@ class TrainingQueue:
         def append(tasks: list[dict[str, Any]]) -> None:
             if not automatic and not enqueue:
                 _refuse_a_second(tasks)
-            if sum(known["status"] == QUEUED for known in tasks) >= _MOST_WAITING:
-                raise AlreadyTraining(f"{_MOST_WAITING} trainings are waiting already; ask again when some have ended")
+            if sum(known["status"] == QUEUED for known in tasks) >= _MAX_WAITING:
+                raise AlreadyTraining(f"{_MAX_WAITING} trainings are waiting already; ask again when some have ended")
             tasks.append(task)
 
         self._change(append)
@@ -216,7 +216,7 @@ class TrainingQueue:
         def recover(tasks: list[dict[str, Any]]) -> None:
             for task in tasks:
                 if task["status"] == RUNNING:
-                    again = not task.get("stop") and task["starts"] < _MOST_STARTS
+                    again = not task.get("stop") and task["starts"] < _MAX_STARTS
                     logger.warning("The training %s was interrupted; %s", task["id"], "resuming" if again else "ended")
                     if again:
                         # It is older than the queued ones, so it comes first again.
@@ -364,9 +364,9 @@ def _new_labels(db: sqlite3.Connection) -> int:
 def _check_request(request: Mapping[str, Any]) -> None:
     refuse_invalid_text(request)
     length = len(json.dumps(request))
-    if length > _LONGEST_REQUEST:
+    if length > _MAX_REQUEST_LENGTH:
         raise HTTPException(
-            400, f"the options of a training must be at most {_LONGEST_REQUEST} characters of JSON; got {length}"
+            400, f"the options of a training must be at most {_MAX_REQUEST_LENGTH} characters of JSON; got {length}"
         )
 
 

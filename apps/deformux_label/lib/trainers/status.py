@@ -21,7 +21,7 @@ __all__ = ["TrainingStatus"]
 
 logger = logging.getLogger(__name__)
 
-_MOST_BYTES = 1_000_000
+_MAX_BYTES = 1_000_000
 
 
 class TrainingStatus:
@@ -83,7 +83,7 @@ def _checked(content: bytes) -> dict[str, Any]:
     Raises:
         ValueError: the file is damaged.
     """
-    if len(content) > _MOST_BYTES:
+    if len(content) > _MAX_BYTES:
         raise ValueError(f"it has {len(content)} bytes")
     values = json.loads(content, parse_constant=_no_constant)
     if not isinstance(values, dict) or not isinstance(values.get("status"), str):
