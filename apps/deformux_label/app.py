@@ -54,8 +54,8 @@ from deformux_label.lib.trainers.finetune import FineTune
 from deformux_label.lib.trainers.process import end_with_the_server, leave_room_on_the_gpu
 from deformux_label.lib.trainers.queue import AlreadyTraining, TrainingQueue, with_queue
 from deformux_label.web.audit import AuditLog
-from deformux_label.web.error_responses import install
-from deformux_label.web.install import AUDIT_FILE, install_login
+from deformux_label.web.install import install
+from deformux_label.web.install_login import AUDIT_FILE, install_login
 from deformux_label.web.listening import host_of, reason_not_to_start
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import PRESETS
 from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
-from deformux_label.lib.configs.options import (
+from deformux_label.lib.configs.declared_options import (
     LISTEN_OPTIONS,
     PLAIN_OPTIONS,
     PROJECT_OPTIONS,

@@ -19,7 +19,7 @@ from urllib.parse import quote, urlsplit
 import requests
 from fuzz_values import FITTING, NAMES, OFTEN, OPTIONS, REMOVED, SPOILT, TEXT, TYPES, VALUES
 
-from deformux_label.web.offered import OFFERED
+from deformux_label.web.route_roles import OFFERED
 
 __all__ = ["Fuzzer", "Outcome", "Request", "fuzz"]
 

@@ -10,7 +10,7 @@ import requests
 from live import LiveServer
 
 from deformux_label.lib.requests.roles import ROLES
-from deformux_label.web.offered import OFFERED
+from deformux_label.web.route_roles import OFFERED
 from deformux_label.web.users import Users
 
 # One of each role, and a second annotator.

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from deformux_label.cli.main import app
 from deformux_label.web.audit import AUDITED
-from deformux_label.web.offered import OFFERED
+from deformux_label.web.route_roles import OFFERED
 from deformux_label.web.users import Users
 
 # They change nothing that outlives the request, or the app itself records the change.

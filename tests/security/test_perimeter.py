@@ -15,7 +15,7 @@ import requests
 from attacks import exchange, refusal, scan
 from live import CONF, LiveServer, serve_command, stock_command
 
-from deformux_label.web.offered import OFFERED
+from deformux_label.web.route_roles import OFFERED
 
 ALLOWED = "https://viewer.hospital.org"
 EVIL = "http://evil.example"

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from deformux_label.cli.common import app_folder, refuse
-from deformux_label.lib.configs.options import (
+from deformux_label.lib.configs.declared_options import (
     HOST,
     PORT,
     PROJECT_OPTIONS,

@@ -19,7 +19,7 @@ from anyio import CapacityLimiter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deformux_label.lib.requests.caller import Caller, calling
-from deformux_label.web.offered import offered
+from deformux_label.web.route_roles import offered
 
 __all__ = ["AUDITED", "Act", "AuditLog", "Audited", "Record", "read_log"]
 

@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse, Response
 from deformux_label.lib.requests.caller import note
 from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
 from deformux_label.web.login_page import login_page
-from deformux_label.web.offered import offered
+from deformux_label.web.route_roles import offered
 from deformux_label.web.tokens import SECONDS
 from deformux_label.web.users import InvalidUsers, User
 

@@ -1,4 +1,4 @@
-"""Installing the app in MONAI Label's web server: a perimeter, its own routes, one sentence for each bad request."""
+"""The sentence and the status that answer each failed request."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ import psutil
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from monailabel.config import settings
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelException
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware import Middleware
 
 from deformux_label.web.checked_route import DISK_FULL
-from deformux_label.web.connections import watch_connections
-from deformux_label.web.perimeter import Perimeter, host_names
-from deformux_label.web.routes import App, routers
-from deformux_label.web.routing import offer
 
-__all__ = ["install"]
+__all__ = ["install_error_responses"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +28,8 @@ _CLIENT_FAULTS = {
 }
 
 
-def install(server: FastAPI, app: App) -> None:
-    """Add the app's answers to a running MONAI Label server, and remove routes that are not offered."""
+def install_error_responses(server: FastAPI) -> None:
+    """Answer every exception of a request with one sentence."""
     server.add_exception_handler(StarletteHTTPException, _http_exception)
     server.add_exception_handler(RequestValidationError, _validation_error)
     server.add_exception_handler(MONAILabelException, _monailabel_exception)
@@ -44,21 +38,6 @@ def install(server: FastAPI, app: App) -> None:
     server.add_exception_handler(OSError, _os_error)
     server.add_exception_handler(psutil.NoSuchProcess, _ended_meanwhile)
     server.add_exception_handler(Exception, _unexpected)
-    offer(server, [route for router in routers(app) for route in router.routes])
-    options = app.server_options
-    # Replaces MONAI Label's middleware, which admits the pages of every site. The login comes behind it.
-    server.user_middleware[:] = [
-        Middleware(
-            Perimeter,
-            hosts=host_names(options.allow_origin),
-            origins=options.allow_origin,
-            max_upload_gb=options.max_upload_gb,
-            prefix=settings.MONAI_LABEL_API_STR,
-        )
-    ]
-    watch_connections()
-    # The handlers were collected at the start; they are collected again at the next request.
-    server.middleware_stack = None
 
 
 def _answer(status: int, detail: str) -> JSONResponse:

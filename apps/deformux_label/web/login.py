@@ -22,7 +22,7 @@ from deformux_label.lib.requests.roles import may
 from deformux_label.web.at_home import AtHome, place_of
 from deformux_label.web.attempts import Attempts, TooManyAttempts
 from deformux_label.web.listening import NO_LOGIN, is_own_address
-from deformux_label.web.offered import offered
+from deformux_label.web.route_roles import offered
 from deformux_label.web.tokens import Tokens
 from deformux_label.web.users import InvalidUsers, User, Users, verified
 

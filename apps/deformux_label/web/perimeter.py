@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deformux_label.lib.requests.identifiers import is_text
 from deformux_label.lib.requests.request_folder import requests_folder
 from deformux_label.web.listening import host_of
-from deformux_label.web.offered import OFFERED, offered
+from deformux_label.web.route_roles import OFFERED, offered
 
 __all__ = ["Perimeter", "host_names"]
 

@@ -11,7 +11,7 @@ from monailabel.endpoints import activelearning, batch_infer, datastore, infer, 
 from starlette.routing import BaseRoute, Route
 
 from deformux_label.web.checked_route import CheckedRoute
-from deformux_label.web.offered import offered
+from deformux_label.web.route_roles import offered
 from deformux_label.web.worker_threads import with_endpoint
 
 __all__ = ["offer"]

@@ -16,7 +16,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
-from deformux_label.lib.configs.options import (
+from deformux_label.lib.configs.declared_options import (
     AUTO_TRAIN,
     CACHE_GB,
     LEASE_MINUTES,

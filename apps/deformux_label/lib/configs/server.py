@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from deformux_label.lib.configs.options import (
+from deformux_label.lib.configs.declared_options import (
     ALLOW_ORIGIN,
     INSECURE,
     MAX_UPLOAD_GB,
