@@ -61,7 +61,7 @@ def test_two_processes_of_torchrun_train_one_network(cases: list[Case], tmp_path
         assert own["means"] == [[1.5], [0.5], None]
         assert own["nan"], "a loss that is no longer finite in one process must end them all"
         assert own["weight"] == 0
-        assert own["agree"] == [True, False]
+        assert own["any_process"] == [True, False]
         assert own["gather"] == [{"rank": 0}, {"rank": 1}]
         assert own["from_writer"] == "rank 0"
         # Stopped in one process, all stop after the same step, and are resumed from the one checkpoint.

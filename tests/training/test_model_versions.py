@@ -290,7 +290,7 @@ def test_without_both_records_the_newest_that_the_gate_allowed_is_served(
     versions = ModelVersions(root)
     assert versions.published() == "v0003"
     (warning,) = versions.warnings()
-    assert "it is not known any more which version was published; v0003, the newest" in warning
+    assert "it is no longer known which version was published; v0003, the newest" in warning
     assert [entry.kind for entry in versions.history()] == ["rebuilt"]
     assert versions.write(model(), CARD) == "v0005", "a name was given twice"
     assert versions.published() == "v0003"

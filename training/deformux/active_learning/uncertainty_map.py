@@ -67,7 +67,7 @@ def uncertainty_map(probabilities: Tensor) -> Tensor:
         probabilities: ``(C, x, y, z)``, summing to 1 over the classes; class 0 is background.
 
     Raises:
-        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     entropy = voxel_entropy(probabilities) / math.log(2)
     labelled = 1 - probabilities[0].float()

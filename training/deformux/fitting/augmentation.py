@@ -1,4 +1,4 @@
-"""Augmentation: random patches and how they are changed."""
+"""Augmentation: random patches and random changes to them."""
 
 from __future__ import annotations
 

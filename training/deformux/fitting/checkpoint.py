@@ -78,7 +78,7 @@ def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {})[_STATE])
             if values.pop("fingerprint") != of:
-                logger.warning("Starting anew: %s is of another training (recipe, cases, labels or start)", path)
+                logger.warning("Starting anew: %s belongs to another training (recipe, cases, labels or start)", path)
                 return None
             tensors: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - it is not a mapping
@@ -141,7 +141,7 @@ class CheckpointFile:
 
     @property
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough."""
+        """Return whether the last checkpoint is old enough."""
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -149,7 +149,7 @@ class CheckpointFile:
         try:
             save_checkpoint(self.path, checkpoint, of=self.run_id)
         except OSError as error:
-            # A full disk must not end the training, which only cannot be resumed.
+            # A full disk must not end the training: it only cannot be resumed.
             logger.error("The training goes on without a new checkpoint: %s", error)
         self.last = time.monotonic()
 

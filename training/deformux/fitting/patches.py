@@ -121,7 +121,7 @@ class Patches:
         if self.workers:
             # Forked, they share the volumes in memory.
             processes = {"num_workers": self.workers, "prefetch_factor": _PREFETCH, "multiprocessing_context": "fork"}
-        # Without its own generator the loader would draw from the global one, at moments of its choice.
+        # Without its own generator the loader would draw from the global one, at unpredictable moments.
         return DataLoader(
             _Batches(self._dataset, seed, self.ranks.rank),
             batch_sampler=[

@@ -82,8 +82,8 @@ class Recipe:
     low_resolution: float = 1.0
     intensity_probability: float = 0.5
     clicks: int = 0
-    # They take time, a sixth more from scratch and a third from a version. From a quarter of the training on instead of
-    # half of it, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
+    # Clicks take time, a sixth more from scratch and a third from a version. When they began after a quarter of the
+    # training instead of half, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
     click_probability: float = 0.3
     click_start: float = 0.5
     mixed_precision: bool = True
@@ -140,7 +140,7 @@ class Recipe:
         """Return plain values for the card, without those of clicks where there are none."""
         values = dataclasses.asdict(self)
         if not self.clicks:
-            # As before there were clicks: checkpoints and simulations are identified by this.
+            # Unchanged since before there were clicks: this identifies checkpoints and simulations.
             for name in ("clicks", "click_probability", "click_start"):
                 del values[name]
         return values

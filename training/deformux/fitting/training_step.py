@@ -108,7 +108,7 @@ class TrainingStep:
 
     @property
     def captures(self) -> bool:
-        """Whether gradients are replayed from CUDA graphs."""
+        """Return whether gradients are replayed from CUDA graphs."""
         return self._capture
 
     def compile(self) -> None:

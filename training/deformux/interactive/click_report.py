@@ -64,7 +64,7 @@ def _write_summary(path: Path, summary: Sequence[ClickSummary]) -> None:
 
 
 def click_rows(summary: Sequence[ClickSummary]) -> list[list[str]]:
-    """Return the rows of a table for people; the first column names what a row shows."""
+    """Return the rows of a human-readable table; the first column names what a row shows."""
     rows = [["", *(line.robot for line in summary)]]
     for i, count in enumerate(CLICK_COUNTS):
         rows.append(

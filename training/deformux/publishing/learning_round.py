@@ -76,22 +76,22 @@ class RoundPlan:
 
     @property
     def training_labels(self) -> dict[str, str]:
-        """Case id to label checksum."""
+        """Return label checksums by case id."""
         return {case.id: self.checksums[case.id] for case in self.training}
 
     @property
     def new(self) -> set[str]:
-        """Cases that the parent has not seen, or not with this label."""
+        """Return the cases that the parent has not seen, or not with this label."""
         return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
 
     @property
     def scratch_cases(self) -> int:
-        """Number of training cases when this line of models was last trained from scratch, after this round."""
+        """Return the training cases of the last training from scratch in this line of models, this round included."""
         from_scratch_now = self.parent is None or len(self.recipes) > 1
         return len(self.training) if from_scratch_now else self.last_from_scratch or len(self.training)
 
     def identity(self, scratch_recipe: Recipe) -> dict[str, Any]:
-        """Return what an interrupted round must have in common with this one to go on."""
+        """Return what an interrupted round must have in common with this one to be resumed."""
         return {
             "training": self.training_labels,
             "validation": {case.id: self.checksums[case.id] for case in self.validation},

@@ -24,7 +24,14 @@ from deformux.networks.model_file import (
     remove_unfinished,
     save_model,
 )
-from deformux.publishing.publications import KINDS, LOST, Publication, PublicationRecord, published_stack, worth_keeping
+from deformux.publishing.publications import (
+    KINDS,
+    REBUILT,
+    Publication,
+    PublicationRecord,
+    published_stack,
+    versions_to_keep,
+)
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
@@ -113,7 +120,7 @@ class ModelVersions:
 
         With ``quick`` no weights are read, and only damage to them that was found before is reported.
         """
-        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
+        kept = versions_to_keep(self._state(), _KEEP_PUBLISHED)
         cards = {path.stem for path in self._numbered(".json")}
         weights = {path.stem for path in self._numbered(".safetensors")}
         # Any other card without weights belongs to a version that is being written or deleted.
@@ -162,7 +169,7 @@ class ModelVersions:
         return [text for text in (state.fault, warning) if text]
 
     def doubt(self) -> str | None:
-        """Return why another version than the published one may be served; None where it is the published one."""
+        """Return why a version other than the published one may be served; None if it is the published one."""
         state = self._state()
         return self._served(state)[1] or (state.fault if state.lost else None)
 
@@ -182,7 +189,7 @@ class ModelVersions:
         """Serve this version from now on.
 
         Raises:
-            ValueError: there is no such version, or another one is pinned.
+            ValueError: there is no such version, or a different one is pinned.
         """
         self._publish(name, "publish", reason, by)
 
@@ -268,7 +275,7 @@ class ModelVersions:
             self._remove_leftovers()
             state = self._state()
             names = self.names()
-            kept = {*names[-keep:], *worth_keeping(state, keep_published), self._served(state)[0]}
+            kept = {*names[-keep:], *versions_to_keep(state, keep_published), self._served(state)[0]}
             kept |= {info.card.gate.get("champion") for info in self.infos() if info.name in kept}
             gone = [name for name in names if name not in kept]
             for name in gone:
@@ -304,9 +311,9 @@ class ModelVersions:
             return PublicationRecord()
         newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
         said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
-        reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
+        reason = f"{fault or f'{_STATE} is missing'}, so it is no longer known which version was published; {said}"
         # Every call returns the same: nothing is written until a version is published.
-        history = (Publication(newest, LOST, reason, "server", self.card(newest).created),) if newest else ()
+        history = (Publication(newest, REBUILT, reason, "server", self.card(newest).created),) if newest else ()
         return PublicationRecord(_number(names[-1]) if names else 0, None, history, reason, True)
 
     def _may_be_served(self, name: str) -> bool:
@@ -323,7 +330,7 @@ class ModelVersions:
         """Delete what crashes left; only under the lock, where nothing is being written."""
         remove_unfinished(self.root)
         # A version to keep that lost its weights keeps its card: they may come back from a backup.
-        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
+        kept = versions_to_keep(self._state(), _KEEP_PUBLISHED)
         for card in self._numbered(".json"):
             if card.stem not in kept and not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Whether a new model may replace the published one."""
+"""The gate: a comparison that decides whether a new model replaces the published one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LABEL_TOLERANCE = 0.05
 _TYPICAL_TOLERANCE = 0.005
 # Largest fall of the mean Dice below the best model of the line, over any number of publications.
 _TOTAL_TOLERANCE = 0.005
-# The fewest cases whose median means something.
+# Smallest number of cases with a meaningful median.
 _MIN_FOR_MEDIAN = 3
 
 Scores = Mapping[str, Sequence[float]]
@@ -30,7 +30,7 @@ Scores = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a candidate is published, and the numbers behind it.
+    """Decision whether to publish a candidate, and the numbers behind it.
 
     Args:
         publish: whether to publish it.

@@ -61,5 +61,5 @@ class RoundFolder:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            logger.warning("The interrupted training is not known any more, and begins anew: %s", error)
+            logger.warning("The record of the interrupted training is lost; starting anew: %s", error)
             return {}

@@ -1,4 +1,4 @@
-"""Which labelled cases validate and which train, once and for ever."""
+"""Permanent assignment of labelled cases to training or validation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VALIDATION_SHARE = 5
 
 
 class Assignment:
-    """Which cases validate and which train, in a file that only grows.
+    """Assignment of cases to training or validation, in a file that only grows.
 
     A case is assigned when it is first seen, and keeps its side for ever: models that trained on it are published, and
     scores on it would flatter them. The first four labelled cases train. From the fifth on a case
