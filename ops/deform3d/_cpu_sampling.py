@@ -1,4 +1,4 @@
-"""What both passes of the Numba backend share: sizes, compilation, and the positions that a voxel's taps sample.
+"""Code that both passes of the Numba backend share: sizes, compilation, and the positions that a voxel's taps sample.
 
 Input, output and their gradients are channels-last in memory, (N, D, H, W, C), so that the innermost loops run over
 contiguous channels. Arrays are flat and indexed in elements, in 64 bits. A row is a line of output voxels along w; rows

@@ -210,7 +210,7 @@ def test_a_section_is_replaced_and_others_stay(tmp_path: Path) -> None:
     write("first", "new")
     page = (tmp_path / "clicks.md").read_text()
     assert page == before.replace("old\n\n### part", "new")
-    assert page.startswith("# What clicks buy\n")
+    assert page.startswith("# What clicks gain\n")
     assert read_section(tmp_path, "clicks", "second") == "## Title of second\n\nkept\n"
     assert page.index("Title of first") < page.index("Title of second")
 

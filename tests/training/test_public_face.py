@@ -1,4 +1,4 @@
-"""What ``from deformux import …`` offers."""
+"""Names that ``from deformux import …`` offers."""
 
 import subprocess
 import sys
