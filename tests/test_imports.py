@@ -9,7 +9,8 @@ import pytest
 
 PACKAGES = {"deform3d": "ops/deform3d", "deformux": "training/deformux", "deformux_label": "apps/deformux_label"}
 
-# The parts of a package (subpackages, and modules beside them), and which others each may import. The package's own ``__init__`` may import all.
+# The parts of a package (subpackages, and modules beside them), and which others each may import. The package's own
+# ``__init__`` may import all.
 TRAINING_PARTS: dict[str, set[str]] = {
     "data": set(),  # files and arrays: no network
     "networks": {"data"},  # a model's card says how its input is preprocessed

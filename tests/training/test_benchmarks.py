@@ -268,10 +268,10 @@ def test_each_volume_of_a_simulation_is_stored_once() -> None:
     assert from_rows(json.loads(json.dumps(rows))) == rounds
 
 
-def test_rooms_import_only_common_and_themselves(repository: Path) -> None:
+def test_subpackages_import_only_common_and_themselves(repository: Path) -> None:
     folder = repository / "benchmarks"
-    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert rooms == {"common", "operator", "server", "quality"}
+    subpackages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert subpackages == {"common", "operator", "server", "quality"}
     for file in folder.glob("*/*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) benchmarks\.(\w+)", file.read_text(), re.MULTILINE))
         assert imported <= {"common", file.parent.name}, file

@@ -59,7 +59,7 @@ class Walk:
 
     @property
     def shared_bytes(self) -> int:
-        """Return the size of the copies of the weights, one cell per voxel and tap held at once, and one number per group."""
+        """Return the size of the weights' copies, one cell per voxel and tap held at once, and a number per group."""
         voxel = self.voxel_bytes
         groups = THREADS // self.group
         weights = CUBE_TAPS * voxel
