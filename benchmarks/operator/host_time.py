@@ -120,7 +120,7 @@ def least(runs: Runs) -> dict[str, float]:
 
 
 def settle() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -66,13 +66,13 @@ SEGMENT = 16
 def jit(function: Any) -> Any:
     """Compile on first use, and keep the machine code on disk if a folder for it is writable.
 
-    Numba compiles anew when the file of the function changes, not when another file that it calls does: after an edit
+    Numba recompiles when the file of the function changes, not when another file that it calls does: after an edit
     of this module or `_cpu_simd`, remove the ``__pycache__`` folder.
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Numba found no writable folder: compile anew in each process
+    except RuntimeError:  # Numba found no writable folder: compile again in each process
         return numba.njit(**options)(function)
 
 

@@ -61,7 +61,7 @@ def _equal_budget(folder: Path, *options: str) -> list[str | Path]:
     return [*command, "--results", folder / "results", "--threads", "1", "--sizes", "tiny", *options]
 
 
-# Each trial imports everything anew in its own process.
+# Each trial imports everything again in its own process.
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
     write_case, tmp_path: Path, repository: Path

@@ -150,7 +150,7 @@ def test_a_killed_process_ends_the_training_which_can_be_resumed(cases: list[Cas
                 if "deformux.fitting.rank_processes" in child.cmdline():
                     child.kill()
 
-    with pytest.raises(TrainingError, match=r"trained on cpu was killed \(SIGKILL\); the next training goes on"):
+    with pytest.raises(TrainingError, match=r"trained on cpu was killed \(SIGKILL\); the next training resumes"):
         fit_on(["cpu", "cpu"], killed, cases[:3], on_progress=kill, **options)
     resumed = network()
     result = fit_on(["cpu", "cpu"], resumed, cases[:3], **options)

@@ -273,7 +273,7 @@ def test_a_damaged_record_is_replaced_by_its_copy(published: ModelVersions, dama
     (warning,) = versions.warnings()
     assert re.match(r"publications\.json is (damaged|missing)", warning)
     assert "its copy publications.copy.json is used" in warning
-    # The next change writes both anew, and keeps the damaged file.
+    # The next change rewrites both, and keeps the damaged file.
     assert versions.rollback() == "v0002"
     assert (ModelVersions(root).published(), ModelVersions(root).warnings()) == ("v0002", [])
     assert (root / "publications.damaged.json").exists() is (damage is not unlink)

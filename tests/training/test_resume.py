@@ -58,7 +58,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_weights(write_case, 
         assert weights[0] == weights[1], name
         told, reference = (json.loads((tmp_path / f"{run}.json").read_text()) for run in (name, schedule))
         assert told["result"] == reference["result"]
-        assert told["here"]["resumed_from"] > 0, "it began anew"
+        assert told["here"]["resumed_from"] > 0, "it began again"
         assert told["here"]["resumed_from"] + told["here"]["steps"] == reference["here"]["steps"] == 6
 
 

@@ -57,7 +57,7 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
 
     Returns:
-        One value per label; None where its probabilities sum to less than one voxel.
+        One value per label; None if its probabilities sum to less than one voxel.
 
     Raises:
         ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
@@ -67,7 +67,7 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
 
 
 def volume_uncertainty(probabilities: Tensor) -> float:
-    """Return the mean of ``label_uncertainty`` over the labels in a volume; 0 where there is none.
+    """Return the mean of ``label_uncertainty`` over the labels in a volume; 0 if there is none.
 
     Args:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.

@@ -101,7 +101,7 @@ def _set_aside(path: Path) -> None:
         return
     except ValueError as error:
         aside = path.with_suffix(f".damaged{path.suffix}")
-        logger.error("%s; it is kept as %s and written anew", error, aside.name)
+        logger.error("%s; it is kept as %s and rewritten", error, aside.name)
         os.replace(path, aside)
 
 

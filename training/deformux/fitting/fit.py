@@ -36,7 +36,7 @@ _REPORT_SECONDS = 1.0
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message is one sentence for the user."""
+    """Training cannot start or continue; the message is one sentence for the user."""
 
 
 class TrainingStopped(TrainingError):
@@ -111,7 +111,7 @@ def fit(
         checkpoint_seconds: least time between two checkpoints.
         stop: asked after each step whether to stop; the checkpoint then holds that step.
         capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time, and compile
-            the network where the training is long enough to pay for it, which rounds differently.
+            the network if the training is long enough to pay for it, which rounds differently.
         compile_cache: folder that keeps compiled code for the next training.
         ranks: this process among those that train together, all of which call this with the same arguments but
             ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.

@@ -145,7 +145,7 @@ class _Followers:
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
     def tell(self, task: RankTask) -> None:
-        """Send each process its place and its task, a line each; raise OSError where one has ended."""
+        """Send each process its place and its task, a line each; raise OSError if one has ended."""
         for process, place in zip(self.processes, self._places, strict=True):
             assert process.stdin is not None
             process.stdin.write(f"{json.dumps(place)}\n{task.to_json()}\n".encode())
@@ -164,7 +164,7 @@ class _Followers:
         ended = zip(self.processes, self.devices[1:], strict=True)
         code, device = min((process.returncode, device) for process, device in ended if process.returncode)
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-        return f"the process that trained on {device} {how}; the next training goes on from the last checkpoint"
+        return f"the process that trained on {device} {how}; the next training resumes from the last checkpoint"
 
     def wait(self) -> None:
         """Wait until all have ended by themselves."""

@@ -47,7 +47,7 @@ class Recipe:
         click_probability: share of the steps with clicks, once there are any. Such a step takes about twice as long.
         click_start: share of the training before the first clicks, since a network must find something before it can
             err.
-        mixed_precision: bfloat16 where the device has it.
+        mixed_precision: bfloat16 if the device has it.
         cache_gb: memory for preprocessed volumes; the rest is read again each time.
 
     Raises:
@@ -119,7 +119,7 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> Recipe:
-        """Return the recipe with some values changed; raise ValueError with the valid names where one is unknown."""
+        """Return the recipe with some values changed; raise ValueError with the valid names if one is unknown."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(changes) - set(names))
         if unknown:
@@ -137,7 +137,7 @@ class Recipe:
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without those of clicks where there are none."""
+        """Return plain values for the card, without those of clicks if there are none."""
         values = dataclasses.asdict(self)
         if not self.clicks:
             # Unchanged since before there were clicks: this identifies checkpoints and simulations.

@@ -95,7 +95,7 @@ class TrainingState:
         """Keep the weights where their mean Dice is the best so far."""
         self.dice = mean_dice(list(scores.values()))
         self.stale_epochs += 1
-        # The first counts even where it is NaN, because validation volumes hold none of the labels.
+        # The first counts even if it is NaN, because validation volumes hold none of the labels.
         if self.best_weights is None or self.best_dice is None or self.dice > self.best_dice:
             self.best_dice = self.dice if math.isfinite(self.dice) else None
             self.best_scores = dict(scores)

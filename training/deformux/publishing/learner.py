@@ -1,4 +1,4 @@
-"""One round of learning: from all labels so far to a new version, which is published if it is not worse."""
+"""One round of learning: from all labels so far to a new version, published unless it is clearly worse."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class Learner:
         )
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
-        """Return name and file of the weights to start from; None where there are none, or of another architecture."""
+        """Return name and file of the weights to start from; None if there are none, or of another architecture."""
         published = self.versions.published() if not options.from_start else None
         path = self.versions.path(published) if published is not None else options.start
         if path is None or options.from_scratch:

@@ -59,7 +59,7 @@ class VersionInfo:
 class ModelVersions:
     """Versions ``v0001.safetensors`` and ``v0001.json``, …, and ``publications.json``, which says which is served.
 
-    The published version is the last entry of the history of publications, so that one rename moves the pointer. Where
+    The published version is the last entry of the history of publications, so that one rename moves the pointer. If
     its files are damaged or gone, the version published before it is served instead. The history is kept twice; where
     both copies are lost, the newest version that the gate did not refuse counts as published. ``warnings`` reports it.
 
@@ -83,14 +83,14 @@ class ModelVersions:
         )
 
     def path(self, name: str) -> Path:
-        """Return the model file of a version; raise ValueError with all versions where there is none of that name."""
+        """Return the model file of a version; raise ValueError with all versions if there is none of that name."""
         path = self.root / f"{name}.safetensors"
         if name not in self.names():
             raise ValueError(f"no version {name!r}; there are {', '.join(self.names()) or 'none yet'}")
         return path
 
     def card(self, name: str) -> ModelCard:
-        """Return the card of a version; raise ValueError where there is no such version, or its card is damaged."""
+        """Return the card of a version; raise ValueError if there is no such version, or its card is damaged."""
         return read_card(self.path(name))
 
     def infos(self) -> list[VersionInfo]:
@@ -108,7 +108,7 @@ class ModelVersions:
         return infos
 
     def info(self, name: str) -> VersionInfo:
-        """Return one version of ``infos``; raise ValueError where there is none of that name, or it is damaged."""
+        """Return one version of ``infos``; raise ValueError if there is none of that name, or it is damaged."""
         path = self.path(name)
         found = next((info for info in self.infos() if info.name == name), None)
         if found is None:
@@ -128,7 +128,7 @@ class ModelVersions:
         return {name: fault for name, fault in faults.items() if fault}
 
     def fault(self, name: str, *, quick: bool = False) -> str | None:
-        """Return why a version cannot be served, in one sentence without folders; None where it can.
+        """Return why a version cannot be served, in one sentence without folders; None if it can.
 
         Its weights are read once, and again when their file has changed; with ``quick`` not at all.
         """
@@ -202,7 +202,7 @@ class ModelVersions:
             return True
 
     def published(self) -> str | None:
-        """Return the version to serve: the one published last, or where that is damaged the one before it, or None.
+        """Return the version to serve: the one published last, or if that is damaged the one before it, or None.
 
         ``warnings`` says when it is not the one published last.
         """
@@ -214,7 +214,7 @@ class ModelVersions:
         return history[-1].version if history else None
 
     def _served(self, state: PublicationRecord) -> tuple[str | None, str | None]:
-        """Return the version to serve, and a sentence where that is not the published one."""
+        """Return the version to serve, and a sentence if that is not the published one."""
         stack = published_stack(state.history)
         if not stack:
             return None, None
@@ -302,7 +302,7 @@ class ModelVersions:
         write_kept_twice(self._state_path, state.to_dict(), indent=1)
 
     def _state(self) -> PublicationRecord:
-        """Return the record of publications, or one made from the cards where it is lost."""
+        """Return the record of publications, or one made from the cards if it is lost."""
         state, fault = read_kept_twice(self._state_path, PublicationRecord.from_dict)
         if state is not None:
             return dataclasses.replace(state, fault=fault)
@@ -337,7 +337,7 @@ class ModelVersions:
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes with the file, or None where there is no file."""
+    """Return a value that changes with the file, or None if there is no file."""
     try:
         found = path.stat()
     except OSError:

@@ -58,7 +58,7 @@ class PublicationRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PublicationRecord:
-        """Invert ``to_dict``; raise ValueError, TypeError or KeyError where the values are not a record."""
+        """Invert ``to_dict``; raise ValueError, TypeError or KeyError if the values are not a record."""
         history = tuple(Publication(**entry) for entry in values["history"])
         state = cls(int(values["last_number"]), values["pinned"], history)
         for name in (state.pinned, *(entry.version for entry in history)):
