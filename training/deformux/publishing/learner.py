@@ -64,7 +64,7 @@ class Learner:
         labels: names of labels 1..N.
         preprocessing: how scans become network input.
         preset: size of the network.
-        keep: number of newest versions to keep, beside those that ``ModelVersions.prune`` keeps.
+        keep: number of newest versions to keep, besides those that ``ModelVersions.prune`` keeps.
     """
 
     def __init__(

@@ -27,9 +27,9 @@ class Assignment:
     """Assignment of cases to training or validation, in a file that only grows.
 
     A case is assigned when it is first seen, and never changes sides: models that trained on it are published, and
-    scores on it would flatter them. The first four labelled cases train. From the fifth on a case
-    validates when the hash of its id says so (one in five), or when fewer than a fifth of the labelled cases would
-    validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
+    scores on it would flatter them. The first four labelled cases train. From the fifth on, a case validates if the
+    hash of its id says so (one in five), or if fewer than a fifth of the labelled cases would validate without it. So
+    five or more labelled cases always have both sides.
 
     Args:
         path: JSON file; written by rename, and kept twice.
