@@ -142,7 +142,7 @@ def joined(device: str) -> Iterator[Ranks]:
     number, local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.startswith("cuda"):
         if device != "cuda":
-            raise ValueError(f"each process uses the GPU of its local rank; give --device cuda, got {device!r}")
+            raise ValueError(f"each process takes the GPU of its local rank: use --device cuda; got {device!r}")
         if local > torch.cuda.device_count():
             raise ValueError(
                 f"{local} processes need as many GPUs, and this machine has {torch.cuda.device_count()}; "
