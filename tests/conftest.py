@@ -16,7 +16,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """End at once where the device asked for is not there: a run that skips everything looks like a success."""
+    """End at once if the requested device is missing: a run that skips everything looks like a success."""
     name = config.getoption("--device")
     if name == "cpu":
         return
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """A worker for each file, but one for all that need the same trainings, which take minutes."""
+    """Give each file to one worker, and all files that need the same trainings, which take minutes, to the same."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -51,7 +51,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 @cache  # asked for every test, several times
 def _shared_by(file: str) -> str:
-    """What the tests of a file share; its source tells, for the process that hands out tests collects none itself."""
+    """Return what a file shares with others, from its source: the process that hands out tests collects none itself."""
     # The parameter by which a test takes the fixture in tests/app/conftest.py.
     return "trainings" if "trainings: list" in (REPOSITORY / file).read_text() else file
 

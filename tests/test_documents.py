@@ -82,7 +82,7 @@ def test_measured_numbers_are_in_the_files_that_are_linked(name: str, repository
 
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_a_wrong_number_is_found(name: str, repository: Path) -> None:
-    """The check itself, with one number changed at a time in every claim."""
+    """Run the check itself with one number changed at a time in every claim."""
     found = [claim for claim in claims((repository / name).read_text()) if numbers(claim.text)]
     assert len(found) >= {"README.md": 5, "docs/results.md": 25}[name]
     unnoticed = checked = 0

@@ -1,4 +1,4 @@
-"""Who may import whom (the design's import rules), read from the source and checked in fresh processes."""
+"""The import rules between packages, read from the source and checked in fresh processes."""
 
 import ast
 import subprocess
@@ -9,8 +9,9 @@ import pytest
 
 PACKAGES = {"deform3d": "ops/deform3d", "deformux": "training/deformux", "deformux_label": "apps/deformux_label"}
 
-# The rooms of a package, and which others each may import. The package's own ``__init__`` may import all.
-TRAINING_ROOMS: dict[str, set[str]] = {
+# The parts of a package (subpackages, and modules beside them), and which others each may import. The package's own
+# ``__init__`` may import all.
+TRAINING_PARTS: dict[str, set[str]] = {
     "data": set(),  # files and arrays: no network
     "networks": {"data"},  # a model's card says how its input is preprocessed
     "inference": {"data", "networks"},  # a whole volume through a network
@@ -20,7 +21,7 @@ TRAINING_ROOMS: dict[str, set[str]] = {
     "publishing": {"data", "networks", "inference", "fitting"},  # trains, compares and writes versions
     "cli": {"data", "networks", "inference", "interactive", "fitting", "active_learning", "publishing"},
 }
-APP_ROOMS: dict[str, set[str]] = {
+APP_PARTS: dict[str, set[str]] = {
     "lib.configs": set(),  # options of the command line: no request, no file of the studies
     "lib.requests": {"lib.configs"},  # what a client sends, checked without looking at the studies
     "lib.background": {"lib.requests"},  # processes, whatever they run, on the GPUs that a request chooses
@@ -67,24 +68,24 @@ def modules_of(file: Path, package: str) -> set[str]:
     return {name for name in names if name.partition(".")[0] == package and not name.startswith(f"{package}.__")}
 
 
-def room_of(module: str) -> str:
-    """Return the room of a module, such as ``lib.store`` for ``deformux_label.lib.store.trash``."""
+def part_of(module: str) -> str:
+    """Return the part of a module, such as ``lib.store`` for ``deformux_label.lib.store.trash``."""
     parts = module.split(".")[1:]
     return ".".join(parts[: 2 if parts[0] == "lib" else 1])
 
 
 def arrows_of(repository: Path, package: str) -> dict[str, dict[str, set[str]]]:
-    """Return which rooms of a package each of its rooms imports, with the files that do."""
+    """Return which parts of a package each of its parts imports, with the files that do."""
     root = repository / PACKAGES[package]
     arrows: dict[str, dict[str, set[str]]] = {}
     for file in files_of(repository, package):
         path = file.relative_to(root.parent).with_suffix("")
         if file.name == "__init__.py" and file.parent in (root, root / "lib"):
             continue
-        room = room_of(".".join(path.parts))
-        found = arrows.setdefault(room, {})
-        for other in map(room_of, modules_of(file, package)):
-            if other != room:
+        part = part_of(".".join(path.parts))
+        found = arrows.setdefault(part, {})
+        for other in map(part_of, modules_of(file, package)):
+            if other != part:
                 found.setdefault(other, set()).add(str(path))
     return arrows
 
@@ -108,26 +109,26 @@ def test_imports_run_downward(repository: Path, package: str, forbidden: set[str
     assert upward == {}
 
 
-@pytest.mark.parametrize(("package", "allowed"), [("deformux", TRAINING_ROOMS), ("deformux_label", APP_ROOMS)])
-def test_rooms_import_only_what_the_table_allows(repository: Path, package: str, allowed: dict[str, set[str]]) -> None:
+@pytest.mark.parametrize(("package", "allowed"), [("deformux", TRAINING_PARTS), ("deformux_label", APP_PARTS)])
+def test_parts_import_only_what_the_table_allows(repository: Path, package: str, allowed: dict[str, set[str]]) -> None:
     arrows = arrows_of(repository, package)
-    assert arrows.keys() == allowed.keys(), "each room has a line in the table"
+    assert arrows.keys() == allowed.keys(), "each part has a line in the table"
     refused = {
-        (room, other): sorted(files)
-        for room, others in arrows.items()
+        (part, other): sorted(files)
+        for part, others in arrows.items()
         for other, files in others.items()
-        if other not in allowed[room]
+        if other not in allowed[part]
     }
     assert refused == {}
 
 
-def test_the_tables_have_no_circle() -> None:
-    for rooms in (TRAINING_ROOMS, APP_ROOMS):
-        left = dict(rooms)
+def test_the_tables_have_no_cycle() -> None:
+    for parts in (TRAINING_PARTS, APP_PARTS):
+        left = dict(parts)
         while left:
-            bottom = {room for room, others in left.items() if not others & left.keys()}
-            assert bottom, f"these rooms import each other: {sorted(left)}"
-            left = {room: others for room, others in left.items() if room not in bottom}
+            bottom = {part for part, others in left.items() if not others & left.keys()}
+            assert bottom, f"these parts import each other: {sorted(left)}"
+            left = {part: others for part, others in left.items() if part not in bottom}
 
 
 def test_only_one_file_imports_cupy_and_only_the_cpu_backend_numba(repository: Path) -> None:

@@ -19,7 +19,7 @@ COST_NOTES = (
     "- GMAC: of one patch, convolutions and matrix products as PyTorch counts them, plus the deformable convolutions "
     "with their interpolation; normalisation, activations and sums are not counted",
     "- memory: the largest of the training process (on a GPU: what PyTorch had allocated), volumes included",
-    "- where several trainings ran at a time, they waited for each other: their seconds compare nothing",
+    "- where several trainings ran at a time, they waited for each other: their times are not comparable",
     "- float32 convolutions on CPUs are those of `deformux.networks.fast_cpu_conv` in every network",
     "- p is against DeformUX-Net of the same size",
 )

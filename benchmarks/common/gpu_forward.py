@@ -71,7 +71,7 @@ def time_forward(watch: Stopwatch) -> Iterator[Timing]:
 
 
 def _tensors(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Input, offset, weight, bias; channels-last."""
+    """Return input, offset, weight, bias; channels-last."""
     batch, channels, *size = shape
     generator = torch.Generator().manual_seed(0)
     volumes = (torch.randn(batch, n, *size, generator=generator) for n in (channels, 81))

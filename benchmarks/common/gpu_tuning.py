@@ -23,7 +23,7 @@ _IRRELEVANT = ("taps_at_once",)
 
 
 def candidates(tuning: Tuning, field: str) -> list[Tuning]:
-    """`tuning` with other values of one field."""
+    """Return `tuning` with other values of one field."""
     now = getattr(tuning, field)
     step = 32 if field.endswith("_threads") else 1
     limited = field.endswith(("_threads", "_warps"))

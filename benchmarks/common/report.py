@@ -53,7 +53,7 @@ PAGES: Mapping[str, str] = MappingProxyType(
         "ablations": "The paper's ablations",
         "few_labels": "Few labelled volumes",
         "active_learning": "Choosing the next case",
-        "clicks": "What clicks buy",
+        "clicks": "What clicks gain",
         "learning": "The learning loop",
         "models": "The strongest models",
     }

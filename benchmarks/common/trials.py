@@ -84,12 +84,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """A file name that differs if anything differs that could change the result."""
+        """Return a file name that differs if anything differs that could change the result."""
         return self._named(self.title, ())
 
     @property
     def pace_name(self) -> str:
-        """A file name for its speed, which no seed changes."""
+        """Return a file name for its speed, which no seed changes."""
         return self._named(f"{self.network} {self.size}", ("title", "seed", "keep_model"))
 
     def _named(self, title: str, without: Collection[str]) -> str:

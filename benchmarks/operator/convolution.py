@@ -1,4 +1,4 @@
-"""What ``deformux.networks.fast_cpu_conv`` saves in float32: training steps and segmentations of `tiny`.
+"""Speedup by ``deformux.networks.fast_cpu_conv`` in float32: training steps and segmentations of `tiny`.
 
     python -m benchmarks.operator.convolution [--threads 1]
 

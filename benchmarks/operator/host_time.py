@@ -100,7 +100,7 @@ def call_times() -> dict[str, float]:
 
 
 def named(label: str, runs: Runs) -> Runs:
-    """The runs with a label before their names."""
+    """Return the runs with a label before their names."""
     return {f"{label}: {name}": run for name, run in runs.items()}
 
 
@@ -120,13 +120,13 @@ def least(runs: Runs) -> dict[str, float]:
 
 
 def settle() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def problem(shape: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Input, offsets, depthwise 3x3x3 weight and bias, as they lie in a channels-last network."""
+    """Return input, offsets, depthwise 3x3x3 weight and bias, laid out as in a channels-last network."""
     batch, channels, *size = shape
     shapes = (tuple(shape), (batch, 81, *size), (channels, 1, 3, 3, 3), (channels,))
     tensors = [torch.randn(s, device=device) for s in shapes]
@@ -134,17 +134,17 @@ def problem(shape: Sequence[int], device: torch.device) -> list[Tensor]:
 
 
 def operator(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The function under test."""
+    """Call the function under test."""
     return deform_conv3d(input, offset, weight, bias, padding=1)
 
 
 def depthwise(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001 - as `operator`
-    """The yardstick: PyTorch's depthwise convolution of the same sizes."""
+    """Call the yardstick, PyTorch's depthwise convolution of the same sizes."""
     return F.conv3d(input, weight, bias, padding=1, groups=input.shape[1])
 
 
 def whole_calls(shape: Sequence[int], device: torch.device) -> Runs:
-    """The operator beside its yardstick."""
+    """Return calls of the operator and of its yardstick."""
     tensors = problem(shape, device)
     functions = {"deform_conv3d": operator, "depthwise conv3d": depthwise}
     return {
@@ -153,7 +153,7 @@ def whole_calls(shape: Sequence[int], device: torch.device) -> Runs:
 
 
 def calls(tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> Runs:
-    """One function without autograd, and as in a training step."""
+    """Return calls of a function without autograd, and as in a training step."""
 
     @torch.no_grad()
     def forward() -> None:
@@ -166,7 +166,7 @@ def calls(tensors: Sequence[Tensor], function: Callable[..., Tensor]) -> Runs:
 
 
 def leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors as leaves of a graph."""
+    """Return the tensors as leaves of a graph."""
     return [t.clone().requires_grad_() for t in tensors]
 
 
@@ -179,7 +179,7 @@ def forward_and_backward(
 
 
 def pieces(tensors: Sequence[Tensor]) -> Runs:
-    """Parts of a call by themselves."""
+    """Return parts of a call by themselves."""
     input, offset, weight, bias = tensors
     return {
         "checks": lambda: check(input, offset, weight, bias, None, ONES, ONES, ONES),
@@ -199,12 +199,12 @@ class Idle:
         self.count += 1
 
     def multiprocessors(self, device: torch.device) -> int:  # noqa: ARG002 - the launcher's signature
-        """As many as an H100 or H200 has."""
+        """Return the number of an H100 or H200."""
         return 132
 
 
 def launcher(runtime: Idle) -> Any:
-    """The CUDA backend with another runtime."""
+    """Return the CUDA backend with a different runtime."""
     return SimpleNamespace(
         forward=lambda *arguments: _launch.forward(runtime, *arguments),
         backward=lambda *arguments: _launch.backward(runtime, *arguments),
@@ -231,7 +231,7 @@ def backend(module: Any) -> Iterator[None]:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """PyTorch's deterministic mode, which on a GPU sorts samples in another way."""
+    """Switch on PyTorch's deterministic mode, which on a GPU sorts samples in a different way."""
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -33,7 +33,7 @@ class Row:
 
     @property
     def published_mean(self) -> float:
-        """Mean over the three data sets, which gives the paper's order."""
+        """Return the mean over the three data sets, which gives the paper's order."""
         return float(np.mean(self.amos_kits_pancreas))
 
 

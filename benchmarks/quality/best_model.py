@@ -1,7 +1,7 @@
 """The strongest model within a budget of minutes, its settings chosen without ``val``.
 
     python -m benchmarks.quality.best_model                                              # tiny, 60 minutes on the CPU
-    python -m benchmarks.quality.best_model --preset base --minutes 20 --device cuda     # what one GPU makes of base
+    python -m benchmarks.quality.best_model --preset base --minutes 20 --device cuda     # base on one GPU
     python -m benchmarks.quality.best_model --minutes 0.1 --choose-seconds 2 --cases 8 --seeds 1 --changes lr=2e-3
 
 Changes to recipe and patches are tried one by one, each for ``--choose-seconds`` of training, on three quarters of
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--choose-seconds", type=float, default=300.0, help="of each training that settings are chosen by"
     )
-    parser.add_argument("--least-gain", type=float, default=0.001, help="Dice that a change must bring to be kept")
+    parser.add_argument("--least-gain", type=float, default=0.001, help="gain in Dice for which a change is kept")
     parser.add_argument("--changes", nargs="*", choices=tuple(CHANGES), default=tuple(CHANGES), help="what is tried")
     parser.add_argument("--output", type=Path, help="model file; default: in the folder of --work")
     arguments = parser.parse_args()

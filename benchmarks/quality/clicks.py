@@ -1,14 +1,14 @@
-"""What clicks buy on ``val``, and the time that a case costs an annotator with and without the model.
+"""Gain in Dice from clicks on ``val``, and the time that a case costs an annotator with and without the model.
 
     python -m benchmarks.quality.clicks --model best_tiny.safetensors
     python -m benchmarks.quality.clicks --model hippocampus --cases 2      # to try it
 
-Robots click into the largest errors, as ``deformux clicks``. With the model a case costs the automatic segmentation
-and the clicks to a Dice; a click costs the model's answer and ``--click-seconds`` of the annotator. Without the model
-every slice that holds a label is drawn, ``--slice-seconds`` each, along the axis with the fewest such slices. Both
-times of the annotator are assumptions, the rest is measured. A case that does not reach the Dice within 20 clicks
-costs these and its drawing. A killed run resumes after the last finished case. Adds each case to data/clicks.json and
-rewrites the section quality_clicks of clicks.md.
+Simulated annotators click into the largest errors, as in ``deformux clicks``. With the model a case costs the
+automatic segmentation and the clicks to a Dice; a click costs the model's answer and ``--click-seconds`` of the
+annotator. Without the model every slice that holds a label is drawn, ``--slice-seconds`` each, along the axis with the
+fewest such slices. Both times of the annotator are assumptions, the rest is measured. A case that does not reach the
+Dice within 20 clicks costs these and its drawing. A killed run resumes after the last finished case. Adds each case to
+data/clicks.json and rewrites the section quality_clicks of clicks.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _CAP = 20
 
 @dataclass(frozen=True)
 class Played:
-    """Result of one case: the robots' clicks, seconds of the automatic segmentation, and slices to draw without it."""
+    """Result of one case: simulated clicks, seconds of the automatic segmentation, and slices to draw without it."""
 
     robots: tuple[CaseResult, ...]
     automatic_s: float
@@ -125,12 +125,13 @@ def _report(
     section = Section(
         "clicks",
         "quality_clicks",
-        "What clicks buy, and what a case costs",
+        "What clicks gain, and what a case costs",
         [
             *bullets(machine),
             f"- model `{arguments.model}`, preset `{card.preset}`, trained {trained} clicks on "
             f"{len(card.training_cases)} volumes",
-            f"- {len(played)} of {planned} `val` volumes; robots of `deformux clicks`, at most {_CAP} clicks",
+            f"- {len(played)} of {planned} `val` volumes; "
+            f"simulated annotators of `deformux clicks`, at most {_CAP} clicks",
             f"- **assumed**: {arguments.click_seconds:g} s of an annotator's time per click, "
             f"{arguments.slice_seconds:g} s per slice that is drawn; measured: the model's time, clicks, slices",
             "",

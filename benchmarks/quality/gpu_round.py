@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Play one round for each seed; yield the data so far after each."""
+    """Run one round for each seed; yield the data so far after each."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     task = hippocampus(arguments, patch_size=(32, 48, 32))
     device = torch_device(arguments.device)

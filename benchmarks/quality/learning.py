@@ -1,4 +1,4 @@
-"""What the learning loop learns from hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
+"""The learning loop on hippocampus labels, on the CPU: two rounds of ten, and many with corrupted labels.
 
     python -m benchmarks.quality.learning [--data FOLDER] [--part target|corrupted]
         [--rounds 50] [--steps 60] [--spacing 1.5,1.5,1.5 --patch-size 32,48,32]
@@ -120,7 +120,7 @@ class Loop:
 
     @property
     def patch(self) -> str:
-        """The patch of one step, in words."""
+        """Return the patch of one step in words."""
         size = "×".join(map(str, self.prep.patch_size))
         spacing = "×".join(f"{mm:g}" for mm in self.prep.spacing_mm) if self.prep.spacing_mm else "1×1×1"
         return f"one patch of {size} voxels of {spacing} mm"
@@ -137,7 +137,7 @@ class Loop:
 
 
 def target(arguments: argparse.Namespace, state: Path) -> dict[str, Any]:
-    """Play two rounds of ten new labels each."""
+    """Run two rounds of ten new labels each."""
     loop = Loop(arguments, state)
     steps = arguments.steps or 200
     for number, count in enumerate((10, 20)):
@@ -151,7 +151,7 @@ def target(arguments: argparse.Namespace, state: Path) -> dict[str, Any]:
 
 
 def corrupted(arguments: argparse.Namespace, state: Path) -> Iterator[dict[str, Any]]:
-    """Play rounds of one new label each, some of them wrong; yield the results so far after each round."""
+    """Run rounds of one new label each, some of them wrong; yield the results so far after each round."""
     loop = Loop(arguments, state)
     rng = np.random.default_rng(arguments.seed + 1)
     labelled, wrong = loop.cases[:10], 0

@@ -1,4 +1,4 @@
-"""What a thread per sample saves: training steps of `tiny` on two patches, with and without `SampleThreads`.
+"""Speedup by a thread per sample: training steps of `tiny` on two patches, with and without `SampleThreads`.
 
     OMP_WAIT_POLICY=passive python -m benchmarks.quality.sample_threads [--threads 2]
 

@@ -6,8 +6,8 @@ A quarter of the split, by a hash of the ids, tests; the rest is the pool. Volum
 training starts from scratch, each later one from the round before, as in the app.
 
 Adds each seed to data/strategies.json and the section active_learning of active_learning.md as soon as all its rounds
-are done. Seeds that are there by the same settings are not played again: several machines can share the hours. Within a
-seed, finished rounds are kept in ``--work``. Two processes fill two cores better than two threads: give them other
+are done. Finished seeds of the same settings are not simulated again: several machines can share the hours. Within a
+seed, finished rounds are kept in ``--work``. Two processes fill two cores better than two threads: give them different
 seeds (``--first-seed 3 --seeds 2``).
 """
 
@@ -121,7 +121,7 @@ class _Results:
         # As they are read back: tuples become lists.
         self.settings = json.loads(json.dumps(settings | {"test_fraction": _TEST_FRACTION}))
         if self._data()["settings"] != self.settings:
-            sys.exit(f"error: {self.file} is of other settings; move it away, or give other --results")
+            sys.exit(f"error: {self.file} has other settings; move it away, or give a different --results")
 
     def seeds(self) -> set[int]:
         return {row["seed"] for row in self._data()["rounds"]}

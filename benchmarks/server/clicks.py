@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--clicks", type=int, default=50, help="on the scan")
     parser.add_argument("--clients", type=int, default=10)
     parser.add_argument("--all-clicks", type=int, default=500, help="of all clients together")
-    parser.add_argument("--burst", type=int, default=10, help="clicks of a client until another one's turn comes")
+    parser.add_argument("--burst", type=int, default=10, help="clicks of a client before the next client's turn")
     parser.add_argument("--size", type=int, default=96, help="voxels along each axis of a client's volume")
     add_results(parser)
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m benchmarks.server.clicks_gpu
     python -m benchmarks.server.clicks_gpu --device cpu --preset tiny --steps 1 --clicks 5    # to try it
 
-A network first learns a few organs of one scan for some steps, so that its answers are plausible. Then a robot
+A network first learns a few organs of one scan for some steps, so that its answers are plausible. Then a simulated
 annotator clicks into its errors, with the network's calls captured in CUDA graphs and without. `clicks_server` has what
 HTTP and the session add. Writes data/clicks_gpu.json and the section clicks_gpu of clicks_speed.md.
 """
@@ -148,7 +148,7 @@ def train_and_click(args: argparse.Namespace, case: Case) -> dict[str, Any]:
 def clicked(
     network: Callable[..., Tensor], study: OpenScan, truth: np.ndarray, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return the milliseconds of a robot's clicks with a network, whole and by part."""
+    """Return the milliseconds of simulated clicks with a network, whole and by part."""
     stages = Stages(args.device)
     timed = stages.timed("network", network)
     seconds: list[float] = []
@@ -199,7 +199,7 @@ def section(r: Mapping[str, Any]) -> Section:
     windows = f" A click computes {first['windows']:.1f} windows on average." if "windows" in first else ""
     lines = [
         f"Preset `{r['preset']}`, trained for {r['steps']} steps on the CT ({size} voxels, {inside} for the network, "
-        f"windows of {window}); {r['clicks']} clicks of a robot into errors, in sessions of {SESSION}.{windows} Parts "
+        f"windows of {window}); {r['clicks']} simulated clicks into errors, in sessions of {SESSION}.{windows} Parts "
         "are medians.",
         "",
         *markdown_table(heads, rows),

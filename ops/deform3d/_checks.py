@@ -1,4 +1,4 @@
-"""The checks of the operator's arguments: each error says what was got, what was expected and what to do."""
+"""The checks of the operator's arguments: each error says what was given, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -57,27 +57,27 @@ class Geometry:
 
     @functools.cached_property
     def sampled_together(self) -> int:
-        """Number of channels that share their sampling positions: those of one offset group."""
+        """Return the number of channels that share their sampling positions: those of one offset group."""
         return self.in_channels // self.offset_groups
 
     @functools.cached_property
     def voxels(self) -> int:
-        """Number of input voxels per sample."""
+        """Return the number of input voxels per sample."""
         return self.size[0] * self.size[1] * self.size[2]
 
     @functools.cached_property
     def out_voxels(self) -> int:
-        """Number of output voxels per sample."""
+        """Return the number of output voxels per sample."""
         return self.out[0] * self.out[1] * self.out[2]
 
     @functools.cached_property
     def out_shape(self) -> tuple[int, int, int, int, int]:
-        """(N, C_out, D_out, H_out, W_out)."""
+        """Return (N, C_out, D_out, H_out, W_out)."""
         return self.batch, self.out_channels, *self.out
 
     @functools.cached_property
     def depthwise(self) -> bool:
-        """Whether each channel has its own weights and all share their sampling positions: the fast path."""
+        """Return whether each channel has its own weights and all share their sampling positions: the fast path."""
         return self.groups == self.in_channels == self.out_channels and self.offset_groups == 1
 
 

@@ -1,4 +1,4 @@
-"""What both passes of the Numba backend share: sizes, compilation, and the positions that a voxel's taps sample.
+"""Code that both passes of the Numba backend share: sizes, compilation, and the positions that a voxel's taps sample.
 
 Input, output and their gradients are channels-last in memory, (N, D, H, W, C), so that the innermost loops run over
 contiguous channels. Arrays are flat and indexed in elements, in 64 bits. A row is a line of output voxels along w; rows
@@ -66,13 +66,13 @@ SEGMENT = 16
 def jit(function: Any) -> Any:
     """Compile on first use, and keep the machine code on disk if a folder for it is writable.
 
-    Numba compiles anew when the file of the function changes, not when another file that it calls does: after an edit
+    Numba recompiles when the file of the function changes, not when another file that it calls does: after an edit
     of this module or `_cpu_simd`, remove the ``__pycache__`` folder.
     """
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Numba found no writable folder: compile anew in each process
+    except RuntimeError:  # Numba found no writable folder: compile again in each process
         return numba.njit(**options)(function)
 
 

@@ -34,7 +34,8 @@ def deform_conv3d(
     offset group) is the fast path. Channels-last input is read without a copy and gives channels-last output.
 
     Args:
-        input: (N, C_in, D, H, W), any floating dtype; half types accumulate in float32.
+        input: (N, C_in, D, H, W), any floating dtype; half types accumulate in float32, except the eight corners of a
+            float16 sample on CUDA.
         offset: (N, 3 * offset_groups * kD*kH*kW, D_out, H_out, W_out), in input voxels: per offset group, per tap in
             raster order, the shift along (d, h, w).
         weight: (C_out, C_in / groups, kD, kH, kW).
@@ -48,7 +49,7 @@ def deform_conv3d(
         (N, C_out, D_out, H_out, W_out) in the input's dtype.
 
     Raises:
-        ValueError: shapes, devices or the offset's size do not match; the message has got and expected.
+        ValueError: shapes, devices or the offset's size do not match; the message says what was got and expected.
         TypeError: the dtypes differ or are not floating point.
         RuntimeError: the requested backend cannot run here, or a gradient is differentiated a second time.
 

@@ -75,8 +75,8 @@ def told(server: LiveServer) -> list[str]:
         (["v0001.json"], emptied, "v0002", "v0001.json is not a model card"),
         (["publications.json"], truncated, "v0002", "publications.json is damaged"),
         (["publications.json"], missing, "v0002", "publications.json is missing; its copy"),
-        (["publications.json", "publications.copy.json"], missing, "v0002", "it is not known any more which"),
-        (["publications.json", "publications.copy.json"], emptied, "v0002", "it is not known any more which"),
+        (["publications.json", "publications.copy.json"], missing, "v0002", "it is no longer known which"),
+        (["publications.json", "publications.copy.json"], emptied, "v0002", "it is no longer known which"),
         (["v0001.safetensors", "v0002.safetensors"], flipped, "pretrained-hippocampus", "the pretrained model"),
     ],
 )

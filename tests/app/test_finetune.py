@@ -102,7 +102,7 @@ def test_a_training_stopped_by_sigterm_continues(
     other = train(folder, state, steps=2, batch_size=1)
     log = other.communicate()[1]
     assert other.returncode == 0, log
-    assert "had other labels or options; starting anew" in log
+    assert "had other labels or options; starting over" in log
     told = status(state)
     assert (told["status"], told["version"], told["published"]) == ("done", "v0001", True)
     assert told["provisional"]
@@ -153,7 +153,7 @@ def test_two_devices_stop_fail_and_continue_as_one_does(
     assert "422 the process that trained on cpu was killed (SIGKILL)" in log
     told = status(state)
     assert told["status"] == "failed"
-    assert "goes on from the last checkpoint" in told["error"]
+    assert "resumes from the last checkpoint" in told["error"]
     # The first process, which the queue started, is killed: the other ends, and the status says so when it is read.
     process, others, steps = started(steps)
     process.kill()

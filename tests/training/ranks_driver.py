@@ -37,7 +37,7 @@ def averaged(ranks: Ranks) -> dict[str, Any]:
         "means": means,
         "nan": bool(broken.isnan()),
         "weight": module.weight.item(),
-        "agree": [ranks.agree(ranks.rank == 1), ranks.agree(False)],
+        "any_process": [ranks.any_process(ranks.rank == 1), ranks.any_process(False)],
         "gather": ranks.gather({"rank": ranks.rank}),
         "from_writer": ranks.from_writer(lambda: f"rank {ranks.rank}"),
         "part": list(ranks.part("abcde")),

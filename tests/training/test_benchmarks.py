@@ -61,7 +61,7 @@ def _equal_budget(folder: Path, *options: str) -> list[str | Path]:
     return [*command, "--results", folder / "results", "--threads", "1", "--sizes", "tiny", *options]
 
 
-# Each trial imports everything anew in its own process.
+# Each trial imports everything again in its own process.
 @pytest.mark.slow
 def test_a_killed_comparison_goes_on_after_the_last_finished_trial(
     write_case, tmp_path: Path, repository: Path
@@ -210,7 +210,7 @@ def test_a_section_is_replaced_and_others_stay(tmp_path: Path) -> None:
     write("first", "new")
     page = (tmp_path / "clicks.md").read_text()
     assert page == before.replace("old\n\n### part", "new")
-    assert page.startswith("# What clicks buy\n")
+    assert page.startswith("# What clicks gain\n")
     assert read_section(tmp_path, "clicks", "second") == "## Title of second\n\nkept\n"
     assert page.index("Title of first") < page.index("Title of second")
 
@@ -268,10 +268,10 @@ def test_each_volume_of_a_simulation_is_stored_once() -> None:
     assert from_rows(json.loads(json.dumps(rows))) == rounds
 
 
-def test_rooms_import_only_common_and_themselves(repository: Path) -> None:
+def test_subpackages_import_only_common_and_themselves(repository: Path) -> None:
     folder = repository / "benchmarks"
-    rooms = {path.parent.name for path in folder.glob("*/__init__.py")}
-    assert rooms == {"common", "operator", "server", "quality"}
+    subpackages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    assert subpackages == {"common", "operator", "server", "quality"}
     for file in folder.glob("*/*.py"):
         imported = set(re.findall(r"^\s*(?:from|import) benchmarks\.(\w+)", file.read_text(), re.MULTILINE))
         assert imported <= {"common", file.parent.name}, file

@@ -114,7 +114,7 @@ def test_a_call_that_cannot_be_recorded_is_computed_with_one_warning(network: De
         captured(scan(0, (16, 16, 32)))
     assert len(attempts) == 2  # once for each kind of call
     assert [record.getMessage() for record in caplog.records] == [
-        "Calls of the network are not captured in CUDA graphs, so slower: "
+        "Calls of the network are not captured in CUDA graphs, and slower: "
         "operation not permitted when stream is capturing"
     ]
 

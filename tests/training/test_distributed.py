@@ -61,7 +61,7 @@ def test_two_processes_of_torchrun_train_one_network(cases: list[Case], tmp_path
         assert own["means"] == [[1.5], [0.5], None]
         assert own["nan"], "a loss that is no longer finite in one process must end them all"
         assert own["weight"] == 0
-        assert own["agree"] == [True, False]
+        assert own["any_process"] == [True, False]
         assert own["gather"] == [{"rank": 0}, {"rank": 1}]
         assert own["from_writer"] == "rank 0"
         # Stopped in one process, all stop after the same step, and are resumed from the one checkpoint.
@@ -150,7 +150,7 @@ def test_a_killed_process_ends_the_training_which_can_be_resumed(cases: list[Cas
                 if "deformux.fitting.rank_processes" in child.cmdline():
                     child.kill()
 
-    with pytest.raises(TrainingError, match=r"trained on cpu was killed \(SIGKILL\); the next training goes on"):
+    with pytest.raises(TrainingError, match=r"trained on cpu was killed \(SIGKILL\); the next training resumes"):
         fit_on(["cpu", "cpu"], killed, cases[:3], on_progress=kill, **options)
     resumed = network()
     result = fit_on(["cpu", "cpu"], resumed, cases[:3], **options)

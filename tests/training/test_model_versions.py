@@ -273,7 +273,7 @@ def test_a_damaged_record_is_replaced_by_its_copy(published: ModelVersions, dama
     (warning,) = versions.warnings()
     assert re.match(r"publications\.json is (damaged|missing)", warning)
     assert "its copy publications.copy.json is used" in warning
-    # The next change writes both anew, and keeps the damaged file.
+    # The next change rewrites both, and keeps the damaged file.
     assert versions.rollback() == "v0002"
     assert (ModelVersions(root).published(), ModelVersions(root).warnings()) == ("v0002", [])
     assert (root / "publications.damaged.json").exists() is (damage is not unlink)
@@ -290,7 +290,7 @@ def test_without_both_records_the_newest_that_the_gate_allowed_is_served(
     versions = ModelVersions(root)
     assert versions.published() == "v0003"
     (warning,) = versions.warnings()
-    assert "it is not known any more which version was published; v0003, the newest" in warning
+    assert "it is no longer known which version was published; v0003, the newest" in warning
     assert [entry.kind for entry in versions.history()] == ["rebuilt"]
     assert versions.write(model(), CARD) == "v0005", "a name was given twice"
     assert versions.published() == "v0003"

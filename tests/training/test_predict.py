@@ -82,7 +82,7 @@ def test_a_scan_with_nan_is_named(model: Path, write_case, tmp_path: Path) -> No
         done = _run(*command)
         assert done.exit_code == 0, done.output
         lines = [line for line in done.output.splitlines() if "NaN" in line]
-        assert lines == ["torn.nii.gz: 3 voxels are NaN or infinite and taken for its lowest intensity"]
+        assert lines == ["torn.nii.gz: 3 voxels are NaN or infinite and treated as its lowest intensity"]
 
 
 def test_no_scan_is_replaced_by_its_own_result(model: Path, tmp_path: Path) -> None:

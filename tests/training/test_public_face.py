@@ -1,4 +1,4 @@
-"""What ``from deformux import …`` offers."""
+"""Names that ``from deformux import …`` offers."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         deformux.fitt  # noqa: B018
 
 
-def test_a_name_stays_what_it_is_after_its_room_is_imported() -> None:
+def test_a_name_stays_what_it_is_after_its_subpackage_is_imported() -> None:
     """``deformux.fit`` is the function, whatever is imported before it."""
     code = "import deformux.fitting.fit, deformux.inference.evaluate, deformux; print(deformux.fit, deformux.evaluate)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -58,7 +58,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_weights(write_case, 
         assert weights[0] == weights[1], name
         told, reference = (json.loads((tmp_path / f"{run}.json").read_text()) for run in (name, schedule))
         assert told["result"] == reference["result"]
-        assert told["here"]["resumed_from"] > 0, "it began anew"
+        assert told["here"]["resumed_from"] > 0, "it began again"
         assert told["here"]["resumed_from"] + told["here"]["steps"] == reference["here"]["steps"] == 6
 
 
@@ -99,7 +99,7 @@ def test_only_a_checkpoint_of_the_same_training_is_continued(
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert change().resumed_from == 0
-        assert "is of another training" in caplog.text
+        assert "belongs to another training" in caplog.text
     path.write_bytes(kept[: len(kept) // 2])
     assert run([case], path).resumed_from == 0
     assert "cannot be read" in caplog.text
@@ -126,6 +126,6 @@ def test_the_command_resumes_where_it_ended(write_case, tmp_path: Path) -> None:
     output.with_suffix(".json").rmdir()
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert "went on after step 1" in done.output
+    assert "resumed after step 1" in done.output
     assert output.is_file()
     assert not (tmp_path / "model.resume").exists()

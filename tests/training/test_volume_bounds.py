@@ -197,7 +197,7 @@ def test_reading_takes_the_memory_of_the_array(read: Read, tmp_path: Path) -> No
 def test_the_bound_is_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nib.save(nib.Nifti1Image(np.arange(1000, dtype=np.int16).reshape(10, 10, 10), np.eye(4)), tmp_path / "a.nii")
     monkeypatch.setenv(MAX_VOXELS_VARIABLE, "999")
-    with pytest.raises(InvalidVolume, match=r"10 x 10 x 10 voxels, which are 1,000; at most 999 are read"):
+    with pytest.raises(InvalidVolume, match=r"10 x 10 x 10 voxels, 1,000 in total; at most 999 are read"):
         read_volume(tmp_path / "a.nii")
     monkeypatch.setenv(MAX_VOXELS_VARIABLE, "1000")
     assert read_volume(tmp_path / "a.nii").values.shape == (10, 10, 10)

@@ -1,6 +1,6 @@
 """DeformUX-Net for volumetric segmentation: network, preprocessing, training, correction, scores.
 
-The names below are the package's public face. Each is imported when it is first used, so that ``import deformux``
+The names below are the package's public interface. Each is imported when it is first used, so that ``import deformux``
 imports neither PyTorch nor MONAI.
 """
 
@@ -24,7 +24,7 @@ __all__ = [
     "segment",
 ]
 
-# What MONAI 1.5 itself does, and PyTorch or MONAI deprecates: the user can do nothing about it.
+# Deprecation warnings that MONAI 1.5 triggers itself: the user can do nothing about them.
 for _message in (
     "`torch.jit.interface` is deprecated",
     "Using a non-tuple sequence for multidimensional indexing",

@@ -58,7 +58,7 @@ class InputGradient:
         return self._total.to(self._input.dtype)
 
     def chunks(self, more_bytes: int) -> list[Chunk]:
-        """Return the chunks of the output; each may take `more_bytes` per voxel beside the sorted samples."""
+        """Return the chunks of the output; each may take `more_bytes` per voxel besides the sorted samples."""
         g = self._g
         per_sample = record_bytes(self._input.dtype) + torch.int32.itemsize
         return list(chunks(g, g.offset_groups * g.taps * per_sample + more_bytes, self._runtime.tuning))

@@ -75,7 +75,7 @@ class Kernel:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """The macros as compiler options."""
+        """Return the macros as compiler options."""
         return tuple(f"-D{name}={value}" for name, value in self.defines)
 
 

@@ -42,12 +42,12 @@ class Walk:
 
     @property
     def group(self) -> int:
-        """Number of threads that work on one tile."""
+        """Return the number of threads that work on one tile."""
         return 128 if self.lanes % 3 else 192
 
     @property
     def tile(self) -> tuple[int, int, int]:
-        """Number of voxels along d, h, w."""
+        """Return the number of voxels along d, h, w."""
         log = (self.group // self.lanes).bit_length() - 1
         log_w = 2 if log > 2 else (log + 1) // 2
         log_h = 2 if log > 3 else log - log_w
@@ -59,7 +59,7 @@ class Walk:
 
     @property
     def shared_bytes(self) -> int:
-        """Size of the copies of the weights, one cell per voxel and tap held at once, and one number per group."""
+        """Return the size of the weights' copies, one cell per voxel and tap held at once, and a number per group."""
         voxel = self.voxel_bytes
         groups = THREADS // self.group
         weights = CUBE_TAPS * voxel

@@ -23,7 +23,7 @@ _CLOSEST = 1e-12
 
 
 def standardised(features: npt.ArrayLike) -> Array:
-    """Return rows ``(n, d)`` with mean 0 and variance 1 in each column; columns of one value become 0."""
+    """Return rows ``(n, d)`` with mean 0 and variance 1 in each column; constant columns become 0."""
     x = np.asarray(features, dtype=np.float64)
     spread = x.std(axis=0)
     return (x - x.mean(axis=0)) / np.where(spread > 1e-9 * np.abs(x).max(initial=1e-9), spread, np.inf)

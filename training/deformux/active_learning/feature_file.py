@@ -26,7 +26,7 @@ def write_features(path: Path, features: Mapping[str, Features]) -> None:
 
 
 def read_features(path: Path) -> dict[str, Features]:
-    """Invert ``write_features``; return nothing where there is no file, or it cannot be read."""
+    """Invert ``write_features``; return nothing if there is no file, or it cannot be read."""
     try:
         with safe_open(path, framework="numpy") as file:
             rows, names = file.get_tensor("features"), json.loads(file.metadata()["volumes"])

@@ -131,7 +131,7 @@ def write_rounds(path: Path, rounds: Iterable[SimulatedRound], labels: Sequence[
 
 
 def read_rounds(path: Path) -> list[SimulatedRound]:
-    """Return the trainings of a CSV file of ``write_rounds``; none where there is no file."""
+    """Return the trainings of a CSV file of ``write_rounds``; none if there is no file."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:

@@ -1,4 +1,4 @@
-"""Simulation of active learning on a labelled folder: train, test, choose, label, and again."""
+"""Simulation of active learning on a labelled folder: train, test, choose, label, repeat."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COLD_STARTS = ("adaptive", "typicality")
 
 @dataclass(frozen=True)
 class SimulationPlan:
-    """Settings of a simulation; the same ones on the same volumes give the same curves, but for rounding in bfloat16.
+    """Settings of a simulation; the same settings and volumes give the same curves, except for rounding in bfloat16.
 
     Args:
         strategies: some of ``STRATEGIES``.
@@ -51,7 +51,7 @@ class SimulationPlan:
         continue_recipe: where given, of all trainings but the first, which then continue the round before, as in the
             app. Curves then include the effect of longer training, which is the same for all strategies.
         prep, labels, preset: as in ``fit``.
-        snapshots: number of models whose predictions a score compares: the current one, and those of rounds before.
+        snapshots: number of models whose predictions a score compares: the current one, and those of earlier rounds.
         start_from: model file that every training and the cold start begin with.
         device: where to compute.
 
@@ -122,7 +122,7 @@ def simulate(
         pool: volumes to choose from.
         test: volumes on which every training is tested, and none is trained.
         folder: where the results are kept.
-        on_round: called after each round, and told whether it was computed now.
+        on_round: called after each round, and told whether it was computed now or kept.
         on_progress: called about once a second in trainings, and told what is being trained.
 
     Raises:
@@ -232,7 +232,7 @@ class _Laboratory:
         return tuple(chosen)
 
     def measure(self, seed: int, sets: Sequence[tuple[str, ...]], needs: str, what: str) -> tuple[_Measurement, bool]:
-        """Return test Dice of a training on the last set, what the next choice needs, and if it was computed now."""
+        """Return test Dice of a training on the last set, what the next choice needs, and whether it is new."""
         what_counts = self._history(sets, self.plan.snapshots)
         path = self.folder / "measurements" / f"{self._key(seed, what_counts, needs)}.json"
         features = path.with_suffix(".safetensors")

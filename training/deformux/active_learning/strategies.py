@@ -67,7 +67,7 @@ def choose(
     scores: Mapping[str, VolumeScores] | None = None,
     features: Mapping[str, npt.ArrayLike] | None = None,
 ) -> list[str]:
-    """The next volumes to label, best first; the same arguments and generator give the same ones.
+    """Return the next volumes to label, best first; the same arguments and generator give the same ones.
 
     - ``adaptive``: before there are scores, the most typical volume of each cluster (``typical_batch``); afterwards
       draws in proportion to (uncertainty per label · distance to what is labelled or chosen), colder in each round.

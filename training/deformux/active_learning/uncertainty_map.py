@@ -29,7 +29,7 @@ class Uncertainty:
 
     Args:
         map: ``(X, Y, Z)``, uint8, 0 (sure) to 100, on the scan's grid.
-        look_next: the voxel of the scan at the centre of the most uncertain region; None where there is none.
+        look_next: the voxel of the scan at the centre of the most uncertain region; None if there is none.
         mean: 0 to 100, the volume's uncertainty in active learning (``volume_uncertainty``).
     """
 
@@ -67,7 +67,7 @@ def uncertainty_map(probabilities: Tensor) -> Tensor:
         probabilities: ``(C, x, y, z)``, summing to 1 over the classes; class 0 is background.
 
     Raises:
-        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     entropy = voxel_entropy(probabilities) / math.log(2)
     labelled = 1 - probabilities[0].float()
@@ -75,7 +75,7 @@ def uncertainty_map(probabilities: Tensor) -> Tensor:
 
 
 def look_next(unsure: Tensor, spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> Index | None:
-    """Return the voxel at the centre of a map's most uncertain region, or None where the map is empty.
+    """Return the voxel at the centre of a map's most uncertain region, or None if the map is empty.
 
     Regions are connected voxels (by their faces) of at least half the map's maximum; the most uncertain one has the
     highest sum. Its centre is the voxel farthest from its border, of equally far ones the most uncertain.

@@ -57,23 +57,23 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
 
     Returns:
-        One value per label; None where its probabilities sum to less than one voxel.
+        One value per label; None if its probabilities sum to less than one voxel.
 
     Raises:
-        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     p = _checked(probabilities)
     return _per_label(p, voxel_entropy(p) / math.log(p.shape[0]))
 
 
 def volume_uncertainty(probabilities: Tensor) -> float:
-    """Return the mean of ``label_uncertainty`` over the labels in a volume; 0 where there is none.
+    """Return the mean of ``label_uncertainty`` over the labels in a volume; 0 if there is none.
 
     Args:
         probabilities: ``(C, D, H, W)``, summing to 1 over the classes; class 0 is background.
 
     Raises:
-        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     return _mean(label_uncertainty(probabilities))
 
@@ -82,7 +82,7 @@ def voxel_entropy(probabilities: Tensor) -> Tensor:
     """Return the entropy ``(D, H, W)`` of each voxel's probabilities ``(C, D, H, W)``, in nats: 0 to log C.
 
     Raises:
-        ValueError: another number of dimensions, fewer than two classes, or values that are not probabilities.
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
     return torch.special.entr(_checked(probabilities)).sum(0)
 

@@ -1,4 +1,4 @@
-"""What ``deformux clicks`` does."""
+"""Implementation of ``deformux clicks``."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def correct_by_robots(
     device: str,
     threads: int,
 ) -> None:
-    """Let robots correct volumes by clicks; print the results, and write them into a folder if one is given.
+    """Let simulated annotators correct volumes by clicks; print the results, and write them into a folder if given.
 
     Args:
         model: file of the model.
         cases: labelled volumes.
-        title: what the table calls the model.
+        title: name of the model in the table.
         output: folder for tables and plot.
-        cap: number of clicks after which a robot gives up.
-        jitter: distance from the centre at which the second robot clicks, 0 to 1.
+        cap: number of clicks after which an annotator gives up.
+        jitter: distance from the centre at which the second annotator clicks, 0 to 1.
         seed, device, threads: options of the command.
     """
     use_threads(threads)

@@ -48,7 +48,7 @@ __all__ = [
 MAX_SEED = 2**31 - 1
 # More than any machine has, and few enough for PyTorch to start.
 MAX_THREADS = 1024
-# mps and xpu are not promised, but PyTorch may know them.
+# mps and xpu are untested, but PyTorch may support them.
 _DEVICE = re.compile(r"auto|(cpu|cuda|mps|xpu)(:\d{1,2})?")
 
 console = Console()
@@ -106,7 +106,7 @@ def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
 
 
 def print_sentences(sentences: Sequence[str]) -> None:
-    """Print sentences about files, each in a line."""
+    """Print sentences about files, one a line."""
     for sentence in sentences:
         console.print(escape(sentence), soft_wrap=True, highlight=False)
 
@@ -126,7 +126,7 @@ def clear_errors(*others: type[Exception]) -> Iterator[None]:
 
 
 def valid_device(name: str) -> str:
-    """Return the device of an option, there or not; raise ValueError if it does not name one."""
+    """Return the device of an option, available or not; raise ValueError if it does not name one."""
     if not _DEVICE.fullmatch(name):
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N; got {name!r}")
     return name
@@ -156,7 +156,7 @@ def model_path(name: str) -> Path:
 
 
 def existing_folder(path: Path) -> Path:
-    """Return the folder of an argument; raise InvalidFolder where there is none."""
+    """Return the folder of an argument; raise InvalidFolder if there is none."""
     if not path.exists():
         raise InvalidFolder(f"there is no folder {path}")
     if not path.is_dir():
@@ -165,7 +165,7 @@ def existing_folder(path: Path) -> Path:
 
 
 def writable_folder(path: Path) -> Path:
-    """Return a folder for results, made if missing; raise ValueError where nothing can be written to it.
+    """Return a folder for results, created if missing; raise ValueError if nothing can be written to it.
 
     Check it before the work, which may take hours.
     """
@@ -178,7 +178,7 @@ def writable_folder(path: Path) -> Path:
 
 
 def writable_file(path: Path, *, suffix: str = "") -> Path:
-    """Return a file for results, its folder made if missing; raise ValueError where it cannot be written."""
+    """Return a file for results, its folder created if missing; raise ValueError if it cannot be written."""
     if suffix and path.suffix != suffix:
         raise ValueError(f"the name of {path} must end in {suffix}")
     if path.is_dir():

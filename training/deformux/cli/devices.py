@@ -16,7 +16,7 @@ def use_threads(threads: int) -> None:
 
 
 def torch_device(name: str) -> str:
-    """Return the device of an option, ``auto`` resolved; raise ValueError where this machine has no such device."""
+    """Return the device of an option, ``auto`` resolved; raise ValueError if this machine has no such device."""
     if valid_device(name) == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
@@ -25,5 +25,5 @@ def torch_device(name: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """Return what a card calls a device."""
+    """Return the name of a device, as cards state it."""
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"

@@ -1,4 +1,4 @@
-"""What ``deformux evaluate`` does."""
+"""Implementation of ``deformux evaluate``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def score_on_folder(
     Args:
         model: file of the model.
         cases: labelled volumes.
-        title: what the table calls the model.
+        title: name of the model in the table.
         csv_file: one row per case.
         device, threads: options of the command.
     """

@@ -1,4 +1,4 @@
-"""What ``deformux fit`` does."""
+"""Implementation of ``deformux fit``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def train_on_folder(
         labels, prep, preset, recipe: of the network and its training.
         start_from: name and file of the model to fine-tune.
         validate: number of cases to hold out.
-        resume: keep a checkpoint beside the model file, and go on from it.
+        resume: keep a checkpoint beside the model file, and resume from it.
         seed, device, threads: options of the command.
     """
     with clear_errors(TrainingError), joined(torch_device(device)) as ranks:
@@ -59,7 +59,7 @@ def train_on_folder(
         if start_from:
             warm_start(network, start_from[1])
         training, held_out = _split(cases, validate)
-        # A folder of its own: unfinished files of killed processes go with it.
+        # In its own folder: unfinished files of killed processes are deleted with it.
         kept = output.with_suffix(".resume")
         result = _fit(
             network,
@@ -78,7 +78,7 @@ def train_on_folder(
         save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:
-            console.print(f"went on after step {result.resumed_from}")
+            console.print(f"resumed after step {result.resumed_from}")
         console.print(f"{output}: {len(training)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}")
 
 

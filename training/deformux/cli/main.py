@@ -46,7 +46,7 @@ app = typer.Typer(
 app.add_typer(versions_app, name="versions")
 
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MAX_THREADS)]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU if there is one.")]
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
 ]
@@ -56,13 +56,13 @@ PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
 Spacing = Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")]
 PatchSize = Annotated[str, typer.Option(help="Patch R,A,S in voxels.")]
 FirstSeed = Annotated[
-    int, typer.Option(help="Share a folder between processes: give each other seeds.", min=0, max=MAX_SEED)
+    int, typer.Option(help="To share a folder between processes, give each different seeds.", min=0, max=MAX_SEED)
 ]
 ContinueSteps = Annotated[
-    int, typer.Option(help="Go on from the round before in this number of steps; 0: from scratch each time.", min=0)
+    int, typer.Option(help="Continue from the previous round for this number of steps; 0: train from scratch.", min=0)
 ]
 TestFraction = Annotated[
-    float, typer.Option(help="Part of the volumes that test, by a hash of their ids.", min=0, max=1)
+    float, typer.Option(help="Share of the volumes to test on, chosen by a hash of their ids.", min=0, max=1)
 ]
 
 
@@ -90,7 +90,7 @@ def fit_command(
     subset: Annotated[str, typer.Option(help="Subset of split.json to train on, e.g. train.")] = "",
     validate: Annotated[int, typer.Option(help="Hold out this many cases to choose the best weights.", min=0)] = 0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and go on from it.")
+        bool, typer.Option("--resume", help="Keep a checkpoint beside the model file, and resume from it.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.", min=0, max=MAX_SEED)] = 0,
     device: Device = "auto",
@@ -143,7 +143,7 @@ def predict_command(
         scans = {path.resolve() for path in paths}
         for name in results:
             if (target := output / f"{name}.nii.gz").resolve() in scans:
-                raise InvalidFolder(f"a result would replace the scan {target}; give another folder than the scans'")
+                raise InvalidFolder(f"a result would replace the scan {target}; name a different output folder")
         writable_folder(output)
         from deformux.cli.predict import segment_files
 
@@ -179,16 +179,16 @@ def clicks_command(
         Path | None, typer.Option(help="Folder for per_case.csv, summary.csv, summary.md and clicks.png.")
     ] = None,
     subset: Annotated[str, typer.Option(help="Subset of split.json, e.g. val.")] = "",
-    limit: Annotated[int, typer.Option(help="Volumes at most, evenly through the list; 0 takes all.", min=0)] = 0,
-    noc_cap: Annotated[int, typer.Option(help="Clicks after which the robot gives up.", min=1)] = 20,
+    limit: Annotated[int, typer.Option(help="Number of volumes, spread evenly over the list; 0 takes all.", min=0)] = 0,
+    noc_cap: Annotated[int, typer.Option(help="Clicks after which a simulated annotator gives up.", min=1)] = 20,
     jitter: Annotated[
-        float, typer.Option(help="How far from the centre the second robot clicks, 0 to 1.", min=0, max=1)
+        float, typer.Option(help="How far from the centre the second annotator clicks, 0 to 1.", min=0, max=1)
     ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Seed of the second robot's jitter.", min=0, max=MAX_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the second annotator's jitter.", min=0, max=MAX_SEED)] = 0,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Measure what clicks buy: robots correct a labelled folder, at the centres of errors and beside them."""
+    """Measure what clicks gain: simulated annotators correct a labelled folder, at or beside the centres of errors."""
     with clear_errors():
         valid_device(device)
         file = model_path(model)
@@ -218,26 +218,26 @@ def simulate_command(
     output: Annotated[Path, typer.Option(help="Folder for rounds.csv, summary.csv, curves.png and kept results.")],
     strategy: Annotated[str, typer.Option(help=f"all, or some of {', '.join(STRATEGIES)}, comma separated.")] = "all",
     rounds: Annotated[int, typer.Option(help="Trainings per strategy and seed.", min=1)] = 6,
-    batch: Annotated[int, typer.Option(help="Volumes labelled after each.", min=1)] = 5,
-    start: Annotated[int, typer.Option(help="Volumes labelled before the first.", min=1)] = 5,
+    batch: Annotated[int, typer.Option(help="Volumes labelled after each training.", min=1)] = 5,
+    start: Annotated[int, typer.Option(help="Volumes labelled before the first training.", min=1)] = 5,
     seeds: Annotated[int, typer.Option(help="Number of repetitions of everything.", min=1, max=1000)] = 5,
     first_seed: FirstSeed = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps of each training.", min=1)] = 400,
     continue_steps: ContinueSteps = 0,
     test_fraction: TestFraction = 0.25,
-    subset: Annotated[str, typer.Option(help="Subset of split.json to play on, e.g. train.")] = "",
+    subset: Annotated[str, typer.Option(help="Subset of split.json to simulate on, e.g. train.")] = "",
     labels: LabelNames = "",
     modality: Modality = "ct",
     preset: PresetName = "tiny",
     spacing: Spacing = "native",
     patch_size: PatchSize = "96,96,96",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set flip_axes=0,")] = None,
-    snapshots: Annotated[int, typer.Option(help="Models of the last rounds whose predictions compare.", min=1)] = 1,
+    snapshots: Annotated[int, typer.Option(help="Number of latest models whose predictions are compared.", min=1)] = 1,
     start_from: Annotated[str, typer.Option(help="Model file or shipped name that every training starts from.")] = "",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Compare strategies of choosing what to label, on a folder whose labels are all known."""
+    """Compare strategies for choosing what to label, on a fully labelled folder."""
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))

@@ -1,4 +1,4 @@
-"""What ``deformux predict`` does."""
+"""Implementation of ``deformux predict``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def segment_files(model: Path, results: Mapping[str, Path], output: Path, *, dev
 
     Args:
         model: file of the model.
-        results: the name of each result, without a suffix, and its scan.
+        results: name of each result, without a suffix, to its scan.
         output: folder for the label volumes.
         device, threads: options of the command.
 

@@ -1,4 +1,4 @@
-"""What ``deformux simulate`` does."""
+"""Implementation of ``deformux simulate``."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def short_recipe(steps: int, name: str = "finetune") -> Recipe:
 
 
 def short_recipes(steps: int, continue_steps: int, changes: list[str]) -> tuple[Recipe, Recipe | None]:
-    """Return the recipes of a training from scratch and of one that goes on, None without ``continue_steps``."""
+    """Return the recipes of a training from scratch and of one that continues, None without ``continue_steps``."""
     values = assignments(changes)
     first = short_recipe(steps).replace(**values)
     return first, short_recipe(continue_steps, "continue").replace(**values) if continue_steps else None

@@ -98,9 +98,9 @@ def unpin_command(folder: Folder) -> None:
 
 
 def _open(folder: Path) -> ModelVersions:
-    """Open the versions in a folder; opening a wrong one must not make it a folder of versions."""
+    """Open the versions in a folder, without turning a wrong folder into one of versions."""
     existing_folder(folder)
-    # It imports torch, which a wrong folder need not wait for.
+    # This imports torch: report a wrong folder first.
     from deformux.publishing.model_versions import ModelVersions
 
     for root in (folder, folder / "versions"):

@@ -35,7 +35,7 @@ def replacing(path: Path, *, mode: int | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, mode: int | None = None) -> None:
-    """Replace a text file at once; ``mode`` as in ``replacing``."""
+    """Replace a text file atomically; ``mode`` as in ``replacing``."""
     with replacing(path, mode=mode) as temporary:
         temporary.write_text(text)
 

@@ -71,7 +71,7 @@ def volume_id(path: Path) -> str:
 
 
 def result_names(paths: Sequence[Path]) -> list[str]:
-    """Return a different name, without a suffix, for the result of each volume.
+    """Return a unique name, without a suffix, for the result of each volume.
 
     The first volume of a stem gets the stem. Any other gets its whole file name, with a number if that is taken too.
     """
@@ -84,7 +84,7 @@ def result_names(paths: Sequence[Path]) -> list[str]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Return the volumes directly in a folder, by name.
+    """Return the volumes directly in a folder, sorted by name.
 
     Raises:
         InvalidFolder: the folder does not exist or holds no volume.
@@ -189,7 +189,7 @@ def label_names(folder: Path) -> list[str] | None:
     try:
         values = sorted(int(value) for value in names)
     except (TypeError, ValueError) as error:
-        raise InvalidFolder(f'{path}: "labels" must be such as {{"0": "background", "1": "liver"}}') from error
+        raise InvalidFolder(f'{path}: "labels" must be like {{"0": "background", "1": "liver"}}') from error
     if values[1:] != list(range(1, len(values))):
         raise InvalidFolder(f"{path}: label values must be 0..N without gaps, got {values}")
     found = [str(names[str(value)]) for value in values[1:]]

@@ -25,7 +25,7 @@ _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionEr
 
 
 def write_checked(path: Path, values: Mapping[str, Any], *, indent: int | None = None) -> None:
-    """Replace a JSON file at once; its last key, ``sha256``, is the checksum of everything before it."""
+    """Replace a JSON file atomically; its last key, ``sha256``, is the checksum of everything before it."""
     body = json.dumps(values, indent=indent)[:-1].rstrip()
     comma = ", " if values else ""
     write_text(path, f'{body}{comma}"sha256": "{_checksum(body)}"}}\n')
@@ -44,7 +44,7 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
         found = _CHECKSUM.search(text)
         if found is not None:
             if _checksum(text[: found.start()]) != found[1]:
-                raise ValueError("its checksum is another one")
+                raise ValueError("its checksum does not match")
             values.pop("sha256", None)
         return parse(values)
     except FileNotFoundError:
@@ -101,7 +101,7 @@ def _set_aside(path: Path) -> None:
         return
     except ValueError as error:
         aside = path.with_suffix(f".damaged{path.suffix}")
-        logger.error("%s; it is kept as %s and written anew", error, aside.name)
+        logger.error("%s; it is kept as %s and rewritten", error, aside.name)
         os.replace(path, aside)
 
 

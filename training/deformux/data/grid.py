@@ -153,8 +153,8 @@ class ScanGrid:
 
 
 def highest(values: Tensor) -> Tensor:
-    """Return the index ``(x, y, z)`` of the highest of values ``(C, x, y, z)``, the first of equals, as argmax does."""
-    # On a CPU max takes a fifth of argmax's time along the outermost axis; on a GPU it may name any of equals.
+    """Return the index ``(x, y, z)`` of the highest of values ``(C, x, y, z)``, the first on a tie, as argmax does."""
+    # On a CPU max takes a fifth of argmax's time along the outermost axis; on a GPU it may name any on a tie.
     return values.argmax(0) if values.is_cuda else values.max(0).indices
 
 

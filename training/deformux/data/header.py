@@ -78,17 +78,17 @@ class VolumeHeader:
 
     @property
     def n_values(self) -> int:
-        """Count of stored numbers."""
+        """Return the number of stored numbers."""
         return math.prod(self.file_shape)
 
     @property
     def n_bytes(self) -> int:
-        """Their bytes when decoded."""
+        """Return their number of bytes when decoded."""
         return self.n_values * self.dtype.itemsize
 
     @property
     def is_whole(self) -> bool:
-        """Whether every voxel is a whole number by its type."""
+        """Return whether every voxel is a whole number by its type."""
         return self.dtype.kind in "iu" and self.slope == 1 and self.intercept == 0
 
 
@@ -98,7 +98,7 @@ def max_voxels() -> int:
 
 
 def shown_shape(shape: Sequence[object]) -> str:
-    """Format a shape as people write it."""
+    """Format a shape, such as ``96 x 96 x 48``."""
     return " x ".join(str(n) for n in shape)
 
 
@@ -117,7 +117,7 @@ def check_shape(name: str, shape: Sequence[int]) -> None:
         )
     if math.prod(shape) > max_voxels():
         raise InvalidVolume(
-            f"{name} has {shown_shape(shape)} voxels, which are {math.prod(shape):,}; "
+            f"{name} has {shown_shape(shape)} voxels, {math.prod(shape):,} in total; "
             f"at most {max_voxels():,} are read (option max-voxels)"
         )
     second, longest = sorted((1, *shape))[-2:]
@@ -129,7 +129,7 @@ def check_shape(name: str, shape: Sequence[int]) -> None:
 
 
 def check_affine(name: str, affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the affine if it gives each voxel a place of its own.
+    """Return the affine if it gives each voxel its own position.
 
     Raises:
         InvalidVolume: it is not finite, or singular.

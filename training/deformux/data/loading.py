@@ -93,7 +93,7 @@ class LoadLabeld(MapTransform):
 
 
 def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
-    """Say how many voxels of a scan ``LoadVolumed`` filled, as a sentence without a full stop; None if none.
+    """Describe how many voxels of a scan ``LoadVolumed`` filled, as a sentence without a full stop; None if none.
 
     Args:
         image: the scan, or the result of ``RestoreGridd``.
@@ -103,7 +103,7 @@ def filled_voxels(image: MetaTensor, of: str = "") -> str | None:
     if not n:
         return None
     voxels = " ".join(filter(None, ("1 voxel" if n == 1 else f"{n} voxels", of)))
-    return f"{voxels} {'is' if n == 1 else 'are'} NaN or infinite and taken for its lowest intensity"
+    return f"{voxels} {'is' if n == 1 else 'are'} NaN or infinite and treated as its lowest intensity"
 
 
 def _tensor(volume: Volume, path: Path, **meta: Any) -> MetaTensor:

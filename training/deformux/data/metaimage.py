@@ -33,7 +33,7 @@ def metaimage_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
     # A header size is given for voxels in another file, behind a header of its own.
     elsewhere = fields["ElementDataFile"].upper() != "LOCAL" or fields.get("HeaderSize", "0") not in ("0", "-1")
     if elsewhere:
-        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume that is whole in one file")
+        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume stored in a single file")
     numbers = _Numbers(name, fields)
     n = numbers.whole("NDims", 0)
     if not 1 <= n <= _MAX_AXES:

@@ -69,7 +69,7 @@ def nifti_header(name: str, start: bytes, *, compressed: bool) -> VolumeHeader:
         return struct.unpack_from(order + where[1], start, where[0])
 
     if start[layout.magic[0] :][:4] in (b"ni1\0", b"ni2\0"):
-        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume that is whole in one file")
+        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume stored in a single file")
     if not start[layout.magic[0] :].startswith(layout.magic[1]):
         raise InvalidVolume(f"{name} cannot be read: it is damaged, or not a NIfTI file")
     n_dims, *sizes = values(layout.dim)

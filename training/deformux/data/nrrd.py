@@ -35,10 +35,10 @@ _ENCODINGS = {
     "txt": "text", "hex": "hex",
 }  # fmt: skip
 _FILE_POINTERS = ("datafile", "datafiles")
-# Kinds of axes along space or time; all others hold several numbers of one place.
+# Kinds of axes along space or time; all others hold several numbers for one place.
 _DOMAINS = ("domain", "space", "time", "???", "none", "")
 _COLOURS = ("rgb-color", "rgba-color", "hsv-color", "xyz-color", "3-color", "4-color")
-# Signs that turn a space's directions into ITK's left, posterior, superior; any other space is taken for it.
+# Signs that turn a space's directions into ITK's left, posterior, superior; any other space is treated as that.
 _TO_LPS = {
     "right-anterior-superior": (-1.0, -1.0, 1.0), "ras": (-1.0, -1.0, 1.0),
     "left-anterior-superior": (1.0, -1.0, 1.0), "las": (1.0, -1.0, 1.0),
@@ -63,7 +63,7 @@ def nrrd_header(name: str, file: BinaryIO, size: int) -> VolumeHeader:
     """
     fields, pairs = _fields(name, file)
     if any(key in fields for key in _FILE_POINTERS):
-        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume that is whole in one file")
+        raise InvalidVolume(f"{name} has its voxels in another file; expected a volume stored in a single file")
     header = _Header(name, fields, pairs)
     file_shape = header.sizes()
     check_shape(name, file_shape)
@@ -132,7 +132,7 @@ class _Header:
     def encoding(self) -> str:
         given = self.fields.get("encoding", "").lower()
         if given not in _ENCODINGS:
-            raise self.damaged("it gives no encoding that is known")
+            raise self.damaged("it gives no known encoding")
         return _ENCODINGS[given]
 
     def number(self, field: str) -> int:
@@ -147,7 +147,7 @@ class _Header:
         domains = [axis for axis in range(n) if kinds[axis] in _DOMAINS]
         if directions is not None and any(d is not None for d in directions):
             domains = [axis for axis in domains if directions[axis] is not None]
-        # After the three of space comes time.
+        # Time follows the three spatial axes.
         return _Axes(directions, kinds, domains[:3])
 
     def layers(self, file_shape: Sequence[int], axes: _Axes) -> tuple[int, int]:

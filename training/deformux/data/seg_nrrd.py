@@ -85,7 +85,7 @@ def labels_of_segments(
         found[inside], owner[inside] = labels[segment.name], number
     for layer, values in zip(layers, claimed, strict=True):
         if not set(np.unique(layer).tolist()) <= values:
-            raise InvalidVolume(f"{name} holds voxels of values that none of its segments has; expected named segments")
+            raise InvalidVolume(f"{name} holds voxels that belong to none of its segments; expected named segments")
         unlabelled = (layer == UNLABELLED) & (found == 0)
         if not any(s.value == UNLABELLED for s in segments):
             found[unlabelled] = UNLABELLED

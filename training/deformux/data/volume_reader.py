@@ -1,6 +1,6 @@
 """The reader of volumes: scans and labels, in every format that is served.
 
-The header is read and checked before any voxel. Everything it names must be in the file itself, and messages repeat
+The header is read and checked before any voxel. Everything it names must be in the file itself, and messages quote
 nothing of a file. Positions are those that ITK and Slicer give the same file.
 """
 

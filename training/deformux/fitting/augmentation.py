@@ -1,4 +1,4 @@
-"""Augmentation: random patches and how they are changed."""
+"""Augmentation: random patches and random changes to them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _KEYS = ("image", "label")
 class SamplingMapsd(Transform):
     """Adds maps of where patches may be centred, from ``label`` (1, x, y, z) with 255 for unlabelled.
 
-    ``foreground`` and ``known`` are uint8, which cost two bytes per voxel beside the label's one.
+    ``foreground`` and ``known`` are uint8, which cost two bytes per voxel besides the label's one.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

@@ -71,21 +71,21 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, *, of: str) -> None:
 
 
 def load_checkpoint(path: Path, *, of: str) -> Checkpoint | None:
-    """Return the checkpoint of the training with this fingerprint, or None where there is none; log the reason."""
+    """Return the checkpoint of the training with this fingerprint, or None if there is none; log the reason."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
             values = json.loads((file.metadata() or {})[_STATE])
             if values.pop("fingerprint") != of:
-                logger.warning("Starting anew: %s is of another training (recipe, cases, labels or start)", path)
+                logger.warning("Starting over: %s belongs to another training (recipe, cases, labels or start)", path)
                 return None
             tensors: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - it is not a mapping
                 group, _, name = key.partition("/")
                 tensors.setdefault(group, {})[name] = file.get_tensor(key)
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        logger.warning("Starting anew: %s cannot be read (%s)", path, error)
+        logger.warning("Starting over: %s cannot be read (%s)", path, error)
         return None
     return Checkpoint(tensors, values)
 
@@ -141,20 +141,20 @@ class CheckpointFile:
 
     @property
     def due(self) -> bool:
-        """Whether the last checkpoint is old enough."""
+        """Return whether the last checkpoint is old enough."""
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Replace the last checkpoint; log an error where the disk is full."""
+        """Replace the last checkpoint; log an error if the disk is full."""
         try:
             save_checkpoint(self.path, checkpoint, of=self.run_id)
         except OSError as error:
-            # A full disk must not end the training, which only cannot be resumed.
-            logger.error("The training goes on without a new checkpoint: %s", error)
+            # A full disk must not end the training: it only cannot be resumed.
+            logger.error("The training continues without a new checkpoint: %s", error)
         self.last = time.monotonic()
 
     def remove(self) -> None:
-        """Delete the checkpoint, so that the next training starts anew."""
+        """Delete the checkpoint, so that the next training starts over."""
         self.path.unlink(missing_ok=True)
 
 

@@ -25,7 +25,7 @@ from deformux.networks.precision import mixed_precision
 
 __all__ = ["ClickTraining"]
 
-# Share of the steps with clicks that start from another mask than the network's own, and that have a second round.
+# Share of the steps with clicks that start from a mask other than the network's own, and that have a second round.
 _FOREIGN_MASK = 0.15
 _SECOND_ROUND = 0.5
 # Share of the second rounds that start from the mask after the first, like an annotator who saves in between.

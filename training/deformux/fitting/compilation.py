@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 _SAVED = 0.35
 # Time of the first compilation of a network, measured as 70 to 110, and of one in the cache, 3 to 7.
 _SECONDS, _SECONDS_AGAIN = 110.0, 10.0
-# The steps whose pace says whether compiling pays; the first ones compile kernels and capture graphs.
+# The steps whose pace shows whether compiling pays; the first ones compile kernels and capture graphs.
 _PACE_FROM, _PACE_TO = 20, 60
 
 
@@ -54,7 +54,7 @@ class Compilation:
         return _SECONDS
 
     def pays(self, seconds_left: float) -> bool:
-        """Return whether a training with so much time left ends sooner with compiling."""
+        """Return whether a training with this much time left ends sooner with compiling."""
         able = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
         return able and _SAVED * seconds_left > 1.5 * self.seconds
 
@@ -76,14 +76,14 @@ class Compilation:
 
 
 class CompileOnce:
-    """Compiles the network of a training once, where the pace of its first steps says that this pays for the rest.
+    """Compiles the network of a training once, if the pace of its first steps shows that this pays for the rest.
 
     Args:
         compilation: of the network.
         take_step: takes the steps.
         first_step: step after which this process took over.
         steps: of the whole training.
-        agree: returns whether a flag is set in any of the processes that train together.
+        any_process: returns whether a flag is set in any of the processes that train together.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class CompileOnce:
         *,
         first_step: int,
         steps: int,
-        agree: Callable[[bool], bool],
+        any_process: Callable[[bool], bool],
     ) -> None:
-        self.compilation, self.take_step, self.agree = compilation, take_step, agree
+        self.compilation, self.take_step, self.any_process = compilation, take_step, any_process
         self.first_step, self.steps = first_step, steps
         self._pace_began = 0.0
 
@@ -106,7 +106,7 @@ class CompileOnce:
             self._pace_began = time.monotonic()
         elif taken == _PACE_TO:
             pace = (time.monotonic() - self._pace_began) / (_PACE_TO - _PACE_FROM)
-            if self.agree(self.compilation.pays(pace * (self.steps - step))):
+            if self.any_process(self.compilation.pays(pace * (self.steps - step))):
                 self.compilation.begin()
                 self.take_step.compile()
         elif taken == _PACE_TO + 1 and self.take_step.compiled:

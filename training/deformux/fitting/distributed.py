@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a training; a process that is alone sends nothing.
+    """One process of a distributed training; a single process communicates with nobody.
 
     All processes must call the same methods in the same order.
 
@@ -43,7 +43,7 @@ class Ranks:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process writes checkpoints, results and progress."""
+        """Return whether this process writes checkpoints, results and progress."""
         return self.rank == 0
 
     def part(self, items: Sequence[_T]) -> Sequence[_T]:
@@ -51,7 +51,7 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def share(self, number: int, what: str) -> int:
-        """Return each process's part of a number; raise ValueError where it cannot be divided."""
+        """Return each process's part of a number; raise ValueError if it cannot be divided."""
         if number % self.size:
             raise ValueError(
                 f"{what} must be a multiple of the number of processes; got {number} for {self.size} processes"
@@ -59,11 +59,11 @@ class Ranks:
         return number // self.size
 
     def broadcast(self, module: nn.Module) -> None:
-        """Make the weights and buffers of a module those of the writer."""
+        """Copy the writer's weights and buffers of a module to all processes."""
         self.broadcast_tensors(module.state_dict().values())
 
     def broadcast_tensors(self, tensors: Iterable[Tensor]) -> None:
-        """Make the values of tensors those of the writer."""
+        """Copy the writer's values of tensors to all processes."""
         if self.size == 1:
             return
         for value in tensors:
@@ -74,8 +74,8 @@ class Ranks:
     def average(self, parameters: Iterable[nn.Parameter], loss: Tensor) -> Tensor:
         """Make each gradient the mean over all processes, and return the mean loss.
 
-        A missing gradient counts as zero, unless it is missing in all processes. While none is missing, nothing waits
-        for the GPU.
+        A missing gradient counts as zero, unless it is missing in all processes. While none is missing, the CPU does
+        not wait for the GPU.
         """
         if self.size == 1:
             return loss
@@ -94,7 +94,7 @@ class Ranks:
                 learning[i].grad = gradients[i] if anywhere[i] else None
         return total[0] / self.size
 
-    def agree(self, flag: bool) -> bool:
+    def any_process(self, flag: bool) -> bool:
         """Return whether the flag is set in any of the processes."""
         if self.size == 1:
             return flag
@@ -103,13 +103,13 @@ class Ranks:
         return bool(flags.item())
 
     def from_writer(self, get: Callable[[], Any]) -> Any:
-        """Return the plain values, as of JSON, that the function returns to the writer; only the writer calls it."""
+        """Return the function's result, plain values that JSON can hold, to all processes; only the writer calls it."""
         if self.size == 1:
             return get()
         return self.gather(get() if self.is_writer else None)[0]
 
     def gather(self, value: _T) -> list[_T]:
-        """Return the plain values, as of JSON, of all processes, by rank."""
+        """Return the values of all processes, by rank; plain values that JSON can hold."""
         if self.size == 1:
             return [value]
         # As text: PyTorch's own collectives of objects would load pickles.
@@ -130,7 +130,7 @@ def joined(device: str) -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started; without ``torchrun`` this process is alone.
 
     Args:
-        device: ``cpu``, or ``cuda`` for the GPU with the process's number on its machine.
+        device: ``cpu``, or ``cuda`` for the GPU of the process's local rank.
 
     Raises:
         ValueError: a particular GPU is asked for, or this machine has fewer GPUs than processes.
@@ -142,7 +142,7 @@ def joined(device: str) -> Iterator[Ranks]:
     number, local = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if device.startswith("cuda"):
         if device != "cuda":
-            raise ValueError(f"each process takes the GPU of its number: use --device cuda; got {device!r}")
+            raise ValueError(f"each process takes the GPU of its local rank: use --device cuda; got {device!r}")
         if local > torch.cuda.device_count():
             raise ValueError(
                 f"{local} processes need as many GPUs, and this machine has {torch.cuda.device_count()}; "

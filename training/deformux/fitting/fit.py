@@ -36,7 +36,7 @@ _REPORT_SECONDS = 1.0
 
 
 class TrainingError(RuntimeError):
-    """Training cannot start or go on; the message is one sentence for the user."""
+    """Training cannot start or continue; the message is one sentence for the user."""
 
 
 class TrainingStopped(TrainingError):
@@ -111,7 +111,7 @@ def fit(
         checkpoint_seconds: least time between two checkpoints.
         stop: asked after each step whether to stop; the checkpoint then holds that step.
         capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time, and compile
-            the network where the training is long enough to pay for it, which rounds differently.
+            the network if the training is long enough to pay for it, which rounds differently.
         compile_cache: folder that keeps compiled code for the next training.
         ranks: this process among those that train together, all of which call this with the same arguments but
             ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.
@@ -210,7 +210,7 @@ def _train(
         if compile_once is not None:
             compile_once.after_step(state.step)
         reporter.report_if_due()
-        stopped = stop is not None and ranks.agree(stop())
+        stopped = stop is not None and ranks.any_process(stop())
         if state.epoch_is_over and not state.diverged:
             state.count(losses.rest())
             state.end_epoch(validate())
@@ -219,12 +219,12 @@ def _train(
             state.count(losses.rest())
             if not state.diverged:
                 saved.save(state.checkpoint(seconds=reporter.seconds))
-        # Stopped in the last step, the training is done all the same.
+        # A training that is stopped in its last step is done all the same.
         if stopped and not state.done:
             raise TrainingStopped("the training was stopped" + (", and can be continued" if saved else ""))
         if state.diverged:
             if saved is not None:
-                # It would only lead here again.
+                # Resuming from it would only diverge again.
                 saved.remove()
             raise TrainingError("the loss is no longer finite; train again with a lower learning rate")
 
@@ -234,7 +234,7 @@ class _Reporter:
 
     Args:
         state: of the training, already restored.
-        effort: of the steps up to a step, in the time of ordinary ones.
+        effort: returns the time of all steps up to a step, in ordinary steps.
         on_progress: called with the progress, or None.
     """
 
@@ -247,7 +247,7 @@ class _Reporter:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, those before the checkpoint included."""
+        """Return the seconds of training, including those before the checkpoint."""
         return self.state.seconds_before + time.monotonic() - self.started
 
     def report_if_due(self) -> None:
@@ -322,7 +322,7 @@ def _compile_once(
     ranks: Ranks,
 ) -> CompileOnce | None:
     network = state.network
-    # What compiling saves is known of this network alone; another may not be compiled without a break.
+    # The gain was measured for this network only; others may not compile as one graph.
     if not take_step.captures or not isinstance(network, DeformUXNet):
         return None
     identity = {
@@ -333,7 +333,7 @@ def _compile_once(
         "mixed_precision": recipe.mixed_precision,
     }
     compilation = Compilation(identity, cache=cache)
-    return CompileOnce(compilation, take_step, first_step=state.step, steps=state.steps, agree=ranks.agree)
+    return CompileOnce(compilation, take_step, first_step=state.step, steps=state.steps, any_process=ranks.any_process)
 
 
 def _validate(
@@ -353,7 +353,7 @@ def _validate(
 
 
 def _unusable_volume(error: BaseException | None) -> InvalidVolume | None:
-    """Return the cause that is a sentence for the user: MONAI wraps whatever a transform raises."""
+    """Return the cause that is meant for the user: MONAI wraps whatever a transform raises."""
     while error is not None and not isinstance(error, InvalidVolume):
         error = error.__cause__
     return error

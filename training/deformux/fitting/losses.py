@@ -29,7 +29,7 @@ class PartialDiceCELoss(nn.Module):
     def forward(
         self, logits: Tensor, label: Tensor, annotated: Tensor | None = None, emphasis: Tensor | None = None
     ) -> Tensor:
-        """Return the loss, a scalar; 0 where nothing is labelled. It never waits for a GPU: a graph can capture it.
+        """Return the loss, a scalar; 0 if nothing is labelled. It never waits for a GPU: a graph can capture it.
 
         Args:
             logits: ``(N, C, D, H, W)``, class 0 is background.

@@ -55,7 +55,7 @@ def make_optimizer(network: nn.Module, recipe: Recipe) -> AdamW:
 
 
 def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRScheduler | ReduceLROnPlateau | None:
-    """Return the schedule of the learning rate over ``steps``; None where it is constant."""
+    """Return the schedule of the learning rate over ``steps``; None if it is constant."""
     if recipe.schedule == "one_cycle":
         return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps)
     if recipe.schedule == "cosine":
@@ -66,7 +66,7 @@ def make_schedule(optimizer: Optimizer, recipe: Recipe, *, steps: int) -> LRSche
 
 
 def make_average(network: nn.Module, recipe: Recipe) -> AveragedModel | None:
-    """Return the moving average of the weights, from the first step on; None where the recipe has none."""
+    """Return the moving average of the weights, from the first step on; None if the recipe has none."""
     if recipe.ema_decay is None:
         return None
     # All tensors at once: two launches for each tensor would be a third of a step's launches on a GPU.

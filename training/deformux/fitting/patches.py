@@ -41,7 +41,7 @@ def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int,
 
     Args:
         cases: ids.
-        new: ids of the new ones; where all are new, none is preferred.
+        new: ids of the new ones; if all are new, none is preferred.
     """
     times = [oversampling if case in new else 1 for case in cases]
     deck = np.repeat(np.arange(len(cases)), times if len(set(times)) > 1 else 1)
@@ -121,7 +121,7 @@ class Patches:
         if self.workers:
             # Forked, they share the volumes in memory.
             processes = {"num_workers": self.workers, "prefetch_factor": _PREFETCH, "multiprocessing_context": "fork"}
-        # Without its own generator the loader would draw from the global one, at moments of its choice.
+        # Without its own generator the loader would draw from the global one, at unpredictable moments.
         return DataLoader(
             _Batches(self._dataset, seed, self.ranks.rank),
             batch_sampler=[

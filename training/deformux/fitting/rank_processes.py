@@ -2,7 +2,7 @@
 
 That process trains on the first device and starts another process for each further one. They talk over the loopback
 interface and find each other in a private folder, so that nothing listens to the network. They end with the first
-process, however it ends; it ends with an error when one of them does.
+process, however it ends; if one of them fails, it ends with an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["fit_on"]
 logger = logging.getLogger(__name__)
 
 _STORE = "store"
-# Time for a process that lost another one to end by itself: Gloo notices after a moment, and NCCL never does.
+# Time for a process that lost its peer to end by itself: Gloo notices after a moment, NCCL never.
 _GRACE_S = 20.0
 _PAUSE_S = 0.2
 # Arguments of ``fit`` for the first process only.
@@ -63,7 +63,7 @@ def fit_on(
         options: the other arguments of ``fit``.
 
     Raises:
-        TrainingStopped, TrainingError: as ``fit``, and when a process ends that should not have.
+        TrainingStopped, TrainingError: as ``fit``, or a process ended unexpectedly.
         ValueError: the volumes of a step cannot be divided among the devices, or the network is one of the ablations.
     """
     if len(devices) == 1:
@@ -117,7 +117,7 @@ def _set(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 class _Followers:
-    """The processes on the devices behind the first one, and a thread that watches them.
+    """The processes on all devices but the first, and a thread that watches them.
 
     Args:
         devices: of all processes.
@@ -145,14 +145,14 @@ class _Followers:
         threading.Thread(target=self._watch, name="rank-watch", daemon=True).start()
 
     def tell(self, task: RankTask) -> None:
-        """Send each process its place and its task, a line each; raise OSError where one has ended."""
+        """Send each process its place and its task, a line each; raise OSError if one has ended."""
         for process, place in zip(self.processes, self._places, strict=True):
             assert process.stdin is not None
             process.stdin.write(f"{json.dumps(place)}\n{task.to_json()}\n".encode())
             process.stdin.flush()
 
     def failure(self, patience_s: float) -> str | None:
-        """Return why a process ended that should not have; None when none ends within a time."""
+        """Return why a process ended unexpectedly; None if none ends within a time."""
         until = time.monotonic() + patience_s
         while not any(process.poll() for process in self.processes):
             if time.monotonic() > until:
@@ -164,7 +164,7 @@ class _Followers:
         ended = zip(self.processes, self.devices[1:], strict=True)
         code, device = min((process.returncode, device) for process, device in ended if process.returncode)
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
-        return f"the process that trained on {device} {how}; the next training goes on from the last checkpoint"
+        return f"the process that trained on {device} {how}; the next training resumes from the last checkpoint"
 
     def wait(self) -> None:
         """Wait until all have ended by themselves."""
@@ -184,7 +184,7 @@ class _Followers:
                 process.stdin.close()
 
     def _watch(self) -> None:
-        """End this process where it waits for a process that has ended, and does not notice."""
+        """End this process if it waits for one that has ended, and does not notice."""
         while not self._over.wait(_PAUSE_S):
             if not any(process.poll() for process in self.processes):
                 continue

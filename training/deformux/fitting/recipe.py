@@ -47,7 +47,7 @@ class Recipe:
         click_probability: share of the steps with clicks, once there are any. Such a step takes about twice as long.
         click_start: share of the training before the first clicks, since a network must find something before it can
             err.
-        mixed_precision: bfloat16 where the device has it.
+        mixed_precision: bfloat16 if the device has it.
         cache_gb: memory for preprocessed volumes; the rest is read again each time.
 
     Raises:
@@ -82,8 +82,8 @@ class Recipe:
     low_resolution: float = 1.0
     intensity_probability: float = 0.5
     clicks: int = 0
-    # They take time, a sixth more from scratch and a third from a version. From a quarter of the training on instead of
-    # half of it, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
+    # Clicks take time, a sixth more from scratch and a third from a version. When they began after a quarter of the
+    # training instead of half, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
     click_probability: float = 0.3
     click_start: float = 0.5
     mixed_precision: bool = True
@@ -119,7 +119,7 @@ class Recipe:
             )
 
     def replace(self, **changes: Any) -> Recipe:
-        """Return the recipe with some values changed; raise ValueError with the valid names where one is unknown."""
+        """Return the recipe with some values changed; raise ValueError with the valid names if one is unknown."""
         names = [field.name for field in dataclasses.fields(self)]
         unknown = sorted(set(changes) - set(names))
         if unknown:
@@ -137,10 +137,10 @@ class Recipe:
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without those of clicks where there are none."""
+        """Return plain values for the card, without those of clicks if there are none."""
         values = dataclasses.asdict(self)
         if not self.clicks:
-            # As before there were clicks: checkpoints and simulations are identified by this.
+            # Unchanged since before there were clicks: this identifies checkpoints and simulations.
             for name in ("clicks", "click_probability", "click_start"):
                 del values[name]
         return values

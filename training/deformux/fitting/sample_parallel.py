@@ -43,7 +43,7 @@ class SampleThreads(nn.Module):
         return _Shared.apply(self, inputs, *(p for p in self.network.parameters() if p.requires_grad))
 
     def each(self, work: Callable[..., Any], *arguments: Sequence[Any]) -> list[Any]:
-        """Do as ``map`` does, each call in its own thread; raise the error of one of them when all are over."""
+        """Call ``work`` as ``map`` does, each time in its own thread; raise one of their errors when all are done."""
         calls = [self._pool.submit(work, *given) for given in zip(*arguments, strict=True)]
         wait(calls)
         return [call.result() for call in calls]

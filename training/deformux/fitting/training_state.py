@@ -1,4 +1,4 @@
-"""What a training carries from one step to the next, and writes into a checkpoint."""
+"""State that a training carries from one step to the next, and writes into checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["TrainingState"]
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint holds beside tensors and the states of optimizer and schedule.
+# Values in a checkpoint besides tensors and the states of optimizer and schedule.
 _PLAIN = ("epoch_loss", "losses", "loss", "dice", "best_dice", "best_scores", "stale_epochs", "done")
 
 
@@ -53,17 +53,17 @@ class TrainingState:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the last step, from 1."""
+        """Return the epoch of the last step, from 1."""
         return math.ceil(self.step / self.epoch_length)
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether the last step was the last of its epoch."""
+        """Return whether the last step was the last of its epoch."""
         return self.step % self.epoch_length == 0
 
     @property
     def candidate(self) -> nn.Module:
-        """The network that validation and the result see: the moving average where there is one."""
+        """Return the network to validate and to keep: the moving average if there is one."""
         return self.average.module if self.average is not None else self.network
 
     def count(self, losses: Iterable[float]) -> None:
@@ -95,7 +95,7 @@ class TrainingState:
         """Keep the weights where their mean Dice is the best so far."""
         self.dice = mean_dice(list(scores.values()))
         self.stale_epochs += 1
-        # The first counts even where it is NaN, because validation volumes hold none of the labels.
+        # The first counts even if it is NaN, because validation volumes hold none of the labels.
         if self.best_weights is None or self.best_dice is None or self.dice > self.best_dice:
             self.best_dice = self.dice if math.isfinite(self.dice) else None
             self.best_scores = dict(scores)

@@ -40,7 +40,7 @@ class TrainingStep:
         recipe: how to train.
         clicks: guidance of the steps with clicks, or None.
         device: device of the network.
-        capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. Where that fails, one
+        capture: on a GPU, replay the gradients from CUDA graphs, one for each shape of batch. If that fails, one
             warning says why and steps are queued launch by launch.
         samples: number of patches in a batch, which get a thread each on a CPU.
         combine: called with the loss when the gradients of a batch are complete, before they are clipped; returns the
@@ -108,13 +108,13 @@ class TrainingStep:
 
     @property
     def captures(self) -> bool:
-        """Whether gradients are replayed from CUDA graphs."""
+        """Return whether gradients are replayed from CUDA graphs."""
         return self._capture
 
     def compile(self) -> None:
         """Compile the network for batches without clicks, at the next step, which takes a minute or two.
 
-        Where it cannot be compiled, steps go on without, after a warning. Where steps are not captured, nothing is
+        If it cannot be compiled, steps continue without, after a warning. If steps are not captured, nothing is
         compiled, since compiling saves little of Python's time.
         """
         if not self._capture:
@@ -202,7 +202,7 @@ class TrainingStep:
         if self.compiled:
             self.compiled = False
             self._use(self.network)
-            warnings.warn(f"Training goes on without compiling the network: {error}", stacklevel=2)
+            warnings.warn(f"Training continues without compiling the network: {error}", stacklevel=2)
             return
         self._capture = False
         # Steps need the memory now.
@@ -210,7 +210,7 @@ class TrainingStep:
         self._warn(error)
 
     def _warn(self, error: CaptureFailed) -> None:
-        warnings.warn(f"Training goes on without CUDA graphs, which are several times as fast: {error}", stacklevel=2)
+        warnings.warn(f"Training continues without CUDA graphs, which are several times as fast: {error}", stacklevel=2)
 
     def _clip(self) -> None:
         if self.recipe.gradient_clip is not None:

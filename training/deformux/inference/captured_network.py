@@ -37,7 +37,7 @@ Recorder: TypeAlias = Callable[[Callable[[], Tensor], torch.device, Any], Record
 # Windows of fewer voxels in total leave a large card idle; more gain nothing.
 _VOXELS_AT_ONCE = 2 * 96**3
 _MAX_WINDOWS = 16
-# Generous number of tensors of the first stage's width and the window's size that a call needs at a time.
+# Upper estimate of the number of tensors of the first stage's width and the window's size that a call needs at a time.
 _LIVE_TENSORS = 16
 # Share of the free memory that windows may take, and of the whole card that a recording may keep.
 _SHARE = 0.25
@@ -80,7 +80,7 @@ class _Kind:
 
 @dataclass
 class _Call:
-    """State of one kind of call: how often it came, and its recording if there is one."""
+    """State of one kind of call: how often it was called, and its recording if there is one."""
 
     seen: int = 0
     refused: bool = False
@@ -201,7 +201,7 @@ class CapturedNetwork:
 
     def _record_call(self, kind: _Kind, call: _Call) -> None:
         if self.device.type == "cuda":
-            # What calls before have left there would count as held, and is given back by the recording.
+            # Memory that earlier calls left there would count as kept, although the recording returns it.
             torch.cuda.empty_cache()
         held = _reserved_bytes(self.device)
         try:
@@ -217,7 +217,7 @@ class CapturedNetwork:
             call.refused = True
             self._drop_empty_pools()
             if not self._warned:
-                logger.warning("Calls of the network are not captured in CUDA graphs, so slower: %s", _first(error))
+                logger.warning("Calls of the network are not captured in CUDA graphs, and slower: %s", _first(error))
             self._warned = True
 
     def _fixed_inputs(self, kind: _Kind) -> tuple[Tensor, ...]:

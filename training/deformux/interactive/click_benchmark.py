@@ -1,4 +1,4 @@
-"""Benchmark of clicks: a robot annotator corrects labelled volumes, and every click is scored and timed."""
+"""Benchmark of clicks: a simulated annotator corrects labelled volumes, and every click is scored and timed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class CaseResult:
 
     @property
     def area(self) -> float:
-        """Area under Dice over 1 to 5 clicks, 0 to 4."""
+        """Return the area under Dice over 1 to 5 clicks, 0 to 4."""
         return float(trapezoid([self.after(n) for n in range(_AREA[0], _AREA[1] + 1)]))
 
     def clicks_to(self, threshold: float) -> int | None:
@@ -136,9 +136,9 @@ def play_case(
     seed: int = 0,
     device: str = "cpu",
 ) -> Iterator[CaseResult]:
-    """Let robots correct one volume, each starting from the automatic mask.
+    """Let simulated annotators correct one volume, each starting from the automatic mask.
 
-    A robot makes the last number of ``CLICK_COUNTS``, then goes on to the cap until it reaches the highest of
+    Each makes the last number of ``CLICK_COUNTS``, then continues up to the cap until it reaches the highest of
     ``THRESHOLDS``. It ends where nothing is left to correct.
 
     Raises:

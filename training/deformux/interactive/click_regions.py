@@ -40,7 +40,7 @@ class MaskChange:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the change takes."""
+        """Return the bytes of memory that the change takes."""
         return self.voxels.nbytes + self.logits.nbytes + self.weights.nbytes
 
 
@@ -98,7 +98,7 @@ def _at(logits: Tensor, voxels: Voxels) -> npt.NDArray[np.float16]:
 
 
 def _highest(logits: Tensor) -> npt.NDArray[np.uint8]:
-    """Return the class ``(x, y, z)`` of the highest of logits ``(C, x, y, z)``, the first of equals."""
+    """Return the class ``(x, y, z)`` of the highest of logits ``(C, x, y, z)``, the first on a tie."""
     if logits.is_cuda:
         return highest(logits).to(torch.uint8).cpu().numpy()
     # Faster than PyTorch with few classes.

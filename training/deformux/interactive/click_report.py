@@ -64,7 +64,7 @@ def _write_summary(path: Path, summary: Sequence[ClickSummary]) -> None:
 
 
 def click_rows(summary: Sequence[ClickSummary]) -> list[list[str]]:
-    """Return the rows of a table for people; the first column names what a row shows."""
+    """Return the rows of a human-readable table; the first column names what a row shows."""
     rows = [["", *(line.robot for line in summary)]]
     for i, count in enumerate(CLICK_COUNTS):
         rows.append(
@@ -84,7 +84,7 @@ def click_rows(summary: Sequence[ClickSummary]) -> list[list[str]]:
 def _write_markdown(path: Path, summary: Sequence[ClickSummary], *, model: str, device: str) -> None:
     """Replace a Markdown file with the summary as a table."""
     head, *rows = click_rows(summary)
-    lines = [f"Robot annotators, {summary[0].cases} volumes, model `{model}`, device {device}.", ""]
+    lines = [f"Simulated annotators, {summary[0].cases} volumes, model `{model}`, device {device}.", ""]
     lines += ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     write_text(path, "\n".join(lines) + "\n")
 

@@ -49,7 +49,7 @@ class _Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the patch takes beside the changes."""
+        """Return the bytes of memory that the patch takes besides the changes."""
         return self.won.nbytes + self.labels.nbytes
 
 
@@ -106,7 +106,7 @@ class Editor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the editor takes beside its scan."""
+        """Return the bytes of memory that the editor takes besides its scan."""
         own = 0 if self._mask is self.scan.labels else self._mask.nbytes + self._start.nbytes
         return own + self._other_bytes() + sum(_nbytes(changes) for changes in self._windows.values())
 

@@ -37,12 +37,12 @@ class OpenScan:
 
     @cached_property
     def grid(self) -> ScanGrid:
-        """The scan's grid as seen from the network's."""
+        """Return the scan's grid, relative to the network's."""
         return ScanGrid.of(self.image)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the scan takes."""
+        """Return the bytes of memory that the scan takes."""
         return self.image.nbytes + self.logits.nbytes + self.classes.nbytes + self.labels.nbytes
 
 

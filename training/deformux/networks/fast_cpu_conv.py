@@ -126,5 +126,5 @@ class _Convolution(torch.autograd.Function):
             1,  # groups
             ctx.needs_input_grad[:3],
         )
-        # None where no gradient is needed.
+        # None if no gradient is needed.
         return *(t.to_dense() if t is not None and t.is_mkldnn else t for t in gradients), None, None

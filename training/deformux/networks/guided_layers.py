@@ -13,7 +13,7 @@ __all__ = ["GuidedConv3d", "InputBlock", "Stem"]
 class GuidedConv3d(Conv3d):
     """A convolution of the scan; guidance adds to it through its own weights, zero at first.
 
-    The state dict has ``guidance`` (out, guidance channels, kernel) beside the names of ``nn.Conv3d``.
+    The state dict has ``guidance`` (out, guidance channels, kernel) besides the names of ``nn.Conv3d``.
     """
 
     guidance: nn.Parameter

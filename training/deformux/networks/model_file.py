@@ -33,7 +33,7 @@ __all__ = [
     "warm_start",
     "with_guidance",
 ]
-# Types of a card's values, if they are there.
+# Types of a card's values, if present.
 _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "labels": list,
     "preset": str,
@@ -115,7 +115,7 @@ class ModelCard:
         """Invert ``to_json``; raise ValueError, TypeError or KeyError if the text is not a card."""
         values = json.loads(text)
         if not isinstance(values, dict) or not isinstance(values["preprocessing"], dict):
-            raise TypeError("a card is an object, and its preprocessing another one")
+            raise TypeError("a card is an object, and so is its preprocessing")
         for name, kinds in _CARD_TYPES.items():
             if name in values and not isinstance(values[name], kinds):
                 raise TypeError(f"{name} is a {type(values[name]).__name__}")
@@ -195,7 +195,7 @@ def warm_start(network: DeformUXNet, path: Path) -> list[str]:
     given = _read_weights(path, read_card(path).weights_sha256 if path.with_suffix(".json").exists() else "")
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if len(fitting) < len(own) // 2:
-        raise InvalidModel(f"{path} has another architecture than preset {network.preset!r}")
+        raise InvalidModel(f"{path} has a different architecture from preset {network.preset!r}")
     network.load_state_dict(fitting, strict=False)
     return sorted(set(own) - set(fitting))
 

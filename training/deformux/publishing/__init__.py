@@ -1,1 +1,1 @@
-"""Rounds of learning: train, compare with the published model, publish a version only if it is no worse."""
+"""Rounds of learning: train, compare with the published model, publish the new version unless it is clearly worse."""

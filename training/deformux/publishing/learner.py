@@ -1,4 +1,4 @@
-"""One round of learning: from all labels so far to a new version, which is published if it is not worse."""
+"""One round of learning: from all labels so far to a new version, published unless it is clearly worse."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Learner:
         labels: names of labels 1..N.
         preprocessing: how scans become network input.
         preset: size of the network.
-        keep: number of newest versions to keep, beside those that ``ModelVersions.prune`` keeps.
+        keep: number of newest versions to keep, besides those that ``ModelVersions.prune`` keeps.
     """
 
     def __init__(
@@ -155,10 +155,15 @@ class Learner:
         validation = tuple(case for case in usable if validates[case.id]) if can_validate else ()
         if not training:
             raise TrainingError(
-                f"the only labelled volumes are kept for validation ({', '.join(validates)}); label another one"
+                f"the only labelled volumes are kept for validation ({', '.join(validates)}); label one more"
             )
         parent, path = self._start(options)
-        logger.info("Training on %d volumes, %d validate, from %s", len(training), len(validation), parent or "scratch")
+        logger.info(
+            "Training on %d volumes, validating on %d, starting from %s",
+            len(training),
+            len(validation),
+            parent or "scratch",
+        )
         last = self._last_from_scratch()
         doubled = bool(parent and validation and last and len(training) >= 2 * last)
         of_project = parent is not None and not parent.startswith(_FOREIGN)
@@ -178,7 +183,7 @@ class Learner:
         )
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
-        """Return name and file of the weights to start from; None where there are none, or of another architecture."""
+        """Return name and file of the weights to start from; None if there are none, or of another architecture."""
         published = self.versions.published() if not options.from_start else None
         path = self.versions.path(published) if published is not None else options.start
         if path is None or options.from_scratch:
@@ -191,7 +196,7 @@ class Learner:
         return published or f"{_FOREIGN}{path.stem}", path
 
     def _sides_in_cards(self) -> dict[str, str]:
-        """Return the sides of cases by the cards of all versions: a case that trained once, trains."""
+        """Return the sides of cases by the cards of all versions: a case that was ever trained on stays in training."""
         cards = [info.card for info in self.versions.infos()]
         validating = {case: "validation" for card in cards for case in card.validation.get("per_case") or {}}
         return validating | {case: "training" for card in cards for case in card.training_cases}
@@ -207,7 +212,7 @@ class Learner:
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> _Trained:
-        """Train, from scratch too where the labels have doubled, and return the better of the two."""
+        """Train, also from scratch if the labels have doubled, and return the better of the two."""
         first = self._fit(plan, options, 0, on_progress, stop)
         if len(plan.recipes) == 1:
             return first
@@ -241,7 +246,7 @@ class Learner:
             val_cases=plan.validation,
             new=plan.new if parent else (),
             memory_share=options.memory_share,
-            on_progress=_part_of(on_progress, plan.recipes, part),
+            on_progress=_round_progress(on_progress, plan.recipes, part),
             seed=plan.seed,
             checkpoint=self.round_folder.checkpoint(part),
             checkpoint_seconds=options.checkpoint_seconds,
@@ -259,7 +264,7 @@ class Learner:
         return network
 
     def _compare(self, candidate: Scores, plan: RoundPlan, options: Round) -> Decision:
-        """Compare with the model that is served now, which may be another one than the parent."""
+        """Compare with the model that is served now, which may differ from the parent."""
         published = self.versions.published()
         path = self.versions.path(published) if published is not None else options.served
         card = read_card(path) if path is not None else None
@@ -269,7 +274,9 @@ class Learner:
         if not candidate:
             if provisional:
                 return self._decide(candidate, None, plan, provisional=True)
-            return Decision(False, f"not measured, as no validation case is labelled any more; {published} stays")
+            return Decision(
+                False, f"not measured: no validation case is labelled any more; {published} stays published"
+            )
         name = published or f"{_FOREIGN}{path.stem}"
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
         champion = self._champion(card, plan, options)
@@ -282,7 +289,7 @@ class Learner:
         return dataclasses.replace(decision, champion=decision.champion or name)
 
     def _champion(self, card: ModelCard, plan: RoundPlan, options: Round) -> tuple[str, Scores] | None:
-        """Return name and scores of the best model before the published one, where it was better than that.
+        """Return name and scores of the best model before the published one, if it beat the published one, else None.
 
         The card of the published version names it, so that a rollback also restores the champion.
         """
@@ -297,7 +304,7 @@ class Learner:
                 raise ValueError(f"{name} has other labels")
             return name, self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
         except ValueError as error:
-            logger.warning("The best model so far cannot be compared with: %s", error)
+            logger.warning("Cannot compare with the best model so far: %s", error)
             return None
 
     def _decide(
@@ -365,10 +372,10 @@ class Learner:
         return Outcome(name, published, decision, card, set_aside)
 
 
-def _part_of(
+def _round_progress(
     on_progress: Callable[[Progress], None] | None, recipes: Sequence[Recipe], part: int
 ) -> Callable[[Progress], None] | None:
-    """Return what turns the progress of one of several trainings into the progress of all of them."""
+    """Wrap ``on_progress`` to report the progress of the whole round, of which one training is a part."""
     if on_progress is None:
         return None
     before, after = recipes[:part], recipes[part + 1 :]

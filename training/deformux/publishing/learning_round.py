@@ -22,11 +22,11 @@ class Round:
 
     Args:
         scratch_recipe, continue_recipe: for a start from random or foreign weights, and from a published version. The
-            new version takes guidance where its recipe has clicks, whatever it starts from.
+            new version takes guidance if its recipe has clicks, whatever it starts from.
         start: model file to start from while no version is published.
         served: model file that answers requests while no version is published; the gate compares with it.
         from_scratch: start from random weights in any case.
-        from_start: start from ``start`` even where a version is published.
+        from_start: start from ``start`` even if a version is published.
         device: where to compute.
         devices: where to train, with one process on each; empty for ``device`` alone.
         memory_share: most of a GPU's memory for each process that a training on several devices starts.
@@ -57,8 +57,8 @@ class RoundPlan:
         set_aside: case id to why its label is not used.
         parent, parent_path: name and file of the model to start from; None for random weights.
         parent_labels: case id to checksum of the label that the parent was trained on.
-        recipes: of the training, and of a second one from scratch where the labels have doubled since the last.
-        last_from_scratch: number of training cases of the last training from scratch; 0 where there was none.
+        recipes: of the training, and of a second one from scratch if the labels have doubled since the last.
+        last_from_scratch: number of training cases of the last training from scratch; 0 if there was none.
         seed: of every random choice.
     """
 
@@ -76,22 +76,22 @@ class RoundPlan:
 
     @property
     def training_labels(self) -> dict[str, str]:
-        """Case id to label checksum."""
+        """Return label checksums by case id."""
         return {case.id: self.checksums[case.id] for case in self.training}
 
     @property
     def new(self) -> set[str]:
-        """Cases that the parent has not seen, or not with this label."""
+        """Return the cases that the parent has not seen, or not with this label."""
         return {case.id for case in self.training if self.parent_labels.get(case.id) != self.checksums[case.id]}
 
     @property
     def scratch_cases(self) -> int:
-        """Number of training cases when this line of models was last trained from scratch, after this round."""
+        """Return the training cases of the last training from scratch in this line of models, this round included."""
         from_scratch_now = self.parent is None or len(self.recipes) > 1
         return len(self.training) if from_scratch_now else self.last_from_scratch or len(self.training)
 
     def identity(self, scratch_recipe: Recipe) -> dict[str, Any]:
-        """Return what an interrupted round must have in common with this one to go on."""
+        """Return what an interrupted round must have in common with this one to be resumed."""
         return {
             "training": self.training_labels,
             "validation": {case.id: self.checksums[case.id] for case in self.validation},

@@ -24,7 +24,14 @@ from deformux.networks.model_file import (
     remove_unfinished,
     save_model,
 )
-from deformux.publishing.publications import KINDS, LOST, Publication, PublicationRecord, published_stack, worth_keeping
+from deformux.publishing.publications import (
+    KINDS,
+    REBUILT,
+    Publication,
+    PublicationRecord,
+    published_stack,
+    versions_to_keep,
+)
 
 __all__ = ["ModelVersions", "Publication", "VersionInfo"]
 
@@ -52,7 +59,7 @@ class VersionInfo:
 class ModelVersions:
     """Versions ``v0001.safetensors`` and ``v0001.json``, …, and ``publications.json``, which says which is served.
 
-    The published version is the last entry of the history of publications, so that one rename moves the pointer. Where
+    The published version is the last entry of the history of publications, so that one rename moves the pointer. If
     its files are damaged or gone, the version published before it is served instead. The history is kept twice; where
     both copies are lost, the newest version that the gate did not refuse counts as published. ``warnings`` reports it.
 
@@ -76,14 +83,14 @@ class ModelVersions:
         )
 
     def path(self, name: str) -> Path:
-        """Return the model file of a version; raise ValueError with all versions where there is none of that name."""
+        """Return the model file of a version; raise ValueError with all versions if there is none of that name."""
         path = self.root / f"{name}.safetensors"
         if name not in self.names():
             raise ValueError(f"no version {name!r}; there are {', '.join(self.names()) or 'none yet'}")
         return path
 
     def card(self, name: str) -> ModelCard:
-        """Return the card of a version; raise ValueError where there is no such version, or its card is damaged."""
+        """Return the card of a version; raise ValueError if there is no such version, or its card is damaged."""
         return read_card(self.path(name))
 
     def infos(self) -> list[VersionInfo]:
@@ -101,7 +108,7 @@ class ModelVersions:
         return infos
 
     def info(self, name: str) -> VersionInfo:
-        """Return one version of ``infos``; raise ValueError where there is none of that name, or it is damaged."""
+        """Return one version of ``infos``; raise ValueError if there is none of that name, or it is damaged."""
         path = self.path(name)
         found = next((info for info in self.infos() if info.name == name), None)
         if found is None:
@@ -113,7 +120,7 @@ class ModelVersions:
 
         With ``quick`` no weights are read, and only damage to them that was found before is reported.
         """
-        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
+        kept = versions_to_keep(self._state(), _KEEP_PUBLISHED)
         cards = {path.stem for path in self._numbered(".json")}
         weights = {path.stem for path in self._numbered(".safetensors")}
         # Any other card without weights belongs to a version that is being written or deleted.
@@ -121,7 +128,7 @@ class ModelVersions:
         return {name: fault for name, fault in faults.items() if fault}
 
     def fault(self, name: str, *, quick: bool = False) -> str | None:
-        """Return why a version cannot be served, in one sentence without folders; None where it can.
+        """Return why a version cannot be served, in one sentence without folders; None if it can.
 
         Its weights are read once, and again when their file has changed; with ``quick`` not at all.
         """
@@ -162,7 +169,7 @@ class ModelVersions:
         return [text for text in (state.fault, warning) if text]
 
     def doubt(self) -> str | None:
-        """Return why another version than the published one may be served; None where it is the published one."""
+        """Return why a version other than the published one may be served; None if it is the published one."""
         state = self._state()
         return self._served(state)[1] or (state.fault if state.lost else None)
 
@@ -182,7 +189,7 @@ class ModelVersions:
         """Serve this version from now on.
 
         Raises:
-            ValueError: there is no such version, or another one is pinned.
+            ValueError: there is no such version, or a different one is pinned.
         """
         self._publish(name, "publish", reason, by)
 
@@ -195,7 +202,7 @@ class ModelVersions:
             return True
 
     def published(self) -> str | None:
-        """Return the version to serve: the one published last, or where that is damaged the one before it, or None.
+        """Return the version to serve: the one published last, or if that is damaged the one before it, or None.
 
         ``warnings`` says when it is not the one published last.
         """
@@ -207,7 +214,7 @@ class ModelVersions:
         return history[-1].version if history else None
 
     def _served(self, state: PublicationRecord) -> tuple[str | None, str | None]:
-        """Return the version to serve, and a sentence where that is not the published one."""
+        """Return the version to serve, and a sentence if that is not the published one."""
         stack = published_stack(state.history)
         if not stack:
             return None, None
@@ -268,7 +275,7 @@ class ModelVersions:
             self._remove_leftovers()
             state = self._state()
             names = self.names()
-            kept = {*names[-keep:], *worth_keeping(state, keep_published), self._served(state)[0]}
+            kept = {*names[-keep:], *versions_to_keep(state, keep_published), self._served(state)[0]}
             kept |= {info.card.gate.get("champion") for info in self.infos() if info.name in kept}
             gone = [name for name in names if name not in kept]
             for name in gone:
@@ -295,7 +302,7 @@ class ModelVersions:
         write_kept_twice(self._state_path, state.to_dict(), indent=1)
 
     def _state(self) -> PublicationRecord:
-        """Return the record of publications, or one made from the cards where it is lost."""
+        """Return the record of publications, or one made from the cards if it is lost."""
         state, fault = read_kept_twice(self._state_path, PublicationRecord.from_dict)
         if state is not None:
             return dataclasses.replace(state, fault=fault)
@@ -304,9 +311,9 @@ class ModelVersions:
             return PublicationRecord()
         newest = next((name for name in reversed(names) if self._may_be_served(name)), None)
         said = f"{newest}, the newest version that can be, is served" if newest else "no version is served"
-        reason = f"{fault or f'{_STATE} is missing'}, so it is not known any more which version was published; {said}"
+        reason = f"{fault or f'{_STATE} is missing'}, so it is no longer known which version was published; {said}"
         # Every call returns the same: nothing is written until a version is published.
-        history = (Publication(newest, LOST, reason, "server", self.card(newest).created),) if newest else ()
+        history = (Publication(newest, REBUILT, reason, "server", self.card(newest).created),) if newest else ()
         return PublicationRecord(_number(names[-1]) if names else 0, None, history, reason, True)
 
     def _may_be_served(self, name: str) -> bool:
@@ -323,14 +330,14 @@ class ModelVersions:
         """Delete what crashes left; only under the lock, where nothing is being written."""
         remove_unfinished(self.root)
         # A version to keep that lost its weights keeps its card: they may come back from a backup.
-        kept = worth_keeping(self._state(), _KEEP_PUBLISHED)
+        kept = versions_to_keep(self._state(), _KEEP_PUBLISHED)
         for card in self._numbered(".json"):
             if card.stem not in kept and not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:
-    """Return a value that changes with the file, or None where there is no file."""
+    """Return a value that changes with the file, or None if there is no file."""
     try:
         found = path.stat()
     except OSError:

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "LOST", "Publication", "PublicationRecord", "published_stack", "worth_keeping"]
+__all__ = ["KINDS", "REBUILT", "Publication", "PublicationRecord", "published_stack", "versions_to_keep"]
 
 KINDS = ("training", "publish", "rollback", "pin")
-LOST = "rebuilt"
+REBUILT = "rebuilt"
 _NAME = re.compile(r"v\d+")
 
 
@@ -58,7 +58,7 @@ class PublicationRecord:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PublicationRecord:
-        """Invert ``to_dict``; raise ValueError, TypeError or KeyError where the values are not a record."""
+        """Invert ``to_dict``; raise ValueError, TypeError or KeyError if the values are not a record."""
         history = tuple(Publication(**entry) for entry in values["history"])
         state = cls(int(values["last_number"]), values["pinned"], history)
         for name in (state.pinned, *(entry.version for entry in history)):
@@ -67,11 +67,11 @@ class PublicationRecord:
         return state
 
 
-def worth_keeping(state: PublicationRecord, published: int) -> set[str]:
+def versions_to_keep(record: PublicationRecord, n_latest: int) -> set[str]:
     """Return the versions that were published last, the target of a rollback, and all that were ever pinned."""
-    latest = list(dict.fromkeys(entry.version for entry in reversed(state.history)))[:published]
-    pinned = [entry.version for entry in state.history if entry.kind == "pin"]
-    return {*latest, *published_stack(state.history)[-2:], *pinned}
+    latest = list(dict.fromkeys(entry.version for entry in reversed(record.history)))[:n_latest]
+    pinned = [entry.version for entry in record.history if entry.kind == "pin"]
+    return {*latest, *published_stack(record.history)[-2:], *pinned}
 
 
 def published_stack(history: tuple[Publication, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a new model may replace the published one."""
+"""The gate: a comparison that decides whether a new model replaces the published one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LABEL_TOLERANCE = 0.05
 _TYPICAL_TOLERANCE = 0.005
 # Largest fall of the mean Dice below the best model of the line, over any number of publications.
 _TOTAL_TOLERANCE = 0.005
-# The fewest cases whose median means something.
+# Smallest number of cases with a meaningful median.
 _MIN_FOR_MEDIAN = 3
 
 Scores = Mapping[str, Sequence[float]]
@@ -30,16 +30,16 @@ Scores = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a candidate is published, and the numbers behind it.
+    """Decision whether to publish a candidate, and the numbers behind it.
 
     Args:
         publish: whether to publish it.
         reason: one sentence.
         provisional: nothing could be measured; the next model that is measured replaces it.
         candidate, incumbent: mean Dice on the counted cases, where finding nothing in a case without the label is 1 if
-            the other model does find it there; None where nothing was scored.
+            the other model does find it there; None if nothing was scored.
         best: mean Dice on the counted cases of the best model before this candidate.
-        champion: name of that model, where it is better than the incumbent; in a card, where it is better than the
+        champion: name of that model, if it is better than the incumbent; in a card, if it is better than the
             version of the card.
         labels: label to mean Dice of incumbent and candidate on the counted cases.
         counted: the validation cases that decided.
@@ -83,13 +83,13 @@ def decide(
     a few wrong labels, which a model may learn to match, must not outvote the rest. Nor may its mean fall to more than
     0.005 below that of the champion, the best model of the line: small falls must not add up.
 
-    A case does not count where neither model is better than chance, or where both are less than half as good as on
+    A case does not count if neither model is better than chance, or if both are less than half as good as on
     the median case: its label is more likely wrong than both models, and the decision names it. Chance is the Dice of
     calling every voxel the label, 2p / (1 + p) for a label that fills the share p of the volume; on labels of random
     noise no model can do better.
 
     Args:
-        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; None where there is no
+        candidate, incumbent: case id to Dice per label, NaN where a label is in neither volume; None if there is no
             incumbent.
         labels: names of the labels, in the order of the scores.
         champion: name of the best model of the line, if that is not the incumbent, and its scores on the same cases.

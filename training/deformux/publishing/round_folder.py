@@ -41,7 +41,7 @@ class RoundFolder:
             remove_unfinished(self.folder)
             return str(before["id"])
         if before:
-            logger.info("The interrupted training had other labels or options; starting anew")
+            logger.info("The interrupted training had other labels or options; starting over")
         self.end()
         run_id = uuid.uuid4().hex
         write_checked(self.folder / "run.json", {"id": run_id, "started": int(time.time()), "of": same})
@@ -61,5 +61,5 @@ class RoundFolder:
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            logger.warning("The interrupted training is not known any more, and begins anew: %s", error)
+            logger.warning("The record of the interrupted training is lost; starting over: %s", error)
             return {}

@@ -38,7 +38,7 @@ class ScoreCache:
         self.labels = tuple(labels)
 
     def facts(self, cases: Sequence[Case], checksums: Mapping[str, str]) -> dict[str, LabelFacts]:
-        """Return facts about each case's label; a label that cannot be read has its fault in a sentence."""
+        """Return facts about each case's label; for a label that cannot be read, a sentence that says why."""
         known = self._read(_FACTS, _facts)
         facts: dict[str, LabelFacts] = {}
         unreadable: dict[str, LabelFacts] = {}
@@ -101,7 +101,7 @@ class ScoreCache:
             return {}
         except ValueError as error:
             # Everything in these files can be computed again.
-            logger.warning("%s; what it held is computed again", error)
+            logger.warning("%s; its contents are computed again", error)
             return {}
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:

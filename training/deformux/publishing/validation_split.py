@@ -1,4 +1,4 @@
-"""Which labelled cases validate and which train, once and for ever."""
+"""Permanent assignment of labelled cases to training or validation."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _VALIDATION_SHARE = 5
 
 
 class Assignment:
-    """Which cases validate and which train, in a file that only grows.
+    """Assignment of cases to training or validation, in a file that only grows.
 
-    A case is assigned when it is first seen, and keeps its side for ever: models that trained on it are published, and
-    scores on it would flatter them. The first four labelled cases train. From the fifth on a case
-    validates when the hash of its id says so (one in five), or when fewer than a fifth of the labelled cases would
-    validate without it. So five or more labelled cases always have both sides, and no assignment ever changes.
+    A case is assigned when it is first seen, and never changes sides: models that trained on it are published, and
+    scores on it would flatter them. The first four labelled cases train. From the fifth on, a case validates if the
+    hash of its id says so (one in five), or if fewer than a fifth of the labelled cases would validate without it. So
+    five or more labelled cases always have both sides.
 
     Args:
         path: JSON file; written by rename, and kept twice.
-        rebuild: returns the sides of cases known from elsewhere, where both copies of the file are lost.
+        rebuild: returns the sides of cases known from elsewhere, if both copies of the file are lost.
     """
 
     def __init__(self, path: Path, rebuild: Callable[[], Mapping[str, str]] | None = None) -> None:

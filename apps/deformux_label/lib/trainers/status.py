@@ -72,7 +72,7 @@ class TrainingStatus:
             values |= {
                 "status": "stopped",
                 "error": "the training was stopped before it finished; no model was published, and the next one on the "
-                "same labels goes on from the last checkpoint",
+                "same labels resumes from the last checkpoint",
             }
         return _public(values)
 
