@@ -1,4 +1,4 @@
-"""Places where users have logged in before: there, a stranger's guesses do not lock them out."""
+"""Addresses from which users have logged in before: guesses from elsewhere do not delay logins there."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pathlib import Path
 
 from deformux_label.web.shared_json import SharedJson
 
-__all__ = ["AtHome", "place_of"]
+__all__ = ["KnownAddresses", "network_of"]
 
-# Of one user, who could otherwise make the server forget the places of others.
-_MAX_NAME_LENGTH = 20
-_MAX_PLACES = 10_000
+# One user must not push out the addresses of others.
+_MAX_PER_USER = 20
+_MAX_PAIRS = 10_000
 
 
-def place_of(address: str) -> str:
-    """Return the place of an address: itself, or for IPv6 its network of 64 bits, which one machine may own."""
+def network_of(address: str) -> str:
+    """Return an address itself, or for IPv6 its /64 network, which may belong to one machine."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -29,11 +29,11 @@ def place_of(address: str) -> str:
     return str(ipaddress.ip_network((parsed, 64), strict=False))
 
 
-class AtHome:
-    """Pairs of a user's name and a place where their password was right.
+class KnownAddresses:
+    """Pairs of a user's name and a network from which they have logged in.
 
     Args:
-        path: file that keeps them over restarts, readable by its owner alone; None for memory only.
+        path: file that keeps the pairs across restarts, readable only by its owner; None to keep them in memory.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -41,44 +41,44 @@ class AtHome:
         if path is not None:
             self._file = SharedJson(
                 path,
-                unreadable="Where users logged in before cannot be read, and is not known: %s: %s",
-                unwritten="Where users log in is known until this server ends only: %s: %s",
+                unreadable="Cannot read the addresses of earlier logins from %s, so none are known: %s",
+                unwritten="Cannot write %s, so the addresses of logins are known only until this server ends: %s",
             )
-        self._places: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._pairs: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._lock = threading.Lock()
         self._read()
 
     def __contains__(self, pair: tuple[str, str]) -> bool:
-        return pair in self._places
+        return pair in self._pairs
 
-    def add(self, name: str, place: str) -> None:
-        """Remember a place of a user; write the file only if the place is new."""
+    def add(self, name: str, network: str) -> None:
+        """Remember a network of a user; write the file only if the pair is new."""
         with self._lock:
-            if (name, place) in self._places:
-                self._places.move_to_end((name, place))
+            if (name, network) in self._pairs:
+                self._pairs.move_to_end((name, network))
                 return
 
             def merged() -> list[tuple[str, str]]:
-                # Another server of these users may have added some.
+                # Another server with the same users file may have added some.
                 self._read()
-                self._remember(name, place)
-                return list(self._places)
+                self._remember(name, network)
+                return list(self._pairs)
 
             if self._file is None or not self._file.rewrite(merged):
-                self._remember(name, place)
+                self._remember(name, network)
 
-    def _remember(self, name: str, place: str) -> None:
-        self._places[name, place] = None
-        of_name = [pair for pair in self._places if pair[0] == name]
-        for pair in of_name[:-_MAX_NAME_LENGTH]:
-            del self._places[pair]
-        while len(self._places) > _MAX_PLACES:
-            self._places.popitem(last=False)
+    def _remember(self, name: str, network: str) -> None:
+        self._pairs[name, network] = None
+        of_user = [pair for pair in self._pairs if pair[0] == name]
+        for pair in of_user[:-_MAX_PER_USER]:
+            del self._pairs[pair]
+        while len(self._pairs) > _MAX_PAIRS:
+            self._pairs.popitem(last=False)
 
     def _read(self) -> None:
         if self._file is None:
             return
-        found = self._file.read(lambda listed: [(str(name), str(place)) for name, place in listed])
-        for name, place in (found or [])[-_MAX_PLACES:]:
-            if (name, place) not in self._places:
-                self._remember(name, place)
+        found = self._file.read(lambda listed: [(str(name), str(network)) for name, network in listed])
+        for name, network in (found or [])[-_MAX_PAIRS:]:
+            if (name, network) not in self._pairs:
+                self._remember(name, network)
