@@ -91,10 +91,10 @@ class DeformUXLabel(MONAILabelApp):
             name="DeformUX Label",
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version=__version__,
-            # Slicer offers clicks on the background only if it is a label, and numbers labels by position, so it comes last.
+            # Slicer offers clicks on the background only if it is a label. It numbers labels by position, so it comes last.
             labels=[*self.project.labels, BACKGROUND_LABEL],
         )
-        # MONAI Label would start a scoring process at every Next Sample; here scores are updated when the model changes.
+        # MONAI Label would start a scoring process at every Next Sample; here a new model does.
         self._auto_update_scoring = False
         logger.info("Project %s: %s", self.state_folder.name, self.project.to_conf())
 

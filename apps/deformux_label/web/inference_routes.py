@@ -22,9 +22,9 @@ __all__ = ["inference_router"]
 def inference_router(sessions: VolumeSessions | None) -> APIRouter:
     """Return MONAI Label's routes of inference, with this app's handling of files.
 
-    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session's path of its
-    image, and let ``params`` choose a different model than the path. It also puts the path of an uploaded label file
-    under ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
+    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session's image path
+    and let ``params`` choose a different model than the path. It also puts the path of an uploaded label file under
+    ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
     path. If both are sent, the name moves to ``active_label``.
     """
     router = APIRouter()

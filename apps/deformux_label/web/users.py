@@ -41,8 +41,8 @@ _MAX_PASSWORD_LENGTH = 1_000
 _ROUNDS = 12
 # Checked for unknown names, so that they take as long as known ones.
 _DUMMY_HASH = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
-# Hashes with costs from 10 to 16: bcrypt refuses others or takes hours, or they are quick to guess. Only two bits of the
-# salt's last character count; bcrypt refuses other characters.
+# Hashes with costs from 10 to 16: others are refused by bcrypt, take hours, or are quick to guess. Only two bits of the
+# salt's last character count; bcrypt refuses the other characters.
 _HASH = re.compile(r"\$2[aby]\$1[0-6]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _OWNER_ONLY = 0o600
 _SECRET_BYTES = 32
