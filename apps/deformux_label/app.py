@@ -91,7 +91,7 @@ class DeformUXLabel(MONAILabelApp):
             name="DeformUX Label",
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version=__version__,
-            # Slicer offers clicks on the background only if it is a label. It numbers labels by position, so it comes last.
+            # Slicer offers clicks on the background only if listed; it numbers labels by position, so it comes last.
             labels=[*self.project.labels, BACKGROUND_LABEL],
         )
         # MONAI Label would start a scoring process at every Next Sample; here a new model does.

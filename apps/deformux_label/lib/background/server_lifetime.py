@@ -29,12 +29,13 @@ if os.getppid() == int(sys.argv[1]):
 def end_background_with_this_server() -> None:
     """Make MONAI Label's later background processes end with this process, even if it is killed.
 
-    Otherwise they would run on for minutes, and write at the same time as the next server. Linux ends them at once, even
-    in the middle of a volume; elsewhere ``end_with_the_parent`` ends them within a second.
+    Otherwise they would run on for minutes, and write at the same time as the next server. Linux ends them at once,
+    even in the middle of a volume; elsewhere ``end_with_the_parent`` ends them within a second.
     """
     os.environ[_SERVER] = str(os.getpid())
     async_tasks.subprocess = _Subprocess()
-    # ``atexit`` is too late: Python first joins the threads that wait for these processes. concurrent.futures does the same.
+    # ``atexit`` is too late: Python first joins the threads that wait for these processes. concurrent.futures does this
+    # too.
     threading._register_atexit(_stop_all)  # type: ignore[attr-defined]
 
 

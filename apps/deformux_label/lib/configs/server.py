@@ -26,7 +26,7 @@ class ServerOptions:
     """Access to the server, and its limits.
 
     Args:
-        allow_origin: origins such as ``https://viewer.hospital.org`` whose pages may call the server; its own may always.
+        allow_origin: other origins, such as ``https://viewer.hospital.org``, whose pages may call the server.
         max_upload_gb: largest uploaded volume or label, in gigabytes (10^9 bytes).
         max_voxels: largest volume that is read; larger ones are refused before they are decompressed.
         users: file with the users; the first one switches login on. None for the default file.

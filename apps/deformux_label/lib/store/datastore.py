@@ -181,7 +181,7 @@ class CheckedDatastore(ListedStudies):
     def _keep_if_unknown(
         self, transaction: Transaction, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
     ) -> int:
-        """Before a label is replaced, store it as a revision if it was not submitted, such as one copied into the folder.
+        """Store a label that has no revision, such as one copied into the folder, as a revision before it is replaced.
 
         Returns:
             the number of the last revision.

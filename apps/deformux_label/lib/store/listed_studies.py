@@ -76,7 +76,7 @@ class ListedStudies(StudiesFolder):
         return list(self.summary().labelled)
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Return the ids of the volumes without a submitted label; volumes with unchecked labels are in neither list."""
+        """Return the ids of the volumes without a submitted label; volumes with unchecked labels are in no list."""
         return list(self.summary().unlabelled)
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:

@@ -23,8 +23,8 @@ _PATIENCE_S = 20.0
 def end_with_the_server() -> None:
     """End this process cleanly on SIGTERM, and when its server ends for any reason.
 
-    Without its server a training could neither be seen nor stopped. The next server starts it again, and it resumes from
-    its last checkpoint.
+    Without its server a training could neither be seen nor stopped. The next server starts it again,
+    and it resumes from its last checkpoint.
     """
     signal.signal(signal.SIGTERM, _raise_exit)
     if os.environ.get(PARENT_PIPE):

@@ -54,7 +54,8 @@ class TrainingQueue:
     """Training tasks in the project's database, with their output in ``<folder>/tasks/<id>.log``.
 
     Any process may add, list or stop tasks; one of a project's servers runs them. If the
-    server ends during a task, the next server starts it again, with the same id and request, and the trainer resumes it.
+    server ends during a task, the next server starts it again with the same id and request, and the trainer resumes
+    it.
 
     Args:
         folder: the project's state folder. A ``queue.json`` of earlier versions is imported once.
@@ -105,8 +106,8 @@ class TrainingQueue:
     def submitted(self, image: str, sha256: str, every: int) -> bool:
         """Record an image's current label, and return whether a training is due.
 
-        It is due when the labels of ``every`` images (0 for never) have changed since the last training started, and none
-        is queued. An image counts once, however often it is submitted; it does not count with its trained label.
+        It is due when the labels of ``every`` images (0 for never) have changed since the last training started, and
+        none is queued. An image counts once, however often it is submitted, and not with its trained label.
         """
 
         def count(db: sqlite3.Connection) -> int:
