@@ -165,7 +165,7 @@ class ServerProcess:
 
 
 class Server(ServerProcess):
-    """A `deformux-label serve` process; `options` as for `serve_command`, e.g. `{"studies": "…", "labels": "liver"}`."""
+    """A `deformux-label serve` process; `options` as for `serve_command`, such as `{"labels": "liver"}`."""
 
     def __init__(self, options: Mapping[str, str], *, log: Path, patience_s: float = 180.0) -> None:
         # Not the default users file: it belongs to the account's own servers.
@@ -213,7 +213,7 @@ class AnnotationClient:
         return str(sample["id"])
 
     def infer(self, model: str, image_id: str, *, image: Path | None = None) -> Path:
-        """Return the file with the model's segmentation of a volume in the studies, or of an uploaded `image`."""
+        """Return the file with the model's segmentation of a volume in the studies, or of an uploaded image."""
         session = None
         if image is not None:
             created = self._ask(f"sending {image.name}", self._client.create_session, str(image))
