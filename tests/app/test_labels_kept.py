@@ -85,7 +85,7 @@ def test_a_crash_at_any_call_loses_nothing_that_was_acknowledged(crashes: list[d
             if entry["info"]:
                 assert entry["info"]["client_id"] == newest["annotator"], where
                 assert entry["info"]["revision"] == len(entry["revisions"]), where
-        # The next server starts, knows these labels, and goes on.
+        # The next server starts, knows these labels, and continues.
         assert case["indexed"] == {
             "scan": ["final"] if scan["current"] is not None else [],
             "other": ["final"] if other["current"] is not None else [],

@@ -70,7 +70,7 @@ def answered(gate: Gate, **scope: Any) -> int:
         (("/run/label.sock", None), None, 200),
         (("10.0.0.5", 8000), ("10.0.0.9", 5), 403),
         (("10.0.0.5", 8000), ("10.0.0.5", 5), 403),
-        # A proxy on this machine that forwards for another one.
+        # A proxy on this machine that forwards for a different one.
         (("127.0.0.1", 8000), ("10.0.0.9", 0), 403),
         (("127.0.0.1", 8000), ("localhost.evil.example", 0), 403),
     ],
@@ -125,7 +125,7 @@ def test_concurrent_guesses_do_not_avoid_the_delays(same_name: bool) -> None:
     checked, refused = asyncio.run(run())
     assert checked <= (4 if same_name else 11)
     assert len(refused) >= 460
-    assert sum(refused) == 1, "a flood is told once"
+    assert sum(refused) == 1, "a flood is logged once"
 
 
 def test_concurrent_right_passwords_are_not_failures() -> None:
