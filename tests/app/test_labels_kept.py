@@ -126,7 +126,7 @@ def test_deleting_keeps_the_revisions(store: CheckedDatastore, volume: Volume) -
     assert current(store) is None
     assert current(opened(volume)) is None, "a restart does not bring it back"
     assert current(store) is None
-    with pytest.raises(HTTPException, match="there are 1"):
+    with pytest.raises(HTTPException, match="its revisions are 1"):
         store.restore_label("scan", 2, "anna")
     store.restore_label("scan", 1, "anna")
     assert current(store) == 5
