@@ -1,4 +1,4 @@
-"""The app that MONAI Label loads through ``main.py``; it only connects the parts."""
+"""The app that MONAI Label loads through ``main.py``; it only connects its parts."""
 
 import logging
 import os
@@ -70,7 +70,7 @@ class DeformUXLabel(MONAILabelApp):
             self.project = Project.from_conf({key: conf[key] for key in conf if key not in SERVER_OPTIONS})
         except InvalidOption as error:
             refuse_to_start(str(error))
-        # Training and scoring run in processes of their own.
+        # Training and scoring run in separate processes, which inherit this.
         os.environ[MAX_VOXELS_VARIABLE] = str(self.server_options.max_voxels)
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
@@ -91,10 +91,10 @@ class DeformUXLabel(MONAILabelApp):
             name="DeformUX Label",
             description="One-click segmentation with DeformUX-Net that learns from submitted labels",
             version=__version__,
-            # Slicer offers clicks on the background where it is a label, and numbers labels by their position.
+            # Slicer offers clicks on the background only if listed; it numbers labels by position, so it comes last.
             labels=[*self.project.labels, BACKGROUND_LABEL],
         )
-        # It would start a process at every Next Sample; scores are updated when they change instead.
+        # MONAI Label would start a scoring process at every Next Sample; here a new model does.
         self._auto_update_scoring = False
         logger.info("Project %s: %s", self.state_folder.name, self.project.to_conf())
 
@@ -107,7 +107,7 @@ class DeformUXLabel(MONAILabelApp):
             refuse_to_start(str(error))
 
     def init_infers(self) -> dict[str, InferTask]:
-        # Slicer runs the first one automatically on every new case.
+        # Slicer runs the first one automatically on each new case.
         return {
             "segmentation": Segmentation(self.project, self.models, self.click_cache),
             "edit": Edit(self.project, self.models, self.click_cache),
@@ -130,7 +130,7 @@ class DeformUXLabel(MONAILabelApp):
         options = self.server_options
         if reason := reason_not_to_start(host_of(sys.argv), options.users, insecure=options.insecure):
             refuse_to_start(reason)
-        # Otherwise idle threads of a training would spin on the processors that a segmentation needs.
+        # Otherwise idle training threads would spin on cores that a segmentation needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.uploads = private_uploads()
         if settings.MONAI_LABEL_SESSIONS:
@@ -146,7 +146,7 @@ class DeformUXLabel(MONAILabelApp):
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002
-        # MONAI Label's sessions unpack archives; the server makes its own when it starts.
+        # MONAI Label's sessions unpack archives; the server creates its own at the start.
         return None
 
     def scoring_methods(self) -> dict[str, ScoringMethod]:
@@ -154,7 +154,7 @@ class DeformUXLabel(MONAILabelApp):
         return self._scoring_methods
 
     def options_of(self, kind: str, name: str) -> set[str]:
-        """Return the options of a trainer or strategy: those that it shows, and those of MONAI Label itself."""
+        """Return the options of a trainer or strategy, including MONAI Label's own."""
         if kind == "trainers":
             return {*known("model to train", name, self._trainers).config(), "gpus"}
         return {*known("strategy", name, self._strategies).info().get("config", {})}
@@ -164,10 +164,10 @@ class DeformUXLabel(MONAILabelApp):
         for name, stats in info["train_stats"].items():
             info["train_stats"][name] = with_queue(stats, self.queue)
         # The leases and the queue share a file, and its warnings.
-        of_the_state = [*self.leases.warnings(), *self.queue.warnings()]
-        of_the_studies = self.waiting.now(self.datastore()).warnings()
-        of_the_studies += self.datastore().warnings()
-        found = [*self._login_warnings(), *self.models.warnings(), *of_the_state, *of_the_studies]
+        of_state = [*self.leases.warnings(), *self.queue.warnings()]
+        of_studies = self.waiting.now(self.datastore()).warnings()
+        of_studies += self.datastore().warnings()
+        found = [*self._login_warnings(), *self.models.warnings(), *of_state, *of_studies]
         if found:
             info["warnings"] = list(dict.fromkeys(found))
         return info
@@ -188,7 +188,7 @@ class DeformUXLabel(MONAILabelApp):
         if options.save_label:
             require("annotator", "storing a segmentation (save_label)")
         if options.uncertainty and scan.image_id is not None:
-            require("annotator", "storing where the model is unsure (uncertainty)")
+            require("annotator", "storing an uncertainty map (uncertainty)")
         if options.save_label and self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
         file, params = task(task.parsed(sent, InferenceRequest(scan=scan, options=options), self.uploads))
@@ -207,18 +207,18 @@ class DeformUXLabel(MONAILabelApp):
         return {"label": label, "tag": DefaultLabelTag.ORIGINAL, "file": file, "params": params}
 
     def check_batch_inference(self, model: str) -> None:
-        """Refuse a batch inference that cannot work, before a process is started for it."""
+        """Refuse a batch inference that cannot work, before its process is started."""
         task = known("model", model, self._infers)
         if task.type != InferType.SEGMENTATION:
             able = [name for name, other in self._infers.items() if other.type == InferType.SEGMENTATION]
             raise HTTPException(400, f"{model!r} needs clicks or scribbles; batch inference runs {', '.join(able)}")
         if self.datastore().read_only:
-            raise HTTPException(409, "the studies folder cannot be written to, so no segmentation could be stored")
+            raise HTTPException(409, "the studies folder is read-only, so no segmentation could be stored")
         if self.models.current() is None:
             raise HTTPException(409, UNTRAINED)
 
     def batch_infer(self, request: dict[str, Any], datastore: Datastore | None = None) -> dict[str, Any]:
-        # Runs in a process of its own, which the server started.
+        # Runs in a separate process, which the server started.
         end_with_the_server()
         os.nice(10)  # requests to the server have priority
         leave_room_on_the_gpu()
@@ -244,12 +244,12 @@ class DeformUXLabel(MONAILabelApp):
 
     def next_sample(self, request: dict[str, Any]) -> dict[str, Any]:
         strategy = known("strategy", request.get("strategy"), self._strategies)
-        # Without an id, the reply says why there is none.
+        # A reply without an id gives the reason instead.
         reply = strategy(request, self.datastore())
         return {**reply, "path": self.datastore().get_image_uri(reply["id"])} if "id" in reply else reply
 
     def check_training(self, model: str | None, options: dict[str, Any]) -> None:
-        """Refuse a training that cannot work, before a process is started for it."""
+        """Refuse a training that cannot work, before its process is started."""
         if model is not None:
             known("model to train", model, self._trainers)
         for name, trainer in self._trainers.items():
@@ -257,13 +257,13 @@ class DeformUXLabel(MONAILabelApp):
                 trainer.check(options if model else options.get(name) or {}, self.datastore())
 
     def train(self, request: dict[str, Any]) -> dict[str, Any]:
-        # Runs in a process of its own, which the queue started.
+        # Runs in a separate process, which the queue started.
         trainer = known("model to train", request.get("model"), self._trainers)
         end_with_the_server()
         os.nice(10)  # requests to the server have priority
         leave_room_on_the_gpu()
         try:
-            # The training of a killed server may take a moment to end.
+            # A training of a killed server may take a moment to end.
             with FileLock(self.state_folder / "process.lock"):
                 return trainer(request, self.datastore())
         except HTTPException as error:
@@ -274,7 +274,7 @@ class DeformUXLabel(MONAILabelApp):
         self.model_changed()
 
     def model_changed(self) -> None:
-        """Load the published model before a request needs it, and score the volumes with it."""
+        """Load the published model before a request needs it, and rescore the volumes with it."""
         self.request_scoring()
         threading.Thread(target=self._preload, name="preload", daemon=True).start()
 
@@ -286,10 +286,10 @@ class DeformUXLabel(MONAILabelApp):
         try:
             self.models.load(name, checked_device(None))
         except (ValueError, RuntimeError) as error:
-            logger.warning("Model %s could not be loaded beforehand: %s", name, error)
+            logger.warning("Model %s could not be preloaded: %s", name, error)
 
     def request_scoring(self) -> None:
-        """Score the volumes in the background, unless scoring is running."""
+        """Score the volumes in the background, unless scoring is already running."""
         if self._server_mode and not processes("scoring"):
             self.async_scoring("uncertainty")
 
@@ -321,7 +321,7 @@ class DeformUXLabel(MONAILabelApp):
             logger.info("No training yet: %s", getattr(error, "detail", error))
         except OSError as error:
             # The label is stored, so the request must not fail.
-            logger.error("The label of %r is stored, but not that its volume is free again: %s", image_id, error)
+            logger.error("The label of %r is stored, but its lease could not be released: %s", image_id, error)
 
     def _checksum(self, image_id: str) -> str:
         """Return the checksum of an image's submitted label."""
@@ -331,7 +331,7 @@ class DeformUXLabel(MONAILabelApp):
         return newest.sha256 if newest is not None else uuid.uuid4().hex
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
-        """Return the version of the model whose proposal an annotator was shown, None if that is not remembered."""
+        """Return the version of the model that made the proposal shown to an annotator; None if unknown."""
         lease = self.leases.active().get(image_id)
         leased = lease.model_version if lease is not None and lease.annotator == annotator else None
         return self._proposals.find(annotator, image_id, leased)
@@ -342,5 +342,5 @@ class DeformUXLabel(MONAILabelApp):
             known("model", model, self._infers | self._trainers)
 
     def model_file(self, model: str, validate: bool = True) -> str:  # noqa: ARG002 - MONAI Label's signature
-        # Its endpoints overwrite and delete the file in place, while requests use it.
-        raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")
+        # MONAI Label's endpoints overwrite and delete the file in place, while requests use it.
+        raise HTTPException(405, "only training writes model versions; they cannot be uploaded or downloaded")

@@ -1,4 +1,4 @@
-"""Kill a process at each of its writing calls in turn, and look at what is left.
+"""Kill a process at each of its writing calls in turn, and check what is left.
 
 ``python crash_points.py FOLDER`` prints a list of cases as JSON. Forked, since importing torch and MONAI Label for each
 crash would take minutes; with one thread, which can be forked.

@@ -34,7 +34,7 @@ class Cohort:
     submitted: list[tuple[str, int, str]] = field(default_factory=list)
 
     def label(self, case: str, voxels: int) -> Path:
-        """A label that can be told from any other by its number of voxels."""
+        """A label that differs from all others in its number of voxels."""
         volume = self.cases[case]
         values = np.zeros(volume.truth.size, np.uint8)
         values[:voxels] = 1
@@ -143,7 +143,7 @@ def submit_three(server: LiveServer, cohort: Cohort) -> None:
 def annotate_together(server: LiveServer, cohort: Cohort, lasting_until: float) -> tuple[list[int], list[str]]:
     """Return the status of every answer that six annotators got, and the cases that they were handed."""
     handed_out: list[str] = []
-    everybody = threading.Barrier(6)
+    all_ready = threading.Barrier(6)
     counting = threading.Lock()
 
     def annotate(name: str) -> list[int]:
@@ -153,7 +153,7 @@ def annotate_together(server: LiveServer, cohort: Cohort, lasting_until: float) 
             answers.append(answer.status_code)
             return answer.json() if "json" in answer.headers["content-type"] else None
 
-        everybody.wait()
+        all_ready.wait()
         while True:
             body = {"client_id": name}
             sample = checked(requests.post(f"{server.url}/activelearning/random", json=body, timeout=PATIENCE_S))
@@ -202,7 +202,7 @@ def check_labels(server: LiveServer, cohort: Cohort) -> None:
         query = {"label": case, "tag": "final"}
         current = requests.get(f"{server.url}/datastore/label", params=query, timeout=60)
         assert voxels_of(current.content) == kept[-1][1]
-        # Who submitted without a look at a proposal started from none, whatever their client says.
+        # An annotator who was shown no proposal started from none, even if their client claims one.
         blind = ("early", "anna", "ben")
         drawn = [revision for revision in listed if revision["restored_from"] is None]
         assert all((r["model_version"] is None) == (r["annotator"] in blind) for r in drawn)
@@ -220,7 +220,7 @@ def test_trainings_are_queued_by_labels_and_by_hand(server: LiveServer, cohort: 
     submit_three(server, cohort)
     wait_for(lambda: training(server, check_if_running="true").ok, "a training is queued")
     by_hand = train(server, 4000)
-    assert by_hand.status_code == 200, "one that the server began by itself is no obstacle"
+    assert by_hand.status_code == 200, "an automatic training is no obstacle"
     again = train(server, 4000)
     assert again.status_code == 429
     assert by_hand.json()["id"] in again.json()["detail"]
@@ -271,7 +271,7 @@ def test_a_killed_server_finishes_its_training_after_a_restart(
     assert (stats(again)["task_id"], stats(again)["status"] in ("done", "rejected")) == (task, True)
     check_labels(again, cohort)
 
-    # And one that dies by itself is told as that.
+    # A training that crashes is reported as failed.
     died = train(again, 4000).json()["id"]
     (process,) = wait_for(lambda: processes_of(died), "its process runs")
     process.kill()
@@ -304,17 +304,19 @@ def test_leases_are_exclusive_in_time_and_across_restarts(tmp_path: Path) -> Non
     now = [1000.0]
     leases = Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0])
     cases = [f"case {n}" for n in range(40)]
-    everybody = threading.Barrier(8)
+    all_ready = threading.Barrier(8)
 
     def ask(name: str) -> list[str | None]:
         # As if in a process of its own.
         own = Leases(tmp_path / "leases.json", minutes=10, clock=lambda: now[0])
-        everybody.wait()
+        all_ready.wait()
         return [own.claim(name, cases) for _ in range(5)]
 
     with ThreadPoolExecutor(8) as pool:
         given = [case for got in pool.map(ask, [f"annotator {n}" for n in range(8)]) for case in got]
-    assert sorted(map(str, given)) == sorted(cases), "asking again skips to another; nobody gets what another has"
+    assert sorted(map(str, given)) == sorted(cases), (
+        "asking again skips to a different case; no two annotators get the same"
+    )
     assert leases.claim("somebody new", cases) is None
     mine = [case for case, lease in leases.active().items() if lease.annotator == "annotator 3"]
     assert leases.claim("annotator 3", cases) in mine, "their own come round again"

@@ -1,4 +1,4 @@
-"""Every bad request gets a 4xx with one sentence, the server goes on, and no data is lost."""
+"""Every bad request gets a 4xx with one sentence, the server keeps running, and no data is lost."""
 
 from __future__ import annotations
 

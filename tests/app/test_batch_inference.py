@@ -88,7 +88,7 @@ def test_without_a_model_it_says_so_and_bad_options_are_refused(server: LiveServ
         ("segmentation", {"gpus": "\0"}, {}, 400, "gpus must be all"),
         ("segmentation", {"multi_gpu": 7}, {}, 400, "multi_gpu"),
         ("segmentation", {"logging": "LOUD"}, {}, 400, "logging"),
-        ("segmentation", {"model": "edit"}, {}, 400, "there is no option 'model'"),
+        ("segmentation", {"model": "edit"}, {}, 400, "batch inference has no option 'model'"),
         ("segmentation", {"client_id": "\ud800"}, {}, 400, "Unicode"),
     ):
         refused = post(server, model, body, **query)

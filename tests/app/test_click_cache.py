@@ -81,7 +81,7 @@ def test_editors_go_before_their_study_and_with_it(cache: ClickCache, clock: Clo
     assert edit(cache, "a", "two", 200, clock, mask="another") is not second
     hold(cache, "b", 400, clock)
     assert held(cache, "a", "b") == [True, True]
-    assert cache.state()["editors"] == 1, "the one that nobody used for longest is gone"
+    assert cache.state()["editors"] == 1, "the least recently used one is gone"
     assert edit(cache, "a", "one", 200, clock) is not first
     hold(cache, "b", 400, clock)
     hold(cache, "c", 500, clock)
@@ -98,7 +98,7 @@ def test_an_editor_that_grows_is_weighed_again(cache: ClickCache, clock: Clock) 
     with cache.editor(key("b"), "one", "", lambda: sized(10)) as editor:
         editor.nbytes = 800
     assert held(cache, "b") == [True]
-    assert cache.state()["editors"] == 0, "it does not fit beside its own study"
+    assert cache.state()["editors"] == 0, "it does not fit together with its scan"
 
 
 def test_unused_items_expire(cache: ClickCache, clock: Clock) -> None:

@@ -76,7 +76,7 @@ def test_usable_labels_are_used(volume: Volume, how: str) -> None:
     assert [path.name for path in folder.iterdir()] == [Path(store.get_label_uri("scan", "final")).name]
     if how == "linked":
         assert outside.read_bytes() == content
-    assert opened(volume).revisions.history("scan", "final") == history, "looked at once"
+    assert opened(volume).revisions.history("scan", "final") == history, "checked once"
 
 
 def segmentation(path: Path, volume: Volume) -> Path:

@@ -1,4 +1,4 @@
-"""Damaged files in the studies: intact ones are served, and the operator is told."""
+"""Damaged files in the studies: intact ones are served, and the operator is warned."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_damaged_label_is_restored(
     (kept,) = again.trash.entries()
     assert kept.kind == "damaged label"
     assert again.get_labeled_images() == ["scan"]
-    assert opened(volume).warnings() == [], "told once"
+    assert opened(volume).warnings() == [], "reported once"
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

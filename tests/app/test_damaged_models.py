@@ -60,7 +60,7 @@ def asked(server: LiveServer, model: str = "segmentation") -> dict[str, Any]:
     return answer.json()
 
 
-def told(server: LiveServer) -> list[str]:
+def warnings_of(server: LiveServer) -> list[str]:
     return requests.get(f"{server.url}/info/", timeout=60).json().get("warnings", [])
 
 
@@ -86,7 +86,7 @@ def test_damage_under_a_running_server(
     server, folder = running
     before = {name: (folder / name).read_bytes() for name in files}
     assert asked(server)["model_version"] == "v0002"
-    assert not any("version" in text for text in told(server))
+    assert not any("version" in text for text in warnings_of(server))
     try:
         for name, data in before.items():
             changed = damage(data)
@@ -99,9 +99,9 @@ def test_damage_under_a_running_server(
             assert params["model_version"] == version
             if version != "v0002" or "not known" in words:
                 assert words in params["warning"]
-        warnings = told(server)
+        warnings = warnings_of(server)
         assert any(words in text for text in warnings), warnings
-        assert not any(str(folder) in text for text in warnings), "it is shown to whoever may ask"
+        assert not any(str(folder) in text for text in warnings), "any client may see it"
         assert words in server.log.read_text()
         listed = requests.get(f"{server.url}/deformux/versions", timeout=60)
         assert listed.status_code == 200, listed.text
@@ -120,7 +120,7 @@ def test_damage_under_a_running_server(
             (folder / name).write_bytes(data)
     # Restored from a backup, it is served again without a restart.
     assert asked(server)["model_version"] == "v0002"
-    assert not any("version" in text for text in told(server))
+    assert not any("version" in text for text in warnings_of(server))
 
 
 def test_a_start_with_damaged_files(
@@ -139,7 +139,7 @@ def test_a_start_with_damaged_files(
     params = asked(server)
     assert params["model_version"] == "v0001"
     assert "version v0002 is published but cannot be served" in params["warning"]
-    warnings = " ".join(told(server))
+    warnings = " ".join(warnings_of(server))
     assert "publications.json is damaged" in warnings
     assert "v0001, published before it, is served instead" in warnings
     for strategy in ("random", "adaptive"):
@@ -149,4 +149,4 @@ def test_a_start_with_damaged_files(
     answer = requests.post(f"{server.url}/deformux/versions/v0001/publish", timeout=60)
     assert answer.json()["published"] == "v0001"
     assert (versions / "publications.damaged.json").exists()
-    assert not any("publications.json" in text for text in told(server))
+    assert not any("publications.json" in text for text in warnings_of(server))

@@ -223,5 +223,5 @@ def test_an_output_folder_of_someone_else_is_not_touched(tmp_path: Path) -> None
     precious.write_text("42")
     result = demo([*TINY, "--output", "thesis"], tmp_path)
     assert result.returncode == 1
-    assert "holds files that no demo wrote" in result.stderr
+    assert "has files that no demo wrote" in result.stderr
     assert precious.read_text() == "42"

@@ -105,7 +105,7 @@ def test_markups_placed_in_slicer_land_on_their_voxels(
     info = client.info()
     config = {k: v[0] if isinstance(v, list) else v for k, v in info["models"]["edit"]["config"].items()}
     assert info["models"]["edit"]["type"] == "deepedit"
-    assert list(info["models"])[:2] == ["segmentation", "edit"], "the extension runs the first one by itself"
+    assert list(info["models"])[:2] == ["segmentation", "edit"], "the extension runs the first one automatically"
     placed: dict[str, dict[str, list[list[int]]]] = {}
     jobs = []
     for number, name in enumerate(GEOMETRIES):
@@ -175,7 +175,7 @@ def test_an_edit_starts_from_the_clients_mask(editing: LiveServer, scans: dict[s
     for params in ({}, {"label": "spleen"}):
         assert (array_of(edit(editing, "left", {}, mask=scan.label, **params)) == scan.truth).all()
     voxel = away_from(scan.truth, 2, 1)[0]
-    # SmartEdit names the active label beside the file, under the same name.
+    # SmartEdit sends the active label's name and the file under the same key.
     changed = array_of(edit(editing, "left", {"spleen": [voxel]}, mask=scan.label, label="spleen", client_id="a"))
     assert changed[tuple(voxel)] == 2
     assert (changed != automatic(editing, "left")).any()

@@ -85,7 +85,7 @@ def test_a_crash_at_any_call_loses_nothing_that_was_acknowledged(crashes: list[d
             if entry["info"]:
                 assert entry["info"]["client_id"] == newest["annotator"], where
                 assert entry["info"]["revision"] == len(entry["revisions"]), where
-        # The next server starts, knows these labels, and goes on.
+        # The next server starts, knows these labels, and continues.
         assert case["indexed"] == {
             "scan": ["final"] if scan["current"] is not None else [],
             "other": ["final"] if other["current"] is not None else [],
@@ -126,7 +126,7 @@ def test_deleting_keeps_the_revisions(store: CheckedDatastore, volume: Volume) -
     assert current(store) is None
     assert current(opened(volume)) is None, "a restart does not bring it back"
     assert current(store) is None
-    with pytest.raises(HTTPException, match="there are 1"):
+    with pytest.raises(HTTPException, match="its revisions are 1"):
         store.restore_label("scan", 2, "anna")
     store.restore_label("scan", 1, "anna")
     assert current(store) == 5

@@ -1,4 +1,4 @@
-"""What scores in the background ends with its server, however that ends and whatever it is doing."""
+"""Background scoring ends with its server, even if that is killed, and whatever scoring is doing."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def test_scribbles_correct_the_network(
     volume = volumes["axial"]
     automatic = np.asarray(mask_of(server.infer("axial", query={"output": "image"}, result_extension=".nii")).dataobj)
     truth = volume.truth == 2
-    # One organ is removed, another one is drawn where the network found none.
+    # One organ is removed, a different one is drawn where the network found none.
     drawn = np.zeros(truth.shape, np.uint8)
     drawn[(volume.truth == 1) & (ndimage.distance_transform_edt(volume.truth == 1) > 4)] = BACKGROUND
     drawn[ndimage.distance_transform_edt(truth) > 3] = FOREGROUND

@@ -152,7 +152,7 @@ def test_unserved_files_are_reported(studies: Path, scans: dict[str, Volume], ca
     assert "dead.nii.gz" in caplog.text
     caplog.clear()
     store.refresh()
-    assert "dead.nii.gz" not in caplog.text, "it is told once"
+    assert "dead.nii.gz" not in caplog.text, "it is logged once"
     listed = CliRunner().invoke(app, ["studies", "--studies", str(studies)])
     assert listed.exit_code == 0, listed.output
     assert "3 volumes are served" in listed.output
@@ -181,7 +181,7 @@ def test_unusable_scans_are_reported(studies: Path, scans: dict[str, Volume], ca
     put(scans[".nii.gz"], studies / "colour.nii.gz")
     store.refresh()
     assert set(store.not_served()) == {"ward/text.nii", "detached.nrrd"}
-    assert not caplog.text, "it is told once"
+    assert not caplog.text, "it is logged once"
 
 
 def test_many_unserved_files_are_counted(studies: Path) -> None:

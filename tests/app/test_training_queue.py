@@ -116,7 +116,7 @@ def test_stored_and_returned_values_are_bounded(tmp_path: Path) -> None:
         queue.add(deep)
     for _ in range(20):
         queue.add({"model": "segmentation", "note": "x" * 9_000}, enqueue=True)
-    with pytest.raises(AlreadyTraining, match="20 trainings are waiting"):
+    with pytest.raises(AlreadyTraining, match="20 trainings are already queued"):
         queue.add({"model": "segmentation"}, enqueue=True)
     log = tmp_path / "tasks" / f"{queue.tasks()[0]['id']}.log"
     log.parent.mkdir()

@@ -1,4 +1,4 @@
-"""The uncertainty map: requested as Slicer does, stored beside the labels, never used as one."""
+"""The uncertainty map: requested as Slicer does, stored with the labels, never used as one."""
 
 from __future__ import annotations
 

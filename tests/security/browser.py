@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its debugging protocol, to look at pages and type into them."""
+"""Headless Chromium, driven over its debugging protocol, to view pages and type into them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Page:
         self._socket = socket
         self._number = 0
         self.complaints: list[str] = []
-        """What the browser logs by itself, such as violations of the content security policy."""
+        """Return the browser's own log, such as violations of the content security policy."""
 
     async def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Call a method of the debugging protocol."""

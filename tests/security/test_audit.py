@@ -49,7 +49,7 @@ def users(tmp_path_factory: pytest.TempPathFactory) -> Users:
 
 @pytest.fixture(scope="module")
 def server(case: Volume, users: Users, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    """Start MONAI Label's own command, open to everybody by an explicit option."""
+    """Start MONAI Label's own command, open to everyone by an explicit option."""
     conf = {**CONF, "users": str(users.path), "insecure": "true"}
     publish_untrained(case.image.parent, conf)
     server = LiveServer(stock_command(case.image.parent, conf), tmp_path_factory.mktemp("server"), host="0.0.0.0")

@@ -57,6 +57,6 @@ def test_a_log_that_cannot_be_written_does_not_swallow_the_line(studies: Path, t
         assert [line["what"] for line in shown(studies)] == ["start server", "restore label"]
         (studies / ".deformux" / "audit.jsonl").unlink()
         (studies / ".deformux" / "audit.jsonl").mkdir()
-        assert "it was done, but the audit log cannot be written" in restore(studies)
+        assert "done, but the audit log cannot be written" in restore(studies)
     finally:
         remove_state(studies, CONF)

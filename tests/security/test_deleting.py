@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unwatched")
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Volume]:
-    """Make the scans of a hospital's archive, beside the studies."""
+    """Make the scans of a hospital's archive, next to the studies."""
     folder = tmp_path_factory.mktemp("archive")
     return {
         name: write_volume(

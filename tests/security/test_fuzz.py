@@ -17,7 +17,7 @@ from live import APP, CONF, LiveServer, serve_command, stock_command, wait_for
 
 _SEED = 18
 IMAGES = ("one", "two", "three")
-# Files of a server beside the studies and its state: its log, and MONAI Label's empty folders.
+# Files of a server besides the studies and its state: its log, and MONAI Label's empty folders.
 _OF_THE_APP = ("model", "logs", "bin", "__pycache__")
 
 

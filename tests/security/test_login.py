@@ -83,7 +83,7 @@ def test_every_route_for_every_role(server: LiveServer, tokens: dict[str, dict[s
         else:
             answer = call(server, method, path, headers)
             assert answer.status_code == 403, (method, path)
-            assert f"needs the role {least} or more" in answer.json()["detail"]
+            assert f"needs the role {least} or higher" in answer.json()["detail"]
 
 
 @pytest.fixture(params=["monailabel", "slicer"])

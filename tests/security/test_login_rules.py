@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from logged_in import make_users
 
-from deformux_label.web.at_home import AtHome, place_of
 from deformux_label.web.attempts import Attempts, TooManyAttempts
+from deformux_label.web.known_addresses import KnownAddresses, network_of
 from deformux_label.web.listening import host_of, is_loopback
-from deformux_label.web.login import Gate, HandedOut, Login
+from deformux_label.web.login import Gate, ImageGrants, Login
 from deformux_label.web.tokens import EndedTokens, Tokens
 from deformux_label.web.users import Users
 
@@ -70,7 +70,7 @@ def answered(gate: Gate, **scope: Any) -> int:
         (("/run/label.sock", None), None, 200),
         (("10.0.0.5", 8000), ("10.0.0.9", 5), 403),
         (("10.0.0.5", 8000), ("10.0.0.5", 5), 403),
-        # A proxy on this machine that forwards for another one.
+        # A proxy on this machine that forwards for a different one.
         (("127.0.0.1", 8000), ("10.0.0.9", 0), 403),
         (("127.0.0.1", 8000), ("localhost.evil.example", 0), 403),
     ],
@@ -104,11 +104,11 @@ def test_guesses_wait_longer_and_longer() -> None:
 
 
 async def refusals(guesses: list[Any], seconds: float = 0.1) -> tuple[int, list[bool]]:
-    """Return the number of attempts checked in this time, and for each refused one whether it is news."""
+    """Return the number of attempts checked in this time, and for each refused one whether to log it."""
     tasks = [asyncio.create_task(one) for one in guesses]
     await asyncio.sleep(seconds)
     done = [task for task in tasks if task.done()]
-    refused = [error.news for error in (task.exception() for task in done) if isinstance(error, TooManyAttempts)]
+    refused = [error.should_log for error in (task.exception() for task in done) if isinstance(error, TooManyAttempts)]
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
@@ -125,7 +125,7 @@ def test_concurrent_guesses_do_not_avoid_the_delays(same_name: bool) -> None:
     checked, refused = asyncio.run(run())
     assert checked <= (4 if same_name else 11)
     assert len(refused) >= 460
-    assert sum(refused) == 1, "a flood is told once"
+    assert sum(refused) == 1, "a flood is logged once"
 
 
 def test_concurrent_right_passwords_are_not_failures() -> None:
@@ -140,10 +140,10 @@ def test_concurrent_right_passwords_are_not_failures() -> None:
     asyncio.run(run())
 
 
-def test_a_flood_of_names_does_not_lock_out_users_at_home() -> None:
+def test_a_flood_of_names_does_not_lock_out_users_at_known_addresses() -> None:
     async def run() -> None:
         attempts = Attempts()
-        attempts.home.add("anna", "10.0.0.1")
+        attempts.known_addresses.add("anna", "10.0.0.1")
         flood = [asyncio.create_task(guess(attempts, f"name {number}")) for number in range(2_000)]
         flood += [asyncio.create_task(guess(attempts, f"n{n}", f"10.9.{n // 250}.{n % 250}")) for n in range(2_000)]
         await asyncio.sleep(0)
@@ -177,18 +177,18 @@ def test_names_at_many_addresses_are_bounded() -> None:
     assert asyncio.run(run()) <= 10_000
 
 
-def test_a_machine_counts_as_one_place() -> None:
-    assert place_of("10.0.0.1") == place_of("::ffff:10.0.0.1") == "10.0.0.1"
-    assert place_of("2001:db8::1") == place_of("2001:db8::ffff:2%eth0") != place_of("2001:db8:0:1::1")
-    assert place_of("") == ""
+def test_a_machine_counts_as_one_network() -> None:
+    assert network_of("10.0.0.1") == network_of("::ffff:10.0.0.1") == "10.0.0.1"
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:2%eth0") != network_of("2001:db8:0:1::1")
+    assert network_of("") == ""
 
 
 def test_places_of_users_outlive_the_server(tmp_path: Path) -> None:
     path = tmp_path / "users.json.home"
-    first, beside = AtHome(path), AtHome(path)
+    first, second = KnownAddresses(path), KnownAddresses(path)
     first.add("anna", "10.0.0.1")
-    beside.add("rob", "10.0.0.2")
-    again = AtHome(path)
+    second.add("rob", "10.0.0.2")
+    again = KnownAddresses(path)
     assert ("anna", "10.0.0.1") in again
     assert ("rob", "10.0.0.2") in again
     assert ("rob", "10.0.0.1") not in again
@@ -196,33 +196,33 @@ def test_places_of_users_outlive_the_server(tmp_path: Path) -> None:
     for number in range(50):
         again.add("anna", f"10.1.0.{number}")
     assert len(json.loads(path.read_text())) == 21
-    assert ("rob", "10.0.0.2") in AtHome(path)
+    assert ("rob", "10.0.0.2") in KnownAddresses(path)
     for damaged in ("{", "[1]", "null", "[" * 100_000):
         path.write_text(damaged)
-        assert ("rob", "10.0.0.2") not in AtHome(path)
+        assert ("rob", "10.0.0.2") not in KnownAddresses(path)
 
 
-def test_handed_out_images_are_bounded_and_expire() -> None:
+def test_image_grants_are_bounded_and_expire() -> None:
     now = 0.0
-    handed_out = HandedOut(clock=lambda: now)
+    grants = ImageGrants(clock=lambda: now)
     for number in range(5_000):
-        handed_out.add("10.0.0.1", f"case {number}", "token of anna")
-    assert len(handed_out._held) == 1_000
-    assert handed_out.take("10.0.0.1", "case 0") is None
-    assert handed_out.take("10.0.0.1", "case 4999") == "token of anna"
+        grants.add("10.0.0.1", f"case {number}", "token of anna")
+    assert len(grants._held) == 1_000
+    assert grants.take("10.0.0.1", "case 0") is None
+    assert grants.take("10.0.0.1", "case 4999") == "token of anna"
     now = 301.0
-    assert handed_out.take("10.0.0.1", "case 4999") is None
-    assert handed_out.take("10.0.0.1", "case 4998") is None
+    assert grants.take("10.0.0.1", "case 4999") is None
+    assert grants.take("10.0.0.1", "case 4998") is None
 
 
 def test_a_logout_outlives_its_server(tmp_path: Path) -> None:
     users = make_users(tmp_path / "users.json")
-    first, beside = Tokens(users), Tokens(Users(users.path))
+    first, second = Tokens(users), Tokens(Users(users.path))
     ended, kept = (first.make(users.named(name)) for name in ("anna", "ada"))
-    assert beside.user(ended)
+    assert second.user(ended)
     first.end(ended)
     after = Tokens(Users(users.path))
-    for tokens in (first, beside, after):
+    for tokens in (first, second, after):
         assert tokens.user(ended) is None
         assert tokens.user(kept) == users.named("ada")
     assert (tmp_path / "users.json.ended").stat().st_mode & 0o777 == 0o600

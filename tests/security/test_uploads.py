@@ -27,7 +27,7 @@ from live import CONF, LiveServer, serve_command, stock_command, wait_for
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Studies, a temporary folder for the servers of this file alone, and a canary beside them."""
+    """Studies, a temporary folder for this file's servers, and a canary next to them."""
     base = tmp_path_factory.mktemp("uploads")
     made = {name: base / name for name in ("studies", "temporary", "canary")}
     for folder in made.values():

@@ -254,8 +254,8 @@ def test_the_commands(tmp_path: Path) -> None:
         (("add", "anna", "--role", "admin"), "", "--password-stdin"),
         (("add", "bob", "--role", "admin", "--password-stdin"), f"{PASSWORD}\n", "'bob' already"),
         (("add", "a/b", "--role", "admin", "--password-stdin"), f"{PASSWORD}\n", "user name"),
-        (("remove", "carl"), None, "there are 'bob'"),
-        (("passwd", "carl", "--password-stdin"), f"{PASSWORD}\n", "there are 'bob'"),
+        (("remove", "carl"), None, "the users are 'bob'"),
+        (("passwd", "carl", "--password-stdin"), f"{PASSWORD}\n", "the users are 'bob'"),
         (("role", "bob", "boss"), None, "reader, annotator, reviewer, admin"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``deformux-label users`` and ``deformux-label audit``: the users of the login, and the log of what was done."""
+"""``deformux-label users`` and ``deformux-label audit``: the users, and the log of their actions."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def add_user(name: _Name, role: _Role, file: _File = None, password_stdin: _Stdi
 
     users = _users(file)
     try:
-        # Before the password is asked for.
+        # Before asking for the password.
         checked_name(name)
         users.add(name, role, _password(password_stdin))
     except ValueError as error:
         refuse(str(error))
-    _noted(users, "add user", name, role=role)
+    _record_change(users, "add user", name, role=role)
     typer.echo(f"{name} may log in as {role}.")
 
 
@@ -70,8 +70,8 @@ def remove_user(name: _Name, file: _File = None) -> None:
         left = len(users.all())
     except ValueError as error:
         refuse(str(error))
-    _noted(users, "remove user", name)
-    typer.echo(f"{name} can no longer log in." + ("" if left else " No user is left: nobody can log in."))
+    _record_change(users, "remove user", name)
+    typer.echo(f"{name} can no longer log in." + ("" if left else " No user is left, so no one can log in."))
 
 
 @users_app.command("passwd")
@@ -83,7 +83,7 @@ def change_password(name: _Name, file: _File = None, password_stdin: _Stdin = Fa
         users.set_password(name, _password(password_stdin))
     except ValueError as error:
         refuse(str(error))
-    _noted(users, "change password", name)
+    _record_change(users, "change password", name)
     typer.echo(f"{name} has a new password.")
 
 
@@ -97,21 +97,21 @@ def change_role(
         users.set_role(name, role)
     except ValueError as error:
         refuse(str(error))
-    _noted(users, "change role", name, role=role)
+    _record_change(users, "change role", name, role=role)
     typer.echo(f"{name} has the role {role}.")
 
 
 def audit(
-    studies: Annotated[Path | None, typer.Option(help="The studies; shows what was done to them.")] = None,
-    state: Annotated[Path | None, typer.Option(help="A project's state folder, which the server's log names.")] = None,
+    studies: Annotated[Path | None, typer.Option(help="The studies folder; shows the actions on it.")] = None,
+    state: Annotated[Path | None, typer.Option(help="A project's state folder; the server logs its path.")] = None,
     users: Annotated[Path | None, typer.Option(help="A users file; shows the changes made by commands.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the JSON lines instead of a table.")] = False,
 ) -> None:
     """Show who did what and when, oldest first.
 
     The log of a project is audit.jsonl in its state folder. --studies merges the logs of all projects of that folder,
-    which have different labels, and the log in the folder itself, which commands write before there is a project. The
-    projects are found by the path that each start of a server records.
+    which have different labels, and the log in the folder itself, which commands write if no project exists. Projects
+    are found by the path that a server records at its start.
     """
     from deformux_label.web.audit import read_log
 
@@ -120,7 +120,7 @@ def audit(
     if studies is not None:
         logs = _logs_of(studies)
     else:
-        logs = [state / "audit.jsonl" if state is not None else _log_beside(users or Path())]
+        logs = [state / "audit.jsonl" if state is not None else _log_of(users or Path())]
     records: list[Record] = []
     for log in logs:
         try:
@@ -129,7 +129,7 @@ def audit(
             refuse(f"the audit log {log} cannot be read: {error.strerror}")
         records += found
         if damaged:
-            typer.echo(f"deformux-label: {damaged} lines of {log} cannot be read, and are left out.", err=True)
+            typer.echo(f"deformux-label: {damaged} lines of {log} cannot be read and are left out.", err=True)
     records.sort(key=lambda record: str(record.values["time"]))
     if as_json:
         for record in records:
@@ -147,15 +147,15 @@ def _users(file: Path | None) -> Users:
         refuse(str(error))
 
 
-def _noted(users: Users, what: str, name: str, **more: str) -> None:
-    """Record a change in a log beside the users file: it may concern many projects, and no server need be running."""
+def _record_change(users: Users, what: str, name: str, **more: str) -> None:
+    """Record a change in a log next to the users file, which may serve many projects, with or without a server."""
     from deformux_label.web.audit import AuditLog
 
-    log = AuditLog(_log_beside(users.path))
+    log = AuditLog(_log_of(users.path))
     log.record(what, user=getpass.getuser(), address="command line", name=name, **more)
 
 
-def _log_beside(users_file: Path) -> Path:
+def _log_of(users_file: Path) -> Path:
     return users_file.with_name(f"{users_file.name}.audit.jsonl")
 
 
@@ -163,9 +163,9 @@ def _password(from_stdin: bool) -> str:
     if from_stdin:
         return sys.stdin.readline().rstrip("\r\n")
     if not sys.stdin.isatty():
-        refuse("a password is typed at a terminal; without one give --password-stdin")
+        refuse("a password needs a terminal; without one, give --password-stdin")
     password = getpass.getpass("Password: ")
-    if getpass.getpass("The same again: ") != password:
+    if getpass.getpass("Repeat the password: ") != password:
         refuse("the two passwords differ; nothing was changed")
     return password
 

@@ -1,4 +1,4 @@
-"""The audit log of commands that change studies; they write to the servers' logs."""
+"""Audit records of commands that change studies, in the servers' logs."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def logs_of(studies: Path) -> list[Path]:
 
 @contextmanager
 def recorded(studies: Path, what: str) -> Iterator[dict[str, Any]]:
-    """Record what the block did, unless it raises: the values it puts into the dictionary, and those of the datastore.
+    """Record an action after the block, unless it raises, with the values that the block and the datastore add.
 
-    The line goes to the log of every project of these studies, because it concerns each. If this account may write
-    none of them, it goes to a log in the studies. ``deformux-label audit --studies`` reads both.
+    The record goes to the log of every project of these studies. If this account cannot write to any of them, it goes
+    to a log in the studies. ``deformux-label audit --studies`` reads both.
     """
     from deformux_label.lib.requests.caller import Caller, calling
     from deformux_label.web.audit import AuditLog
 
     with calling(Caller()) as caller:
         yield caller.done
-    # Without a login the user is the account of the operating system; the address says so.
+    # Without a login, the user is the operating system's account, as the address shows.
     line = {"user": getpass.getuser(), "address": "command line", **caller.done}
     logs = [AuditLog(path) for path in _logs_of_projects(studies)]
     for log in logs:
@@ -42,7 +42,7 @@ def recorded(studies: Path, what: str) -> Iterator[dict[str, Any]]:
         last = AuditLog(_log_in(studies))
         last.record(what, **line)
         if last.failure:
-            typer.echo(f"deformux-label: it was done, but {last.failure} ({last.path}).", err=True)
+            typer.echo(f"deformux-label: done, but {last.failure} ({last.path}).", err=True)
 
 
 def _log_in(studies: Path) -> Path:
@@ -50,7 +50,7 @@ def _log_in(studies: Path) -> Path:
 
 
 def _logs_of_projects(studies: Path) -> list[Path]:
-    """Return the logs in which the start of a server records this folder."""
+    """Return the logs in which a server has recorded this folder at its start."""
     from deformux_label.web.audit import read_log
 
     place = str(studies.resolve())

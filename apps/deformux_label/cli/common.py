@@ -1,4 +1,4 @@
-"""Helpers of the commands: the app's folder, errors in one sentence, tables that are never cut."""
+"""Helpers of the commands: the app's folder, errors in one sentence, and untruncated tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_WIDTH = 20_000
 
 
 def app_folder() -> Path:
-    """Return the installed app's folder, or a folder of the user that links to it if that is read-only.
+    """Return the installed app's folder, or, if that is read-only, a user's folder that links to it.
 
     MONAI Label keeps models and logs inside the app's folder.
     """
@@ -48,17 +48,17 @@ def refuse(reason: str) -> NoReturn:
 
 
 def print_table(table: Table) -> None:
-    """Print a table without cutting anything: its names are typed again, or read by programs."""
+    """Print a table without truncating cells, because users retype its names and programs parse them."""
     for column in table.columns:
         column.overflow = "fold"
     Console(width=None if sys.stdout.isatty() else _MAX_WIDTH, markup=False, highlight=False).print(table)
 
 
 def open_studies(studies: Path) -> CheckedDatastore:
-    """Open a studies folder as it is, or end the command."""
+    """Open an existing studies folder, or end the command."""
     if not studies.is_dir():
         refuse(f"studies must be a folder with volumes; got {str(studies)!r}")
-    # It imports MONAI Label, which takes seconds: other commands do without.
+    # Imports MONAI Label, which takes seconds; other commands avoid it.
     from deformux_label.lib.store.datastore import CheckedDatastore, StudiesError
 
     try:

@@ -1,4 +1,4 @@
-"""The ``deformux-label`` command line: its commands, and those of ``labels``."""
+"""The ``deformux-label`` command line, and the commands of ``labels``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-labels_app = typer.Typer(help="Every label that was ever submitted.", no_args_is_help=True)
+labels_app = typer.Typer(help="All labels that were ever submitted.", no_args_is_help=True)
 app.add_typer(labels_app, name="labels")
 app.command()(serve)
 app.add_typer(users_app, name="users")
@@ -76,4 +76,4 @@ def restore_label(
             done |= {"image": image, "tag": tag}
     except HTTPException as error:
         refuse(error.detail)
-    typer.echo(f"Revision {revision} of image {image} is the current label again, as revision {restored.number}.")
+    typer.echo(f"Revision {revision} of image {image} is now the current label, as revision {restored.number}.")

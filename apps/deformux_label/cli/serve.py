@@ -1,4 +1,4 @@
-"""``deformux-label serve``: check the options, then start MONAI Label's own server with them."""
+"""``deformux-label serve``: checks the options, then starts MONAI Label's server with them."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from deformux_label.lib.configs.declared_options import (
 __all__ = ["serve"]
 
 
-def _taking(options: Iterable[Option[Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command a parameter for each declared option, beside ``studies``."""
+def _with_options(options: Iterable[Option[Any]]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the parameter ``studies``, and one for each declared option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        studies = Annotated[str, typer.Option(help="Folder with the volumes; it is made if it does not exist.")]
+        studies = Annotated[str, typer.Option(help="Folder with the volumes; created if it does not exist.")]
         parameters = [_parameter("studies", studies), *map(_parameter_of, options)]
         # Typer reads a command's parameters from these two.
         vars(command)["__signature__"] = inspect.Signature(parameters)
@@ -44,7 +44,7 @@ def _taking(options: Iterable[Option[Any]]) -> Callable[[Callable[..., None]], C
 
 
 def _parameter_of(option: Option[Any]) -> inspect.Parameter:
-    """Return a parameter that is empty, or false, where the option is not given."""
+    """Return a parameter that is empty, or false, by default."""
     text = option.help if option.help.startswith("`") else option.help[:1].upper() + option.help[1:]
     shown = option.default or option.default_note
     details = typer.Option(option.flag, help=_without_markup(text) + ".", show_default=_without_markup(shown))
@@ -61,11 +61,10 @@ def _without_markup(text: str) -> str:
     return text.replace("`", "")
 
 
-@_taking(SERVE_OPTIONS)
+@_with_options(SERVE_OPTIONS)
 def serve(studies: str, **options: str | bool) -> None:
     """Serve a folder of volumes to 3D Slicer and other MONAI Label clients."""
-    # OpenMP reads this when it is loaded by the imports below: waiting threads must not spin while a training needs
-    # the processors.
+    # The imports below load OpenMP, which reads this: idle threads must not spin while a training needs the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from deformux_label.lib.configs.project import Project
     from deformux_label.lib.configs.server import ServerOptions
@@ -100,7 +99,7 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
     scheme = "https" if tls else "http"
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address {scheme}://{host}:{port}")
     sys.stdout.flush()
-    # Unless it is switched off, MLflow refuses MONAI Label's set-up.
+    # Tracking is off, because MLflow refuses MONAI Label's set-up.
     os.environ.setdefault("MONAI_LABEL_TRACKING_ENABLED", "false")
     from monailabel.main import Main
 
@@ -109,7 +108,7 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
 
 
 def _checked_tls(certificate: str, key: str) -> list[str]:
-    """Return MONAI Label's arguments for a certificate and its key after trying them; none without them."""
+    """Return MONAI Label's arguments for a certificate and its key, after loading them; empty without them."""
     if not certificate and not key:
         return []
     if not certificate or not key:
@@ -121,20 +120,20 @@ def _checked_tls(certificate: str, key: str) -> list[str]:
             refuse(f"{option} {path} cannot be read: {error.strerror}")
 
     def passphrase() -> str:
-        # Otherwise OpenSSL would ask at the terminal, at each start.
-        raise ValueError("the key has a passphrase; remove it with openssl pkey and keep the file to yourself")
+        # Otherwise OpenSSL would ask for it at the terminal at each start.
+        raise ValueError("the key has a passphrase; remove it with openssl pkey, and let no other user read the file")
 
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, passphrase)
     except (OSError, ValueError) as error:
         own = isinstance(error, ValueError) and not isinstance(error, ssl.SSLError)
         reason = str(error) if own else _ssl_reason(error)
-        refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not make a pair for https: {reason}")
+        refuse(f"--ssl-cert {certificate} and --ssl-key {key} do not match or cannot be used for https: {reason}")
     return ["--ssl_certfile", str(Path(certificate).resolve()), "--ssl_keyfile", str(Path(key).resolve())]
 
 
 def _ssl_reason(error: Exception) -> str:
-    """Return OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; without one, the files are not PEM files."""
+    """Return OpenSSL's reason, such as KEY_VALUES_MISMATCH, in words; without a reason, the files are not PEM."""
     reason = getattr(error, "reason", None)
     return str(reason).lower().replace("_", " ") if reason else "they are not PEM files"
 

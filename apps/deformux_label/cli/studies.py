@@ -1,4 +1,4 @@
-"""``deformux-label studies``: the volumes of a folder, what cannot be used and why, and what was deleted."""
+"""``deformux-label studies``: the volumes of a folder, unusable files with the reasons, and deleted files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deformux_label.cli.common import open_studies, print_table, refuse, termina
 
 __all__ = ["studies_app"]
 
-studies_app = typer.Typer(help="The content of a studies folder, what is not served, and what was deleted.")
+studies_app = typer.Typer(help="Volumes, unusable files and deleted files of a studies folder.")
 
 _Studies = Annotated[Path, typer.Option(help="Folder with the volumes.")]
 
@@ -31,7 +31,7 @@ def show_command(
         return
     if studies is None:
         refuse("give the folder with the volumes as --studies")
-    # The tables show what the studies log.
+    # The tables show the same problems as the log.
     logging.getLogger("deformux_label").addHandler(logging.NullHandler())
     store = open_studies(studies)
     unusable = store.check_scans()
@@ -49,7 +49,7 @@ def show_command(
 
 @studies_app.command("trash")
 def list_trash(studies: _Studies) -> None:
-    """List what was deleted and can be restored."""
+    """List deleted volumes and labels that can be restored."""
     table = Table("name", "what", "image", "deleted", "labels", box=None)
     for entry in open_studies(studies).trash.entries():
         when = datetime.fromtimestamp(entry.time).isoformat(" ", "seconds")

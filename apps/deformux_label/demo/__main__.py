@@ -1,7 +1,7 @@
 """``make demo``: a simulated radiologist teaches DeformUX-Net through a real MONAI Label server.
 
-Each round: take the samples the server offers, correct its segmentations, submit them, train, and segment every
-volume that is still unlabelled. The server sees images only; truth and Dice stay on this side of HTTP.
+Each round takes the samples that the server offers, corrects its segmentations, submits them, trains, and segments
+all volumes that are still unlabelled. The server gets only images; true labels and Dice stay in this process.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def main(
     labels: Annotated[
         str, typer.Option(help="Names of the label values in ascending order, e.g. anterior,posterior.")
     ] = "",
-    modality: Annotated[str, typer.Option(help="ct or mr; without it dataset.json or the values decide.")] = "",
+    modality: Annotated[str, typer.Option(help="ct or mr; by default from dataset.json or the values.")] = "",
     preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
     pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "none",
     spacing: Annotated[str, typer.Option(help="Voxel size in mm, or native.")] = "",
     patch_size: Annotated[str, typer.Option(help="Voxels of a patch.")] = "",
     voxel_scale: Annotated[float, typer.Option(help="Coarser synthetic volumes, for quick checks.")] = 1.0,
     output: Annotated[Path, typer.Option(help="Folder for pictures, report and log.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the synthetic cohort or of the choice among many volumes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic cohort, or of the choice of volumes.")] = 0,
 ) -> None:
     """Teach DeformUX-Net through a real MONAI Label server and write a report."""
     started = time.monotonic()
@@ -81,7 +81,7 @@ def main(
 def _one_sentence(console: Console) -> Iterator[None]:
     """End the command with one sentence if the demo fails or is interrupted."""
     logging.getLogger("monailabel").setLevel(logging.WARNING)
-    # SIGINT as well: a shell that starts the demo in the background has it ignored.
+    # SIGINT too, because a shell makes background processes ignore it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -99,7 +99,7 @@ def _teach(
 ) -> None:
     """Run the rounds on a server with these options, and print the result and the time since ``started``."""
     state = Project.from_conf(options).state_folder(app_folder(), str(output / "studies"))
-    shutil.rmtree(state, ignore_errors=True)  # of an earlier demo: this one starts untrained
+    shutil.rmtree(state, ignore_errors=True)  # state of an earlier demo: this one starts untrained
     console.print(f"{cohort.description}. Labels: {', '.join(cohort.labels)}. Starting the server …")
     last = run_demo(cohort, plan, options, output, console)[-1]
     minutes = (time.monotonic() - started) / 60
@@ -108,7 +108,7 @@ def _teach(
         f"after {last.labelled} labels, {minutes:.1f} min. Report: {output / 'report.html'}"
     )
     console.print(
-        f"Look at it in 3D Slicer: make serve STUDIES={output / 'studies'} LABELS={options['labels']} "
+        f"View it in 3D Slicer: make serve STUDIES={output / 'studies'} LABELS={options['labels']} "
         f"MODALITY={cohort.modality}"
     )
 
@@ -119,7 +119,7 @@ def _make_empty(output: Path) -> None:
         raise DemoError(f"--output {output} is a file, expected a folder")
     if output.is_dir() and any(output.iterdir()):
         if not (output / _MARKER).is_file():
-            raise DemoError(f"--output {output} holds files that no demo wrote: choose an empty or new folder")
+            raise DemoError(f"--output {output} has files that no demo wrote; choose an empty or new folder")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).touch()

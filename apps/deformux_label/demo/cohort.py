@@ -1,4 +1,4 @@
-"""Labelled volumes for the demo: the synthetic cohort, or a folder of real ones with a train and val split."""
+"""Labelled volumes for the demo: a synthetic cohort, or a folder of real volumes with a train and val split."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["Cohort", "CohortVolume", "open_cohort", "synthetic_cohort"]
 
 _Labels = npt.NDArray[np.uint8]
 
-# Most voxels that a training step on two CPU cores can afford; a patch grows and shrinks in steps of 16.
+# Most voxels of a training patch and of a volume for two CPU cores; patches change in steps of 16.
 _PATCH_VOXELS = 165_000
 _VOLUME_VOXELS = 600_000
 
 
 @dataclass(frozen=True)
 class CohortVolume:
-    """One labelled volume: the image is shown to the server, the label is not."""
+    """A labelled volume; the server gets the image, not the label."""
 
     case: Case
     values: tuple[int, ...]
@@ -66,7 +66,7 @@ class CohortVolume:
 
 @dataclass(frozen=True)
 class Cohort:
-    """Volumes to annotate, volumes that are only scored, and the options of a server for them."""
+    """Volumes to annotate, volumes that are only scored, and server options for them."""
 
     volumes: list[CohortVolume]
     labels: tuple[str, ...]
@@ -77,7 +77,7 @@ class Cohort:
     held_out: list[CohortVolume] = field(default_factory=list)
 
     def volume(self, name: str) -> CohortVolume:
-        """Return the volume with an id; raises KeyError."""
+        """Return the volume with an id."""
         return next(v for v in self.volumes if v.id == name)
 
 
@@ -104,8 +104,8 @@ def open_cohort(
 ) -> Cohort:
     """Choose at most `volumes` labelled volumes of a folder with images/ and labels/.
 
-    With a split.json only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
-    are scored. Raises InvalidFolder with one sentence when the folder, its layout, its grids or the names do not fit.
+    With a split.json, only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
+    are scored. Raise InvalidFolder, with one sentence, for an unusable folder or wrong names.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -178,12 +178,12 @@ def _plain(name: str) -> str:
 
 
 def _modality(folder: Path, cases: Sequence[Case]) -> str:
-    """Return the modality of the decathlon description, else judge by the values: only CT has air far below zero."""
+    """Return the modality of dataset.json, else guess it from the values: only CT has air far below zero."""
     path = folder / "dataset.json"
     if path.is_file():
-        said = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()
-        if said:
-            return "ct" if "ct" in said else "mr"
+        stated = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()
+        if stated:
+            return "ct" if "ct" in stated else "mr"
     lowest = np.median([np.nanmin(read_volume(case.image).values) for case in cases[:3]])
     return "ct" if lowest < -500 else "mr"
 
@@ -198,18 +198,18 @@ def _grid(case: Case) -> tuple[list[float], list[float]]:
 
 
 def _spacing(spacing: npt.NDArray[np.float64], shape: npt.NDArray[np.float64]) -> tuple[str, list[float]]:
-    """Return the scans' own spacing, or a coarser one at which a volume fits a CPU's budget, and the volume's shape."""
+    """Return the scans' own spacing, or a coarser one that fits a CPU's budget, and the volume's shape."""
     if np.prod(shape) <= _VOLUME_VOXELS:
         return "native", list(shape)
     coarse = spacing.copy()
     while np.prod(shape * spacing / coarse) > _VOLUME_VOXELS:
-        coarse[coarse <= coarse.min() * 1.05] *= 1.05  # the finest axes first: towards equal voxels
+        coarse[coarse <= coarse.min() * 1.05] *= 1.05  # the finest axes first, towards isotropic voxels
     coarse = coarse.round(2)
     return ",".join(f"{s:g}" for s in coarse), list(shape * spacing / coarse)
 
 
 def _patch_size(shape: Sequence[float]) -> str:
-    """Return the patch that holds a volume of `shape`, or as much as fits a CPU's budget, in multiples of 16."""
+    """Return a patch for a volume of `shape` within a CPU's budget, in multiples of 16."""
     patch = [max(16, 16 * int(np.ceil(n / 16 - 0.1))) for n in shape]
     while np.prod(patch) > _PATCH_VOXELS:
         patch[int(np.argmax(patch))] -= 16

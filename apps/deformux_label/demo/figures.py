@@ -30,7 +30,7 @@ __all__ = [
     "save_montage",
 ]
 
-# Okabe and Ito's palette tells labels apart with every kind of colour vision; black and grey are left to the scan.
+# Okabe and Ito's palette suits every kind of colour vision; black and grey are left to the scan.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 _INK, _PAPER, _FAINT = "#1a1a1a", "#ffffff", "#8a8a8a"
 _STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "axes.edgecolor": _FAINT}
@@ -54,7 +54,7 @@ class DemoRound:
 
 @dataclass(frozen=True)
 class WindowedScan:
-    """An image (X, Y, Z) in RAS axes with its voxel size, and the grey values to show as black and white."""
+    """An image (X, Y, Z) in RAS axes with its voxel size, and the values shown as black and white."""
 
     image: npt.NDArray[np.float32]
     spacing_mm: tuple[float, float, float]
@@ -81,7 +81,7 @@ def _canonical(path: Path) -> nib.Nifti1Image:
 
 
 def label_colours(labels: Sequence[str]) -> dict[str, str]:
-    """Return one colour per label, told apart with every kind of colour vision up to seven labels."""
+    """Return one colour per label, suitable for every kind of colour vision up to seven labels."""
     if len(labels) <= len(_OKABE_ITO):
         return dict(zip(labels, _OKABE_ITO, strict=False))
     wheel = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(labels)))
@@ -89,12 +89,14 @@ def label_colours(labels: Sequence[str]) -> dict[str, str]:
 
 
 def _best_slices(truth: npt.NDArray[np.uint8], axis: int, count: int, apart: int) -> list[int]:
-    """Return the slices along `axis` that show most labels at their largest, at least `apart` slices apart."""
+    """Return the slices along `axis` that best show all labels, at least `apart` slices apart."""
     others = tuple(a for a in range(3) if a != axis)
     score = np.zeros(truth.shape[axis])
     for value in np.unique(truth[truth > 0]):
         area = np.count_nonzero(truth == value, axis=others)
-        score += np.sqrt(area / area.max())  # the root: a small organ counts as much as a large one
+        score += np.sqrt(
+            area / area.max()
+        )  # relative area, so a small organ counts as much as a large one; the root favours several labels
     chosen: list[int] = []
     for index in np.argsort(-score, kind="stable"):
         if len(chosen) < count and all(abs(int(index) - other) >= apart for other in chosen):
@@ -108,7 +110,7 @@ class _View:
     index: int
 
     def cut(self, volume: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """Return the slice as rows × columns, up is anterior or superior, the patient's right is on the left."""
+        """Return the slice as rows × columns: anterior or superior is up, the patient's right is on the left."""
         flat = np.take(volume, self.index, axis=self.axis)
         return flat.T if self.axis == 0 else flat[::-1].T
 
@@ -275,7 +277,7 @@ def save_montage(
     *,
     title: str,
 ) -> Path:
-    """Write one wide PNG for a README: a volume under each of `columns` (title, label or None) and the curve."""
+    """Write one wide PNG: a volume in `columns` (title, and a label or None), and the learning curve."""
     views = _views(truth, axial=1)
     width_mm = max(view.size_mm(scan)[0] for view in views)
     height_mm = sum(view.size_mm(scan)[1] for view in views)

@@ -1,4 +1,4 @@
-"""The report of a demo: one HTML file with a table of the rounds and their figures, which also lie beside it."""
+"""The report of a demo: one HTML file with a table of the rounds and figures, and the figures as files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DemoResults:
     dice: list[dict[str, npt.NDArray[np.float64]]] = field(default_factory=list)
 
     def median_volume(self) -> str:
-        """Return the volume whose mean Dice is the median of the last round: neither the best nor the worst."""
+        """Return the volume with the median mean Dice of the last round."""
         dice = self.dice[-1]
         ranked = sorted(dice, key=lambda name: float(np.nan_to_num(np.nanmean(dice[name]))))
         return ranked[len(ranked) // 2]
@@ -61,7 +61,7 @@ def save_round(cohort: Cohort, results: DemoResults, output: Path) -> None:
 
 
 def save_report(cohort: Cohort, results: DemoResults, facts: Mapping[str, str], output: Path) -> None:
-    """Write the montage, the learning curve and ``report.html``, which holds them, the table and the ``facts``."""
+    """Write the montage, the learning curve and ``report.html``, which contains them, the table and the ``facts``."""
     rounds, name = results.rounds, results.median_volume()
     volume = cohort.volume(name)
     truth = volume.canonical_truth()

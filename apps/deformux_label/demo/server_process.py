@@ -1,4 +1,4 @@
-"""A server in a process of its own, and a client that talks to it over HTTP as annotating programs do."""
+"""A server in a separate process, and an HTTP client that acts like an annotation program."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class PlayerError(RuntimeError):
 
 
 def free_port() -> int:
-    """Return a TCP port of this machine that nothing listens on."""
+    """Return an unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def serve_command(options: Mapping[str, str]) -> list[str]:
-    """Return the command line of `deformux-label serve`; `options` are the command's options without their dashes."""
+    """Return the command line of `deformux-label serve`; `options` are its options without dashes."""
     # not the installed script: it need not be on the PATH
     command = [sys.executable, "-c", "from deformux_label.cli.main import app; app()", "serve"]
     for name, value in options.items():
@@ -57,10 +57,10 @@ class ServerProcess:
 
     Args:
         command: starts a server in the foreground; `--host` and `--port` are added.
-        log: file for what the server prints.
-        host: address that the server listens on; this program asks it at 127.0.0.1.
+        log: file for the server's output.
+        host: address that the server listens on; requests go to 127.0.0.1.
         scheme: `http`, or `https` with any certificate.
-        environment: instead of this process's own.
+        environment: replaces this process's environment.
         folder: working folder of the server.
         patience_s: seconds that `start` waits for the first answer.
     """
@@ -85,7 +85,7 @@ class ServerProcess:
 
     @property
     def process(self) -> subprocess.Popen[bytes]:
-        """The process that was started, whose id is also that of its process group."""
+        """Return the started process; its id is also its process group's."""
         if self._process is None:
             raise PlayerError("the server was not started")
         return self._process
@@ -130,7 +130,7 @@ class ServerProcess:
                 with opener.open(f"{self.url}/info/", timeout=10):
                     return
             except HTTPError as error:
-                if error.code == HTTPStatus.UNAUTHORIZED:  # a login is needed
+                if error.code == HTTPStatus.UNAUTHORIZED:  # login is required
                     return
             except (OSError, HTTPException):
                 pass  # not yet
@@ -138,9 +138,9 @@ class ServerProcess:
         raise PlayerError(f"the server did not answer on {self.url} within {self._patience_s:.0f} s")
 
     def check(self) -> None:
-        """Raise PlayerError if the server has ended by itself."""
+        """Raise PlayerError if the server has ended unexpectedly."""
         if self._process is not None and self._process.poll() is not None:
-            raise PlayerError(f"the server ended by itself with exit status {self._process.returncode}")
+            raise PlayerError(f"the server ended unexpectedly with exit status {self._process.returncode}")
 
     def tail(self, lines: int = 25) -> str:
         """Return the last lines of the server's log."""
@@ -149,7 +149,7 @@ class ServerProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self, grace_s: float = 10.0) -> None:
-        """End the server and everything it started: politely first, then by force."""
+        """End the server and all its processes with SIGTERM, then with SIGKILL."""
         process = self._process
         if process is None:
             return
@@ -165,10 +165,10 @@ class ServerProcess:
 
 
 class Server(ServerProcess):
-    """A `deformux-label serve` process; `options` as of `serve_command`, e.g. `{"studies": "…", "labels": "liver"}`."""
+    """A `deformux-label serve` process; `options` as for `serve_command`, such as `{"labels": "liver"}`."""
 
     def __init__(self, options: Mapping[str, str], *, log: Path, patience_s: float = 180.0) -> None:
-        # The users of whoever starts it are for their own servers: this one is for this program alone.
+        # Not the default users file: it belongs to the account's own servers.
         own = {"users": str(log.parent / "no-users.json")}
         super().__init__(serve_command({**own, **options}), log=log, patience_s=patience_s)
 
@@ -183,7 +183,7 @@ def _group_alive(process: subprocess.Popen[bytes]) -> bool:
 
 
 class AnnotationClient:
-    """MONAI Label's own client with the calls of an annotating program; errors become PlayerError sentences."""
+    """MONAI Label's client with the calls of an annotation program; errors become PlayerError."""
 
     def __init__(self, server: ServerProcess, folder: Path, *, name: str = "simulated-radiologist") -> None:
         self._server = server
@@ -206,14 +206,14 @@ class AnnotationClient:
         return dict(self._ask("asking for the server's information", self._client.info))
 
     def next_sample(self, strategy: str) -> str:
-        """Return the id of the volume that `strategy` offers next; raises PlayerError when none is left."""
+        """Return the id of the volume that `strategy` offers next; raise PlayerError if none is left."""
         sample = self._ask(f"asking for the next sample ({strategy})", self._client.next_sample, strategy, {})
         if not sample.get("id"):
             raise PlayerError("the server offered no next sample: every volume is labelled")
         return str(sample["id"])
 
     def infer(self, model: str, image_id: str, *, image: Path | None = None) -> Path:
-        """Return the file with the model's segmentation of a volume of the studies, or of `image`, uploaded."""
+        """Return the file with the model's segmentation of a volume in the studies, or of an uploaded image."""
         session = None
         if image is not None:
             created = self._ask(f"sending {image.name}", self._client.create_session, str(image))
@@ -234,7 +234,7 @@ class AnnotationClient:
         return target
 
     def submit(self, image_id: str, label: Path, labels: Sequence[str], *, model: str) -> None:
-        """Hand in a corrected label, as the Slicer extension does."""
+        """Submit a corrected label, as the Slicer extension does."""
         label_info = [{"name": name, "idx": value} for value, name in enumerate(labels, start=1)]
         self._ask(
             f"submitting the label of {image_id}", self._client.save_label, image_id, str(label),
@@ -259,7 +259,7 @@ class AnnotationClient:
 
 
 def _reason(error: MONAILabelClientException) -> str:
-    """Return the server's own sentence out of the client's message."""
+    """Return the server's sentence from the client's message."""
     text = str(error.msg)
     found = re.search(r"Response: (.*)", text, re.DOTALL)
     body = found.group(1) if found else text

@@ -1,4 +1,4 @@
-"""The rounds of the demo: annotate, train and predict through a real server, until the plan is done."""
+"""The rounds of the demo: annotate, train and predict through a real server."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class DemoError(RuntimeError):
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """How much is labelled and trained: `first` volumes in round 1, then `batch` per round; `steps` per training.
+    """Amounts of labelling and training: `first` volumes in round 1, then `batch` per round; `steps` per training.
 
-    The first training starts from nothing and takes twice the steps.
+    The first training takes twice the steps.
     """
 
     rounds: int = 3
@@ -64,7 +64,7 @@ class DemoPlan:
 
 
 class _Teaching:
-    """The rounds over one server."""
+    """The rounds on one server."""
 
     def __init__(
         self, cohort: Cohort, plan: DemoPlan, client: AnnotationClient, output: Path, progress: Progress, whole: TaskID
@@ -77,7 +77,7 @@ class _Teaching:
 
     @staticmethod
     def work(cohort: Cohort, plan: DemoPlan) -> float:
-        """Return the expected work in units of one segmentation, for the remaining time shown."""
+        """Return the expected work in units of one segmentation, for the display of the remaining time."""
         labelled = [plan.first + i * plan.batch for i in range(plan.rounds)]
         predictions = sum(len(cohort.volumes) - n + len(cohort.held_out) for n in labelled)
         return predictions + labelled[-1] + sum(map(plan.steps_in, range(1, plan.rounds + 1)))
@@ -109,14 +109,14 @@ class _Teaching:
         self.results.rounds.append(finished)
 
     def _annotate(self, number: int, count: int, strategy: str) -> float:
-        """Correct and submit `count` volumes; return the share of foreground that had to be changed."""
+        """Correct and submit `count` volumes; return the share of corrected foreground."""
         changed = foreground = 0
         task = self.progress.add_task(f"round {number}: correcting", total=count)
         for _ in range(count):
             image_id = self.client.next_sample(strategy)
             volume = self.cohort.volume(image_id)
             if image_id in self.labelled:
-                raise PlayerError(f"the strategy {strategy} offered {image_id}, which is labelled already")
+                raise PlayerError(f"the strategy {strategy} offered {image_id}, which is already labelled")
             shown = _read_prediction(self.client.infer(_MODEL, image_id), volume)
             truth = volume.truth()
             correction = self.annotator.correct(truth, shown)
@@ -168,7 +168,7 @@ class _Teaching:
 
 
 def _read_prediction(path: Path, volume: CohortVolume) -> npt.NDArray[np.uint8]:
-    """Return the label the server sent; it must lie on the image's own grid."""
+    """Return the label that the server sent; raise PlayerError unless it lies on the image's grid."""
     label = read_volume(path)
     if difference := geometry_difference(volume.shape(), volume.affine(), label.header.shape, label.affine):
         raise PlayerError(f"the segmentation of {volume.id} does not lie on the image's grid: {difference}")
@@ -216,11 +216,11 @@ def _check_strategy(client: AnnotationClient, strategy: str) -> None:
 
 
 def _facts(cohort: Cohort, plan: DemoPlan, options: dict[str, str]) -> dict[str, str]:
-    """Return what the report says about the conditions of the demo."""
+    """Return the conditions of the demo for the report."""
     facts = {
         "cohort": cohort.description,
         "scored on": "the volumes that were unlabelled at the end of each round",
-        "annotator": "simulated: hands in the true label",
+        "annotator": "simulated: submits the true label",
         "next sample": f"first in round 1, then {plan.strategy}",
         "training": f"{plan.steps} steps per round, twice as many in the first, on all labels submitted so far",
         "server": ", ".join(f"{key} {value}" for key, value in options.items()),

@@ -1,4 +1,4 @@
-"""The pages that describe the API, with scripts from this server: a hospital's network may reach no other."""
+"""Pages that describe the API. They load scripts from this server only: a hospital's network may be closed."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _KINDS = {
     "redoc.standalone.js": "text/javascript",
     "swagger-ui.css": "text/css",
 }
-# Relative, so that they work below any path of a proxy.
+# Relative, so that they work under any path of a proxy.
 _OPENAPI = "openapi.json"
 _ICON = "favicon.ico"
 
 
 def pages_router(title: str) -> APIRouter:
-    """Return ``/`` (Swagger UI), ``/docs`` (ReDoc), and the three files that these load."""
+    """Return the routes ``/`` (Swagger UI), ``/docs`` (ReDoc), and the three files that these load."""
     router = APIRouter(include_in_schema=False)
     swagger = _with_policy(
         get_swagger_ui_html(
@@ -66,7 +66,7 @@ def pages_router(title: str) -> APIRouter:
 
 
 def _with_policy(page: HTMLResponse) -> HTMLResponse:
-    """Let a page load and call nothing but this server, and run no script but its own."""
+    """Allow a page to load from and call only this server, and to run only its own scripts."""
     text = bytes(page.body).decode()
     inline = " ".join(source_hash(script) for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL))
     policy = (

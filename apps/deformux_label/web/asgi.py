@@ -1,8 +1,8 @@
-"""MONAI Label's web server, made to answer while it works: ``--uvicorn_app deformux_label.server:app``.
+"""MONAI Label's web server with blocking endpoints in threads: ``--uvicorn_app deformux_label.server:app``.
 
-Its endpoints are coroutines over blocking code, so that an inference blocks every other request, even
-``GET /info/``. Here each of them runs in a thread; inference waits for its turn on its device, and a client that
-disconnects loses its place. Nothing else changes: under MONAI Label's own ``start_server`` the app answers the same.
+MONAI Label's endpoints are coroutines over blocking code, so an inference blocks every other request, even
+``GET /info/``. Here each endpoint runs in a thread; inference waits for its turn on its device, and a client that
+disconnects loses its place. Nothing else changes: under MONAI Label's own ``start_server`` the responses are the same.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from deformux_label.web.worker_threads import in_thread, watched, with_endpoint
 
 __all__ = ["app"]
 
-# Threads for each group of endpoints, so that no group waits for another: uploads and archives take seconds, stopping a
-# training may take longer.
+# Threads of each group of endpoints; separate, so that no group waits for another: uploads and archives take seconds,
+# stopping a training may take longer.
 _THREADS = {
     info: 8,
     activelearning: 8,
@@ -66,12 +66,12 @@ def _off_the_loop() -> FastAPI:
     for module, threads in _THREADS.items():
         _replace(module.router, partial(in_thread, threads=threads))
     _replace(infer.router, partial(watched, turn=turn))
-    # Importing it includes the routers, and prints the origins that it would allow; the perimeter decides that.
+    # The import adds the routers and prints allowed origins, which do not apply here: the perimeter replaces them.
     with contextlib.redirect_stdout(io.StringIO()):
         from monailabel.app import app as server
 
     async def inferences() -> dict[str, dict[str, Any]]:
-        """Return per device whose inference runs and whose wait, in the order in which they will run."""
+        """Return, for each device, the client whose inference runs and those waiting, in order."""
         return turns.state()
 
     server.add_api_route(f"{settings.MONAI_LABEL_API_STR}/deformux/inferences", inferences, methods=["GET"])
@@ -85,7 +85,7 @@ def _replace(router: APIRouter, make: Callable[[Callable[..., Any]], Callable[..
 
 
 def _device_and_client(arguments: Mapping[str, Any], request: Request) -> tuple[str, str]:
-    """Return (device, client) for queueing; the endpoint itself refuses unreadable parameters."""
+    """Return (device, client) for queueing; the endpoint itself refuses invalid parameters."""
     try:
         params = json.loads(arguments.get("params") or "{}")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Slowing down password guessing without delaying other users."""
+"""Delays that slow down password guessing but not other users."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from deformux_label.web.at_home import AtHome, place_of
+from deformux_label.web.known_addresses import KnownAddresses, network_of
 
 __all__ = ["Attempt", "Attempts", "TooManyAttempts"]
 
-# The first failures are free; then each wait is twice the last one.
+# The first failures cost no delay; after them, each delay is twice the last.
 _FREE_FOR_NAME, _FREE_FOR_ADDRESS = 3, 10
 _FIRST_S, _MAX_S = 0.5, 8.0
 # Attempts that would have to wait longer are refused, so that waiting requests cannot fill the server.
 _PATIENCE_S = 10.0
-# Failures of a name, from anywhere, delay it at new places by at most this: a stranger can make a user wait there, but
-# not lock them out.
+# Most that failures from anywhere delay a name at a new address: a guesser can make a user wait there, but not lock
+# them out.
 _MAX_ANYWHERE_S = 2.0
-# Concurrent attempts: of a name at an address, of an address, and of all addresses. Users at home do not count in the
-# last two.
+# Most concurrent attempts: of a name at an address, from an address, and in total. Attempts from known addresses do not
+# count in the last two.
 _MAX_PER_PAIR, _MAX_PER_ADDRESS, _MAX_TOTAL = 16, 32, 1_000
 _FORGOTTEN_S = 900.0
 _MAX_REMEMBERED = 10_000
-# Refusals of an address are logged once in this number of seconds.
-_SILENT_S = 60.0
+# Refusals of an address are logged at most this often.
+_LOG_INTERVAL_S = 60.0
 
 
 class TooManyAttempts(Exception):
-    """Too many logins failed, or too many wait.
+    """Too many logins have failed or are waiting.
 
     Args:
         seconds: time to wait before the next attempt.
-        news: whether to log it: not just logged for the same address, so that a flood does not fill the logs.
+        should_log: False if a refusal of the same address was logged recently, so that a flood does not fill the logs.
     """
 
-    def __init__(self, seconds: float, *, news: bool) -> None:
+    def __init__(self, seconds: float, *, should_log: bool) -> None:
         super().__init__(f"too many logins failed; try again in {max(1, round(seconds))} seconds")
         self.seconds = max(1, round(seconds))
-        self.news = news
+        self.should_log = should_log
 
 
 @dataclass
@@ -49,25 +49,25 @@ class Attempt:
     """One check of a password; it counts as failed unless ``succeeded`` is called.
 
     Args:
-        at_home: whether the user has logged in at this place before.
+        from_known_address: whether the user has logged in from this address before.
     """
 
-    at_home: bool
+    from_known_address: bool
     good: bool = False
 
     def succeeded(self) -> None:
-        """Record that the password was right."""
+        """Record that the password was correct."""
         self.good = True
 
 
 @dataclass
 class _Failed:
-    """Failures of a name, an address or both, and when the next attempt may be checked: one after the other."""
+    """Failures of a name, an address or both, and the time of the next check; attempts are checked one at a time."""
 
     count: int = 0
     free_at: float = 0.0
     last: float = 0.0
-    told: float = float("-inf")
+    last_logged: float = float("-inf")
     under_way: int = 0
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -80,42 +80,48 @@ class _Failed:
 class Attempts:
     """Delays that grow with the failures of a user name at an address, and with those of the address.
 
-    Only failures count. Attempts of one name and address are checked one after the other, so that sending many at once
-    does not avoid the delays. A user is at home where they have logged in before; the failures of others at the same
-    address do not count for them. Belongs to one event loop.
+    Only failures count. Attempts for one name and address are checked one at a time, so that sending many at once does
+    not avoid the delays. At an address from which a user has logged in before, failures of other names do not delay
+    them. Use it from one event loop only.
 
     Args:
-        home: where users have logged in before.
+        known_addresses: addresses from which users have logged in before.
         clock: returns seconds since any fixed moment.
     """
 
-    def __init__(self, home: AtHome | None = None, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.home = home or AtHome()
+    def __init__(
+        self, known_addresses: KnownAddresses | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.known_addresses = known_addresses or KnownAddresses()
         self._clock = clock
         self._failed: OrderedDict[tuple[str, ...], _Failed] = OrderedDict()
-        self._strangers = 0
+        self._from_unknown = 0
 
     @asynccontextmanager
     async def attempt(self, name: str, address: str) -> AsyncIterator[Attempt]:
-        """Wait until an attempt may be checked, and check it inside the block.
+        """Wait until an attempt may be checked; the caller checks it inside the block.
 
         Raises:
             TooManyAttempts: it would have to wait too long.
         """
-        place = place_of(address)
-        attempt = Attempt((name, place) in self.home)
-        source = self._entry("address", place)
-        known = self._failed.get(("pair", name, place))
+        network = network_of(address)
+        attempt = Attempt((name, network) in self.known_addresses)
+        source = self._entry("address", network)
+        known = self._failed.get(("pair", name, network))
         full = known is not None and known.under_way >= _MAX_PER_PAIR
-        if not attempt.at_home:
-            full |= source.under_way >= _MAX_PER_ADDRESS or self._strangers >= _MAX_TOTAL
+        if not attempt.from_known_address:
+            full |= source.under_way >= _MAX_PER_ADDRESS or self._from_unknown >= _MAX_TOTAL
         if full:
-            # Before the name is remembered: a flood of names must not push out others.
+            # Refused before the name is remembered: a flood of names must not push out others.
             raise self._refusal(source, source.free_at - self._clock())
-        pair, anywhere = self._entry("pair", name, place), self._entry("name", name)
-        limits = [(pair, _FREE_FOR_NAME)] if attempt.at_home else [(pair, _FREE_FOR_NAME), (source, _FREE_FOR_ADDRESS)]
-        with self._under_way([entry for entry, _ in limits], stranger=not attempt.at_home):
-            if not attempt.at_home:
+        pair, anywhere = self._entry("pair", name, network), self._entry("name", name)
+        limits = (
+            [(pair, _FREE_FOR_NAME)]
+            if attempt.from_known_address
+            else [(pair, _FREE_FOR_NAME), (source, _FREE_FOR_ADDRESS)]
+        )
+        with self._under_way([entry for entry, _ in limits], unknown=not attempt.from_known_address):
+            if not attempt.from_known_address:
                 await asyncio.sleep(_delay(anywhere.count - _FREE_FOR_ADDRESS, _MAX_ANYWHERE_S))
             since = self._clock()
             async with AsyncExitStack() as turns:
@@ -133,30 +139,30 @@ class Attempts:
     def _ended(self, attempt: Attempt, limits: Sequence[tuple[_Failed, int]], anywhere: _Failed) -> None:
         now = self._clock()
         if attempt.good:
-            # The failures of the address stay: a guesser may have a login of their own.
+            # Failures of the address still count: a guesser may have a login of their own.
             pair, _ = limits[0]
             pair.count, pair.free_at = 0, 0.0
             return
         for entry, free in limits:
             entry.add(free, now)
-        if not attempt.at_home:
+        if not attempt.from_known_address:
             anywhere.add(_FREE_FOR_ADDRESS, now)
 
     def _refusal(self, source: _Failed, seconds: float) -> TooManyAttempts:
         now = self._clock()
-        news = now - source.told > _SILENT_S
-        source.told = now if news else source.told
-        return TooManyAttempts(seconds, news=news)
+        should_log = now - source.last_logged > _LOG_INTERVAL_S
+        source.last_logged = now if should_log else source.last_logged
+        return TooManyAttempts(seconds, should_log=should_log)
 
     @contextmanager
-    def _under_way(self, entries: Iterable[_Failed], *, stranger: bool) -> Iterator[None]:
-        self._strangers += stranger
+    def _under_way(self, entries: Iterable[_Failed], *, unknown: bool) -> Iterator[None]:
+        self._from_unknown += unknown
         for entry in entries:
             entry.under_way += 1
         try:
             yield
         finally:
-            self._strangers -= stranger
+            self._from_unknown -= unknown
             for entry in entries:
                 entry.under_way -= 1
 
@@ -176,5 +182,5 @@ class Attempts:
 
 
 def _delay(beyond: int, longest: float) -> float:
-    """Return the seconds to wait after this number of failures beyond the free ones."""
+    """Return the delay in seconds after ``beyond`` failures more than are free."""
     return min(longest, _FIRST_S * 2 ** min(beyond - 1, 10)) if beyond > 0 else 0.0

@@ -1,4 +1,4 @@
-"""The audit log: who did what, when, to which image, revision or version. Lines are only ever added."""
+"""The append-only audit log: who did what, when, to which image, revision or version."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Act:
-    """How a call of a route is logged.
+    """Description of how a request is logged.
 
     Args:
         what: name of the action.
-        image: query parameter that names the image, which differs between routes.
+        image: query parameter that names the image; it differs between routes.
         more: query parameters that are logged under their own names.
     """
 
@@ -41,10 +41,10 @@ class Act:
     more: tuple[str, ...] = ()
 
 
-# Method and route to action. Reading is not logged, unless patients' images or labels, or the server's log, leave the
-# server. Only query parameters that the endpoint reads are logged. Where the action depends on more than the route, the
-# app names it by ``note(what=…)``: ``/infer/`` when it stores a label, a session when its image is fetched, ``/auth/``
-# at logins, logouts and wrong passwords. Other requests without a login are not logged.
+# Method and route to action. Reads are logged only if images, labels or the server's log leave the server. Only query
+# parameters that the endpoint reads are logged. Where the action depends on more than the route, the app names it with
+# ``note(what=…)``: ``/infer/`` when it stores a label, a session when its image is fetched, ``/auth/`` at logins,
+# logouts and wrong passwords. Other requests without a login are not logged.
 AUDITED: Mapping[tuple[str, str], Act] = {
     ("POST", "/activelearning/{strategy}"): Act("lease image"),
     ("DELETE", "/deformux/leases"): Act("release image", "image"),
@@ -83,52 +83,50 @@ AUDITED: Mapping[tuple[str, str], Act] = {
 _FIRST = ("time", "what", "status", "user", "role", "address")
 _MAX_VALUE_LENGTH = 200
 _MAX_ITEMS = 50
-# Apart from the threads of endpoints: a record must not wait for an upload.
+# Separate from the threads of endpoints: a record must not wait for an upload.
 _THREADS = CapacityLimiter(4)
 
 
 @dataclass(frozen=True)
 class Record:
-    """One readable line of the log."""
+    """One valid line of the log."""
 
     values: Mapping[str, Any]
 
     @property
     def details(self) -> dict[str, Any]:
-        """Return the fields beyond those that every line has."""
+        """Return the fields other than the common ones."""
         return {key: value for key, value in self.values.items() if key not in _FIRST}
 
 
 class AuditLog:
-    """JSON lines in a file of mode 600. Each is one write to its end, on the disk before ``record`` returns.
+    """JSON lines in a file of mode 600. Each is appended in one write, and synced to disk before ``record`` returns.
 
-    Lines are never removed; to start afresh, move the file while no server runs. A line that a crash tore stays; the
-    next one begins on a line of its own.
+    Lines are never removed; to start a new log, move the file while no server runs. After a crash, an incomplete line
+    stays, and the next record begins on a new line.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.failure: str | None = None
-        # Re-entrant: a signal handler may record in between.
+        # Re-entrant: a signal handler may record while a record is being written.
         self._lock = threading.RLock()
 
     def record(self, what: str, **values: Any) -> None:
-        """Add a line; values are bounded, and those that JSON lacks become text.
+        """Append a line; long values are cut, and values that JSON cannot hold become text.
 
-        A full disk must not stop the server: then ``failure`` and the server's log say so.
+        A full disk must not stop the server; ``failure`` and the server's log report it.
         """
         line = {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "what": what}
         line |= {key: _bounded(value) for key, value in values.items() if value is not None}
-        # ASCII, so that no value can end the line or be invalid.
+        # ASCII, so that no value can end the line or be invalid Unicode.
         text = json.dumps(line, ensure_ascii=True, allow_nan=False).encode() + b"\n"
         try:
             self._append(text)
             self.failure = None
         except OSError as error:
             self.failure = f"the audit log cannot be written: {error.strerror or error}"
-            logger.error(
-                "The audit log %s cannot be written (%s); this is missing: %s", self.path, error, text.decode()
-            )
+            logger.error("The audit log %s cannot be written (%s); missing record: %s", self.path, error, text.decode())
 
     def _append(self, text: bytes) -> None:
         with self._lock:
@@ -141,7 +139,7 @@ class AuditLog:
                 torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
                 line = b"\n" + text if torn else text
                 if os.write(handle, line) != len(line):
-                    raise OSError(f"only a part of {len(line)} bytes was written")
+                    raise OSError(f"only some of {len(line)} bytes were written")
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -163,7 +161,7 @@ def read_log(path: Path) -> tuple[list[Record], int]:
 
 
 class Audited:
-    """ASGI middleware that sets the caller, and records the action before the answer leaves.
+    """ASGI middleware that sets the caller, and records the action before the response is sent.
 
     Args:
         app: the application behind it.
@@ -209,7 +207,7 @@ def _of_request(scope: Scope, caller: Caller, status: int) -> dict[str, Any] | N
     what = caller.done.get("what", act.what if act is not None else None)
     if what is None:
         return None
-    found = _asked(scope, act) if act is not None else {}
+    found = _logged_parameters(scope, act) if act is not None else {}
     if route is not None and route.path.startswith("/deformux/versions/{name}"):
         found["version"] = scope["path"].split("/")[3]
     user = caller.user
@@ -217,15 +215,15 @@ def _of_request(scope: Scope, caller: Caller, status: int) -> dict[str, Any] | N
     return {"status": status, **who, "address": caller.address, **found, **caller.done, "what": what}
 
 
-def _asked(scope: Scope, act: Act) -> dict[str, Any]:
-    """Parse the query as the endpoints' framework does; the perimeter refuses repeated names."""
+def _logged_parameters(scope: Scope, act: Act) -> dict[str, Any]:
+    """Return the logged query parameters, parsed as FastAPI does; the perimeter refuses repeated names."""
     query = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
     fields = {"image": act.image, **{name: name for name in act.more}}
     return {field: query[name] for field, name in fields.items() if name is not None and query.get(name)}
 
 
 def _bounded(value: Any) -> Any:
-    """Return a value as a short, finite and valid Unicode one."""
+    """Return a value that is short, finite and valid Unicode."""
     if isinstance(value, bool | int) or (isinstance(value, float) and value == value and abs(value) < 1e300):
         return value
     if isinstance(value, Mapping):

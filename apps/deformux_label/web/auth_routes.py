@@ -1,4 +1,4 @@
-"""The routes of the login: three that the Slicer extension knows, and a browser's page and cookie."""
+"""Routes of the login: three for the Slicer extension, and a page and a cookie for browsers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import APIRouter, Form, HTTPException, Query, Request
 from fastapi.responses import RedirectResponse, Response
 
 from deformux_label.lib.requests.caller import note
-from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, OUT_OF_ORDER, Gate, token_of
+from deformux_label.web.login import CHALLENGE, COOKIE, LOGIN_PAGE, UNAVAILABLE, Gate, token_of
 from deformux_label.web.login_page import login_page
 from deformux_label.web.route_roles import offered
 from deformux_label.web.tokens import SECONDS
@@ -24,7 +24,7 @@ _MAX_FIELD_LENGTH = 4_096
 
 
 def auth_router(gate: Gate) -> APIRouter:
-    """Return the routes of the login: three that the Slicer extension knows, and a browser's."""
+    """Return the routes of the login."""
     router = APIRouter(prefix="/auth", tags=["Auth"])
     _add_token_routes(router, gate)
     _add_browser_routes(router, gate)
@@ -32,7 +32,7 @@ def auth_router(gate: Gate) -> APIRouter:
 
 
 def _add_token_routes(router: APIRouter, gate: Gate) -> None:
-    @router.get("/", summary="Check whether a login is needed")
+    @router.get("/", summary="Check whether login is required")
     async def enabled() -> Mapping[str, Any]:
         return {"enabled": gate.on, "client_id": COOKIE, "realm": ""}
 
@@ -49,7 +49,7 @@ def _add_token_routes(router: APIRouter, gate: Gate) -> None:
             raise HTTPException(404, "this server has no login")
         user = _user_of(gate, request)
         if user is None:
-            raise HTTPException(401, "log in first: the token is not valid, or not any more", headers=CHALLENGE)
+            raise HTTPException(401, "the token is invalid or has expired; log in again", headers=CHALLENGE)
         return {"username": user.name, "email": None, "name": user.name, "roles": [user.role]}
 
 
@@ -104,19 +104,19 @@ async def _log_in(gate: Gate, request: Request, username: str, password: str) ->
     try:
         return await gate.log_in(username, password, address)
     except InvalidUsers as error:
-        raise _out_of_order(error) from error
+        raise _unavailable(error) from error
 
 
 def _user_of(gate: Gate, request: Request) -> User | None:
     try:
         return gate.user_of(request.headers)
     except InvalidUsers as error:
-        raise _out_of_order(error) from error
+        raise _unavailable(error) from error
 
 
-def _out_of_order(error: InvalidUsers) -> HTTPException:
-    logger.error("Nobody can log in: %s", error)
-    return HTTPException(503, OUT_OF_ORDER)
+def _unavailable(error: InvalidUsers) -> HTTPException:
+    logger.error("Login is unavailable: %s", error)
+    return HTTPException(503, UNAVAILABLE)
 
 
 def _redirect(path: str) -> RedirectResponse:
@@ -124,7 +124,7 @@ def _redirect(path: str) -> RedirectResponse:
 
 
 def _local(path: str) -> str:
-    """Return the path to open after a login: a route of this server, whatever a link says."""
+    """Return the path to open after a login: always a route of this server, so that a link cannot lead elsewhere."""
     return path if offered("GET", path) is not None and "//" not in path and "\\" not in path else "/"
 
 

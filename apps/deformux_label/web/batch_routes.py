@@ -1,4 +1,4 @@
-"""The routes of batch inference, which replace MONAI Label's."""
+"""Routes of batch inference, which replace MONAI Label's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch_router(app: _App) -> APIRouter:
     def run(model: str, images: str = "all", params: dict | None = None, run_sync: bool = False) -> Any:
         options = batch_options(images, params or {})
         app.check_batch_inference(model)
-        # Its process has no login: this tells the audit log who started it.
+        # The batch process has no login; the audit log takes the user from the request.
         task = app.batches.start(with_login({**options, "model": model}))
         return app.batches.wait(task["id"]) if run_sync else task
 
@@ -44,7 +44,7 @@ def batch_router(app: _App) -> APIRouter:
             found = app.batches.unfinished() if check_if_running else app.batches.latest()
         if not found:
             raise HTTPException(
-                404, "no batch inference is running" if check_if_running else "there was no batch inference yet"
+                404, "no batch inference is running" if check_if_running else "no batch inference has run yet"
             )
         return found
 

@@ -1,4 +1,4 @@
-"""The base of all routes: checks everything in a request once, before any endpoint sees it."""
+"""Base class of all routes: checks a whole request once, before its endpoint sees it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from deformux_label.web.multipart import read_multipart
 
 __all__ = ["DISK_FULL", "CheckedRoute"]
 
-DISK_FULL = "the server's disk is full, so nothing was changed; make room and send it again"
-# Slices in one DICOM series.
+DISK_FULL = "the server's disk is full, so nothing was changed; free some space and send it again"
+# Most slices of a DICOM series.
 _MAX_SERIES_FILES = 1_000
-# Larger bodies are parsed in a thread: parsing blocks the event loop.
-_AT_ONCE_BYTES = 20_000
+# Larger bodies are parsed in a thread, because parsing blocks the event loop.
+_MAX_BYTES_ON_LOOP = 20_000
 _MAX_PATH_BYTES = 8_000
 
 
 class CheckedRoute(APIRoute):
-    """A route whose names, JSON and forms are checked before its endpoint sees them."""
+    """A route that checks names, JSON and forms before its endpoint sees them."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -50,7 +50,7 @@ class _CheckedRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_checked_json"):
             body = await self.body()
-            if len(body) > _AT_ONCE_BYTES:
+            if len(body) > _MAX_BYTES_ON_LOOP:
                 self._checked_json = await anyio.to_thread.run_sync(read_json, body)
             else:
                 self._checked_json = read_json(body)
@@ -67,7 +67,7 @@ class _CheckedRequest(Request):
             for name, value in self._form.multi_items():
                 if not isinstance(value, str):
                     continue
-                if name in ("params", "info") and len(value) > _AT_ONCE_BYTES:
+                if name in ("params", "info") and len(value) > _MAX_BYTES_ON_LOOP:
                     await anyio.to_thread.run_sync(_check_field, name, value)
                 else:
                     _check_field(name, value)
@@ -92,11 +92,11 @@ def _check_field(name: str, value: str) -> None:
 
 
 def _check_name(name: str, value: Any, path: str, upload: bool) -> None:
-    """Refuse an invalid name; the endpoint finds out whether it exists."""
+    """Refuse an invalid name; the endpoint checks whether it exists."""
     if name in ("image", "id", "label") and "/infer/" not in path:
         checked_image_id(value, status=400 if upload else 404)
     elif name == "image":
-        # A client may also send a path below the studies folder.
+        # A client may also send a path inside the studies folder.
         checked_text(name, value, _MAX_PATH_BYTES)
     elif name == "tag" and value:
         checked_tag(value)

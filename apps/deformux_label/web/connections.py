@@ -1,4 +1,4 @@
-"""Limits on connections: too many from one address, requests that never end, replies that are never read."""
+"""Limits on connections: their number per address, slow requests, and replies that are not read."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ __all__ = ["watch_connections"]
 
 logger = logging.getLogger(__name__)
 
-# Until the headers of a request are complete, counted from the connection or the end of the last request; and until a
-# TLS handshake is.
+# Longest wait for complete request headers, from the connection or the end of the last request; also for a TLS
+# handshake.
 _MAX_HEADERS_S = 15.0
-# Of a reply, without any byte of it accepted.
+# Longest time in which a client accepts no byte of a reply.
 _MAX_STALLED_S = 60.0
 _MAX_PER_ADDRESS = 256
 _MAX_FILES = 65_536
 # Files that the server itself opens.
 _OWN_FILES = 512
-_SECONDS_BETWEEN = 1.0
+_CHECK_INTERVAL_S = 1.0
 # A flood of connections must not fill the log.
-_SILENT_S = 10.0
+_WARNING_INTERVAL_S = 10.0
 
 
 class _Watch:
@@ -38,11 +38,11 @@ class _Watch:
     def __init__(self) -> None:
         self._open: dict[Any, tuple[object, float]] = {}
         self._stalled: dict[Any, tuple[int, float]] = {}
-        # Connections below TLS by address: the HTTP protocol learns of them only after the handshake.
+        # Addresses of TLS connections: the HTTP protocol sees a connection only after its handshake.
         self._below: dict[Any, str] = {}
-        self._most = _more_files() - _OWN_FILES
+        self._most = _raise_open_file_limit() - _OWN_FILES
         self._running = False
-        self._told = float("-inf")
+        self._last_warning = float("-inf")
 
     def made(self, protocol: Any) -> bool:
         """Count a new connection; return False if its address has too many."""
@@ -52,7 +52,7 @@ class _Watch:
         self._open[protocol] = (None, time.monotonic())
         if not self._running:
             self._running = True
-            asyncio.get_running_loop().call_later(_SECONDS_BETWEEN, self._look)
+            asyncio.get_running_loop().call_later(_CHECK_INTERVAL_S, self._drop_slow)
         return True
 
     def made_below(self, protocol: Any, transport: asyncio.BaseTransport) -> bool:
@@ -72,30 +72,30 @@ class _Watch:
         if count[address] < _MAX_PER_ADDRESS and count.total() < self._most:
             return False
         now = time.monotonic()
-        if now - self._told > _SILENT_S:
-            logger.warning("Connections of %s, and maybe more, are refused: %d are open", address, count.total())
-            self._told = now
+        if now - self._last_warning > _WARNING_INTERVAL_S:
+            logger.warning("Refusing connections from %s and possibly others: %d are open", address, count.total())
+            self._last_warning = now
         return True
 
     def lost(self, protocol: Any) -> None:
         self._open.pop(protocol, None)
         self._stalled.pop(protocol, None)
 
-    def _look(self) -> None:
+    def _drop_slow(self) -> None:
         now = time.monotonic()
         for protocol in list(self._open):
             if protocol.transport.is_closing() and protocol.transport.get_write_buffer_size() == 0:
                 self.lost(protocol)
             elif self._idle_since(protocol, now) < now - _MAX_HEADERS_S or self._stalls(protocol, now):
-                logger.warning("A connection of %s is dropped: it is too slow", _address(protocol))
+                logger.warning("Dropped a connection from %s: too slow", _address(protocol))
                 protocol.transport.abort()
                 self.lost(protocol)
         self._running = bool(self._open)
         if self._running:
-            asyncio.get_running_loop().call_later(_SECONDS_BETWEEN, self._look)
+            asyncio.get_running_loop().call_later(_CHECK_INTERVAL_S, self._drop_slow)
 
     def _idle_since(self, protocol: Any, now: float) -> float:
-        """Return since when a connection waits for the headers of a request; ``now`` while one is answered."""
+        """Return the time since which a connection has waited for request headers; ``now`` during a reply."""
         cycle = protocol.cycle
         busy = (cycle is not None and not cycle.response_complete) or protocol.transport.get_write_buffer_size() > 0
         last, since = self._open[protocol]
@@ -116,8 +116,8 @@ class _Watch:
 def watch_connections() -> None:
     """Limit the connections of uvicorn's HTTP protocol in this process, and drop slow ones.
 
-    uvicorn has no such limits, and MONAI Label chooses its protocol class before the app is loaded, so the class itself
-    is patched to report its connections.
+    uvicorn has no such limits. MONAI Label chooses the protocol class before it loads the app, so the class itself is
+    patched to report its connections.
     """
     watched: Any = AutoHTTPProtocol
     if hasattr(watched, "deformux_watch"):
@@ -141,7 +141,7 @@ def watch_connections() -> None:
 
 
 def _watch_handshakes(watch: _Watch) -> None:
-    """Limit the connections that asyncio decrypts for a server, and the duration of their handshakes."""
+    """Limit the number of TLS connections to the server, and the duration of their handshakes."""
     below: Any = sslproto.SSLProtocol
     made, lost = below.connection_made, below.connection_lost
 
@@ -166,8 +166,8 @@ def _address(protocol: Any) -> str:
     return protocol.client[0] if protocol.client else ""
 
 
-def _more_files() -> int:
-    """Raise the number of files that this process may open, which include connections, and return it."""
+def _raise_open_file_limit() -> int:
+    """Raise this process's limit of open files, which include connections, and return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

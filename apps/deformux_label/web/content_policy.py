@@ -9,5 +9,5 @@ __all__ = ["source_hash"]
 
 
 def source_hash(text: str) -> str:
-    """Return the policy source that allows one inline script or style, and no other."""
+    """Return the policy source that allows exactly one inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""The sentence and the status that answer each failed request."""
+"""Responses to failed requests: a status and one sentence."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CLIENT_FAULTS = {
 
 
 def install_error_responses(server: FastAPI) -> None:
-    """Answer every exception of a request with one sentence."""
+    """Make a server answer every exception with one sentence."""
     server.add_exception_handler(StarletteHTTPException, _http_exception)
     server.add_exception_handler(RequestValidationError, _validation_error)
     server.add_exception_handler(MONAILabelException, _monailabel_exception)
@@ -72,7 +72,7 @@ async def _os_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _endpoint_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer 400 for an error while MONAI Label reads the request; any other is a server error."""
+    """Return 400 if MONAI Label failed to read the request, else 500."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     own = [file for file in files if not file.startswith(str(Path(json.__file__).parent))]
     if own and str(Path("monailabel", "endpoints")) in own[-1]:
@@ -90,6 +90,6 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def _failed(error: Exception) -> JSONResponse:
-    """Answer 500 with one sentence, without any path or value; the log gets the details."""
+    """Return 500 without any path or value; the log gets the details."""
     logger.error("A request failed", exc_info=error)
     return _answer(500, "the server failed to answer this request; its log says why")

@@ -11,14 +11,14 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """One inference at a time on each device: first come, first served; clients with several requests alternate.
+    """One inference at a time on each device, first come, first served; clients with several requests alternate.
 
-    Belongs to one event loop.
+    Use it from one event loop only.
     """
 
     def __init__(self) -> None:
         self._running: dict[str, str] = {}
-        # By device: clients in the order in which they are served, each with its requests in order.
+        # By device: clients in the order of serving, each with its requests in order.
         self._waiting: dict[str, OrderedDict[str, deque[asyncio.Future[None]]]] = {}
 
     async def take(self, device: str, client: str) -> Callable[[], None]:
@@ -34,7 +34,7 @@ class Turns:
         return end
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Return by busy device the client whose turn it is, and those waiting in the order of serving."""
+        """Return, for each busy device, the client being served and those waiting, in the order of serving."""
         return {
             device: {"running": client, "waiting": _in_turn(self._waiting.get(device, {}))}
             for device, client in self._running.items()
@@ -47,7 +47,7 @@ class Turns:
         try:
             await place
         except asyncio.CancelledError:
-            if place.done() and not place.cancelled():  # the turn came at the same moment
+            if place.done() and not place.cancelled():  # the turn came at the same time
                 self._next(device)
             elif client in clients and place in clients[client]:
                 clients[client].remove(place)

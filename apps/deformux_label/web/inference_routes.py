@@ -1,4 +1,4 @@
-"""The routes of inference, and the files of their requests: a volume, a session's volume, a label."""
+"""Routes of inference, and the files of their requests: a volume, a session's volume, a label."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["inference_router"]
 
 
 def inference_router(sessions: VolumeSessions | None) -> APIRouter:
-    """Return MONAI Label's routes of inference, which get their files from here.
+    """Return MONAI Label's routes of inference, with this app's handling of files.
 
-    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session about where
-    its image is, and let ``params`` choose another model than the path. It also puts the path of an uploaded label file
-    under ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
+    MONAI Label would copy each upload again, leave the copy behind when the request fails, trust a session's image path
+    and let ``params`` choose a different model than the path. It also puts the path of an uploaded label file under
+    ``label`` and then merges ``params``: SmartEdit's ``label``, the name of the active label, would replace the
     path. If both are sent, the name moves to ``active_label``.
     """
     router = APIRouter()
@@ -42,7 +42,7 @@ def _with_files(
         if arguments.get("output") == "dicom_seg":
             raise HTTPException(400, "DICOM SEG needs a DICOM web store; ask for output=image or output=all")
         params = json_object(arguments.get("params"))
-        # The path has chosen the route, and with it the role that may call it.
+        # The path names the model; it has already decided which role may call the route.
         params.pop("model", None)
         if arguments.get("session_id"):
             if sessions is None:

@@ -1,4 +1,4 @@
-"""Installing the app in MONAI Label's web server: its perimeter, its routes, its answers to failed requests."""
+"""Installation of the app in MONAI Label's web server: perimeter, routes, and responses to failed requests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["install"]
 
 
 def install(server: FastAPI, app: App) -> None:
-    """Add the app's answers to a running MONAI Label server, and remove routes that are not offered."""
+    """Add the app to a running MONAI Label server, and remove routes that are not offered."""
     install_error_responses(server)
     offer(server, [route for router in routers(app) for route in router.routes])
     options = app.server_options
-    # Replaces MONAI Label's middleware, which admits the pages of every site. The login comes behind it.
+    # Replaces MONAI Label's middleware, which admits pages of every site. The login is added inside it.
     server.user_middleware[:] = [
         Middleware(
             Perimeter,
@@ -31,5 +31,5 @@ def install(server: FastAPI, app: App) -> None:
         )
     ]
     watch_connections()
-    # The handlers were collected at the start; they are collected again at the next request.
+    # Starlette collected the handlers at the start; this makes it collect them again at the next request.
     server.middleware_stack = None

@@ -1,4 +1,4 @@
-"""Installing the login and the audit log in a MONAI Label server."""
+"""Installation of the login and the audit log in a MONAI Label server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Options(Protocol):
 
 
 class _App(Protocol):
-    """The part of the app that is needed here."""
+    """The part of the app that the login needs."""
 
     server_options: _Options
     state_folder: Path
@@ -55,7 +55,7 @@ def install_login(server: FastAPI, app: _App) -> Callable[[], list[str]]:
     log = AuditLog(app.state_folder / AUDIT_FILE)
     users = Users(app.server_options.users or default_users_file(), on_change=_recorder(log))
     gate = Gate(users, insecure=app.server_options.insecure)
-    # MONAI Label's endpoints ask this for the user; with its own login off, all users are the same to it.
+    # MONAI Label's endpoints call this for the user; with its own login off, it takes all users for one.
     auth.from_token = _user_of_request
     server.router.routes[:0] = auth_router(gate).routes
     server.user_middleware += [Middleware(Audited, log=log), Middleware(Login, gate=gate)]
@@ -63,7 +63,7 @@ def install_login(server: FastAPI, app: _App) -> Callable[[], list[str]]:
     # ``deformux-label audit --studies`` finds this file by the real path.
     roles = {user.name: user.role for user in users.all().values()}
     log.record("start server", studies=os.path.realpath(app.studies), process=os.getpid(), users=roles)
-    _record_the_end(log)
+    _record_stop(log)
     host = host_of(sys.argv)
     lasting = []
     if not gate.on and not is_loopback(host):
@@ -90,25 +90,25 @@ def _recorder(log: AuditLog) -> Callable[[Mapping[str, User], Mapping[str, User]
             "passwords": sorted(name for name in both if before[name].password != after[name].password),
         }
         named = {*values["roles"], *values["passwords"]}
-        back = {name for name in both if before[name].changes != after[name].changes}
-        values["changed_back"] = sorted(back - named)
+        changed_back = {name for name in both if before[name].changes != after[name].changes}
+        values["changed_back"] = sorted(changed_back - named)
         log.record("users changed", **{key: value for key, value in values.items() if value})
 
     return changed
 
 
-def _record_the_end(log: AuditLog) -> None:
-    """Record the signal that ends the server, then call the web server's own handler, which is installed already."""
+def _record_stop(log: AuditLog) -> None:
+    """Record the signal that ends the server, then call the web server's handler, which must be installed already."""
     if threading.current_thread() is not threading.main_thread():
         return
 
     def handler(number: int, frame: FrameType | None) -> None:
         log.record("stop server", process=os.getpid(), signal=signal.Signals(number).name)
-        then[signal.Signals(number)](number, frame)
+        original[signal.Signals(number)](number, frame)
 
     present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    then = {number: known for number, known in present.items() if callable(known)}
-    for number in then:
+    original = {number: known for number, known in present.items() if callable(known)}
+    for number in original:
         signal.signal(number, handler)
 
 

@@ -1,4 +1,4 @@
-"""Where a server may listen without a login: on its own machine only."""
+"""Addresses on which a server may listen: without a login, only those of its own machine."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deformux_label.web.users import InvalidUsers, Users, default_users_file
 
 __all__ = ["NO_LOGIN", "UNSAFE", "host_of", "is_loopback", "is_own_address", "reason_not_to_start"]
 
-NO_LOGIN = "this server has no login, so it answers only programs on its own machine"
-UNSAFE = "the server listens to the network without a login (--insecure): anybody there can read and change everything"
+NO_LOGIN = "this server has no login, so it accepts only requests from its own machine"
+UNSAFE = "the server listens to the network without a login (--insecure): anyone there can read and change everything"
 
 
 def is_own_address(text: str) -> bool:
-    """Return whether a text is a loopback address; names are not looked up."""
+    """Return whether a text is a loopback address; names are not resolved."""
     try:
         address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -67,5 +67,5 @@ def reason_not_to_start(host: str, users_file: Path | None, *, insecure: bool) -
         return None
     return (
         f"without a user the server listens only to its own machine, and the host is {host!r}; add one with "
-        f"deformux-label users add (to {users.path}), or give --host 127.0.0.1, or --insecure to let everybody in"
+        f"deformux-label users add (to {users.path}), or give --host 127.0.0.1, or --insecure to let everyone in"
     )

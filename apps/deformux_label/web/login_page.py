@@ -67,12 +67,12 @@ def login_page(
     status: int = 200,
     more: dict[str, str] | None = None,
 ) -> HTMLResponse:
-    """Return the login page; after a failure with the error and the name.
+    """Return the login page; after a failed login it shows the error and the name.
 
     Args:
         action: URL that receives the form.
         after: path to open after the login.
-        more: additional headers of the answer.
+        more: additional response headers.
     """
     alert = f'<p role="alert">{html.escape(error)}</p>\n' if error else ""
     page = _PAGE.format(

@@ -1,4 +1,4 @@
-"""Forms with files, with limits on every part; files are streamed into the folder of their request."""
+"""A parser of forms with files, with limits on every part; files are streamed into the request's folder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ async def read_multipart(headers: Headers, stream: AsyncIterator[bytes], *, most
     """Read a ``multipart/form-data`` body.
 
     Raises:
-        HTTPException: 400 for a broken form or text that is not UTF-8, 413 for too many or too large parts.
+        HTTPException: 400 for an invalid form or text that is not UTF-8, 413 for too many parts or too large ones.
     """
     _, options = parse_options_header(headers.get("content-type"))
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
-        raise HTTPException(400, "forms must be in UTF-8; leave the charset out")
+        raise HTTPException(400, "forms must be in UTF-8; leave out the charset")
     boundary = options.get(b"boundary")
     if not boundary or len(boundary) > 200:
         raise HTTPException(400, "the form's Content-Type must name its boundary; send multipart/form-data")
@@ -84,7 +84,7 @@ class _Form:
         }
 
     def store(self) -> None:
-        """Write the bytes that came since the last call."""
+        """Write the bytes received since the last call."""
         waiting, self.waiting = self.waiting, []
         for path, data in waiting:
             if self._open is None or self._open[0] != path:
@@ -173,5 +173,5 @@ def _decoded(data: bytes, what: str, most: int) -> str:
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"{what} must be text in UTF-8") from error
     if "\0" in text:
-        raise HTTPException(400, f"{what} must not hold null bytes")
+        raise HTTPException(400, f"{what} must not contain null bytes")
     return text

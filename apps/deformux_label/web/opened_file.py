@@ -1,4 +1,4 @@
-"""Sending a file that may be deleted or replaced meanwhile."""
+"""A response with a file that may be deleted or replaced while it is sent."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["OpenedFile"]
 
 
 class OpenedFile(FileResponse):
-    """A reply with a file that is opened before the reply begins, and read through that handle.
+    """A response with a file that is opened before the response begins, and read through that handle.
 
-    Starlette's response opens the file by name after it has sent its size.
+    Starlette's own response opens the file by name after it has sent its size.
 
     Args:
         path: path of the file.
-        missing: detail of the 404 if there is no file.
-        filename: name for the client; that of the file by default.
+        missing: detail of the 404 if the file does not exist.
+        filename: name for the client; the file's own by default.
     """
 
     def __init__(self, path: str | Path, *, missing: str, filename: str | None = None) -> None:

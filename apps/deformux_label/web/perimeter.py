@@ -22,9 +22,9 @@ from deformux_label.web.route_roles import OFFERED, offered
 
 __all__ = ["Perimeter", "host_names"]
 
-# Bytes of a body without volumes: JSON, or a form of fields.
+# Largest body in bytes without a volume: JSON, or a form of fields.
 _MAX_BODY = 1_000_000
-# For the fields beside a volume in a form.
+# Added for the fields of a form with a volume.
 _MAX_FORM = 2_000_000
 _MAX_QUERY = 16_000
 _UPLOADS = (
@@ -35,12 +35,12 @@ _UPLOADS = (
     ("POST", "/infer/{model}"),
     ("POST", "/infer/segmentation"),
 )
-# Clients that send nothing for this time, or fewer bytes a second on average after it, are dropped.
+# Clients are dropped if they pause longer than this, or afterwards send fewer bytes per second on average.
 _MAX_PAUSE_S = 20.0
 _MIN_BYTES_PER_S = 2_000
-# Clients that send too much read the refusal only after sending; up to this much of the rest is read and dropped.
-_FORGOTTEN_BYTES = 64_000_000
-_FORGOTTEN_S = 5.0
+# Clients read a refusal only after sending everything; up to this much of the rest is read and discarded.
+_MAX_DISCARDED_BYTES = 64_000_000
+_MAX_DISCARDING_S = 5.0
 _SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"content-security-policy", b"frame-ancestors 'none'"),
@@ -52,14 +52,14 @@ _CLOSE = {"connection": "close"}
 
 
 class Perimeter:
-    """ASGI middleware in front of everything.
+    """ASGI middleware that checks every request first.
 
     Args:
         app: the application behind it.
-        hosts: host names that are accepted, beside addresses; see ``host_names``.
-        origins: origins beside its own whose pages may call it.
-        max_upload_gb: most gigabytes of an uploaded volume.
-        prefix: path under which MONAI Label's routes lie.
+        hosts: accepted host names; addresses are accepted too. See ``host_names``.
+        origins: other origins whose pages may call this server.
+        max_upload_gb: size limit of an uploaded volume.
+        prefix: path prefix of MONAI Label's routes.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Perimeter:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = list(message.get("headers", ()))
-                # Pages may set other policies, such as the login's form, which must send its origin.
+                # Some pages set policies of their own: the login form must send its origin.
                 present = {name.lower() for name, _ in own}
                 message["headers"] = own + [header for header in _SECURITY_HEADERS if header[0] not in present]
                 if cross:
@@ -117,11 +117,11 @@ class Perimeter:
             raise HTTPException(
                 421,
                 f"this server is not called {ascii(name)[:80]}; use its address, or start it with "
-                "--allow-origin and the origin that has this name",
+                "--allow-origin and an origin of this name",
             )
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, str], origin: str | None, cross: bool) -> None:
-        """Refuse requests from pages of other origins; browsers send the origin."""
+        """Refuse requests from pages of other origins; browsers send the origin of the page."""
         if origin is not None:
             if not cross and origin.lower() != f"{scope['scheme']}://{headers[b'host']}".lower():
                 raise HTTPException(
@@ -136,17 +136,17 @@ class Perimeter:
     def _check_route(self, scope: Scope) -> None:
         path = self._path(scope)
         if path is None or not is_text(path, _MAX_QUERY):
-            raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
+            raise HTTPException(404, "this server has no such path; GET /openapi.json lists the paths that exist")
         if offered(scope["method"], path) is None:
             methods = sorted({name for route in OFFERED for name in route.methods if offered(name, path)})
             if methods:
                 raise HTTPException(
-                    405, f"this path takes {', '.join(methods)} only", headers={"allow": ", ".join(methods)}
+                    405, f"this path allows only {', '.join(methods)}", headers={"allow": ", ".join(methods)}
                 )
-            raise HTTPException(404, "there is no such path on this server; GET /openapi.json lists those there are")
+            raise HTTPException(404, "this server has no such path; GET /openapi.json lists the paths that exist")
 
     def _path(self, scope: Scope) -> str | None:
-        """Return the path of a request below the server's prefix, or None if it is not plain."""
+        """Return the path of a request below the server's prefix, or None if it is outside or not normalized."""
         try:
             path = unquote_to_bytes(scope.get("raw_path") or scope["path"].encode()).decode()
         except UnicodeError:
@@ -166,7 +166,7 @@ class Perimeter:
 
 
 class _Body:
-    """A request's body, read with limits on its speed and its size."""
+    """A request's body, read with limits on its speed and size."""
 
     def __init__(self, receive: Receive, declared: int, most: int, expects: bool) -> None:
         self._receive = receive
@@ -179,12 +179,12 @@ class _Body:
 
     async def check_declared(self) -> None:
         if self._declared > self._most:
-            await self._forget()
+            await self._discard_rest()
             raise self._too_large()
 
     async def receive(self) -> Message:
         if self._ended:
-            # Now only the end of the connection is awaited, without a limit.
+            # Only the end of the connection is still awaited, without a time limit.
             return await self._receive()
         started = time.monotonic()
         try:
@@ -197,15 +197,15 @@ class _Body:
         self._read += len(message.get("body", b""))
         self._ended = not message.get("more_body", False)
         if self._read > self._most:
-            await self._forget()
+            await self._discard_rest()
             raise self._too_large()
         if not self._ended and self._waited > _MAX_PAUSE_S + self._read / _MIN_BYTES_PER_S:
             raise self._too_slow()
         return message
 
-    async def _forget(self) -> None:
-        """Read on for a moment: clients that are cut off while sending do not see the answer."""
-        left, end = _FORGOTTEN_BYTES, time.monotonic() + _FORGOTTEN_S
+    async def _discard_rest(self) -> None:
+        """Read the rest for a moment: clients that are cut off while sending never see the response."""
+        left, end = _MAX_DISCARDED_BYTES, time.monotonic() + _MAX_DISCARDING_S
         while not self._expects and not self._ended and left > 0 and time.monotonic() < end:
             try:
                 message = await asyncio.wait_for(self._receive(), end - time.monotonic())
@@ -218,13 +218,13 @@ class _Body:
         return HTTPException(413, f"the body must be at most {self._most} bytes; send less", headers=_CLOSE)
 
     def _too_slow(self) -> HTTPException:
-        return HTTPException(408, "the body came too slowly; send it again over a faster connection", headers=_CLOSE)
+        return HTTPException(408, "the body arrived too slowly; send it again over a faster connection", headers=_CLOSE)
 
 
 def host_names(origins: Collection[str]) -> set[str]:
-    """Return the accepted host names: those of this machine, of the address it listens on, and of the origins.
+    """Return the accepted host names: this machine's, the one that the server listens on, and those of the origins.
 
-    The full name of the machine is added later: looking it up may take time.
+    The machine's full name is added later, because looking it up may take time.
     """
     names = {"localhost", socket.gethostname().lower()}
     names |= {(urlsplit(origin).hostname or "").lower() for origin in origins}
@@ -247,7 +247,7 @@ def _host_name(host: str) -> str | None:
 
 
 def _is_address(name: str) -> bool:
-    """Return whether a host is an address, which no name server can redirect."""
+    """Return whether a host is an IP address, which DNS cannot redirect."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -266,14 +266,14 @@ def _check_query(query: bytes) -> None:
     try:
         text = unquote_to_bytes(query.replace(b"+", b" ")).decode()
     except UnicodeDecodeError as error:
-        raise HTTPException(400, "the query must be UTF-8 with percent signs") from error
+        raise HTTPException(400, "the query must be percent-encoded UTF-8") from error
     if not is_text(text, _MAX_QUERY):
-        raise HTTPException(400, "the query must not hold null bytes or other control characters")
+        raise HTTPException(400, "the query must not contain null bytes or other control characters")
     names = [name for name, _ in parse_qsl(query.decode("latin-1"), keep_blank_values=True)]
     if len(set(names)) < len(names):
-        # The endpoint and other readers of the request could disagree on which of them counts.
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HTTPException(400, f"the query has the parameter {ascii(twice)[:60]} more than once; give it once")
+        # The endpoint and other code that reads the query might disagree on which value counts.
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise HTTPException(400, f"the query has the parameter {ascii(repeated)[:60]} more than once; give it once")
 
 
 def _cors(origin: str) -> list[tuple[bytes, bytes]]:

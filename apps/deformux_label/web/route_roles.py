@@ -1,4 +1,4 @@
-"""Every route that the server offers, with the least role that may call it; any other path is 404."""
+"""All routes that the server offers, each with the lowest role that may call it; any other path is 404."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["OFFERED", "Offered", "offered"]
 
 @dataclass(frozen=True)
 class Offered:
-    """A route.
+    """A route that the server offers.
 
     Args:
-        methods: HTTP methods; HEAD only where it is listed.
-        path: as FastAPI writes it, with ``{name}`` for one segment.
-        role: the least of ``roles.ROLES`` that may call it, or None where no login is needed.
+        methods: HTTP methods; HEAD only where listed.
+        path: in FastAPI's notation, with ``{name}`` for one segment.
+        role: the lowest of ``roles.ROLES`` that may call it; None if no login is required.
     """
 
     methods: tuple[str, ...]
@@ -22,7 +22,7 @@ class Offered:
     role: str | None
 
 
-# The first match decides.
+# The first match counts.
 OFFERED = (
     Offered(("GET",), "/favicon.ico", None),
     Offered(("GET",), "/auth/", None),
@@ -30,7 +30,7 @@ OFFERED = (
     Offered(("GET",), "/auth/token/valid", None),
     Offered(("GET", "POST"), "/auth/login", None),
     Offered(("POST",), "/auth/logout", None),
-    # The API, and the state of the project.
+    # The API's description, and the state of the project.
     Offered(("GET",), "/", "reader"),
     Offered(("GET",), "/docs", "reader"),
     Offered(("GET",), "/assets/{name}", "reader"),
@@ -38,7 +38,7 @@ OFFERED = (
     Offered(("GET",), "/info/", "reader"),
     Offered(("GET",), "/logs/", "admin"),
     Offered(("GET",), "/logs/gpu", "admin"),
-    # Inference. Clicks and scribbles are an annotator's work.
+    # Inference. Clicks and scribbles need an annotator.
     Offered(("POST",), "/infer/segmentation", "reader"),
     Offered(("POST",), "/infer/{model}", "annotator"),
     Offered(("PUT",), "/session/", "reader"),
@@ -88,14 +88,14 @@ OFFERED = (
 
 
 def offered(method: str, path: str) -> Offered | None:
-    """Return the route of a request, or None where the server does not offer it."""
+    """Return the route of a request, or None if the server does not offer it."""
     for route in OFFERED:
-        if method in route.methods and _fits(route.path, path):
+        if method in route.methods and _matches(route.path, path):
             return route
     return None
 
 
-def _fits(template: str, path: str) -> bool:
+def _matches(template: str, path: str) -> bool:
     parts, wanted = path.split("/"), template.split("/")
     return len(parts) == len(wanted) and all(
         want == part or (want.startswith("{") and part != "") for want, part in zip(wanted, parts, strict=True)

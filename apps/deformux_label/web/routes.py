@@ -1,4 +1,4 @@
-"""The routes of this app, including those that replace MONAI Label's."""
+"""Routes of this app, including those that replace MONAI Label's."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class App(Protocol):
     server_options: ServerOptions
 
     def sessions(self) -> VolumeSessions | None:
-        """Return the volumes that clients uploaded for a while."""
+        """Return the volumes that clients uploaded temporarily; None if the server keeps none."""
 
     def datastore(self) -> Datastore:
         """Return the studies."""
@@ -62,7 +62,7 @@ class App(Protocol):
         """Return the project's model versions."""
 
     def options_of(self, kind: str, name: str) -> set[str]:
-        """Return the options of a task of a kind (trainers or strategies); raise HTTPException 404 for no such task."""
+        """Return the options of a trainer or strategy; raise HTTPException 404 for an unknown one."""
 
     def scoring_methods(self) -> Mapping[str, Any]:
         """Return the scoring methods by name."""
@@ -77,7 +77,7 @@ class App(Protocol):
         """Return the choice of an active-learning strategy."""
 
     def started_from(self, annotator: str, image_id: str) -> str | None:
-        """Return the version of the model whose proposal an annotator was shown."""
+        """Return the version of the model that made the proposal shown to an annotator."""
 
     def on_save_label(self, image_id: str, label_id: str) -> dict[str, Any] | None:
         """React to a stored label."""
@@ -86,7 +86,7 @@ class App(Protocol):
         """Release the volume of a saved label."""
 
     def model_changed(self) -> None:
-        """Use a version that was just published."""
+        """Serve the version that was just published."""
 
 
 def routers(app: App) -> list[APIRouter]:
@@ -138,7 +138,7 @@ def _training(app: App) -> APIRouter:
         else:
             found = app.queue.unfinished() if check_if_running else app.queue.latest()
         if not found:
-            raise HTTPException(404, "no training is running" if check_if_running else "there was no training yet")
+            raise HTTPException(404, "no training is running" if check_if_running else "no training has run yet")
         return found
 
     def stop(user: User = _ADMIN) -> Any:
@@ -155,7 +155,7 @@ def _samples(app: App) -> APIRouter:
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/activelearning", tags=["ActiveLearning"])
 
     def sample(http_request: Request, strategy: str, params: dict | None = None, user: User = _USER) -> Any:
-        # MONAI Label would record each sample in the index, and rewrite it; the lease records it instead.
+        # MONAI Label would record each sample in the index, and rewrite it each time; here the lease records it.
         refuse_unknown(params or {}, app.options_of("strategies", strategy), "active learning")
         client = with_checked_client(params)
         request = {**with_login(client), "strategy": strategy, ADDRESS: _address(http_request)}
@@ -222,7 +222,7 @@ def _leases(app: App) -> APIRouter:
         def may_end(lease: Lease) -> None:
             caller = current_user()
             if caller is not None and lease.annotator != caller.name:
-                require("reviewer", "ending the lease of another annotator")
+                require("reviewer", "ending a different annotator's lease")
 
         lease = app.leases.release(image, check=may_end)
         if lease is None:
@@ -306,11 +306,11 @@ def _versions(app: App) -> APIRouter:
 
 
 def _address(request: Request) -> str:
-    """Return the address by which leases are counted; empty with a login, as a ward may share an address."""
+    """Return the address by which leases are counted; empty with a login, because a ward may share an address."""
     return "" if current_user() is not None or request.client is None else request.client.host
 
 
 def _checked(datastore: Datastore) -> CheckedDatastore:
     if not isinstance(datastore, CheckedDatastore):
-        raise HTTPException(404, "revisions of labels are kept for a folder of studies only, not for a remote server's")
+        raise HTTPException(404, "revisions of labels are kept only for a studies folder, not for a remote server")
     return datastore

@@ -1,4 +1,4 @@
-"""The router of the server: the routes that ``offered`` lists, each with checked requests."""
+"""The server's router: the routes that ``offered`` lists, each with checked requests."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from deformux_label.web.worker_threads import with_endpoint
 
 __all__ = ["offer"]
 
-# Groups of MONAI Label's routes that are partly kept.
+# Groups of MONAI Label's routes of which some are kept.
 _STOCK = (info, infer, batch_infer, activelearning, scoring, datastore)
 
 
 def offer(server: FastAPI, own: Sequence[BaseRoute]) -> None:
-    """Replace the routes of a server by ``own`` ones and MONAI Label's, as far as they are offered.
+    """Replace the routes of a server by those of ``own`` and of MONAI Label that ``offered`` lists.
 
-    The first route of a method and path stays, so that ``own`` ones replace MONAI Label's.
+    The first route of a method and path is kept, so ``own`` takes precedence.
     """
     taken: set[tuple[str, str]] = set()
     kept: list[BaseRoute] = []

@@ -1,4 +1,4 @@
-"""The routes about the server itself: its log, its GPU, its scoring, and model files, which are refused."""
+"""Routes about the server itself: its log, GPU and scoring, and model files, which are refused."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def about_router() -> APIRouter:
     def gpu(user: User = _ADMIN) -> PlainTextResponse:
         """Return the output of nvidia-smi."""
         if shutil.which("nvidia-smi") is None:
-            raise HTTPException(404, "this server has no GPU: there is no nvidia-smi")
+            raise HTTPException(404, "this server has no nvidia-smi, and probably no GPU")
         try:
             done = subprocess.run(["nvidia-smi"], capture_output=True, timeout=30, check=True)
         except (OSError, subprocess.SubprocessError) as error:
-            raise HTTPException(404, "this server's GPU does not answer: nvidia-smi failed") from error
+            raise HTTPException(404, "nvidia-smi failed on this server") from error
         return PlainTextResponse(done.stdout.decode(errors="replace"))
 
     def model(model: str, user: User = _ADMIN) -> None:
         # MONAI Label's endpoints overwrite and delete the file in place, while requests use it.
-        raise HTTPException(405, "model versions are written by training alone and are not exchanged over HTTP")
+        raise HTTPException(405, "only training writes model versions; they cannot be uploaded or downloaded")
 
     router.add_api_route("/logs/", in_thread(logs, threads=2), methods=["GET"])
     router.add_api_route("/logs/gpu", in_thread(gpu, threads=1), methods=["GET"])
@@ -67,25 +67,25 @@ def about_router() -> APIRouter:
 
 
 def scoring_router(methods: Callable[[], Mapping[str, Any]]) -> APIRouter:
-    """Return the routes of scoring, of which one runs at a time.
+    """Return the routes of scoring, which runs once at a time.
 
     Args:
         methods: returns the scoring methods by name.
     """
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/scoring", tags=["Scoring"])
-    # Two simultaneous requests would both find that nothing runs.
-    asking = threading.Lock()
+    # Otherwise two simultaneous requests would both find no scoring running.
+    starting = threading.Lock()
 
     def start(requests: Mapping[str, Mapping[str, Any]], run_sync: bool) -> dict[str, Any]:
         if run_sync:
-            raise HTTPException(400, "scoring runs in the background only; leave run_sync out and ask for its status")
+            raise HTTPException(400, "scoring runs only in the background; leave out run_sync and ask for its status")
         for name, options in requests.items():
             if not isinstance(options, dict):
                 raise HTTPException(400, "the options of a scoring method must be an object")
             refuse_unknown(options, _OPTIONS.get(name, ()), f"the scoring method {name}")
-        with asking:
+        with starting:
             if any(task["status"] in ("SUBMITTED", "RUNNING") for task in tasks("scoring")):
-                raise HTTPException(429, "scoring is running already; ask for its status, or stop it first")
+                raise HTTPException(429, "scoring is already running; ask for its status, or stop it first")
             return {
                 name: AsyncTask.run("scoring", request={"method": name}, params=dict(options), enqueue=True)[0]
                 for name, options in requests.items()

@@ -1,4 +1,4 @@
-"""A small JSON file beside the users, which several servers write."""
+"""A small JSON file next to the users file, which several servers write."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _Parsed = TypeVar("_Parsed")
 
 
 class SharedJson:
-    """Read and rewrite the file, for its owner alone; failures are logged, and lose its content at a restart only.
+    """A JSON file that only its owner can read; failures are logged, and lose content only at a restart.
 
     Args:
-        path: the file; written by rename, under a lock beside it.
-        unreadable: the warning where it cannot be read, with ``%s`` for the path and for the error.
-        unwritten: the same where it cannot be written.
+        path: the file; written by rename, under a lock file next to it.
+        unreadable: warning if it cannot be read, with ``%s`` for the path and for the error.
+        unwritten: the same if it cannot be written.
     """
 
     def __init__(self, path: Path, *, unreadable: str, unwritten: str) -> None:
@@ -34,7 +34,7 @@ class SharedJson:
         self._unwritten = unwritten
 
     def read(self, parse: Callable[[Any], _Parsed]) -> _Parsed | None:
-        """Return the content as ``parse`` converts it; None without a file or for a damaged one."""
+        """Return the parsed content; None if the file is missing or damaged."""
         try:
             return parse(json.loads(self.path.read_bytes()))
         except FileNotFoundError:
@@ -44,7 +44,7 @@ class SharedJson:
             return None
 
     def rewrite(self, merged: Callable[[], Any]) -> bool:
-        """Write the result of ``merged``, called under the lock; return whether that succeeded."""
+        """Write the result of ``merged``, which is called under the lock; return whether writing succeeded."""
         try:
             with FileLock(self.path.with_name(f"{self.path.name}.lock")):
                 write_text(self.path, json.dumps(merged()) + "\n", mode=0o600)

@@ -1,4 +1,4 @@
-"""The tokens of the login: signed, valid for twelve hours, and bound to the state of their user."""
+"""Login tokens: signed, valid for twelve hours, and bound to the state of their user."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _MAX_TOKEN_LENGTH = 4_096
 class Tokens:
     """JSON web tokens of the users in a file.
 
-    A token names a user and carries a digest of their role, password hash and count of changes. When one of these
+    A token names a user and carries a digest of their role, password hash and number of changes. When one of these
     changes, or the user is removed, the token ends at once and for good, even if the change is undone or the name is
-    added again. Only the name in it is trusted.
+    added again. Of its claims about the user, only the name is trusted.
     """
 
     def __init__(self, users: Users) -> None:
@@ -37,7 +37,7 @@ class Tokens:
         self._ended = EndedTokens(users.path.with_name(f"{users.path.name}.ended"))
 
     def make(self, user: User) -> str:
-        """Return a token for a user whose password was right."""
+        """Return a token for a user who gave the correct password."""
         now = int(time.time())
         claims = {
             "sub": user.name,
@@ -49,7 +49,7 @@ class Tokens:
         return jwt.encode(claims, self._key(), _ALGORITHM)
 
     def user(self, token: str) -> User | None:
-        """Return the user of a token; None for one that is forged, expired or ended."""
+        """Return the user of a token; None if it is forged, expired or ended."""
         claims = self._claims(token)
         if claims is None or claims["jti"] in self._ended:
             return None
@@ -82,23 +82,23 @@ class Tokens:
         return hmac.digest(self._key(), text.encode(), hashlib.sha256).hex()[:32]
 
     def _key(self) -> bytes:
-        # Only once there is a user: a server without a login leaves no files.
+        # Not before a user exists: a server without a login writes no files.
         if self._secret is None:
             self._secret = self._users.secret()
         return self._secret
 
 
 class EndedTokens:
-    """Ids of tokens that a logout ended, in a file beside the users, so that no restart or other server revives them.
+    """Ids of tokens that a logout ended, in a file that restarts and other servers read too.
 
-    Each is kept as long as its token would be valid.
+    Each id is kept until its token would have expired.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = SharedJson(
             path,
-            unreadable="The logouts in %s cannot be read, and are not known: %s",
-            unwritten="A logout holds until this server ends only: %s cannot be written: %s",
+            unreadable="Cannot read %s, so tokens that were logged out are accepted: %s",
+            unwritten="Cannot write %s, so logouts hold only until this server ends: %s",
         )
         self._held: dict[str, float] = {}
         self._seen: tuple[int, int, int] | None = None

@@ -1,4 +1,4 @@
-"""The routes that exchange volumes, labels, sessions and information about them."""
+"""Routes for volumes, labels and sessions, and for information about them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HASHES = {"MD5": 32, "SHA256": 64, "SHA512": 128}
 _MAX_CASES = 1_000_000
 _ANNOTATOR = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ANNOTATOR))
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-# One for each parameter: FastAPI writes the name of the parameter into it.
+# One for each parameter, because FastAPI writes the parameter's name into it.
 _FILE = File(...)
 _FILES = File(...)
 _PARAMS = Form("{}")
@@ -43,7 +43,7 @@ class _App(Protocol):
 
 
 def datastore_router(app: _App) -> APIRouter:
-    """Return the routes of images, labels, information about them, checksums, and the archive of all."""
+    """Return the routes of images, labels, information about them, checksums, and an archive of the dataset."""
     router = APIRouter(prefix=f"{settings.MONAI_LABEL_API_STR}/datastore", tags=["Datastore"])
 
     def add_image(image: str = "", params: str = _PARAMS, file: UploadFile = _FILE, user: User = _ANNOTATOR) -> Any:
@@ -69,7 +69,7 @@ def datastore_router(app: _App) -> APIRouter:
         if check_sum is not None:
             kind, digest = _checked_sum(check_sum)
             if file_checksum(path, algo=kind) != f"{kind}:{digest}":
-                raise HTTPException(404, f"image {image!r} has another {kind}")
+                raise HTTPException(404, f"image {image!r} has a different {kind}")
         return {}
 
     def image_file(image: str, user: User = _USER) -> OpenedFile:
@@ -83,7 +83,7 @@ def datastore_router(app: _App) -> APIRouter:
     def dataset(limit_cases: int | None = Query(None, ge=1, le=_MAX_CASES), user: User = _ANNOTATOR) -> Any:
         made = Path(app.datastore().get_dataset_archive(limit_cases))
         folder = request_folder()
-        assert folder is not None, "this is a request"
+        assert folder is not None, "runs only within a request"
         return FileResponse(made.rename(folder / "dataset.zip"), media_type="application/zip", filename="dataset.zip")
 
     router.add_api_route("/image", in_thread(add_image, threads=8), methods=["PUT"])
@@ -144,5 +144,7 @@ def _checked_sum(text: str) -> tuple[str, str]:
     kind, _, digest = text.rpartition(":")
     kind, digest = (kind or "SHA256").upper(), digest.lower()
     if kind not in _HASHES or len(digest) != _HASHES[kind] or not set(digest) <= set("0123456789abcdef"):
-        raise HTTPException(400, "check_sum must be SHA256:, SHA512: or MD5: and the digits of a file's checksum")
+        raise HTTPException(
+            400, "check_sum must be SHA256:, SHA512: or MD5: followed by the checksum in hexadecimal digits"
+        )
     return kind, digest

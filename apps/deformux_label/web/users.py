@@ -1,4 +1,4 @@
-"""The users who may log in: a file of names, roles and bcrypt hashes that only its owner can read."""
+"""Users who may log in: a file of names, roles and bcrypt hashes that only its owner can read."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ __all__ = ["InvalidUsers", "User", "Users", "checked_name", "checked_password", 
 
 logger = logging.getLogger(__name__)
 
-# Allowed beside letters and digits of any script; blanks only inside, as in "Eva Müller".
+# Allowed besides letters and digits of any script; spaces only inside a name, as in "Eva Müller".
 _IN_NAMES = "._@+- "
 _MAX_NAME_LENGTH = 64
 # The name of users without a login in leases and revisions.
 _RESERVED = ("anonymous",)
-# Letters and marks that are invisible: Unicode's Default_Ignorable_Code_Point, as far as it is L, M or N.
+# Invisible letters and marks: Unicode's Default_Ignorable_Code_Point in the categories L, M and N.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
-# Alphabets with many letters that look the same: a name may use one of them.
+# Alphabets with many letters that look the same: a name may use only one of them.
 _ALIKE = ("ARMENIAN", "CHEROKEE", "COPTIC", "CYRILLIC", "GREEK", "LATIN", "LISU")
 _MIN_PASSWORD_LENGTH = 8
 _MAX_PASSWORD_LENGTH = 1_000
 _ROUNDS = 12
-# Checked for names that do not exist, so that both answers take equally long.
-_NOBODY = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
-# Hashes that bcrypt checks in seconds: it refuses other costs, takes hours for them, or they are guessed fast. Only two
-# bits of the salt's last character count; bcrypt refuses others.
+# Checked for unknown names, so that they take as long as known ones.
+_DUMMY_HASH = "$2b$12$yvsUCABAUmeOiPoEbKdVGuGuiptRFWT/rQwLypUV/3GvK5C/EYxj6"
+# Hashes with costs from 10 to 16: others are refused by bcrypt, take hours, or are quick to guess. Only two bits of the
+# salt's last character count; bcrypt refuses the other characters.
 _HASH = re.compile(r"\$2[aby]\$1[0-6]\$[./A-Za-z0-9]{21}[.Oeu][./A-Za-z0-9]{31}")
 _OWNER_ONLY = 0o600
 _SECRET_BYTES = 32
 
 
 class InvalidUsers(ValueError):
-    """The users file, or a change of it, is invalid; the message is one sentence."""
+    """The users file, or a change to it, is invalid; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class User:
     """A user who may log in.
 
     Args:
-        name: as the login and all records show it.
+        name: as shown at login and in all records.
         role: one of ``ROLES``.
         password: bcrypt's hash of the prepared password.
-        changes: number of changes of role or password, so that undoing one does not restore the earlier state.
+        changes: number of changes of role or password; undoing a change does not lower it.
     """
 
     name: str
@@ -70,13 +70,13 @@ class User:
 
 
 class Users:
-    """Users in one JSON file of mode 600, written by rename under a lock, with the secret of their tokens beside it.
+    """Users in one JSON file of mode 600, written by rename under a lock, next to the secret that signs their tokens.
 
     The file is read again whenever it has changed, so that commands take effect in running servers.
 
     Args:
         path: the file; without it, there are no users.
-        on_change: called with the users before and after, once a changed file was read.
+        on_change: called with the users before and after, whenever a changed file has been read.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Users:
         return self._known(self.all(), name)
 
     def add(self, name: str, role: str, password: str) -> User:
-        """Add a user and return it; raise InvalidUsers for a name that is taken or any bad value."""
+        """Add a user and return it; raise InvalidUsers for a name that is taken, or an invalid value."""
         user = User(checked_name(name), _checked_role(role), _hashed(password))
 
         def change(users: dict[str, User]) -> None:
@@ -132,7 +132,7 @@ class Users:
         return user
 
     def remove(self, name: str) -> None:
-        """Remove a user, whose tokens end at once."""
+        """Remove a user; their tokens end at once."""
         self._change(lambda users: users.pop(self._known(users, name).name))
 
     def set_password(self, name: str, password: str) -> None:
@@ -146,7 +146,7 @@ class Users:
         self._change(lambda users: self._replace(users, name, lambda user: replace(user, role=role)))
 
     def secret(self) -> bytes:
-        """Return the key that signs tokens; the first call makes it and stores it beside the users."""
+        """Return the key that signs tokens; the first call makes it and stores it next to the users file."""
         path = self.path.with_name(f"{self.path.name}.secret")
         try:
             if not path.exists():
@@ -158,7 +158,7 @@ class Users:
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidUsers(f"the file {path} cannot be read or made: {error}") from error
         if mode & 0o077 or not re.fullmatch(rf"[0-9a-f]{{{2 * _SECRET_BYTES}}}", found):
-            # With a known or empty key, anybody could make tokens.
+            # With a known or empty key, anyone could make tokens.
             raise InvalidUsers(
                 f"the file {path} is damaged or readable by others; delete it, and a new one is made at the next start"
             )
@@ -167,7 +167,7 @@ class Users:
     def _known(self, users: Mapping[str, User], name: str) -> User:
         user = users.get(unicodedata.normalize("NFC", name))
         if user is None:
-            there = f"there are {', '.join(map(repr, users))}" if users else "there is none"
+            there = f"the users are {', '.join(map(repr, users))}" if users else "it has no users"
             raise InvalidUsers(f"there is no user {name!a} in {self.path}; {there}")
         return user
 
@@ -188,7 +188,7 @@ class Users:
             raise InvalidUsers(f"the users file {self.path} cannot be written: {error.strerror or error}") from error
 
     def _locked(self) -> FileLock:
-        # A new folder is private, too.
+        # A new folder is private too.
         self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return FileLock(self.path.with_name(f"{self.path.name}.lock"))
 
@@ -203,8 +203,8 @@ def default_users_file() -> Path:
 
 
 def verified(user: User | None, password: str) -> bool:
-    """Return whether a password is a user's; takes a quarter of a second of a processor, for None too."""
-    good = bcrypt.checkpw(_prepared(password), (user.password if user else _NOBODY).encode())
+    """Return whether a password is correct; keeps a core busy for a quarter of a second, even for None."""
+    good = bcrypt.checkpw(_prepared(password), (user.password if user else _DUMMY_HASH).encode())
     return good and user is not None
 
 
@@ -216,12 +216,12 @@ def checked_name(name: str) -> str:
         _folded(normal) in _RESERVED
     ):
         raise InvalidUsers(
-            f"a user name is 1 to {_MAX_NAME_LENGTH} visible letters, digits and . _ @ + - with blanks only inside, "
+            f"a user name is 1 to {_MAX_NAME_LENGTH} visible letters, digits and . _ @ + - with spaces only inside, "
             f"and not {_RESERVED[0]!r}; got {ascii(name)[:80]}"
         )
     if len(alike := {alphabet for character in normal if (alphabet := _alphabet(character)) in _ALIKE}) > 1:
         raise InvalidUsers(
-            f"a user name has letters of one of {', '.join(sorted(alike))} only, which look alike; got "
+            f"a user name may use letters of only one of {', '.join(sorted(alike))}, which look alike; got "
             f"{ascii(name)[:80]}"
         )
     return normal
@@ -233,7 +233,7 @@ def _is_shown(character: str) -> bool:
 
 
 def _folded(name: str) -> str:
-    """Return a form that is equal for names that differ only in case, or in width or style of letters."""
+    """Return a form that is equal for names that differ only in case, width or style of letters."""
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
 
 
@@ -261,10 +261,10 @@ def _hashed(password: str) -> str:
 
 
 def _prepared(password: str) -> bytes:
-    """Return the bytes for bcrypt, which ignores or refuses more than 72 bytes; passphrases may be longer.
+    """Return a password as bytes for bcrypt, which ignores or refuses more than 72 of them.
 
-    HMAC instead of a bare hash, so that hashes stolen elsewhere cannot be tried here. Base64, because bcrypt stops at a
-    null byte. One Unicode form, because keyboards differ in how they send an umlaut.
+    HMAC instead of a bare hash, so that hashes stolen elsewhere cannot be tried here; Base64, because bcrypt stops at a
+    null byte; one Unicode form, because keyboards differ in how they send an umlaut.
     """
     text = unicodedata.normalize("NFC", password).encode("utf-8", "surrogatepass")
     return base64.b64encode(hmac.digest(b"deformux-label", text, hashlib.sha256))
@@ -294,7 +294,7 @@ def _parsed(content: bytes, path: Path) -> dict[str, User]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InvalidUsers(
-            f"the users file {path} is damaged ({type(error).__name__}: {reason}); mend it, or delete it and add the "
+            f"the users file {path} is damaged ({type(error).__name__}: {reason}); repair it, or delete it and add the "
             "users again"
         ) from error
     return users

@@ -1,4 +1,4 @@
-"""Running blocking endpoints in threads, so that the event loop can answer other requests."""
+"""Blocking endpoints in threads, so that the event loop can answer other requests."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _CLIENT_CLOSED_REQUEST = 499
 
 
 def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """Return an endpoint with the same parameters that runs, and encodes its answer, in one of its own ``threads``.
+    """Return an endpoint with the same parameters that runs, and encodes its response, in its own pool of ``threads``.
 
-    ``endpoint`` is a function, or a coroutine function that never awaits, as MONAI Label's are.
+    ``endpoint`` is a function, or a coroutine function that never awaits, like MONAI Label's.
     """
     limiter = CapacityLimiter(threads)
 
@@ -38,13 +38,13 @@ def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Co
 def watched(
     endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Callable[[], None]]]
 ) -> Callable[..., Coroutine[Any, Any, Response]]:
-    """Return an endpoint that waits for its ``turn``, runs in a thread, and ends early when its client leaves.
+    """Return an endpoint that waits for its ``turn``, runs in a thread, and ends early when its client disconnects.
 
     Args:
-        endpoint: as of ``in_thread``.
-        turn: waits, given the endpoint's arguments and the request, and returns the function that ends the turn.
+        endpoint: as for ``in_thread``.
+        turn: takes the endpoint's arguments and the request, waits, and returns a function that ends the turn.
     """
-    # Turns limit how many run; a second limit would break their order.
+    # Turns already limit the number of running endpoints; a second limit would break their order.
     limiter = CapacityLimiter(1_000_000)
 
     async def run(http_request: Request, **arguments: Any) -> Response:
@@ -95,7 +95,7 @@ def _finish(coroutine: Coroutine[Any, Any, Any]) -> Any:
 def with_endpoint(
     route: APIRoute, endpoint: Callable[..., Any], *, prefix: str = "", kind: type[APIRoute] = APIRoute
 ) -> APIRoute:
-    """Return the same route with another endpoint, below a prefix."""
+    """Return the same route with a different endpoint, under a prefix."""
     return kind(
         f"{prefix}{route.path}",
         endpoint,
@@ -111,7 +111,7 @@ def with_endpoint(
 
 
 def with_signature(run: Callable[..., Any], endpoint: Callable[..., Any], **more: type) -> Callable[..., Any]:
-    """Give ``run`` the name and the parameters of ``endpoint``, which is where FastAPI reads them."""
+    """Give ``run`` the name and the parameters of ``endpoint``, for FastAPI to read."""
     signature = inspect.signature(endpoint, eval_str=True)
     by_name = inspect.Parameter.KEYWORD_ONLY
     parameters = [parameter.replace(kind=by_name) for parameter in signature.parameters.values()]

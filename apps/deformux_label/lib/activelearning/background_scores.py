@@ -1,4 +1,4 @@
-"""Scores of all volumes by the served model, and each strategy's order of the volumes, computed in the background."""
+"""Background scoring: scores of all volumes by the served model, and each strategy's order of the volumes."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ __all__ = ["UNTRAINED_MODEL", "Orders", "SelectionScores", "SelectionScoring", "
 logger = logging.getLogger(__name__)
 
 UNTRAINED_MODEL = "untrained"
-"""Name of the model before the first training: its untrained encoder still tells volumes apart."""
+"""Name of the model before the first training; even its untrained encoder distinguishes volumes."""
 
-# Number of volumes that are chosen with regard to each other; more are rarely handed out between two versions.
+# Number of volumes that are chosen jointly; more are rarely annotated between two versions.
 _AHEAD = 64
-# Number of published versions whose predictions are compared if training mirrors no axis.
+# Number of published versions to compare if training mirrors no axis.
 _SNAPSHOTS = 3
 _SECONDS_BETWEEN_WRITES = 5.0
-# Largest share of the time that is spent on writing.
+# Largest share of time for writing.
 _SHARE_OF_WRITING = 0.1
 
 
 @dataclass(frozen=True)
 class Orders:
-    """Results of one model: the order of each strategy, best first, and each volume's uncertainty.
+    """Results for one model: each strategy's order, best first, and each volume's uncertainty.
 
-    Unreadable volumes have the uncertainty None and are in no order. Files that changed after ``written`` (seconds
+    Unreadable volumes have uncertainty None and are in no order. Files that changed after ``written`` (seconds
     since 1970) have not been scored.
     """
 
@@ -65,7 +65,7 @@ class Orders:
 
 
 class SelectionScores:
-    """Scores and features of all volumes, in two files per model, so that scores of two models never mix.
+    """Scores and features of all volumes, in two files per model, so that models never mix.
 
     A background process writes them (``update``); the server only reads finished orders (``orders``).
     """
@@ -77,17 +77,17 @@ class SelectionScores:
         self._held: dict[str, tuple[int, Orders]] = {}
 
     def current(self) -> str:
-        """Return the model whose scores are wanted now."""
+        """Return the model for which scores are needed now."""
         return self.models.current() or UNTRAINED_MODEL
 
     def orders(self, model: str) -> Orders:
-        """Return the results of a model; read the file again only after it has been replaced."""
+        """Return the results for a model; read the file again only after it has been replaced."""
         path = self._path(model)
         try:
             written = path.stat().st_mtime_ns
         except FileNotFoundError:
             return Orders(model)
-        # Requests come in threads: each replaces the whole.
+        # Requests run in threads, so the dict is replaced as a whole.
         all_held = self._held
         held = all_held.get(model)
         if held is None or held[0] != written:
@@ -99,7 +99,7 @@ class SelectionScores:
         return held[1]
 
     def latest_orders(self) -> Orders:
-        """Return the orders of the served model, else of the newest earlier model that has some, else empty ones."""
+        """Return the orders of the served model, else of the newest earlier model with orders, else empty ones."""
         for model in (self.current(), *self._earlier(), UNTRAINED_MODEL):
             orders = self.orders(model)
             if orders.by_strategy:
@@ -107,9 +107,9 @@ class SelectionScores:
         return Orders(self.current())
 
     def update(self, datastore: Datastore, *, wanted: Callable[[], bool] = lambda: True) -> Orders:
-        """Score the volumes that the served model has not scored; if a model is published meanwhile, go on with that.
+        """Score the volumes that the served model has not scored; if a new model is published, continue with that.
 
-        Do nothing while another process is scoring, and end early once ``wanted`` returns False.
+        Do nothing while a different process is scoring, and end early once ``wanted`` returns False.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -121,11 +121,11 @@ class SelectionScores:
                     _Update(self, model, datastore, wanted).run()
                 self._prune()
         except Timeout:
-            logger.info("Another process is scoring the volumes")
+            logger.info("A different process is scoring the volumes")
         return self.orders(self.current())
 
     def networks(self, model: str) -> tuple[list[DeformUXNet], Preprocessing, tuple[int, ...]]:
-        """Return the networks whose predictions are compared, newest first, their preprocessing and mirrored axes."""
+        """Return the networks to compare, newest first, their preprocessing and mirrored axes."""
         if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
             network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
@@ -147,12 +147,12 @@ class SelectionScores:
             try:
                 network, earlier = load_model(self.models.path(name))
             except (InvalidModel, ValueError):
-                continue  # pruned or damaged: compare one prediction less
+                continue  # pruned or damaged: compare one prediction fewer
             if earlier.labels == card.labels and earlier.preprocessing == card.preprocessing:
                 yield network
 
     def _earlier(self) -> list[str]:
-        """Return the models that were served before, the latest first."""
+        """Return the models that were served before, latest first."""
         try:
             names = [publication.version for publication in reversed(self.models.versions.history())]
         except ValueError as error:
@@ -172,14 +172,14 @@ class SelectionScores:
 
 
 class _Update:
-    """Scores all volumes with one model, and writes the results from time to time."""
+    """Scoring of all volumes with one model; results are written from time to time."""
 
     def __init__(self, scores: SelectionScores, model: str, datastore: Datastore, wanted: Callable[[], bool]) -> None:
         self.owner, self.model, self.datastore, self.wanted = scores, model, datastore, wanted
         self.path = scores.folder / f"{model}.json"
         values = _read(self.path)
         self.features = read_features(self.path.with_suffix(".safetensors"))
-        # One of the two files may be newer than the other, and an unreadable scan may have been repaired.
+        # One file may be newer than the other, and an unreadable scan may have been repaired.
         repaired = set(changed_since(values["unreadable"], datastore, values["written"]))
         self.scores: dict[str, dict[str, Any] | None] = {
             name: score
@@ -192,7 +192,7 @@ class _Update:
     def run(self) -> None:
         unlabelled = sorted(self.datastore.get_unlabeled_images())
         labelled = sorted(self.datastore.get_labeled_images())
-        # In random order, so that the first results are a fair sample of all volumes.
+        # Random order, so that the first results are a fair sample.
         todo = [str(name) for name in self.rng.permutation([n for n in unlabelled if n not in self.scores])]
         todo += [name for name in labelled if name not in self.features and self.scores.get(name, {}) is not None]
         if not todo and self.path.is_file():
@@ -202,7 +202,7 @@ class _Update:
         for name in todo:
             if not self.wanted() or self.owner.current() != self.model:
                 return
-            self._look(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED_MODEL)
+            self._score(name, networks, prep, axes, score=name not in labelled and self.model != UNTRAINED_MODEL)
             if time.monotonic() - written > wait:
                 began = time.monotonic()
                 self._write()
@@ -211,7 +211,7 @@ class _Update:
         self._write()
         logger.info("Scored %d of %d volumes with model %s", len(todo), len(unlabelled), self.model)
 
-    def _look(
+    def _score(
         self, name: str, networks: list[DeformUXNet], prep: Preprocessing, axes: tuple[int, ...], *, score: bool
     ) -> None:
         image = Path(self.datastore.get_image_uri(name))
@@ -224,18 +224,18 @@ class _Update:
                 if self.model == UNTRAINED_MODEL:
                     self.scores[name] = {"uncertainty": None}
         except (InvalidVolume, OSError) as error:
-            # Deleted meanwhile, or not a scan: it is not tried again with this model.
+            # Deleted meanwhile, or not a scan; this model does not try it again.
             logger.warning("Not scored: %s", error)
             self.scores[name] = None
 
-    def _on_device(self, look: Callable[[str], Any]) -> Any:
+    def _on_device(self, run: Callable[[str], Any]) -> Any:
         try:
-            return look(self.device)
+            return run(self.device)
         except torch.cuda.OutOfMemoryError:
-            logger.warning("The GPU has no memory left for scoring; going on with the CPU")
+            logger.warning("The GPU has no memory left for scoring; continuing on the CPU")
             self.device = "cpu"
             torch.cuda.empty_cache()
-            return look(self.device)
+            return run(self.device)
 
     def _write(self) -> None:
         unlabelled = [name for name in self.datastore.get_unlabeled_images() if self.scores.get(name) is not None]
@@ -272,10 +272,10 @@ class _Update:
 
 
 class SelectionScoring(ScoringMethod):
-    """Scores all volumes with the served model; runs in the background after each publication."""
+    """MONAI Label's scoring method that scores all volumes with the served model after each publication."""
 
     def __init__(self, scores: SelectionScores) -> None:
-        super().__init__("What the model shows of each volume, for active learning")
+        super().__init__("Uncertainty and features of each volume, for active learning")
         self.scores = scores
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:  # noqa: ARG002
@@ -292,7 +292,7 @@ def changed_since(images: Iterable[str], datastore: Datastore, when: float) -> l
             status = os.stat(datastore.get_image_uri(image))
         except OSError:
             continue
-        # A copied file may keep its time of modification.
+        # A copied file may keep its modification time.
         if max(status.st_mtime, status.st_ctime) > when:
             found.append(image)
     return found
@@ -309,6 +309,6 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return nothing
     except (ValueError, TypeError, KeyError, AttributeError):
-        # The scores can be computed again.
-        logger.warning("%s is damaged and is replaced", path)
+        # The scores are computed again.
+        logger.warning("%s is damaged and will be replaced", path)
         return nothing

@@ -1,4 +1,4 @@
-"""The strategies that choose the next volume to label, from orders that were computed in the background."""
+"""Strategies that choose the next volume to label, by orders that are computed in the background."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ADDRESS = "_address"
 """Key of the client's address in a request; only the server sets it."""
 
 _DESCRIPTIONS = {
-    "adaptive": "Typical volumes before there is a model, then those it is unsure of and that differ",
+    "adaptive": "Typical volumes before the first model, then those it is unsure of and that differ",
     "typicality": "The most typical volume of each group that has no label yet",
     "uncertainty": "The volume whose labels the model is least sure of",
     "entropy": "The volume with the highest entropy over all voxels",
@@ -40,24 +40,24 @@ def all_strategies(
     volumes: WaitingVolumes | None = None,
 ) -> dict[str, Strategy]:
     """Return the strategies by name; the Slicer extension starts with the first."""
-    desk = _Desk(leases, volumes or WaitingVolumes(scores))
-    ordered = {name: Ordered(name, scores, desk, request_scoring) for name in _DESCRIPTIONS}
+    dispenser = _Dispenser(leases, volumes or WaitingVolumes(scores))
+    ordered = {name: Ordered(name, scores, dispenser, request_scoring) for name in _DESCRIPTIONS}
     return {
         "adaptive": ordered.pop("adaptive"),
-        "random": Random(desk),
-        "first": First(desk),
+        "random": Random(dispenser),
+        "first": First(dispenser),
         **ordered,
     }
 
 
-class _Desk:
-    """Leases volumes to annotators, or says why none is available."""
+class _Dispenser:
+    """The part of all strategies that leases volumes, or explains why none is available."""
 
     def __init__(self, leases: Leases, volumes: WaitingVolumes) -> None:
         self.leases = leases
         self.volumes = volumes
 
-    def hand_out(
+    def offer(
         self,
         request: dict[str, Any],
         waiting: Waiting,
@@ -65,7 +65,7 @@ class _Desk:
         strategy: str,
         model: str | None = None,
     ) -> dict[str, Any]:
-        """Return the ``id`` of a volume, else only a ``note``; clients treat a reply without an ``id`` as no volume."""
+        """Return the ``id`` of a leased volume, or only a ``note``: without an ``id``, clients show no volume."""
         annotator = annotator_of(request)
         address = str(request.get(ADDRESS) or "")
         image = self.leases.claim(annotator, ranked, strategy=strategy, model_version=model, address=address)
@@ -75,61 +75,63 @@ class _Desk:
 
 
 class Random(Strategy):
-    """Chooses a random unlabelled volume that is not leased to another annotator."""
+    """A random unlabelled volume that no other annotator has leased."""
 
-    def __init__(self, desk: _Desk) -> None:
+    def __init__(self, dispenser: _Dispenser) -> None:
         super().__init__("A random volume")
-        self.desk = desk
+        self.dispenser = dispenser
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        waiting = self.desk.volumes.now(datastore)
-        return self.desk.hand_out(request, waiting, _shuffled(waiting.images), "random")
+        waiting = self.dispenser.volumes.now(datastore)
+        return self.dispenser.offer(request, waiting, _shuffled(waiting.images), "random")
 
 
 class First(Strategy):
-    """Chooses the first unlabelled volume by name that is not leased to another annotator."""
+    """The first unlabelled volume by name that no other annotator has leased."""
 
-    def __init__(self, desk: _Desk) -> None:
+    def __init__(self, dispenser: _Dispenser) -> None:
         super().__init__("The first volume by name")
-        self.desk = desk
+        self.dispenser = dispenser
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
-        waiting = self.desk.volumes.now(datastore)
-        return self.desk.hand_out(request, waiting, waiting.images, "first")
+        waiting = self.dispenser.volumes.now(datastore)
+        return self.dispenser.offer(request, waiting, waiting.images, "first")
 
 
 class Ordered(Strategy):
-    """Chooses the next volume of a strategy of ``deformux.active_learning``, from the order that scoring has written.
+    """The next volume of a strategy of ``deformux.active_learning``, in the order that scoring has written.
 
-    Volumes without a score come after all others, at random, and are scored in the background meanwhile. The reply
-    says which model's order was used, and explains if it is not the served model's.
+    Volumes without a score come after all others, in random order, and are scored in the background. The reply names
+    the model of the order, with a note if it is not the served model.
     """
 
     _SECONDS_BETWEEN_REQUESTS = 60.0
 
-    def __init__(self, name: str, scores: SelectionScores, desk: _Desk, request_scoring: Callable[[], object]) -> None:
+    def __init__(
+        self, name: str, scores: SelectionScores, dispenser: _Dispenser, request_scoring: Callable[[], object]
+    ) -> None:
         super().__init__(_DESCRIPTIONS[name])
         self.name = name
         self.scores = scores
-        self.desk = desk
+        self.dispenser = dispenser
         self.request_scoring = request_scoring
-        self._asked: tuple[str, float] | None = None
-        # The last result of ``_order``, with the orders and volumes that it is for.
+        self._requested: tuple[str, float] | None = None
+        # The last result of ``_order``, with the orders and volumes that it was computed from.
         self._ranked: tuple[Orders, Waiting, list[str], frozenset[str], bool] | None = None
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         model = self.scores.current()
         orders = self.scores.latest_orders()
-        waiting = self.desk.volumes.now(datastore, orders)
+        waiting = self.dispenser.volumes.now(datastore, orders)
         order, placed, all_known = self._order(orders, waiting)
         if not all_known or (orders.model != model and waiting.images):
-            self._ask(model)
+            self._request_scoring(model)
 
         def ranked() -> Iterator[str]:
             yield from order
             yield from _shuffled([image for image in waiting.images if image not in placed])
 
-        reply = self.desk.hand_out(request, waiting, ranked(), self.name, model=model)
+        reply = self.dispenser.offer(request, waiting, ranked(), self.name, model=model)
         if "id" not in reply:
             return reply
         reply["uncertainty"] = orders.uncertainty.get(reply["id"])
@@ -140,21 +142,25 @@ class Ordered(Strategy):
         return reply
 
     def _order(self, orders: Orders, waiting: Waiting) -> tuple[list[str], frozenset[str], bool]:
-        """Return the waiting volumes, best first, the same as a set, and whether all that wait have been scored."""
+        """Return the unlabelled volumes, best first, the same as a set, and whether all have been scored."""
         known = self._ranked
         if known is None or known[0] != orders or known[1] is not waiting:
             listed = orders.by_strategy.get(self.name, orders.by_strategy.get("adaptive", ()))
             order = [image for image in listed if image in waiting.names]
             all_known = not waiting.changed and all(image in orders.uncertainty for image in waiting.images)
-            # Requests come in threads: each replaces the whole.
+            # Requests run in threads, so the tuple is replaced as a whole.
             known = self._ranked = (orders, waiting, order, frozenset(order), all_known)
         return known[2], known[3], known[4]
 
-    def _ask(self, model: str) -> None:
-        """Request scoring in the background; not again for a while, in case it fails."""
+    def _request_scoring(self, model: str) -> None:
+        """Request scoring in the background, but not again soon in case it fails."""
         now = time.monotonic()
-        if self._asked is None or self._asked[0] != model or now - self._asked[1] > self._SECONDS_BETWEEN_REQUESTS:
-            self._asked = (model, now)
+        if (
+            self._requested is None
+            or self._requested[0] != model
+            or now - self._requested[1] > self._SECONDS_BETWEEN_REQUESTS
+        ):
+            self._requested = (model, now)
             self.request_scoring()
 
     def _note(self, scored_with: str | None, model: str) -> str | None:
@@ -170,7 +176,7 @@ class Ordered(Strategy):
 
 
 def _shuffled(images: Sequence[str]) -> Iterator[str]:
-    """Yield the images in random order, lazily: usually only one of thousands is needed."""
+    """Yield the images in random order, lazily, because usually only the first is needed."""
     left = list(images)
     while left:
         index = random.randrange(len(left))

@@ -1,4 +1,4 @@
-"""The volumes that wait for a label, and the unreadable ones among them."""
+"""Unlabelled volumes, and the unreadable ones among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deformux_label.lib.store.leases import Lease
 
 __all__ = ["Waiting", "WaitingVolumes"]
 
-# Volumes that a sentence names.
+# Most volumes that a message names.
 _MAX_NAMED = 5
 
 
@@ -22,11 +22,11 @@ class Waiting:
     """Unlabelled volumes at one state of the studies.
 
     Args:
-        listed: all of them, as the datastore lists them.
-        images: those that can be handed out, by name.
-        names: the same as a set.
-        unreadable: those that scoring could not read, or whose header is unusable; they are not handed out.
-        changed: those that scoring could not read, but whose files have changed since.
+        listed: all unlabelled volumes, in the datastore's order.
+        images: those that can be offered, sorted.
+        names: ``images`` as a set.
+        unreadable: those that scoring could not read or with an unusable header; they are not offered.
+        changed: those that scoring could not read, with files that have changed since.
     """
 
     listed: Sequence[str]
@@ -36,7 +36,7 @@ class Waiting:
     changed: tuple[str, ...] = ()
 
     def why_none(self, leases: Mapping[str, Lease]) -> str:
-        """Return why no volume can be handed out, in one sentence."""
+        """Return why no volume can be offered, in one sentence."""
         ends = [leases[image].until for image in self.images if image in leases]
         reasons = []
         if ends:
@@ -49,25 +49,25 @@ class Waiting:
         return f"of the volumes without a label {' and '.join(reasons)}"
 
     def warnings(self) -> list[str]:
-        """Return a sentence for an operator, if one is needed."""
+        """Return a warning for the operator about unreadable volumes, if any."""
         if not self.unreadable:
             return []
         only = "" if self.images else "; no other volume is left without a label"
         return [
             f"of the volumes without a label {_number(len(self.unreadable))} unreadable and not handed out: "
-            f"{first_names(self.unreadable)}{only}; repair the files or take them away"
+            f"{first_names(self.unreadable)}{only}; repair the files or remove them"
         ]
 
 
 class WaitingVolumes:
-    """The current ``Waiting``, computed again only after the studies or the scores have changed."""
+    """The current ``Waiting``, recomputed only after the studies or the scores have changed."""
 
     def __init__(self, scores: SelectionScores) -> None:
         self.scores = scores
         self._last: tuple[tuple[frozenset[str], float, frozenset[str]], Waiting] | None = None
 
     def now(self, datastore: Datastore, orders: Orders | None = None) -> Waiting:
-        """Return the waiting volumes, as of these orders or the latest."""
+        """Return the unlabelled volumes for these orders, by default the latest."""
         listed = datastore.get_unlabeled_images()
         orders = self.scores.latest_orders() if orders is None else orders
         unusable: frozenset[str] = getattr(datastore, "unusable_scans", frozenset())
@@ -79,19 +79,19 @@ class WaitingVolumes:
             if last[1].changed == tuple(changed_since(suspects, datastore, orders.written)):
                 return last[1]
         found = _waiting(datastore, listed, orders, unusable)
-        # Requests come in threads: each replaces the whole.
+        # Requests run in threads, so the tuple is replaced as a whole.
         self._last = (key, found)
         return found
 
 
 def first_names(images: Sequence[str]) -> str:
-    """Return some of the names, and the number of the others."""
+    """Return the first names, and the number of the others."""
     more = f" and {len(images) - _MAX_NAMED} more" if len(images) > _MAX_NAMED else ""
     return f"{', '.join(images[:_MAX_NAMED])}{more}"
 
 
 def _waiting(datastore: Datastore, listed: Sequence[str], orders: Orders, unusable: frozenset[str]) -> Waiting:
-    # Headers were read since their files last changed; scoring may have read an older file.
+    # Headers are read again after each change of a file; scoring may have read an older file.
     suspects = sorted((orders.unreadable - unusable).intersection(listed))
     changed = tuple(changed_since(suspects, datastore, orders.written))
     unreadable = tuple(sorted({*suspects, *unusable.intersection(listed)}.difference(changed)))

@@ -1,4 +1,4 @@
-"""Ending MONAI Label's background processes, such as scoring, with the server that started them."""
+"""Functions that end MONAI Label's background processes, such as scoring, with their server."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["end_background_with_this_server", "end_with_the_parent"]
 
 _SERVER = "DEFORMUX_LABEL_SERVER"
 _PAUSE_S = 0.5
-# Runs in the new process before any large import; from then on the kernel ends it with its parent.
+# Runs in the new process before any large import; afterwards the kernel ends the process with its parent.
 _LAUNCHER = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
@@ -27,23 +27,23 @@ if os.getppid() == int(sys.argv[1]):
 
 
 def end_background_with_this_server() -> None:
-    """Make background processes that MONAI Label starts from now on end with this process, however that ends.
+    """Make MONAI Label's later background processes end with this process, even if it is killed.
 
-    MONAI Label starts them without any link to itself: they would work on for minutes, and write beside the next
-    server. Linux ends them at once, even in the middle of a volume; elsewhere ``end_with_the_parent`` notices within a
-    second.
+    Otherwise they would run on for minutes, and write at the same time as the next server. Linux ends them at once,
+    even in the middle of a volume; elsewhere ``end_with_the_parent`` ends them within a second.
     """
     os.environ[_SERVER] = str(os.getpid())
     async_tasks.subprocess = _Subprocess()
-    # Earlier than ``atexit``, as concurrent.futures does it: Python joins the threads that wait for them before that.
+    # ``atexit`` is too late: Python first joins the threads that wait for these processes. concurrent.futures does this
+    # too.
     threading._register_atexit(_stop_all)  # type: ignore[attr-defined]
 
 
 def end_with_the_parent() -> None:
-    """End this background process, at any point of its work, soon after the server that started it."""
+    """End this background process within a second of its server, whatever it is doing."""
     server = os.environ.get(_SERVER)
     if server and hasattr(os, "getppid"):
-        threading.Thread(target=_wait_for_the_end_of, args=(int(server),), name="server-watch", daemon=True).start()
+        threading.Thread(target=_exit_after, args=(int(server),), name="server-watch", daemon=True).start()
 
 
 def _stop_all() -> None:
@@ -55,7 +55,7 @@ def _stop_all() -> None:
 
 
 class _Subprocess:
-    """The module ``subprocess`` as MONAI Label's background tasks use it."""
+    """Replacement of the module ``subprocess`` for MONAI Label's background tasks."""
 
     PIPE = subprocess.PIPE
     STDOUT = subprocess.STDOUT
@@ -67,8 +67,8 @@ class _Subprocess:
         return subprocess.Popen(command, **options)
 
 
-def _wait_for_the_end_of(server: int) -> None:
+def _exit_after(server: int) -> None:
     while os.getppid() == server:
         time.sleep(_PAUSE_S)
-    # With SIGKILL: the work may be in a library that ignores signals. All its files are written by rename.
+    # SIGKILL, because a library may ignore other signals. All files are written by rename.
     os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))

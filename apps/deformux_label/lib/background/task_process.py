@@ -1,4 +1,4 @@
-"""Running a MONAI Label task in a process of its own, which ends with the server that started it."""
+"""Execution of a MONAI Label task in a separate process, which ends with its server."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from deformux_label.lib.requests.options import checked_gpus
 
 __all__ = ["PARENT_PIPE", "PAUSE_S", "alive", "kill", "last_lines", "reason", "run_method"]
 
-# Set for a process whose standard input ends when its server does.
+# Set in a process whose standard input closes when its server ends.
 PARENT_PIPE = "DEFORMUX_LABEL_PARENT_PIPE"
 PAUSE_S = 0.2
 _LINES = 20
-# Characters of a log line that are sent back.
+# Longest part of a log line that is sent to clients.
 _MAX_LINE_LENGTH = 300
 
 
@@ -39,11 +39,11 @@ def run_method(
     """Run ``train`` or ``batch_infer`` of the app to its end; return its exit code and whether it was stopped.
 
     Args:
-        method: as MONAI Label's ``interfaces.utils.app`` calls it.
-        request: its request; ``gpus`` in it choose the GPUs that the process sees.
+        method: name of the method in MONAI Label's ``interfaces.utils.app``.
+        request: the task's request; its ``gpus`` are the GPUs that the process sees.
         log: file to which its output is appended.
-        started: called with the process id and its start time, by which ``alive`` finds it again.
-        stop_wanted: called several times a second; SIGTERM follows, and SIGKILL after ``patience_s``.
+        started: called with the process id and start time, which ``alive`` takes.
+        stop_wanted: polled; once true, SIGTERM is sent, and SIGKILL after ``patience_s``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "monailabel.interfaces.utils.app", "-m", method]
@@ -71,7 +71,7 @@ def run_method(
 
 
 def alive(identity: list[Any] | None) -> psutil.Process | None:
-    """Return the running process of an id and a start time, else None; ids are reused."""
+    """Return the running process with this id and start time, else None; ids are reused."""
     try:
         if identity is None:
             return None
@@ -84,7 +84,7 @@ def alive(identity: list[Any] | None) -> psutil.Process | None:
 
 
 def kill(process: psutil.Process) -> None:
-    """Kill a process and the workers that it started."""
+    """Kill a process and its descendants."""
     try:
         family = [*process.children(recursive=True), process]
     except psutil.NoSuchProcess:
@@ -97,7 +97,7 @@ def kill(process: psutil.Process) -> None:
 
 
 def last_lines(log: Path) -> list[str]:
-    """Return the end of a log, short enough to be sent back."""
+    """Return the last lines of a log, short enough for a reply."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 16_384))
@@ -108,10 +108,10 @@ def last_lines(log: Path) -> list[str]:
 
 
 def reason(what: str, code: int, details: list[str], hint: str) -> str:
-    """Return why a process failed; ``hint`` says what to do after a kill."""
+    """Return why a process failed; ``hint`` is advice after a kill."""
     if code < 0:
         name = signal.Signals(-code).name
-        memory = ", perhaps because the memory was full" if -code == signal.SIGKILL else ""
+        memory = ", possibly out of memory" if -code == signal.SIGKILL else ""
         return f"the {what} was killed ({name}{memory}); {hint}"
     return details[-1] if details else f"the {what} ended with exit code {code}"
 

@@ -1,4 +1,4 @@
-"""Every option of the server, declared once.
+"""Declarations of all options of the server.
 
 ``--conf`` and ``deformux-label serve`` take them from here. The variables of ``make serve`` and the table in the
 documents are compared with this declaration by ``tests/app/test_declared_options.py``.
@@ -44,7 +44,7 @@ _DEVICES = re.compile(r"one|auto|cpu(,cpu){0,63}|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3
 
 
 class InvalidOption(ValueError):
-    """An option of the app is wrong; the message is one sentence with the valid values."""
+    """An invalid option of the app; the message is one sentence with the valid values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,13 @@ class Option(Generic[_Value]):
     """One option.
 
     Args:
-        name: as ``--conf`` takes it; ``deformux-label serve`` takes it with dashes.
-        default: the text that counts where none is given; empty where there is no such text.
-        default_note: what the documents say instead of an empty default.
-        help: the values it takes, with Markdown's backticks.
-        parse: make a value of the name and a text; raises InvalidOption.
-        variable: of ``make serve``; empty where it takes none.
-        is_flag: whether ``serve`` takes it without a value, as true.
+        name: name for ``--conf``; ``deformux-label serve`` takes it with dashes.
+        default: default as text; empty without one.
+        default_note: description of an empty default, for the documents.
+        help: the valid values, with Markdown's backticks.
+        parse: converts the name and a text to a value; raises InvalidOption.
+        variable: variable of ``make serve``; empty without one.
+        is_flag: whether ``serve`` takes it as a flag, without a value.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Option(Generic[_Value]):
 
     @property
     def default_value(self) -> _Value:
-        """Return the value where none is given."""
+        """Return the default as a value."""
         return self.parse(self.name, self.default)
 
     def value(self, given: Mapping[str, str]) -> _Value:
         """Return the value of this option among texts by name.
 
         Raises:
-            InvalidOption: it is a bad one.
+            InvalidOption: the value is invalid.
         """
         return self.parse(self.name, given.get(self.name, self.default))
 
@@ -148,7 +148,7 @@ def _port(name: str, text: str) -> int:
     return port
 
 
-# A pretrained model brings its own values of these; ``Project.from_conf`` reads them together.
+# A pretrained model has its own values of these; ``Project.from_conf`` reads them together.
 PRESET = Option(
     name="preset",
     default="tiny",
@@ -223,7 +223,7 @@ CACHE_GB = Option(
     parse=_number(10_000),
     variable="CACHE",
 )
-# Fields of ``Project`` by the same names.
+# Fields of ``Project`` with the same names.
 PLAIN_OPTIONS: tuple[Option[Any], ...] = (AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB)
 PROJECT_OPTIONS: tuple[Option[Any], ...] = (*_MODEL_OPTIONS, *PLAIN_OPTIONS)
 
@@ -254,7 +254,7 @@ INSECURE = Option(
     parse=_truth,
     is_flag=True,
 )
-# Fields of ``ServerOptions`` by the same names.
+# Fields of ``ServerOptions`` with the same names.
 WEB_OPTIONS: tuple[Option[Any], ...] = (USERS_FILE, ALLOW_ORIGIN, MAX_UPLOAD_GB, MAX_VOXELS, INSECURE)
 
 HOST = Option(

@@ -1,4 +1,4 @@
-"""The one check of a number from outside: of ``--conf``, of a request's options, of a training."""
+"""The check of numbers from outside: ``--conf``, requests and trainings."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _MAX_SHOWN_LENGTH = 60
 
 
 def number_between(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
-    """Return the number that ``value`` is or spells, if it lies between two bounds, both included.
+    """Return a number, or the number in a text, if it lies between two bounds, both included.
 
     Args:
-        name: what the sentence of the error calls the value.
+        name: name of the value in the error.
         value: a number or its text; a boolean is not a number.
-        low: least number; shown as it is given, so that ``1`` reads better than ``1.0``.
+        low: least number; an int is shown without a decimal point.
         high: greatest number.
         whole: refuse fractions; the result is still a float, which ``int`` converts without loss.
 
     Raises:
-        ValueError: anything else; the message is one sentence.
+        ValueError: any other value; the message is one sentence.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -38,5 +38,5 @@ def _shown_bound(bound: float) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Quote a text; of a long value show the beginning."""
+    """Return a value for a message: quoted if it is text, shortened if it is long."""
     return repr(value[:_MAX_SHOWN_LENGTH]) if isinstance(value, str) else repr(value)[:_MAX_SHOWN_LENGTH]

@@ -31,8 +31,8 @@ __all__ = ["OPTIONS", "InvalidOption", "Project"]
 
 OPTIONS = tuple(sorted(option.name for option in PROJECT_OPTIONS))
 """Names of the options that describe the project."""
-# Names with another meaning: to the Slicer extension, in requests, and as options of a task, which requests carry
-# beside the labels.
+# Names with a different meaning: in the Slicer extension, in requests, and as options of a task, which requests contain
+# in addition to the labels.
 _RESERVED = frozenset(
     {
         *("background", "background_scribbles", "foreground", "foreground_scribbles", "image", "label", "model"),
@@ -46,7 +46,7 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Project:
-    """A server's purpose: the labels, and how they are learned.
+    """A server's project: the labels, and how they are learned.
 
     Args:
         labels: names of the label values 1..N, in order.
@@ -54,8 +54,8 @@ class Project:
         preprocessing: how scans become network input.
         pretrained: name of the weights to start from, or None.
         auto_train: number of images with a new label after which a training is queued; 0 for never.
-        lease_minutes: how long a volume is kept for the annotator who got it; 0 switches this off.
-        cache_gb: gigabytes (10^9 bytes) of memory that keep the next click on the same volume fast; 0 for none.
+        lease_minutes: duration of a volume's lease; 0 switches leases off.
+        cache_gb: gigabytes (10^9 bytes) of the cache that makes the next click on a volume fast; 0 for no cache.
         train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
     """
 
@@ -73,7 +73,7 @@ class Project:
         """Parse ``--conf`` pairs; missing ones come from the pretrained model, else from the defaults.
 
         Raises:
-            InvalidOption: an unknown option or a bad value.
+            InvalidOption: an unknown option or an invalid value.
         """
         unknown = sorted(set(conf) - set(OPTIONS))
         if unknown:
@@ -104,7 +104,7 @@ class Project:
         return cls(labels, preset, preprocessing, pretrained, **plain)
 
     def to_conf(self) -> dict[str, str]:
-        """Return the options from which ``from_conf`` makes this project."""
+        """Return options from which ``from_conf`` recreates this project."""
         return {
             "labels": ",".join(self.labels),
             "modality": self.preprocessing.modality,
@@ -123,7 +123,7 @@ class Project:
     def state_folder(self, app_dir: str | Path, studies: str) -> Path:
         """Return the folder of this project's versions, scores and training state.
 
-        Other studies, other labels or another modality make another project, so that weights never mix.
+        Different studies, labels or modalities make different projects, so that their weights never mix.
         """
         place = studies if re.match(r"https?://", studies) else os.path.realpath(studies)
         identity = json.dumps([place, self.labels, self.preprocessing.modality])

@@ -1,4 +1,4 @@
-"""The end of a start that cannot succeed."""
+"""A clean end for a start that cannot succeed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["refuse_to_start"]
 def refuse_to_start(reason: str) -> NoReturn:
     """Print one sentence and end the process with exit code 2.
 
-    The app is built inside the web server's start, which reports any exception, even SystemExit, with the stack trace
-    of five frameworks; the sentence would be lost in it.
+    The web server creates the app during its start, and reports any exception, even SystemExit, with a long stack trace
+    in which the sentence would be lost.
     """
     logging.shutdown()
     sys.stdout.flush()

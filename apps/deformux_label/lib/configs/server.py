@@ -1,4 +1,4 @@
-"""The options of the server itself, such as limits and login, checked."""
+"""Checked options of the server itself, such as limits and login."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SERVER_OPTIONS = tuple(sorted(option.name for option in WEB_OPTIONS))
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Who may call the server, and how much it accepts.
+    """Access to the server, and its limits.
 
     Args:
-        allow_origin: origins such as ``https://viewer.hospital.org`` whose pages may call the server, beside its own.
+        allow_origin: other origins, such as ``https://viewer.hospital.org``, whose pages may call the server.
         max_upload_gb: largest uploaded volume or label, in gigabytes (10^9 bytes).
         max_voxels: largest volume that is read; larger ones are refused before they are decompressed.
-        users: file with the users; at least one in it switches the login on. None for the default place.
+        users: file with the users; the first one switches login on. None for the default file.
         insecure: listen to the network without a login.
     """
 
@@ -44,7 +44,7 @@ class ServerOptions:
         """Parse the server's part of the ``--conf`` pairs; ``Project.from_conf`` parses the others.
 
         Raises:
-            InvalidOption: a bad value.
+            InvalidOption: an invalid value.
         """
         given = {name: str(value).strip() for name, value in conf.items() if str(value).strip()}
         return cls(**{option.name: option.value(given) for option in WEB_OPTIONS})

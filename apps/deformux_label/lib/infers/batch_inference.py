@@ -1,4 +1,4 @@
-"""Segmenting many volumes in a background process, with an outcome for each volume."""
+"""Batch inference in a background process, with an outcome for each volume."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _KEPT = 10
 _MAX_SENTENCE_LENGTH = 300
 _INTERRUPTED = "the batch inference was interrupted when its server ended; start it again for the volumes that are left"
-# Seconds after which a task without a process counts as lost: its server ended before it started one.
+# Seconds after which a task without a process counts as lost: its server ended before starting one.
 _STARTING_S = 60.0
 
 
 class BatchInferences:
-    """Run one batch inference at a time; the project's database keeps each, and the outcome of each volume.
+    """Batch inferences, one at a time; the project's database stores them, and the outcome of each volume.
 
     Args:
         folder: state folder of the project.
@@ -54,9 +54,9 @@ class BatchInferences:
         """Start a batch inference and return its task.
 
         Raises:
-            HTTPException: 429 while one runs.
+            HTTPException: 429 while one is running.
         """
-        self._settle()
+        self._fail_lost()
         task = new_task(request)
         task |= {"status": RUNNING, "starts": 1, "began": time.time()}
 
@@ -70,25 +70,25 @@ class BatchInferences:
         return self.shown(task)
 
     def tasks(self) -> list[dict[str, Any]]:
-        """Return all remembered tasks, oldest first, without the outcome of each volume."""
-        self._settle()
+        """Return all stored tasks, oldest first, without the outcome of each volume."""
+        self._fail_lost()
         return [self.shown(task, images=False) for task in self._tasks.read()]
 
     def unfinished(self) -> dict[str, Any] | None:
         """Return the running task, else None."""
-        self._settle()
+        self._fail_lost()
         task = unfinished(self._tasks.read())
         return None if task is None else self.shown(task)
 
     def latest(self) -> dict[str, Any] | None:
-        """Return the running task, else the last."""
-        self._settle()
+        """Return the running task, else the last one, else None."""
+        self._fail_lost()
         tasks = self._tasks.read()
         return self.shown(tasks[-1]) if tasks else None
 
     def stop(self) -> dict[str, Any] | None:
-        """Stop the running task and return it once it has ended; None where none runs."""
-        self._settle()
+        """Stop the running task and return it once it has ended; None if none is running."""
+        self._fail_lost()
 
         def mark(tasks: list[dict[str, Any]]) -> str | None:
             running = unfinished(tasks)
@@ -107,11 +107,11 @@ class BatchInferences:
             if time.monotonic() > until:
                 break
             time.sleep(PAUSE_S)
-            self._settle()
+            self._fail_lost()
         return self.shown(task) if task is not None else {}
 
     def shown(self, task: Mapping[str, Any], *, images: bool = True) -> dict[str, Any]:
-        """Return a task as clients read it: MONAI Label's fields, and the outcome of each volume."""
+        """Return a task for clients: MONAI Label's fields, and the outcome of each volume."""
         listed = ("id", "status", "request", "start_ts", "end_ts", "error", "total")
         found = {key: task[key] for key in listed if task.get(key) is not None}
         query = "SELECT image, stored, detail FROM results WHERE task = ? ORDER BY image"
@@ -141,8 +141,8 @@ class BatchInferences:
         finally:
             self._own.discard(task["id"])
 
-    def _settle(self) -> None:
-        """Mark tasks of a killed server as failed; their processes end by themselves."""
+    def _fail_lost(self) -> None:
+        """Mark tasks of killed servers as failed; their processes end by themselves."""
 
         def is_lost(task: Mapping[str, Any]) -> bool:
             if task["status"] != RUNNING or task["id"] in self._own or alive(task.get("process")):
@@ -184,18 +184,18 @@ def batch_options(images: Any, params: Mapping[str, Any]) -> dict[str, Any]:
     ``multi_gpu`` and ``max_workers`` are accepted without effect: volumes are segmented one at a time.
 
     Raises:
-        HTTPException: 400 for an option that is unknown or bad.
+        HTTPException: 400 for an unknown or invalid option.
     """
     refuse_invalid_text(params)
     known = ("device", "multi_gpu", "gpus", "logging", "save_label", "label_tag", "max_workers", "max_batch_size")
     unknown = sorted(str(key) for key in params if key not in (*known, "images", "client_id"))
     if unknown:
-        raise HTTPException(400, f"there is no option {ascii(unknown[0])[:60]}; there are {', '.join(known)}")
+        raise HTTPException(
+            400, f"batch inference has no option {ascii(unknown[0])[:60]}; its options are {', '.join(known)}"
+        )
     images = one_of("images", params.get("images") or images or "all", _IMAGES)
     if str(params.get("save_label", True)).lower() not in ("true", "1", "yes"):
-        raise HTTPException(
-            400, "save_label must be true: batch inference stores what it finds, and sends nothing back"
-        )
+        raise HTTPException(400, "save_label must be true: batch inference stores its segmentations, and returns none")
     tag = params.get("label_tag") or _ORIGINAL
     if tag != _ORIGINAL:
         raise HTTPException(
@@ -227,10 +227,10 @@ def images_of(datastore: Datastore, request: Mapping[str, Any]) -> list[str]:
 
 
 def run_batch(folder: Path, task_id: str | None, images: Sequence[str], infer: Callable[[str], Any]) -> dict[str, str]:
-    """Segment one volume after the other, going on after failures, and return the outcomes by volume.
+    """Segment volumes one after the other, continue after failures, and return the outcome of each volume.
 
     Args:
-        folder: state folder of the project, which keeps the outcomes of the task ``task_id``.
+        folder: state folder of the project, which stores the outcomes of the task ``task_id``.
         infer: segments a volume and stores the label.
     """
     state = StateDatabase(folder)
@@ -255,9 +255,9 @@ def _outcome(image: str, infer: Callable[[str], Any]) -> str:
         return str(error.detail)[:_MAX_SENTENCE_LENGTH]
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            # The next volumes would fail for the same reason, each after an inference.
+            # Every other volume would fail for the same reason, after its inference.
             raise SystemExit(
-                "The batch inference ended: the server's disk is full; make room and start it again"
+                "The batch inference ended: the server's disk is full; free some space and start it again"
             ) from None
         logger.exception("Batch inference of %s", image)
         return f"its file could not be read or written: {os.strerror(error.errno or 0)}"
@@ -271,7 +271,7 @@ def _append(tasks: list[dict[str, Any]], task: dict[str, Any]) -> None:
     running = unfinished(tasks)
     if running is not None:
         raise HTTPException(
-            429, f"a batch inference is running already (task {running['id']}); wait for it, or stop it first"
+            429, f"a batch inference is already running (task {running['id']}); wait for it, or stop it first"
         )
     del tasks[: max(0, len(tasks) - _KEPT + 1)]
     tasks.append(task)

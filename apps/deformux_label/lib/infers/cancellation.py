@@ -1,4 +1,4 @@
-"""Ending long work whose client has closed its connection."""
+"""Cancellation of long work after its client has closed the connection."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _gone: ContextVar[Callable[[], bool]] = ContextVar("gone", default=lambda: False
 
 
 class ClientGone(Exception):
-    """The client has closed its connection: nobody waits for the result."""
+    """The client has closed its connection, so the result is no longer needed."""
 
 
 def watch_client(is_gone: Callable[[], bool]) -> None:
-    """Let ``is_gone`` tell the work of this request, in all of its threads, whether its client has left."""
+    """Set the function that says whether this request's client has left, for all threads of the request."""
     _gone.set(is_gone)
 
 
 def raise_if_client_gone() -> None:
-    """Raise ClientGone once the client has closed its connection; long work calls this now and then."""
+    """Raise ClientGone once the client has closed its connection; long work calls this regularly."""
     if _gone.get()():
         raise ClientGone

@@ -1,6 +1,6 @@
-"""Scans and editors that are kept in memory between clicks, so that the next one is answered fast.
+"""A cache of scans and editors between clicks, so that the next click is fast.
 
-They never change an answer: without them, as after a restart of the server, the same request has the same answer, only
+It never changes a result: without it, as after a restart of the server, the same request gets the same result, only
 later.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["ClickCache", "ClientEditor", "ScanKey"]
 
 @dataclass(frozen=True)
 class ScanKey:
-    """One state of an image file, as one version of the model sees it on one device."""
+    """Key of a scan: one state of an image file, one model version, one device."""
 
     path: str
     modified_ns: int
@@ -36,7 +36,7 @@ class ScanKey:
 
     @classmethod
     def of(cls, path: str | Path, version: str, device: str) -> ScanKey:
-        """Return the key of a file as it is now."""
+        """Return the key of a file in its current state."""
         real = Path(path).resolve()
         state = real.stat()
         return cls(str(real), state.st_mtime_ns, state.st_size, version, device)
@@ -44,14 +44,14 @@ class ScanKey:
 
 @dataclass(frozen=True)
 class ClientEditor:
-    """An editor, and the network that it calls."""
+    """An editor and its network."""
 
     editor: Editor
     network: ServedNetwork
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the editor holds beside its scan and the model."""
+        """Return the bytes that the editor holds in addition to its scan and the model."""
         return self.editor.nbytes
 
 
@@ -84,7 +84,7 @@ class _Held(TLRUCache[Any, Any]):
     def __delitem__(self, key: Any) -> None:
         super().__delitem__(key)
         for editor in [other for other in self if isinstance(other, tuple) and other[0] == key]:
-            with suppress(KeyError):  # it expired in this moment
+            with suppress(KeyError):  # it has just expired
                 super().__delitem__(editor)
 
     def scans(self) -> list[ScanKey]:
@@ -99,10 +99,10 @@ class _Held(TLRUCache[Any, Any]):
 class ClickCache:
     """Scans, and on top of each the editors of its clients; the least recently used are dropped first.
 
-    All methods may be called from any thread. A scan that two requests need is computed once; nobody else waits for it.
+    Thread-safe. A scan that two requests need is computed once; other requests do not wait for it.
 
     Args:
-        most_bytes: bound of the memory; an item that does not fit by itself is used once and not held.
+        most_bytes: limit of the memory; an item that exceeds it is used once and not cached.
         idle_s: seconds after which an unused item is dropped.
         clock: returns seconds since any fixed moment.
     """
@@ -130,7 +130,7 @@ class ClickCache:
             }
 
     def peek(self, key: ScanKey) -> OpenScan | None:
-        """Return a scan that is held, or None."""
+        """Return a cached scan, or None."""
         with self._lock:
             if key not in self._held:
                 return None
@@ -138,11 +138,11 @@ class ClickCache:
             return self._held[key]
 
     def fits(self, nbytes: int) -> bool:
-        """Return whether something of this size could be held."""
+        """Return whether an item of this size can be cached."""
         return nbytes <= self.most_bytes
 
     def put(self, key: ScanKey, scan: OpenScan) -> None:
-        """Hold a scan; drop those of earlier states of its file, and of other versions of the model."""
+        """Cache a scan; drop those of earlier states of its file, and of other model versions."""
         with self._lock:
             if key in self._held or scan.nbytes > self.most_bytes:
                 return
@@ -153,7 +153,7 @@ class ClickCache:
             self._watch()
 
     def scan(self, key: ScanKey, compute: Callable[[], OpenScan]) -> OpenScan:
-        """Return the scan that is held, or what ``compute`` makes; others who want it meanwhile wait for it."""
+        """Return the cached scan, or the result of ``compute``; simultaneous requests for it wait."""
         with self._one_at_a_time(key):
             held = self.peek(key)
             if held is not None:
@@ -164,7 +164,7 @@ class ClickCache:
 
     @contextmanager
     def editor(self, key: ScanKey, client: str, mask: str, make: Callable[[], ClientEditor]) -> Iterator[ClientEditor]:
-        """Lend the client's editor for this starting mask to one thread; ``make`` makes it where none is held."""
+        """Lend the client's editor for this starting mask to one thread; ``make`` creates it if none is cached."""
         with self._lock:
             editing: _Editing | None = self._held.get((key, client))
         if editing is None or editing.mask != mask:
@@ -215,13 +215,13 @@ class ClickCache:
                     self._opening[key] = (lock, users - 1)
 
     def _watch(self) -> None:
-        """Start the timer that drops expired items even if no request comes."""
+        """Start the timer that drops expired items even without requests."""
         if self._timer is None and len(self._held):
-            self._timer = threading.Timer(self.idle_s, self._look)
+            self._timer = threading.Timer(self.idle_s, self._drop_expired)
             self._timer.daemon = True
             self._timer.start()
 
-    def _look(self) -> None:
+    def _drop_expired(self) -> None:
         self.expire()
         with self._lock:
             self._timer = None

@@ -19,7 +19,7 @@ __all__ = ["Drawn", "Scribbles", "drawn_of"]
 
 Scribbles = npt.NDArray[np.uint8]
 
-# An object reaches at most as far beyond its scribbles as they are long; this is the least margin.
+# An object is assumed to extend beyond its scribbles by at most their length; this is the least margin.
 _MIN_MARGIN_MM = 20.0
 
 
@@ -32,16 +32,16 @@ class Drawn:
 
     @property
     def inside(self) -> Box:
-        """The part of the region that is in the scan."""
+        """Return the part of the region that lies in the scan."""
         start = triple(np.clip(self.region[0], 0, self.scribbles.shape))
         return start, triple(np.clip(self.region[1], 0, self.scribbles.shape))
 
 
 def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
-    """Read the scribbles of a request; their region is around the foreground, or around all of them.
+    """Read the scribbles of a request, and the region around the foreground or around all scribbles.
 
     Raises:
-        HTTPException: 422 for a file without scribbles, or a region without any of the foreground.
+        HTTPException: 422 for a file without scribbles, or a region without foreground scribbles.
     """
     values, to_scan, affine = segment_values(request.scribbles, Path(request.scan.path), request.scan.name)
     scribbles = np.zeros(values.shape, dtype=np.uint8)
@@ -50,7 +50,7 @@ def drawn_of(request: ScribblesRequest, *, of_foreground: bool) -> Drawn:
     if not scribbles.any():
         raise HTTPException(422, "there are no scribbles in the label file; draw on the foreground first")
     if not (scribbles == SCRIBBLED_FOREGROUND).any():
-        raise HTTPException(422, "there is no foreground scribble; draw at least one on what is to be segmented")
+        raise HTTPException(422, "there is no foreground scribble; draw at least one on the object to segment")
     if request.roi is not None:
         region = _clipped(request.roi, to_scan, scribbles.shape)
         outside = np.ones(scribbles.shape, dtype=bool)

@@ -1,4 +1,4 @@
-"""Editing: clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own, near them."""
+"""Editing task: clicks of Slicer's SmartEdit correct the automatic segmentation, or the client's own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from deformux_label.lib.requests.clicks import (
     VOXEL_ORDERS,
     ClickedVoxels,
     EditRequest,
-    in_files_order,
+    to_file_order,
 )
 from deformux_label.lib.requests.inference import InferenceRequest
 from deformux_label.lib.store.annotator import annotator_of
@@ -46,7 +46,7 @@ __all__ = ["Edit"]
 
 logger = logging.getLogger(__name__)
 
-UNGUIDED = "This model was not trained with clicks, so that they move borders near them and repair little else."
+UNGUIDED = "This model was not trained with clicks: they move nearby borders and repair little else."
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,15 @@ class _Edited:
 class Edit(InferTask):
     """Segmentation corrected by clicks on any label or the background, on the scan's own grid.
 
-    It starts from the label file of the request, else from the automatic segmentation. The answer depends on the
-    image, the model, the start and the set of clicks only: ``cache`` just makes it faster. Without any model, only
+    It starts from the label file of the request, else from the automatic segmentation. The result depends
+    only on the image, the model, the start and the set of clicks; ``cache`` only makes it faster. Without a model, only
     the clicked voxels are set.
     """
 
     def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
         super().__init__(
             type=InferType.DEEPEDIT,
-            # With the background in it, Slicer offers clicks on it too.
+            # Slicer offers clicks on the background only if it is listed.
             labels={**project.label_values, BACKGROUND_LABEL: 0},
             dimension=3,
             description="DeformUX-Net, corrected by clicks",
@@ -155,7 +155,7 @@ class Edit(InferTask):
                 Editor(scan, network, tried, device=placement.volume_device, mask=self._mask(request)), network
             )
 
-        # The next click must not start from results of another placement, taken for lack of memory.
+        # The next click must not start from the results of a fallback placement.
         first = placement == Placement(tuple(prep.patch_size), key.device, key.device)
         held = self.cache.editor(key, request.client, _mask_id(request), make)
         with held if first and request.scan.keep else nullcontext(make()) as client:
@@ -178,7 +178,7 @@ class Edit(InferTask):
 
 def _on_grid(request: EditRequest, size: Any, affine: Any) -> tuple[ClickedVoxels, np.ndarray]:
     matrix = np.asarray(affine, dtype=float)
-    return in_files_order(request.points, [int(n) for n in size], matrix, request.voxel_order), matrix
+    return to_file_order(request.points, [int(n) for n in size], matrix, request.voxel_order), matrix
 
 
 def _mask_id(request: EditRequest) -> str:

@@ -1,4 +1,4 @@
-"""Inference on a GPU whose memory a training, or another program, is using."""
+"""Inference on a GPU that shares its memory with a training or another program."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 _SMALLEST_WINDOW = 32
-# Halves of a window are rounded to a multiple that the network's four halvings divide evenly.
+# Halved windows are rounded to a multiple of this, which the network can halve four times.
 _MULTIPLE = 16
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where to compute: the window in voxels, the device of the network, and that of image and logits."""
+    """Placement of a computation: window in voxels, device of the network, device of image and logits."""
 
     window: tuple[int, ...]
     device: str
@@ -34,7 +34,7 @@ class Placement:
 
 
 def placements(window: Sequence[int], device: str) -> Iterator[Placement]:
-    """Yield placements from fast to frugal: all on the GPU, the volume in RAM, smaller windows, no GPU."""
+    """Yield placements from fast to small: all on the GPU, the volume in RAM, smaller windows, no GPU."""
     window = tuple(window)
     yield Placement(window, device, device)
     if not device.startswith("cuda"):
@@ -50,23 +50,23 @@ def placements(window: Sequence[int], device: str) -> Iterator[Placement]:
 def within_memory(
     run: Callable[[Placement], _Result], window: Sequence[int], device: str
 ) -> tuple[_Result, str | None]:
-    """Return the result of ``run`` at the first placement that fits into memory, and a warning if not the first.
+    """Return the result of ``run`` at the first placement that fits, and a warning unless it is the fastest.
 
     Raises:
-        MemoryError: not even the most frugal one fits.
+        MemoryError: even the smallest does not fit.
     """
     for number, placement in enumerate(placements(window, device)):
         try:
             result = run(placement)
         except (RuntimeError, MemoryError) as error:
-            if not _is_about_memory(error):
+            if not _is_memory_error(error):
                 raise
             logger.warning("Not enough memory %s: %s", placement, str(error).splitlines()[0] if str(error) else error)
         else:
             if number == 0:
                 return result, None
             return result, f"The GPU's memory is full, so this was computed {placement}, which is slower."
-        # Outside the handler: the error keeps the frames, and with them the tensors, alive.
+        # Outside the handler, because the error keeps frames and their tensors alive.
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -78,8 +78,8 @@ def _half(window: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(min(size, half) for size, half in zip(window, halves, strict=True))
 
 
-def _is_about_memory(error: Exception) -> bool:
-    """Recognize the errors of torch, CuPy, cuDNN, cuBLAS and the CPU's allocator, which share no class."""
+def _is_memory_error(error: Exception) -> bool:
+    """Return whether an error is of torch, CuPy, cuDNN, cuBLAS or the CPU's allocator, which share no class."""
     text = str(error).lower()
     known = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in known)

@@ -1,10 +1,10 @@
 """Segments from scribbles: by the intensities under them and the distances from them, with a graph cut.
 
-The energy is that of Wang et al., arXiv 1710.04043, equations 5 and 7, as MONAI Label's scribble tasks have it, whose
-histograms, unary term and solver are used. Differences: intensities alone do not tell an organ from other bright
-structures, so nearness to the scribbles counts too; a mixture of Gaussians is fitted on the CPU (theirs compiles a CUDA
-extension at the first request); and the histogram's two densities are combined by Bayes' rule, where theirs takes the
-softmax of two small numbers, which is always about one half.
+The energy is that of Wang et al., arXiv 1710.04043, equations 5 and 7, as in MONAI Label's scribble tasks, whose
+histograms, unary term and solver are used. Differences: intensities alone do not distinguish an organ from other bright
+structures, so nearness to the scribbles counts too; a mixture of Gaussians is fitted on the CPU (MONAI Label compiles a
+CUDA extension at the first request); and the two densities of the histogram are combined by Bayes' rule (MONAI Label
+takes the softmax of two small numbers, which is always about one half).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = [
     "from_scribbles",
 ]
 
-# Log-odds are clipped here: beyond it they are practically certain, and must not outweigh a scribble.
+# Log-odds are clipped to this: higher ones are practically certain, and must not outweigh a scribble.
 _MAX_LOG_ODDS = 7.0
 # Weight of nearness relative to intensity; tuned on CT and MR organs with simulated scribbles.
 _NEARNESS = 2.0
 # Reach of a scribble that contradicts the network: its weight is exp(-distance / reach), in units of the scale.
 _REACH = 3.0
-# Voxels with at least this probability are samples of the intensities of a side.
+# Voxels with at least this probability are samples of a side's intensities.
 _SURE = 0.9
-# Mixtures are fitted to at most this number of voxels, and tabulated in this number of steps of intensity.
+# Most voxels that mixtures are fitted to, and steps of intensity in which they are tabulated.
 _MAX_SAMPLES = 20_000
 _STEPS = 512
 # Neighbouring voxels share a face.
@@ -48,17 +48,17 @@ _NEIGHBOURS = 6
 
 Values = npt.NDArray[np.float32]
 _Mask = npt.NDArray[np.bool_]
-# Log-odds (x, y, z) of the foreground by intensity: of an image scaled to 0..1 and the samples of both sides.
+# Log-odds (x, y, z) of the foreground by intensity, from an image scaled to 0..1 and the samples of both sides.
 Evidence = Callable[[Values, _Mask, _Mask], Values]
 
 
 @dataclass(frozen=True)
 class CutOptions:
-    """How smooth a segment is.
+    """Smoothness of a segment.
 
     Args:
-        lamda: how strongly neighbours of similar intensity stay together, in units of log-odds.
-        sigma: difference of intensity, in a range of 0..1, at which they separate.
+        lamda: strength with which neighbours of similar intensity stay together, in log-odds.
+        sigma: difference of intensity (0..1) at which they separate.
     """
 
     lamda: float = 5.0
@@ -70,7 +70,7 @@ class Surroundings:
     """Distances ``(x, y, z)`` in mm of each voxel from the scribbles.
 
     Args:
-        foreground, background: to the nearest scribble of the kind; the edge of the region of interest is background.
+        foreground, background: distance to the nearest such scribble; the region's edge counts as background.
         spacing: voxel size.
     """
 
@@ -80,12 +80,12 @@ class Surroundings:
 
     @property
     def scale(self) -> float:
-        """The distance that does not matter: about a voxel."""
+        """Return the distance below which differences do not matter: about a voxel."""
         return float(self.spacing.mean())
 
     @classmethod
     def of(cls, scribbles: npt.NDArray[np.uint8], spacing: npt.NDArray[np.float64], edge: Values) -> Surroundings:
-        """Measure scribbles ``(x, y, z)`` of which some are foreground; ``edge`` is the distance from the edge."""
+        """Measure the distances of scribbles ``(x, y, z)``, some of them foreground; ``edge`` is that from the edge."""
         background = edge
         if (scribbles == SCRIBBLED_BACKGROUND).any():
             to_scribble = ndimage.distance_transform_edt(scribbles != SCRIBBLED_BACKGROUND, sampling=spacing)
@@ -132,9 +132,9 @@ def cut(
 
 
 def from_scribbles(image: Values, scribbles: npt.NDArray[np.uint8], around: Surroundings, evidence: Evidence) -> Values:
-    """Return log-odds ``(x, y, z)`` of the foreground by intensity and nearness; arguments as of ``cut``.
+    """Return log-odds ``(x, y, z)`` of the foreground by intensity and nearness; arguments as for ``cut``.
 
-    Without a background scribble, voxels nearer to the edge of the region than to the foreground are its samples.
+    Without a background scribble, voxels nearer to the region's edge than to the foreground are its samples.
     """
     background = scribbles == SCRIBBLED_BACKGROUND
     if not background.any():
@@ -149,7 +149,7 @@ def from_network(
     evidence: Evidence,
     probability: Values,
 ) -> Values:
-    """Return log-odds ``(x, y, z)`` of the foreground by the network's ``probability`` of it.
+    """Return log-odds ``(x, y, z)`` of the foreground from the network's ``probability``.
 
     Near a scribble that contradicts the network, intensity and nearness decide instead, as without a network.
     """
@@ -198,7 +198,7 @@ def _density(samples: Values, n_mixtures: int, at: Values) -> Values:
         return np.ones_like(at)
     if samples.size > _MAX_SAMPLES:
         samples = np.random.default_rng(0).choice(samples, _MAX_SAMPLES, replace=False)
-    # No more Gaussians than there are distinct samples.
+    # Fewer Gaussians than distinct samples.
     n_components = int(np.clip(len(np.unique(samples)) // 4, 1, n_mixtures))
     if samples.size == 1:
         samples = np.repeat(samples, 2)

@@ -1,4 +1,4 @@
-"""The model that is served: its version, network and card."""
+"""The served model: its version, network and card."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 class ServedModels:
     """The published version of a project, looked up at each call; before the first, the pretrained model.
 
-    If the published version is damaged, the one before it is served, and ``warning`` and ``warnings`` say so.
-    ``pretrained`` is the file of the pretrained model, or None if it does not know this project's labels.
+    If the published version is damaged, the previous one is served, and ``warning`` and ``warnings`` report it.
+    ``pretrained`` is the file of the pretrained model, or None if it has different labels.
     """
 
     def __init__(self, project: Project, state_folder: Path) -> None:
@@ -38,18 +38,18 @@ class ServedModels:
         self._logged: set[str] = set()
 
     def current(self) -> str | None:
-        """Return the name of the model to serve now, or None while there is none."""
+        """Return the name of the model to serve now, or None without a model."""
         published = self.versions.published()
         if published is not None:
             return published
         return self._pretrained_name if self.pretrained else None
 
     def warnings(self) -> list[str]:
-        """Return a sentence for each fault of the models or their record; log each new one once."""
+        """Return one sentence for each fault of the models or their record, and log new ones."""
         found = self.versions.warnings()
         if found and self.versions.published() is None:
-            found.append(self._instead())
-        # Versions that are served, or should be, are named already.
+            found.append(self._fallback())
+        # Versions that are served, or should be, are already named.
         faults = [fault for fault in self.versions.damaged(quick=True).values() if not any(fault in t for t in found)]
         found += [f"a model version is damaged: {fault}" for fault in faults]
         for text in found:
@@ -63,14 +63,14 @@ class ServedModels:
         doubt = self.versions.doubt()
         if doubt is None or name == self.versions.intended() != self.versions.published():
             return None
-        return doubt if name is not None and name in self.versions.names() else f"{doubt}; {self._instead()}"
+        return doubt if name is not None and name in self.versions.names() else f"{doubt}; {self._fallback()}"
 
     def check(self) -> None:
-        """Read all versions, so that damage is known and logged before a request needs one."""
+        """Read all versions, so that damage is found and logged before a request needs one."""
         self.versions.damaged()
         self.warnings()
 
-    def _instead(self) -> str:
+    def _fallback(self) -> str:
         answers = f"the pretrained model {self.project.pretrained} answers" if self.pretrained else "no model answers"
         return f"no version of this project's own can be served: {answers}"
 
@@ -79,7 +79,7 @@ class ServedModels:
             return load_model(self.path(name), device=device)
         except InvalidModel as error:
             self.versions.distrust(name, str(error))
-            # Without the folder: clients see this sentence.
+            # Without the folder, because clients see this sentence.
             raise InvalidModel(self.versions.fault(name) or str(error)) from error
 
     @property
@@ -93,7 +93,7 @@ class ServedModels:
         return self.versions.path(name)
 
     def load(self, name: str, device: str) -> tuple[DeformUXNet, ModelCard]:
-        """Return the network of a model, extended to take clicks, and its card; cache the last one of each device.
+        """Return the network of a model, extended to take clicks, and its card; cache the last one for each device.
 
         Raises:
             InvalidModel: a file is missing or damaged.
@@ -108,7 +108,7 @@ class ServedModels:
             return held[1], held[2]
 
     def network(self, name: str, device: str) -> Callable[..., Tensor]:
-        """Return the network of a model as inference calls it: captured on a GPU; cache the last one of each device.
+        """Return the network of a model for inference, captured on a GPU; cache the last one for each device.
 
         Raises:
             InvalidModel: a file is missing or damaged.
@@ -123,7 +123,7 @@ class ServedModels:
             return held[1]
 
     def give_back_memory(self, device: str) -> None:
-        """Free the memory that the network on a device keeps beyond the needs of clicks."""
+        """Free the memory of the network on a device that clicks do not need."""
         with self._lock:
             held = self._prepared.get(device)
         if held is not None and isinstance(held[1], CapturedNetwork):
@@ -131,7 +131,7 @@ class ServedModels:
 
 
 def _servable_pretrained(project: Project) -> Path | None:
-    """Return the file of pretrained weights that know this project's labels; others can only be trained from."""
+    """Return the pretrained model's file if it has this project's labels; others are only starts for training."""
     if project.pretrained is None:
         return None
     path = pretrained_path(project.pretrained)

@@ -10,10 +10,10 @@ __all__ = ["Proposals"]
 
 
 class Proposals:
-    """The model versions of the latest proposals, by annotator and image; any thread may ask.
+    """The model versions of the latest proposals, by annotator and image. Thread-safe.
 
     Args:
-        most: number of proposals that are remembered.
+        most: most proposals to remember.
     """
 
     def __init__(self, most: int = 10_000) -> None:
@@ -21,11 +21,11 @@ class Proposals:
         self._lock = threading.Lock()
 
     def remember(self, annotator: str, image_id: str, version: str | None) -> None:
-        """Record a proposal; ``version`` is None where no model made it."""
+        """Record a proposal; ``version`` is None without a model."""
         with self._lock:
             self._versions[annotator, image_id] = version
 
     def find(self, annotator: str, image_id: str, default: str | None) -> str | None:
-        """Return the version of the last proposal, or ``default`` where none is remembered."""
+        """Return the version of the last proposal, or ``default`` if it is unknown."""
         with self._lock:
             return self._versions.get((annotator, image_id), default)

@@ -1,4 +1,4 @@
-"""The label file of a reply."""
+"""A writer of the label file of a reply."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["write_reply"]
 
 
 def write_reply(labels: np.ndarray, affine: np.ndarray, request: InferenceRequest, names: Mapping[str, int]) -> str:
-    """Write labels ``(X, Y, Z)`` as a request asks for, and return the path; ``affine`` maps voxels to RAS mm."""
+    """Write labels ``(X, Y, Z)`` in the requested format, and return the path; ``affine`` maps voxels to RAS mm."""
     options = request.options
     return write_result(
         labels,

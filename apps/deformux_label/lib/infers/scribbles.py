@@ -47,12 +47,12 @@ __all__ = ["GraphCut", "NetworkGraphCut", "all_scribble_tasks"]
 
 logger = logging.getLogger(__name__)
 
-# Cutting more voxels takes too long and too much memory, so larger voxels are cut instead.
+# A cut of more voxels takes too much time and memory; larger volumes are cut on coarser voxels.
 _MAX_VOXELS = 3_000_000
 
 
 class GraphCut(InferTask):
-    """One segment from the intensities under the scribbles and from nearness to them; no model is involved."""
+    """Task that segments one label by the intensities under scribbles and the nearness to them, without a model."""
 
     needs_label = False
 
@@ -117,7 +117,7 @@ class GraphCut(InferTask):
 
 
 class NetworkGraphCut(GraphCut):
-    """One label of the published model, corrected by scribbles; without a model, from intensities alone."""
+    """Task that corrects one label of the published model by scribbles; without a model it uses only intensities."""
 
     needs_label = True
 
@@ -148,7 +148,7 @@ class NetworkGraphCut(GraphCut):
         probability = region.cropped(scan.logits.float().softmax(0)[value : value + 1])
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
-        # Far from the scribbles the mask stays; outside a region that the client drew it is empty.
+        # Far from the scribbles the mask stays unchanged; outside a region drawn by the client it is empty.
         mask = (scan.labels == value).astype(np.uint8)
         if request.roi is not None:
             mask[:] = 0
@@ -174,9 +174,9 @@ class _Region:
         image: ``(x, y, z)``, scaled to 0..1.
         scribbles: ``(x, y, z)``.
         around: distances from the scribbles.
-        grid: the scan's grid, seen from these voxels.
-        box: of the network's grid.
-        factors: voxels of the network's grid in each of these, along each axis.
+        grid: mapping between the scan's grid and these voxels.
+        box: the region in voxels of the network's grid.
+        factors: number of the network's voxels in one of these, along each axis.
     """
 
     image: npt.NDArray[np.float32]
@@ -214,7 +214,7 @@ class _Region:
 
 
 def _scribbles_on(grid: ScanGrid, drawn: Drawn) -> Scribbles:
-    """Resample scribbles to the voxels of a region; none gets lost, however coarse these are."""
+    """Resample scribbles to the voxels of a region; even coarse voxels keep every scribble."""
     found = ndimage.affine_transform(
         drawn.scribbles, np.linalg.inv(grid.to_network), output_shape=grid.network_size, order=0, mode="constant"
     )
@@ -254,7 +254,7 @@ def _scaled(image: torch.Tensor) -> torch.Tensor:
 
 
 def _factors(size: Sequence[int], spacing: npt.NDArray[np.float64]) -> tuple[int, int, int]:
-    """Return the number of voxels to merge along each axis; the shortest sides grow first."""
+    """Return the number of voxels to merge along each axis; the shortest voxel sides grow first."""
     factors = [1, 1, 1]
     while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MAX_VOXELS:
         factors[min(range(3), key=lambda axis: spacing[axis] * factors[axis])] += 1
@@ -273,4 +273,4 @@ def _cut_options(request: ScribblesRequest) -> CutOptions:
 
 def _no_background(request: ScribblesRequest) -> str:
     where = "outside the region of interest" if request.roi is not None else "far from the foreground's scribbles"
-    return f"No background was scribbled: what lies {where} was taken for it."
+    return f"No background was scribbled, so the area {where} was taken as background."

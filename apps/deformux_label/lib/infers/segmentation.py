@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 class Segmentation(BasicInferTask):
     """Automatic segmentation of a whole volume, on its own grid, with label values 1..N.
 
-    A project without any model answers with an empty mask and a warning in ``params``. The Slicer extension runs this
-    task by itself on every Next Sample: an error would put a dialog between the radiologist and each new case, and an
-    untrained network would draw noise that must be erased first. An empty mask leaves the empty segments to draw in.
+    Without a model, the reply is an empty mask and a warning in ``params``. The Slicer extension runs this task
+    automatically at every Next Sample: an error would show the radiologist a dialog at each new case, and noise of an
+    untrained network would have to be erased first. An empty mask gives empty segments to draw in.
     """
 
     def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
@@ -67,13 +67,13 @@ class Segmentation(BasicInferTask):
     def __call__(
         self, request: InferenceRequest, callbacks: dict[Any, Any] | None = None
     ) -> tuple[str | None, dict[str, Any]]:
-        # MONAI Label's steps pass a dict on.
+        # MONAI Label passes a dict from step to step.
         given = {
             "image": request.scan.path,
             "device": request.options.device,
             "logging": request.options.logging,
             "request": request,
-            # One version for the whole request, whatever is published meanwhile.
+            # One version for the whole request, even if a new one is published meanwhile.
             "model_version": self.models.current(),
         }
         with as_http_errors():
@@ -122,7 +122,7 @@ class Segmentation(BasicInferTask):
         request: InferenceRequest = data["request"]
         path = write_reply(labels, affine, request, self.project.label_values)
         if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
-            # The first click after Next Sample need not wait for another segmentation.
+            # So the first click after Next Sample need not wait for a second segmentation.
             key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
             self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
@@ -134,7 +134,7 @@ class Segmentation(BasicInferTask):
         return path, result
 
     def _preprocessing(self, data: dict[str, Any]) -> Preprocessing:
-        """Return the model's preprocessing, which differs from the server's options until the next training."""
+        """Return the model's preprocessing, which may differ from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
             return self.project.preprocessing

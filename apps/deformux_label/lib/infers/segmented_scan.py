@@ -24,7 +24,7 @@ class SegmentedScan:
     Args:
         scan: the scan and its automatic segmentation.
         warning: a sentence if memory was short, else None.
-        network_s: seconds that the network took for this request; 0 where the scan was in the cache.
+        network_s: seconds that the network took; 0 if the scan was cached.
     """
 
     scan: OpenScan
@@ -35,11 +35,11 @@ class SegmentedScan:
 def open_requested_scan(
     models: ServedModels, cache: ClickCache, requested: RequestedScan, key: ScanKey
 ) -> SegmentedScan:
-    """Return a scan from the cache, else segment it, and cache it if its request allows that.
+    """Return a scan from the cache, else segment it, and cache it if the request allows.
 
     Args:
         models: the served models.
-        cache: the cache of all requests.
+        cache: the server's cache.
         requested: the scan to open.
         key: its current state, with the model version and the device.
     """

@@ -1,4 +1,4 @@
-"""The served network as the tasks of a request call it."""
+"""The served network, as inference tasks call it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deformux_label.lib.infers.model_loader import ServedModels
 
 __all__ = ["UNTRAINED", "ServedNetwork", "as_http_errors", "joined_warnings", "served_logits"]
 
-# Freeing less and allocating it again would cost a click more than other processes gain.
+# Less is not freed: reallocation would cost a click more than other processes gain.
 _FEW_BYTES = 256 * 2**20
 
 UNTRAINED = "There is no trained model yet: submit a label and train, or start from a pretrained model."
@@ -32,8 +32,8 @@ UNTRAINED = "There is no trained model yet: submit a label and train, or start f
 class ServedNetwork:
     """A model version on the device of a placement; takes patches from any device, and stops when the client leaves.
 
-    It looks the weights up at each call: an object that outlives a request, such as an editor, must not keep weights of
-    versions that are no longer served.
+    It looks up the weights at each call, because an object that outlives a request, such as an editor, must not keep
+    weights of versions that are no longer served.
     """
 
     def __init__(self, models: ServedModels, version: str, placement: Placement) -> None:
@@ -63,7 +63,7 @@ class ServedNetwork:
         return network.batch_size(window) if isinstance(network, BatchedNetwork) else 1
 
     def give_back_memory(self) -> None:
-        """Free GPU memory that the network and torch keep, which a training in its own process could not use."""
+        """Free GPU memory that the network and torch keep, so that a training process can use it."""
         device = self.placement.device
         if not device.startswith("cuda"):
             return
@@ -83,7 +83,7 @@ def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
 
 
 def joined_warnings(image: MetaTensor, *warnings: str | None) -> str | None:
-    """Join the warnings of a reply, each once, with what the scan ``image`` itself lacks; None for none."""
+    """Join the distinct warnings of a reply, and one about filled voxels of ``image``; None without any."""
     filled = filled_voxels(image, "of this scan")
     return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
 
@@ -96,7 +96,7 @@ def as_http_errors() -> Iterator[None]:
     except InvalidVolume as error:
         raise HTTPException(422, str(error)) from error
     except InvalidModel as error:
-        # From now on the version before it is served.
-        raise HTTPException(409, f"{error}; send the request again, and the version before it answers") from error
+        # The previous version is served from now on.
+        raise HTTPException(409, f"{error}; send the request again, and the previous version answers") from error
     except MemoryError as error:
         raise HTTPException(507, str(error)) from error

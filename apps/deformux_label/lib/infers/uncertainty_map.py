@@ -1,4 +1,4 @@
-"""The option ``uncertainty`` of the tasks that use the network: a map beside the label, and where to look next."""
+"""The option ``uncertainty`` of network tasks: an uncertainty map, and the voxel to review next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]
 
-# In a task's config; the Slicer extension sends the first of a list unless its user chooses another.
+# Part of a task's config; the Slicer extension sends the first value of a list by default.
 OPTION: Mapping[str, Any] = {"uncertainty": ["off", "on"]}
 
 
@@ -29,7 +29,7 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
     """Return the ``uncertainty`` of a task's reply, for logits ``(C, x, y, z)`` of a preprocessed ``image``.
 
     ``mean`` (0 to 100) and ``look_next`` (a voxel of the scan, or None) are for the client; ``file`` is the map, which
-    ``store_uncertainty`` removes again.
+    ``store_uncertainty`` removes.
     """
     found = find_uncertainty(logits, image)
     handle, path = tempfile.mkstemp(suffix=".nii.gz", dir=request_folder())
@@ -42,7 +42,7 @@ def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
 def store_uncertainty(datastore: Datastore, image_id: str | None, params: dict[str, Any]) -> bool:
     """Move the map of a task's reply, if any, into the studies, and name its tag in the reply.
 
-    The map of an image outside the studies, such as an upload, or of read-only studies is not kept; its tag stays None.
+    The map of an image outside the studies, such as an upload, or in read-only studies is dropped; its tag stays None.
 
     Returns:
         Whether a map was stored.

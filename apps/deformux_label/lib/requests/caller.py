@@ -1,4 +1,4 @@
-"""The caller of the current request, and the note of what it did, for all code that works for it."""
+"""The caller of the current request, and what the request did, for all code that runs for it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class LoggedIn(Protocol):
 
     @property
     def name(self) -> str:
-        """The name that every record of their work shows."""
+        """Return the name that all records of their work show."""
 
     @property
     def role(self) -> str:
-        """One of ``roles.ROLES``."""
+        """Return one of ``roles.ROLES``."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Caller:
 
     Args:
         address: address of the client, without the port.
-        user: the logged-in user; None while the login is off, and before it.
+        user: the logged-in user; None while login is off, and before the login.
         done: fields for the audit log, such as image, revision and version.
     """
 
@@ -62,7 +62,7 @@ def current_caller() -> Caller:
 
 
 def current_user() -> LoggedIn | None:
-    """Return the logged-in user of this request; None while the login is off, and outside requests."""
+    """Return the logged-in user of this request; None while login is off, and outside requests."""
     caller = _caller.get()
     return caller.user if caller is not None else None
 
@@ -75,18 +75,18 @@ def note(**done: Any) -> None:
 
 
 def with_login(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request's params with the logged-in name under ``user``; a name that the client sent is dropped."""
+    """Return a request's params with the logged-in name under ``user``; drop a name that the client sent."""
     user = current_user()
     claimed = {key: value for key, value in params.items() if key != "user"}
     return claimed if user is None else {**claimed, "user": user.name}
 
 
 def require(role: str, what: str) -> None:
-    """Refuse a caller whose role is below ``role``; without a login everybody may do everything.
+    """Refuse a caller whose role is below ``role``; without a login everyone may do everything.
 
     Raises:
         HTTPException: 403.
     """
     user = current_user()
     if user is not None and not may(user.role, role):
-        raise HTTPException(403, f"{what} needs the role {role} or more; {user.name!r} has the role {user.role}")
+        raise HTTPException(403, f"{what} needs the role {role} or higher; {user.name!r} has the role {user.role}")

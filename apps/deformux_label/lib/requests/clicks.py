@@ -14,12 +14,12 @@ from deformux_label.lib.requests.inference import InferenceRequest
 from deformux_label.lib.requests.options import chosen, one_of
 from deformux_label.lib.requests.uploaded_label import label_file_of
 
-__all__ = ["BACKGROUND_LABEL", "MAX_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "in_files_order"]
+__all__ = ["BACKGROUND_LABEL", "MAX_POINTS", "VOXEL_ORDERS", "ClickedVoxels", "EditRequest", "to_file_order"]
 
 BACKGROUND_LABEL = "background"
 MAX_POINTS = 1_000
 # Slicer mirrors the third axis of every left-handed scan that it loads, and counts voxels in that order. Its extension
-# sends the first value of an option; a client that sends none means the voxels of the file.
+# sends the first value of an option; without the option, voxels are those of the file.
 VOXEL_ORDERS = ("slicer", "file")
 
 _Voxel = tuple[int, int, int]
@@ -34,8 +34,8 @@ class EditRequest(InferenceRequest):
         points: the clicks of each label, in the order of voxels that ``voxel_order`` names.
         voxel_order: one of ``VOXEL_ORDERS``.
         mask: the client's own segmentation to start from, or None for the automatic one.
-        label_info: the segments of ``mask``, as a submitted label lists its own.
-        client: name of the client, which has an editor of its own.
+        label_info: the segments of ``mask``, as in a submitted label.
+        client: name of the client; each client has its own editor.
     """
 
     points: Annotated[ClickedVoxels, SkipValidation]
@@ -54,12 +54,12 @@ class EditRequest(InferenceRequest):
         uploads: Path | None,
         client: str,
     ) -> EditRequest:
-        """Parse the part of a request that is about clicks, as far as that needs no image.
+        """Parse the clicks of a request; checks that need the image come later.
 
         Args:
             sent: the request.
-            asked: the part that all inference requests share.
-            labels: of the project.
+            asked: the common part of inference requests.
+            labels: the project's labels.
             uploads: the folder in which a label file must lie.
             client: name of the client.
 
@@ -78,8 +78,8 @@ class EditRequest(InferenceRequest):
         )
 
 
-def in_files_order(points: ClickedVoxels, size: Sequence[int], affine: np.ndarray, order: str) -> ClickedVoxels:
-    """Return the same clicks as voxels of the file, of ``size`` and with its ``affine`` to RAS millimetres.
+def to_file_order(points: ClickedVoxels, size: Sequence[int], affine: np.ndarray, order: str) -> ClickedVoxels:
+    """Return clicks as voxels of the file, which has this ``size`` and ``affine`` to RAS millimetres.
 
     Raises:
         HTTPException: 422 for a point outside the image.
@@ -96,14 +96,14 @@ def in_files_order(points: ClickedVoxels, size: Sequence[int], affine: np.ndarra
 
 
 def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | None) -> ClickedVoxels:
-    """Return the clicked voxels of each label of a request, without repetitions.
+    """Return the clicked voxels of each label, without duplicates.
 
-    Both forms are read: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
-    labels), and ``foreground`` and ``background`` for the ``active`` label. Where two labels have the same voxel, the
-    active one wins, else the first one in order of values.
+    Accepts both forms: a list of ``[i, j, k]`` under each label's name and ``background`` (SmartEdit of several
+    labels), and ``foreground`` and ``background`` for the ``active`` label. If two labels have the same voxel, the
+    active label wins, else the one with the lower value.
 
     Raises:
-        HTTPException: 400 for a malformed point, a label that the project does not have, or too many points.
+        HTTPException: 400 for a malformed point, an unknown label, or too many points.
     """
     values = {name: value for value, name in enumerate(labels, start=1)} | {BACKGROUND_LABEL: 0}
     if active is not None and active not in values:
@@ -117,7 +117,7 @@ def _points(request: Mapping[str, Any], labels: Sequence[str], active: str | Non
         if name not in values and name != "foreground" and _is_points(value):
             raise HTTPException(400, f"there are points for {name!r}, which is not one of {', '.join(values)}")
     if (number := sum(map(len, lists.values()))) > MAX_POINTS:
-        raise HTTPException(400, f"at most {MAX_POINTS} points are possible; got {number}")
+        raise HTTPException(400, f"at most {MAX_POINTS} points are allowed; got {number}")
     order = sorted(lists, key=lambda name: (name != active, values[name] == 0, values[name]))
     owner: dict[_Voxel, int] = {}
     for name in order:
@@ -133,7 +133,7 @@ def _voxels(name: str, value: Any) -> list[_Voxel]:
     if not isinstance(value, list):
         raise HTTPException(400, f"the points of {name!r} must be a list of [i, j, k]; got {_short(value)}")
     if len(value) > MAX_POINTS:
-        raise HTTPException(400, f"at most {MAX_POINTS} points are possible; got {len(value)} for {name!r}")
+        raise HTTPException(400, f"at most {MAX_POINTS} points are allowed; got {len(value)} for {name!r}")
     return [_voxel(name, point) for point in value]
 
 

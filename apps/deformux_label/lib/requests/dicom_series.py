@@ -1,4 +1,4 @@
-"""Converting the DICOM files of one series to one volume; headers are checked before any pixel is decoded."""
+"""Conversion of a DICOM series to one volume; headers are checked before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def write_series(folder: Path, target: Path) -> None:
     """Write the DICOM files of a folder as one NIfTI.
 
     Raises:
-        InvalidVolume: they are not one volume, or would be one that is too large.
+        InvalidVolume: the files are not one volume, or it would be too large.
     """
     files = sorted(folder.iterdir())
     _check_headers(files)
     try:
         loaded = LoadImage(image_only=True)(folder)
-    except Exception as error:  # each of MONAI's readers raises its own errors, which mean the same to a user
+    except Exception as error:  # each of MONAI's readers raises different errors
         raise InvalidVolume(_UNREADABLE) from error
     image = nib.Nifti1Image(np.asarray(loaded), np.asarray(loaded.affine, dtype=float))
     image.header.set_xyzt_units("mm")
@@ -40,7 +40,7 @@ def write_series(folder: Path, target: Path) -> None:
 
 
 def _check_headers(files: list[Path]) -> None:
-    """Refuse files for which a decoder would allocate more memory than a scan takes: it trusts their sizes."""
+    """Refuse files for which a decoder, which trusts their headers, would allocate too much memory."""
     shapes = []
     for file in files:
         header, stored = _header(file)
@@ -51,7 +51,7 @@ def _check_headers(files: list[Path]) -> None:
         shapes.append((columns, rows, frames))
         check_shape(_NAME, (columns, rows, frames * len(files)))
         n_bytes = rows * columns * frames * bits // 8
-        # The number of compressed pixels is known only to a decoder.
+        # Only a decoder knows the number of compressed pixels.
         if is_compressed_too_far(n_bytes, file.stat().st_size) if stored is None else n_bytes > stored:
             raise InvalidVolume(
                 f"{_NAME} is damaged: a file has fewer pixels than the {frames} x {rows} x {columns} of its header"
@@ -61,16 +61,16 @@ def _check_headers(files: list[Path]) -> None:
 
 
 def _header(file: Path) -> tuple[Dataset, int | None]:
-    """Read the sizes of a file, and the bytes of its pixels; None where these are compressed."""
+    """Return the header of a file, and the stored bytes of its pixels; None if they are compressed."""
     try:
         syntax = read_file_meta_info(file).TransferSyntaxUID
         if syntax.is_encapsulated:
             return dcmread(file, stop_before_pixels=True, specific_tags=_SIZES), None
-        # A deflated file is always inflated whole.
+        # A deflated file can only be inflated completely.
         if syntax != DeflatedExplicitVRLittleEndian:
             header = dcmread(file, defer_size=_DEFERRED_BYTES, specific_tags=[*_SIZES, "PixelData"])
             pixels = header.get_item("PixelData")
-            # A truncated file is shorter than its length field says.
+            # A truncated file is shorter than its length field.
             return header, min(getattr(pixels, "length", 0), file.stat().st_size)
     except Exception as error:  # damaged parts make pydicom raise all kinds of errors
         raise InvalidVolume(_UNREADABLE) from error

@@ -1,6 +1,6 @@
-"""The one check of names from outside: image ids, tags, revisions, versions and other text.
+"""Checks of names from outside: image ids, tags, revisions, versions and other text.
 
-Every name that comes with a request, with a file of a request, or from a file name passes here before it is used.
+Every name from a request, an uploaded file or a file name is checked here before it is used.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "refuse_invalid_text",
 ]
 
-# Bytes of UTF-8: with a suffix and the prefix of a temporary name it still fits into the 255 of a file name.
+# Bytes of UTF-8: with a suffix and the prefix of a temporary file, a name still fits into the 255 bytes of a file name.
 MAX_NAME_LENGTH = 200
 _MAX_TEXT_LENGTH = 1_000
 _DEEPEST = 32
@@ -57,7 +57,7 @@ def is_image_id(value: object) -> bool:
 
 
 def checked_image_id(value: object, *, status: int = 400) -> str:
-    """Return a valid image id; raise HTTPException with ``status`` (404 for a look-up) for an invalid one."""
+    """Return a valid image id; raise HTTPException with ``status`` (404 for a lookup) for an invalid one."""
     if not is_image_id(value):
         raise HTTPException(
             status,
@@ -103,7 +103,7 @@ def checked_text(name: str, value: object, most: int = _MAX_TEXT_LENGTH) -> str:
 
 
 def refuse_invalid_text(value: Any, *, name: str = "params") -> None:
-    """Refuse JSON with strings or keys that are not Unicode, or that is nested too deep to be written again.
+    """Refuse JSON with strings or keys that are not valid Unicode, or that is nested too deeply to be written again.
 
     Raises:
         HTTPException: 400.
@@ -131,6 +131,6 @@ def _refuse_surrogates(text: str, name: str) -> None:
 
 
 def _shown(value: object, most: int = 60) -> str:
-    """Return a value as ASCII, for a sentence that must be sendable whatever was received."""
+    """Return a value as ASCII, so that the message can be sent whatever was received."""
     text = ascii(value)
     return text if len(text) <= most else f"{text[:most]}…"

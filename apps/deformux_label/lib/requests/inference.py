@@ -1,4 +1,4 @@
-"""An inference request, typed: which scan, and what every task may be asked for."""
+"""The typed part of a request that all inference tasks share: the scan and the common options."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class RequestedScan:
 
     Args:
         path: path of its file.
-        image_id: id in the studies; None for any other file, such as an upload.
-        keep: whether results may be cached for the next request; not for an upload, whose path never recurs.
+        image_id: id in the studies; None for a file outside them, such as an upload.
+        keep: whether results may be cached for the next request; False for an upload, which gets a new path each time.
     """
 
     path: str
@@ -37,7 +37,7 @@ class RequestedScan:
 
     @property
     def name(self) -> str:
-        """The name that messages use."""
+        """Return the name for messages."""
         return self.image_id or Path(self.path).name
 
 
@@ -59,7 +59,7 @@ def _uncertainty(value: Any) -> bool:
 
 
 def _extension(value: Any) -> str | None:
-    # It becomes the end of a file name on the server.
+    # It becomes part of a file name on the server.
     return one_of("result_extension", value, LABEL_FORMATS) if value else None
 
 
@@ -68,9 +68,9 @@ def _dtype(value: Any) -> str | None:
 
 
 class InferenceOptions(BaseModel):
-    """The options of any inference; what else a request holds is ignored.
+    """The options of any inference; other fields of a request are ignored.
 
-    Validators raise HTTPException, which pydantic passes on: the first bad option is answered with its sentence.
+    Validators raise HTTPException, which pydantic passes on: the reply describes the first invalid option.
     """
 
     model_config = ConfigDict(frozen=True, validate_default=True)
@@ -87,7 +87,7 @@ class InferenceOptions(BaseModel):
 
 
 class InferenceRequest(BaseModel):
-    """A request to segment a scan; the tasks that need more extend it."""
+    """A request to segment a scan; some tasks extend it."""
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
@@ -98,12 +98,12 @@ class InferenceRequest(BaseModel):
 def find_scan(image: Any, datastore: Datastore, folders: Sequence[Path], uploads: Path | None) -> RequestedScan:
     """Find the scan that a request calls ``image``: an id, or the path of an upload.
 
-    An id comes first: MONAI Label tries the name as a path on the server's disk before it looks for the id. Only paths
-    below ``folders`` and ``uploads`` are opened, and none in a hidden folder, such as that of deleted files; links are
-    followed before that is checked.
+    Ids take precedence; MONAI Label would first try the name as a path on the server's disk. Only paths inside
+    ``folders`` and ``uploads`` are opened, except in hidden folders, such as that of deleted files. Links are resolved
+    before these checks.
 
     Raises:
-        HTTPException: 400 without a name, 403 for a path outside these folders, 404 for a scan that does not exist.
+        HTTPException: 400 without a name, 403 for a path outside these folders, 404 for an unknown scan.
     """
     if not isinstance(image, str) or not image:
         raise HTTPException(400, "the request names no image; give the id of one, or upload it")

@@ -1,4 +1,4 @@
-"""Reading JSON from outside, which refuses values that cannot be written again, compared or stored."""
+"""A JSON reader for requests, which refuses values that cannot be written again, compared or stored."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from deformux_label.lib.requests.identifiers import refuse_invalid_text
 __all__ = ["MAX_NUMBER", "json_object", "read_json"]
 
 MAX_NUMBER = 2**63
-"""Whole numbers must be below it: larger ones fit into no array and no database."""
+"""Whole numbers must be smaller, to fit into arrays and the database."""
 
 
 def read_json(text: str | bytes, *, name: str = "the body") -> Any:
-    """Parse JSON that is valid Unicode, of finite numbers, and not nested too deep.
+    """Parse JSON that is valid Unicode, with finite numbers, and not nested too deeply.
 
     Raises:
         HTTPException: 400.
@@ -28,7 +28,7 @@ def read_json(text: str | bytes, *, name: str = "the body") -> Any:
     except UnicodeDecodeError as error:
         raise HTTPException(400, f"{name} must be JSON in UTF-8; byte {error.start} is not") from error
     except RecursionError as error:
-        raise HTTPException(400, f"{name} is nested too deep for JSON that a client needs") from error
+        raise HTTPException(400, f"{name} is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise HTTPException(400, f"{name} must be valid JSON; {error}") from error
     except ValueError as error:
@@ -41,7 +41,7 @@ def json_object(text: str | None, *, name: str = "params", most: int | None = No
     """Parse a form field that holds one JSON object; an empty one is an empty object.
 
     Raises:
-        HTTPException: 400 for anything else, 413 for more than ``most`` bytes.
+        HTTPException: 400 for any other JSON, 413 for more than ``most`` bytes.
     """
     if not text:
         return {}
@@ -65,7 +65,7 @@ def _finite(text: str) -> float:
 
 
 def _whole(text: str) -> int:
-    # Longer ones take long to parse.
+    # Much longer numbers are slow to parse.
     if len(text) > 20 or not -MAX_NUMBER <= (value := int(text)) < MAX_NUMBER:
         raise ValueError(f"{text[:40]}; whole numbers must be below 2^63")
     return value

@@ -1,4 +1,4 @@
-"""The checks of single options, which every kind of request uses."""
+"""Checks of single options, for all kinds of requests."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 CLIENT_OPTIONS = ("client_id",)
-"""What every client may send with anything."""
+"""Options that a client may send with any request."""
 
 
 def known(kind: str, name: Any, present: Mapping[str, Any]) -> Any:
-    """Return the task called ``name``; raise HTTPException 404 with the names there are."""
+    """Return the task called ``name``; raise HTTPException 404 with the valid names."""
     task = present.get(name) if isinstance(name, str) else None
     if task is None:
         raise HTTPException(404, f"there is no {kind} {name!r}; there {_is_or_are(list(present))}")
@@ -38,16 +38,16 @@ def known(kind: str, name: Any, present: Mapping[str, Any]) -> Any:
 
 
 def refuse_unknown(options: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    """Refuse options that nothing reads: they would be kept and sent back with every status.
+    """Refuse unknown options: they would be stored and sent back with every status.
 
     Raises:
-        HTTPException: 400 with the options there are.
+        HTTPException: 400 with the valid options.
     """
     valid = sorted({*known, *CLIENT_OPTIONS})
     unknown = sorted(str(name) for name in options if name not in valid)
     if unknown:
         shown = ", ".join(ascii(name)[:40] for name in unknown[:3])
-        raise HTTPException(400, f"{what} has no option {shown}; there are {', '.join(valid)}")
+        raise HTTPException(400, f"{what} has no option {shown}; its options are {', '.join(valid)}")
 
 
 def checked_device(value: Any) -> str:
@@ -76,7 +76,7 @@ def checked_gpus(value: Any) -> str:
 
 
 def checked_number(name: str, value: Any, *, low: float, high: float, whole: bool = False) -> float:
-    """Return the number of an option, as ``number_between``; raise HTTPException 400."""
+    """Return the number of an option like ``number_between``; raise HTTPException 400."""
     try:
         return number_between(name, value, low=low, high=high, whole=whole)
     except ValueError as error:
@@ -84,7 +84,7 @@ def checked_number(name: str, value: Any, *, low: float, high: float, whole: boo
 
 
 def chosen(value: Any) -> Any:
-    """Return the value of an option that is offered as a list: Slicer sends its first item, others perhaps all."""
+    """Return the value of an option offered as a list: Slicer sends its first item, other clients may send all."""
     return value[0] if isinstance(value, list) and value else value
 
 

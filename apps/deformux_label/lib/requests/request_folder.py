@@ -1,4 +1,4 @@
-"""A temporary folder for each request that needs one, removed when the request ends, however it ends."""
+"""A temporary folder for each request that needs one, removed when the request ends or fails."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 
 __all__ = ["request_folder", "requests_folder"]
 
-# A list that the request shares with its threads: empty until the folder is needed.
+# A list that the request shares with its threads; empty until the folder is needed.
 _folders: ContextVar[list[Path] | None] = ContextVar("folders", default=None)
 
 
 @contextmanager
 def requests_folder() -> Iterator[None]:
-    """Remove the folder that this block made when it ends."""
+    """Remove the folder of the request at the end of the block."""
     made: list[Path] = []
     token = _folders.set(made)
     try:

@@ -1,4 +1,4 @@
-"""The scribbles of an inference request, as Slicer's scribble tool sends them."""
+"""The scribbles of an inference request, in the format of Slicer's scribble tool."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class ScribblesRequest(InferenceRequest):
     """A request to segment one label from scribbles.
 
     Args:
-        scribbles: the label file in which they are drawn.
-        segment_ids: their values in it, by the names of ``SCRIBBLE_SEGMENTS``.
-        roi: pairs of voxels of the file, the bounds along each axis; None for the whole image.
-        selected: the label to segment, or None where the request names none.
+        scribbles: the label file with the scribbles.
+        segment_ids: their values in the file, by the names of ``SCRIBBLE_SEGMENTS``.
+        roi: bounds along each axis, in voxels of the file; None for the whole image.
+        selected: the label to segment, or None if the request names none.
         numbers: the task's numbers by name.
     """
 
@@ -50,21 +50,23 @@ class ScribblesRequest(InferenceRequest):
         defaults: Mapping[str, Any],
         needs_label: bool,
     ) -> ScribblesRequest:
-        """Parse the part of a request that is about scribbles, as far as that needs no image.
+        """Parse the scribbles of a request; checks that need the image come later.
 
         Args:
             sent: the request.
-            asked: the part that all inference requests share.
-            labels: of the project.
+            asked: the common part of inference requests.
+            labels: the project's labels.
             uploads: the folder in which a label file must lie.
-            defaults: the task's options, whose numbers are read.
+            defaults: the task's options.
             needs_label: refuse a request that names no label.
 
         Raises:
             HTTPException: 400 or 403.
         """
         if asked.options.save_label:
-            raise HTTPException(400, "a segment from scribbles is not a whole label; submit it with the others")
+            raise HTTPException(
+                400, "a segment from scribbles is not a complete label; submit it with the other segments"
+            )
         file, _ = label_file_of(sent, labels, uploads)
         if file is None:
             raise HTTPException(400, "the request has no scribbles; send them as its label file")

@@ -13,7 +13,7 @@ from deformux_label.lib.requests.options import with_checked_client
 __all__ = ["FINAL_TAG", "MAX_INFO_BYTES", "Submission"]
 
 FINAL_TAG = DefaultLabelTag.FINAL.value
-# Information about volumes and labels is sent with every listing.
+# A limit, because this information is sent with every listing.
 MAX_INFO_BYTES = 100_000
 
 
@@ -22,7 +22,7 @@ class Submission(BaseModel):
 
     Args:
         image: id of its volume.
-        tag: ``final`` where the client gives none.
+        tag: ``final`` by default.
         info: the client's information about it, stored with unknown fields.
     """
 

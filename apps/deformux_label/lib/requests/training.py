@@ -14,15 +14,15 @@ __all__ = ["TrainingRequest"]
 
 
 class TrainingRequest(BaseModel):
-    """How to train.
+    """A checked request to train.
 
     Args:
-        steps: of the optimizer.
+        steps: number of optimizer steps.
         batch_size: patches in each step.
-        learning_rate: of a start from scratch.
+        learning_rate: for a start from scratch.
         device: one device.
-        gpus: those that the process sees, as ``checked_gpus`` gives them.
-        start_from: which weights to start from, one of those that the trainer offers.
+        gpus: GPUs that the process sees, as ``checked_gpus`` returns them.
+        start_from: the weights to start from, one of the trainer's choices.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,8 +40,8 @@ class TrainingRequest(BaseModel):
 
         Args:
             sent: the request.
-            defaults: of ``steps``, ``batch_size`` and ``learning_rate``.
-            starts: what ``start_from`` may be, the default first.
+            defaults: defaults of ``steps``, ``batch_size`` and ``learning_rate``.
+            starts: valid values of ``start_from``, the default first.
 
         Raises:
             HTTPException: 400 on a bad option.

@@ -17,7 +17,7 @@ def label_file_of(
     """Return the uploaded label file and the active label of an inference request, or None for each.
 
     Raises:
-        HTTPException: 400 where ``label`` is not a name, 403 where it names a file that was not uploaded.
+        HTTPException: 400 if ``label`` is not a name, 403 if it names a file that was not uploaded.
     """
     label, active = request.get("label"), request.get("active_label")
     for value in (label, active):

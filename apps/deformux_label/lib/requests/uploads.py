@@ -1,4 +1,4 @@
-"""Uploaded files: their folder while the request lasts, and the clean-up after a server that was killed."""
+"""Uploaded files: their folder during the request, and the clean-up after a killed server."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["StoredUpload", "own_folder", "private_uploads", "stored_upload"]
 
 logger = logging.getLogger(__name__)
 
-# Of volumes and of labels, the longest first.
+# Suffixes of volumes and labels, longest first.
 _SUFFIXES = (".seg.nrrd", ".nii.gz", ".nrrd", ".nii", ".mha")
 _PREFIX = "deformux-label-"
 _LOCK = ".in-use"
-# A folder without a lock belongs to a server that is about to lock it, or to an early one that is long gone.
+# A folder without a lock belongs to a server that is about to lock it, or that ended long ago.
 _SECONDS_TO_LOCK = 3600
-# The locks of this process: they end with it, however it ends.
+# Locks of this process; they end with it, even if it is killed.
 _held: list[int] = []
 
 
 class StoredUpload(UploadFile):
-    """A file of a form, whole at ``path``; ``file`` stays empty."""
+    """A complete file of a form at ``path``; ``file`` stays empty."""
 
     def __init__(self, path: Path, filename: str) -> None:
         super().__init__(io.BytesIO(), filename=filename)
@@ -44,10 +44,10 @@ def stored_upload(upload: UploadFile, name: str) -> Path:
 
     Args:
         upload: a file of the request's form.
-        name: what to call it, in the folder of the request and in sentences about it.
+        name: the file's name in the folder of the request and in messages.
 
     Raises:
-        HTTPException: 422 for a suffix that volumes do not have.
+        HTTPException: 422 for a suffix that no volume has.
     """
     assert isinstance(upload, StoredUpload), "every form is read by web.multipart"
     name_sent = (upload.filename or "").lower()
@@ -61,11 +61,11 @@ def stored_upload(upload: UploadFile, name: str) -> Path:
 
 
 def private_uploads() -> Path:
-    """Give this process a temporary folder of its own, where uploads land, and return it.
+    """Give this process its own temporary folder for uploads, and return it.
 
-    MONAI Label hands an upload to the app as a path, like any path that a request may name; only in a folder of its
-    own can the two be told apart. It also opens the names of deleted temporary files again, which is safe only where
-    nobody else can write.
+    MONAI Label passes an upload to the app as a path, like a path that a request names; a separate folder distinguishes
+    the two. It also reopens deleted temporary files by name, which is safe only in a folder that no other user can
+    write to.
     """
     folder = own_folder(Path(tempfile.gettempdir()))
     tempfile.tempdir = str(folder)
@@ -73,9 +73,9 @@ def private_uploads() -> Path:
 
 
 def own_folder(parent: Path) -> Path:
-    """Make a folder in ``parent`` that only this user can read and that goes with this process, however that ends.
+    """Make a folder in ``parent`` that only this user can read, and that is removed when this process ends.
 
-    Folders left behind by a machine that was switched off, or a container that was killed, are removed now.
+    Also remove folders that remain from a power failure or a killed container.
     """
     parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(parent)
@@ -100,17 +100,17 @@ def _remove_afterwards(folder: Path) -> None:
             cwd="/",
         )
     except OSError as error:
-        logger.warning("%s stays after a kill until the next start: %s", folder, error)
+        logger.warning("%s will remain after a kill until the next start: %s", folder, error)
 
 
 def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         try:
             status = folder.lstat()
-            # Links, and other users' files in the shared temporary folder, are not ours.
+            # Links, and files of other users in the shared temporary folder, do not belong to this app.
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and _is_left(folder, status.st_mtime):
                 shutil.rmtree(folder, ignore_errors=True)
-                logger.warning("Removed %s: files of a server that was killed", folder)
+                logger.warning("Removed %s, left by a killed server", folder)
         except OSError as error:
             logger.warning("%s of an earlier server cannot be removed: %s", folder, error)
 

@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class DiceScoring(ScoringMethod):
-    """Dice per label, and its mean, between two tags of a volume; stored in the volume's info.
+    """MONAI Label's scoring method for Dice between two tags of a volume, stored in the volume's info.
 
     ``y`` is the submitted label (tag ``final``), ``y_pred`` the stored proposal (tag ``original``). Unlabelled voxels
-    (255) do not count, and a label that was not looked for has no Dice.
+    (255) do not count, and a label that was not annotated has no Dice.
     """
 
     def __init__(self, project: Project) -> None:
@@ -65,7 +65,7 @@ class DiceScoring(ScoringMethod):
             annotated = datastore.get_label_info(image_id, tag).get("annotated")
             if isinstance(annotated, list):
                 dice[[name not in annotated for name in self.project.labels]] = np.nan
-        # A label that occurs in neither has no Dice, and JSON has no NaN.
+        # A label in neither volume has no Dice, and JSON has no NaN.
         per_label = {name: _number(value) for name, value in zip(self.project.labels, dice, strict=True)}
         score = {"dice": _number(mean_dice(dice)), "dice_per_label": per_label}
         datastore.update_image_info(image_id, score)

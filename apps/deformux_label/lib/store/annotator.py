@@ -1,4 +1,4 @@
-"""Who works on a volume."""
+"""The annotator of a request."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _ANONYMOUS = "anonymous"
 
 
 def annotator_of(request: Mapping[str, Any]) -> str:
-    """Return who sent a request: the login, which only the server writes under ``user``, else Slicer's client id.
+    """Return the sender of a request: the login, which only the server writes under ``user``, else Slicer's client id.
 
-    Return ``anonymous`` where there is neither.
+    Without either, return ``anonymous``.
     """
     for name in (request.get("user"), request.get("client_id")):
         if isinstance(name, str) and name.strip():

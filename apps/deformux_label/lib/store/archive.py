@@ -16,7 +16,7 @@ __all__ = ["write_archive"]
 def write_archive(cases: Mapping[str, tuple[str, str]], metadata: str) -> str:
     """Write ``image/<id>…``, ``label/<id>…`` and ``metadata.json`` to a new zip file, and return its path.
 
-    ``cases`` maps an id to the paths of volume and label. Entries are named by id, because volumes of different folders
+    ``cases`` maps an id to the paths of volume and label. Entries are named by id, because volumes in different folders
     may have the same file name.
     """
     handle, path = tempfile.mkstemp(suffix=".zip")

@@ -1,4 +1,4 @@
-"""Bringing the studies' index in step with the files, after a crash or changes by hand."""
+"""Update of the studies' index to match the files, after a crash or changes by hand."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Reconciled:
     Args:
         objects: entries by id; unchanged ones are the same objects as before.
         found: the volumes, and the files that are not served.
-        to_check: (id, tag) of labels whose files may differ from what the index says.
-        stray: ``tag/name`` to the reason, for label files that belong to no volume.
+        to_check: (id, tag) of labels whose files may not match the index.
+        stray: ``tag/name`` to the reason, for label files without a volume.
     """
 
     objects: dict[str, ImageLabelModel]
@@ -49,11 +49,11 @@ def reconcile(
 ) -> Reconciled:
     """Compare the index with the files; the caller holds the studies' lock.
 
-    This notices files that were copied in or deleted by hand, and restores a lost index from the revisions. No label
-    is read here: ``to_check`` lists those that must be.
+    Finds files that were copied in or deleted by hand, and restores a lost index from the revisions. Reads no labels;
+    ``to_check`` lists those that must be read.
 
     Args:
-        change: takes the files that must change; None where nothing can be written.
+        transaction: receives the file changes; None if nothing can be written.
         project: the project's labels.
     """
     served = {file_of(image, entry): image for image, entry in known.items()}
@@ -61,8 +61,8 @@ def reconcile(
     with_revisions = revisions.known()
 
     def belongs(image: str, file: str) -> bool:
-        """Return whether the labels kept under an id, if any, are of the volume in ``file``."""
-        # A deletion, too, records the volume of its label.
+        """Return whether the labels kept under an id, if any, belong to the volume in ``file``."""
+        # A deletion also records its label's volume.
         kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
         return all(revision is None or revision.image_file in (None, file) for revision in kept)
 
@@ -91,7 +91,7 @@ def reconcile(
 
 
 def file_of(image: str, entry: ImageLabelModel) -> str:
-    """Return the path of a volume in the studies; an index of an earlier version implies it by id and suffix."""
+    """Return the path of a volume in the studies; earlier versions' indexes hold only id and suffix."""
     file = entry.image.info.get("file")
     return file if isinstance(file, str) else image + entry.image.ext
 
@@ -126,7 +126,7 @@ class _Labels:
     result: Reconciled
 
     def label(self, tag: str, files: Mapping[str, os.stat_result], *, has_revisions: bool) -> DataModel | None:
-        """Return the entry of one label; ``files`` are the suffixes for which a file exists."""
+        """Return the entry of one label; ``files`` maps the suffix of each existing file to its status."""
         held = self.entry.labels.get(tag)
         if held is not None and split_suffix("x" + held.ext, (held.ext.lower(),)) is None:
             held = None
@@ -158,7 +158,7 @@ class _Labels:
         """Return whether the file is the one that the index describes."""
         if held.info.get("checked") != state or held.info.get("revision", last) != last:
             return False
-        # A label that could not be used for another list of labels may be usable for this one.
+        # A label that was unusable for a different list of labels may be usable for this one.
         return why_unusable(held.info) is None or held.info.get("labels") == self.project
 
     def _without_file(self, tag: str, held: DataModel | None, last: int) -> DataModel | None:

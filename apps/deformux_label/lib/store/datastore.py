@@ -1,4 +1,4 @@
-"""The datastore of a studies folder: MONAI Label's, with checks of what it is given, and a history of it."""
+"""MONAI Label's datastore of a studies folder, with checked input and a history of labels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from deformux_label.lib.store.volumes import split_suffix
 __all__ = ["CheckedDatastore", "StudiesError"]
 
 
-# For tools on a folder that was never served with names.
+# Label names for tools on a folder that was never served with names.
 _NUMBERS = tuple(map(str, range(1, 255)))
 
 
@@ -50,10 +50,10 @@ class CheckedDatastore(ListedStudies):
     - Unusable input is refused with a 4xx and changes nothing.
     - Every submitted label is kept as a revision under ``.deformux/revisions``; deleted files are moved to
       ``.deformux/trash``.
-    - The files of a change and the index are written by rename, all or none.
-    - Every change starts from the index on disk, because training and scoring run in other processes. Readers in other
-      threads see the index before or after a change, never in between.
-    - A folder that cannot be written to is served for inference only, with the index in memory.
+    - The files of a change and the index are written by rename, all or nothing.
+    - Every change starts from the index on disk, because training and scoring run in other processes. Other threads
+      see the index before or after a change, never in between.
+    - A read-only folder is served for inference only, with the index in memory.
     """
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
@@ -61,7 +61,9 @@ class CheckedDatastore(ListedStudies):
         self._image(image_id)
         tag = checked_tag(label_tag)
         if tag == UNCERTAINTY_TAG:
-            raise HTTPException(400, f"the tag {tag!r} is kept for the model's own maps; save the label under another")
+            raise HTTPException(
+                400, f"the tag {tag!r} is reserved for the model's own maps; save the label under a different tag"
+            )
         self._refuse_read_only()
         info = checked_info(label_info)
         checked_suffix(label_filename)
@@ -77,7 +79,7 @@ class CheckedDatastore(ListedStudies):
         return not self.read_only
 
     def restore_label(self, image_id: str, number: int, annotator: str, tag: str = "final") -> Revision:
-        """Make an earlier revision of a label the current one again, as a new revision."""
+        """Make an earlier revision of a label current again, as a new revision."""
         checked_image_id(image_id, status=404)
         tag, annotator = checked_tag(tag), checked_text("annotator", annotator)
         self._image(image_id)
@@ -85,16 +87,18 @@ class CheckedDatastore(ListedStudies):
         revision = self.revisions.get(image_id, tag, checked_revision(number))
         if revision is None or revision.deleted:
             there = [str(r.number) for r in self.revisions.history(image_id, tag) if not r.deleted]
-            known = f"there are {', '.join(there)}" if there else "there is none"
+            known = f"its revisions are {', '.join(there)}" if there else "it has no revisions"
             raise HTTPException(404, f"no revision {number} of the label {tag!r} of {image_id!r}; {known}")
         if not self.revisions.is_intact(revision):
-            raise HTTPException(409, f"the file of revision {number} of {image_id!r} is damaged; restore another one")
+            raise HTTPException(
+                409, f"the file of revision {number} of {image_id!r} is damaged; restore a different one"
+            )
         if revision.image_file not in (None, file_of(image_id, self._image(image_id))):
-            raise HTTPException(409, f"revision {number} was drawn on another volume, {revision.image_file!r}")
+            raise HTTPException(409, f"revision {number} was drawn on a different volume, {revision.image_file!r}")
         names = revision.labels or list(self._unnamed or _NUMBERS)
         project = self.labels or tuple(names)
         if not looked_for(revision.info, names, project):
-            raise HTTPException(409, f"revision {number} has only labels that this project has not: {', '.join(names)}")
+            raise HTTPException(409, f"revision {number} has only labels that this project lacks: {', '.join(names)}")
         info = {**revision.info, "user": annotator, "model_version": revision.model_version}
         image = Path(self.get_image_uri(image_id))
         with ExitStack() as stack:
@@ -102,7 +106,7 @@ class CheckedDatastore(ListedStudies):
             if tuple(names) != tuple(project):
                 info = mapped_info(info, names, project)
                 file = stack.enter_context(_mapped_copy(file, image, image_id, names, project))
-            # A kept label already holds the project's values, however the client had numbered its segments.
+            # A stored label already has the project's values, however the client numbered its segments.
             sent = {key: value for key, value in info.items() if key == "annotated"}
             checked = stack.enter_context(checked_labels(file, image, image_id, project, sent))
             kept = self._store_label(image_id, tag, checked, info, restored_from=number, labels=project)
@@ -151,7 +155,7 @@ class CheckedDatastore(ListedStudies):
         return revision
 
     def remove_label(self, label_id: str, label_tag: str) -> None:
-        """Move a label to the trash; its revisions stay, and each can be restored."""
+        """Move a label to the trash; its revisions stay, and can be restored."""
         tag = checked_tag(label_tag)
         with self._changing() as (objects, transaction):
             entry = self._entry(objects, label_id)
@@ -177,7 +181,7 @@ class CheckedDatastore(ListedStudies):
     def _keep_if_unknown(
         self, transaction: Transaction, image_id: str, tag: str, label: DataModel | None, entry: ImageLabelModel
     ) -> int:
-        """Keep a label that was not submitted, such as one copied into the folder, as a revision before it is replaced.
+        """Store a label that has no revision, such as one copied into the folder, as a revision before it is replaced.
 
         Returns:
             the number of the last revision.
@@ -200,11 +204,11 @@ class CheckedDatastore(ListedStudies):
         return number + 1
 
     def add_image(self, image_id: str, image_filename: str, image_info: dict[str, Any]) -> str:
-        """Store a new volume and return its id; a name that other bytes have is refused."""
+        """Store a new volume and return its id; refuse the name of a volume with different content."""
         suffix = checked_suffix(image_filename, VOLUME_SUFFIXES)
         name = checked_image_id((image_id or Path(image_filename).name).removesuffix(suffix))
         if split_suffix(name + suffix) != (name, suffix) or (name + suffix).lower().endswith(".seg.nrrd"):
-            raise HTTPException(400, f"{name!r} cannot be an image id; use a name that does not end like a file")
+            raise HTTPException(400, f"{name!r} cannot be an image id; use a name without a file suffix")
         self._refuse_read_only()
         info = checked_info(image_info)
         try:
@@ -223,14 +227,14 @@ class CheckedDatastore(ListedStudies):
         return name
 
     def remove_image(self, image_id: str) -> None:
-        """Move a volume (a link itself, not its target) and its labels to the trash; the labels' revisions stay."""
+        """Move a volume (a link, not its target) and its labels to the trash; the labels' revisions stay."""
         with self._changing() as (objects, transaction):
             entry = self._entry(objects, image_id)
             labels = {tag: label.info.get("revision", 0) for tag, label in entry.labels.items()}
             file = self._image_file(image_id, entry)
             known = {"file": file_of(image_id, entry), "info": entry.image.info}
             place = self.trash.stage(transaction, "image", image_id, labels=labels, **known)
-            # Labels first: if they outlived their volume, they would be taken for those of the next one with its name.
+            # Labels first: if they outlived their volume, they would count as labels of the next volume with its name.
             for tag in entry.labels:
                 self._stage_removal(transaction, image_id, tag, entry, place)
             if os.path.lexists(file):
@@ -242,7 +246,7 @@ class CheckedDatastore(ListedStudies):
         """Move an entry of the trash back to where it was, and return the id of its volume.
 
         Raises:
-            HTTPException: 404 if there is no such entry, 409 if its place is taken.
+            HTTPException: 404 for an unknown entry, 409 if its place is taken.
         """
         entry = self.trash.get(name)
         files = self.trash.files(entry) if entry is not None else {}
@@ -252,11 +256,11 @@ class CheckedDatastore(ListedStudies):
             raise HTTPException(409, f"{name!r} is a damaged file; the label was restored from its revision")
         image_id = entry.image
         with self._changing() as (objects, transaction):
-            # An earlier call may have finished meanwhile.
+            # An earlier call may have restored some files already.
             if "image" in files:
                 target = Path(self._datastore_path) / entry.file
                 if image_id in objects or os.path.lexists(target):
-                    raise HTTPException(409, f"another volume has the id or the place of {image_id!r} by now")
+                    raise HTTPException(409, f"a different volume has taken the id or the place of {image_id!r}")
                 transaction.move(files["image"], target)
                 suffix = (split_suffix(target.name) or ("", ""))[1]
                 info = {**checked_info(dict(entry.info)), "file": entry.file}
@@ -275,7 +279,7 @@ class CheckedDatastore(ListedStudies):
                 except HTTPException as error:
                     if error.status_code != 422:
                         raise
-                    # It could not be used before it was deleted, either.
+                    # It was already unusable before it was deleted.
                     self._bring_back_unusable(image_id, tag, files[tag])
         self.trash.forget(entry)
         return image_id
@@ -298,7 +302,7 @@ class CheckedDatastore(ListedStudies):
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Merge ``info`` into the metadata of a label; ``annotated`` can only be set by submitting the label."""
-        # The annotator of a label stays the same, whoever changes its metadata.
+        # A change of the metadata does not change the label's annotator.
         more = {key: value for key, value in client_fields(checked_info(info)).items() if key != "client_id"}
         if "annotated" in more:
             raise HTTPException(400, "annotated is a part of the label; submit the label again with it")

@@ -1,7 +1,7 @@
-"""Labels whose files changed without this server: each matches a revision, is new, or cannot be used.
+"""Checks of labels changed outside this server: each matches a revision, is new, or cannot be used.
 
-Reading a label and its scan takes a second, and there may be thousands. It happens in the background or when a label
-is used, and never twice for the same file.
+Reading a label and its scan takes a second, and there may be thousands. It happens in the background or when a label is
+used, and only once for each state of a file.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from deformux_label.lib.store.transaction import Transaction
 from deformux_label.lib.store.trash import Trash
 from deformux_label.lib.store.volumes import LABEL_SUFFIXES, split_suffix
 
-__all__ = ["BackgroundChecks", "LabelContext", "LabelToCheck", "Verdict", "apply_verdict", "give_way", "judge"]
+__all__ = ["BackgroundChecks", "LabelContext", "LabelToCheck", "Verdict", "apply_verdict", "judge", "lower_priority"]
 
 logger = logging.getLogger(__name__)
 
 _SERVER = "server"
-_OF_A_SUBMIT = frozenset({"annotated", "client_id", "label_info", "model_version", "user"})
+_SUBMIT_FIELDS = frozenset({"annotated", "client_id", "label_info", "model_version", "user"})
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of looking at a label's file.
+    """The result of checking a label's file.
 
     Args:
         image, tag: the label.
-        file, state: its file, and the file's state when it was looked at.
+        file, state: its file, and the file's state at the check.
         revision: the revision that the file matches, or the one that must replace it.
         replace: whether ``revision`` must become the current label again.
-        usable: for a hand-made label, a file with the project's values in its scan's order; this is ``file`` itself
-            where it already has both.
+        usable: for a label made by hand, a file with the project's values in its scan's voxel order; ``file`` itself if
+            it has both.
         reason: why the label cannot be used, or why it must be replaced.
     """
 
@@ -62,7 +62,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class LabelToCheck:
-    """A label to look at, and the project's labels."""
+    """A label to check, and the project's labels."""
 
     tag: str
     file: Path
@@ -73,9 +73,9 @@ class LabelToCheck:
 
 @dataclass(frozen=True)
 class LabelContext:
-    """Where a verdict is applied.
+    """Everything that applying a verdict needs.
 
-    ``image_file`` is the volume's path in the studies; ``warn`` tells the operator.
+    ``image_file`` is the volume's path in the studies; ``warn`` takes a warning for the operator.
     """
 
     model: LocalDatastoreModel
@@ -87,9 +87,9 @@ class LabelContext:
     warn: Callable[[str], None]
 
 
-def judge(look: LabelToCheck, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
-    """Look at a label's file and return the verdict; ``stack`` keeps the files that it needs until it is applied."""
-    tag, file, image_id = look.tag, look.file, look.image_id
+def judge(label: LabelToCheck, held: DataModel, revisions: Revisions, stack: ExitStack) -> Verdict:
+    """Check a label's file and return the verdict; ``stack`` keeps its temporary files until it is applied."""
+    tag, file, image_id = label.tag, label.file, label.image_id
     state = file_state(file.stat())
     newest = revisions.newest(image_id, tag)
     content = checksum(file)
@@ -98,14 +98,14 @@ def judge(look: LabelToCheck, held: DataModel, revisions: Revisions, stack: Exit
     if newest is not None and held.info.get("checked") == state and held.info.get("revision") == newest.number:
         kept = revisions.newest_intact(image_id, tag)
         if kept is not None:
-            reason = "its file differs from what was written, although nothing wrote to it: check the disk"
+            reason = "its file has changed although nothing wrote to it: check the disk"
             return Verdict(image_id, tag, file, state, revision=kept, replace=True, reason=reason)
-    # After an interrupted save the index does not say that the file was checked.
+    # After an interrupted save, the index does not record the file as checked.
     interrupted = newest is not None and not newest.deleted and "checked" not in held.info
     if interrupted and any(revision.sha256 == content for revision in revisions.history(image_id, tag)):
         return Verdict(image_id, tag, file, state, revision=newest, replace=True, reason="a crash interrupted a save")
     try:
-        usable = stack.enter_context(checked_labels(file, look.image, image_id, look.names, {}))
+        usable = stack.enter_context(checked_labels(file, label.image, image_id, label.names, {}))
         return Verdict(image_id, tag, file, state, usable=usable)
     except HTTPException as error:
         kept = revisions.newest_intact(image_id, tag)
@@ -118,15 +118,15 @@ def apply_verdict(verdict: Verdict, held: DataModel, studies: LabelContext) -> D
     if verdict.revision is not None and not verdict.replace:
         return revision_entry(verdict.revision, suffix, checked=verdict.state)
     if verdict.revision is not None:
-        return _restore_kept(verdict, verdict.revision, studies)
+        return _restore(verdict, verdict.revision, studies)
     if verdict.usable is None:
         logger.warning("The label %s of image %s is not used: %s", verdict.file, verdict.image, verdict.reason)
         info = unusable_fields(held.info, verdict.reason, verdict.state, list(studies.names))
         return label_entry(verdict.image, suffix, info)
-    return _keep_hand_made(verdict, verdict.usable, held, suffix, studies)
+    return _store_external(verdict, verdict.usable, held, suffix, studies)
 
 
-def _restore_kept(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
+def _restore(verdict: Verdict, revision: Revision, studies: LabelContext) -> DataModel:
     image, tag = verdict.image, verdict.tag
     known = any(kept.sha256 == checksum(verdict.file) for kept in studies.revisions.history(image, tag))
     if not known:
@@ -140,15 +140,15 @@ def _restore_kept(verdict: Verdict, revision: Revision, studies: LabelContext) -
     return restore_revision(studies.model, studies.revisions, studies.transaction, revision)
 
 
-def _keep_hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
-    """Keep a label that was copied in or edited by hand as a revision, and a converted copy as a second one."""
+def _store_external(verdict: Verdict, usable: Path, held: DataModel, suffix: str, studies: LabelContext) -> DataModel:
+    """Store a label that was copied in or edited by hand as a revision, and a converted copy as a second revision."""
     image, tag = verdict.image, verdict.tag
     number = studies.revisions.last_number(image, tag) + 1
     info = without_server_fields(held.info)
     if "checked" in held.info or "revision" in held.info:
         # These fields describe the file as it was before the edit.
-        info = {key: value for key, value in info.items() if key not in _OF_A_SUBMIT}
-    annotator = annotator_of(info) if _OF_A_SUBMIT & info.keys() else ""
+        info = {key: value for key, value in info.items() if key not in _SUBMIT_FIELDS}
+    annotator = annotator_of(info) if _SUBMIT_FIELDS & info.keys() else ""
     more = {"labels": list(studies.names), "image_file": studies.image_file}
     revision = studies.revisions.stage(
         studies.transaction, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more
@@ -168,8 +168,8 @@ def _keep_hand_made(verdict: Verdict, usable: Path, held: DataModel, suffix: str
     return revision_entry(revision, new_suffix, checked=file_state(temporary.stat()))
 
 
-def give_way() -> None:
-    """Lower this thread's priority, so that requests come first; Linux sets priorities per thread."""
+def lower_priority() -> None:
+    """Lower this thread's priority, so that requests come first; Linux has a priority for each thread."""
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
@@ -177,7 +177,7 @@ def give_way() -> None:
 class BackgroundChecks:
     """A thread that checks labels in small batches and ends when none are left."""
 
-    _AT_A_TIME = 16
+    _BATCH_SIZE = 16
 
     def __init__(self, check: Callable[[Sequence[tuple[str, str]]], None]) -> None:
         self._check = check
@@ -199,19 +199,19 @@ class BackgroundChecks:
             return self._condition.wait_for(lambda: not self._running, timeout=seconds)
 
     def _run(self) -> None:
-        give_way()
+        lower_priority()
         start = time.monotonic()
         number = 0
         while True:
             with self._condition:
-                some = [self._waiting.popitem(last=False)[0] for _ in range(min(self._AT_A_TIME, len(self._waiting)))]
+                some = [self._waiting.popitem(last=False)[0] for _ in range(min(self._BATCH_SIZE, len(self._waiting)))]
                 if not some:
                     self._running = False
                     self._condition.notify_all()
                     break
             try:
                 self._check(some)
-            except Exception as error:  # the next batch may succeed, and these labels are checked again when used
+            except Exception as error:  # the next batch may succeed; these labels are checked again when used
                 logger.warning("Labels could not be checked: %s", error)
             number += len(some)
         logger.info("Checked %d labels in %.0f seconds", number, time.monotonic() - start)

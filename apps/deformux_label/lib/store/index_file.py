@@ -1,4 +1,4 @@
-"""The studies' index ``datastore_v2.json``: read, written by rename, and rebuilt from the files when it is damaged."""
+"""The studies' index ``datastore_v2.json``: written by rename, and rebuilt from the files if it is damaged."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ logger = logging.getLogger(__name__)
 
 
 class IndexFile:
-    """The index on disk, and the state of it that this process knows."""
+    """The index on disk, and its last state that this process knows."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._seen: tuple[int, int, int] | None = None
-        # Whether the index that was read differs from the file because it was repaired.
-        self.mended = False
+        # Whether the index in memory differs from the file because it was repaired.
+        self.repaired = False
 
     def changed(self) -> LocalDatastoreModel | None:
-        """Return the index if another process has replaced it since this one read or wrote it, else None.
+        """Return the index if a different process has replaced it since this one read or wrote it, else None.
 
         Unusable entries are left out, and a copy of the whole file is kept.
 
@@ -44,7 +44,7 @@ class IndexFile:
             # Half a surrogate pair can be read but not written.
             model.model_dump_json()
         except (ValueError, RecursionError) as error:
-            model = self._what_is_left(content, error)
+            model = self._usable_part(content, error)
         self._seen = state
         return model
 
@@ -54,10 +54,10 @@ class IndexFile:
         text = model.model_dump_json(exclude={"base_path"}, indent=2, fallback=str)
         temporary.write_text(text, encoding="utf-8")
 
-    def is_as_written(self) -> None:
-        """Note that this process has written the file."""
+    def mark_written(self) -> None:
+        """Record that this process has written the file."""
         self._seen = self._state()
-        self.mended = False
+        self.repaired = False
 
     def put_aside(self) -> Path:
         """Rename a damaged index, and return its new path."""
@@ -65,7 +65,7 @@ class IndexFile:
         os.replace(self.path, aside)
         return aside
 
-    def _what_is_left(self, content: bytes, reason: Exception) -> LocalDatastoreModel:
+    def _usable_part(self, content: bytes, reason: Exception) -> LocalDatastoreModel:
         try:
             found: Any = repaired({**json.loads(content), "objects": {}})
             objects = json.loads(content)["objects"].items()
@@ -78,11 +78,11 @@ class IndexFile:
                 model.objects[str(repaired(image))] = ImageLabelModel.model_validate(repaired(entry))
             except (ValueError, RecursionError):
                 bad.append(image)
-        self.mended = True
+        self.repaired = True
         aside = self._aside()
         shutil.copyfile(self.path, aside)
         logger.error(
-            "The index holds entries that cannot be used (%s); it is kept as %s, and %s",
+            "The index has unusable entries (%s); it is kept as %s, and %s",
             str(reason).splitlines()[0],
             aside,
             f"those of {', '.join(map(ascii, bad[:20]))} are rebuilt from the files"

@@ -1,4 +1,4 @@
-"""Repair of JSON from files that anybody may have edited, so that it can be written and sent again."""
+"""Repair of JSON from files that may have been edited by hand, so that it can be written and sent again."""
 
 from __future__ import annotations
 

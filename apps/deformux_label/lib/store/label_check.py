@@ -23,13 +23,13 @@ from deformux_label.lib.store.volume_writer import write_labels
 
 __all__ = ["checked_labels", "label_array", "segment_values"]
 
-# The Slicer extension never saves these segments, and therefore never numbers them.
+# The Slicer extension never saves, and therefore never numbers, these segments.
 _NOT_SAVED = ("background", "foreground_scribbles", "background_scribbles")
-# Largest value in a file whose segments are not the project's labels.
+# Largest value in a file of arbitrary segments.
 _MAX_SEGMENTS = 65_535
 # Each layer of segments takes as much memory as the scan.
 _MAX_LAYERS = 256
-# Largest size in memory of a file of segments: per voxel of its scan, and what is allowed for any scan.
+# Limits of a segmentation's size in memory: per voxel of its scan, and a minimum for small scans.
 _MAX_LABEL_BYTES = 16
 _SMALL_LABEL_BYTES = 2**28
 
@@ -48,8 +48,8 @@ def checked_labels(
     Voxels of 255 are unlabelled; ``annotated`` in ``info`` lists the labels that were looked for, if not all were.
 
     Raises:
-        HTTPException: 422 if the label is unreadable, on another grid than its image, or has foreign values, or if
-            ``annotated`` names something that is not a label of the project.
+        HTTPException: 422 if the label is unreadable, not on its image's grid, or has unexpected values, or if
+            ``annotated`` names anything but labels of the project.
     """
     _check_annotated(info, names)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def checked_labels(
 
 
 def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], info: dict[str, Any]) -> np.ndarray:
-    """Return the values ``(X, Y, Z)``, uint8, of a label in its image's voxel order; checks as ``checked_labels``."""
+    """Return the values ``(X, Y, Z)``, uint8, of a label in its image's voxel order; check as ``checked_labels``."""
     with checked_labels(label, image, image_id, names, info) as checked:
         return read_volume(checked, np.uint8).values
 
@@ -65,15 +65,14 @@ def label_array(label: Path, image: Path, image_id: str, names: Sequence[str], i
 def segment_values(
     label: Path, image: Path, image_id: str
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Return the values ``(X, Y, Z)`` of a label file in its image's voxel order, whatever they stand for.
+    """Return the values ``(X, Y, Z)`` of a label file in its image's voxel order, whatever they mean.
 
     Returns:
         the values; the matrix ``(4, 4)`` from voxels of the file to voxels of the image, whose order may differ; and
         the matrix from voxels of the image to RAS millimetres.
 
     Raises:
-        HTTPException: 422 if the file is unreadable, on another grid than its image, or has values that are not whole
-            numbers.
+        HTTPException: 422 if the file is unreadable, not on its image's grid, or has values that are not whole numbers.
     """
     with _refused(label, image, image_id):
         scan = _header(image)
@@ -121,7 +120,7 @@ def _of_values(
 
 
 def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]) -> tuple[bool, npt.NDArray[np.uint8]]:
-    """Do as ``_of_values`` for a file that names its segments and may cover only a part of the scan."""
+    """Like ``_of_values``, for a file that names its segments and may cover only a part of the scan."""
     segments = segments_of(opened.name, opened.header)
     placement = _Placement.of(scan, opened)
     if opened.header.layers > _MAX_LAYERS:
@@ -139,7 +138,7 @@ def _of_segments(scan: VolumeHeader, opened: OpenVolume, numbers: dict[str, int]
 
 
 def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
-    """Refuse a file that would take far more memory than its scan: a small file of labels may be huge in memory."""
+    """Refuse a file that needs far more memory than its scan: a small compressed file may be huge in memory."""
     if opened.header.n_bytes > max(_SMALL_LABEL_BYTES, _MAX_LABEL_BYTES * math.prod(scan.shape)):
         raise InvalidVolume(
             f"{opened.name} holds {opened.header.n_bytes // 10**6:,} MB of {shown_shape(opened.header.file_shape)} "
@@ -148,21 +147,21 @@ def _check_size(scan: VolumeHeader, opened: OpenVolume) -> None:
 
 
 @dataclass(frozen=True)
-class _OnTheScan:
+class _PlacedLabels:
     values: npt.NDArray
     placement: _Placement
 
 
-def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabelled: bool) -> _OnTheScan:
+def _values_on(scan: VolumeHeader, opened: OpenVolume, n_values: int, *, unlabelled: bool) -> _PlacedLabels:
     """Return the values of a file that covers the scan, in the scan's voxel order."""
     placement = _Placement.of(scan, opened)
     if not placement.is_whole(scan, opened.header):
-        raise _another_grid(scan, opened)
+        raise _different_grid(scan, opened)
     if opened.header.layers > 1:
         raise InvalidVolume(f"{opened.name} has several layers of segments; expected one volume")
     values = opened.read().values
     check_label_values(opened.name, values, n_values, unlabelled=unlabelled)
-    return _OnTheScan(placement.place(opened.name, values, scan.shape), placement)
+    return _PlacedLabels(placement.place(opened.name, values, scan.shape), placement)
 
 
 @dataclass(frozen=True)
@@ -177,19 +176,19 @@ class _Placement:
 
     @classmethod
     def of(cls, scan: VolumeHeader, opened: OpenVolume) -> _Placement:
-        """Return the placement; raises InvalidVolume if voxels of the one lie between those of the other."""
+        """Return the placement; raise InvalidVolume if the voxel grids do not coincide."""
         label = opened.header
         matrix = np.rint(np.linalg.inv(scan.affine) @ label.affine)
         turns = np.abs(matrix[:3, :3])
         permutes = bool((turns.sum(0) == 1).all() and (turns.sum(1) == 1).all())
         snapped = scan.affine @ matrix
         if not permutes or geometry_difference(label.shape, snapped, label.shape, label.affine, GEOMETRY_TOLERANCE_MM):
-            raise _another_grid(scan, opened)
+            raise _different_grid(scan, opened)
         return cls(matrix)
 
     @property
     def is_identity(self) -> bool:
-        """Return whether a voxel has the same index in both."""
+        """Return whether each voxel has the same index in label and scan."""
         return bool((self.matrix == np.eye(4)).all())
 
     def is_whole(self, scan: VolumeHeader, label: VolumeHeader) -> bool:
@@ -201,7 +200,7 @@ class _Placement:
         """Return values ``(X, Y, Z)`` in the scan's voxel order, 0 outside the label.
 
         Raises:
-            InvalidVolume: a voxel outside the scan is labelled.
+            InvalidVolume: the label has labelled voxels outside the scan.
         """
         low, high = self._box(values.shape)
         turns = self.matrix[:3, :3]
@@ -224,7 +223,7 @@ class _Placement:
         return corners.min(1).astype(int), corners.max(1).astype(int) + 1
 
 
-def _another_grid(scan: VolumeHeader, opened: OpenVolume) -> InvalidVolume:
+def _different_grid(scan: VolumeHeader, opened: OpenVolume) -> InvalidVolume:
     label = opened.header
     difference = geometry_difference(scan.shape, scan.affine, label.shape, label.affine)
     return InvalidVolume(f"{opened.name} is not on its image's grid: {difference or 'its voxels lie elsewhere'}")
@@ -237,7 +236,7 @@ def _header(image: Path) -> VolumeHeader:
 
 @contextmanager
 def _refused(label: Path, image: Path, image_id: str) -> Iterator[None]:
-    """Turn InvalidVolume into a 422 whose sentence names the image's id instead of temporary files."""
+    """Turn InvalidVolume into a 422 with the image's id in place of temporary file names."""
     try:
         yield
     except InvalidVolume as error:
@@ -250,7 +249,7 @@ def _check_annotated(info: dict[str, Any], names: Sequence[str]) -> None:
     annotated = info.get("annotated")
     if annotated is None or (isinstance(annotated, list) and annotated and set(map(str, annotated)) <= set(names)):
         return
-    raise HTTPException(422, f"annotated must be a list of labels of {', '.join(names)}; got {annotated!r}")
+    raise HTTPException(422, f"annotated must be a list of labels out of {', '.join(names)}; got {annotated!r}")
 
 
 def _segment_names(info: dict[str, Any]) -> list[str]:

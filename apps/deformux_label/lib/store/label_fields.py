@@ -1,4 +1,4 @@
-"""The fields of a label in the index: which the server writes, and which a client may send."""
+"""Fields of a label in the index: those of the server, and those that a client may send."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "without_server_fields",
 ]
 
-# A map of the model's uncertainty, 0 to 100. It is stored beside the labels, but nothing learns from it.
+# A map of the model's uncertainty, 0 to 100. It is stored with the labels, but training ignores it.
 UNCERTAINTY_TAG = "uncertainty"
 # The model's output can be computed again: these tags have no revisions and no checks.
 PLAIN_TAGS = (DefaultLabelTag.ORIGINAL.value, UNCERTAINTY_TAG)
@@ -32,7 +32,7 @@ PROVENANCE = ("annotator", "model", "model_version", "params", "restored_from", 
 
 
 def client_fields(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that a client may set, out of those that it sent."""
+    """Return those of a client's fields that it may set."""
     return {name: value for name, value in without_server_fields(info).items() if name not in PROVENANCE}
 
 
@@ -47,7 +47,7 @@ def without_server_fields(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unchecked_fields(info: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a label that was not submitted, such as one copied into the folder, and not checked yet."""
+    """Return the fields of a label that was not submitted, such as a copied file, and is not checked yet."""
     return {**without_server_fields(info), "state": "unchecked"}
 
 

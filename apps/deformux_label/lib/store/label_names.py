@@ -1,14 +1,14 @@
-"""Mapping of stored labels to the project's list of labels, when that has changed.
+"""Conversion of stored labels after the project's list of labels has changed.
 
 Every label is stored with the names of its values 1..N, and stays as it was drawn. If the project's list differs,
 training, Dice, downloads and restoring get a copy with the values of the project's list. It is made when first needed
-and kept under ``.deformux/mapped``. A start with another list therefore loses nothing, a start with the former list
-brings everything back, and two servers with two lists can share a folder.
+and kept under ``.deformux/mapped``. Therefore a start with a different list loses nothing, a start with the former list
+brings everything back, and two servers with different lists can share a folder.
 
 - A label in both lists gets its new value.
-- A label that the project's list no longer has becomes background (0): such a voxel is certainly none of the remaining
-  labels. Labels that are new in the project's list count as not looked for: ``annotated`` names the others, and
-  training does not take a 0 for the absence of the new ones.
+- A label that is no longer in the project's list becomes background (0): such a voxel has none of the remaining labels.
+  New labels of the project count as not annotated: ``annotated`` lists the others, and training does not take a 0 for
+  the absence of a new label.
 - Unlabelled voxels (255) stay 255. Values beyond the stored list become 255, because their meaning is unknown.
 - A label that has no name in common with the project's list counts as missing.
 """
@@ -34,7 +34,7 @@ __all__ = ["MappedLabels", "looked_for", "mapped_info", "names_of", "value_table
 
 
 def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]:
-    """Return the names of a stored label's values; ``unnamed`` if it was stored before names were kept."""
+    """Return the names of a stored label's values; ``unnamed`` if it was stored without names."""
     names = info.get("labels")
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
@@ -42,7 +42,7 @@ def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]
 
 
 def looked_for(info: Mapping[str, Any], names: Sequence[str], project: Sequence[str]) -> list[str]:
-    """Return the labels of the project that were looked for when a label with ``names`` was drawn."""
+    """Return the project's labels that were annotated in a label drawn with ``names``."""
     annotated = info.get("annotated")
     known = {str(name) for name in annotated} if isinstance(annotated, list) else set(names)
     return [name for name in project if name in names and name in known]
@@ -81,7 +81,7 @@ def write_mapped(
 
 
 class MappedLabels:
-    """Copies of labels with the values of another list, under ``<folder>/<list>/<tag>/<image>/<version>``."""
+    """Copies of labels with the values of a different list, under ``<folder>/<list>/<tag>/<image>/<version>``."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -89,7 +89,7 @@ class MappedLabels:
     def get(
         self, label: Path, image: Path, image_id: str, tag: str, names: Sequence[str], project: Sequence[str]
     ) -> Path:
-        """Return the copy of a label for the project's list; make it if this version has none yet."""
+        """Return the copy of a label for the project's list; make it if it is missing or outdated."""
         status = label.stat()
         version = _short([list(names), status.st_size, status.st_mtime_ns, status.st_ino])
         place = self._root() / _short(list(project)) / tag / image_id

@@ -1,4 +1,4 @@
-"""The revisions of labels: every label ever submitted, with its annotator, its time and the model it corrects."""
+"""Revisions of labels: every submitted label, with its annotator, time and the model that it corrects."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Revision:
         image, tag: the label.
         number: 1, 2, … for each label.
         time: seconds since 1970.
-        annotator: who submitted, restored or deleted.
+        annotator: the user who submitted, restored or deleted it.
         suffix: of the file; empty for a deletion.
         sha256: of the file; empty for a deletion.
-        model_version: the model whose proposal was corrected, if known.
+        model_version: the model that made the corrected proposal, if known.
         restored_from: number of the revision that was restored.
         info: the client's metadata of the label.
         labels: names of the values 1..N; None if the record is older than this field.
@@ -63,20 +63,20 @@ class Revision:
         return not self.sha256
 
     def summary(self) -> dict[str, Any]:
-        """Return plain values to list, without the client's metadata."""
+        """Return the fields as plain values, without the client's metadata."""
         return {**asdict(self), "deleted": self.deleted} | {"info": None}
 
 
 class Revisions:
     """Revisions in ``<folder>/<image>/<tag>/0001.nii.gz`` and ``0001.json``, both written by rename, the JSON last.
 
-    A file without its JSON was never acknowledged. Nothing here is ever deleted. The caller holds the studies' lock.
-    Invalid ids, tags and numbers are refused with HTTPException, wherever they come from.
+    A file without its JSON was never acknowledged. Revisions are never deleted. The caller holds the studies' lock.
+    Invalid ids, tags and numbers are refused with HTTPException, whatever their source.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Unusable records, with the reason: logged once, and listed for as long as they exist.
+        # Unusable records and the reasons: logged once, and listed while they exist.
         self.damaged: dict[str, str] = {}
 
     def stage(
@@ -92,9 +92,9 @@ class Revisions:
         info: Mapping[str, Any],
         **more: Any,
     ) -> Revision:
-        """Add a revision with a copy of ``file``, or of a deletion if it is None, to a transaction.
+        """Add a revision to a transaction: a copy of ``file``, or a deletion if it is None.
 
-        ``number`` is the previous revision's plus one; ``more`` are other fields of the revision.
+        ``number`` is the last revision's plus one; ``more`` are other fields of the revision.
         """
         stem = self._stem(image, tag, number)
         sha256 = ""
@@ -115,7 +115,7 @@ class Revisions:
         return revision
 
     def history(self, image: str, tag: str) -> list[Revision]:
-        """Return the revisions of a label, oldest first, without those whose records are damaged."""
+        """Return the revisions of a label, oldest first, without those with damaged records."""
         found = (self._read(image, tag, number) for number in sorted(self._numbers(image, tag)))
         return [revision for revision in found if revision is not None]
 
@@ -129,7 +129,7 @@ class Revisions:
         return next(self._backwards(image, tag), None)
 
     def newest_intact(self, image: str, tag: str) -> Revision | None:
-        """Return the last revision whose file is intact; None if a deletion is newer."""
+        """Return the last revision with an intact file; None if a deletion is newer."""
         for revision in self._backwards(image, tag):
             if revision.deleted:
                 return None
@@ -138,14 +138,14 @@ class Revisions:
         return None
 
     def is_intact(self, revision: Revision) -> bool:
-        """Return whether the file of a revision is there and unchanged."""
+        """Return whether the file of a revision exists and is unchanged."""
         try:
             return not revision.deleted and checksum(self.file(revision)) == revision.sha256
         except OSError:
             return False
 
     def last_number(self, image: str, tag: str) -> int:
-        """Return the number of the newest revision, 0 without one; damaged ones count, as their files stay."""
+        """Return the number of the newest revision, 0 without one; damaged ones count, because their files stay."""
         return max(self._numbers(image, tag), default=0)
 
     def file(self, revision: Revision) -> Path:
@@ -154,7 +154,7 @@ class Revisions:
         return stem.with_name(stem.name + revision.suffix)
 
     def known(self) -> dict[str, list[str]]:
-        """Return the tags with revisions, by image; this includes images that are gone."""
+        """Return the tags with revisions, by image, including removed images."""
         if not self.folder.is_dir():
             return {}
         return {
@@ -192,7 +192,7 @@ class Revisions:
         except (OSError, ValueError, TypeError, RecursionError) as error:
             where = f"{image}/{tag}/{path.name}"
             if where not in self.damaged:
-                logger.error("The record %s of a label's revision cannot be used and is left out: %s", path, error)
+                logger.error("Ignoring the unusable record %s of a label's revision: %s", path, error)
             self.damaged[where] = f"the record of revision {number} cannot be used: {error}"
             return None
 
@@ -208,7 +208,7 @@ def _revision(record: Any, image: str, tag: str, number: int) -> Revision:
     known = {item.name for item in fields(Revision)}
     revision = Revision(**{name: value for name, value in repaired(record).items() if name in known})
     if (revision.image, revision.tag, revision.number) != (image, tag, number):
-        raise ValueError(f"it says that it is revision {revision.number!r} of {revision.image!r}, {revision.tag!r}")
+        raise ValueError(f"it describes revision {revision.number!r} of {revision.image!r}, {revision.tag!r}")
     texts = {"annotator": revision.annotator, "suffix": revision.suffix, "sha256": revision.sha256}
     for name, value in texts.items():
         if not isinstance(value, str):
@@ -228,7 +228,7 @@ def _revision(record: Any, image: str, tag: str, number: int) -> Revision:
 
 
 def inside(folder: Path, place: Path) -> Path:
-    """Return the folder ``place`` if it lies in ``folder`` once all links are followed.
+    """Return the folder ``place`` if, with all links followed, it lies in ``folder``.
 
     Raises:
         HTTPException: 409 if it does not, so that nothing is read or written elsewhere.

@@ -1,4 +1,4 @@
-"""Leases of volumes: a volume that was handed out is not offered to another annotator until its lease ends."""
+"""Leases of volumes: no other annotator is offered a volume until its lease ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["MAX_LEASES", "Lease", "Leases"]
 logger = logging.getLogger(__name__)
 
 MAX_LEASES = 50
-"""Leases that one annotator, or one address, may hold at a time."""
+"""Most leases that an annotator, or an address, may hold at a time."""
 _MAX_NAME_LENGTH = 200
 
 
@@ -32,10 +32,10 @@ class Lease:
 
     Args:
         image: id of the volume.
-        annotator: who holds it.
+        annotator: the holder.
         since, until: seconds since 1970.
         strategy: the active-learning strategy that chose it.
-        model_version: the model that was published then.
+        model_version: the model that was published at that time.
     """
 
     image: str
@@ -49,15 +49,15 @@ class Lease:
 class Leases:
     """Leases in the project's database, one row each: the same after a restart and in every process.
 
-    An annotator who asks again without submitting gets another volume. If no volume is free, or they hold ``most``
-    leases, they get one of their own again, the oldest first. They never get another annotator's before it expires,
-    with one exception: at an address that holds ``most`` leases, under any names, an annotator without a lease takes
-    over the oldest.
+    An annotator who asks again without submitting gets a different volume. If no volume is free, or they hold ``most``
+    leases, they get one of their own again, oldest first. They never get a different annotator's volume before its
+    lease expires, with one exception: at an address that holds ``most`` leases, under any names, an annotator without a
+    lease takes over the oldest.
 
     Args:
-        path: the leases of earlier versions, imported once; the database lies beside it.
-        minutes: how long a lease lasts; 0 switches leases off.
-        most: leases that an annotator or an address may hold.
+        path: file with the leases of earlier versions, imported once; the database is in the same folder.
+        minutes: duration of a lease; 0 switches leases off.
+        most: most leases of an annotator or an address.
         clock: seconds since 1970.
     """
 
@@ -70,7 +70,7 @@ class Leases:
         self._clock = clock
         self.state = StateDatabase(path.parent, on_open=self._opened)
         self._lock = threading.Lock()
-        # The leases in the database, as of a connection and its counter of other connections' changes.
+        # The leases in the database, with the connection and its count of other connections' changes.
         self._known: tuple[sqlite3.Connection, int, _Held] | None = None
 
     def claim(
@@ -82,7 +82,7 @@ class Leases:
         model_version: str | None = None,
         address: str = "",
     ) -> str | None:
-        """Lease the first of ``ranked`` (ids, best first) that this annotator may have, and return it.
+        """Lease the first volume of ``ranked`` (ids, best first) that this annotator may have, and return its id.
 
         Return None if others hold all of ``ranked``, or if it is empty. The leases of an ``address`` are counted
         together; without an address, only the annotator's are.
@@ -111,9 +111,9 @@ class Leases:
         return self._change(give)
 
     def release(self, image: str, *, check: Callable[[Lease], None] | None = None) -> Lease | None:
-        """End the lease of a volume and return it, or None if there was none.
+        """End the lease of a volume and return it, or None if the volume is not leased.
 
-        ``check`` gets the lease that would end, and raises if it must not.
+        ``check`` gets the lease, and raises if it must not end.
         """
         if image not in self.active():
             return None
@@ -140,7 +140,7 @@ class Leases:
         return {image for image, lease in self.active().items() if lease.annotator != annotator}
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that an operator should know."""
+        """Return one sentence for each problem that an operator should know about."""
         return self.state.warnings()
 
     def _change(self, do: Callable[[sqlite3.Connection], Any]) -> Any:
@@ -148,12 +148,12 @@ class Leases:
             try:
                 return self.state.change(do)
             except BaseException:
-                # The remembered leases may be ahead of those on disk.
+                # The leases in memory may be ahead of those on disk.
                 self._known = None
                 raise
 
     def _held(self, db: sqlite3.Connection) -> _Held:
-        """Return all leases; read them again only after another connection has changed them."""
+        """Return all leases; read them again only after a different connection has changed them."""
         version = db.execute("PRAGMA data_version").fetchone()[0]
         if self._known is not None and self._known[:2] == (db, version):
             return self._known[2]
@@ -174,19 +174,19 @@ class Leases:
         return held
 
     def _opened(self, db: sqlite3.Connection) -> Callable[[], None] | None:
-        after = self._take_over(db)
+        after = self._import_file(db)
         self._held(db)
         return after
 
-    def _take_over(self, db: sqlite3.Connection) -> Callable[[], None] | None:
-        """Import the file of earlier versions; it is kept under another name."""
+    def _import_file(self, db: sqlite3.Connection) -> Callable[[], None] | None:
+        """Import the file of earlier versions, and keep it under a different name."""
         try:
             listed = json.loads(self.path.read_text())["leases"]
             records = list(listed)
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError, OSError) as error:
-            # Without it two annotators may get the same volume once, which is better than no server.
+            # Without them two annotators may get the same volume once; that is better than no server.
             reason = str(error)
             return lambda: self.state.warn(
                 f"the leases of an earlier version cannot be read ({reason}) and are forgotten; they are kept as "
@@ -236,7 +236,7 @@ class _Held:
         return self._of.get((kind, name), {})
 
     def expired(self, now: float) -> list[str]:
-        """Return the volumes whose leases have expired; look at them only if one may have."""
+        """Return the volumes with expired leases; search them only if one may have expired."""
         if now < self._first_end:
             return []
         self._first_end = min((lease.until for lease in self.leases.values() if lease.until > now), default=math.inf)
@@ -268,7 +268,7 @@ def _insert(db: sqlite3.Connection, lease: Lease, address: str) -> None:
 
 
 def _fault(lease: Lease) -> str:
-    """Return what is wrong with a lease that was read; empty if nothing is."""
+    """Return what is wrong with a stored lease; empty if it is valid."""
     if not is_image_id(lease.image):
         return "its image is not an image id"
     if not is_text(lease.annotator, _MAX_NAME_LENGTH) or not is_text(lease.strategy):

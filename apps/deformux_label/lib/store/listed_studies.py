@@ -1,4 +1,4 @@
-"""Queries of a studies folder: its volumes, its labels, and what cannot be used."""
+"""Queries of a studies folder: its volumes, its labels, and its unusable files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class ListedStudies(StudiesFolder):
     _summary: StudiesSummary | None = None
 
     def get_image_uri(self, image_id: str) -> str:
-        """Return the path of a volume in the studies, also if it is a link; empty if there is none."""
+        """Return the path of a volume in the studies, even if it is a link; empty for an unknown id."""
         entry = self._datastore.objects.get(image_id)
         return "" if entry is None else str(self._image_file(image_id, entry))
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
-        """Return the path of a label with the project's values; empty if there is none.
+        """Return the path of a label with the project's values; empty if the volume has none.
 
-        This is the stored file, unless the label was drawn for another list of labels.
+        This is the stored file, or a converted copy if the label was drawn for a different list of labels.
         """
         label = self._datastore.label(label_id, label_tag)
         if label is None:
@@ -42,7 +42,7 @@ class ListedStudies(StudiesFolder):
         if label_tag == UNCERTAINTY_TAG or not file.is_file():
             return str(file)
         if label_tag not in PLAIN_TAGS and (
-            label.info.get("checked") != file_state(file.stat()) or self._is_rotten(label_id, label_tag, label)
+            label.info.get("checked") != file_state(file.stat()) or self._is_corrupted(label_id, label_tag, label)
         ):
             try:
                 self._check([(label_id, label_tag)])
@@ -62,7 +62,7 @@ class ListedStudies(StudiesFolder):
         return {**entry.image.info, "path": str(self._image_file(image_id, entry))}
 
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
-        """Return the metadata of a label, for the project's list of labels."""
+        """Return the metadata of a label, converted to the project's list of labels."""
         info = self._label(label_id, label_tag).info
         return mapped_info(info, names_of(info, self._unnamed), self.labels) if self.labels else dict(info)
 
@@ -76,11 +76,11 @@ class ListedStudies(StudiesFolder):
         return list(self.summary().labelled)
 
     def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Return the ids of the volumes without one; those whose label is being checked are in neither list."""
+        """Return the ids of the volumes without a submitted label; volumes with unchecked labels are in no list."""
         return list(self.summary().unlabelled)
 
     def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
-        """Return the paths of the volumes with a usable submitted label, and of these labels."""
+        """Return the paths of the volumes with a usable submitted label, and of their labels."""
         final = DefaultLabelTag.FINAL.value
         return [
             {"image": self.get_image_uri(image), "label": self.get_label_uri(image, final)}
@@ -88,14 +88,14 @@ class ListedStudies(StudiesFolder):
         ]
 
     def summary(self) -> StudiesSummary:
-        """Return which volumes are labelled; made once for each state of the index."""
+        """Return which volumes are labelled; computed once for each state of the index."""
         model, summary = self._datastore, self._summary
         if summary is None or summary.objects is not model.objects:
             summary = self._summary = StudiesSummary.of(model.objects, self._why_not)
         return summary
 
     def status(self) -> dict[str, Any]:
-        """Return the numbers of volumes and labels, and what cannot be used, with the reasons."""
+        """Return the numbers of volumes and labels, and the unusable files with the reasons."""
         summary = self.summary()
         return {
             "total": len(self._datastore.objects),
@@ -107,7 +107,7 @@ class ListedStudies(StudiesFolder):
         }
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that an operator must know, the latest last."""
+        """Return one sentence for each problem that an operator must know about, the latest last."""
         damaged = [f"{record}: {reason}" for record, reason in list(self.revisions.damaged.items())[:20]]
         return [*self.notices.warnings(), *damaged]
 
@@ -124,7 +124,7 @@ class ListedStudies(StudiesFolder):
         """Write a zip file with all labelled volumes, and return its path."""
         images = self.get_labeled_images()
         if not images:
-            raise HTTPException(404, "there is no submitted label yet, so there is nothing to download")
+            raise HTTPException(404, "no label has been submitted yet, so there is nothing to download")
         final = DefaultLabelTag.FINAL.value
         chosen = images[:limit_cases] if limit_cases and limit_cases > 0 else images
         cases = {image: (self.get_image_uri(image), self.get_label_uri(image, final)) for image in chosen}

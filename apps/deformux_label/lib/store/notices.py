@@ -1,4 +1,4 @@
-"""Notices for an operator about the studies: logged once, and in ``/info/`` for as long as they hold."""
+"""Notices for an operator about the studies: logged once, and shown in ``/info/`` while they apply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Notices:
     """Sentences and files, each logged once."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._warnings: OrderedDict[str, None] = OrderedDict()
 
     def warn(self, sentence: str) -> None:
@@ -34,10 +34,10 @@ class Notices:
         """Return the latest sentences."""
         return list(self._warnings)
 
-    def tell(self, what: str, reasons: Mapping[str, str]) -> None:
-        """Log new names, with their reasons."""
-        new = {name: reason for name, reason in reasons.items() if f"{what} {name} {reason}" not in self._told}
-        self._told.update(f"{what} {name} {reason}" for name, reason in new.items())
+    def log_new(self, what: str, reasons: Mapping[str, str]) -> None:
+        """Log names that were not logged before, with their reasons."""
+        new = {name: reason for name, reason in reasons.items() if f"{what} {name} {reason}" not in self._logged}
+        self._logged.update(f"{what} {name} {reason}" for name, reason in new.items())
         for name, reason in list(new.items())[:_MAX_LISTED]:
             logger.warning("%s: %s: %s", what, printable(name), printable(reason))
         if len(new) > _MAX_LISTED:
@@ -45,7 +45,7 @@ class Notices:
 
 
 def count_and_first(reasons: Mapping[str, str]) -> dict[str, Any]:
-    """Return the number of files and the first of them with the reasons, for ``/info/``."""
+    """Return the number of files, and the first of them with their reasons, for ``/info/``."""
     first = [{"file": printable(name), "reason": printable(why)} for name, why in sorted(reasons.items())]
     return {"count": len(reasons), "first": first[:_MAX_LISTED]}
 

@@ -1,4 +1,4 @@
-"""The record of the labels that a studies folder was served for: the names of labels stored without names."""
+"""The record of the label lists for which a studies folder was served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ProjectRecord:
 
     @classmethod
     def read(cls, path: Path, warn: Callable[[str], None] = logger.error) -> ProjectRecord | None:
-        """Return the record, or None; a damaged one is renamed, and ``warn`` gets a sentence."""
+        """Return the record, or None; rename a damaged one, and pass a sentence to ``warn``."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             return cls(_names(record["labels"]), _names(record["unnamed"]))
@@ -38,7 +38,7 @@ class ProjectRecord:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             logger.error("The record %s cannot be used: %s", path, error)
-            warn(f"the record {path} was damaged, and is replaced by one of this start's labels")
+            warn(f"the record {path} was damaged, and is replaced by one with the labels of this start")
             try:
                 os.replace(path, path.with_name(f"{path.name}.damaged"))
             except OSError as other:
@@ -47,7 +47,7 @@ class ProjectRecord:
 
     @classmethod
     def begin(cls, path: Path, labels: Sequence[str], warn: Callable[[str], None]) -> ProjectRecord:
-        """Return the record of a start with a list of labels; it is not written, as the start may be refused."""
+        """Return the record for a start with these labels, without writing it: the start may be refused."""
         before = cls.read(path, warn)
         if before is not None and before.labels != tuple(labels):
             logger.warning(

@@ -1,4 +1,4 @@
-"""A check of the headers of all served scans."""
+"""Checks of the headers of all served scans."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PAUSE_S = 0.002
 
 
 class ScanChecks:
-    """Reads headers, each once per state of its file."""
+    """Header checks that read a header again only when its file has changed."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[str, str | None]] = {}
         self.reasons: Mapping[str, str] = {}
-        """What is wrong with a file, by its name, as of the last look."""
+        """What is wrong with a file, by its name, as of the last check."""
 
-    def look(self, files: Mapping[str, Path]) -> Mapping[str, str]:
+    def check(self, files: Mapping[str, Path]) -> Mapping[str, str]:
         """Read the headers of new or changed files, by name, and return what is wrong with any file."""
         seen: dict[str, tuple[str, str | None]] = {}
         for name, path in files.items():
@@ -33,7 +33,7 @@ class ScanChecks:
             known = self._seen.get(name)
             if known is None or known[0] != state:
                 known = (state, _reason(path))
-                # Let requests be answered in between.
+                # Yield to request threads.
                 time.sleep(_PAUSE_S)
             seen[name] = known
         self._seen = seen

@@ -1,4 +1,4 @@
-"""The state of a project that requests change, in one sqlite file: leases, tasks and their results."""
+"""The mutable state of a project, in one SQLite file: leases, tasks and their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 _BUSY_S = 30.0
 _TABLES = ("leases", "tasks", "results", "labels", "numbers", "set_aside")
 _MAX_WARNINGS = 20
-# Characters of a record that is set aside: enough to see what it was.
+# Longest part of an invalid record that is kept, in characters.
 _MAX_KEPT = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS leases (
@@ -59,12 +59,12 @@ class StateDatabase:
 
     A change is on disk once ``change`` returns (write-ahead log, ``synchronous=FULL``): neither kill -9 nor a power
     failure undoes it. A damaged file is put aside and replaced by an empty one; an invalid record is set aside.
-    ``warnings`` tells of both.
+    ``warnings`` reports both.
 
     Args:
-        folder: the project's state; made at the first read or write.
+        folder: the project's state folder; made at the first read or write.
         on_open: called with the open database, in a transaction, for example to import the files of earlier versions;
-            what it returns is called once that transaction is on disk.
+            its result is called once that transaction is on disk.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class StateDatabase:
         self._on_open = on_open
         self._lock = threading.RLock()
         self._open: tuple[sqlite3.Connection, tuple[int, ...]] | None = None
-        self._noted: list[str] = []
+        self._warnings: list[str] = []
 
     def read(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Return the result of ``do``, which makes one query, or tolerates a change between two."""
+        """Return the result of ``do``, which makes one query, or tolerates changes between its queries."""
         return self._with_connection(do)
 
     def change(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
@@ -104,23 +104,23 @@ class StateDatabase:
         """Keep an invalid record in the table ``set_aside``, and warn."""
         text = shortened_ascii(record, _MAX_KEPT)
         logger.warning("A record of %s is set aside (%s): %s", kind, reason, shortened_ascii(record))
-        self._noted = [*self._noted, f"a record of {kind} is invalid and is set aside: {reason}"][-_MAX_WARNINGS:]
+        self._warnings = [*self._warnings, f"a record of {kind} is invalid and is set aside: {reason}"][-_MAX_WARNINGS:]
         db.execute("INSERT INTO set_aside VALUES (?, ?, ?, ?)", (time.time(), kind, text, reason))
         db.execute("DELETE FROM set_aside WHERE rowid <= (SELECT max(rowid) FROM set_aside) - 1000")
 
     def warn(self, warning: str) -> None:
         """Add a sentence to ``warnings``."""
         logger.error("%s", warning)
-        self._noted = [*self._noted, warning][-_MAX_WARNINGS:]
+        self._warnings = [*self._warnings, warning][-_MAX_WARNINGS:]
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that an operator should know."""
+        """Return one sentence for each problem that an operator should know about."""
         try:
             names = sorted(entry.name for entry in os.scandir(self.path.parent))
         except FileNotFoundError:
             names = []
         damaged = [n for n in names if n.startswith(f"{self.path.name}.damaged-") and not n.endswith(("-wal", "-shm"))]
-        return [_LOST.format(name) for name in damaged[-_MAX_WARNINGS:]] + self._noted
+        return [_LOST.format(name) for name in damaged[-_MAX_WARNINGS:]] + self._warnings
 
     def _with_connection(self, do: Callable[[sqlite3.Connection], _Result]) -> _Result:
         with self._lock:
@@ -134,7 +134,7 @@ class StateDatabase:
             return do(self._connection())
 
     def _connection(self) -> sqlite3.Connection:
-        """Return the open database; open it again after a fork, or when another process has put the file aside."""
+        """Return the open database; reopen it after a fork, or if a different process has put the file aside."""
         if self._open is not None:
             db, identity = self._open
             if identity == self._identity():
@@ -150,10 +150,10 @@ class StateDatabase:
                 self._create()
             db = _connect(self.path)
             self._open = (db, self._identity())
-            self._take_over(db)
+            self._on_opened(db)
         return db
 
-    def _take_over(self, db: sqlite3.Connection) -> None:
+    def _on_opened(self, db: sqlite3.Connection) -> None:
         db.execute("BEGIN IMMEDIATE")
         try:
             after = self._on_open(db)
@@ -173,7 +173,7 @@ class StateDatabase:
         return (status.st_dev, status.st_ino, os.getpid())
 
     def _create(self) -> None:
-        """Make the file under another name, so that it never exists without its tables: an empty file is damaged."""
+        """Make the file under a temporary name, so that it never exists without tables, which counts as damage."""
         with replacing(self.path) as temporary:
             db = sqlite3.connect(temporary)
             db.executescript(_SCHEMA)
@@ -220,7 +220,7 @@ class StateDatabase:
 
 
 def put_aside(path: Path, word: str = "damaged") -> Path:
-    """Rename a file to a free name beside it, and return that."""
+    """Rename a file to a free name in its folder, and return the new path."""
     aside = path.with_name(f"{path.name}.{word}-{time.strftime('%Y%m%d-%H%M%S')}")
     number = 1
     while aside.exists():
@@ -239,7 +239,7 @@ def shortened_ascii(value: object, most: int = 300) -> str:
 def _connect(path: Path) -> sqlite3.Connection:
     # Transactions are begun explicitly; a lock serialises the threads of one object.
     db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-    # Text that is not Unicode must not stop a start: the reader sets the record aside.
+    # Text that is not Unicode must not prevent a start; the reader sets the record aside.
     db.text_factory = lambda raw: raw.decode(errors="surrogateescape")
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
@@ -252,7 +252,7 @@ def _raise_if_full(error: sqlite3.DatabaseError) -> None:
 
 
 def _means_damage(error: sqlite3.DatabaseError) -> bool:
-    """Return whether an error means that the file is damaged or not ours, unlike a lock or a full disk."""
+    """Return whether an error means a damaged or foreign file, unlike a lock or a full disk."""
     if type(error) is sqlite3.DatabaseError:
         return True
     return str(error).startswith(("no such table", "no such column", "table ", "unsupported file format", "malformed"))

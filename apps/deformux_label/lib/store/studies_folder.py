@@ -1,4 +1,4 @@
-"""A studies folder on disk: its index, its lock, and changes that are made in it by hand."""
+"""A studies folder on disk: its index, its lock, and changes made by hand."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ class StudiesFolder(LocalDatastore):
 
     Args:
         folder: the studies.
-        labels: the project's labels; None for tools, which use those of the last start.
+        labels: the project's labels; None for tools, which use the labels of the last start.
 
     Raises:
-        StudiesError: the folder cannot be read, or its labels belong to another project.
+        StudiesError: the folder cannot be read, or its labels belong to a different project.
     """
 
     _datastore: LocalDatastoreModel
 
     def __init__(self, folder: str, *, labels: Sequence[str] | None) -> None:
-        # MONAI Label's own start is not called: it writes at once, and lists the folder in its own way.
+        # Skips MONAI Label's constructor, which writes at once and lists the folder differently.
         self._datastore_path = os.path.realpath(folder)
         self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
         self._lock_file = os.path.join(self._datastore_path, ".lock")
@@ -68,7 +68,7 @@ class StudiesFolder(LocalDatastore):
         self._auto_reload = settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD
         self.notices = Notices()
         self.read_only = _cannot_write(self._datastore_path) or bool(settings.MONAI_LABEL_DATASTORE_READ_ONLY)
-        # One re-entrant lock; MONAI Label opens a new one for each step of a change.
+        # One re-entrant lock; MONAI Label opens a new one for each step.
         self._lock: AbstractContextManager[Any] = threading.RLock() if self.read_only else FileLock(self._lock_file)
         self._index = IndexFile(Path(self._datastore_config_path))
         state = Path(self._datastore_path) / ".deformux"
@@ -94,42 +94,42 @@ class StudiesFolder(LocalDatastore):
             for tag in (DefaultLabelTag.FINAL.value, DefaultLabelTag.ORIGINAL.value):
                 self._make_label_folder(tag)
             with self._lock:
-                # A writer holds the lock, so a crash left these.
+                # Writers hold the lock, so these are leftovers of a crash.
                 root = Path(self._datastore_path)
                 for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"labels/*/{WRITING}*")):
                     leftover.unlink(missing_ok=True)
                 self.revisions.clean()
-        record = self._begin(state / "project.json", labels)
+        record = self._read_record(state / "project.json", labels)
         self.labels = record.labels
         self._unnamed = record.unnamed
         self._init_from_datastore_file()
         self.refresh()
         if labels is not None:
-            self._refuse_another_projects_labels()
-            self._keep(record, state / "project.json")
+            self._refuse_foreign_labels()
+            self._write_record(record, state / "project.json")
         if self._auto_reload and labels is not None:
             StudiesWatcher(
                 self._datastore_path,
                 self._datastore_config_path,
-                is_news=self._is_news,
+                is_unknown_change=self._is_unknown_change,
                 refresh=self.refresh,
                 reload=self._init_from_datastore_file,
             ).start()
 
-    def _begin(self, path: Path, labels: Sequence[str] | None) -> ProjectRecord:
+    def _read_record(self, path: Path, labels: Sequence[str] | None) -> ProjectRecord:
         if labels is None:
             return ProjectRecord.read(path) or ProjectRecord((), ())
         with self._lock:
             return ProjectRecord.begin(path, labels, self.notices.warn)
 
-    def _keep(self, record: ProjectRecord, path: Path) -> None:
+    def _write_record(self, record: ProjectRecord, path: Path) -> None:
         if self.read_only:
             return
         with self._lock:
             try:
                 record.write(path)
             except OSError as error:
-                self.notices.warn(f"the project's labels could not be written down: {error.strerror or error}")
+                self.notices.warn(f"the project's labels could not be recorded: {error.strerror or error}")
 
     def _make_label_folder(self, tag: str) -> None:
         try:
@@ -140,7 +140,7 @@ class StudiesFolder(LocalDatastore):
                 f"{error.strerror or error}"
             ) from error
 
-    def _refuse_another_projects_labels(self) -> None:
+    def _refuse_foreign_labels(self) -> None:
         stored = {
             names_of(label.info, self._unnamed)
             for entry in self._datastore.objects.values()
@@ -184,9 +184,9 @@ class StudiesFolder(LocalDatastore):
 
     @contextmanager
     def _changing(self) -> Iterator[tuple[dict[str, ImageLabelModel], Transaction]]:
-        """Hold the lock and yield the entries on disk and a transaction; both are written at the end, or neither.
+        """Hold the lock, and yield the entries on disk and a transaction; write both at the end, or neither.
 
-        Entries must be replaced, never changed in place.
+        Replace entries; never change them in place.
         """
         self._refuse_read_only()
         with self._lock:
@@ -196,12 +196,12 @@ class StudiesFolder(LocalDatastore):
             changed = None
             with all_or_nothing() as transaction:
                 yield objects, transaction
-                unlike = any(objects[key] is not before[key] for key in objects.keys() & before.keys())
-                if objects.keys() != before.keys() or unlike or self._index.mended or not self._index.path.exists():
+                replaced = any(objects[key] is not before[key] for key in objects.keys() & before.keys())
+                if objects.keys() != before.keys() or replaced or self._index.repaired or not self._index.path.exists():
                     changed = self._datastore.model_copy(update={"objects": objects})
                     self._index.write(changed, transaction.write(self._index.path))
             if changed is not None:
-                self._index.is_as_written()
+                self._index.mark_written()
                 self._datastore = changed
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
@@ -220,17 +220,17 @@ class StudiesFolder(LocalDatastore):
     def _update_datastore_file(self, lock: bool = True) -> None:
         with self._lock, all_or_nothing() as transaction:
             self._index.write(self._datastore, transaction.write(self._index.path))
-        self._index.is_as_written()
+        self._index.mark_written()
 
     def refresh(self) -> None:
-        """Notice files that were added or removed by hand; new labels are checked in the background."""
+        """Find files that were added or removed by hand; check new labels in the background."""
         self._reconcile_datastore()
         self._checks.wait(_WAIT_FOR_CHECKS_S)
         if self._scans is not None:
             self.check_scans()
 
     def check_scans(self) -> Mapping[str, str]:
-        """Read the headers of all scans, a few milliseconds each, now and after each refresh.
+        """Read the headers of all scans, now and after each refresh; each takes a few milliseconds.
 
         Returns:
             file to the reason, for unusable scans; they are logged once.
@@ -239,22 +239,22 @@ class StudiesFolder(LocalDatastore):
             self._scans = ScanChecks()
         objects = self._datastore.objects
         images = {file_of(image, entry): image for image, entry in objects.items()}
-        reasons = self._scans.look({file: self._image_file(image, objects[image]) for file, image in images.items()})
+        reasons = self._scans.check({file: self._image_file(image, objects[image]) for file, image in images.items()})
         self.unusable_scans = frozenset(images[file] for file in reasons)
-        self.notices.tell("Not usable", reasons)
+        self.notices.log_new("Not usable", reasons)
         return reasons
 
     def check_files(self) -> None:
-        """Read every scan's header and every label's bytes, in this thread at a low priority."""
-        external_labels.give_way()
+        """Read all scans' headers and all labels' bytes, in this thread at low priority."""
+        external_labels.lower_priority()
         self.check_scans()
         for image_id, entry in self._datastore.objects.items():
             for tag, label in entry.labels.items():
-                if tag not in PLAIN_TAGS and self._is_rotten(image_id, tag, label):
+                if tag not in PLAIN_TAGS and self._is_corrupted(image_id, tag, label):
                     self._checks.add([(image_id, tag)])
 
-    def _is_rotten(self, image_id: str, tag: str, label: DataModel) -> bool:
-        """Return whether an untouched label differs from its revision: a failing disk does not change the time."""
+    def _is_corrupted(self, image_id: str, tag: str, label: DataModel) -> bool:
+        """Return whether a label's file differs from its revision; a failing disk does not change its time."""
         if self.read_only or why_unusable(label.info) is not None:
             return False
         newest = self.revisions.newest(image_id, tag)
@@ -278,12 +278,12 @@ class StudiesFolder(LocalDatastore):
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
-            self.notices.warn("the disk of the studies is full, so files that are copied in by hand are not noticed")
+            self.notices.warn("the disk of the studies is full, so files copied in by hand are not noticed")
             found = self._reconciled(self._datastore.objects, None)
             self._datastore = self._datastore.model_copy(update={"objects": found.objects})
         self._files = found
-        self.notices.tell("Not served", found.found.not_served)
-        self.notices.tell("A label without a volume", found.stray)
+        self.notices.log_new("Not served", found.found.not_served)
+        self.notices.log_new("A label without a volume", found.stray)
         if self.labels and not self.read_only:
             self._checks.add(found.to_check)
 
@@ -291,7 +291,7 @@ class StudiesFolder(LocalDatastore):
         return reconcile(self._datastore, objects, self.revisions, transaction, self.labels)
 
     def _check(self, labels: Sequence[tuple[str, str]]) -> None:
-        """Look at labels that changed without this server, and update the index."""
+        """Check labels that changed outside this server, and update the index."""
         if self.read_only or not self.labels:
             return
         with ExitStack() as stack:
@@ -305,8 +305,8 @@ class StudiesFolder(LocalDatastore):
                 if not file.is_file():
                     continue
                 image = self._image_file(image_id, entry)
-                look = external_labels.LabelToCheck(tag, file, image_id, image, self.labels)
-                verdicts.append(external_labels.judge(look, held, self.revisions, stack))
+                label = external_labels.LabelToCheck(tag, file, image_id, image, self.labels)
+                verdicts.append(external_labels.judge(label, held, self.revisions, stack))
             if not verdicts:
                 return
             with self._changing() as (objects, transaction):
@@ -318,7 +318,7 @@ class StudiesFolder(LocalDatastore):
     ) -> None:
         entry = objects.get(verdict.image)
         held = entry.labels.get(verdict.tag) if entry else None
-        # Another label was saved meanwhile.
+        # A newer label has been saved meanwhile.
         if entry is None or held is None or not verdict.file.is_file():
             return
         if file_state(verdict.file.stat()) != verdict.state:
@@ -335,8 +335,8 @@ class StudiesFolder(LocalDatastore):
         label = external_labels.apply_verdict(verdict, held, studies)
         objects[verdict.image] = entry.model_copy(update={"labels": {**entry.labels, verdict.tag: label}})
 
-    def _is_news(self, kind: str, path: str) -> bool:
-        """Return whether a file changed in a way that the index does not know yet, unlike after its own writes."""
+    def _is_unknown_change(self, kind: str, path: str) -> bool:
+        """Return whether the index does not know a file's change yet, as it does for this server's own writes."""
         parts = os.path.relpath(path, self._datastore_path).split(os.sep)
         if parts[0] != "labels":
             file = "/".join(parts)
@@ -358,7 +358,7 @@ class StudiesFolder(LocalDatastore):
 
 
 def _cannot_write(folder: str) -> bool:
-    """Make a folder unless it exists, and return whether it is read-only.
+    """Make a folder if it is missing, and return whether it is read-only.
 
     Raises:
         StudiesError: it is not a folder, or cannot be read.
@@ -369,6 +369,6 @@ def _cannot_write(folder: str) -> bool:
             pass
     except OSError as error:
         raise StudiesError(
-            f"studies must be a folder that can be read; {folder!r} cannot: {error.strerror or error}"
+            f"studies must be a readable folder; {folder!r} cannot be read: {error.strerror or error}"
         ) from error
     return not os.access(folder, os.W_OK | os.X_OK)

@@ -1,4 +1,4 @@
-"""The volumes of an index by whether they are labelled."""
+"""Labelled and unlabelled volumes of an index."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FINAL = DefaultLabelTag.FINAL.value
 
 @dataclass(frozen=True)
 class StudiesSummary:
-    """Which volumes of an index are labelled.
+    """Labelled and unlabelled volumes of an index, and unusable labels.
 
     Args:
-        objects: the entries that this was made from.
-        labelled, unlabelled: ids of volumes with and without a usable submitted label; volumes whose label is still
-            being checked are in neither.
+        objects: the entries of the index.
+        labelled, unlabelled: ids of volumes with and without a usable submitted label; volumes with unchecked labels
+            are in neither.
         tags: number of usable labels, by tag.
         unusable: ``tag/name`` to the reason, for the other labels.
     """

@@ -30,7 +30,7 @@ __all__ = [
     "unfinished",
 ]
 
-# MONAI Label's words, which its clients compare.
+# MONAI Label's names, which its clients compare.
 QUEUED, RUNNING, DONE, FAILED, STOPPED = "SUBMITTED", "RUNNING", "DONE", "ERROR", "STOPPED"
 FINISHED = (DONE, FAILED, STOPPED)
 
@@ -55,7 +55,7 @@ class Tasks:
         return next((task for task in self.read() if task["id"] == task_id), None)
 
     def change(self, do: Callable[[list[dict[str, Any]]], _Result]) -> _Result:
-        """Let ``do`` change the list and its tasks in place, and return its result once the changes are on disk."""
+        """Call ``do``, which changes the tasks in place; return its result once the changes are on disk."""
         return self.state.change(lambda db: self.change_within(db, do))
 
     def change_within(self, db: sqlite3.Connection, do: Callable[[list[dict[str, Any]]], _Result]) -> _Result:
@@ -116,7 +116,7 @@ def _parsed(record: object) -> dict[str, Any] | str:
 
 
 def fault(task: Any) -> str:
-    """Return what is wrong with a task that was read; empty if nothing is."""
+    """Return what is wrong with a stored task; empty if it is valid."""
     if not isinstance(task, dict):
         return "it is not an object"
     if not is_text(task.get("id"), 100) or "/" in task["id"]:
@@ -132,7 +132,7 @@ def fault(task: Any) -> str:
     if not _is_process(task.get("process")) or not all(
         task.get(name) is None or isinstance(task[name], str) for name in ("error", "end_ts")
     ):
-        return "its process or its error make no sense"
+        return "its process or its error is invalid"
     try:
         refuse_invalid_text(task, name="it")
         json.dumps(task, allow_nan=False)

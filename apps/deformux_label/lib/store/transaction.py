@@ -1,4 +1,4 @@
-"""Changes of several files that happen all or not at all, even on a full disk."""
+"""Changes of several files that happen together or not at all, even on a full disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["WRITING", "Transaction", "all_or_nothing", "place"]
 
 logger = logging.getLogger(__name__)
 
-# Hidden, so that it is not taken for a volume. The holder of the studies' lock may delete what a crash left behind.
+# Hidden, so that it is not taken for a volume. The holder of the studies' lock may delete leftovers of a crash.
 WRITING = ".writing-"
 
 
@@ -26,7 +26,7 @@ WRITING = ".writing-"
 class _Step:
     """A rename of a finished temporary file (``written``) or of an existing file.
 
-    ``before`` keeps what was at ``target``; ``new`` refuses a target that exists.
+    ``before`` keeps the former ``target``; ``new`` refuses an existing target.
     """
 
     source: Path
@@ -46,7 +46,7 @@ class Transaction:
     _folders: list[Path] = field(default_factory=list)
 
     def write(self, target: Path, *, new: bool = False) -> Path:
-        """Return a temporary path beside ``target``; the file written there will replace ``target``.
+        """Return a temporary path next to ``target``; the file written there will replace ``target``.
 
         With ``new``, the transaction fails if ``target`` exists.
         """
@@ -90,12 +90,12 @@ class Transaction:
             self._folders.append(path)
 
     def _prepare(self) -> None:
-        """Do everything that needs disk space, while nothing has changed yet."""
+        """Do everything that needs disk space before anything changes."""
         for step in self._steps:
             if step.written:
                 with step.source.open("rb") as written:
                     os.fsync(written.fileno())
-                # mkstemp makes files private to the owner; a label must be as readable as any other file.
+                # mkstemp makes private files; a label must be as readable as other files.
                 step.source.chmod(0o666 & ~umask())
         for step in self._steps[:-1]:
             if step.written and os.path.lexists(step.target):
@@ -124,7 +124,7 @@ class Transaction:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         for folder in reversed(self._folders) if failed else ():
-            with suppress(OSError):  # something else was put there meanwhile
+            with suppress(OSError):  # the folder is in use by now
                 folder.rmdir()
 
 
@@ -132,9 +132,9 @@ class Transaction:
 def all_or_nothing() -> Iterator[Transaction]:
     """Collect file changes, and make them at the end of the block unless it raises.
 
-    New files are written completely, beside their targets, before the first rename, so that a full disk is noticed
-    while nothing has changed yet. If a rename fails nevertheless, those before it are undone, which needs no space.
-    After a crash between renames, the first ones are done, in the given order.
+    New files are written completely, next to their targets, before the first rename, so that a full disk is noticed
+    before anything changes. If a rename fails, the earlier ones are undone, which needs no space. A crash between
+    renames leaves the earlier ones done and the rest undone.
     """
     transaction = Transaction()
     try:
@@ -170,7 +170,7 @@ def place(source: Path, target: Path, *, replace: bool = False) -> None:
 
 
 def _place_new(source: Path, target: Path) -> None:
-    """Rename a file to a name that must not exist; of two at the same time only one succeeds."""
+    """Rename a file to a name that must not exist; only one of two simultaneous calls succeeds."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -196,7 +196,7 @@ def _copy_entry(source: Path, target: Path) -> None:
 
 
 def _twin(path: Path) -> Path:
-    """Return a second name of a file or link, which keeps it when the first is replaced; a copy where links fail."""
+    """Return a hard link to a file or link (a copy where links fail) that survives its replacement."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=WRITING)
     os.close(handle)
     twin = Path(name)

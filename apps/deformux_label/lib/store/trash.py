@@ -29,7 +29,7 @@ class Trashed:
 
     Args:
         name: of its folder in the trash.
-        kind: ``image``, ``label``, or ``damaged label`` for a file that could no longer be read.
+        kind: ``image``, ``label``, or ``damaged label`` for an unreadable file.
         image: id of the volume.
         time: of the deletion, seconds since 1970.
         file: path of the volume's file in the studies; empty if only a label was deleted.
@@ -49,7 +49,7 @@ class Trashed:
 class Trash:
     """Entries ``<folder>/<time>-<id>`` with the files and ``record.json``; the caller holds the studies' lock.
 
-    Files are moved here by renaming: a link itself is moved, never its target.
+    Files are moved by renaming; a link itself is moved, never its target.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,14 +72,14 @@ class Trash:
         return place
 
     def entries(self) -> list[Trashed]:
-        """Return all entries that have files, oldest first; a crash may have left one without."""
+        """Return all entries with files, oldest first; a crash may have left an entry without."""
         if not self.folder.is_dir():
             return []
         names = sorted(os.listdir(self.folder))
         return [entry for entry in map(self.get, names) if entry is not None and self.files(entry)]
 
     def get(self, name: str) -> Trashed | None:
-        """Return one entry, or None if there is none or its record cannot be used."""
+        """Return one entry, or None if it does not exist or its record is unusable."""
         if not name or name.startswith(".") or "/" in name or "\0" in name:
             return None
         path = self.folder / name / "record.json"
@@ -88,7 +88,7 @@ class Trash:
             if not (
                 entry.name == name and entry.kind in _KINDS and is_image_id(entry.image) and _is_inside(entry.file)
             ):
-                raise ValueError("it does not describe what lies beside it")
+                raise ValueError("it does not match its folder")
             if not all(is_tag(tag) and isinstance(number, int) for tag, number in entry.labels.items()):
                 raise ValueError("its labels are not tags with numbers")
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Checks of an upload before it is stored: its suffix, its metadata, and that its name is free."""
+"""Checks of an upload before it is stored: suffix, metadata, and a free name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["checked_info", "checked_suffix", "refuse_taken"]
 
 
 def checked_suffix(path: str, suffixes: tuple[str, ...] = LABEL_SUFFIXES) -> str:
-    """Return the suffix of a file in lower case; raises HTTPException 422 unless it is one of ``suffixes``."""
+    """Return the suffix of a file in lower case; raise HTTPException 422 unless it is one of ``suffixes``."""
     for suffix in suffixes:
         if path.lower().endswith(suffix):
             return suffix
@@ -41,7 +41,7 @@ def checked_info(info: Any) -> dict[str, Any]:
     try:
         json.dumps(info, allow_nan=False)
     except ValueError as error:
-        # Once stored, it would make every later listing of the datastore fail.
+        # Once stored, such a value would break every later listing of the datastore.
         raise HTTPException(400, "params must be JSON without NaN or Infinity") from error
     return dict(info or {})
 
@@ -55,10 +55,10 @@ def refuse_taken(
     with_labels: Mapping[str, object],
     trash: Trash,
 ) -> None:
-    """Refuse an upload whose name belongs to another volume, or to the labels of a deleted volume.
+    """Refuse an upload if its name belongs to a different volume, or to the labels of a deleted one.
 
     Raises:
-        HTTPException: 409; it suggests a free name.
+        HTTPException: 409, with a free name.
     """
 
     def taken(name: str) -> bool:
@@ -72,12 +72,12 @@ def refuse_taken(
     if not taken(name):
         return
     if name in objects or os.path.lexists(root / (name + suffix)):
-        why = f"another volume is named {name!r}, and is not replaced"
+        why = f"a different volume has the name {name!r}, and is not replaced"
     elif _was_deleted(name, upload, trash):
         return
     else:
-        why = f"labels of another volume are kept under the name {name!r}"
-    raise HTTPException(409, f"{why}; upload this one under another id, such as {free_id(name, taken)!r}")
+        why = f"labels of a different volume are kept under the name {name!r}"
+    raise HTTPException(409, f"{why}; upload this one under a different id, such as {free_id(name, taken)!r}")
 
 
 def _was_deleted(name: str, upload: str, trash: Trash) -> bool:

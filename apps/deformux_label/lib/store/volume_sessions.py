@@ -1,4 +1,4 @@
-"""Sessions: volumes that clients upload temporarily, to segment them without adding them to the studies."""
+"""Sessions: volumes that clients upload temporarily, to segment them outside the studies."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class VolumeSession:
         image: the volume, perhaps made from a DICOM series, in this session's own folder.
         client: address of the sender.
         created: seconds since 1970.
-        used: seconds since 1970, of the last request that named it.
-        expiry: seconds after its last use until it is removed.
+        used: seconds since 1970 of the last request for it.
+        expiry: seconds from its last use to its removal.
     """
 
     id: str
@@ -45,7 +45,7 @@ class VolumeSession:
     expiry: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a client is told, in MONAI Label's words."""
+        """Return the session in MONAI Label's format for clients."""
         return {
             "name": self.id,
             "image": self.image.name,
@@ -59,12 +59,12 @@ class VolumeSession:
 class VolumeSessions:
     """The sessions of this server, which end with it.
 
-    Only this process's memory says which sessions exist: files are not trusted. MONAI Label's own sessions unpack
-    archives, and read the path of an image from a file beside it.
+    They are listed only in this process's memory: files are not trusted. MONAI Label's own sessions unpack archives and
+    read the path of an image from a file next to it.
 
     Args:
         folder: a folder that only this process uses.
-        expiry_s: seconds after its last use until a session is removed, and the most that a client may ask for.
+        expiry_s: seconds from a session's last use to its removal; clients may ask for less.
     """
 
     def __init__(self, folder: Path, expiry_s: float) -> None:
@@ -100,7 +100,7 @@ class VolumeSessions:
         return session
 
     def find(self, name: str, *, touch: bool = True) -> VolumeSession:
-        """Return a session; raises HTTPException 404 if there is none, or it has expired."""
+        """Return a session; raise HTTPException 404 if it is unknown or has expired."""
         self.remove_expired()
         with self._lock:
             session = self._sessions.get(name.lower())
@@ -111,7 +111,7 @@ class VolumeSessions:
             return session
 
     def remove(self, name: str) -> VolumeSession:
-        """Remove a session and delete its volume; raises HTTPException 404 if there is none."""
+        """Remove a session and delete its volume; raise HTTPException 404 if it is unknown."""
         session = self.find(name)
         with self._lock:
             self._drop(session.id)
@@ -151,7 +151,7 @@ def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
     for number, upload in enumerate(uploads):
         assert isinstance(upload, StoredUpload)
         shutil.move(upload.path, series / f"{number:04d}.dcm")
-    # From here on it is an ordinary volume in one file.
+    # Afterwards it is an ordinary volume in one file.
     volume = folder / "series.nii.gz"
     write_series(series, volume)
     shutil.rmtree(series)

@@ -1,4 +1,4 @@
-"""Writing a label volume in the format that a client asks for."""
+"""Writers of label volumes in the format that a client requests."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def write_result(
     Args:
         labels: ``(X, Y, Z)``.
         affine: maps voxels to RAS millimetres.
-        names: of the labels, with their values.
-        image: name of the scan's file, whose format is taken where ``extension`` is None and it can hold labels.
-        extension: the format that the request asks for.
-        dtype: the type that it asks for; uint8 for None.
+        names: the labels' names and values.
+        image: name of the scan's file; its format is used if ``extension`` is None and it can hold labels.
+        extension: the requested format.
+        dtype: the requested type; uint8 for None.
     """
     own = next((suffix for suffix in LABEL_FORMATS if image.endswith(suffix)), LABEL_FORMATS[0])
     handle, path = tempfile.mkstemp(suffix=extension or own, dir=request_folder())
@@ -56,7 +56,7 @@ def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapp
         image = nib.Nifti1Image(labels, affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(affine, code=1)
-        # A qform cannot hold a shear, and would count before a sform that has one.
+        # A qform cannot hold a shear, and takes precedence over an sform that has one.
         directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
         image.set_qform(affine, code=int(np.allclose(directions.T @ directions, np.eye(3), atol=1e-4)))
         nib.save(image, path)

@@ -1,4 +1,4 @@
-"""Volumes and labels in a studies folder: which files they are, and the ids that they are served under."""
+"""Volumes and labels in a studies folder: their files and ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 LABEL_SUFFIXES = (".seg.nrrd", *VOLUME_SUFFIXES)
 _DEEPEST_FOLDER = 16
-# Files that users may expect to be served, and that are listed as not served; others, such as text, are ignored.
+# Files that users may expect to be served: they are listed as not served. Others, such as text, are ignored.
 _OTHER_KINDS = (
     *(".dcm", ".ima", ".mhd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh", ".mnc", ".nia", ".vti", ".img.gz"),
     *(".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar"),
@@ -34,7 +34,7 @@ class Found:
     """The content of a folder.
 
     Args:
-        volumes: path of every volume, relative to the folder, with ``/``; in order of name.
+        volumes: paths of all volumes, relative to the folder, with ``/``; sorted.
         not_served: relative path to the reason, for everything else that looks like a volume.
     """
 
@@ -43,7 +43,7 @@ class Found:
 
 
 def split_suffix(name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tuple[str, str] | None:
-    """Return the stem and the suffix, in its own case, of a volume's file name; None for another file."""
+    """Return the stem and the suffix (case kept) of a volume's file name; None for any other file."""
     lower = name.lower()
     for suffix in suffixes:
         if lower.endswith(suffix) and len(name) > len(suffix):
@@ -54,17 +54,16 @@ def split_suffix(name: str, suffixes: tuple[str, ...] = VOLUME_SUFFIXES) -> tupl
 def find_volumes(folder: Path, known: Collection[str] = ()) -> Found:
     """Find the volumes in a folder and its subfolders.
 
-    Hidden files and folders, and ``labels``, are left out. Links to files are followed, as they are common in
-    hospitals' folders; links to folders are not. A relative path in ``known`` was served before, and stays a volume
-    whatever its name.
+    Hidden files and folders, and ``labels``, are left out. Links to files, common in hospitals, are followed; links to
+    folders are not. A relative path in ``known`` was served before, and stays a volume whatever its name.
     """
     found = Found()
-    _look_into(folder, "", 0, found, known)
+    _scan_folder(folder, "", 0, found, known)
     found.volumes.sort()
     return found
 
 
-def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Collection[str]) -> None:
+def _scan_folder(folder: Path, inside: str, depth: int, found: Found, known: Collection[str]) -> None:
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -79,9 +78,9 @@ def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Colle
             if split_suffix(entry.name):
                 found.not_served[path] = "it is a folder, not a file"
             if depth < _DEEPEST_FOLDER:
-                _look_into(Path(entry.path), f"{path}/", depth + 1, found, known)
+                _scan_folder(Path(entry.path), f"{path}/", depth + 1, found, known)
             else:
-                found.not_served[path] = f"it lies more than {_DEEPEST_FOLDER} folders deep"
+                found.not_served[path] = f"it is more than {_DEEPEST_FOLDER} folders deep"
         elif reason := _refusal(entry, known=path in known):
             found.not_served[path] = reason
         elif split_suffix(entry.name):
@@ -89,7 +88,7 @@ def _look_into(folder: Path, inside: str, depth: int, found: Found, known: Colle
 
 
 def _refusal(entry: os.DirEntry[str], *, known: bool) -> str | None:
-    """Return why something that is not a folder is not served; None for a volume or an unrelated file."""
+    """Return why a file is not served; None for a volume or an unrelated file."""
     try:
         return _refusal_of(entry, known=known)
     except OSError as error:
@@ -103,7 +102,7 @@ def _refusal_of(entry: os.DirEntry[str], *, known: bool) -> str | None:
         return "it is a link to a folder, which is not followed"
     lower = entry.name.lower()
     if lower.endswith(".seg.nrrd") and not known:
-        return "it is a segmentation, not a scan; labels belong into labels/final, under the id of their scan"
+        return "it is a segmentation, not a scan; labels belong in labels/final, under the id of their scan"
     if not split_suffix(entry.name):
         is_other = lower.endswith(_OTHER_KINDS)
         return f"it is not one of the formats {', '.join(VOLUME_SUFFIXES)}" if is_other else None
@@ -121,7 +120,7 @@ def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str
 
     Args:
         found: the volumes.
-        known: relative path to id of volumes that keep the id they have.
+        known: relative path to id, for volumes that keep their id.
         belongs: whether the labels kept under an id, if any, may belong to the volume at a relative path.
     """
     volumes = {known[path]: path for path in found.volumes if path in known}
@@ -131,12 +130,12 @@ def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str
         names = _candidates(path)
         if not is_image_id(next(names)):
             found.not_served[path] = (
-                "its name cannot be an id: at most 200 bytes of text, without control characters, or blanks at its ends"
+                "its name cannot be an id: at most 200 bytes of text, without control characters, or spaces at its ends"
             )
             continue
         chosen = next((n for n in _candidates(path) if is_image_id(n) and n not in volumes and belongs(n, path)), None)
         if chosen is None:
-            found.not_served[path] = "other volumes have every id that it could have; rename it"
+            found.not_served[path] = "all ids that it could have are taken; rename it"
         else:
             volumes[chosen] = path
     # In order of path, as in earlier versions.
@@ -150,7 +149,7 @@ def suffix_of(path: str) -> str:
 
 
 def _candidates(path: str) -> Iterator[str]:
-    """Yield possible ids of a file, the best first: its stem, its whole name, then that with a number."""
+    """Yield possible ids of a file, best first: its stem, its whole name, the whole name with a number."""
     stem, _ = split_suffix(path) or (path, "")
     whole = path.replace("/", "__")
     yield stem.replace("/", "__")
@@ -170,7 +169,7 @@ def free_id(name: str, taken: Callable[[str], bool]) -> str:
 def labels_in(folder: Path) -> tuple[dict[str, dict[str, os.stat_result]], dict[str, str]]:
     """Return the label files of a tag's folder as id to {suffix: status}, and name to reason for other files.
 
-    Hidden files are left out: they are unfinished writes, or a Mac's metadata.
+    Hidden files are left out: they are unfinished writes, or metadata of macOS.
     """
     found: dict[str, dict[str, os.stat_result]] = {}
     refused: dict[str, str] = {}

@@ -26,7 +26,7 @@ class StudiesWatcher(FileSystemEventHandler):
 
     Args:
         folder, index: the studies, and the path of their index.
-        is_news: whether the index does not know yet that a path was ``created``, ``modified`` or ``deleted``.
+        is_unknown_change: whether the index does not know yet that a path was ``created``, ``modified`` or ``deleted``.
         refresh, reload: called from a thread of the watcher.
     """
 
@@ -35,34 +35,34 @@ class StudiesWatcher(FileSystemEventHandler):
         folder: str,
         index: str,
         *,
-        is_news: Callable[[str, str], bool],
+        is_unknown_change: Callable[[str, str], bool],
         refresh: Callable[[], None],
         reload: Callable[[], None],
     ) -> None:
         self._folder, self._index = folder, index
-        self._is_news, self._refresh, self._reload = is_news, refresh, reload
+        self._is_unknown_change, self._refresh, self._reload = is_unknown_change, refresh, reload
         self._soon: threading.Timer | None = None
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin to watch; a mounted file system, which may not report changes, is polled."""
+        """Start watching; a mounted file system may not report changes, so it is polled."""
         observer: Any = PollingObserver() if _is_on_mount(self._folder) else Observer()
         try:
             observer.schedule(self, path=self._folder, recursive=True)
             observer.start()
         except OSError as error:
-            logger.error("The studies cannot be watched, so that files copied in by hand are not noticed: %s", error)
+            logger.error("The studies cannot be watched, so files copied in by hand are not noticed: %s", error)
 
     def dispatch(self, event: FileSystemEvent) -> None:
         """Handle one event; only volumes, labels, folders and the index matter."""
         kind = event.event_type
         if kind == "moved":
-            self._happened("deleted", os.fsdecode(event.src_path), event.is_directory)
-            self._happened("created", os.fsdecode(event.dest_path), event.is_directory)
+            self._handle("deleted", os.fsdecode(event.src_path), event.is_directory)
+            self._handle("created", os.fsdecode(event.dest_path), event.is_directory)
         elif kind in ("created", "deleted", "modified"):
-            self._happened(kind, os.fsdecode(event.src_path), event.is_directory)
+            self._handle(kind, os.fsdecode(event.src_path), event.is_directory)
 
-    def _happened(self, kind: str, path: str, is_folder: bool) -> None:
+    def _handle(self, kind: str, path: str, is_folder: bool) -> None:
         if path == self._index:
             if kind == "deleted":
                 self._refresh_soon()
@@ -73,14 +73,14 @@ class StudiesWatcher(FileSystemEventHandler):
         if any(part.startswith(".") for part in parts):
             return
         if is_folder:
-            # A folder that is moved here brings its files without an event for each.
+            # A folder that is moved here causes no events for its files.
             if kind != "modified":
                 self._refresh_soon()
-        elif split_suffix(parts[-1], LABEL_SUFFIXES) and self._is_news(kind, path):
+        elif split_suffix(parts[-1], LABEL_SUFFIXES) and self._is_unknown_change(kind, path):
             self._refresh_soon()
 
     def _refresh_soon(self) -> None:
-        """Refresh once for all files that are copied at about the same time: each refresh lists the whole folder."""
+        """Refresh once for files that are copied at about the same time: each refresh lists the whole folder."""
         with self._lock:
             if self._soon is None:
                 self._soon = threading.Timer(_PAUSE_S, self._now)

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 _STEPS_PER_EPOCH = 20
 # The learning rate for a start from trained weights, as a fraction of the one from scratch.
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
-# The same labels give the same model, except for rounding.
+# Fixed, so that the same labels give the same model, except for rounding.
 _SEED = 0
-# Number of unused or doubtful cases whose reasons are reported.
+# Most unused or doubtful cases that are reported.
 _MAX_REPORTED = 100
 _STARTS = ("published", "pretrained", "scratch")
 
@@ -76,13 +76,13 @@ class FineTune(TrainTask):
         return self.status.read()
 
     def check(self, request: Mapping[str, Any], datastore: Datastore) -> None:
-        """Refuse what could not be trained, before a process is started for it.
+        """Refuse a training that cannot work, before its process is started.
 
         Raises:
             HTTPException: 409 without a label, 400 on a bad option.
         """
         if not datastore.get_labeled_images():
-            raise HTTPException(409, "training needs at least 1 submitted label; there are none so far")
+            raise HTTPException(409, "training needs at least 1 submitted label; none has been submitted yet")
         self._parsed(request)
 
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class FineTune(TrainTask):
                 )
         except TrainingStopped as error:
             self.status.update(now=True, status="stopped", error=f"{error}; no model was published")
-            # As the process would have ended without the handler.
+            # Same exit status as without the handler.
             raise SystemExit(128 + signal.SIGTERM) from error
         except TrainingError as error:
             self.status.update(now=True, status="failed", error=str(error))
@@ -110,7 +110,7 @@ class FineTune(TrainTask):
         except Exception:
             self.status.update(now=True, status="failed", error="the training failed; the server's log says why")
             raise
-        self._tell(outcome)
+        self._report_outcome(outcome)
         return {"version": outcome.version, **self.status.read()}
 
     @property
@@ -149,7 +149,9 @@ class FineTune(TrainTask):
         )
 
     def _devices(self, recipe: Recipe, one: str) -> tuple[str, ...]:
-        """Return where to train: the device that a request chooses, else as many of the project's as divide a step.
+        """Return the devices to train on.
+
+        This is the device that a request chooses, else as many of the project's as evenly divide a step's volumes.
 
         Raises:
             TrainingError: this process does not see a GPU that the project names.
@@ -163,15 +165,15 @@ class FineTune(TrainTask):
             devices = self.project.train_devices.split(",")
         visible = torch.cuda.device_count()
         if missing := [name for name in devices if name != "cpu" and int(name.partition(":")[2]) >= visible]:
-            raise TrainingError(f"train_devices names {missing[0]}, and this training sees {visible} GPUs")
+            raise TrainingError(f"train_devices names {missing[0]}, but only {visible} GPUs are visible")
         volumes = recipe.batch_size // recipe.patches_per_volume
         used = max(n for n in range(1, len(devices) + 1) if volumes % n == 0)
         if used < len(devices):
             logger.info("Training on %d of %d devices, which share %d volumes of a step", used, len(devices), volumes)
         return tuple(devices[:used])
 
-    def _tell(self, outcome: Outcome) -> None:
-        """Report that a training has written a version; the Slicer extension takes ``total_time`` as the end."""
+    def _report_outcome(self, outcome: Outcome) -> None:
+        """Report a written version; the Slicer extension takes a nonzero ``total_time`` as the end."""
         last = self.status.read()
         self.status.update(
             now=True,
@@ -211,7 +213,7 @@ def _recipe(asked: TrainingRequest) -> Recipe:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets; outside the main thread, where no handler can be set, it stays unset."""
+    """Yield an event that SIGTERM sets; it stays unset outside the main thread, which alone can set handlers."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -224,7 +226,7 @@ def _stop_on_sigterm() -> Iterator[threading.Event]:
 
 
 def _first(by_case: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the first cases only: every reply to ``GET /info/`` contains them."""
+    """Return only the first cases, because every reply to ``GET /info/`` contains them."""
     return dict(islice(by_case.items(), _MAX_REPORTED))
 
 

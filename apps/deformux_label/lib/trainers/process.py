@@ -15,26 +15,26 @@ from deformux_label.lib.trainers.queue import PARENT_PIPE
 
 __all__ = ["TRAININGS_SHARE", "end_with_the_server", "leave_room_on_the_gpu"]
 
-# The rest of a GPU's memory is for an inference and the driver.
+# The rest of a GPU's memory is left for inference and the driver.
 TRAININGS_SHARE = 0.8
 _PATIENCE_S = 20.0
 
 
 def end_with_the_server() -> None:
-    """End this process cleanly on SIGTERM, and when the server that started it is gone for any reason.
+    """End this process cleanly on SIGTERM, and when its server ends for any reason.
 
-    Without its server a training could not be seen or stopped. The next server starts it again, and it resumes from
-    its last checkpoint.
+    Without its server a training could neither be seen nor stopped. The next server starts it again,
+    and it resumes from its last checkpoint.
     """
     signal.signal(signal.SIGTERM, _raise_exit)
     if os.environ.get(PARENT_PIPE):
-        threading.Thread(target=_wait_for_the_end_of_input, name="server-watch", daemon=True).start()
+        threading.Thread(target=_exit_after_input, name="server-watch", daemon=True).start()
 
 
 def leave_room_on_the_gpu() -> None:
-    """Limit this process's memory on each GPU, so that inference beside this training finds some.
+    """Limit this process's memory on each GPU, so that simultaneous inference finds some.
 
-    A training that needs more fails with a sentence. An inference that finds too little falls back to smaller
+    A training that needs more fails with one sentence. An inference that needs more falls back to smaller
     windows, then to the CPU.
     """
     for index in range(torch.cuda.device_count()):
@@ -45,7 +45,7 @@ def _raise_exit(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
-def _wait_for_the_end_of_input() -> None:
+def _exit_after_input() -> None:
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

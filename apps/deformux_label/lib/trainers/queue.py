@@ -1,4 +1,4 @@
-"""The queue of trainings, in the project's database: one runs at a time, in its own process, and none is lost."""
+"""The persistent queue of trainings, which run one at a time in separate processes."""
 
 from __future__ import annotations
 
@@ -42,24 +42,25 @@ _KEPT = 50
 _MAX_WAITING = 20
 # Characters of a request's JSON; all options together take a few hundred.
 _MAX_REQUEST_LENGTH = 10_000
-# A training that crashes its server at each start is not started for ever.
+# Limits the restarts of a training that crashes its server.
 _MAX_STARTS = 5
 
 
 class AlreadyTraining(RuntimeError):
-    """A requested training has not finished, or too many are queued; the message says which."""
+    """A requested training has not finished, or too many are queued."""
 
 
 class TrainingQueue:
     """Training tasks in the project's database, with their output in ``<folder>/tasks/<id>.log``.
 
-    Any process may add, list or stop tasks; one of a project's servers runs them. If a task was interrupted by its
-    server's end, the next server starts it again, with the same id and request, and the trainer resumes it.
+    Any process may add, list or stop tasks; one of a project's servers runs them. If the
+    server ends during a task, the next server starts it again with the same id and request, and the trainer resumes
+    it.
 
     Args:
-        folder: the project's state. A ``queue.json`` of earlier versions in it is imported once.
+        folder: the project's state folder. A ``queue.json`` of earlier versions is imported once.
         stop_patience_s: seconds between SIGTERM and SIGKILL.
-        on_end: called with each task that has ended, on the queue's own thread.
+        on_end: called with each ended task, on the queue's own thread.
     """
 
     def __init__(
@@ -74,18 +75,18 @@ class TrainingQueue:
         self._tasks = Tasks(self.state, "training")
         self._stop_patience_s = stop_patience_s
         self._on_end = on_end
-        self._news = threading.Event()
+        self._wake = threading.Event()
 
     def start(self) -> None:
-        """Start to run the tasks in a background thread."""
+        """Start running tasks in a background thread."""
         threading.Thread(target=self._run, name="training-queue", daemon=True).start()
 
     def add(self, request: Mapping[str, Any], *, automatic: bool = False, enqueue: bool = False) -> dict[str, Any]:
         """Queue a training and return its task.
 
         Raises:
-            AlreadyTraining: a training that was requested by hand has not finished, and ``enqueue`` is False; or the
-                queue is full. An automatic training is not an obstacle: this one runs after it.
+            AlreadyTraining: a training requested by hand has not finished, and ``enqueue`` is False; or the queue is
+                full. After an automatic training this one is queued.
             HTTPException: 400 for a request that is too long to store.
         """
         _check_request(request)
@@ -93,20 +94,20 @@ class TrainingQueue:
 
         def append(tasks: list[dict[str, Any]]) -> None:
             if not automatic and not enqueue:
-                _refuse_a_second(tasks)
+                _refuse_second(tasks)
             if sum(known["status"] == QUEUED for known in tasks) >= _MAX_WAITING:
-                raise AlreadyTraining(f"{_MAX_WAITING} trainings are waiting already; ask again when some have ended")
+                raise AlreadyTraining(f"{_MAX_WAITING} trainings are already queued; try again when some have ended")
             tasks.append(task)
 
         self._change(append)
-        self._news.set()
+        self._wake.set()
         return self._public(task)
 
     def submitted(self, image: str, sha256: str, every: int) -> bool:
         """Record an image's current label, and return whether a training is due.
 
-        It is due when ``every`` (0 for never) images have another label than when the last training started, and none
-        is queued. An image counts once, however often it is submitted, and not with the label that was trained on.
+        It is due when the labels of ``every`` images (0 for never) have changed since the last training started, and
+        none is queued. An image counts once, however often it is submitted, and not with its trained label.
         """
 
         def count(db: sqlite3.Connection) -> int:
@@ -130,8 +131,8 @@ class TrainingQueue:
         return None if task is None else self._public(task)
 
     def latest(self) -> dict[str, Any] | None:
-        """Return the task that a client follows: the unfinished one, else the one that ended last."""
-        # One read of the database: between two, the runner might take the task, and it would be in neither.
+        """Return the task that clients show: the unfinished one, else the one that ended last."""
+        # Read the database once: between two reads the runner might take the task, and it would be in neither.
         tasks = self._read()["tasks"]
         ended = [task for task in tasks if task["status"] in FINISHED]
         task = unfinished(tasks) or max(ended, key=lambda t: t["ended"], default=None)
@@ -148,7 +149,7 @@ class TrainingQueue:
         return {"running": next(iter(running), None), "waiting": waiting, "new_labels": new_labels}
 
     def stop(self) -> dict[str, Any] | None:
-        """Stop the running task and drop the queued ones; wait for the end and return the first, or None."""
+        """Stop the running task and drop the queued ones; wait for the end; return the first of them, or None."""
 
         def mark(tasks: list[dict[str, Any]]) -> list[str]:
             left = [task for task in tasks if task["status"] not in FINISHED]
@@ -161,8 +162,8 @@ class TrainingQueue:
         stopped = self._change(mark)
         if not stopped:
             return None
-        self._news.set()
-        # Twice as long as the runner needs: the server that runs the queue may be another one, and gone.
+        self._wake.set()
+        # Twice as long as the runner needs: the queue may run in a different server, which may have ended.
         until = time.monotonic() + 2 * self._stop_patience_s
         while (task := self._find(stopped[0])) and task["status"] not in FINISHED and time.monotonic() < until:
             time.sleep(PAUSE_S / 4)
@@ -175,11 +176,11 @@ class TrainingQueue:
         return self._public(task) if task is not None else {}
 
     def warnings(self) -> list[str]:
-        """Return one sentence for each thing that an operator should know."""
+        """Return one sentence for each problem that an operator should know about."""
         return self.state.warnings()
 
     def _run(self) -> None:
-        # Several servers may serve one folder; the lock passes on when one ends, however it ends.
+        # Several servers may serve one folder; when one ends, even by SIGKILL, a different one gets the lock.
         only_one = FileLock(self.folder / "runner.lock", thread_local=False)
         self.folder.mkdir(parents=True, exist_ok=True)
         while True:
@@ -192,8 +193,8 @@ class TrainingQueue:
         while True:
             task = self._persist(self._take_next)
             if task is None:
-                self._news.wait(PAUSE_S)
-                self._news.clear()
+                self._wake.wait(PAUSE_S)
+                self._wake.clear()
                 continue
             try:
                 self._run_task(task)
@@ -204,12 +205,12 @@ class TrainingQueue:
 
     @staticmethod
     def _persist(do: Callable[[], Any]) -> Any:
-        """Try until it works: a disk that is full for a while must not end the thread that runs trainings."""
+        """Retry until it succeeds: a temporarily full disk must not end the thread that runs trainings."""
         while True:
             try:
                 return do()
             except (OSError, sqlite3.Error) as error:
-                logger.error("The queue of trainings cannot be written (%s); it is tried again", error)
+                logger.error("Cannot write the queue of trainings (%s); retrying", error)
                 time.sleep(50 * PAUSE_S)
 
     def _recover(self) -> None:
@@ -219,7 +220,7 @@ class TrainingQueue:
                     again = not task.get("stop") and task["starts"] < _MAX_STARTS
                     logger.warning("The training %s was interrupted; %s", task["id"], "resuming" if again else "ended")
                     if again:
-                        # It is older than the queued ones, so it comes first again.
+                        # It is older than the queued ones, so it runs first.
                         task["status"] = QUEUED
                     else:
                         end(task, STOPPED if task.get("stop") else FAILED, "the training was interrupted")
@@ -247,7 +248,7 @@ class TrainingQueue:
         return self.state.change(take_with_its_labels)
 
     def _run_task(self, task: Mapping[str, Any]) -> None:
-        self._wait_for_the_former(task)
+        self._wait_for_former_process(task)
         logger.info("Starting the training %s: %s", task["id"], task["request"])
         code, stopped = run_method(
             "train",
@@ -264,8 +265,8 @@ class TrainingQueue:
             error = reason("training", code, last_lines(self._log(task["id"])), hint)
         self._persist(partial(self._finish, task["id"], status, error))
 
-    def _wait_for_the_former(self, task: Mapping[str, Any]) -> None:
-        """Wait for the process of an earlier start, which ends when its server is killed; kill it if it hangs."""
+    def _wait_for_former_process(self, task: Mapping[str, Any]) -> None:
+        """Wait for the process of an earlier start to end, as it does after its server; kill it if it hangs."""
         until = time.monotonic() + 2 * self._stop_patience_s
         while (process := alive(task.get("process"))) is not None:
             if time.monotonic() > until:
@@ -292,7 +293,7 @@ class TrainingQueue:
         try:
             self._on_end(self._public(task) if task is not None else {})
         except Exception:
-            logger.exception("What follows a training failed")
+            logger.exception("The callback after a training failed")
 
     def _find(self, task_id: str) -> dict[str, Any] | None:
         return next((task for task in self._read()["tasks"] if task["id"] == task_id), None)
@@ -302,22 +303,22 @@ class TrainingQueue:
 
     def _change(self, do: Callable[[list[dict[str, Any]]], Any]) -> Any:
         """Change the tasks, and delete the oldest finished ones."""
-        forgotten: list[dict[str, Any]] = []
+        dropped: list[dict[str, Any]] = []
 
         def change(tasks: list[dict[str, Any]]) -> Any:
             result = do(tasks)
-            forgotten[:] = [task for task in tasks if task["status"] in FINISHED][:-_KEPT]
-            for task in forgotten:
+            dropped[:] = [task for task in tasks if task["status"] in FINISHED][:-_KEPT]
+            for task in dropped:
                 tasks.remove(task)
             return result
 
         result = self._tasks.change(change)
-        for task in forgotten:
+        for task in dropped:
             self._log(task["id"]).unlink(missing_ok=True)
         return result
 
     def _public(self, task: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a task as MONAI Label's clients read it; the Slicer extension fails if ``details`` is empty."""
+        """Return a task in MONAI Label's format; the Slicer extension fails if ``details`` is empty."""
         listed = ("id", "status", "request", "start_ts", "end_ts", "automatic", "error")
         details = last_lines(self._log(task["id"])) or [task.get("error") or task["status"]]
         return {key: task[key] for key in listed if task.get(key) is not None} | {"details": details}
@@ -326,12 +327,12 @@ class TrainingQueue:
         return self.folder / "tasks" / f"{task_id}.log"
 
     def _opened(self, db: sqlite3.Connection) -> Callable[[], None] | None:
-        """Import the file of earlier versions, which is kept under another name, and set invalid records aside."""
-        after = self._take_over(db, self.folder / "queue.json")
+        """Import the file of earlier versions, keep it under a different name, and set invalid records aside."""
+        after = self._import_file(db, self.folder / "queue.json")
         self._tasks.change_within(db, lambda _: None)
         return after
 
-    def _take_over(self, db: sqlite3.Connection, path: Path) -> Callable[[], None] | None:
+    def _import_file(self, db: sqlite3.Connection, path: Path) -> Callable[[], None] | None:
         try:
             state = json.loads(path.read_text())
             listed, new_labels = list(state["tasks"]), int(state.get("new_labels", 0))
@@ -340,8 +341,8 @@ class TrainingQueue:
         except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
             why = str(error)
             return lambda: self.state.warn(
-                f"the queue of trainings of an earlier version cannot be read ({why}): trainings that waited are lost, "
-                f"so ask for them again; it is kept as {put_aside(path)}"
+                f"the queue of trainings of an earlier version cannot be read ({why}): queued trainings are lost, "
+                f"so request them again; it is kept as {put_aside(path)}"
             )
         for task in listed:
             if wrong := fault(task):
@@ -349,7 +350,7 @@ class TrainingQueue:
                 continue
             values = (self._tasks.kind, task["id"], json.dumps(task))
             db.execute("INSERT OR IGNORE INTO tasks (kind, id, record) VALUES (?, ?, ?)", values)
-        # The images are unknown; the next training resets this number.
+        # It does not name the images; the next training resets this number.
         db.execute("INSERT OR REPLACE INTO numbers VALUES ('earlier_labels', ?)", (max(0, min(new_labels, 10**6)),))
         return lambda: os.replace(path, path.with_name(f"{path.name}.taken-over"))
 
@@ -370,20 +371,20 @@ def _check_request(request: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_a_second(tasks: Sequence[dict[str, Any]]) -> None:
+def _refuse_second(tasks: Sequence[dict[str, Any]]) -> None:
     for task in tasks:
         if task["status"] not in FINISHED and not task.get("automatic"):
             raise AlreadyTraining(
                 f"a training is {'running' if task['status'] == RUNNING else 'waiting'} already (task "
-                f"{task['id']}); stop it first, or ask with enqueue=true to train again after it"
+                f"{task['id']}); stop it first, or send enqueue=true to train again after it"
             )
 
 
 def with_queue(stats: Mapping[str, Any], queue: TrainingQueue) -> dict[str, Any]:
-    """Return ``train_stats`` of the task that a client follows, with the queue's state.
+    """Return ``train_stats`` of the latest task, with the queue's state.
 
-    The trainer's own stats describe the last training that got far enough to write some. They do not describe a task
-    that is still queued, or that failed before that.
+    The trainer's own stats describe the last training that wrote some. They do not describe a task that is still queued
+    or that failed earlier.
     """
     task = queue.latest()
     if task is None:

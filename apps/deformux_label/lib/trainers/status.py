@@ -1,4 +1,4 @@
-"""The status of a training in a file: the training's process writes it, the server reads it."""
+"""The status file of a training: the training's process writes it, the server reads it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAX_BYTES = 1_000_000
 
 
 class TrainingStatus:
-    """Reads and writes ``training.json``, in the form that MONAI Label's clients expect from ``stats()``.
+    """The file ``training.json``, in the format that MONAI Label's clients expect from ``stats()``.
 
     The Slicer extension divides ``epoch`` by ``total_epochs``, takes a truthy ``total_time`` as the end, and fails on a
     ``best_metric`` that is not a number.
@@ -59,14 +59,14 @@ class TrainingStatus:
             self._written = time.monotonic()
 
     def read(self) -> dict[str, Any]:
-        """Return the status of the last training, empty before the first; if its process is gone, it has stopped."""
+        """Return the status of the last training, empty before the first; it is stopped if its process is gone."""
         try:
             values = _checked(self.path.read_bytes())
         except FileNotFoundError:
             return {}
         except (ValueError, OSError, RecursionError) as error:
             # It only informs clients; the versions and the queue do not depend on it.
-            logger.warning("%s is damaged and taken for empty until the next training: %s", self.path, error)
+            logger.warning("%s is damaged, and counts as empty until the next training: %s", self.path, error)
             return {}
         if values["status"] == "running" and not _alive(values["process"]):
             values |= {
@@ -78,7 +78,7 @@ class TrainingStatus:
 
 
 def _checked(content: bytes) -> dict[str, Any]:
-    """Return the values of a file that can be sent to clients, which compute with them.
+    """Return the values of a file, checked because clients compute with them.
 
     Raises:
         ValueError: the file is damaged.
@@ -96,10 +96,10 @@ def _checked(content: bytes) -> dict[str, Any]:
         if isinstance(values.get(name), bool) or not isinstance(values.get(name), int | float):
             raise ValueError(f"its {name} is not a number")
     if values["total_epochs"] <= 0 or not 0 <= values["epoch"] <= values["total_epochs"]:
-        raise ValueError("its epochs make no sense")
+        raise ValueError("its epochs are invalid")
     process = values.get("process")
     if not isinstance(process, list) or [type(part) for part in process] not in ([int, float], [int, int]):
-        raise ValueError("its process makes no sense")
+        raise ValueError("its process is invalid")
     return values
 
 
