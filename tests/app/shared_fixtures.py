@@ -150,7 +150,10 @@ def trainings(server: LiveServer, volumes: dict[str, Volume]) -> list[Training]:
 
 @pytest.fixture(scope="session")
 def slicer_client() -> ModuleType:
-    """The client code of the Slicer extension, from the installed monailabel wheel."""
+    """Return the client code of the Slicer extension, from the installed monailabel wheel."""
+    # The fixture exists once for each folder of tests. A second import would not set the package's submodules again.
+    if loaded := sys.modules.get("MONAILabelLib"):
+        return loaded
     files = importlib.metadata.files("monailabel") or []
     (init,) = [f for f in files if str(f).endswith("slicer/MONAILabel/MONAILabelLib/__init__.py")]
     path = Path(str(init.locate())).resolve()

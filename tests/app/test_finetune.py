@@ -21,12 +21,14 @@ from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.trainers.status import TrainingStatus
 
-# A network of a hundredth of the size, under the name of an ordinary one: the tests are about what is around it.
+# A network of a hundredth of the size, under the name of an ordinary one: the tests are about what is around it. The
+# further processes of a training on several devices know the ordinary one only.
 PROGRAM = """
 import json, logging, sys
 from pathlib import Path
 from deformux.networks import deformux_net
-deformux_net.PRESETS = {"tiny": deformux_net.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
+if sys.argv[5] == "one":
+    deformux_net.PRESETS = {"tiny": deformux_net.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
 from fastapi import HTTPException
 from deformux.data.preprocessing import Preprocessing
 from deformux_label.lib.configs.project import Project
