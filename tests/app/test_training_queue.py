@@ -84,7 +84,7 @@ def test_an_unreadable_queue_of_an_earlier_version_is_reported(tmp_path: Path) -
     queue = TrainingQueue(tmp_path)
     assert queue.tasks() == []
     (warning,) = queue.warnings()
-    assert "trainings that waited are lost" in warning
+    assert "queued trainings are lost" in warning
     assert len(list(tmp_path.glob("queue.json.damaged-*"))) == 1
 
 
