@@ -206,7 +206,7 @@ def test_a_damaged_database_is_put_aside_and_replaced(damage: str, tmp_path: Pat
     for store in (Leases(tmp_path / "leases.json"), leases):
         assert store.claim("ben", ["x", "y"]) in ("x", "y")
         (warning,) = store.warnings()
-        assert "trainings that waited are lost" in warning
+        assert "queued trainings are lost" in warning
     (kept,) = (file for file in tmp_path.glob("state.sqlite.damaged-*") if not file.name.endswith(("-wal", "-shm")))
     assert kept.name in warning
     queue = TrainingQueue(tmp_path)

@@ -49,7 +49,7 @@ CREATE TABLE IF NOT EXISTS set_aside (
 );
 """
 _LOST = (
-    "the project's state was damaged and has been reset: leases are forgotten, and trainings that waited are lost, so "
+    "the project's state was damaged and has been reset: leases are forgotten, and queued trainings are lost, so "
     "ask for them again; the damaged file is kept as {}: remove it to end this warning"
 )
 
