@@ -108,7 +108,7 @@ def test_warm_start_copies_all_but_the_output_layer(tmp_path: Path) -> None:
     assert fresh
     assert all(name.startswith("head.") for name in fresh)
     torch.testing.assert_close(other.fuse.state_dict(), source.fuse.state_dict())
-    with pytest.raises(InvalidModel, match="another architecture"):
+    with pytest.raises(InvalidModel, match="a different architecture"):
         warm_start(DeformUXNet(1, 3, "small"), tmp_path / "m.safetensors")
 
 
