@@ -80,14 +80,19 @@ def scans(folder: Path) -> dict[str, Volume]:
 
 
 @pytest.fixture(scope="module")
-def editing(
+def running(
     start_here: Callable[..., LiveServer], folder: Path, scans: dict[str, Volume], volumes: dict[str, Volume]
-) -> LiveServer:
-    """Start a server whose untrained model reacts to clicks."""
+) -> list[LiveServer]:
+    """Start a server whose untrained model reacts to clicks; a test that ends it puts the next one in its place."""
     for name in GEOMETRIES:
         shutil.copy(volumes[name].image, folder / "studies")
     publish_untrained(folder / "studies", EDIT_CONF, guidance=0.3)
-    return start_here(folder / "studies", EDIT_CONF, serve_command)
+    return [start_here(folder / "studies", EDIT_CONF, serve_command)]
+
+
+@pytest.fixture
+def editing(running: list[LiveServer]) -> LiveServer:
+    return running[0]
 
 
 def away_from(labels: np.ndarray, value: int, number: int, seed: int = 0, margin: int = 3) -> list[list[int]]:
@@ -284,13 +289,16 @@ def test_another_version_is_used_at_once(editing: LiveServer, folder: Path) -> N
 
 
 def test_after_a_restart_the_answer_is_the_same(
-    editing: LiveServer, start_here: Callable[..., LiveServer], folder: Path, scans: dict[str, Volume]
+    editing: LiveServer,
+    running: list[LiveServer],
+    start_here: Callable[..., LiveServer],
+    folder: Path,
+    scans: dict[str, Volume],
 ) -> None:
-    """Last in this file, since it ends the server."""
     points = {"liver": [[3, 4, 5], [20, 21, 22]], "background": [[10, 20, 6]]}
     before = edit(editing, "two", points).content
     editing.stop()
-    again = start_here(folder / "studies", EDIT_CONF, serve_command)
+    again = running[0] = start_here(folder / "studies", EDIT_CONF, serve_command)
     assert edit(again, "two", points).content == before
     for name in ("flat", "slice", "thin"):
         assert again.submit(name, scans[name].label).status_code == 200

@@ -80,7 +80,7 @@ def test_the_map_does_not_count_as_a_label(server: LiveServer, volumes: dict[str
     requests.delete(f"{server.url}/deformux/leases", params={"image": name}, timeout=60)
     refused = server.submit(name, volumes[name].label, tag="uncertainty")
     assert refused.status_code == 400
-    assert "another" in refused.json()["detail"]
+    assert "under a different tag" in refused.json()["detail"]
     wrong = server.infer(name, uncertainty="maybe")
     assert wrong.status_code == 400
     assert "off, on" in wrong.json()["detail"]
@@ -125,7 +125,7 @@ def test_the_map_survives_a_lost_index_and_goes_with_its_volume(tmp_path: Path) 
     assert datastore.datalist() == []
     assert datastore.status()["label_tags"] == {}
     assert datastore.revisions.known() == {}
-    with pytest.raises(HTTPException, match="another"):
+    with pytest.raises(HTTPException, match="under a different tag"):
         datastore.save_label("a", str(volume.label), "uncertainty", {})
     # The name is reused only after this volume is deleted; the new one has no map.
     with pytest.raises(HTTPException, match="a-2"):

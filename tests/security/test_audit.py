@@ -331,7 +331,20 @@ def test_a_stranger_adds_nothing(server: LiveServer, log: Path, users: Users) ->
     users.remove("mia")
 
 
-def test_the_end_is_recorded(server: LiveServer, log: Path) -> None:
+def test_the_end_is_recorded(tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    conf = {**CONF, "users": str(tmp_path / "users.json")}
+    log = project_of(CONF).state_folder(APP, str(studies)) / "audit.jsonl"
+    server = LiveServer(stock_command(studies, conf), tmp_path)
+    try:
+        _check_the_end(server, log)
+    finally:
+        server.stop()
+        remove_state(studies, conf)
+
+
+def _check_the_end(server: LiveServer, log: Path) -> None:
     os.kill(server.process.pid, signal.SIGTERM)
     # The command is a shell script that waits for the server.
     children = subprocess.run(["pgrep", "-g", str(server.process.pid)], capture_output=True, text=True, check=False)
