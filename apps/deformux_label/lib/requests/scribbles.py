@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from deformux_label.lib.requests.inference import InferenceRequest
-from deformux_label.lib.requests.options import checked_number
+from deformux_label.lib.requests.options import checked_number, one_of
 from deformux_label.lib.requests.uploaded_label import label_file_of
 
 __all__ = ["SCRIBBLED_BACKGROUND", "SCRIBBLED_FOREGROUND", "SCRIBBLE_SEGMENTS", "ScribblesRequest"]
@@ -116,9 +116,7 @@ def _selected(name: Any, labels: Sequence[str], *, needs_label: bool) -> str | N
         if needs_label:
             raise HTTPException(400, f"selected_label_name must be one of {', '.join(labels)}; got none")
         return None
-    if name not in labels:
-        raise HTTPException(400, f"selected_label_name must be one of {', '.join(labels)}; got {name!r}")
-    return str(name)
+    return one_of("selected_label_name", name, labels)
 
 
 def _number(name: str, value: Any, default: float) -> float:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict
 
-from deformux_label.lib.requests.options import checked_device, checked_gpus, checked_number, chosen
+from deformux_label.lib.requests.options import checked_device, checked_gpus, checked_number, chosen, one_of
 
 __all__ = ["TrainingRequest"]
 
@@ -56,11 +55,5 @@ class TrainingRequest(BaseModel):
             learning_rate=number("learning_rate", 1e-8, 1.0, whole=False),
             device=checked_device(sent.get("device")),
             gpus=checked_gpus(sent.get("gpus")),
-            start_from=_start(chosen(sent.get("start_from", starts[0])), starts),
+            start_from=one_of("start_from", chosen(sent.get("start_from", starts[0])), starts),
         )
-
-
-def _start(start: Any, starts: Sequence[str]) -> str:
-    if start not in starts:
-        raise HTTPException(400, f"start_from must be one of {', '.join(starts)}; got {start!r}")
-    return str(start)
