@@ -20,7 +20,7 @@ from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
-from deformux.publishing.learning_round import Outcome, Round, RoundPlan
+from deformux.publishing.learning_round import Outcome, Round, RoundPlan, round_progress
 from deformux.publishing.model_versions import ModelVersions
 from deformux.publishing.publish_gate import Decision, Scores, decide
 from deformux.publishing.round_folder import RoundFolder
@@ -246,7 +246,7 @@ class Learner:
             val_cases=plan.validation,
             new=plan.new if parent else (),
             memory_share=options.memory_share,
-            on_progress=_round_progress(on_progress, plan.recipes, part),
+            on_progress=round_progress(on_progress, plan.recipes, part),
             seed=plan.seed,
             checkpoint=self.round_folder.checkpoint(part),
             checkpoint_seconds=options.checkpoint_seconds,
@@ -370,31 +370,6 @@ class Learner:
         self.round_folder.end()
         self.versions.prune(self.keep)
         return Outcome(name, published, decision, card, set_aside)
-
-
-def _round_progress(
-    on_progress: Callable[[Progress], None] | None, recipes: Sequence[Recipe], part: int
-) -> Callable[[Progress], None] | None:
-    """Wrap ``on_progress`` to report the progress of the whole round, of which one training is a part."""
-    if on_progress is None:
-        return None
-    before, after = recipes[:part], recipes[part + 1 :]
-
-    def report(p: Progress) -> None:
-        steps_before, steps_after = (sum(recipe.steps for recipe in some) for some in (before, after))
-        epochs_before, epochs_after = (sum(recipe.epochs for recipe in some) for some in (before, after))
-        on_progress(
-            dataclasses.replace(
-                p,
-                step=p.step + steps_before,
-                total_steps=p.total_steps + steps_before + steps_after,
-                epoch=p.epoch + epochs_before,
-                total_epochs=p.total_epochs + epochs_before + epochs_after,
-                eta_s=p.eta_s + p.seconds / max(1, p.step) * steps_after,
-            )
-        )
-
-    return report
 
 
 def _check_finite(network: torch.nn.Module) -> None:

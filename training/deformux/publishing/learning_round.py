@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deformux.data.cases import Case
 from deformux.data.label_quality import LabelFacts
+from deformux.fitting.fit import Progress
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.model_file import ModelCard
 from deformux.publishing.publish_gate import Decision
 
-__all__ = ["Outcome", "Round", "RoundPlan"]
+__all__ = ["Outcome", "Round", "RoundPlan", "round_progress"]
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,28 @@ class Outcome:
     decision: Decision
     card: ModelCard
     set_aside: Mapping[str, str] = field(default_factory=dict)
+
+
+def round_progress(
+    on_progress: Callable[[Progress], None] | None, recipes: Sequence[Recipe], part: int
+) -> Callable[[Progress], None] | None:
+    """Wrap ``on_progress`` to report the progress of the whole round, of which one training is a part."""
+    if on_progress is None:
+        return None
+    before, after = recipes[:part], recipes[part + 1 :]
+
+    def report(p: Progress) -> None:
+        steps_before, steps_after = (sum(recipe.steps for recipe in some) for some in (before, after))
+        epochs_before, epochs_after = (sum(recipe.epochs for recipe in some) for some in (before, after))
+        on_progress(
+            dataclasses.replace(
+                p,
+                step=p.step + steps_before,
+                total_steps=p.total_steps + steps_before + steps_after,
+                epoch=p.epoch + epochs_before,
+                total_epochs=p.total_epochs + epochs_before + epochs_after,
+                eta_s=p.eta_s + p.seconds / max(1, p.step) * steps_after,
+            )
+        )
+
+    return report
