@@ -45,6 +45,7 @@ _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "recipe": dict,
     "validation": dict,
     "gate": dict,
+    "plan": dict,
     "scratch_cases": int,
     "weights_sha256": str,
 }
@@ -79,6 +80,7 @@ class ModelCard:
         seconds: training time.
         created: UTC, ISO 8601.
         device: what it was trained on.
+        plan: why network and input are as they are, a sentence for each choice.
         notes: anything a reader should know, e.g. the data's licence.
         weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in older cards.
     """
@@ -101,6 +103,7 @@ class ModelCard:
     seconds: float = 0.0
     created: str = field(default_factory=_now)
     device: str = "cpu"
+    plan: Mapping[str, str] = field(default_factory=dict)
     notes: str = ""
     weights_sha256: str = ""
 

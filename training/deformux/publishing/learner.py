@@ -7,21 +7,25 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from deformux.data.cases import Case
+from deformux.data.planning import Plan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.minutes import in_minutes
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
 from deformux.publishing.learning_round import Outcome, Round, RoundPlan, round_progress
 from deformux.publishing.model_versions import ModelVersions
+from deformux.publishing.project_plan import FixedPlan, Planner
 from deformux.publishing.publish_gate import Decision, Scores, decide
 from deformux.publishing.round_folder import RoundFolder
 from deformux.publishing.score_cache import ScoreCache
@@ -32,6 +36,24 @@ __all__ = ["Learner", "Outcome", "Round"]
 logger = logging.getLogger(__name__)
 
 _FOREIGN = "pretrained-"
+# Continuing a training takes this share of the time of one from scratch.
+_CONTINUED_TIME = 0.5
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of a round, before it begins.
+
+    Args:
+        setup: the network and its input.
+        recipe: of the training, with as many steps as fit into its time.
+        parent, weights: name and file of the model to start from; None for random weights.
+    """
+
+    setup: Plan
+    recipe: Recipe
+    parent: str | None
+    weights: Path | None
 
 
 @dataclass(frozen=True)
@@ -41,15 +63,13 @@ class _Trained:
     Args:
         network: in evaluation mode.
         result: of its training.
-        recipe: of its training.
-        parent: name of the model it started from; None for random weights.
+        training: that it had.
         seconds: of all trainings of the round.
     """
 
     network: DeformUXNet
     result: FitResult
-    recipe: Recipe
-    parent: str | None
+    training: _Training
     seconds: float
 
 
@@ -65,13 +85,27 @@ class Learner:
         preprocessing: how scans become network input.
         preset: size of the network.
         keep: number of newest versions to keep, besides those that ``ModelVersions.prune`` keeps.
+        planner: decides on network and input of each training, instead of ``preprocessing`` and ``preset``.
+
+    Raises:
+        ValueError: neither ``preprocessing`` nor ``planner`` is given.
     """
 
     def __init__(
-        self, root: Path, *, labels: Sequence[str], preprocessing: Preprocessing, preset: str = "tiny", keep: int = 5
+        self,
+        root: Path,
+        *,
+        labels: Sequence[str],
+        preprocessing: Preprocessing | None = None,
+        preset: str = "tiny",
+        keep: int = 5,
+        planner: Planner | None = None,
     ) -> None:
+        if planner is None and preprocessing is None:
+            raise ValueError("a learner needs preprocessing or a planner")
         self.root = Path(root)
-        self.labels, self.preprocessing, self.preset, self.keep = tuple(labels), preprocessing, preset, keep
+        self.labels, self.keep = tuple(labels), keep
+        self.planner = planner or FixedPlan(Plan(preprocessing or Preprocessing(), preset))
         self.versions = ModelVersions(self.root / "versions")
         self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
         self.round_folder = RoundFolder(self.root / "training")
@@ -116,8 +150,9 @@ class Learner:
         plan = self._plan(cases, options)
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
-        run_id = self.round_folder.begin(plan.identity(options.scratch_recipe))
-        trained = self._train(plan, options, on_progress, stop)
+        run_id = self.round_folder.begin({**plan.identity(options), "given": self.planner.given()})
+        trainings = [self._prepared(plan, options, part) for part in range(len(plan.recipes))]
+        trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
         name, card = self._write(trained, decision, plan, options, run_id)
         return self._publish(name, card, decision, plan.set_aside)
@@ -189,7 +224,7 @@ class Learner:
         if path is None or options.from_scratch:
             return None, None
         try:
-            self._network(path, 0)
+            self._network(self.planner.continued(read_card(path)), path, 0)
         except InvalidModel as error:
             logger.warning("Starting from scratch: %s", error)
             return None, None
@@ -205,19 +240,52 @@ class Learner:
         """Return the number of training cases of the last training from scratch; 0 before the first training."""
         return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
 
+    def _prepared(self, plan: RoundPlan, options: Round, part: int) -> _Training:
+        """Prepare the first training of a round, from its parent, or the second, from scratch.
+
+        What is measured or chosen here holds until the round ends, also after a restart.
+        """
+        parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
+
+        def setup() -> dict[str, Any]:
+            if weights is not None:
+                return self.planner.continued(read_card(weights)).to_dict()
+            return self.planner.from_scratch(plan.training).to_dict()
+
+        chosen = Plan.from_dict(self.round_folder.kept(f"plan-{part}", setup))
+        base = plan.recipes[part].replace(**chosen.recipe_changes)
+        if options.minutes is None:
+            return _Training(chosen, base, parent, weights)
+        of_project = parent is not None and not parent.startswith(_FOREIGN)
+        recipe = self.round_folder.kept(
+            f"recipe-{part}",
+            lambda: in_minutes(
+                options.minutes * (_CONTINUED_TIME if of_project else 1.0),
+                self._network(chosen, weights, plan.seed, guidance=base.clicks > 0),
+                plan.training,
+                recipe=base,
+                prep=chosen.preprocessing,
+                labels=self.labels,
+                val_cases=plan.validation,
+                device=options.device,
+            ).to_dict(),
+        )
+        return _Training(chosen, Recipe.from_dict(recipe), parent, weights)
+
     def _train(
         self,
+        trainings: Sequence[_Training],
         plan: RoundPlan,
         options: Round,
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> _Trained:
         """Train, also from scratch if the labels have doubled, and return the better of the two."""
-        first = self._fit(plan, options, 0, on_progress, stop)
-        if len(plan.recipes) == 1:
+        first = self._fit(trainings, plan, options, 0, on_progress, stop)
+        if len(trainings) == 1:
             return first
         logger.info("The labels have doubled since the last training from scratch: training from scratch too")
-        second = self._fit(plan, options, 1, on_progress, stop)
+        second = self._fit(trainings, plan, options, 1, on_progress, stop)
         # The gate's own comparison, with the fine-tuned model as the incumbent.
         preferred = self._decide(second.result.per_case, first.result.per_case, plan, provisional=False)
         logger.info("From scratch: %s", preferred.reason)
@@ -226,27 +294,28 @@ class Learner:
 
     def _fit(
         self,
+        trainings: Sequence[_Training],
         plan: RoundPlan,
         options: Round,
         part: int,
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> _Trained:
-        """Train by one of the plan's recipes: the first starts from the parent, the second from scratch."""
-        recipe = plan.recipes[part]
-        parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
-        network = self._network(weights, plan.seed, guidance=recipe.clicks > 0)
+        """Do one of the round's trainings."""
+        training = trainings[part]
+        setup, recipe = training.setup, training.recipe
+        network = self._network(setup, training.weights, plan.seed, guidance=recipe.clicks > 0)
         result = fit_on(
             options.devices or (options.device,),
             network,
             plan.training,
             recipe=recipe,
-            prep=self.preprocessing,
+            prep=setup.preprocessing,
             labels=self.labels,
             val_cases=plan.validation,
-            new=plan.new if parent else (),
+            new=plan.new if training.parent else (),
             memory_share=options.memory_share,
-            on_progress=round_progress(on_progress, plan.recipes, part),
+            on_progress=round_progress(on_progress, [each.recipe for each in trainings], part),
             seed=plan.seed,
             checkpoint=self.round_folder.checkpoint(part),
             checkpoint_seconds=options.checkpoint_seconds,
@@ -254,11 +323,11 @@ class Learner:
             compile_cache=self.root / "compiled",
         )
         _check_finite(network)
-        return _Trained(network, result, recipe, parent, result.seconds)
+        return _Trained(network, result, training, result.seconds)
 
-    def _network(self, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
+    def _network(self, setup: Plan, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(self.labels) + 1, self.preset, guidance=guidance)
+        network = DeformUXNet(1, len(self.labels) + 1, setup.preset, strides=setup.strides, guidance=guidance)
         if weights is not None:
             warm_start(network, weights)
         return network
@@ -330,16 +399,17 @@ class Learner:
         self, trained: _Trained, decision: Decision, plan: RoundPlan, options: Round, run_id: str
     ) -> tuple[str, ModelCard]:
         """Write the version and its scores; return its name and its card."""
-        result = trained.result
+        result, setup = trained.result, trained.training.setup
         card = ModelCard(
             labels=self.labels,
-            preprocessing=self.preprocessing,
-            preset=self.preset,
+            preprocessing=setup.preprocessing,
+            preset=setup.preset,
             network_options=network_options(trained.network),
-            parent=trained.parent,
+            plan=setup.reasons,
+            parent=trained.training.parent,
             training_cases=tuple(case.id for case in plan.training),
             training_labels=plan.training_labels,
-            recipe=trained.recipe.to_dict(),
+            recipe=trained.training.recipe.to_dict(),
             seed=plan.seed,
             validation={"mean_dice": result.best_dice, "per_case": result.per_case},
             gate=decision.to_dict(),

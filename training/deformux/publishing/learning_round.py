@@ -34,6 +34,8 @@ class Round:
         memory_share: most of a GPU's memory for each process that a training on several devices starts.
         seed: of every random choice.
         checkpoint_seconds: least time between two checkpoints.
+        minutes: time of a training from scratch, into which as many steps as fit are put, and twice the time of one
+            that continues; None for the steps of the recipes.
     """
 
     scratch_recipe: Recipe = RECIPES["finetune"]
@@ -47,6 +49,7 @@ class Round:
     memory_share: float = 1.0
     seed: int = 0
     checkpoint_seconds: float = 30.0
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,17 @@ class RoundPlan:
         from_scratch_now = self.parent is None or len(self.recipes) > 1
         return len(self.training) if from_scratch_now else self.last_from_scratch or len(self.training)
 
-    def identity(self, scratch_recipe: Recipe) -> dict[str, Any]:
+    def identity(self, options: Round) -> dict[str, Any]:
         """Return what an interrupted round must have in common with this one to be resumed."""
+        # The time replaces the steps, which are measured once.
+        timed = {} if options.minutes is None else {"minutes": options.minutes}
         return {
             "training": self.training_labels,
             "validation": {case.id: self.checksums[case.id] for case in self.validation},
             "parent": self.parent,
-            "recipes": [self.recipes[0].to_dict(), scratch_recipe.to_dict()],
+            "recipes": [self.recipes[0].to_dict(), options.scratch_recipe.to_dict()],
             "seed": self.seed,
+            **timed,
         }
 
 

@@ -7,7 +7,7 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,18 @@ class RoundFolder:
         run_id = uuid.uuid4().hex
         write_checked(self.folder / "run.json", {"id": run_id, "started": int(time.time()), "of": same})
         return run_id
+
+    def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a JSON object that ``make`` returned when the round first asked for it, also after a restart."""
+        path = self.folder / f"{name}.json"
+        try:
+            return read_checked(path, dict)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            logger.warning("A part of the interrupted training's record is lost, and is made anew: %s", error)
+        write_checked(path, make())
+        return read_checked(path, dict)
 
     def checkpoint(self, part: int) -> Path:
         """Return the checkpoint file of a part of the round."""

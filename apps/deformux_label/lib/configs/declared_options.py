@@ -16,6 +16,7 @@ from deformux_label.lib.configs.numbers import number_between
 
 __all__ = [
     "ALLOW_ORIGIN",
+    "AUTO",
     "AUTO_TRAIN",
     "CACHE_GB",
     "HOST",
@@ -32,6 +33,7 @@ __all__ = [
     "SSL_CERT",
     "SSL_KEY",
     "TRAIN_DEVICES",
+    "TRAIN_MINUTES",
     "USERS_FILE",
     "WEB_OPTIONS",
     "InvalidOption",
@@ -41,6 +43,9 @@ __all__ = [
 _Value = TypeVar("_Value")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?")
 _DEVICES = re.compile(r"one|auto|cpu(,cpu){0,63}|cuda:[0-9]{1,3}(,cuda:[0-9]{1,3}){0,63}")
+
+# Less is over before a training has begun.
+_FEWEST_MINUTES = 0.1
 
 
 class InvalidOption(ValueError):
@@ -107,6 +112,16 @@ def _checked_number(name: str, text: str, most: int, *, whole: bool) -> float:
         raise InvalidOption(str(error)) from error
 
 
+def _minutes(name: str, text: str) -> float | None:
+    """Return a positive number of minutes, or None for ``auto``."""
+    if text == AUTO:
+        return None
+    minutes = _checked_number(name, text, 100_000, whole=False)
+    if minutes < _FEWEST_MINUTES:
+        raise InvalidOption(f"{name} must be auto or a number from {_FEWEST_MINUTES} to 100000; got {text}")
+    return minutes
+
+
 def _devices(name: str, text: str) -> str:
     value = ",".join(part.strip() for part in text.split(","))
     if not _DEVICES.fullmatch(value):
@@ -148,13 +163,58 @@ def _port(name: str, text: str) -> int:
     return port
 
 
-# A pretrained model has its own values of these; ``Project.from_conf`` reads them together.
+# Left to the plan of each training from scratch; a pretrained model has its own values. ``Project.from_conf`` reads
+# them together.
+AUTO = "auto"
 PRESET = Option(
     name="preset",
-    default="tiny",
-    help="`tiny` (6 M parameters, for CPUs), `small` (14 M), `base` (56 M, the published network)",
+    default=AUTO,
+    help="`tiny` (6 M parameters, for CPUs), `small` (14 M), `base` (56 M, the published network); `auto` by device",
     parse=_text,
     variable="PRESET",
+)
+_PLANNED_OPTIONS: tuple[Option[str], ...] = (
+    Option(
+        name="modality",
+        default=AUTO,
+        help="`ct` (clipped to a window) or `mr` (standardised scan by scan); `auto` by headers and values",
+        parse=_text,
+        variable="MODALITY",
+    ),
+    PRESET,
+    Option(
+        name="spacing",
+        default=AUTO,
+        help="voxel size of the network's grid in mm, such as `1.5,1.5,2`; `native`; or `auto`",
+        parse=_text,
+        variable="SPACING",
+    ),
+    Option(
+        name="patch_size",
+        default=AUTO,
+        help="voxels of a training patch and of an inference window, such as `96,96,96`; or `auto`",
+        parse=_text,
+        variable="PATCH",
+    ),
+    Option(
+        name="window",
+        default=AUTO,
+        help="HU between which CT is clipped, such as `-1000,400` for lung; `auto` by what the labels hold",
+        parse=_text,
+        variable="WINDOW",
+    ),
+    Option(
+        name="percentiles",
+        default=AUTO,
+        help="percentiles of a scan between which MR is clipped, such as `0.5,99.5`; or `auto`",
+        parse=_text,
+    ),
+    Option(
+        name="frame",
+        default=AUTO,
+        help="axes of the network's grid: `ras` (the patient's), `acquisition` (the scan's, thick axis last), or `auto`",
+        parse=_text,
+    ),
 )
 _MODEL_OPTIONS: tuple[Option[str], ...] = (
     Option(
@@ -165,28 +225,7 @@ _MODEL_OPTIONS: tuple[Option[str], ...] = (
         parse=_text,
         variable="LABELS",
     ),
-    Option(
-        name="modality",
-        default="ct",
-        help="`ct` (clipped to -175…250 HU) or `mr` (percentiles of each volume)",
-        parse=_text,
-        variable="MODALITY",
-    ),
-    PRESET,
-    Option(
-        name="spacing",
-        default="native",
-        help="voxel size in mm along right, anterior, superior, such as `1.5,1.5,2`; or `native`",
-        parse=_text,
-        variable="SPACING",
-    ),
-    Option(
-        name="patch_size",
-        default="96,96,96",
-        help="voxels of a training patch and of an inference window",
-        parse=_text,
-        variable="PATCH",
-    ),
+    *_PLANNED_OPTIONS,
     Option(
         name="pretrained",
         default="none",
@@ -194,6 +233,13 @@ _MODEL_OPTIONS: tuple[Option[str], ...] = (
         parse=_text,
         variable="PRETRAINED",
     ),
+)
+TRAIN_MINUTES = Option(
+    name="train_minutes",
+    default=AUTO,
+    help="minutes of a training from scratch, half of them for one that continues; `auto`: 10 on a CPU, 3 on a GPU",
+    parse=_minutes,
+    variable="TRAIN_MINUTES",
 )
 AUTO_TRAIN = Option(
     name="auto_train",
@@ -224,7 +270,7 @@ CACHE_GB = Option(
     variable="CACHE",
 )
 # Fields of ``Project`` with the same names.
-PLAIN_OPTIONS: tuple[Option[Any], ...] = (AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB)
+PLAIN_OPTIONS: tuple[Option[Any], ...] = (TRAIN_MINUTES, AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB)
 PROJECT_OPTIONS: tuple[Option[Any], ...] = (*_MODEL_OPTIONS, *PLAIN_OPTIONS)
 
 USERS_FILE = Option(

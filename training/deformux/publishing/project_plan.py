@@ -1,0 +1,145 @@
+"""What decides on network and input of each training of a project."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from deformux.data.cases import Case
+from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.fingerprint import read_fingerprint
+from deformux.data.planning import Choices, Plan, make_plan
+from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.networks.deformux_net import PUBLISHED_STRIDES
+from deformux.networks.model_file import ModelCard
+
+__all__ = ["FixedPlan", "Planner", "ProjectPlanner"]
+
+logger = logging.getLogger(__name__)
+
+# Scans whose intensities were not read by then are planned by their headers; the next plan reads on.
+_READING_SECONDS = 120.0
+
+
+class Planner(Protocol):
+    """Decides on network and input of a project's trainings."""
+
+    def from_scratch(self, cases: Sequence[Case]) -> Plan:
+        """Return the plan of a training of labelled cases from random weights."""
+
+    def continued(self, card: ModelCard) -> Plan:
+        """Return the plan of a training that starts from a model."""
+
+    def given(self) -> Mapping[str, Any]:
+        """Return what was not left to the planner, as plain values."""
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """The same plan for all trainings."""
+
+    plan: Plan
+
+    def from_scratch(self, cases: Sequence[Case]) -> Plan:  # noqa: ARG002 - a Planner's argument, here and below
+        return self.plan
+
+    def continued(self, card: ModelCard) -> Plan:  # noqa: ARG002
+        return self.plan
+
+    def given(self) -> Mapping[str, Any]:
+        return {}
+
+
+class ProjectPlanner:
+    """Plans trainings from scratch by all scans and labels of a project; one that continues keeps its model's plan.
+
+    The last plan and the facts of the scans are kept in a folder.
+
+    Args:
+        folder: made when it is needed.
+        labels: names of labels 1..N.
+        choices: what the user decided; this also changes the plan of a training that continues.
+        scans: returns the files of all scans now.
+        modality: of the scans, where something besides them states it; empty if nothing does.
+        minutes: time of a training from scratch; None for the plan's default.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        labels: Sequence[str],
+        choices: Choices = Choices(),
+        scans: Callable[[], Sequence[Path]] = tuple,
+        modality: str = "",
+        minutes: float | None = None,
+    ) -> None:
+        self.folder, self.labels, self.choices, self.scans = Path(folder), tuple(labels), choices, scans
+        self.modality, self.minutes = modality, minutes
+        self.device = "cpu"
+
+    def from_scratch(self, cases: Sequence[Case], *, stop: Callable[[], bool] | None = None) -> Plan:
+        """Return the plan for all scans and labelled cases as they are now, and keep it.
+
+        Raises:
+            FingerprintStopped: ``stop`` returned true.
+            ValueError: there is no usable scan, or a given value is out of range.
+        """
+        facts = read_fingerprint(
+            self.scans(),
+            cases,
+            cache=self.folder / "fingerprint.json",
+            modality=self.modality,
+            seconds=_READING_SECONDS,
+            stop=stop,
+        )
+        for reason in facts.unusable:
+            logger.warning("Not planned with: %s", reason)
+        plan = make_plan(
+            facts,
+            labels=self.labels,
+            given=self.choices,
+            device=self.device,
+            minutes=self.minutes,
+            gpu_gigabytes=gpu_gigabytes(self.device),
+            measure=partial(measure_speed, self.device, n_labels=len(self.labels)),
+        )
+        write_checked(self.folder / "plan.json", plan.to_dict(), indent=2)
+        logger.info("The plan of a training from scratch:\n%s", plan.table())
+        return plan
+
+    def continued(self, card: ModelCard) -> Plan:
+        """Return the plan of a model with what the user decided."""
+        given = self.choices
+        changes: dict[str, Any] = {
+            name: value
+            for name in ("modality", "window_hu", "percentiles", "frame", "patch_size")
+            if (value := getattr(given, name)) is not None
+        }
+        if given.spacing_mm is not None:
+            changes["spacing_mm"] = None if given.spacing_mm == "native" else given.spacing_mm
+        return Plan(
+            preprocessing=dataclasses.replace(card.preprocessing, **changes),
+            preset=given.preset or card.preset,
+            strides=card.network_options.get("strides", PUBLISHED_STRIDES),
+            recipe_changes=card.planned_recipe,
+            reasons=card.plan,
+        )
+
+    def given(self) -> Mapping[str, Any]:
+        return dataclasses.asdict(self.choices)
+
+    def last(self) -> Plan | None:
+        """Return the last plan; None before the first, or if it cannot be read."""
+        try:
+            return read_checked(self.folder / "plan.json", Plan.from_dict)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            logger.warning("The plan is made again at the next training from scratch: %s", error)
+            return None
