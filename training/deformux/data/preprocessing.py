@@ -44,8 +44,8 @@ class Preprocessing:
         spacing = self.spacing_mm
         if spacing is not None and (len(spacing) != 3 or not all(0.05 <= s <= 50 for s in spacing)):
             raise ValueError(f"spacing must be 'native' or three sizes between 0.05 and 50 mm; got {spacing}")
-        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 16 <= p <= 512 for p in self.patch_size):
-            raise ValueError(f"patch size must be three whole numbers between 16 and 512 voxels; got {self.patch_size}")
+        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 1 <= p <= 512 for p in self.patch_size):
+            raise ValueError(f"patch size must be three whole numbers between 1 and 512 voxels; got {self.patch_size}")
         if not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
