@@ -23,6 +23,7 @@ from monailabel.utils.async_tasks.utils import processes
 from deformux import __version__
 from deformux.data.header import MAX_VOXELS_VARIABLE
 from deformux.publishing.model_versions import ModelVersions
+from deformux.publishing.project_plan import ProjectPlanner
 from deformux_label.lib.activelearning.background_scores import SelectionScores, SelectionScoring
 from deformux_label.lib.activelearning.strategies import all_strategies
 from deformux_label.lib.activelearning.waiting_volumes import WaitingVolumes
@@ -74,6 +75,13 @@ class DeformUXLabel(MONAILabelApp):
         os.environ[MAX_VOXELS_VARIABLE] = str(self.server_options.max_voxels)
         self.state_folder = self.project.state_folder(app_dir, studies)
         self.models = ServedModels(self.project, self.state_folder)
+        self.planner = ProjectPlanner(
+            self.state_folder / "plan",
+            labels=self.project.labels,
+            choices=self.project.choices,
+            scans=self._scans,
+            minutes=self.project.train_minutes,
+        )
         self.scores = SelectionScores(self.project, self.models, self.state_folder / "selection")
         self.waiting = WaitingVolumes(self.scores)
         self.leases = Leases(self.state_folder / "leases.json", minutes=self.project.lease_minutes)
@@ -115,7 +123,12 @@ class DeformUXLabel(MONAILabelApp):
         }
 
     def init_trainers(self) -> dict[str, TrainTask]:
-        return {"segmentation": FineTune(self.project, self.models, self.state_folder)}
+        return {"segmentation": FineTune(self.project, self.models, self.state_folder, self.planner)}
+
+    def _scans(self) -> list[Path]:
+        """Return the files of all scans."""
+        datastore = self.datastore()
+        return [Path(datastore.get_image_uri(image)) for image in datastore.list_images()]
 
     def init_strategies(self) -> dict[str, Strategy]:
         return all_strategies(self.scores, self.leases, self.request_scoring, self.waiting)

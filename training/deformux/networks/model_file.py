@@ -80,7 +80,8 @@ class ModelCard:
         seconds: training time.
         created: UTC, ISO 8601.
         device: what it was trained on.
-        plan: why network and input are as they are, a sentence for each choice.
+        plan: ``reasons`` of network and input, a sentence for each choice, ``facts`` behind them, and the
+            ``recipe_changes`` that came with them; empty without a plan.
         notes: anything a reader should know, e.g. the data's licence.
         weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in older cards.
     """
@@ -103,7 +104,7 @@ class ModelCard:
     seconds: float = 0.0
     created: str = field(default_factory=_now)
     device: str = "cpu"
-    plan: Mapping[str, str] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
     weights_sha256: str = ""
 

@@ -21,7 +21,7 @@ from deformux.fitting.fit import FitResult, Progress, TrainingError
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
 from deformux.publishing.learning_round import Outcome, Round, RoundPlan, round_progress
 from deformux.publishing.model_versions import ModelVersions
@@ -105,7 +105,9 @@ class Learner:
             raise ValueError("a learner needs preprocessing or a planner")
         self.root = Path(root)
         self.labels, self.keep = tuple(labels), keep
-        self.planner = planner or FixedPlan(Plan(preprocessing or Preprocessing(), preset))
+        self.planner = planner or FixedPlan(
+            Plan(preprocessing or Preprocessing(), preset, PUBLISHED_STRIDES, {}, {})
+        )
         self.versions = ModelVersions(self.root / "versions")
         self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
         self.round_folder = RoundFolder(self.root / "training")
@@ -405,7 +407,7 @@ class Learner:
             preprocessing=setup.preprocessing,
             preset=setup.preset,
             network_options=network_options(trained.network),
-            plan=setup.reasons,
+            plan={part: setup.to_dict()[part] for part in ("reasons", "recipe_changes", "facts")},
             parent=trained.training.parent,
             training_cases=tuple(case.id for case in plan.training),
             training_labels=plan.training_labels,

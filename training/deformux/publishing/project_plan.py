@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.fingerprint import read_fingerprint
+from deformux.data.planned_options import chosen_preprocessing
 from deformux.data.planning import Choices, Plan, make_plan
 from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
@@ -110,25 +111,19 @@ class ProjectPlanner:
             measure=partial(measure_speed, self.device, n_labels=len(self.labels)),
         )
         write_checked(self.folder / "plan.json", plan.to_dict(), indent=2)
-        logger.info("The plan of a training from scratch:\n%s", plan.table())
+        logger.info("The plan of a training from scratch:\n%s", "\n".join(plan.lines()))
         return plan
 
     def continued(self, card: ModelCard) -> Plan:
         """Return the plan of a model with what the user decided."""
-        given = self.choices
-        changes: dict[str, Any] = {
-            name: value
-            for name in ("modality", "window_hu", "percentiles", "frame", "patch_size")
-            if (value := getattr(given, name)) is not None
-        }
-        if given.spacing_mm is not None:
-            changes["spacing_mm"] = None if given.spacing_mm == "native" else given.spacing_mm
-        return Plan(
-            preprocessing=dataclasses.replace(card.preprocessing, **changes),
-            preset=given.preset or card.preset,
-            strides=card.network_options.get("strides", PUBLISHED_STRIDES),
-            recipe_changes=card.planned_recipe,
-            reasons=card.plan,
+        own = card.plan
+        return Plan.from_dict(
+            {
+                "preprocessing": chosen_preprocessing(self.choices, card.preprocessing).to_dict(),
+                "preset": self.choices.preset or card.preset,
+                "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
+                **{part: own.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},
+            }
         )
 
     def given(self) -> Mapping[str, Any]:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from deformux.data.planned_options import AUTO
 from deformux_label.lib.configs.numbers import number_between
 
 __all__ = [
     "ALLOW_ORIGIN",
-    "AUTO",
     "AUTO_TRAIN",
     "CACHE_GB",
     "HOST",
@@ -26,6 +26,7 @@ __all__ = [
     "MAX_UPLOAD_GB",
     "MAX_VOXELS",
     "PLAIN_OPTIONS",
+    "PLANNED_OPTIONS",
     "PORT",
     "PRESET",
     "PROJECT_OPTIONS",
@@ -165,7 +166,6 @@ def _port(name: str, text: str) -> int:
 
 # Left to the plan of each training from scratch; a pretrained model has its own values. ``Project.from_conf`` reads
 # them together.
-AUTO = "auto"
 PRESET = Option(
     name="preset",
     default=AUTO,
@@ -173,7 +173,7 @@ PRESET = Option(
     parse=_text,
     variable="PRESET",
 )
-_PLANNED_OPTIONS: tuple[Option[str], ...] = (
+PLANNED_OPTIONS: tuple[Option[str], ...] = (
     Option(
         name="modality",
         default=AUTO,
@@ -225,7 +225,7 @@ _MODEL_OPTIONS: tuple[Option[str], ...] = (
         parse=_text,
         variable="LABELS",
     ),
-    *_PLANNED_OPTIONS,
+    *PLANNED_OPTIONS,
     Option(
         name="pretrained",
         default="none",

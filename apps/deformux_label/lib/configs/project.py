@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from deformux.data.cases import split_label_names
+from deformux.data.planned_options import AUTO, choices_from_options, choices_to_options, chosen_preprocessing
+from deformux.data.planning import Choices
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
@@ -21,9 +22,10 @@ from deformux_label.lib.configs.declared_options import (
     CACHE_GB,
     LEASE_MINUTES,
     PLAIN_OPTIONS,
-    PRESET,
+    PLANNED_OPTIONS,
     PROJECT_OPTIONS,
     TRAIN_DEVICES,
+    TRAIN_MINUTES,
     InvalidOption,
 )
 
@@ -31,6 +33,7 @@ __all__ = ["OPTIONS", "InvalidOption", "Project"]
 
 OPTIONS = tuple(sorted(option.name for option in PROJECT_OPTIONS))
 """Names of the options that describe the project."""
+_PLANNED = frozenset(option.name for option in PLANNED_OPTIONS)
 # Names with a different meaning: in the Slicer extension, in requests, and as options of a task, which requests contain
 # in addition to the labels.
 _RESERVED = frozenset(
@@ -50,9 +53,9 @@ class Project:
 
     Args:
         labels: names of the label values 1..N, in order.
-        preset: size of the network that is trained.
-        preprocessing: how scans become network input.
+        choices: what is not left to the plan of each training from scratch.
         pretrained: name of the weights to start from, or None.
+        train_minutes: time of a training from scratch; None for the plan's default.
         auto_train: number of images with a new label after which a training is queued; 0 for never.
         lease_minutes: duration of a volume's lease; 0 switches leases off.
         cache_gb: gigabytes (10^9 bytes) of the cache that makes the next click on a volume fast; 0 for no cache.
@@ -60,9 +63,9 @@ class Project:
     """
 
     labels: tuple[str, ...]
-    preset: str = PRESET.default
-    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    choices: Choices = Choices()
     pretrained: str | None = None
+    train_minutes: float | None = TRAIN_MINUTES.default_value
     auto_train: int = AUTO_TRAIN.default_value
     lease_minutes: float = LEASE_MINUTES.default_value
     cache_gb: float = CACHE_GB.default_value
@@ -80,40 +83,40 @@ class Project:
             raise InvalidOption(f"unknown option {unknown[0]!r}; valid options are {', '.join(OPTIONS)}")
         given = {key: str(value).strip() for key, value in conf.items() if str(value).strip()}
         pretrained, card = _pretrained(given.get("pretrained", "none"))
-        start = card.preprocessing if card else Preprocessing()
-        preset = given.get("preset", card.preset if card else PRESET.default)
-        if preset not in PRESETS:
-            raise InvalidOption(f"preset must be one of {', '.join(sorted(PRESETS))}; got {preset!r}")
+        texts = {**_texts_of_model(card), **{key: given[key] for key in given if key in _PLANNED}}
+        preset = texts.get("preset", AUTO)
+        if preset not in (*PRESETS, AUTO):
+            raise InvalidOption(f"preset must be {AUTO} or one of {', '.join(sorted(PRESETS))}; got {preset!r}")
         if card and preset != card.preset:
             raise InvalidOption(f"pretrained {pretrained!r} has preset {card.preset!r}; got preset {preset!r}")
         try:
-            typed = Preprocessing.from_options(
-                given.get("modality", start.modality),
-                given.get("spacing", _spacing_text(start)),
-                given.get("patch_size", ",".join(map(str, start.patch_size))),
-            )
+            choices = choices_from_options(texts)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
-        preprocessing = dataclasses.replace(
-            start, modality=typed.modality, spacing_mm=typed.spacing_mm, patch_size=typed.patch_size
-        )
         labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
         if not labels:
             raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
         plain = {option.name: option.value(given) for option in PLAIN_OPTIONS}
-        return cls(labels, preset, preprocessing, pretrained, **plain)
+        return cls(labels, choices, pretrained, **plain)
 
     def to_conf(self) -> dict[str, str]:
         """Return options from which ``from_conf`` recreates this project."""
         return {
             "labels": ",".join(self.labels),
-            "modality": self.preprocessing.modality,
-            "patch_size": ",".join(map(str, self.preprocessing.patch_size)),
-            "preset": self.preset,
             "pretrained": self.pretrained or "none",
-            "spacing": _spacing_text(self.preprocessing),
+            **choices_to_options(self.choices),
             **{option.name: _option_text(getattr(self, option.name)) for option in PLAIN_OPTIONS},
         }
+
+    @property
+    def preset(self) -> str:
+        """Return the size of a network that is needed before there is a plan."""
+        return self.choices.preset or "tiny"
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Return how scans are read before there is a plan: as MR if nobody said, which suits all intensities."""
+        return chosen_preprocessing(self.choices, Preprocessing("mr"))
 
     @property
     def label_values(self) -> dict[str, int]:
@@ -126,9 +129,17 @@ class Project:
         Different studies, labels or modalities make different projects, so that their weights never mix.
         """
         place = studies if re.match(r"https?://", studies) else os.path.realpath(studies)
-        identity = json.dumps([place, self.labels, self.preprocessing.modality])
         name = re.sub(r"[^A-Za-z0-9_-]+", "-", os.path.basename(place.rstrip("/")))[:40] or "studies"
-        return Path(app_dir) / "model" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+        def folder(modality: str) -> Path:
+            identity = json.dumps([place, self.labels, modality])
+            return Path(app_dir) / "model" / f"{name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+
+        if self.choices.modality is not None:
+            return folder(self.choices.modality)
+        # Before the modality was found in the scans, ct was its default: such a project goes on.
+        before = folder("ct")
+        return before if before.is_dir() and not folder(AUTO).is_dir() else folder(AUTO)
 
 
 def _pretrained(name: str) -> tuple[str | None, ModelCard | None]:
@@ -150,9 +161,24 @@ def _labels(text: str) -> tuple[str, ...]:
     return names
 
 
-def _option_text(value: float | str) -> str:
+def _option_text(value: float | str | None) -> str:
+    if value is None:
+        return AUTO
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _spacing_text(prep: Preprocessing) -> str:
-    return ",".join(map(str, prep.spacing_mm)) if prep.spacing_mm else "native"
+def _texts_of_model(card: ModelCard | None) -> dict[str, str]:
+    """Return a model's own values of the options that a plan would choose, as text."""
+    if card is None:
+        return {}
+    own = card.preprocessing
+    values = Choices(
+        modality=own.modality,
+        window_hu=own.window_hu,
+        percentiles=own.percentiles,
+        frame=own.frame,
+        spacing_mm=own.spacing_mm or "native",
+        patch_size=own.patch_size,
+        preset=card.preset,
+    )
+    return choices_to_options(values)

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from deformux.data.planned_options import AUTO
 from deformux_label.lib.requests.options import checked_device, checked_gpus, checked_number, chosen, one_of
 
 __all__ = ["TrainingRequest"]
@@ -16,8 +17,9 @@ class TrainingRequest(BaseModel):
     """A checked request to train.
 
     Args:
-        steps: number of optimizer steps.
-        batch_size: patches in each step.
+        minutes: time of a training from scratch, unless ``steps`` are given.
+        steps: number of optimizer steps; None for as many as fit.
+        batch_size: patches in each step; None for what the plan says.
         learning_rate: for a start from scratch.
         device: one device.
         gpus: GPUs that the process sees, as ``checked_gpus`` returns them.
@@ -26,8 +28,9 @@ class TrainingRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    steps: int
-    batch_size: int
+    minutes: float
+    steps: int | None
+    batch_size: int | None
     learning_rate: float
     device: str
     gpus: str
@@ -39,20 +42,25 @@ class TrainingRequest(BaseModel):
 
         Args:
             sent: the request.
-            defaults: defaults of ``steps``, ``batch_size`` and ``learning_rate``.
+            defaults: defaults of ``minutes`` and ``learning_rate``.
             starts: valid values of ``start_from``, the default first.
 
         Raises:
             HTTPException: 400 on a bad option.
         """
 
-        def number(name: str, low: float, high: float, *, whole: bool) -> float:
-            return checked_number(name, chosen(sent.get(name, defaults[name])), low=low, high=high, whole=whole)
+        def number(name: str, low: float, high: float) -> float:
+            return checked_number(name, chosen(sent.get(name, defaults[name])), low=low, high=high)
+
+        def count(name: str, most: int) -> int | None:
+            value = chosen(sent.get(name, AUTO))
+            return None if value == AUTO else int(checked_number(name, value, low=1, high=most, whole=True))
 
         return cls(
-            steps=int(number("steps", 1, 1_000_000, whole=True)),
-            batch_size=int(number("batch_size", 1, 64, whole=True)),
-            learning_rate=number("learning_rate", 1e-8, 1.0, whole=False),
+            minutes=number("minutes", 0.1, 100_000),
+            steps=count("steps", 1_000_000),
+            batch_size=count("batch_size", 64),
+            learning_rate=number("learning_rate", 1e-8, 1.0),
             device=checked_device(sent.get("device")),
             gpus=checked_gpus(sent.get("gpus")),
             start_from=one_of("start_from", chosen(sent.get("start_from", starts[0])), starts),

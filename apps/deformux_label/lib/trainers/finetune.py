@@ -20,10 +20,13 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.cases import Case
+from deformux.data.planned_options import AUTO
+from deformux.data.planning import default_minutes
 from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
+from deformux.publishing.project_plan import ProjectPlanner
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.requests.options import checked_device
@@ -52,12 +55,11 @@ class FineTune(TrainTask):
     step is finished and kept, and the next training on the same labels continues from there.
     """
 
-    def __init__(self, project: Project, models: ServedModels, state_folder: Path) -> None:
+    def __init__(self, project: Project, models: ServedModels, state_folder: Path, planner: ProjectPlanner) -> None:
         super().__init__("Fine-tune DeformUX-Net on all submitted labels")
         self.project = project
-        self.learner = Learner(
-            state_folder, labels=project.labels, preprocessing=project.preprocessing, preset=project.preset
-        )
+        self.planner = planner
+        self.learner = Learner(state_folder, labels=project.labels, planner=planner)
         self.models = models
         self.status = TrainingStatus(state_folder / "training.json")
 
@@ -66,8 +68,9 @@ class FineTune(TrainTask):
         recipe = RECIPES["finetune"]
         return {
             "device": device_list(),
-            "steps": recipe.steps,
-            "batch_size": recipe.batch_size,
+            "minutes": self._minutes(device_list()[0]),
+            "steps": AUTO,
+            "batch_size": AUTO,
             "learning_rate": recipe.learning_rate,
             "start_from": list(self._starts),
         }
@@ -89,6 +92,8 @@ class FineTune(TrainTask):
         self.check(request, datastore)
         asked = self._parsed(request)
         recipe = _recipe(asked)
+        self.planner.device = asked.device
+        self.planner.minutes = asked.minutes
         self.status.start(
             total_epochs=recipe.epochs,
             total_steps=recipe.steps,
@@ -116,6 +121,9 @@ class FineTune(TrainTask):
     @property
     def _starts(self) -> tuple[str, ...]:
         return tuple(start for start in _STARTS if start != "pretrained" or self.project.pretrained)
+
+    def _minutes(self, device: str) -> float:
+        return self.project.train_minutes or default_minutes(checked_device(device))
 
     def _parsed(self, request: Mapping[str, Any]) -> TrainingRequest:
         return TrainingRequest.of(request, self.config(), starts=self._starts)
@@ -146,6 +154,7 @@ class FineTune(TrainTask):
             devices=devices,
             memory_share=TRAININGS_SHARE,
             seed=_SEED,
+            minutes=asked.minutes if asked.steps is None else None,
         )
 
     def _devices(self, recipe: Recipe, one: str) -> tuple[str, ...]:
@@ -204,11 +213,13 @@ class FineTune(TrainTask):
 
 
 def _recipe(asked: TrainingRequest) -> Recipe:
-    recipe = RECIPES["finetune"]
+    recipe = RECIPES["finetune"].replace(learning_rate=asked.learning_rate)
+    if asked.batch_size is not None:
+        recipe = recipe.replace(batch_size=asked.batch_size)
+    if asked.steps is None:
+        return recipe
     # Validating takes about as long as ten steps.
-    return recipe.in_steps(asked.steps, epochs=min(recipe.epochs, asked.steps // _STEPS_PER_EPOCH)).replace(
-        batch_size=asked.batch_size, learning_rate=asked.learning_rate
-    )
+    return recipe.in_steps(asked.steps, epochs=min(recipe.epochs, asked.steps // _STEPS_PER_EPOCH))
 
 
 @contextmanager
