@@ -130,6 +130,14 @@ class DeformUXLabel(MONAILabelApp):
         datastore = self.datastore()
         return [Path(datastore.get_image_uri(image)) for image in datastore.list_images()]
 
+    def _plan_at_start(self) -> None:
+        """Log the plan of a training from scratch, which until then also says how scans are read without a model."""
+        try:
+            self.planner.device = checked_device(None)
+            self.planner.from_scratch(self._trainers["segmentation"].cases(self.datastore()), quick=True)
+        except (ValueError, OSError) as error:
+            logger.info("There is no plan yet: %s", error)
+
     def init_strategies(self) -> dict[str, Strategy]:
         return all_strategies(self.scores, self.leases, self.request_scoring, self.waiting)
 
@@ -156,6 +164,7 @@ class DeformUXLabel(MONAILabelApp):
         self.queue.start()
         threading.Thread(target=self.models.check, name="check of the models", daemon=True).start()
         threading.Thread(target=self.datastore().check_files, name="check of the studies", daemon=True).start()
+        threading.Thread(target=self._plan_at_start, name="plan", daemon=True).start()
         super().on_init_complete()
 
     def _load_sessions(self, load: bool = False) -> None:  # noqa: ARG002

@@ -21,7 +21,7 @@ from benchmarks.common.machine import machine_lines
 from benchmarks.common.places import CT
 from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 
-from deformux.data.preprocessing import Preprocessing
+from deformux.data.planning import Choices
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
 from deformux.networks.precision import mixed_precision
@@ -52,8 +52,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     project = Project(
         labels=tuple(f"organ_{n}" for n in range(1, args.labels + 1)),
-        preset=args.preset,
-        preprocessing=Preprocessing(patch_size=(args.patch,) * 3),
+        choices=Choices("ct", spacing_mm="native", patch_size=(args.patch,) * 3, preset=args.preset),
     )
     with tempfile.TemporaryDirectory() as state:
         task = Segmentation(project, _published(project, Path(state)), ClickCache(0))

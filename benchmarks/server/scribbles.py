@@ -33,9 +33,11 @@ from monailabel.scribbles.transforms import (
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
+from deformux.data.planning import Choices
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.scribbles import GraphCut
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
@@ -111,8 +113,8 @@ def _timed(run: Any, truth: np.ndarray) -> tuple[float, float]:
 
 
 def _own(image: Path, label: Path, modality: str, evidence: str) -> np.ndarray:
-    project = Project(labels=("organ",), preprocessing=Preprocessing(modality))
-    task = GraphCut(project, evidence, "")
+    project = Project(labels=("organ",), choices=Choices(modality))
+    task = GraphCut(project, ServedModels(project, label.parent / "state"), evidence, "")
     asked = InferenceRequest(scan=RequestedScan(str(image), keep=False), options=InferenceOptions())
     file, _ = task(task.parsed({"label": str(label), "label_info": INFO}, asked, label.parent))
     try:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import typer
 
-from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import PRESETS
 from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
@@ -92,7 +91,7 @@ def test_a_plain_option_is_a_field_with_its_default(option: Option[Any]) -> None
 
 def test_the_defaults_of_a_model_are_the_declared_ones() -> None:
     project = Project.from_conf({"labels": "liver"})
-    assert project == Project(("liver",), preprocessing=Preprocessing())
+    assert project == Project(("liver",))
     declared = {option.name: option.default for option in PROJECT_OPTIONS}
     assert project.to_conf() == {**declared, "labels": "liver"}
 

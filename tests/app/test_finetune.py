@@ -30,18 +30,22 @@ from deformux.networks import deformux_net
 if sys.argv[5] == "one":
     deformux_net.PRESETS = {"tiny": deformux_net.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
 from fastapi import HTTPException
-from deformux.data.preprocessing import Preprocessing
+from deformux.data.planning import Choices
+from deformux.publishing.project_plan import ProjectPlanner
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.trainers.finetune import FineTune
 logging.basicConfig(level=logging.INFO)
 folder, state, labels, request = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split(","), json.loads(sys.argv[4])
-prep = Preprocessing("ct", (3.0, 3.0, 3.0), (16, 16, 16))
-project = Project(tuple(labels), "tiny", prep, train_devices=sys.argv[5])
-task = FineTune(project, ServedModels(project, state), state)
+choices = Choices("ct", spacing_mm=(3.0, 3.0, 3.0), patch_size=(16, 16, 16), preset="tiny")
+project = Project(tuple(labels), choices, train_devices=sys.argv[5])
+datastore = CheckedDatastore(str(folder), labels=labels)
+scans = lambda: [Path(datastore.get_image_uri(image)) for image in datastore.list_images()]
+planner = ProjectPlanner(state / "plan", labels=labels, choices=choices, scans=scans)
+task = FineTune(project, ServedModels(project, state), state, planner)
 try:
-    task(request, CheckedDatastore(str(folder), labels=labels))
+    task(request, datastore)
 except HTTPException as error:
     sys.exit(f"{error.status_code} {error.detail}")
 """

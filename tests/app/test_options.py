@@ -10,6 +10,7 @@ import pytest
 from live import environment, serve_command, stock_command
 from typer.testing import CliRunner
 
+from deformux.data.planning import Choices
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
@@ -24,9 +25,16 @@ BAD = [
     ("spacing", "1,2,x", ("native", "three", "1.5,1.5,2")),
     ("spacing", "0,1,1", ("native", "0.05")),
     ("spacing", "nan,1,1", ("native", "0.05")),
-    ("patch_size", "96", ("three whole numbers", "16", "512")),
-    ("patch_size", "8,96,96", ("16", "512")),
+    ("patch_size", "96", ("three whole numbers", "96,96,96", "auto")),
+    ("patch_size", "0,96,96", ("1", "512")),
     ("patch_size", "9.5,96,96", ("three whole numbers", "96,96,96")),
+    ("window", "low,high", ("two numbers", "-175,250", "auto")),
+    ("window", "250,-175", ("low < high",)),
+    ("percentiles", "5", ("two numbers", "auto")),
+    ("percentiles", "5,101", ("100",)),
+    ("frame", "sagittal", ("ras", "acquisition")),
+    ("train_minutes", "0", ("auto", "0.1")),
+    ("train_minutes", "long", ("number", "100000")),
     ("pretrained", "brain", (*PRETRAINED, "none")),
     ("auto_train", "-1", ("whole number", "0")),
     ("auto_train", "2.5", ("whole number", "0")),
@@ -48,9 +56,8 @@ BAD = [
 def test_defaults() -> None:
     project = Project.from_conf(GOOD)
     assert project.label_values == {"anterior": 1, "posterior": 2}
-    assert (project.preset, project.preprocessing.modality, project.pretrained) == ("tiny", "ct", None)
-    assert project.preprocessing.spacing_mm is None
-    assert project.preprocessing.patch_size == (96, 96, 96)
+    assert project.choices == Choices(), "everything is left to the plan"
+    assert (project.pretrained, project.train_minutes) == (None, None)
 
 
 def test_every_option() -> None:
@@ -59,7 +66,11 @@ def test_every_option() -> None:
         "modality": "mr",
         "preset": "small",
         "spacing": "1.5,1.5,2",
-        "patch_size": "64,48,32",
+        "patch_size": "64,48,1",
+        "window": "-1000,400",
+        "percentiles": "1,99",
+        "frame": "acquisition",
+        "train_minutes": "2.5",
         "pretrained": "none",
         "auto_train": "3",
         "lease_minutes": "7.5",
@@ -70,8 +81,8 @@ def test_every_option() -> None:
     assert project.labels == ("left kidney", "tumour (3)")
     assert (project.auto_train, project.lease_minutes, project.cache_gb) == (3, 7.5, 0.25)
     assert project.train_devices == "cuda:0,cuda:2"
-    assert project.preprocessing.spacing_mm == (1.5, 1.5, 2.0)
-    assert project.preprocessing.patch_size == (64, 48, 32)
+    chosen = Choices("mr", (-1000.0, 400.0), (1.0, 99.0), "acquisition", (1.5, 1.5, 2.0), (64, 48, 1), "small")
+    assert (project.choices, project.train_minutes) == (chosen, 2.5)
     assert Project.from_conf(project.to_conf()) == project
 
 
@@ -159,3 +170,13 @@ def test_projects_keep_their_state_apart(tmp_path: Path) -> None:
     others = [folder("b"), folder(labels="posterior,anterior"), folder(labels="anterior"), folder(modality="mr")]
     assert len({*same, *others}) == 5
     assert all(path.parent == tmp_path / "model" for path in others)
+
+
+def test_a_project_of_the_former_default_modality_goes_on(tmp_path: Path) -> None:
+    def folder(**conf: str) -> Path:
+        return Project.from_conf({**GOOD, **conf}).state_folder(tmp_path, str(tmp_path / "a"))
+
+    before = folder(modality="ct")
+    assert folder() != before
+    before.mkdir(parents=True)
+    assert folder() == before

@@ -13,7 +13,7 @@ from deformux_label.lib.requests.inference import InferenceOptions, InferenceReq
 from deformux_label.lib.requests.submission import MAX_INFO_BYTES, Submission
 from deformux_label.lib.requests.training import TrainingRequest
 
-DEFAULTS = {"steps": 600, "batch_size": 4, "learning_rate": 1e-3}
+DEFAULTS = {"minutes": 10, "learning_rate": 1e-3}
 STARTS = ("published", "scratch")
 
 
@@ -61,7 +61,17 @@ def test_a_training_has_defaults_and_refuses_bad_numbers() -> None:
     asked = TrainingRequest.of({"steps": "20", "batch_size": [2]}, DEFAULTS, starts=STARTS)
     assert (asked.steps, asked.batch_size, asked.learning_rate) == (20, 2, 1e-3)
     assert (asked.gpus, asked.start_from) == ("all", "published")
-    for name, value in (("steps", 1.5), ("steps", 10**400), ("learning_rate", -1), ("start_from", "x"), ("gpus", "a")):
+    timed = TrainingRequest.of({"minutes": "2.5", "steps": "auto"}, DEFAULTS, starts=STARTS)
+    assert (timed.minutes, timed.steps, timed.batch_size) == (2.5, None, None)
+    for name, value in (
+        ("steps", 1.5),
+        ("steps", 0),
+        ("minutes", 0),
+        ("steps", 10**400),
+        ("learning_rate", -1),
+        ("start_from", "x"),
+        ("gpus", "a"),
+    ):
         with pytest.raises(HTTPException, match=f"{name} must be") as refused:
             TrainingRequest.of({name: value}, DEFAULTS, starts=STARTS)
         assert refused.value.status_code == 400

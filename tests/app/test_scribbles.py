@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers import scribbles as module
+from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.infers.scribbles import GraphCut, all_scribble_tasks
 from deformux_label.lib.requests.inference import InferenceOptions, InferenceRequest, RequestedScan
 
@@ -246,8 +247,9 @@ def run(task: GraphCut, volume: Volume, drawn: np.ndarray, folder: Path, **param
 
 
 @pytest.fixture(params=["histogram", "mixture"])
-def task(request: pytest.FixtureRequest) -> GraphCut:
-    return GraphCut(Project.from_conf(CONF), request.param, "")
+def task(request: pytest.FixtureRequest, tmp_path: Path) -> GraphCut:
+    project = Project.from_conf(CONF)
+    return GraphCut(project, ServedModels(project, tmp_path / "state"), request.param, "")
 
 
 def test_one_voxel_is_enough_to_draw(task: GraphCut, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from deformux.data.cases import InvalidFolder
+from deformux.data.planned_options import AUTO
 from deformux_label.cli.common import app_folder
 from deformux_label.demo.cohort import Cohort, open_cohort, synthetic_cohort
 from deformux_label.demo.server_process import PlayerError
@@ -29,6 +30,7 @@ from deformux_label.lib.configs.project import InvalidOption, Project
 __all__ = ["main"]
 
 _MARKER = ".deformux-demo"
+_SYNTHETIC_STEPS = 60
 
 
 def main(
@@ -38,7 +40,12 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds of annotate, train, predict.")] = DemoPlan.rounds,
     first: Annotated[int, typer.Option(help="Volumes labelled in the first round.")] = DemoPlan.first,
     batch: Annotated[int, typer.Option(help="Volumes labelled in each later round.")] = DemoPlan.batch,
-    steps: Annotated[int, typer.Option(help="Training steps per round; round 1 takes twice as many.")] = DemoPlan.steps,
+    steps: Annotated[
+        int, typer.Option(help="Training steps per round, twice as many in round 1; 0: as many as fit in the minutes.")
+    ] = -1,
+    minutes: Annotated[
+        float, typer.Option(help="Minutes of a training from scratch, if no steps are given; 0: the server's default.")
+    ] = 0.0,
     strategy: Annotated[str, typer.Option(help="The server's strategy for the next sample.")] = DemoPlan.strategy,
     volumes: Annotated[int, typer.Option(help="Volumes of the cohort, at most.")] = 16,
     held_out: Annotated[int, typer.Option(help="Volumes of split.json's val that are only scored, at most.")] = 6,
@@ -46,17 +53,20 @@ def main(
         str, typer.Option(help="Names of the label values in ascending order, e.g. anterior,posterior.")
     ] = "",
     modality: Annotated[str, typer.Option(help="ct or mr; by default from dataset.json or the values.")] = "",
-    preset: Annotated[str, typer.Option(help="tiny, small or base.")] = "tiny",
+    preset: Annotated[str, typer.Option(help="tiny, small, base, or auto.")] = AUTO,
     pretrained: Annotated[str, typer.Option(help="Weights to start from, or none.")] = "none",
-    spacing: Annotated[str, typer.Option(help="Voxel size in mm, or native.")] = "",
-    patch_size: Annotated[str, typer.Option(help="Voxels of a patch.")] = "",
+    spacing: Annotated[str, typer.Option(help="Voxel size in mm, native, or auto.")] = "",
+    patch_size: Annotated[str, typer.Option(help="Voxels of a patch, or auto.")] = "",
     voxel_scale: Annotated[float, typer.Option(help="Coarser synthetic volumes, for quick checks.")] = 1.0,
     output: Annotated[Path, typer.Option(help="Folder for pictures, report and log.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seed of the synthetic cohort, or of the choice of volumes.")] = 0,
 ) -> None:
     """Teach DeformUX-Net through a real MONAI Label server and write a report."""
     started = time.monotonic()
-    plan = DemoPlan(rounds, first, batch, steps, strategy)
+    if steps < 0:
+        # Synthetic volumes are learnt in two minutes; others get the time that a user's would.
+        steps = _SYNTHETIC_STEPS if studies is None and not minutes else 0
+    plan = DemoPlan(rounds, first, batch, steps, minutes, strategy)
     console = Console(soft_wrap=True)
     with _one_sentence(console):
         if studies is None:
@@ -71,7 +81,9 @@ def main(
             )
             plan.check(len(cohort.volumes))
             _make_empty(output)
-        options = {"labels": ",".join(cohort.labels), "modality": cohort.modality, "preset": preset}
+        # What nobody gave is left to the server's plan.
+        chosen = modality or (cohort.modality if studies is None else AUTO)
+        options = {"labels": ",".join(cohort.labels), "modality": chosen, "preset": preset}
         options |= {"pretrained": pretrained, "spacing": spacing or cohort.spacing}
         options |= {"patch_size": patch_size or cohort.patch_size}
         _teach(cohort, plan, options, output, console, started)
@@ -109,7 +121,7 @@ def _teach(
     )
     console.print(
         f"View it in 3D Slicer: make serve STUDIES={output / 'studies'} LABELS={options['labels']} "
-        f"MODALITY={cohort.modality}"
+        f"MODALITY={options['modality']}"
     )
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from deformux.data.cases import Case, InvalidFolder, find_cases, label_names
 from deformux.data.header import geometry_difference
+from deformux.data.planned_options import AUTO
 from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 from deformux.interactive.simulated_annotator import dense_labels
@@ -22,9 +23,8 @@ __all__ = ["Cohort", "CohortVolume", "open_cohort", "synthetic_cohort"]
 
 _Labels = npt.NDArray[np.uint8]
 
-# Most voxels of a training patch and of a volume for two CPU cores; patches change in steps of 16.
+# Most voxels of a training patch of synthetic volumes for two CPU cores; it changes in steps of 16.
 _PATCH_VOXELS = 165_000
-_VOLUME_VOXELS = 600_000
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ class Cohort:
     labels: tuple[str, ...]
     modality: str
     description: str
-    spacing: str = "native"
-    patch_size: str = "80,64,32"
+    spacing: str = AUTO
+    patch_size: str = AUTO
     held_out: list[CohortVolume] = field(default_factory=list)
 
     def volume(self, name: str) -> CohortVolume:
@@ -89,7 +89,7 @@ def synthetic_cohort(folder: Path, *, volumes: int, seed: int, voxel_scale: floa
     patch = "80,64,32" if voxel_scale == 1 else _patch_size([80 / voxel_scale, 64 / voxel_scale, 36 / voxel_scale])
     return Cohort(
         [CohortVolume(case, values) for case in cases], LABELS, "ct", f"{volumes} synthetic abdominal CT volumes",
-        patch_size=patch,
+        spacing="native", patch_size=patch,
     )  # fmt: skip
 
 
@@ -119,16 +119,12 @@ def open_cohort(
     if not values:
         raise InvalidFolder(f"the labels in {folder} are all background")
     names = _names(folder, values, labels)
-    shapes, spacings = zip(*(_grid(case) for case in chosen), strict=True)
-    spacing, shape = _spacing(np.median(spacings, axis=0), np.median(shapes, axis=0))
     description = f"{len(chosen)} volumes of {folder.resolve().name}" + (" (split: train)" if "train" in split else "")
     return Cohort(
         volumes=[CohortVolume(case, tuple(values)) for case in chosen],
         labels=names,
         modality=modality or _modality(folder, chosen),
         description=description,
-        spacing=spacing,
-        patch_size=_patch_size(shape),
         held_out=[CohortVolume(case, tuple(values)) for case in scored],
     )
 
@@ -186,26 +182,6 @@ def _modality(folder: Path, cases: Sequence[Case]) -> str:
             return "ct" if "ct" in stated else "mr"
     lowest = np.median([np.nanmin(read_volume(case.image).values) for case in cases[:3]])
     return "ct" if lowest < -500 else "mr"
-
-
-def _grid(case: Case) -> tuple[list[float], list[float]]:
-    """Return shape and spacing along the axes right, anterior, superior."""
-    with open_volume(case.image) as opened:
-        shape, affine = opened.header.shape, opened.header.affine
-    turn = nib.io_orientation(affine)[:, 0].astype(int)
-    order = np.argsort(turn)
-    return [shape[axis] for axis in order], [float(nib.affines.voxel_sizes(affine)[axis]) for axis in order]
-
-
-def _spacing(spacing: npt.NDArray[np.float64], shape: npt.NDArray[np.float64]) -> tuple[str, list[float]]:
-    """Return the scans' own spacing, or a coarser one that fits a CPU's budget, and the volume's shape."""
-    if np.prod(shape) <= _VOLUME_VOXELS:
-        return "native", list(shape)
-    coarse = spacing.copy()
-    while np.prod(shape * spacing / coarse) > _VOLUME_VOXELS:
-        coarse[coarse <= coarse.min() * 1.05] *= 1.05  # the finest axes first, towards isotropic voxels
-    coarse = coarse.round(2)
-    return ",".join(f"{s:g}" for s in coarse), list(shape * spacing / coarse)
 
 
 def _patch_size(shape: Sequence[float]) -> str:

@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +26,7 @@ from deformux_label.demo.server_process import AnnotationClient, PlayerError, Se
 __all__ = ["DemoError", "DemoPlan", "run_demo"]
 
 _MODEL = "segmentation"
+_STEPS_IN_TIME = 300
 
 
 class DemoError(RuntimeError):
@@ -35,26 +37,43 @@ class DemoError(RuntimeError):
 class DemoPlan:
     """Amounts of labelling and training: `first` volumes in round 1, then `batch` per round; `steps` per training.
 
-    The first training takes twice the steps.
+    The first training takes twice the steps. Without steps, a training takes as many as fit into `minutes`, or into
+    the server's time if these are 0 too.
     """
 
     rounds: int = 3
     first: int = 3
     batch: int = 2
-    steps: int = 60
+    steps: int = 0
+    minutes: float = 0.0
     strategy: str = "uncertainty"
 
     def steps_in(self, number: int) -> int:
-        """Return the training steps of a round, counted from 1."""
-        return self.steps * (2 if number == 1 else 1)
+        """Return the training steps of a round, counted from 1; without steps, a guess for the progress bar."""
+        return (self.steps or _STEPS_IN_TIME) * (2 if number == 1 else 1)
+
+    def training(self, number: int) -> dict[str, Any]:
+        """Return the options of the training in a round."""
+        if self.steps:
+            # One volume per step: on few volumes more steps teach more than larger batches.
+            return {"steps": self.steps_in(number), "batch_size": 1}
+        return {"minutes": self.minutes} if self.minutes else {}
+
+    @property
+    def described(self) -> str:
+        """Return how long trainings are, in words."""
+        if self.steps:
+            return f"{self.steps} steps per round, twice as many in the first"
+        return f"{self.minutes:g} minutes from scratch" if self.minutes else "as long as the server's plan says"
 
     def check(self, volumes: int) -> None:
         """Raise DemoError unless some of the `volumes` stay unlabelled in the last round."""
-        if min(self.rounds, self.first, self.batch, self.steps) < 1:
+        if min(self.rounds, self.first, self.batch) < 1:
             raise DemoError(
-                "rounds, first, batch and steps must be at least 1; "
-                f"got {self.rounds}, {self.first}, {self.batch} and {self.steps}"
+                f"rounds, first and batch must be at least 1; got {self.rounds}, {self.first} and {self.batch}"
             )
+        if min(self.steps, self.minutes) < 0:
+            raise DemoError(f"steps and minutes must not be negative; got {self.steps} and {self.minutes:g}")
         labelled = self.first + (self.rounds - 1) * self.batch
         if labelled >= volumes:
             raise DemoError(
@@ -143,8 +162,7 @@ class _Teaching:
             self.progress.advance(self.whole, max(0.0, share - before) * self.plan.steps_in(number))
             before = max(before, share)
 
-        # one volume per step: on few volumes more steps teach more than larger batches
-        self.client.train(_MODEL, {"steps": self.plan.steps_in(number), "batch_size": 1}, show)
+        self.client.train(_MODEL, self.plan.training(number), show)
         self.progress.remove_task(task)
         return time.monotonic() - start
 
@@ -222,7 +240,7 @@ def _facts(cohort: Cohort, plan: DemoPlan, options: dict[str, str]) -> dict[str,
         "scored on": "the volumes that were unlabelled at the end of each round",
         "annotator": "simulated: submits the true label",
         "next sample": f"first in round 1, then {plan.strategy}",
-        "training": f"{plan.steps} steps per round, twice as many in the first, on all labels submitted so far",
+        "training": f"{plan.described}, on all labels submitted so far",
         "server": ", ".join(f"{key} {value}" for key, value in options.items()),
     }
     if cohort.held_out:

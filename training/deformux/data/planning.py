@@ -22,7 +22,7 @@ from deformux.data.planned_grid import (
 from deformux.data.planned_intensities import planned_modality, planned_window
 from deformux.data.preprocessing import Preprocessing
 
-__all__ = ["Choices", "Plan", "Speed", "assumed_speed", "make_plan"]
+__all__ = ["Choices", "Plan", "Speed", "assumed_speed", "default_minutes", "make_plan"]
 
 _Triple: TypeAlias = tuple[float, float, float]
 
@@ -140,6 +140,11 @@ def assumed_speed(device: str, preset: str) -> Speed:
     return Speed(per_second.get(preset, 18e6), measured=False)
 
 
+def default_minutes(device: str) -> float:
+    """Return the minutes of a training from scratch where none are given: 10 on a CPU, 3 on a GPU."""
+    return _MINUTES["cpu" if device.startswith("cpu") else "gpu"]
+
+
 def make_plan(
     fingerprint: Fingerprint,
     *,
@@ -168,7 +173,7 @@ def make_plan(
     if not fingerprint.scans:
         raise ValueError("there are no usable scans to plan from; expected at least one")
     kind = "cpu" if device.startswith("cpu") else "gpu"
-    minutes = _MINUTES[kind] if minutes is None else minutes
+    minutes = default_minutes(device) if minutes is None else minutes
     reasons: dict[str, str] = {}
     values = _intensity_settings(fingerprint, given, reasons)
     frame, reasons["frame"] = _given(given.frame) or choose_frame(fingerprint.affines, fingerprint.shapes)
@@ -328,8 +333,10 @@ def _spacing(scans: _Scans, given: Choices, budget: float, reasons: dict[str, st
         reasons["spacing_mm"] = f"{_mm(start)}, {'the same in all scans' if scans.same else why}, as nnU-Net"
         return start, scans.same
     rounded = _triple([float(f"{s:.3g}") for s in spacing])
-    limit = "" if np.prod(np.array(scans.need_mm(start)) / rounded) <= 1.05 * _PATCHES * budget else (
-        f", no coarser, to keep {_LEAST_CHORD_VOX:g} voxels across the thinnest label"
+    limit = (
+        ""
+        if np.prod(np.array(scans.need_mm(start)) / rounded) <= 1.05 * _PATCHES * budget
+        else (f", no coarser, to keep {_LEAST_CHORD_VOX:g} voxels across the thinnest label")
     )
     reasons["spacing_mm"] = (
         f"coarser than nnU-Net's {_mm(start)} ({why}), so that {_PATCHES:g} patches see all labels ({_mm(scans.need_mm(start))})"

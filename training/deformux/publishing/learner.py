@@ -105,9 +105,7 @@ class Learner:
             raise ValueError("a learner needs preprocessing or a planner")
         self.root = Path(root)
         self.labels, self.keep = tuple(labels), keep
-        self.planner = planner or FixedPlan(
-            Plan(preprocessing or Preprocessing(), preset, PUBLISHED_STRIDES, {}, {})
-        )
+        self.planner = planner or FixedPlan(Plan(preprocessing or Preprocessing(), preset, PUBLISHED_STRIDES, {}, {}))
         self.versions = ModelVersions(self.root / "versions")
         self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
         self.round_folder = RoundFolder(self.root / "training")
@@ -255,7 +253,7 @@ class Learner:
             return self.planner.from_scratch(plan.training).to_dict()
 
         chosen = Plan.from_dict(self.round_folder.kept(f"plan-{part}", setup))
-        base = plan.recipes[part].replace(**chosen.recipe_changes)
+        base = plan.recipes[part].replace(**{**chosen.recipe_changes, **options.fixed})
         if options.minutes is None:
             return _Training(chosen, base, parent, weights)
         of_project = parent is not None and not parent.startswith(_FOREIGN)

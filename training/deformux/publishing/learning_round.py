@@ -50,6 +50,7 @@ class Round:
     seed: int = 0
     checkpoint_seconds: float = 30.0
     minutes: float | None = None
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class RoundPlan:
     def identity(self, options: Round) -> dict[str, Any]:
         """Return what an interrupted round must have in common with this one to be resumed."""
         # The time replaces the steps, which are measured once.
-        timed = {} if options.minutes is None else {"minutes": options.minutes}
+        timed = {} if options.minutes is None else {"minutes": options.minutes, "fixed": dict(options.fixed)}
         return {
             "training": self.training_labels,
             "validation": {case.id: self.checksums[case.id] for case in self.validation},

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from tabulate import tabulate
+
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.fingerprint import read_fingerprint
@@ -19,12 +21,13 @@ from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 from deformux.networks.model_file import ModelCard
 
-__all__ = ["FixedPlan", "Planner", "ProjectPlanner"]
+__all__ = ["FixedPlan", "Planner", "ProjectPlanner", "last_plan"]
 
 logger = logging.getLogger(__name__)
 
+_FILE = "plan.json"
 # Scans whose intensities were not read by then are planned by their headers; the next plan reads on.
-_READING_SECONDS = 120.0
+_READING_SECONDS, _QUICK_SECONDS = 120.0, 20.0
 
 
 class Planner(Protocol):
@@ -75,17 +78,24 @@ class ProjectPlanner:
         folder: Path,
         *,
         labels: Sequence[str],
-        choices: Choices = Choices(),
+        choices: Choices | None = None,
         scans: Callable[[], Sequence[Path]] = tuple,
         modality: str = "",
         minutes: float | None = None,
     ) -> None:
-        self.folder, self.labels, self.choices, self.scans = Path(folder), tuple(labels), choices, scans
+        self.folder, self.labels, self.choices, self.scans = Path(folder), tuple(labels), choices or Choices(), scans
         self.modality, self.minutes = modality, minutes
         self.device = "cpu"
 
-    def from_scratch(self, cases: Sequence[Case], *, stop: Callable[[], bool] | None = None) -> Plan:
+    def from_scratch(
+        self, cases: Sequence[Case], *, quick: bool = False, stop: Callable[[], bool] | None = None
+    ) -> Plan:
         """Return the plan for all scans and labelled cases as they are now, and keep it.
+
+        Args:
+            cases: that are labelled.
+            quick: read the intensities of fewer scans, and do not measure the device.
+            stop: asked after each scan whether to stop.
 
         Raises:
             FingerprintStopped: ``stop`` returned true.
@@ -96,7 +106,7 @@ class ProjectPlanner:
             cases,
             cache=self.folder / "fingerprint.json",
             modality=self.modality,
-            seconds=_READING_SECONDS,
+            seconds=_QUICK_SECONDS if quick else _READING_SECONDS,
             stop=stop,
         )
         for reason in facts.unusable:
@@ -108,10 +118,10 @@ class ProjectPlanner:
             device=self.device,
             minutes=self.minutes,
             gpu_gigabytes=gpu_gigabytes(self.device),
-            measure=partial(measure_speed, self.device, n_labels=len(self.labels)),
+            measure=None if quick else partial(measure_speed, self.device, n_labels=len(self.labels)),
         )
-        write_checked(self.folder / "plan.json", plan.to_dict(), indent=2)
-        logger.info("The plan of a training from scratch:\n%s", "\n".join(plan.lines()))
+        write_checked(self.folder / _FILE, plan.to_dict(), indent=2)
+        logger.info("The plan of a training from scratch:\n%s", _as_text(plan))
         return plan
 
     def continued(self, card: ModelCard) -> Plan:
@@ -129,12 +139,25 @@ class ProjectPlanner:
     def given(self) -> Mapping[str, Any]:
         return dataclasses.asdict(self.choices)
 
-    def last(self) -> Plan | None:
-        """Return the last plan; None before the first, or if it cannot be read."""
-        try:
-            return read_checked(self.folder / "plan.json", Plan.from_dict)
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            logger.warning("The plan is made again at the next training from scratch: %s", error)
-            return None
+
+def last_plan(folder: Path) -> Plan | None:
+    """Return the last plan of a ``ProjectPlanner`` in a folder; None before the first, or if it cannot be read."""
+    try:
+        return read_checked(folder / _FILE, Plan.from_dict)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        logger.warning("The plan is made again at the next training from scratch: %s", error)
+        return None
+
+
+def _as_text(plan: Plan) -> str:
+    """Return a plan as a table of choice, value and reason, for a log."""
+    prep = plan.preprocessing
+    values = {**prep.to_dict(), "preset": plan.preset, "strides": plan.strides, **plan.recipe_changes}
+    rows = [(name, _shown(values.get(name, "")), reason) for name, reason in plan.reasons.items()]
+    return tabulate(rows, tablefmt="plain")
+
+
+def _shown(value: Any) -> str:
+    return " × ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

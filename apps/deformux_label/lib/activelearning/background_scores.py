@@ -128,10 +128,11 @@ class SelectionScores:
         """Return the networks to compare, newest first, their preprocessing and mirrored axes."""
         if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
-            network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
+            plan = self.models.untrained_plan()
+            network = DeformUXNet(1, len(self.project.labels) + 1, plan.preset, strides=plan.strides)
             if self.project.pretrained:
                 warm_start(network, pretrained_path(self.project.pretrained))
-            return [network], self.project.preprocessing, ()
+            return [network], plan.preprocessing, ()
         network, card = load_model(self.models.path(model))
         networks, axes = [network], tuple(card.recipe.get("flip_axes") or ())
         if not axes:

@@ -212,7 +212,7 @@ PLANNED_OPTIONS: tuple[Option[str], ...] = (
     Option(
         name="frame",
         default=AUTO,
-        help="axes of the network's grid: `ras` (the patient's), `acquisition` (the scan's, thick axis last), or `auto`",
+        help="axes of the network's grid: `ras` (the patient's), `acquisition` (the scan's), or `auto`",
         parse=_text,
     ),
 )

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from deformux.data.cases import split_label_names
@@ -63,7 +63,7 @@ class Project:
     """
 
     labels: tuple[str, ...]
-    choices: Choices = Choices()
+    choices: Choices = field(default_factory=Choices)
     pretrained: str | None = None
     train_minutes: float | None = TRAIN_MINUTES.default_value
     auto_train: int = AUTO_TRAIN.default_value

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
+from deformux.data.planning import Plan
 from deformux.inference.captured_network import CapturedNetwork, prepared
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, load_model, with_guidance
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
+from deformux.publishing.project_plan import last_plan
 from deformux_label.lib.configs.project import Project
 
 __all__ = ["ServedModels"]
@@ -31,6 +33,7 @@ class ServedModels:
     def __init__(self, project: Project, state_folder: Path) -> None:
         self.project = project
         self.versions = ModelVersions(state_folder / "versions")
+        self.plan_folder = state_folder / "plan"
         self.pretrained = _servable_pretrained(project)
         self._loaded: dict[str, tuple[str, DeformUXNet, ModelCard]] = {}
         self._prepared: dict[str, tuple[DeformUXNet, Callable[..., Tensor]]] = {}
@@ -43,6 +46,11 @@ class ServedModels:
         if published is not None:
             return published
         return self._pretrained_name if self.pretrained else None
+
+    def untrained_plan(self) -> Plan:
+        """Return network and input for what is done without a model: the last plan, else what the user decided."""
+        fixed = Plan(self.project.preprocessing, self.project.preset, PUBLISHED_STRIDES, {}, {})
+        return last_plan(self.plan_folder) or fixed
 
     def warnings(self) -> list[str]:
         """Return one sentence for each fault of the models or their record, and log new ones."""
@@ -136,5 +144,5 @@ def _servable_pretrained(project: Project) -> Path | None:
         return None
     path = pretrained_path(project.pretrained)
     card = ModelCard.from_json(path.with_suffix(".json").read_text())
-    same = card.labels == project.labels and card.preprocessing.modality == project.preprocessing.modality
+    same = card.labels == project.labels and card.preprocessing.modality == project.choices.modality
     return path if same else None

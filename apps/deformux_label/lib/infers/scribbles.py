@@ -56,8 +56,9 @@ class GraphCut(InferTask):
 
     needs_label = False
 
-    def __init__(self, project: Project, evidence: str, description: str) -> None:
+    def __init__(self, project: Project, models: ServedModels, evidence: str, description: str) -> None:
         self.project = project
+        self.models = models
         self.evidence = evidence
         super().__init__(
             type=InferType.SCRIBBLES,
@@ -97,7 +98,8 @@ class GraphCut(InferTask):
 
     def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
+        prep = self.models.untrained_plan().preprocessing
+        image = run_transforms(inference_transforms(prep), {"image": request.scan.path})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
@@ -122,8 +124,7 @@ class NetworkGraphCut(GraphCut):
     needs_label = True
 
     def __init__(self, project: Project, models: ServedModels, cache: ClickCache) -> None:
-        super().__init__(project, "histogram", "DeformUX-Net's probabilities, corrected by scribbles")
-        self.models = models
+        super().__init__(project, models, "histogram", "DeformUX-Net's probabilities, corrected by scribbles")
         self.cache = cache
 
     def _defaults(self) -> dict[str, Any]:
@@ -159,10 +160,12 @@ class NetworkGraphCut(GraphCut):
 
 def all_scribble_tasks(project: Project, models: ServedModels, cache: ClickCache) -> dict[str, InferTask]:
     """Return the scribble tasks by name; the Slicer extension starts with the first."""
+    histogram = "Histograms of intensity and nearness to scribbles"
+    mixture = "Mixtures of Gaussians of intensity and nearness to scribbles"
     return {
         "network+graphcut": NetworkGraphCut(project, models, cache),
-        "histogram+graphcut": GraphCut(project, "histogram", "Histograms of intensity and nearness to scribbles"),
-        "gmm+graphcut": GraphCut(project, "mixture", "Mixtures of Gaussians of intensity and nearness to scribbles"),
+        "histogram+graphcut": GraphCut(project, models, "histogram", histogram),
+        "gmm+graphcut": GraphCut(project, models, "mixture", mixture),
     }
 
 

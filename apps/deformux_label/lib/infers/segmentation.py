@@ -137,6 +137,6 @@ class Segmentation(BasicInferTask):
         """Return the model's preprocessing, which may differ from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
-            return self.project.preprocessing
+            return self.models.untrained_plan().preprocessing
         _, card = self.models.load(name, data["device"])
         return card.preprocessing

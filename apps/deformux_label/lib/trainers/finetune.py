@@ -103,7 +103,7 @@ class FineTune(TrainTask):
         try:
             with _stop_on_sigterm() as stop:
                 outcome = self.learner.learn(
-                    self._cases(datastore), self._round(recipe, asked), on_progress=self._report, stop=stop.is_set
+                    self.cases(datastore), self._round(recipe, asked), on_progress=self._report, stop=stop.is_set
                 )
         except TrainingStopped as error:
             self.status.update(now=True, status="stopped", error=f"{error}; no model was published")
@@ -128,7 +128,8 @@ class FineTune(TrainTask):
     def _parsed(self, request: Mapping[str, Any]) -> TrainingRequest:
         return TrainingRequest.of(request, self.config(), starts=self._starts)
 
-    def _cases(self, datastore: Datastore) -> list[Case]:
+    def cases(self, datastore: Datastore) -> list[Case]:
+        """Return the volumes with a submitted label."""
         cases = []
         for image in sorted(datastore.get_labeled_images()):
             label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
@@ -155,6 +156,7 @@ class FineTune(TrainTask):
             memory_share=TRAININGS_SHARE,
             seed=_SEED,
             minutes=asked.minutes if asked.steps is None else None,
+            fixed={"batch_size": asked.batch_size} if asked.batch_size is not None else {},
         )
 
     def _devices(self, recipe: Recipe, one: str) -> tuple[str, ...]:
