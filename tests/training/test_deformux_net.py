@@ -113,13 +113,12 @@ def test_published_strides_are_the_default() -> None:
 
 
 @pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
-@pytest.mark.parametrize("size", [(33, 40, 10), (17, 33, 1), (16, 16, 4), (3, 45, 31), (1, 1, 1)])
-@pytest.mark.parametrize("training", [True, False])
-def test_logits_have_the_size_of_any_input_with_any_strides(strides, size, training: bool) -> None:
-    net = DeformUXNet(1, 3, "tiny", strides=strides, guidance=True).train(training)
-    logits = net(torch.randn(1, 1, *size), torch.ones(1, 5, *size))
-    assert logits.shape == (1, 3, *size)
-    assert torch.isfinite(logits).all()
+def test_logits_have_the_size_of_any_input_with_any_strides(strides) -> None:
+    net = DeformUXNet(1, 3, "tiny", strides=strides, guidance=True)
+    for size in ((33, 20, 10), (17, 19, 1), (3, 21, 15), (1, 1, 1)):
+        logits = net(torch.randn(1, 1, *size), torch.ones(1, 5, *size))
+        assert logits.shape == (1, 3, *size)
+        assert torch.isfinite(logits).all()
 
 
 @pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
@@ -168,7 +167,7 @@ def test_gradients_reach_every_kernel_with_any_strides(strides) -> None:
     for name, value in net.named_parameters():
         if ".offset." in name:
             torch.nn.init.normal_(value, std=0.1)
-    net(torch.randn(1, 1, 32, 32, 12)).square().mean().backward()
+    net(torch.randn(1, 1, 16, 32, 12)).square().mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in net.parameters())
     assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.ndim > 1)
 
@@ -207,7 +206,7 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(32, 32, 32), (64, 32, 64), (48, 64, 32), (64, 48, 16)])
+@pytest.mark.parametrize("size", [(32, 32, 32), (48, 32, 48), (48, 48, 32), (48, 48, 16)])
 def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     net = DeformUXNet(1, 2, "tiny")
