@@ -115,23 +115,24 @@ def read_fingerprint(
     labels: dict[str, LabelFacts] = {}
     unusable: list[str] = []
     began = time.monotonic()
-    for done, path in enumerate(paths, start=1):
-        in_time = time.monotonic() - began < seconds
-        try:
-            scans[path], label = kept.facts(path, label_of.get(path), intensities=in_time)
-            if label is not None:
-                labels[path] = label
-        except InvalidVolume as error:
-            unusable.append(str(error))
-            _keep_scan_alone(kept, path, scans, has_label=path in label_of)
-        if on_progress is not None:
-            on_progress(done, len(paths))
-        if done < len(paths) and stop is not None and stop():
-            kept.save()
-            raise FingerprintStopped("reading the scans was stopped, and can be continued")
-        kept.save_if_due()
-    kept.forget_others(paths)
-    kept.save()
+    try:
+        for done, path in enumerate(paths, start=1):
+            in_time = time.monotonic() - began < seconds
+            try:
+                scans[path], label = kept.facts(path, label_of.get(path), intensities=in_time)
+                if label is not None:
+                    labels[path] = label
+            except InvalidVolume as error:
+                unusable.append(str(error))
+                _keep_scan_alone(kept, path, scans, has_label=path in label_of)
+            if on_progress is not None:
+                on_progress(done, len(paths))
+            if done < len(paths) and stop is not None and stop():
+                raise FingerprintStopped("reading the scans was stopped, and can be continued")
+            kept.save_if_due()
+        kept.forget_others(paths)
+    finally:
+        kept.save()
     return Fingerprint(scans, labels, tuple(unusable), modality)
 
 
