@@ -172,9 +172,7 @@ class _Kept:
         """Read a cache; a damaged one, or one of another version, is made anew."""
         if file is not None:
             try:
-                values = read_checked(file, dict)
-                if values.get("version") == _VERSION:
-                    return cls(file, values["scans"], values["labels"])
+                return cls(file, *read_checked(file, _scans_and_labels))
             except FileNotFoundError:
                 pass
             except ValueError as error:
@@ -223,6 +221,13 @@ class _Kept:
     def _keep(self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelFacts) -> None:
         where[path] = {"states": [list(state) for state in states], "facts": facts.to_dict()}
         self.changed = True
+
+
+def _scans_and_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the two parts of a cache; empty ones if another version wrote it."""
+    if values["version"] != _VERSION:
+        return {}, {}
+    return dict(values["scans"]), dict(values["labels"])
 
 
 def _known(entry: Any, states: Sequence[_State], kind: type[_T]) -> _T | None:
