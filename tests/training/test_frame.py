@@ -153,6 +153,7 @@ def test_spacing_along_the_frames_axes_is_as_simpleitk_resamples(
             data = {key: LoadVolumed(key)({key: target})[key]}
             native = run_transforms(label_grid_transforms(ACQUISITION, key), data)[key].affine.numpy()
             found = run_transforms(label_grid_transforms(RESAMPLED, key), data)[key]
+            np.testing.assert_array_equal(data[key].affine.numpy(), data[key].meta["original_affine"])
             affine = found.affine.numpy()
             np.testing.assert_allclose(nib.affines.voxel_sizes(affine), RESAMPLED.spacing_mm, rtol=1e-5)
             np.testing.assert_array_equal(affine[:3, 3], native[:3, 3])
