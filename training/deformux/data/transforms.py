@@ -160,7 +160,7 @@ class _ToSpacing(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
-        affine = np.asarray(d[self.keys[0]].affine, dtype=float)
+        affine = np.array(d[self.keys[0]].affine, dtype=float)
         # Five digits: a turned header has the same ones, although the spacing is a sum of rounded squares.
         own = np.array([float(f"{size:.5g}") for size in voxel_sizes(affine)])
         steps = np.array(self.spacing_mm) / own
