@@ -21,7 +21,7 @@ from benchmarks.common.machine import machine_lines
 from benchmarks.common.places import CT
 from benchmarks.common.report import Section, add_results, bullets, markdown_table, measure_and_write
 
-from deformux.data.planning import Choices
+from deformux.data.choices import Choices
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
 from deformux.networks.precision import mixed_precision

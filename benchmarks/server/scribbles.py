@@ -33,7 +33,7 @@ from monailabel.scribbles.transforms import (
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from scipy import ndimage
 
-from deformux.data.planning import Choices
+from deformux.data.choices import Choices
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux_label.lib.configs.project import Project

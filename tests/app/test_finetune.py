@@ -30,7 +30,7 @@ from deformux.networks import deformux_net
 if sys.argv[5] == "one":
     deformux_net.PRESETS = {"tiny": deformux_net.Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))}
 from fastapi import HTTPException
-from deformux.data.planning import Choices
+from deformux.data.choices import Choices
 from deformux.publishing.project_plan import ProjectPlanner
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.store.datastore import CheckedDatastore

@@ -10,7 +10,7 @@ import pytest
 from live import environment, serve_command, stock_command
 from typer.testing import CliRunner
 
-from deformux.data.planning import Choices
+from deformux.data.choices import Choices
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED
 from deformux_label.cli.main import app
@@ -25,12 +25,12 @@ BAD = [
     ("spacing", "1,2,x", ("native", "three", "1.5,1.5,2")),
     ("spacing", "0,1,1", ("native", "0.05")),
     ("spacing", "nan,1,1", ("native", "0.05")),
-    ("patch_size", "96", ("three whole numbers", "96,96,96", "auto")),
+    ("patch_size", "96", ("three whole numbers", "1", "512")),
     ("patch_size", "0,96,96", ("1", "512")),
     ("patch_size", "9.5,96,96", ("three whole numbers", "96,96,96")),
-    ("window", "low,high", ("two numbers", "-175,250", "auto")),
+    ("window", "low,high", ("two numbers", "-175,250")),
     ("window", "250,-175", ("low < high",)),
-    ("percentiles", "5", ("two numbers", "auto")),
+    ("percentiles", "5", ("two numbers", "0.5,99.5")),
     ("percentiles", "5,101", ("100",)),
     ("frame", "sagittal", ("ras", "acquisition")),
     ("train_minutes", "0", ("auto", "0.1")),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deformux.data.planning import Choices
+from deformux.data.choices import Choices
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import TrainingStopped, fit
 from deformux.fitting.minutes import in_minutes

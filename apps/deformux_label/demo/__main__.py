@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from deformux.data.cases import InvalidFolder
-from deformux.data.planned_options import AUTO
+from deformux.data.choices import AUTO
 from deformux_label.cli.common import app_folder
 from deformux_label.demo.cohort import Cohort, open_cohort, synthetic_cohort
 from deformux_label.demo.server_process import PlayerError

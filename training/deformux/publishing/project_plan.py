@@ -14,9 +14,9 @@ from tabulate import tabulate
 
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.choices import Choices
 from deformux.data.fingerprint import read_fingerprint
-from deformux.data.planned_options import chosen_preprocessing
-from deformux.data.planning import Choices, Plan, make_plan
+from deformux.data.planning import Plan, make_plan
 from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 from deformux.networks.model_file import ModelCard
@@ -129,7 +129,7 @@ class ProjectPlanner:
         own = card.plan
         return Plan.from_dict(
             {
-                "preprocessing": chosen_preprocessing(self.choices, card.preprocessing).to_dict(),
+                "preprocessing": self.choices.applied_to(card.preprocessing).to_dict(),
                 "preset": self.choices.preset or card.preset,
                 "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
                 **{part: own.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from deformux.data.planned_options import AUTO
+from deformux.data.choices import AUTO
 from deformux_label.lib.configs.numbers import number_between
 
 __all__ = [

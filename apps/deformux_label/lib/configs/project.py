@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deformux.data.cases import split_label_names
-from deformux.data.planned_options import AUTO, choices_from_options, choices_to_options, chosen_preprocessing
-from deformux.data.planning import Choices
+from deformux.data.choices import AUTO, Choices
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
@@ -90,7 +89,7 @@ class Project:
         if card and preset != card.preset:
             raise InvalidOption(f"pretrained {pretrained!r} has preset {card.preset!r}; got preset {preset!r}")
         try:
-            choices = choices_from_options(texts)
+            choices = Choices.from_options(**texts)
         except ValueError as error:
             raise InvalidOption(str(error)) from error
         labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
@@ -104,7 +103,7 @@ class Project:
         return {
             "labels": ",".join(self.labels),
             "pretrained": self.pretrained or "none",
-            **choices_to_options(self.choices),
+            **self.choices.to_options(),
             **{option.name: _option_text(getattr(self, option.name)) for option in PLAIN_OPTIONS},
         }
 
@@ -116,7 +115,7 @@ class Project:
     @property
     def preprocessing(self) -> Preprocessing:
         """Return how scans are read before there is a plan: as MR if nobody said, which suits all intensities."""
-        return chosen_preprocessing(self.choices, Preprocessing("mr"))
+        return self.choices.applied_to(Preprocessing("mr"))
 
     @property
     def label_values(self) -> dict[str, int]:
@@ -181,4 +180,4 @@ def _texts_of_model(card: ModelCard | None) -> dict[str, str]:
         patch_size=own.patch_size,
         preset=card.preset,
     )
-    return choices_to_options(values)
+    return values.to_options()

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from deformux.data.planned_options import AUTO
+from deformux.data.choices import AUTO
 from deformux_label.lib.requests.options import checked_device, checked_gpus, checked_number, chosen, one_of
 
 __all__ = ["TrainingRequest"]

@@ -20,7 +20,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.cases import Case
-from deformux.data.planned_options import AUTO
+from deformux.data.choices import AUTO
 from deformux.data.planning import default_minutes
 from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
