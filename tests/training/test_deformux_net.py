@@ -150,6 +150,17 @@ def test_each_stage_halves_the_axes_that_its_strides_name(strides) -> None:
         assert grids[f"up {3 - level}"] == grids[f"skip {level}"]
 
 
+def test_the_decoder_sees_along_an_axis_once_it_is_halved() -> None:
+    net = DeformUXNet(1, 2, "tiny", strides=((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)))
+    skips = [tuple(skip.layer.conv1.conv.kernel_size) for skip in net.skips]
+    ups = [tuple(up.conv_block.conv1.conv.kernel_size) for up in net.ups]
+    assert skips == [(3, 3, 1), (3, 3, 1), (3, 3, 3), (3, 3, 3), (3, 3, 3)]
+    assert ups == [(3, 3, 3), (3, 3, 3), (3, 3, 1), (3, 3, 1)]
+    assert tuple(net.fuse.layer.conv1.conv.kernel_size) == (3, 3, 1)
+    # The encoder's deformable kernels keep their size.
+    assert all(block.mixer.weight.shape[2:] == (3, 3, 3) for stage in net.stages for block in stage)
+
+
 def test_a_thick_axis_that_is_not_halved_is_not_padded() -> None:
     torch.manual_seed(0)
     net = DeformUXNet(1, 2, "tiny", strides=STRIDES["thick"]).eval()

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from deformux.data.cases import Case, InvalidFolder, find_cases, label_names
-from deformux.data.header import geometry_difference
 from deformux.data.choices import AUTO
+from deformux.data.header import geometry_difference
 from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 from deformux.interactive.simulated_annotator import dense_labels

@@ -33,9 +33,9 @@ class DeformUXNet(nn.Module):
     The encoder has four stages at 1/2 … 1/16 of the resolution, the decoder is UNETR's. Each row of the paper's
     ablation (table 3) is one of the keyword arguments.
 
-    Along an axis that a stage does not halve (``strides``), its reduction has kernel size 1, as in nnU-Net (Isensee et
-    al., Nature Methods 2021): where slices are several times as thick as pixels, seven pixels span about one slice. The
-    deformable convolutions still see three.
+    Along an axis that a stage does not halve (``strides``), its reduction has kernel size 1, and so have the decoder's
+    convolutions until the axis is first halved, as in nnU-Net (Isensee et al., Nature Methods 2021): where slices are
+    several times as thick as pixels, seven pixels span about one slice. The deformable convolutions still see three.
 
     Args:
         in_channels: channels of the scan.
@@ -134,15 +134,25 @@ class DeformUXNet(nn.Module):
         # Skip connection k follows k reductions; the raw image is the first.
         sources = (self.in_channels, *sizes.channels)
         targets = (*sizes.channels, sizes.hidden)
-        options: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
-        for kind, source, target in zip((InputBlock, *(UnetrBasicBlock,) * 4), sources, targets, strict=True):
-            self.skips.append(kind(3, source, target, stride=1, **options))
+        options: dict[str, Any] = {"norm_name": "instance", "res_block": True}
+        kernels = [self._kernel(level) for level in range(5)]
+        kinds = (InputBlock, *(UnetrBasicBlock,) * 4)
+        for kind, source, target, kernel in zip(kinds, sources, targets, kernels, strict=True):
+            self.skips.append(kind(3, source, target, kernel_size=kernel, stride=1, **options))
         for k in reversed(range(4)):
-            up = UnetrUpBlock(3, targets[k + 1], targets[k], upsample_kernel_size=self.strides[k], **options)
+            step = self.strides[k]
+            up = UnetrUpBlock(
+                3, targets[k + 1], targets[k], kernel_size=kernels[k], upsample_kernel_size=step, **options
+            )
             self.ups.append(up)
         width = targets[0]
-        self.fuse = UnetrBasicBlock(3, width, width, stride=1, **options)
+        self.fuse = UnetrBasicBlock(3, width, width, kernel_size=kernels[0], stride=1, **options)
         self.head = UnetOutBlock(3, width, self.out_channels)
+
+    def _kernel(self, level: int) -> tuple[int, ...]:
+        """Return the decoder's kernel size after ``level`` reductions: 1 along an axis until it is first halved."""
+        begun = self.strides[: level + 1]
+        return tuple(3 if any(stride[axis] == 2 for stride in begun) else 1 for axis in range(3))
 
     def add_guidance(self) -> None:
         """Make the network take guidance, in place; its output without guidance stays the same, bit for bit."""
