@@ -129,7 +129,7 @@ def _value(plan: Plan, name: str) -> str:
 
 
 def _text(value: Any) -> str:
-    return ",".join(f"{part:g}" for part in value) if isinstance(value, (tuple, list)) else str(value)
+    return ",".join(f"{part:g}" for part in value) or "none" if isinstance(value, (tuple, list)) else str(value)
 
 
 def _sizes(values: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint
-from deformux.data.frame import choose_frame
+from deformux.data.frame import AUGMENTATION_REASONS, choose_frame, frame_augmentation
 from deformux.data.planned_grid import (
     StageStrides,
     Voxels3,
@@ -177,13 +177,15 @@ def make_plan(
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
+    augmentation = frame_augmentation(frame, spacing)
+    reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second
     settings = {**values, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
     return Plan(
         preprocessing=Preprocessing.from_dict(settings),
         preset=preset,
         strides=strides,
-        recipe_changes={"batch_size": batch, "patches_per_volume": 1},
+        recipe_changes={"batch_size": batch, "patches_per_volume": 1, **augmentation},
         reasons=reasons,
         facts={
             "scans": len(fingerprint.scans),
