@@ -4,24 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from deformux.cli.common import clear_errors, console, timed_bar, writable_file
 from deformux.cli.devices import device_name, torch_device, use_threads
+from deformux.cli.plan import plan_table
 from deformux.data.cases import Case
+from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.choices import Choices
+from deformux.data.fingerprint import read_fingerprint
+from deformux.data.planning import Plan, default_minutes, make_plan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.distributed import Ranks, joined
 from deformux.fitting.fit import FitResult, Progress, TrainingError, fit
+from deformux.fitting.minutes import in_minutes
 from deformux.fitting.recipe import Recipe
+from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, network_options, save_model, warm_start
 
-__all__ = ["train_on_folder"]
+__all__ = ["Settings", "train_on_folder"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a user decided of a training.
+
+    Args:
+        given: of network and input; the rest is planned.
+        modality: of the scans, as the folder states it; empty if it states none.
+        recipe: of the training.
+        fixed: its fields that the user set, which a plan does not change.
+        timed: take as many steps as fit into ``minutes``, or the default ones, instead of the recipe's.
+        minutes: of the training, or None.
+    """
+
+    given: Choices
+    modality: str
+    recipe: Recipe
+    fixed: Mapping[str, object]
+    timed: bool
+    minutes: float | None
 
 
 def train_on_folder(
@@ -29,9 +60,7 @@ def train_on_folder(
     output: Path,
     *,
     labels: Sequence[str],
-    prep: Preprocessing,
-    preset: str,
-    recipe: Recipe,
+    settings: Settings,
     start_from: tuple[str, Path] | None,
     validate: int,
     resume: bool,
@@ -44,7 +73,8 @@ def train_on_folder(
     Args:
         cases: all labelled volumes.
         output: the model file.
-        labels, prep, preset, recipe: of the network and its training.
+        labels: names of labels 1..N.
+        settings: of the network and its training.
         start_from: name and file of the model to fine-tune.
         validate: number of cases to hold out.
         resume: keep a checkpoint beside the model file, and resume from it.
@@ -54,19 +84,38 @@ def train_on_folder(
         use_threads(threads)
         if ranks.is_writer:
             writable_file(output, suffix=".safetensors")
+        training, held_out = _split(cases, validate)
+        kept = output.with_suffix(".resume")
+        plan = _kept(ranks, kept / "plan.json" if resume else None, lambda: _planned(cases, labels, settings, ranks))
+        setup = Plan.from_dict(plan)
+        recipe = settings.recipe.replace(**{**setup.recipe_changes, **settings.fixed})
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(labels) + 1, preset, guidance=recipe.clicks > 0)
+        network = DeformUXNet(1, len(labels) + 1, setup.preset, strides=setup.strides, guidance=recipe.clicks > 0)
         if start_from:
             warm_start(network, start_from[1])
-        training, held_out = _split(cases, validate)
-        # In its own folder: unfinished files of killed processes are deleted with it.
-        kept = output.with_suffix(".resume")
+        if settings.timed:
+            recipe = Recipe.from_dict(
+                _kept(
+                    ranks,
+                    kept / "recipe.json" if resume else None,
+                    lambda: in_minutes(
+                        settings.minutes or default_minutes(ranks.device),
+                        network,
+                        training,
+                        recipe=recipe,
+                        prep=setup.preprocessing,
+                        labels=labels,
+                        val_cases=held_out,
+                        device=ranks.device,
+                    ).to_dict(),
+                )
+            )
         result = _fit(
             network,
             training,
             held_out,
             labels=labels,
-            prep=prep,
+            prep=setup.preprocessing,
             recipe=recipe,
             seed=seed,
             checkpoint=kept / "checkpoint.safetensors" if resume else None,
@@ -74,12 +123,51 @@ def train_on_folder(
         )
         if not ranks.is_writer:
             return
-        card = ModelCard(tuple(labels), prep, preset, parent=start_from[0] if start_from else None, seed=seed)
+        card = ModelCard(
+            tuple(labels),
+            setup.preprocessing,
+            setup.preset,
+            plan=setup.for_card(),
+            parent=start_from[0] if start_from else None,
+            seed=seed,
+        )
         save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:
             console.print(f"resumed after step {result.resumed_from}")
         console.print(f"{output}: {len(training)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}")
+
+
+def _planned(cases: Sequence[Case], labels: Sequence[str], settings: Settings, ranks: Ranks) -> dict[str, Any]:
+    """Plan by the cases of the training, and print the plan unless everything was given."""
+    facts = read_fingerprint([case.image for case in cases], cases, modality=settings.modality)
+    device = str(ranks.device)
+    plan = make_plan(
+        facts,
+        labels=labels,
+        given=settings.given,
+        device=device,
+        minutes=settings.minutes,
+        gpu_gigabytes=gpu_gigabytes(device),
+        measure=partial(measure_speed, device, n_labels=len(labels)),
+    )
+    console.print(plan_table(plan))
+    return plan.to_dict()
+
+
+def _kept(ranks: Ranks, file: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the same values to all processes, and again when a training is resumed; ``file`` keeps them."""
+
+    def get() -> dict[str, Any]:
+        if file is None:
+            return make()
+        try:
+            return read_checked(file, dict)
+        except (FileNotFoundError, ValueError):
+            write_checked(file, make())
+            return read_checked(file, dict)
+
+    return dict(ranks.from_writer(get))
 
 
 def _card(

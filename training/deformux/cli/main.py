@@ -39,6 +39,7 @@ from deformux.data.cases import (
     split_label_names,
 )
 from deformux.data.choices import AUTO, Choices
+from deformux.data.fingerprint import declared_modality
 from deformux.data.frame import FRAMES
 from deformux.data.preprocessing import MODALITIES, Preprocessing
 from deformux.data.scan_folder import scans_and_cases
@@ -153,13 +154,19 @@ def fit_command(
     data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
     output: Annotated[Path, typer.Argument(help="Model file to write (.safetensors; its .json card goes beside it).")],
     labels: LabelNames = "",
-    modality: Modality = "ct",
-    preset: PresetName = "tiny",
-    spacing: Spacing = "native",
-    patch_size: PatchSize = "96,96,96",
-    window: Window = "-175,250",
-    percentiles: Percentiles = "0.5,99.5",
-    frame: Frame = "ras",
+    modality: Modality = AUTO,
+    preset: PresetName = AUTO,
+    spacing: Spacing = AUTO,
+    patch_size: PatchSize = AUTO,
+    window: Window = AUTO,
+    percentiles: Percentiles = AUTO,
+    frame: Frame = AUTO,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Take as many steps as fit; default: 10 on a CPU, 3 on a GPU, unless steps are set.", min=0.1
+        ),
+    ] = None,
     recipe: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "finetune",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set steps=2000.")] = None,
     start_from: Annotated[str, typer.Option(help="Model file or shipped name to fine-tune from.")] = "",
@@ -176,25 +183,41 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        prep = Preprocessing.from_options(
-            modality, spacing, patch_size, window=window, percentiles=percentiles, frame=frame
+        given = Choices.from_options(
+            modality=modality,
+            spacing=spacing,
+            patch_size=patch_size,
+            window=window,
+            percentiles=percentiles,
+            frame=frame,
+            preset=preset,
         )
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
         if recipe not in RECIPES:
             raise ValueError(f"recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
-        changed = RECIPES[recipe].replace(**assignments(set_ or []))
+        changes = assignments(set_ or [])
         start = (start_from, model_path(start_from)) if start_from else None
-        from deformux.cli.fit import train_on_folder
+        if minutes is not None and "steps" in changes:
+            raise ValueError("give either --minutes or --set steps=..., not both")
+        from deformux.cli.fit import Settings, train_on_folder
+
+        settings = Settings(
+            given=given,
+            modality=declared_modality(data),
+            recipe=RECIPES[recipe].replace(**changes),
+            fixed=changes,
+            # The paper's recipe is defined by its steps.
+            timed=minutes is not None or ("steps" not in changes and recipe != "paper"),
+            minutes=minutes,
+        )
 
         train_on_folder(
             cases,
             output,
             labels=names,
-            prep=prep,
-            preset=preset,
-            recipe=changed,
+            settings=settings,
             start_from=start,
             validate=validate,
             resume=resume,

@@ -23,7 +23,7 @@ from deformux.data.fingerprint import Fingerprint, declared_modality, read_finge
 from deformux.data.planning import Plan, make_plan
 from deformux.fitting.speed import gpu_gigabytes, measure_speed
 
-__all__ = ["plan_folder"]
+__all__ = ["plan_folder", "plan_table"]
 
 # More sentences about files than this are counted.
 _MAX_SENTENCES = 10
@@ -68,7 +68,7 @@ def plan_folder(
             measure=partial(measure_speed, place, n_labels=max(1, len(names))),
         )
         _print_scans(found, names)
-        console.print(_table(plan))
+        console.print(plan_table(plan))
         if json_file is not None:
             write_text(json_file, json.dumps(plan.to_dict(), indent=2) + "\n")
             console.print(f"{json_file}: the plan", soft_wrap=True, highlight=False)
@@ -107,7 +107,8 @@ def _print_scans(found: Fingerprint, labels: Sequence[str]) -> None:
     print_sentences(sentences)
 
 
-def _table(plan: Plan) -> Table:
+def plan_table(plan: Plan) -> Table:
+    """Return a plan as a table of setting, value and reason."""
     table = Table("setting", "value", "reason")
     for name, reason in plan.reasons.items():
         table.add_row(name, escape(_value(plan, name)), escape(reason))

@@ -99,6 +99,10 @@ class Plan:
             "facts": {k: list(v) if isinstance(v, tuple) else v for k, v in self.facts.items()},
         }
 
+    def for_card(self) -> dict[str, Any]:
+        """Return what a model's card keeps besides network and input: reasons, facts and changes of the recipe."""
+        return {part: value for part, value in self.to_dict().items() if part in ("reasons", "facts", "recipe_changes")}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
         """Invert ``to_dict``, also after JSON; raise ValueError on a bad value."""

@@ -405,7 +405,7 @@ class Learner:
             preprocessing=setup.preprocessing,
             preset=setup.preset,
             network_options=network_options(trained.network),
-            plan={part: setup.to_dict()[part] for part in ("reasons", "recipe_changes", "facts")},
+            plan=setup.for_card(),
             parent=trained.training.parent,
             training_cases=tuple(case.id for case in plan.training),
             training_labels=plan.training_labels,
