@@ -149,7 +149,7 @@ def _planned(cases: Sequence[Case], labels: Sequence[str], settings: Settings, r
         device=device,
         minutes=settings.minutes,
         gpu_gigabytes=gpu_gigabytes(device),
-        measure=partial(measure_speed, device, n_labels=len(labels)),
+        measure=None if settings.given.fixes_the_patch else partial(measure_speed, device, n_labels=len(labels)),
     )
     console.print(plan_table(plan))
     return plan.to_dict()

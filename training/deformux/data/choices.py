@@ -93,6 +93,11 @@ class Choices:
         return dataclasses.replace(prep, **changes)
 
     @property
+    def fixes_the_patch(self) -> bool:
+        """Return whether the speed of the device, by which patch and spacing are planned, does not matter."""
+        return self.spacing_mm is not None and self.patch_size is not None
+
+    @property
     def decided(self) -> tuple[str, ...]:
         """Return the names of what the user decided."""
         return tuple(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)

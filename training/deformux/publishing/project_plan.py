@@ -111,6 +111,7 @@ class ProjectPlanner:
         )
         for reason in facts.unusable:
             logger.warning("Not planned with: %s", reason)
+        measure = partial(measure_speed, self.device, n_labels=len(self.labels))
         plan = make_plan(
             facts,
             labels=self.labels,
@@ -118,7 +119,7 @@ class ProjectPlanner:
             device=self.device,
             minutes=self.minutes,
             gpu_gigabytes=gpu_gigabytes(self.device),
-            measure=None if quick else partial(measure_speed, self.device, n_labels=len(self.labels)),
+            measure=None if quick or self.choices.fixes_the_patch else measure,
         )
         write_checked(self.folder / _FILE, plan.to_dict(), indent=2)
         logger.info("The plan of a training from scratch:\n%s", _as_text(plan))
