@@ -42,7 +42,7 @@ _NUGGET = 0.2
 _SWEEPS = 20
 
 
-def reach(coarseness: Sequence[float] = (1.0, 1.0, 1.0)) -> Voxels:
+def reach(coarseness: Sequence[float] | npt.NDArray[np.float64] = (1.0, 1.0, 1.0)) -> Voxels:
     """Return the voxels along each axis from a click to the last that it changes."""
     return (_REACH / np.asarray(coarseness)).astype(np.int64)
 
