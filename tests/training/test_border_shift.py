@@ -8,7 +8,7 @@ from scipy import ndimage
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
-from deformux.interactive.border_shift import border_evidence, reach
+from deformux.interactive.border_shift import border_evidence, border_reach
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
@@ -60,8 +60,8 @@ def test_distances_are_those_of_the_finest_voxels() -> None:
     start = at % factor
     thick = np.ascontiguousarray(fine[..., start::factor])
     coarseness = (1.0, 1.0, float(factor))
-    assert tuple(reach()) == (15, 15, 15)
-    assert tuple(reach(coarseness)) == (15, 15, 2)
+    assert tuple(border_reach()) == (15, 15, 15)
+    assert tuple(border_reach(coarseness)) == (15, 15, 2)
     click = np.array([(32, 18, at)])
     of_fine = border_evidence(fine, {1: click})[1][..., start::factor]
     of_thick = border_evidence(thick, {1: click // (1, 1, factor)}, coarseness=coarseness)[1]

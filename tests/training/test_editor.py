@@ -19,7 +19,7 @@ from deformux.interactive.click_windows import Lattice, edit_window
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import OpenScan, open_scan, scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
-from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet, Strides
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet, StageStrides
 from deformux.networks.model_file import load_model, with_guidance
 from deformux.networks.pretrained import pretrained_path
 
@@ -35,7 +35,7 @@ ACQUISITION = Preprocessing("ct", spacing_mm=(1.4, 2.6, 3.0), patch_size=(WINDOW
 def network() -> Callable[..., DeformUXNet]:
     """Build untrained networks whose guidance has random weights, so that clicks change a lot."""
 
-    def build(n_labels: int, strides: Strides = PUBLISHED_STRIDES) -> DeformUXNet:
+    def build(n_labels: int, strides: StageStrides = PUBLISHED_STRIDES) -> DeformUXNet:
         torch.manual_seed(n_labels)
         built = DeformUXNet(1, n_labels + 1, "tiny", guidance=True, strides=strides)
         for name, weight in built.named_parameters():
@@ -79,7 +79,7 @@ GRIDS = {
     "slice by slice": (Preprocessing("ct", patch_size=(32, 32, 1)), (40, 34, 3), False, 2),
 }
 # Grids of thick slices, and how often the network halves them.
-THICK: dict[str, Strides] = {
+THICK: dict[str, StageStrides] = {
     "thick": ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)),
     "slice by slice": ((2, 2, 1),) * 4,
 }

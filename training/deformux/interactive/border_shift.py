@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from deformux.data.grid import Logits, Voxels, triple
 
-__all__ = ["border_evidence", "reach"]
+__all__ = ["border_evidence", "border_reach"]
 
 # Standard deviation of the Gaussian of similarity between errors, and its end, in voxels of the finest axis.
 _LENGTH = 6.0
@@ -42,7 +42,7 @@ _NUGGET = 0.2
 _SWEEPS = 20
 
 
-def reach(coarseness: Sequence[float] | npt.NDArray[np.float64] = (1.0, 1.0, 1.0)) -> Voxels:
+def border_reach(coarseness: Sequence[float] | npt.NDArray[np.float64] = (1.0, 1.0, 1.0)) -> Voxels:
     """Return the voxels along each axis from a click to the last that it changes."""
     return (_REACH / np.asarray(coarseness)).astype(np.int64)
 
@@ -63,7 +63,7 @@ def border_evidence(
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
         clicks: voxels ``(n, 3)`` by label, in any order.
         known: cache of the surroundings of clicks by label and voxel, updated in place. It is for the same logits, or
-            to another part of them that holds ``reach`` voxels around each click.
+            to another part of them that holds ``border_reach`` voxels around each click.
         origin: first voxel of this part of the logits, in the coordinates of ``known``.
         coarseness: length of a voxel along each axis, in those of the finest: a click into one of a few thick slices
             says little about the next.
@@ -112,8 +112,8 @@ class _Kernel:
 
 
 def _alike(logits: Logits, label: int, voxel: Voxels, scale: npt.NDArray[np.float64]) -> Logits:
-    """Return the similarity of a label's border around a click to that at the click, within ``reach``."""
-    low, high = np.maximum(voxel - reach(scale), 0), voxel + reach(scale) + 1
+    """Return the similarity of a label's border around a click to that at the click, within ``border_reach``."""
+    low, high = np.maximum(voxel - border_reach(scale), 0), voxel + border_reach(scale) + 1
     part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))]
     centre = triple(voxel - low)
     facing = _facing(_lead(part, label), scale)
@@ -123,7 +123,7 @@ def _alike(logits: Logits, label: int, voxel: Voxels, scale: npt.NDArray[np.floa
 
 
 def _kernel(alike: Logits, voxel: Voxels, length: float, scale: npt.NDArray[np.float64]) -> _Kernel:
-    low = np.maximum(voxel - reach(scale), 0)
+    low = np.maximum(voxel - border_reach(scale), 0)
     centre = triple(voxel - low)
     x, y, z = (
         np.exp(-(((np.arange(size) - at) * unit) ** 2) / (2 * length**2)).astype(np.float32)

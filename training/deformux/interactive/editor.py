@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from deformux.data.grid import Box, Index, slices, triple
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import label_grid_transforms
-from deformux.interactive.border_shift import border_evidence, reach
+from deformux.interactive.border_shift import border_evidence, border_reach
 from deformux.interactive.click_regions import MaskChange, find_changes, mix, pieces, settle
 from deformux.interactive.click_windows import Lattice, edit_window
 from deformux.interactive.open_scan import OpenScan
@@ -164,7 +164,7 @@ class Editor:
         places = np.concatenate([*here.values(), np.empty((0, 3), np.int64)])
         if not len(places):
             return logits
-        far = reach(self.scan.coarseness)
+        far = border_reach(self.scan.coarseness)
         low = np.maximum(places.min(0) - far, box[0])
         near: Box = (triple(low), triple(np.minimum(places.max(0) + far + 1, box[1])))
         start, classes = self._starting_box(near), self._start[slices(near)]

@@ -19,12 +19,12 @@ from deformux.networks.fast_cpu_conv import adopt
 from deformux.networks.guided_layers import GuidedConv3d, InputBlock, Stem
 from deformux.networks.presets import PRESETS, Preset
 
-__all__ = ["PUBLISHED_STRIDES", "DeformUXNet", "Strides", "used_channels"]
+__all__ = ["PUBLISHED_STRIDES", "DeformUXNet", "StageStrides", "used_channels"]
 
 # One triple for each stage of the encoder.
-Strides: TypeAlias = tuple[tuple[int, int, int], ...]
+StageStrides: TypeAlias = tuple[tuple[int, int, int], ...]
 
-PUBLISHED_STRIDES: Strides = ((2, 2, 2),) * 4
+PUBLISHED_STRIDES: StageStrides = ((2, 2, 2),) * 4
 
 
 class DeformUXNet(nn.Module):
@@ -272,7 +272,7 @@ def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
 
 
-def _checked_strides(strides: Sequence[Sequence[int]]) -> Strides:
+def _checked_strides(strides: Sequence[Sequence[int]]) -> StageStrides:
     """Return strides, which may be lists, as tuples; raise ValueError unless they are four triples of 1 or 2."""
     try:
         checked = tuple((d, h, w) for d, h, w in strides)
