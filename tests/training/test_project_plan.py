@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from deformux.publishing.project_plan import ProjectPlanner, last_plan
 
 LABELS = ("ball", "box")
 SMALL = Preset((4, 8, 16, 32), 32, (1, 1, 1, 1))
+THICK = np.diag([1.0, 1.0, 6.0, 1.0])
 QUICK = RECIPES["finetune"].replace(steps=2, epochs=1)
 
 
@@ -50,7 +52,7 @@ def test_a_version_carries_its_plan_and_keeps_it_when_it_is_continued(write_case
     assert set(first.plan["reasons"]) >= {"modality", "frame", "spacing_mm", "patch_size", "preset", "strides"}
     assert first.recipe["batch_size"] == plan.recipe_changes["batch_size"]
     # Thicker slices would be planned otherwise, but a training that continues changes nothing.
-    thick = [write_case(f"t{number}", seed=number, size=(60, 60, 10), spacing=(1, 1, 6)) for number in range(4)]
+    thick = [write_case(f"t{number}", seed=number, size=(60, 60, 10), affine=THICK) for number in range(4)]
     continued = learner(state, thick).learn([*cases, *thick[:1]], options).card
     assert continued.parent == "v0001"
     assert (continued.preprocessing, continued.network_options) == (first.preprocessing, first.network_options)
@@ -80,7 +82,7 @@ def test_a_killed_round_goes_on_with_the_plan_and_the_steps_it_began_with(write_
     kept = {file.name: file.read_text() for file in (state / "training").glob("*.json")}
     assert {"plan-0.json", "recipe-0.json"} <= set(kept)
     # Meanwhile there are other scans, by which a new plan would be another.
-    thick = [write_case(f"t{number}", seed=number, size=(60, 60, 10), spacing=(1, 1, 6)) for number in range(9)]
+    thick = [write_case(f"t{number}", seed=number, size=(60, 60, 10), affine=THICK) for number in range(9)]
     steps = []
     outcome = learner(state, thick).learn(cases[:2], options, on_progress=lambda p: steps.append(p.total_steps))
     assert outcome.published
