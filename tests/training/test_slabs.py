@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import tracemalloc
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -48,7 +48,7 @@ def in_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def joined(found: list[Slab]) -> Tensor:
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in itertools.pairwise(found):
         assert before.stop == after.start
     return torch.cat([slab.logits for slab in found], found[0].axis + 1)
 

@@ -17,7 +17,9 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.distributed import Ranks, joined
 from deformux.fitting.fit import FitResult, Progress, TrainingError, fit
+from deformux.fitting.locator_training import fit_locator
 from deformux.fitting.recipe import Recipe
+from deformux.inference.locator_file import save_locator
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, network_options, save_model, warm_start
 
@@ -75,7 +77,10 @@ def train_on_folder(
         if not ranks.is_writer:
             return
         card = ModelCard(tuple(labels), prep, preset, parent=start_from[0] if start_from else None, seed=seed)
-        save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
+        card = _card(card, network, training, recipe, result, device=ranks.device)
+        fitted = fit_locator(training, prep=prep, labels=labels, val_cases=held_out, device=ranks.device, seed=seed)
+        card = dataclasses.replace(card, locator=fitted.facts)
+        save_model(output, network, card if fitted.locator is None else save_locator(output, fitted.locator, card))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:
             console.print(f"resumed after step {result.resumed_from}")

@@ -13,8 +13,8 @@ from deformux.data.loading import LoadLabeld, LoadVolumed, filled_voxels
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import run_transforms
 from deformux.inference.captured_network import prepared
-from deformux.inference.metrics import dice_per_label
 from deformux.inference.locate import Locator
+from deformux.inference.metrics import dice_per_label
 from deformux.inference.sliding_window import Network, segment_labels
 
 __all__ = ["evaluate"]

@@ -41,8 +41,9 @@ logger = logging.getLogger(__name__)
 
 # Scans of fewer windows are computed whole: there is little to save.
 MANY_WINDOWS = 48
-# Most voxels of a scan at the locator's spacing.
+# Most voxels of a scan at the locator's spacing, and fewest of the model's that one of them stands for.
 _MOST_VOXELS = 96**3
+_LEAST_MERGED = 27
 _LARGEST_WINDOW = 64
 # Probability with which a label counts as found.
 _FOUND = 0.5
@@ -93,7 +94,7 @@ class Locator:
         """Return which windows of a preprocessed scan ``(1, x, y, z)`` to compute; None for all of them."""
         if len(windows.starts) < MANY_WINDOWS:
             return None
-        seen = self.look(image)
+        seen = self.look(coarsened(image.as_tensor(), self.factors))
         missing = sorted(set(self.expected) - set(seen.found()))
         where = self.region(seen, image)
         if missing or not where.any():
@@ -105,10 +106,10 @@ class Locator:
         return wanted
 
     @torch.inference_mode()
-    def look(self, image: MetaTensor) -> Located:
-        """Return where labels may be in a preprocessed scan ``(1, x, y, z)``."""
+    def look(self, coarse: Tensor) -> Located:
+        """Return where labels may be in a preprocessed scan ``(1, x, y, z)``, ``coarsened``."""
         low, high = self.window
-        coarse = ((coarsened(image.as_tensor(), self.factors) - low) / (high - low)).clamp(0, 1)
+        coarse = ((coarse - low) / max(high - low, 1e-6)).clamp(0, 1)
         taker = _Foreground(triple(coarse.shape[1:]))
         network = prepared(self.network, self.device)
         windows = Windows(taker.size, self.patch_size)
@@ -135,9 +136,7 @@ class Locator:
         }
 
     @classmethod
-    def from_dict(
-        cls, values: Mapping[str, Any], network: nn.Module, *, device: str | torch.device = "cpu"
-    ) -> Locator:
+    def from_dict(cls, values: Mapping[str, Any], network: nn.Module, *, device: str | torch.device = "cpu") -> Locator:
         """Invert ``to_dict``; raise KeyError, TypeError or ValueError on values that do not fit."""
         return cls(
             network,
@@ -172,7 +171,8 @@ class _Foreground:
 def coarse_factors(size: Index, spacing_mm: Sequence[float]) -> Index:
     """Return how many voxels to merge along each axis so that a scan is few windows; the shortest sides grow first."""
     factors = [1, 1, 1]
-    while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > _MOST_VOXELS:
+    most = min(_MOST_VOXELS, max(1, math.prod(size) // _LEAST_MERGED))
+    while math.prod(-(-n // f) for n, f in zip(size, factors, strict=True)) > most:
         axis = min((a for a in range(3) if size[a] > factors[a]), key=lambda a: spacing_mm[a] * factors[a])
         factors[axis] += 1
     return triple(factors)
@@ -219,6 +219,12 @@ def _coarse_box(box: Box, factors: Index) -> Box:
 def _count(sums: npt.NDArray[np.int64], box: Box) -> int:
     (a, b, c), (d, e, f) = box
     return int(
-        sums[d, e, f] - sums[a, e, f] - sums[d, b, f] - sums[d, e, c] + sums[a, b, f] + sums[a, e, c] + sums[d, b, c]
+        sums[d, e, f]
+        - sums[a, e, f]
+        - sums[d, b, f]
+        - sums[d, e, c]
+        + sums[a, b, f]
+        + sums[a, e, c]
+        + sums[d, b, c]
         - sums[a, b, c]
     )

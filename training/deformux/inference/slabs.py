@@ -18,7 +18,7 @@ from deformux.data.grid import Box, Index, triple
 from deformux.inference.captured_network import BatchedNetwork
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["Slab", "SlabTaker", "WindowsDone", "Windows", "hand_on", "logit_slabs"]
+__all__ = ["Slab", "SlabTaker", "Windows", "WindowsDone", "hand_on", "logit_slabs"]
 
 # Logits of fewer bytes are kept whole and handed on at once, in MONAI's own order of sums.
 _WHOLE_BYTES = 512 * 2**20

@@ -46,6 +46,7 @@ _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "validation": dict,
     "gate": dict,
     "scratch_cases": int,
+    "locator": dict,
     "weights_sha256": str,
 }
 
@@ -80,6 +81,8 @@ class ModelCard:
         created: UTC, ISO 8601.
         device: what it was trained on.
         notes: anything a reader should know, e.g. the data's licence.
+        locator: what finds the labels in large scans (``Locator.to_dict``), with its checks and the SHA-256 of its own
+            file; or why there is none.
         weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in older cards.
     """
 
@@ -102,6 +105,7 @@ class ModelCard:
     created: str = field(default_factory=_now)
     device: str = "cpu"
     notes: str = ""
+    locator: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
 
     def to_json(self) -> str:

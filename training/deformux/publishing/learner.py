@@ -16,6 +16,7 @@ from deformux.data.cases import Case
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.locator_training import fit_locator
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
@@ -119,7 +120,7 @@ class Learner:
         run_id = self.round_folder.begin(plan.identity(options.scratch_recipe))
         trained = self._train(plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
-        name, card = self._write(trained, decision, plan, options, run_id)
+        name, card = self._write(trained, decision, plan, options, run_id, stop)
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
@@ -327,10 +328,25 @@ class Learner:
         )
 
     def _write(
-        self, trained: _Trained, decision: Decision, plan: RoundPlan, options: Round, run_id: str
+        self,
+        trained: _Trained,
+        decision: Decision,
+        plan: RoundPlan,
+        options: Round,
+        run_id: str,
+        stop: Callable[[], bool] | None,
     ) -> tuple[str, ModelCard]:
         """Write the version and its scores; return its name and its card."""
         result = trained.result
+        fitted = fit_locator(
+            plan.training,
+            prep=self.preprocessing,
+            labels=self.labels,
+            val_cases=plan.validation,
+            device=options.device,
+            seed=plan.seed,
+            stop=stop,
+        )
         card = ModelCard(
             labels=self.labels,
             preprocessing=self.preprocessing,
@@ -348,9 +364,10 @@ class Learner:
             run=run_id,
             seconds=trained.seconds,
             device=", ".join(options.devices) or options.device,
+            locator=fitted.facts,
         )
         try:
-            name = self.versions.write(trained.network, card)
+            name = self.versions.write(trained.network, card, locator=fitted.locator)
             # As it was written, with the checksum of the weights.
             card = self.versions.card(name)
         except (OSError, SafetensorError) as error:
