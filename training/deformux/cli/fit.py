@@ -72,12 +72,14 @@ def train_on_folder(
             recipe=recipe,
             seed=seed,
             checkpoint=kept / "checkpoint.safetensors" if resume else None,
+            store=kept / "preprocessed",
             ranks=ranks,
         )
         if not ranks.is_writer:
             return
         card = ModelCard(tuple(labels), prep, preset, parent=start_from[0] if start_from else None, seed=seed)
         card = _card(card, network, training, recipe, result, device=ranks.device)
+        shutil.rmtree(kept / "preprocessed", ignore_errors=True)
         fitted = fit_locator(training, prep=prep, labels=labels, val_cases=held_out, device=ranks.device, seed=seed)
         card = dataclasses.replace(card, locator=fitted.facts)
         save_model(output, network, card if fitted.locator is None else save_locator(output, fitted.locator, card))
@@ -126,6 +128,7 @@ def _fit(
     recipe: Recipe,
     seed: int,
     checkpoint: Path | None,
+    store: Path,
     ranks: Ranks,
 ) -> FitResult:
     """Train with a progress bar."""
@@ -147,5 +150,6 @@ def _fit(
             on_progress=show,
             seed=seed,
             checkpoint=checkpoint,
+            store=store,
             ranks=ranks,
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["RECIPES", "Recipe"]
 
+_DISK_GB = 100.0
 SCHEDULES = ("plateau", "one_cycle", "cosine", "constant")
 
 
@@ -48,7 +49,8 @@ class Recipe:
         click_start: share of the training before the first clicks, since a network must find something before it can
             err.
         mixed_precision: bfloat16 if the device has it.
-        cache_gb: memory for preprocessed volumes; the rest is read again each time.
+        cache_gb: memory for preprocessed volumes.
+        disk_gb: files for those that do not fit into memory; the rest is read again each time.
 
     Raises:
         ValueError: a value is out of range.
@@ -88,6 +90,7 @@ class Recipe:
     click_start: float = 0.5
     mixed_precision: bool = True
     cache_gb: float = 4.0
+    disk_gb: float = _DISK_GB
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -143,6 +146,9 @@ class Recipe:
             # Unchanged since before there were clicks: this identifies checkpoints and simulations.
             for name in ("clicks", "click_probability", "click_start"):
                 del values[name]
+        if self.disk_gb == _DISK_GB:
+            # It changes no training, and older ones do not know it.
+            del values["disk_gb"]
         return values
 
     @classmethod

@@ -253,6 +253,7 @@ class Learner:
             checkpoint_seconds=options.checkpoint_seconds,
             stop=stop,
             compile_cache=self.root / "compiled",
+            store=self.root / "preprocessed",
         )
         _check_finite(network)
         return _Trained(network, result, recipe, parent, result.seconds)
