@@ -130,37 +130,46 @@ def test_a_small_scan_needs_no_locator(write_case) -> None:
     assert fit_locator(cases, prep=dataclasses.replace(PREP, patch_size=(32, 32, 16)), labels=LABELS) == FittedLocator()
 
 
-@pytest.fixture(scope="module")
-def shared() -> dict[str, FittedLocator]:
-    """Keep a trained locator for the tests below."""
-    return {}
+def bright_forward(self: DeformUXNet, x: Tensor) -> Tensor:
+    """Find the ball where a scan is bright and the box where it is dark, as a trained locator would."""
+    ball, box = 60 * (x - 0.75), 60 * (0.25 - x)
+    return torch.cat([torch.zeros_like(x), ball, box], 1)
 
 
 @pytest.fixture
-def fitted(write_large, shared: dict[str, FittedLocator]) -> FittedLocator:
+def fitted(write_large, monkeypatch: pytest.MonkeyPatch) -> FittedLocator:
+    """Return what ``fit_locator`` makes of a network that has learnt its task."""
+    monkeypatch.setattr("deformux.fitting.locator_training._train", lambda *_, **__: None)
+    monkeypatch.setattr(DeformUXNet, "forward", bright_forward)
     cases = [write_large(f"case{i}", seed=i) for i in range(4)]
-    if "locator" not in shared:
-        shared["locator"] = fit_locator(
-            cases[:3], prep=PREP, labels=LABELS, val_cases=cases[3:], seconds=20, device="cpu", seed=0
-        )
-    return shared["locator"]
+    return fit_locator(cases[:3], prep=PREP, labels=LABELS, val_cases=cases[3:], seconds=20)
 
 
-def test_a_trained_locator_loses_no_labelled_voxel_and_leaves_out_windows(fitted: FittedLocator, write_large) -> None:
+def test_a_locator_that_loses_no_labelled_voxel_is_used(fitted: FittedLocator, write_large) -> None:
     assert fitted.locator is not None, fitted.facts
     assert fitted.facts["recall"] == 1
     assert fitted.facts["share_of_windows"] < 0.8
+    assert fitted.facts["cases"] == 4
+    assert fitted.locator.expected == (1, 2)
     json.dumps(fitted.facts)
     # A scan it has not seen, through a network that marks brightness: nothing that is there may be lost.
     case = write_large("new", seed=9)
     whole = segment_labels(Bright(), case.image, PREP)
-    computed: list[int] = []
-    found = segment_labels(
-        Bright(), case.image, PREP, locator=fitted.locator, on_windows=lambda _, of: computed.append(of)
-    )
-    assert computed[0] < len(Windows((90, 80, 72), (16, 16, 16)).starts)
+    told: list[int] = []
+    found = segment_labels(Bright(), case.image, PREP, locator=fitted.locator, on_windows=lambda _, of: told.append(of))
+    assert told[0] < len(Windows((90, 80, 72), (16, 16, 16)).starts)
     np.testing.assert_array_equal(found.numpy(), whole.numpy())
     assert (whole == 1).sum() > 300
+
+
+@pytest.mark.slow
+def test_a_locator_learns_from_the_models_labels(write_large, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deformux.fitting.locator_training._LEAST_STEPS", 150)
+    monkeypatch.setattr("deformux.fitting.locator_training._MOST_STEPS", 150)
+    cases = [write_large(f"case{i}", seed=i) for i in range(4)]
+    found = fit_locator(cases[:3], prep=PREP, labels=LABELS, val_cases=cases[3:], seconds=3000)
+    assert found.locator is not None, found.facts
+    assert found.facts["recall"] == 1
 
 
 def test_a_locator_that_misses_labels_is_refused(write_large, monkeypatch: pytest.MonkeyPatch) -> None:
