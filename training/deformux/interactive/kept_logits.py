@@ -16,8 +16,9 @@ from deformux.inference.slabs import Slab
 
 __all__ = ["AllLogits", "KeptLogits", "LogitKeeper", "TopLogits"]
 
-# Logits in float16 that take more are reduced to the two highest of each voxel.
+# Logits in float16 that take more are reduced to the highest of each voxel, this number of them.
 _ALL_BYTES = 512 * 2**20
+_TOP = 3
 # Voxels times classes of which float32 values are made at a time.
 _CHUNK = 64 * 2**20 // 4
 
@@ -101,12 +102,12 @@ class AllLogits(_Chunked):
 
 
 class TopLogits(_Chunked):
-    """The two highest logits of each voxel with their classes; the other classes have their mean.
+    """The three highest logits of each voxel with their classes; the other classes have their mean.
 
     Args:
         n_classes: background included.
-        values: the highest, the second and the mean of the others, ``(3, x, y, z)``, float16 on the CPU.
-        classes: of the highest and the second, ``(2, x, y, z)``, uint8.
+        values: the highest in falling order and the mean of the others, ``(4, x, y, z)``, float16 on the CPU.
+        classes: of the highest, ``(3, x, y, z)``, uint8.
     """
 
     def __init__(self, n_classes: int, values: Tensor, classes: Tensor) -> None:
@@ -129,12 +130,12 @@ class TopLogits(_Chunked):
         return self._spread(self.values[part], self.classes[part]).numpy()
 
     def _spread(self, values: Tensor, classes: Tensor) -> Tensor:
-        logits = values[2].float().expand(self.n_classes, *values.shape[1:]).clone()
-        return logits.scatter_(0, classes.long(), values[:2].float())
+        logits = values[-1].float().expand(self.n_classes, *values.shape[1:]).clone()
+        return logits.scatter_(0, classes.long(), values[:-1].float())
 
 
 class LogitKeeper:
-    """Keeps slabs of logits: all of them in float16 if they are few, else the two highest of each voxel.
+    """Keeps slabs of logits: all of them in float16 if they are few, else the three highest of each voxel.
 
     Args:
         size: voxels of the network's grid.
@@ -152,9 +153,9 @@ class LogitKeeper:
         logits = slab.logits
         if self._values is None:
             self._n_classes = len(logits)
-            everything = 2 * self._n_classes * math.prod(self.size) <= _ALL_BYTES
-            self._values = torch.empty(self._n_classes if everything else 3, *self.size, dtype=torch.float16)
-            self._top = None if everything else torch.empty(2, *self.size, dtype=torch.uint8)
+            everything = 2 * self._n_classes * math.prod(self.size) <= _ALL_BYTES or self._n_classes <= _TOP + 1
+            self._values = torch.empty(self._n_classes if everything else _TOP + 1, *self.size, dtype=torch.float16)
+            self._top = None if everything else torch.empty(_TOP, *self.size, dtype=torch.uint8)
         box = _planes(self.size, slab)
         classes = highest(logits).to("cpu", torch.uint8).numpy()
         self.classes[slices(box)] = classes
@@ -162,7 +163,7 @@ class LogitKeeper:
         if self._top is None:
             self._values[part] = _halved(logits, classes)
         else:
-            self._values[part], self._top[part] = _two_highest(logits)
+            self._values[part], self._top[part] = _highest_of_each(logits)
 
     def kept(self) -> KeptLogits:
         """Return the logits once every slab was added."""
@@ -186,19 +187,20 @@ def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
     return halved
 
 
-def _two_highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _highest_of_each(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the values and the classes that TopLogits keeps; the highest leads in float16 too."""
-    first = highest(logits)
-    rest = logits.clone()
-    rest.scatter_(0, first[None], -torch.inf)
-    second = highest(rest)
-    values = torch.empty(3, *logits.shape[1:], device=logits.device)
-    values[:2] = logits.gather(0, torch.stack([first, second]))
-    values[2] = (logits.sum(0) - values[0] - values[1]) / max(1, len(logits) - 2)
-    # A mean of few classes may round above the second.
-    values[2] = torch.minimum(values[2], values[1])
-    halved = values.to("cpu", torch.float16)
-    numbers = halved.numpy()
+    left = logits.clone()
+    classes = []
+    for _ in range(_TOP):
+        # As argmax does: of equal ones the first, which topk does not promise.
+        classes.append(highest(left))
+        left.scatter_(0, classes[-1][None], -torch.inf)
+    chosen = torch.stack(classes)
+    top = logits.gather(0, chosen)
+    rest = (logits.sum(0) - top.sum(0)) / (len(logits) - _TOP)
+    # A mean of few classes may round above the last.
+    values = torch.cat([top, torch.minimum(rest, top[-1])[None]]).to("cpu", torch.float16)
+    numbers = values.numpy()
     tied = numbers[0] <= numbers[1]
     numbers[0][tied] = np.nextafter(numbers[1][tied], np.float16("inf"))
-    return halved, torch.stack([first, second]).to("cpu", torch.uint8)
+    return values, chosen.to("cpu", torch.uint8)
