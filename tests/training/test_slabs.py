@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,3 +154,11 @@ def test_progress_counts_every_window_and_may_end_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         list(logit_slabs(image, network, windows, on_windows=stop))
+
+
+def test_memory_does_not_grow_with_the_classes_of_the_whole_scan(repository: Path) -> None:
+    """Labels, uncertainty and what clicks need, together, beside the logits that were once kept whole."""
+    driver = repository / "tests/training/slab_memory_driver.py"
+    found = json.loads(subprocess.run([sys.executable, driver], check=True, capture_output=True, text=True).stdout)
+    assert found["all_logits"] > 512 * 2**20, "it must not count as a small scan"
+    assert found["grown"] < 0.65 * found["all_logits"]

@@ -23,7 +23,7 @@ __all__ = ["Slab", "SlabTaker", "Windows", "WindowsDone", "hand_on", "logit_slab
 # Logits of fewer bytes are kept whole and handed on at once, in MONAI's own order of sums.
 _WHOLE_BYTES = 512 * 2**20
 # Bytes of the pieces in which a slab is handed on.
-_PIECE_BYTES = 64 * 2**20
+_PIECE_BYTES = 32 * 2**20
 # Of fewer voxels the first axis is the slabs', whatever their memory.
 _FEW_VOXELS = 2**24
 # Lead of the background where no window is computed.
