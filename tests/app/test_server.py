@@ -6,6 +6,7 @@ import asyncio
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -92,7 +93,24 @@ def test_other_requests_are_answered_during_an_inference(busy: LiveServer, slow:
         assert len(image.content) > 256**3
         assert busy.submit("small_0", truth.label).status_code == 200
     assert not slow.answered()
-    assert inferences(busy) == {"running": "somebody slow", "waiting": []}
+    shown = inferences(busy)
+    assert (shown["running"], shown["waiting"]) == ("somebody slow", [])
+
+
+def test_a_running_inference_shows_its_windows(busy: LiveServer, slow: SlowInference) -> None:
+    wait_for(lambda: inferences(busy).get("windows_done", 0) > 1, "some windows are done")
+    # 256 voxels along each axis in steps of 12, three quarters of 16.
+    first = inferences(busy)
+    assert first["windows"] == 21**3
+    assert 0 < first["windows_done"] < first["windows"]
+    assert first["seconds_left"] > 0
+    wait_for(lambda: inferences(busy)["windows_done"] > first["windows_done"], "more are done")
+    wait_for(lambda: re.search(r"\d+ of 9261 windows, \d+ s left", busy.log.read_text()), "the log says so too")
+    left = time.monotonic()
+    slow.leave()
+    wait_for(lambda: not inferences(busy), "it ends")
+    # It has many minutes of work left; polling takes a moment of this.
+    assert time.monotonic() - left < 5
 
 
 def test_a_client_that_leaves_frees_its_place(busy: LiveServer, slow: SlowInference) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from deformux.active_learning.diversity import diverse_batch, typical_batch, typicality
-from deformux.active_learning.observe import encode, mirrorings, observe
+from deformux.active_learning.observe import _PooledProbabilities, encode, mirrorings, observe
 from deformux.active_learning.strategies import STRATEGIES, choose, coldness, power_noise, stochastic_batch
 from deformux.active_learning.uncertainty_scores import (
     VolumeScores,
@@ -19,6 +19,7 @@ from deformux.active_learning.uncertainty_scores import (
     volume_uncertainty,
 )
 from deformux.data.preprocessing import Preprocessing
+from deformux.inference.slabs import Slab, hand_on
 from deformux.inference.sliding_window import segment
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -341,3 +342,22 @@ def test_untrained_features_tell_scans_apart(network: DeformUXNet, write_case) -
     assert np.array_equal(features[0], features[3])
     assert np.abs(features[0] - features[1]).max() > 1e-3
     assert observe([network], cases[1].image, PREP).features == pytest.approx(features[1], rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("axes", [(), (0,), (1, 2), (0, 1, 2)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_large_scan_is_compared_on_coarser_voxels(
+    axis: int, axes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (13, 10, 7)
+    logits = torch.randn(3, *size)
+    mirrored = logits.flip([a + 1 for a in axes])
+    slabs = [Slab(axis, at, mirrored.narrow(axis + 1, at, min(4, size[axis] - at))) for at in range(0, size[axis], 4)]
+    whole = _PooledProbabilities(size, axes)
+    hand_on(slabs, [whole])
+    torch.testing.assert_close(whole.probabilities(), logits.softmax(0))
+    monkeypatch.setattr("deformux.active_learning.observe._MOST_VALUES", 3 * 5 * 4 * 3)
+    pooled = _PooledProbabilities(size, axes)
+    hand_on(slabs, [pooled])
+    expected = torch.nn.functional.avg_pool3d(logits.softmax(0)[None], 3, ceil_mode=True, count_include_pad=False)[0]
+    torch.testing.assert_close(pooled.probabilities(), expected)

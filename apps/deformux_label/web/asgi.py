@@ -34,7 +34,7 @@ from monailabel.endpoints import (
 from monailabel.utils.others.generic import name_to_device
 
 from deformux_label.lib.requests.caller import current_user
-from deformux_label.web.inference_queue import Turns
+from deformux_label.web.inference_queue import Turn, Turns
 from deformux_label.web.worker_threads import in_thread, watched, with_endpoint
 
 __all__ = ["app"]
@@ -60,7 +60,7 @@ def _off_the_loop() -> FastAPI:
     """Return MONAI Label's app with endpoints that do not block its event loop."""
     turns = Turns()
 
-    async def turn(arguments: Mapping[str, Any], request: Request) -> Callable[[], None]:
+    async def turn(arguments: Mapping[str, Any], request: Request) -> Turn:
         return await turns.take(*_device_and_client(arguments, request))
 
     for module, threads in _THREADS.items():
@@ -71,7 +71,7 @@ def _off_the_loop() -> FastAPI:
         from monailabel.app import app as server
 
     async def inferences() -> dict[str, dict[str, Any]]:
-        """Return, for each device, the client whose inference runs and those waiting, in order."""
+        """Return, for each device, the client whose inference runs, its windows, and those waiting, in order."""
         return turns.state()
 
     server.add_api_route(f"{settings.MONAI_LABEL_API_STR}/deformux/inferences", inferences, methods=["GET"])

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-__all__ = ["Turns"]
+from deformux_label.lib.infers.progress import WindowProgress
+
+__all__ = ["Turn", "Turns"]
+
+
+class Turn:
+    """A turn that runs; calling it ends it."""
+
+    def __init__(self, turns: Turns, device: str) -> None:
+        self.progress = WindowProgress()
+        self._turns, self._device = turns, device
+
+    def __call__(self) -> None:
+        """End the turn: the next request in line gets its own."""
+        self._turns.end(self._device)
 
 
 class Turns:
@@ -18,25 +32,36 @@ class Turns:
 
     def __init__(self) -> None:
         self._running: dict[str, str] = {}
+        self._progress: dict[str, WindowProgress] = {}
         # By device: clients in the order of serving, each with its requests in order.
         self._waiting: dict[str, OrderedDict[str, deque[asyncio.Future[None]]]] = {}
 
-    async def take(self, device: str, client: str) -> Callable[[], None]:
-        """Wait for a turn and return the function that ends it; a cancelled wait gives up its place."""
+    async def take(self, device: str, client: str) -> Turn:
+        """Wait for a turn and return it; a cancelled wait gives up its place."""
         if device in self._running:
             await self._wait(device, client)
         else:
             self._running[device] = client
+        turn = Turn(self, device)
+        self._progress[device] = turn.progress
+        return turn
 
-        def end() -> None:
-            self._next(device)
-
-        return end
+    def end(self, device: str) -> None:
+        """End the turn that runs on a device."""
+        self._progress.pop(device, None)
+        self._next(device)
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """Return, for each busy device, the client being served and those waiting, in the order of serving."""
+        """Return, for each busy device, the client being served and those waiting, in the order of serving.
+
+        Once the first window of the inference is computed, its ``windows_done``, ``windows`` and ``seconds_left`` too.
+        """
         return {
-            device: {"running": client, "waiting": _in_turn(self._waiting.get(device, {}))}
+            device: {
+                "running": client,
+                "waiting": _in_turn(self._waiting.get(device, {})),
+                **(self._progress[device].to_dict() if device in self._progress else {}),
+            }
             for device, client in self._running.items()
         }
 

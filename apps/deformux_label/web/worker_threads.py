@@ -15,6 +15,8 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 
 from deformux_label.lib.infers.cancellation import ClientGone, watch_client
+from deformux_label.lib.infers.progress import watch_windows
+from deformux_label.web.inference_queue import Turn
 
 __all__ = ["client_left", "in_thread", "watched", "with_endpoint", "with_signature"]
 
@@ -36,13 +38,13 @@ def in_thread(endpoint: Callable[..., Any], *, threads: int) -> Callable[..., Co
 
 
 def watched(
-    endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Callable[[], None]]]
+    endpoint: Callable[..., Any], turn: Callable[[Mapping[str, Any], Request], Awaitable[Turn]]
 ) -> Callable[..., Coroutine[Any, Any, Response]]:
     """Return an endpoint that waits for its ``turn``, runs in a thread, and ends early when its client disconnects.
 
     Args:
         endpoint: as for ``in_thread``.
-        turn: takes the endpoint's arguments and the request, waits, and returns a function that ends the turn.
+        turn: takes the endpoint's arguments and the request, waits, and returns the turn.
     """
     # Turns already limit the number of running endpoints; a second limit would break their order.
     limiter = CapacityLimiter(1_000_000)
@@ -54,7 +56,7 @@ def watched(
             await asyncio.wait({leaving, waiting}, return_when=asyncio.FIRST_COMPLETED)
             if leaving.done():
                 return Response(status_code=_CLIENT_CLOSED_REQUEST)
-            waiting.result()
+            watch_windows(waiting.result().progress)
             watch_client(leaving.done)
             return await anyio.to_thread.run_sync(_answer, endpoint, arguments, limiter=limiter)
         except ClientGone:

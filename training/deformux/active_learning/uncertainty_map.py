@@ -14,10 +14,11 @@ from nibabel.affines import apply_affine, voxel_sizes
 from scipy import ndimage
 from torch import Tensor
 
-from deformux.active_learning.uncertainty_scores import volume_uncertainty, voxel_entropy
+from deformux.active_learning.uncertainty_scores import label_sums, uncertainty_of_sums, voxel_entropy
 from deformux.data.grid import Index, ScanGrid
+from deformux.inference.slabs import Slab
 
-__all__ = ["Uncertainty", "find_uncertainty", "look_next", "uncertainty_map"]
+__all__ = ["Uncertainty", "UncertaintySlabs", "find_uncertainty", "look_next", "uncertainty_map"]
 
 # A map that stays below this shows nothing worth a look.
 _LEAST = 1.0
@@ -38,22 +39,58 @@ class Uncertainty:
     mean: float
 
 
-@torch.inference_mode()
+class UncertaintySlabs:
+    """Reduces the slabs of a scan's logits to its uncertainty.
+
+    Args:
+        image: the preprocessed scan.
+    """
+
+    def __init__(self, image: MetaTensor) -> None:
+        self.image = image
+        self._map = torch.zeros(image.shape[1:])
+        self._weights: Tensor | None = None
+        self._entropies: Tensor | None = None
+
+    @torch.inference_mode()
+    def add(self, slab: Slab) -> None:
+        """Take the next slab.
+
+        Raises:
+            ValueError: the logits are not ``(C >= 2, x, y, z)`` or not finite.
+        """
+        probabilities = slab.logits.float().softmax(0)
+        part = [slice(None)] * 3
+        part[slab.axis] = slice(slab.start, slab.stop)
+        self._map[tuple(part)] = uncertainty_map(probabilities).cpu()
+        weights, entropies = label_sums(probabilities)
+        if self._weights is None or self._entropies is None:
+            self._weights, self._entropies = weights, entropies
+        else:
+            self._weights, self._entropies = self._weights + weights, self._entropies + entropies
+
+    def found(self) -> Uncertainty:
+        """Return the uncertainty once every slab was added."""
+        assert self._weights is not None
+        assert self._entropies is not None
+        grid = ScanGrid.of(self.image)
+        place = look_next(self._map, voxel_sizes(np.asarray(self.image.affine, dtype=float)))
+        return Uncertainty(
+            map=grid.interpolate(self._map[None], lambda values: values[0].round()).numpy(),
+            look_next=None if place is None else _nearest(place, grid),
+            mean=100 * uncertainty_of_sums(self._weights, self._entropies),
+        )
+
+
 def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
     """Find where a model is unsure of a scan, from the logits ``(C, x, y, z)`` of its preprocessed ``image``.
 
     Raises:
         ValueError: the logits are not ``(C >= 2, x, y, z)`` or not finite.
     """
-    probabilities = logits.float().softmax(0)
-    unsure = uncertainty_map(probabilities)
-    grid = ScanGrid.of(image)
-    place = look_next(unsure, voxel_sizes(np.asarray(image.affine, dtype=float)))
-    return Uncertainty(
-        map=grid.interpolate(unsure[None], lambda values: values[0].round()).numpy(),
-        look_next=None if place is None else _nearest(place, grid),
-        mean=100 * volume_uncertainty(probabilities),
-    )
+    slabs = UncertaintySlabs(image)
+    slabs.add(Slab(0, 0, logits))
+    return slabs.found()
 
 
 def uncertainty_map(probabilities: Tensor) -> Tensor:

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["VolumeScores", "label_uncertainty", "score_samples", "volume_uncertainty", "voxel_entropy"]
+__all__ = [
+    "VolumeScores",
+    "label_sums",
+    "label_uncertainty",
+    "score_samples",
+    "uncertainty_of_sums",
+    "volume_uncertainty",
+    "voxel_entropy",
+]
 
 # A label with a smaller expected volume counts as absent, and has no uncertainty.
 _MIN_VOXELS = 1.0
@@ -62,8 +70,26 @@ def label_uncertainty(probabilities: Tensor) -> tuple[float | None, ...]:
     Raises:
         ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
     """
+    return _per_label(*label_sums(probabilities))
+
+
+def label_sums(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sums over voxels ``(C - 1,)``, float64, of a part of a volume, of which ``uncertainty_of_sums`` is made.
+
+    They are the sums of each label's probabilities, and of these times the voxel's entropy divided by log C.
+
+    Raises:
+        ValueError: a wrong number of dimensions, fewer than two classes, or values that are not probabilities.
+    """
     p = _checked(probabilities)
-    return _per_label(p, voxel_entropy(p) / math.log(p.shape[0]))
+    entropy = voxel_entropy(p) / math.log(p.shape[0])
+    weights = torch.stack([weight.sum(dtype=torch.float64) for weight in p[1:]])
+    return weights, torch.stack([(weight * entropy).sum(dtype=torch.float64) for weight in p[1:]])
+
+
+def uncertainty_of_sums(weights: Tensor, entropies: Tensor) -> float:
+    """Return ``volume_uncertainty`` of a volume from the sums over its parts of ``label_sums``."""
+    return _mean(_per_label(weights, entropies))
 
 
 def volume_uncertainty(probabilities: Tensor) -> float:
@@ -117,7 +143,7 @@ def score_samples(samples: Iterable[Tensor]) -> VolumeScores:
     mean /= count
     scale = math.log(mean.shape[0])
     entropy = _mean_entropy(mean)
-    per_label = _per_label(mean, voxel_entropy(mean) / scale)
+    per_label = label_uncertainty(mean)
     return VolumeScores(
         uncertainty=_mean(per_label),
         per_label=per_label,
@@ -136,15 +162,9 @@ def _checked(probabilities: Tensor) -> Tensor:
     return p
 
 
-def _per_label(p: Tensor, entropy: Tensor) -> tuple[float | None, ...]:
-    values: list[float | None] = []
-    for weight in p[1:]:
-        total = float(weight.sum(dtype=torch.float64))
-        if total < _MIN_VOXELS:
-            values.append(None)
-        else:
-            values.append(_clamped(float((weight * entropy).sum(dtype=torch.float64)) / total))
-    return tuple(values)
+def _per_label(weights: Tensor, entropies: Tensor) -> tuple[float | None, ...]:
+    pairs = zip(weights.tolist(), entropies.tolist(), strict=True)
+    return tuple(None if weight < _MIN_VOXELS else _clamped(entropy / weight) for weight, entropy in pairs)
 
 
 def _mean_entropy(p: Tensor) -> float:

@@ -25,9 +25,11 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.distributed import Ranks, joined
 from deformux.fitting.fit import FitResult, Progress, TrainingError, fit
+from deformux.fitting.locator_training import fit_locator
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.inference.locator_file import save_locator
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, network_options, save_model, warm_start
 
@@ -119,6 +121,7 @@ def train_on_folder(
             recipe=recipe,
             seed=seed,
             checkpoint=kept / "checkpoint.safetensors" if resume else None,
+            store=kept / "preprocessed",
             ranks=ranks,
         )
         if not ranks.is_writer:
@@ -131,7 +134,13 @@ def train_on_folder(
             parent=start_from[0] if start_from else None,
             seed=seed,
         )
-        save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
+        card = _card(card, network, training, recipe, result, device=ranks.device)
+        shutil.rmtree(kept / "preprocessed", ignore_errors=True)
+        fitted = fit_locator(
+            training, prep=setup.preprocessing, labels=labels, val_cases=held_out, device=ranks.device, seed=seed
+        )
+        card = dataclasses.replace(card, locator=fitted.facts)
+        save_model(output, network, card if fitted.locator is None else save_locator(output, fitted.locator, card))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:
             console.print(f"resumed after step {result.resumed_from}")
@@ -209,6 +218,7 @@ def _fit(
     recipe: Recipe,
     seed: int,
     checkpoint: Path | None,
+    store: Path,
     ranks: Ranks,
 ) -> FitResult:
     """Train with a progress bar."""
@@ -230,5 +240,6 @@ def _fit(
             on_progress=show,
             seed=seed,
             checkpoint=checkpoint,
+            store=store,
             ranks=ranks,
         )

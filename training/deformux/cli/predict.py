@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import typer
 from rich.markup import escape
+from rich.progress import Progress as ProgressBar
+from rich.progress import TaskID
 
 from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
@@ -17,7 +20,8 @@ from deformux.data.cases import volume_id
 from deformux.data.loading import filled_voxels
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
-from deformux.inference.sliding_window import segment
+from deformux.inference.locator_file import load_locator
+from deformux.inference.sliding_window import segment_labels
 from deformux.networks.model_file import ModelCard, load_model
 
 __all__ = ["segment_files"]
@@ -39,12 +43,14 @@ def segment_files(model: Path, results: Mapping[str, Path], output: Path, *, dev
     where = torch_device(device)
     network, card = load_model(model)
     ready = prepared(network, where)
+    locator = load_locator(model, card, device=where)
     failed, said = [], []
     with timed_bar("segmenting") as bar:
         task = bar.add_task("segmenting", total=len(results))
         for name, path in results.items():
             try:
-                labels, _ = segment(ready, path, card.preprocessing, device=where)
+                show = partial(_show_windows, bar, task, name)
+                labels = segment_labels(ready, path, card.preprocessing, device=where, locator=locator, on_windows=show)
             except InvalidVolume as error:
                 # One bad file must not cost the results of a folder.
                 failed.append(str(error))
@@ -63,6 +69,10 @@ def segment_files(model: Path, results: Mapping[str, Path], output: Path, *, dev
     console.print(f"{written} of {len(results)} volumes written to {output}; labels {_legend(card)}")
     if failed:
         raise typer.Exit(1)
+
+
+def _show_windows(bar: ProgressBar, task: TaskID, name: str, done: int, of: int) -> None:
+    bar.update(task, description=f"{escape(name)}, window {done} of {of}")
 
 
 def _write_labels(path: Path, labels: np.ndarray, affine: np.ndarray) -> None:

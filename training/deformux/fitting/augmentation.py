@@ -32,6 +32,7 @@ from monai.transforms import (
 from deformux.data.label_values import UNLABELLED
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
+from deformux.fitting.stored_volumes import BACKGROUND_INDICES, FOREGROUND_INDICES
 
 __all__ = ["SamplingMapsd", "training_augmentation"]
 
@@ -78,6 +79,9 @@ def training_augmentation(
             # Background, but never unlabelled voxels.
             image_key="known",
             image_threshold=0,
+            # Of volumes from files they are known, and the maps above are not there.
+            fg_indices_key=FOREGROUND_INDICES,
+            bg_indices_key=BACKGROUND_INDICES,
         ),
         SelectItemsd((*_KEYS, "annotated")),
     ]

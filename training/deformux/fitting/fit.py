@@ -90,6 +90,7 @@ def fit(
     stop: Callable[[], bool] | None = None,
     capture: bool = True,
     compile_cache: Path | None = None,
+    store: Path | None = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train a network on labelled volumes; afterwards it holds the best weights by validation, else the last ones.
@@ -113,6 +114,7 @@ def fit(
         capture: on a GPU, replay steps from CUDA graphs, which gives the same in a fraction of the time, and compile
             the network if the training is long enough to pay for it, which rounds differently.
         compile_cache: folder that keeps compiled code for the next training.
+        store: folder that keeps preprocessed volumes which do not fit into memory, also for the next training.
         ranks: this process among those that train together, all of which call this with the same arguments but
             ``device``. One of them writes checkpoints and reports progress; ``stop`` of any of them stops all.
 
@@ -149,7 +151,9 @@ def fit(
         if checkpoint is not None and ranks.is_writer:
             run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
-        patches = Patches(cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks)
+        patches = Patches(
+            cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks, store=store
+        )
         with _on(device):
             ranks.broadcast(network.to(device))
             state = TrainingState(network, recipe)

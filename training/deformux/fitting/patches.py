@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from monai.data import CacheDataset, DataLoader
 from monai.transforms import RandomizableTrait, Transform
 
 from deformux.data.cases import Case
+from deformux.data.preprocessed_store import PreprocessedStore
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import labelled_transforms
 from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.distributed import ALONE, Ranks
 from deformux.fitting.recipe import Recipe
+from deformux.fitting.stored_volumes import Volumes
 
 __all__ = ["Patches", "draw_order", "seed_everything"]
 
@@ -53,7 +56,8 @@ def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int,
 class Patches:
     """Training patches of labelled volumes, from one step of a training to its end.
 
-    Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``; the rest is read again for each patch.
+    Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``. The others are kept in files, of which
+    only the patches are read, up to ``recipe.disk_gb``; the rest is read again for each patch.
     For a GPU, worker processes draw and augment patches ahead of time, into pinned memory. With too few cores for
     that, patches are augmented on the GPU, and stay there. Each of several processes that train together draws an
     equal part of a step's volumes.
@@ -67,6 +71,7 @@ class Patches:
         device: where the network trains.
         workers: number of processes that draw; None for as many as cores and shared memory allow, and 0 on a CPU.
         ranks: this process among those that train together.
+        store: folder for files of preprocessed volumes; None for none.
     """
 
     def __init__(
@@ -80,6 +85,7 @@ class Patches:
         device: str | torch.device = "cpu",
         workers: int | None = None,
         ranks: Ranks = ALONE,
+        store: Path | None = None,
     ) -> None:
         self.recipe = recipe
         self.ranks = ranks
@@ -108,7 +114,11 @@ class Patches:
         each = sum(v.numel() * v.element_size() for v in first.values() if isinstance(v, torch.Tensor))
         keep = int(recipe.cache_gb * 1e9 / ranks.local / each)
         logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
-        self._dataset = CacheDataset(files, transforms, cache_num=keep, num_workers=1, progress=False)
+        on_disk = None
+        if store is not None and keep < len(files):
+            plan = {"preprocessing": prep.to_dict(), "n_labels": n_labels}
+            on_disk = PreprocessedStore(store, plan, most_bytes=int(recipe.disk_gb * 1e9))
+        self._dataset = Volumes(files, fixed, transforms[len(fixed) :], keep=keep, store=on_disk)
         if self.workers:
             logger.info("drawing patches in %d processes", self.workers)
 

@@ -25,7 +25,7 @@ class RankTask:
 
     Args:
         network: arguments of ``DeformUXNet``.
-        cases, recipe, prep, labels, val_cases, new, seed, capture, compile_cache: as for ``fit``.
+        cases, recipe, prep, labels, val_cases, new, seed, capture, compile_cache, store: as for ``fit``.
         can_stop: whether one of the processes is asked to stop after each step.
     """
 
@@ -39,6 +39,7 @@ class RankTask:
     seed: int = 0
     capture: bool = True
     compile_cache: Path | None = None
+    store: Path | None = None
     can_stop: bool = False
 
     def to_json(self) -> str:
@@ -52,6 +53,7 @@ class RankTask:
             "val_cases": [_case_to_dict(case) for case in self.val_cases],
             "new": sorted(self.new),
             "compile_cache": None if self.compile_cache is None else str(self.compile_cache),
+            "store": None if self.store is None else str(self.store),
         }
         return json.dumps(values)
 
@@ -59,13 +61,14 @@ class RankTask:
     def from_json(cls, text: str | bytes) -> RankTask:
         """Invert ``to_json``."""
         values = json.loads(text)
-        cache = values["compile_cache"]
+        cache, store = values["compile_cache"], values["store"]
         values |= {
             "cases": [_case_from_dict(case) for case in values["cases"]],
             "recipe": Recipe.from_dict(values["recipe"]),
             "prep": Preprocessing.from_dict(values["prep"]),
             "val_cases": [_case_from_dict(case) for case in values["val_cases"]],
             "compile_cache": None if cache is None else Path(cache),
+            "store": None if store is None else Path(store),
         }
         return cls(**values)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["RECIPES", "Recipe"]
 
+_DISK_GB = 100.0
 SCHEDULES = ("plateau", "one_cycle", "cosine", "constant")
 
 
@@ -54,7 +55,8 @@ class Recipe:
         click_start: share of the training before the first clicks, since a network must find something before it can
             err.
         mixed_precision: bfloat16 if the device has it.
-        cache_gb: memory for preprocessed volumes; the rest is read again each time.
+        cache_gb: memory for preprocessed volumes.
+        disk_gb: files for those that do not fit into memory; the rest is read again each time.
 
     Raises:
         ValueError: a value is out of range.
@@ -96,6 +98,7 @@ class Recipe:
     click_start: float = 0.5
     mixed_precision: bool = True
     cache_gb: float = 4.0
+    disk_gb: float = _DISK_GB
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -161,7 +164,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         # Unchanged since before there were clicks and frames: this identifies checkpoints and simulations.
         unused = [] if self.clicks else ["clicks", "click_probability", "click_start"]
-        unused += [name for name in ("voxel_aspect", "unlabelled_border") if values[name] == _DEFAULTS[name]]
+        unused += [name for name in ("voxel_aspect", "unlabelled_border", "disk_gb") if values[name] == _DEFAULTS[name]]
         for name in unused:
             del values[name]
         return values

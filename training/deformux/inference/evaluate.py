@@ -13,8 +13,9 @@ from deformux.data.loading import LoadLabeld, LoadVolumed, filled_voxels
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import run_transforms
 from deformux.inference.captured_network import prepared
+from deformux.inference.locate import Locator
 from deformux.inference.metrics import dice_per_label
-from deformux.inference.sliding_window import Network, segment
+from deformux.inference.sliding_window import Network, segment_labels
 
 __all__ = ["evaluate"]
 
@@ -29,6 +30,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     on_case: Callable[[Case, np.ndarray], None] | None = None,
     on_warning: Callable[[Case, str], None] | None = None,
+    locator: Locator | None = None,
 ) -> dict[str, list[float]]:
     """Score a network by Dice on the scans' own grids.
 
@@ -43,6 +45,7 @@ def evaluate(
         device: where to compute.
         on_case: takes each case and its values.
         on_warning: takes each case whose scan holds voxels that are not finite, and a sentence about them.
+        locator: of the model, as for ``segment_labels``.
 
     Returns:
         Case id to ``n_labels`` values; NaN where a label is absent, or was not annotated.
@@ -54,7 +57,7 @@ def evaluate(
     scores: dict[str, list[float]] = {}
     network = prepared(network, device)
     for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
+        found = segment_labels(network, case.image, prep, device=device, locator=locator)
         filled = filled_voxels(found)
         if filled and on_warning is not None:
             on_warning(case, filled)

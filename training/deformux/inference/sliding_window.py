@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,12 +11,25 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from deformux.data.grid import ScanGrid, triple
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
+from deformux.inference.locate import Locator
+from deformux.inference.slab_labels import SlabLabels
+from deformux.inference.slabs import Slab, Windows, WindowsDone, hand_on, logit_slabs
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["Network", "WindowInferer", "segment", "sliding_window", "volume_logits"]
+__all__ = [
+    "Network",
+    "WindowInferer",
+    "load_scan",
+    "scan_slabs",
+    "segment",
+    "segment_labels",
+    "sliding_window",
+    "volume_logits",
+]
 
 # A network, or the result of ``prepared``, for several volumes.
 Network: TypeAlias = nn.Module | CapturedNetwork
@@ -79,6 +92,63 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
     return WindowInferer(prep.patch_size, overlap=overlap, progress=progress)
 
 
+def load_scan(image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> MetaTensor:
+    """Return a scan, preprocessed: ``(1, x, y, z)`` on the network's grid.
+
+    Raises:
+        InvalidVolume: the file is not a usable scan.
+    """
+    return run_transforms(inference_transforms(prep, device=device), {"image": image_path})["image"]
+
+
+def scan_slabs(
+    network: Network,
+    image: MetaTensor,
+    prep: Preprocessing,
+    *,
+    device: str | torch.device = "cpu",
+    locator: Locator | None = None,
+    on_windows: WindowsDone | None = None,
+) -> Iterator[Slab]:
+    """Yield the logits of a preprocessed scan slab by slab; ``image`` is the result of ``load_scan``.
+
+    Args:
+        network: a network, or the result of ``prepared``.
+        image: ``(1, x, y, z)``.
+        prep: the model's preprocessing.
+        device: where to compute.
+        locator: of the model; only windows where it finds that labels can be are computed.
+        on_windows: told the number of windows done, and of all, after each.
+    """
+    ready = prepared(network, device)
+    windows = Windows(triple(image.shape[1:]), triple(prep.patch_size))
+    wanted = locator.wanted(image, windows) if locator is not None else None
+    return logit_slabs(image.to(device), ready, windows, wanted=wanted, on_windows=on_windows)
+
+
+@torch.inference_mode()
+def segment_labels(
+    network: Network,
+    image_path: Path,
+    prep: Preprocessing,
+    *,
+    device: str | torch.device = "cpu",
+    locator: Locator | None = None,
+    on_windows: WindowsDone | None = None,
+) -> MetaTensor:
+    """Segment a scan of any size: labels ``(1, X, Y, Z)``, uint8, on its own grid; arguments as ``scan_slabs``.
+
+    Raises:
+        InvalidVolume: the file is not a usable scan.
+    """
+    image = load_scan(image_path, prep, device=device)
+    labels = SlabLabels(ScanGrid.of(image))
+    slabs = scan_slabs(network, image, prep, device=device, locator=locator, on_windows=on_windows)
+    hand_on(slabs, [labels])
+    meta = {name: value for name, value in image.meta.items() if name != "affine"}
+    return MetaTensor(labels.labels[None], affine=torch.as_tensor(labels.grid.affine), meta=meta)
+
+
 @torch.inference_mode()
 def volume_logits(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
@@ -88,7 +158,7 @@ def volume_logits(
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    image = run_transforms(inference_transforms(prep, device=device), {"image": image_path})["image"]
+    image = load_scan(image_path, prep, device=device)
     return image, sliding_window(prep)(image[None].to(device), prepared(network, device))[0]
 
 
@@ -97,6 +167,8 @@ def segment(
     network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
     """Segment a scan: labels ``(1, X, Y, Z)``, uint8, on its own grid, probabilities ``(C, x, y, z)`` on the network's.
+
+    Probabilities of all classes take much memory; ``segment_labels`` needs little, and gives the same labels.
 
     Args:
         network: a network, or the result of ``prepared`` for several volumes.

@@ -89,7 +89,7 @@ class Editor:
         cache_bytes: int = 128 * 2**20,
     ) -> None:
         self.scan, self.network, self.device = scan, network, torch.device(device)
-        self.n_labels = scan.logits.shape[0] - 1
+        self.n_labels = scan.logits.n_classes - 1
         self.windows_computed = 0
         self._cache_bytes = cache_bytes
         self._windows: OrderedDict[tuple[object, ...], list[MaskChange]] = OrderedDict()
@@ -232,7 +232,7 @@ class Editor:
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
         index = tuple(voxels.T)
-        logits = self.scan.logits.numpy()[(slice(None), *index)].astype(np.float32)
+        logits = self.scan.logits.at(voxels)
         if self._start is not self.scan.classes:
             _agree(logits, self._start[index], self.scan.classes[index])
         return logits
@@ -257,7 +257,7 @@ class Editor:
         return box, (new != old) & np.isin(new, clicked), new
 
     def _starting_box(self, box: Box) -> Tensor:
-        logits = self.scan.logits[(slice(None), *slices(box))].float()
+        logits = self.scan.logits.in_box(box)
         if self._start is not self.scan.classes:
             flat = logits.reshape(len(logits), -1).numpy()
             _agree(flat, self._start[slices(box)].ravel(), self.scan.classes[slices(box)].ravel())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
-from deformux.data.grid import ScanGrid, highest
+from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
-from deformux.inference.sliding_window import volume_logits
+from deformux.inference.slab_labels import SlabLabels
+from deformux.inference.slabs import Slab, SlabTaker, hand_on
+from deformux.inference.sliding_window import load_scan, scan_slabs
+from deformux.interactive.kept_logits import KeptLogits, LogitKeeper
 
-__all__ = ["OpenScan", "open_scan", "scan_from_logits"]
+__all__ = ["OpenScan", "open_scan", "scan_from_logits", "scan_from_slabs"]
 
 # An axis is thick if its voxels are more than this many times as long as those of the finest.
 _THICK = 2.0
@@ -28,13 +32,13 @@ class OpenScan:
 
     Args:
         image: network input ``(1, x, y, z)``.
-        logits: of the automatic segmentation, ``(C, x, y, z)``, float16 on the CPU.
+        logits: of the automatic segmentation.
         classes: those of the highest logits, ``(x, y, z)``, uint8.
         labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
     """
 
     image: MetaTensor
-    logits: Tensor
+    logits: KeptLogits
     classes: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
 
@@ -61,22 +65,24 @@ class OpenScan:
 
 
 @torch.inference_mode()
-def scan_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[np.uint8] | None = None) -> OpenScan:
-    """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits.
+def scan_from_slabs(image: MetaTensor, slabs: Iterable[Slab], *, takers: Sequence[SlabTaker] = ()) -> OpenScan:
+    """Return a preprocessed scan, opened for edits, from the slabs of its logits.
 
     Args:
-        image: result of ``inference_transforms``.
-        logits: of the automatic segmentation.
-        labels: the segmentation on the scan's grid ``(X, Y, Z)``, if it is restored already.
+        image: result of ``inference_transforms``, ``(1, x, y, z)``.
+        slabs: of the automatic segmentation, in order; each is dropped once it was reduced.
+        takers: that take the slabs too.
     """
-    restored = ScanGrid.of(image).labels(logits.float()).numpy() if labels is None else labels
-    classes = highest(logits).to("cpu", torch.uint8).numpy()
-    return OpenScan(
-        image=image.cpu(),
-        logits=_halved(logits, classes),
-        classes=classes,
-        labels=np.ascontiguousarray(restored, dtype=np.uint8),
-    )
+    grid = ScanGrid.of(image)
+    labels, keeper = SlabLabels(grid), LogitKeeper(grid.network_size)
+    hand_on(slabs, (labels, keeper, *takers))
+    restored = np.ascontiguousarray(labels.labels.numpy(), dtype=np.uint8)
+    return OpenScan(image=image.cpu(), logits=keeper.kept(), classes=keeper.classes, labels=restored)
+
+
+def scan_from_logits(image: MetaTensor, logits: Tensor) -> OpenScan:
+    """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits."""
+    return scan_from_slabs(image, [Slab(0, 0, logits.float())])
 
 
 def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> OpenScan:
@@ -85,14 +91,5 @@ def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: st
     Raises:
         InvalidVolume: the file is not a usable scan.
     """
-    return scan_from_logits(*volume_logits(network, path, prep, device=device))
-
-
-def _halved(logits: Tensor, classes: npt.NDArray[np.uint8]) -> Tensor:
-    """Return the logits in float16 with the same highest class: rounding turns small differences into ties."""
-    halved = logits.to(torch.float16)
-    x, y, z = np.nonzero((highest(halved) != highest(logits)).cpu().numpy())
-    halved = halved.cpu()
-    values = halved.numpy()
-    values[classes[x, y, z], x, y, z] = np.nextafter(values[:, x, y, z].max(0, initial=-np.inf), np.float16("inf"))
-    return halved
+    image = load_scan(path, prep, device=device)
+    return scan_from_slabs(image, scan_slabs(network, image, prep, device=device))

@@ -47,6 +47,7 @@ _CARD_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "gate": dict,
     "plan": dict,
     "scratch_cases": int,
+    "locator": dict,
     "weights_sha256": str,
 }
 
@@ -83,6 +84,8 @@ class ModelCard:
         plan: ``reasons`` of network and input, a sentence for each choice, ``facts`` behind them, and the
             ``recipe_changes`` that came with them; empty without a plan.
         notes: anything a reader should know, e.g. the data's licence.
+        locator: what finds the labels in large scans (``Locator.to_dict``), with its checks and the SHA-256 of its own
+            file; or why there is none.
         weights_sha256: SHA-256 of the weights' file, set by ``save_model``; empty in older cards.
     """
 
@@ -106,6 +109,7 @@ class ModelCard:
     device: str = "cpu"
     plan: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
+    locator: Mapping[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
 
     def to_json(self) -> str:

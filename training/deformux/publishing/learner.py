@@ -18,6 +18,7 @@ from deformux.data.planning import Plan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.locator_training import fit_locator
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
@@ -154,7 +155,7 @@ class Learner:
         trainings = [self._prepared(plan, options, part) for part in range(len(plan.recipes))]
         trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
-        name, card = self._write(trained, decision, plan, options, run_id)
+        name, card = self._write(trained, decision, plan, options, run_id, stop)
         return self._publish(name, card, decision, plan.set_aside)
 
     def _publish_interrupted(self) -> Outcome | None:
@@ -321,6 +322,7 @@ class Learner:
             checkpoint_seconds=options.checkpoint_seconds,
             stop=stop,
             compile_cache=self.root / "compiled",
+            store=self.root / "preprocessed",
         )
         _check_finite(network)
         return _Trained(network, result, training, result.seconds)
@@ -396,10 +398,25 @@ class Learner:
         )
 
     def _write(
-        self, trained: _Trained, decision: Decision, plan: RoundPlan, options: Round, run_id: str
+        self,
+        trained: _Trained,
+        decision: Decision,
+        plan: RoundPlan,
+        options: Round,
+        run_id: str,
+        stop: Callable[[], bool] | None,
     ) -> tuple[str, ModelCard]:
         """Write the version and its scores; return its name and its card."""
         result, setup = trained.result, trained.training.setup
+        fitted = fit_locator(
+            plan.training,
+            prep=setup.preprocessing,
+            labels=self.labels,
+            val_cases=plan.validation,
+            device=options.device,
+            seed=plan.seed,
+            stop=stop,
+        )
         card = ModelCard(
             labels=self.labels,
             preprocessing=setup.preprocessing,
@@ -418,9 +435,10 @@ class Learner:
             run=run_id,
             seconds=trained.seconds,
             device=", ".join(options.devices) or options.device,
+            locator=fitted.facts,
         )
         try:
-            name = self.versions.write(trained.network, card)
+            name = self.versions.write(trained.network, card, locator=fitted.locator)
             # As it was written, with the checksum of the weights.
             card = self.versions.card(name)
         except (OSError, SafetensorError) as error:

@@ -16,6 +16,8 @@ import torch
 from filelock import FileLock
 
 from deformux.data.checked_json import read_kept_twice, write_kept_twice
+from deformux.inference.locate import Locator
+from deformux.inference.locator_file import locator_path, save_locator
 from deformux.networks.model_file import (
     InvalidModel,
     ModelCard,
@@ -173,8 +175,8 @@ class ModelVersions:
         state = self._state()
         return self._served(state)[1] or (state.fault if state.lost else None)
 
-    def write(self, network: torch.nn.Module, card: ModelCard) -> str:
-        """Write a new version and return its name; it is not served before ``publish``."""
+    def write(self, network: torch.nn.Module, card: ModelCard, *, locator: Locator | None = None) -> str:
+        """Write a new version, with its locator if it has one, and return its name; ``publish`` serves it."""
         with self._lock():
             self._remove_leftovers()
             state = self._state()
@@ -182,7 +184,8 @@ class ModelVersions:
             # Counted before it is written: a crash on the way, or deleting the newest version, must not free a name.
             self._write(dataclasses.replace(state, last_number=number))
             name = f"v{number:04d}"
-            save_model(self.root / f"{name}.safetensors", network, card)
+            path = self.root / f"{name}.safetensors"
+            save_model(path, network, card if locator is None else save_locator(path, locator, card))
             return name
 
     def publish(self, name: str, reason: str = "published by hand", *, by: str = "user") -> None:
@@ -281,6 +284,7 @@ class ModelVersions:
             for name in gone:
                 (self.root / f"{name}.safetensors").unlink()
                 (self.root / f"{name}.json").unlink()
+                locator_path(self.root / f"{name}.safetensors").unlink(missing_ok=True)
             return gone
 
     def _publish(self, name: str, kind: str, reason: str, by: str) -> None:
@@ -334,6 +338,10 @@ class ModelVersions:
         for card in self._numbered(".json"):
             if card.stem not in kept and not card.with_suffix(".safetensors").exists():
                 card.unlink(missing_ok=True)
+        for locator in self.root.glob("v*.locator.safetensors"):
+            name = locator.name.partition(".")[0]
+            if name not in kept and not (self.root / f"{name}.safetensors").exists():
+                locator.unlink(missing_ok=True)
 
 
 def _signature(path: Path) -> tuple[int, int, int] | None:

@@ -264,7 +264,7 @@ TRAIN_DEVICES = Option(
 )
 CACHE_GB = Option(
     name="cache_gb",
-    default="1",
+    default="2",
     help="gigabytes of memory kept so that the next click on a volume is answered fast",
     parse=_number(10_000),
     variable="CACHE",

@@ -17,10 +17,12 @@ import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 from monailabel.utils.others.generic import device_list
 
+from deformux.active_learning.uncertainty_map import UncertaintySlabs
 from deformux.data.grid import triple
 from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadVolumed
 from deformux.data.preprocessing import Preprocessing
+from deformux.inference.slabs import hand_on
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
@@ -134,7 +136,9 @@ class Edit(InferTask):
         network_s = opened.network_s + changed.network_s
         params = {"latencies": {"network": round(network_s, 4)}, "windows": changed.windows}
         if request.options.uncertainty:
-            params["uncertainty"] = uncertainty_reply(scan.logits, scan.image)
+            unsure = UncertaintySlabs(scan.image)
+            hand_on(scan.logits.slabs(), [unsure])
+            params["uncertainty"] = uncertainty_reply(unsure.found(), scan.image)
         if text := joined_warnings(scan.image, self.models.warning(version), opened.warning, warning, unguided):
             params["warning"] = text
         return changed.labels, np.asarray(scan.image.meta["original_affine"], dtype=float), params

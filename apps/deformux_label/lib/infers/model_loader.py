@@ -6,21 +6,28 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from deformux.data.planning import Plan
 from deformux.inference.captured_network import CapturedNetwork, prepared
+from deformux.inference.locate import Locator
+from deformux.inference.locator_file import load_locator
+from deformux.networks.blocks import DeformableMixer
 from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, load_model, with_guidance
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.model_versions import ModelVersions
 from deformux.publishing.project_plan import last_plan
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.cancellation import raise_if_client_gone
 
 __all__ = ["ServedModels"]
 
 logger = logging.getLogger(__name__)
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ServedModels:
@@ -37,6 +44,7 @@ class ServedModels:
         self.pretrained = _servable_pretrained(project)
         self._loaded: dict[str, tuple[str, DeformUXNet, ModelCard]] = {}
         self._prepared: dict[str, tuple[DeformUXNet, Callable[..., Tensor]]] = {}
+        self._locators: dict[str, tuple[str, Locator | None]] = {}
         self._lock = threading.Lock()
         self._logged: set[str] = set()
 
@@ -110,7 +118,7 @@ class ServedModels:
             held = self._loaded.get(device)
             if held is None or held[0] != name:
                 network, card = self._read(name, device)
-                held = (name, with_guidance(network), card)
+                held = (name, _ending_early(with_guidance(network)), card)
                 self._loaded[device] = held
                 logger.info("Serving model %s on %s", name, device)
             return held[1], held[2]
@@ -130,12 +138,44 @@ class ServedModels:
                 held = self._prepared[device] = (network, prepared(network, device))
             return held[1]
 
+    def locator(self, name: str, device: str) -> Locator | None:
+        """Return the locator of a model; None if it has none, or a damaged one, which is logged.
+
+        Raises:
+            InvalidModel: a file of the model itself is missing or damaged.
+        """
+        _, card = self.load(name, device)
+        with self._lock:
+            held = self._locators.get(device)
+            if held is None or held[0] != name:
+                try:
+                    found = load_locator(self.path(name), card, device=device)
+                except InvalidModel as error:
+                    logger.warning("Large scans are segmented without a locator, which is slower: %s", error)
+                    found = None
+                if found is not None and isinstance(found.network, nn.Module):
+                    _ending_early(found.network)
+                held = self._locators[device] = (name, found)
+            return held[1]
+
     def give_back_memory(self, device: str) -> None:
         """Free the memory of the network on a device that clicks do not need."""
         with self._lock:
             held = self._prepared.get(device)
         if held is not None and isinstance(held[1], CapturedNetwork):
             held[1].give_back()
+
+
+def _ending_early(network: _Module) -> _Module:
+    """Make a network stop between two layers once the client is gone: a large window takes seconds on a CPU."""
+    for module in network.modules():
+        if isinstance(module, DeformableMixer):
+            module.register_forward_pre_hook(_raise_if_gone)
+    return network
+
+
+def _raise_if_gone(*_: object) -> None:
+    raise_if_client_gone()
 
 
 def _servable_pretrained(project: Project) -> Path | None:

@@ -146,7 +146,7 @@ class NetworkGraphCut(GraphCut):
         scan = opened.scan
         value = self.project.labels.index(request.selected or "") + 1
         region = _Region.of(scan.image, scan.grid, drawn)
-        probability = region.cropped(scan.logits.float().softmax(0)[value : value + 1])
+        probability = region.pooled(scan.logits.probability(value, region.box))
         log_odds = from_network(region.image, region.scribbles, region.around, self._by(request), probability)
         found = region.cut(log_odds, _cut_options(request), connected=False)
         # Far from the scribbles the mask stays unchanged; outside a region drawn by the client it is empty.
@@ -206,9 +206,9 @@ class _Region:
         around = Surroundings.of(scribbles, sizes, _distance_from_edge(here, drawn.region, sizes))
         return cls(cropped, scribbles, around, here, box, factors)
 
-    def cropped(self, values: torch.Tensor) -> npt.NDArray[np.float32]:
-        """Crop values ``(1, x, y, z)`` of the network's grid to this region."""
-        return _pooled(values[(slice(None), *slices(self.box))], self.factors)[0].numpy()
+    def pooled(self, values: torch.Tensor) -> npt.NDArray[np.float32]:
+        """Return values ``(x, y, z)`` of the network's voxels of this region on the region's own."""
+        return _pooled(values[None], self.factors)[0].numpy()
 
     def cut(self, log_odds: npt.NDArray[np.float32], options: CutOptions, *, connected: bool) -> npt.NDArray[np.bool_]:
         """Return the segment ``(x, y, z)`` of this region."""

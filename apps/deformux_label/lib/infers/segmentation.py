@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
+from deformux.active_learning.uncertainty_map import UncertaintySlabs
+from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
-from deformux.data.transforms import inference_transforms, restore_transforms
-from deformux.interactive.open_scan import scan_from_logits
+from deformux.data.transforms import inference_transforms
+from deformux.inference.slab_labels import SlabLabels
+from deformux.inference.slabs import hand_on
+from deformux.interactive.open_scan import OpenScan, scan_from_slabs
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
 from deformux_label.lib.infers.gpu_memory import Placement, within_memory
@@ -25,7 +31,7 @@ from deformux_label.lib.infers.served_network import (
     ServedNetwork,
     as_http_errors,
     joined_warnings,
-    served_logits,
+    served_slabs,
 )
 from deformux_label.lib.infers.uncertainty_map import OPTION, uncertainty_reply
 from deformux_label.lib.requests.inference import InferenceRequest
@@ -33,6 +39,15 @@ from deformux_label.lib.requests.inference import InferenceRequest
 __all__ = ["Segmentation"]
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Segmented:
+    """Labels ``(X, Y, Z)`` on the scan's grid, and what else a request asked for."""
+
+    labels: torch.Tensor
+    scan: OpenScan | None
+    unsure: UncertaintySlabs | None
 
 
 class Segmentation(BasicInferTask):
@@ -89,26 +104,41 @@ class Segmentation(BasicInferTask):
         convert_to_batch: bool = True,  # noqa: ARG002 - MONAI Label's signature, here and below
         device: str = "cuda",
     ) -> dict[str, Any]:
+        image = data[self.input_key]
         if data["model_version"] is None:
             logger.warning(UNTRAINED)
-            logits = torch.zeros(2, *data[self.input_key].shape[1:])
-            logits[0] = 1
-            data[self.output_label_key] = logits
+            empty = torch.zeros(ScanGrid.of(image).size, dtype=torch.uint8)
+            data["segmented"] = _Segmented(empty, None, None)
             return data
         window = self._preprocessing(data).patch_size
-        logits, warning = within_memory(lambda placement: self._logits(data, placement), window, device)
-        data[self.output_label_key] = logits
-        data["warning"] = warning
-        data["logits"] = logits
-        if data["request"].options.uncertainty:
-            data["uncertainty_reply"] = uncertainty_reply(logits, data[self.input_key])
+        data["segmented"], data["warning"] = within_memory(lambda at: self._segmented(data, at), window, device)
+        if (unsure := data["segmented"].unsure) is not None:
+            data["uncertainty_reply"] = uncertainty_reply(unsure.found(), image)
         return data
 
-    def _logits(self, data: dict[str, Any], placement: Placement) -> torch.Tensor:
-        return served_logits(ServedNetwork(self.models, data["model_version"], placement), data[self.input_key])
+    def _segmented(self, data: dict[str, Any], placement: Placement) -> _Segmented:
+        """Segment the scan slab by slab, since the logits of all classes may not fit into memory."""
+        image, request = data[self.input_key], data["request"]
+        unsure = UncertaintySlabs(image) if request.options.uncertainty else None
+        takers = [unsure] if unsure is not None else []
+        slabs = served_slabs(ServedNetwork(self.models, data["model_version"], placement), image)
+        if request.scan.keep and self.cache.fits(image.nbytes):
+            # So the first click after Next Sample need not wait for a second segmentation.
+            scan = scan_from_slabs(image, slabs, takers=takers)
+            return _Segmented(torch.from_numpy(scan.labels), scan, unsure)
+        labels = SlabLabels(ScanGrid.of(image))
+        hand_on(slabs, [labels, *takers])
+        return _Segmented(labels.labels, None, unsure)
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002
-        return restore_transforms()
+        return [self._labels_in_place]
+
+    def _labels_in_place(self, data: dict[str, Any]) -> dict[str, Any]:
+        """Put the labels, which are on the scan's own grid already, where the writer and callbacks look for them."""
+        image = data[self.input_key]
+        meta = {name: value for name, value in image.meta.items() if name != "affine"}
+        affine = torch.as_tensor(ScanGrid.of(image).affine)
+        return data | {self.output_label_key: MetaTensor(data["segmented"].labels[None], affine=affine, meta=meta)}
 
     def writer(
         self,
@@ -121,10 +151,8 @@ class Segmentation(BasicInferTask):
         affine = np.asarray(pred.affine, dtype=float)
         request: InferenceRequest = data["request"]
         path = write_reply(labels, affine, request, self.project.label_values)
-        if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
-            # So the first click after Next Sample need not wait for a second segmentation.
-            key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
-            self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
+        if (scan := data["segmented"].scan) is not None:
+            self.cache.put(ScanKey.of(request.scan.path, data["model_version"], data["device"]), scan)
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
         if warning := joined_warnings(data[self.input_key], self.models.warning(data["model_version"]), short):

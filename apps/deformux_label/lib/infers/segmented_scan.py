@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from deformux.data.transforms import inference_transforms, run_transforms
-from deformux.interactive.open_scan import OpenScan, scan_from_logits
+from deformux.interactive.open_scan import OpenScan, scan_from_slabs
 from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
 from deformux_label.lib.infers.gpu_memory import Placement, within_memory
 from deformux_label.lib.infers.model_loader import ServedModels
-from deformux_label.lib.infers.served_network import ServedNetwork, served_logits
+from deformux_label.lib.infers.served_network import ServedNetwork, served_slabs
 from deformux_label.lib.requests.inference import RequestedScan
 
 __all__ = ["SegmentedScan", "open_requested_scan"]
@@ -58,9 +56,9 @@ def _segmented(models: ServedModels, path: str, version: str, device: str) -> Se
     image = run_transforms(inference_transforms(card.preprocessing, device=device), {"image": path})["image"]
     networks: list[ServedNetwork] = []
 
-    def logits(placement: Placement) -> Tensor:
+    def opened(placement: Placement) -> OpenScan:
         networks.append(ServedNetwork(models, version, placement))
-        return served_logits(networks[-1], image)
+        return scan_from_slabs(image, served_slabs(networks[-1], image))
 
-    found, warning = within_memory(logits, card.preprocessing.patch_size, device)
-    return SegmentedScan(scan_from_logits(image, found), warning, sum(network.seconds for network in networks))
+    found, warning = within_memory(opened, card.preprocessing.patch_size, device)
+    return SegmentedScan(found, warning, sum(network.seconds for network in networks))

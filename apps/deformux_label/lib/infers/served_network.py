@@ -11,17 +11,19 @@ from fastapi import HTTPException
 from monai.data import MetaTensor
 from torch import Tensor
 
+from deformux.data.grid import triple
 from deformux.data.loading import filled_voxels
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import BatchedNetwork
-from deformux.inference.sliding_window import WindowInferer
+from deformux.inference.slabs import Slab, Windows, logit_slabs
 from deformux.networks.model_file import InvalidModel
 from deformux.networks.precision import mixed_precision
 from deformux_label.lib.infers.cancellation import raise_if_client_gone
 from deformux_label.lib.infers.gpu_memory import Placement
 from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.infers.progress import report_windows
 
-__all__ = ["UNTRAINED", "ServedNetwork", "as_http_errors", "joined_warnings", "served_logits"]
+__all__ = ["UNTRAINED", "ServedNetwork", "as_http_errors", "joined_warnings", "served_slabs"]
 
 # Less is not freed: reallocation would cost a click more than other processes gain.
 _FEW_BYTES = 256 * 2**20
@@ -72,12 +74,19 @@ class ServedNetwork:
             torch.cuda.empty_cache()
 
 
-@torch.inference_mode()
-def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
-    """Return logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
+def served_slabs(network: ServedNetwork, image: MetaTensor) -> Iterator[Slab]:
+    """Yield the logits of a preprocessed image ``(1, x, y, z)`` slab by slab, and report its windows.
+
+    Windows in which the version's locator finds that no label can be are left out.
+    """
     placement = network.placement
+    windows = Windows(triple(image.shape[1:]), triple(placement.window))
     try:
-        return WindowInferer(placement.window)(image[None].to(placement.volume_device), network)[0]
+        locator = network.models.locator(network.version, placement.device)
+        wanted = locator.wanted(image, windows) if locator is not None else None
+        yield from logit_slabs(
+            image.to(placement.volume_device), network, windows, wanted=wanted, on_windows=report_windows
+        )
     finally:
         network.give_back_memory()
 

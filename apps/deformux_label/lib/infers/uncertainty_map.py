@@ -10,9 +10,8 @@ from typing import Any
 
 from monai.data import MetaTensor
 from monailabel.interfaces.datastore import Datastore
-from torch import Tensor
 
-from deformux.active_learning.uncertainty_map import find_uncertainty
+from deformux.active_learning.uncertainty_map import Uncertainty
 from deformux.data.grid import ScanGrid
 from deformux_label.lib.requests.request_folder import request_folder
 from deformux_label.lib.store.datastore import CheckedDatastore
@@ -25,13 +24,12 @@ __all__ = ["OPTION", "store_uncertainty", "uncertainty_reply"]
 OPTION: Mapping[str, Any] = {"uncertainty": ["off", "on"]}
 
 
-def uncertainty_reply(logits: Tensor, image: MetaTensor) -> dict[str, Any]:
-    """Return the ``uncertainty`` of a task's reply, for logits ``(C, x, y, z)`` of a preprocessed ``image``.
+def uncertainty_reply(found: Uncertainty, image: MetaTensor) -> dict[str, Any]:
+    """Return the ``uncertainty`` of a task's reply, for a preprocessed ``image``.
 
     ``mean`` (0 to 100) and ``look_next`` (a voxel of the scan, or None) are for the client; ``file`` is the map, which
     ``store_uncertainty`` removes.
     """
-    found = find_uncertainty(logits, image)
     handle, path = tempfile.mkstemp(suffix=".nii.gz", dir=request_folder())
     os.close(handle)
     write_labels(Path(path), found.map, ScanGrid.of(image).affine, {})
