@@ -8,7 +8,7 @@ from scipy import ndimage
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.metrics import dice_per_label
-from deformux.interactive.border_shift import border_evidence
+from deformux.interactive.border_shift import border_evidence, reach
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
@@ -49,6 +49,31 @@ def test_a_click_moves_the_border_it_was_placed_on() -> None:
     radius = np.hypot(*(grown[:, 1:] - 20).T).max()
     assert 3 <= radius <= 10
     assert len(grown) > 0.8 * np.pi * radius**2
+
+
+def test_distances_are_those_of_the_finest_voxels() -> None:
+    """A stack of thick slices is every sixth slice of a finer volume, and changes as that does."""
+    factor, at = 6, 20
+    places = np.indices((40, 36, 41), dtype=float)
+    centre = np.array([20, 18, at])[:, None, None, None]
+    fine = of_lead(SLOPE * np.clip(12 - np.sqrt(((places - centre) ** 2).sum(0)), -4, 4))
+    start = at % factor
+    thick = np.ascontiguousarray(fine[..., start::factor])
+    coarseness = (1.0, 1.0, float(factor))
+    assert tuple(reach()) == (15, 15, 15)
+    assert tuple(reach(coarseness)) == (15, 15, 2)
+    click = np.array([(32, 18, at)])
+    of_fine = border_evidence(fine, {1: click})[1][..., start::factor]
+    of_thick = border_evidence(thick, {1: click // (1, 1, factor)}, coarseness=coarseness)[1]
+    as_voxels = border_evidence(thick, {1: click // (1, 1, factor)})[1]
+    differences = [np.abs(found - of_fine).mean() for found in (of_thick, as_voxels)]
+    assert differences[0] < 0.25 * differences[1]
+    # The click's own slice changes most; four slices away nothing does, of voxels as long as wide they all do.
+    layers = of_thick.max((0, 1))
+    own = at // factor
+    assert layers.argmax() == own
+    assert not layers[np.abs(np.arange(len(layers)) - own) > 2].any()
+    assert of_thick[31:34, 18, own].min() > 0
 
 
 @pytest.mark.parametrize("shape", [(40, 36, 30), (40, 36, 1)])

@@ -132,6 +132,12 @@ def test_a_task_is_the_same_after_json(cases: list[Case], tmp_path: Path) -> Non
     assert RankTask.from_json(text) == task
 
 
+def test_a_task_describes_strides() -> None:
+    strides = ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2))
+    described = RankTask.describe(DeformUXNet(1, 3, "tiny", strides=strides))
+    assert DeformUXNet(**json.loads(json.dumps(described))).strides == strides
+
+
 def test_a_network_that_the_task_cannot_describe_is_refused(cases: list[Case]) -> None:
     one_plane = DeformUXNet(1, 3, "tiny", offset_planes="xy")
     with pytest.raises(ValueError, match="use one device"):

@@ -19,7 +19,7 @@ from deformux.interactive.click_windows import Lattice, edit_window
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import OpenScan, open_scan, scan_from_logits
 from deformux.interactive.simulated_annotator import ClickAnnotator
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet, Strides
 from deformux.networks.model_file import load_model, with_guidance
 from deformux.networks.pretrained import pretrained_path
 
@@ -32,12 +32,12 @@ ACQUISITION = Preprocessing("ct", spacing_mm=(1.4, 2.6, 3.0), patch_size=(WINDOW
 
 
 @pytest.fixture(scope="module")
-def network() -> Callable[[int], DeformUXNet]:
+def network() -> Callable[..., DeformUXNet]:
     """Build untrained networks whose guidance has random weights, so that clicks change a lot."""
 
-    def build(n_labels: int) -> DeformUXNet:
+    def build(n_labels: int, strides: Strides = PUBLISHED_STRIDES) -> DeformUXNet:
         torch.manual_seed(n_labels)
-        built = DeformUXNet(1, n_labels + 1, "tiny", guidance=True)
+        built = DeformUXNet(1, n_labels + 1, "tiny", guidance=True, strides=strides)
         for name, weight in built.named_parameters():
             if "guidance" in name:
                 torch.nn.init.normal_(weight, std=0.3)
@@ -75,14 +75,22 @@ GRIDS = {
     "small": (NATIVE, (20, 24, 18), False, 2),
     "slice": (NATIVE, (44, 36, 1), False, 2),
     "many labels": (NATIVE, (40, 34, 20), False, 40),
+    "thick": (Preprocessing("ct", patch_size=(32, 32, 6)), (40, 34, 10), False, 2),
+    "slice by slice": (Preprocessing("ct", patch_size=(32, 32, 1)), (40, 34, 3), False, 2),
 }
+# Grids of thick slices, and how often the network halves them.
+THICK: dict[str, Strides] = {
+    "thick": ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)),
+    "slice by slice": ((2, 2, 1),) * 4,
+}
+SHORT_AXIS = np.diag([1.25, 1.25, 8.0, 1.0])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write_case, oblique: np.ndarray) -> None:
     prep, size, is_oblique, n_labels = GRIDS[grid]
-    case = write_case("a", size=size, affine=oblique if is_oblique else None)
-    net = network(n_labels)
+    case = write_case("a", size=size, affine=oblique if is_oblique else SHORT_AXIS if grid in THICK else None)
+    net = network(n_labels, THICK.get(grid, PUBLISHED_STRIDES))
     scan = open_scan(net, case.image, prep)
     automatic, _ = segment(net, case.image, prep)
     few = random_clicks(size, n_labels, 4, seed=1)
@@ -255,9 +263,12 @@ def test_an_impossible_click_is_refused(clicks: Mapping, reason: str, network, w
         Editor(open_scan(net, case.image, NATIVE), net, NATIVE).apply(clicks)
 
 
+@pytest.mark.parametrize("patch", [(96, 96, 96), (10, 1, 4), (2, 7, 3)])
 @pytest.mark.parametrize("size", [(122, 101, 112), (512, 30, 65), (33, 32, 31), (1, 70, 200)])
-def test_every_voxel_has_one_window_with_enough_around_it(size: tuple[int, int, int]) -> None:
-    window = edit_window((96, 96, 96))
+def test_every_voxel_has_one_window_with_enough_around_it(
+    patch: tuple[int, int, int], size: tuple[int, int, int]
+) -> None:
+    window = edit_window(patch)
     lattice = Lattice(size, window)
     for axis, (length, side) in enumerate(zip(size, window, strict=True)):
         seen = np.zeros(length)
@@ -284,7 +295,41 @@ def test_the_window_follows_the_patch() -> None:
     assert edit_window((96, 96, 96)) == (64, 64, 64)
     assert edit_window((48, 64, 48)) == (48, 64, 48)
     assert edit_window((160, 160, 16))[2] == 16
+    assert edit_window((256, 256, 10)) == (160, 160, 10)
+    assert edit_window((320, 256, 1)) == (320, 256, 1)
     assert np.prod(edit_window((512, 512, 512))) <= 64**3
+
+
+def test_a_heart_of_thick_slices_is_segmented_and_corrected(network, shared_data: Path) -> None:
+    """The network is untrained: this is about geometry, not about Dice."""
+    folder = shared_data / "heart_mr_acdc"
+    if not folder.is_dir():
+        pytest.skip("there are no hearts in ../shared/data")
+    case = find_cases(folder)[0]
+    native = Preprocessing("mr", patch_size=(64, 64, 8))
+    # The thick axis of an oblique scan lies along any of the network's.
+    image = run_transforms(inference_transforms(native), {"image": case.image})["image"]
+    thick = int(np.argmin(image.shape[1:]))
+    slices_mm = float(nib.affines.voxel_sizes(image.affine.numpy())[thick])
+    spacing = tuple(slices_mm if axis == thick else slices_mm / 3 for axis in range(3))
+    strides = tuple(tuple(1 if axis == thick else 2 for axis in range(3)) for _ in range(4))
+    patch = tuple(min(n, 8 if axis == thick else 64) for axis, n in enumerate(image.shape[1:]))
+    prep = Preprocessing("mr", spacing_mm=spacing, patch_size=patch)
+    net = network(2, strides)
+    net.head.conv.conv.weight.data *= 3
+    scan = open_scan(net, case.image, prep)
+    assert scan.labels.shape == nib.load(case.image).shape
+    assert scan.coarseness[thick] == pytest.approx(3)
+    assert sorted(scan.coarseness)[:2] == [1.0, 1.0]
+    editor = Editor(scan, net, prep)
+    x, y, z = (n // 2 for n in scan.labels.shape)
+    clicks = {1: [(x, y, z)], 2: [(x + 9, y - 4, z), (x, y + 11, z - 1)]}
+    edited = editor.apply(clicks)
+    assert all(edited[voxel] == label for label, voxels in clicks.items() for voxel in voxels)
+    assert set(np.unique(edited[edited != scan.labels])) <= {1, 2}
+    np.testing.assert_array_equal(editor.apply({}), scan.labels)
+    backwards = {label: clicks[label][::-1] for label in (2, 1)}
+    np.testing.assert_array_equal(Editor(scan, net, prep).apply(backwards), edited)
 
 
 @pytest.fixture(scope="module")

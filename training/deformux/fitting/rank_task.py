@@ -82,7 +82,8 @@ class RankTask:
             "preset": network.preset,
             "activation_checkpointing": network.activation_checkpointing,
             "guidance": network.guidance_channels > 0,
-            "strides": network.strides,
+            # As JSON gives them back.
+            "strides": [list(stride) for stride in network.strides],
         }
         with torch.device("meta"):
             like = DeformUXNet(**arguments)

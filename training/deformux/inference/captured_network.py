@@ -164,7 +164,7 @@ class CapturedNetwork:
 
     def batch_size(self, window: Sequence[int]) -> int:
         """Return the number of windows that fill the card and fit into its memory."""
-        voxels = math.prod(window)
+        voxels = self._voxels(window)
         wanted = max(1, min(_MAX_WINDOWS, _VOXELS_AT_ONCE // voxels))
         if self.device.type != "cuda" or not isinstance(self.network, DeformUXNet):
             return wanted
@@ -173,6 +173,11 @@ class CapturedNetwork:
         free, _ = torch.cuda.mem_get_info(self.device)
         free += torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         return max(1, min(wanted, int(_SHARE * free) // each))
+
+    def _voxels(self, window: Sequence[int]) -> int:
+        """Return the number of voxels of a window, padded as the network pads it."""
+        multiple = self.network.multiple if isinstance(self.network, DeformUXNet) else (1, 1, 1)
+        return math.prod(-(-length // step) * step for length, step in zip(window, multiple, strict=True))
 
     def _call(self, kind: _Kind) -> _Call:
         call = self._calls.setdefault(kind, _Call())

@@ -19,11 +19,11 @@ from scipy import ndimage
 
 from deformux.data.grid import Logits, Voxels, triple
 
-__all__ = ["REACH", "border_evidence"]
+__all__ = ["border_evidence", "reach"]
 
-# Standard deviation of the Gaussian of similarity between errors, and its end, in voxels.
+# Standard deviation of the Gaussian of similarity between errors, and its end, in voxels of the finest axis.
 _LENGTH = 6.0
-REACH = 15
+_REACH = 15
 # With more clicks nearby, the remaining errors are smaller: the length shrinks with the root of their density.
 _FEW = 3
 # Similarity between the errors of borders at right angles; borders that face each other have none.
@@ -42,12 +42,18 @@ _NUGGET = 0.2
 _SWEEPS = 20
 
 
+def reach(coarseness: Sequence[float] | npt.NDArray[np.float64] = (1.0, 1.0, 1.0)) -> Voxels:
+    """Return the voxels along each axis from a click to the last that it changes."""
+    return (_REACH / np.asarray(coarseness)).astype(np.int64)
+
+
 def border_evidence(
     logits: Logits,
     clicks: Mapping[int, Voxels],
     *,
     known: MutableMapping[tuple[int, ...], Logits] | None = None,
     origin: Sequence[int] = (0, 0, 0),
+    coarseness: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> dict[int, Logits]:
     """Return what clicks add to the logits of their labels, by label ``(x, y, z)``, nowhere negative.
 
@@ -57,24 +63,27 @@ def border_evidence(
         logits: of the mask that was clicked into, ``(C, x, y, z)``.
         clicks: voxels ``(n, 3)`` by label, in any order.
         known: cache of the surroundings of clicks by label and voxel, updated in place. It is for the same logits, or
-            to another part of them that holds ``REACH`` voxels around each click.
+            to another part of them that holds ``reach`` voxels around each click.
         origin: first voxel of this part of the logits, in the coordinates of ``known``.
+        coarseness: length of a voxel along each axis, in those of the finest: a click into one of a few thick slices
+            says little about the next.
     """
     unique = {label: np.unique(voxels, axis=0) for label, voxels in sorted(clicks.items()) if len(voxels)}
     if not unique:
         return {}
     labels = np.repeat(list(unique), [len(voxels) for voxels in unique.values()])
     places = np.concatenate(list(unique.values()))
+    scale = np.asarray(coarseness, dtype=float)
     kernels = []
     for label, voxel in zip(labels, places, strict=True):
-        near = np.count_nonzero(((places - voxel) ** 2).sum(1) <= REACH**2)
+        near = np.count_nonzero((((places - voxel) * scale) ** 2).sum(1) <= _REACH**2)
         key = (int(label), *(int(at) for at in voxel + origin))
         alike = None if known is None else known.get(key)
         if alike is None:
-            alike = _alike(logits, int(label), voxel)
+            alike = _alike(logits, int(label), voxel, scale)
         if known is not None:
             known[key] = alike
-        kernels.append(_kernel(alike, voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5)))
+        kernels.append(_kernel(alike, voxel, _LENGTH * min(1.0, (_FEW / near) ** 0.5), scale))
     shared = np.array([kernel.at(places) for kernel in kernels])
     amounts = _amounts(logits[(slice(None), *places.T)].astype(np.float64), labels, shared)
     added = {label: np.zeros(logits.shape[1:], np.float32) for label in unique}
@@ -102,23 +111,23 @@ class _Kernel:
         return result
 
 
-def _alike(logits: Logits, label: int, voxel: Voxels) -> Logits:
-    """Return the similarity of a label's border around a click to that at the click, within ``REACH``."""
-    low = np.maximum(voxel - REACH, 0)
-    part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, voxel + REACH + 1, strict=True)))]
+def _alike(logits: Logits, label: int, voxel: Voxels, scale: npt.NDArray[np.float64]) -> Logits:
+    """Return the similarity of a label's border around a click to that at the click, within ``reach``."""
+    low, high = np.maximum(voxel - reach(scale), 0), voxel + reach(scale) + 1
+    part = logits[(slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high, strict=True)))]
     centre = triple(voxel - low)
-    facing = _facing(_lead(part, label))
+    facing = _facing(_lead(part, label), scale)
     own = facing[(slice(None), *centre)]
     border = np.sqrt((facing**2).sum(0) * (own**2).sum())
     return np.maximum(0, _ACROSS * border + (1 - _ACROSS) * np.tensordot(own, facing, 1))
 
 
-def _kernel(alike: Logits, voxel: Voxels, length: float) -> _Kernel:
-    low = np.maximum(voxel - REACH, 0)
+def _kernel(alike: Logits, voxel: Voxels, length: float, scale: npt.NDArray[np.float64]) -> _Kernel:
+    low = np.maximum(voxel - reach(scale), 0)
     centre = triple(voxel - low)
     x, y, z = (
-        np.exp(-((np.arange(size) - at) ** 2) / (2 * length**2)).astype(np.float32)
-        for at, size in zip(centre, alike.shape, strict=True)
+        np.exp(-(((np.arange(size) - at) * unit) ** 2) / (2 * length**2)).astype(np.float32)
+        for at, size, unit in zip(centre, alike.shape, scale, strict=True)
     )
     values = x[:, None, None] * y[:, None] * z * alike
     values[centre] = 1 + _NUGGET
@@ -131,13 +140,13 @@ def _lead(logits: Logits, label: int) -> npt.NDArray[np.float32]:
     return logits[label] - np.maximum.reduce(others)
 
 
-def _facing(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def _facing(values: npt.NDArray[np.float32], scale: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
     """Return vectors ``(3, x, y, z)`` along the gradient: of length 1 near borders, shorter where little changes."""
-    smooth = ndimage.gaussian_filter(values, _SMOOTHING, truncate=3)
+    smooth = ndimage.gaussian_filter(values, _SMOOTHING / scale, truncate=3)
     gradient = np.zeros((3, *values.shape), np.float32)
     for axis, length in enumerate(values.shape):
         if length > 1:
-            gradient[axis] = np.gradient(smooth, axis=axis)
+            gradient[axis] = np.gradient(smooth, axis=axis) / np.float32(scale[axis])
     return gradient / np.maximum(np.sqrt((gradient**2).sum(0)), _FLAT)
 
 

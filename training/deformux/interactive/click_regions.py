@@ -17,7 +17,8 @@ __all__ = ["MaskChange", "Settled", "find_changes", "mix", "pieces", "settle"]
 
 # Lead over all others to which the logit of a clicked label is raised at the click.
 _MARGIN = 1.0
-# A click that the network ignores is still evidence for its neighbours: standard deviation in voxels.
+# A click that the network ignores is still evidence for its neighbours: standard deviation in voxels of the finest
+# axis.
 _EVIDENCE_SIGMA = 1.0
 _EVIDENCE_REACH = 2
 # Voxels touch by a face, an edge or a corner.
@@ -164,7 +165,14 @@ class Settled:
     taken: npt.NDArray[np.bool_]
 
 
-def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks: Mapping[int, Voxels]) -> Settled:
+def settle(
+    voxels: Voxels,
+    logits: Logits,
+    start: npt.NDArray[np.uint8],
+    clicks: Mapping[int, Voxels],
+    *,
+    coarseness: Sequence[float] = (1.0, 1.0, 1.0),
+) -> Settled:
     """Let clicks win at their voxels, and keep the changes of a piece that are connected with a click for them.
 
     Args:
@@ -172,11 +180,12 @@ def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks:
         logits: ``(C, n)``.
         start: classes of the mask to start from, ``(n,)``.
         clicks: by label, all among the voxels.
+        coarseness: length of a voxel along each axis, in those of the finest.
     """
     first = voxels.min(0)
     index = tuple((voxels - first).T)
     shape = triple(voxels.max(0) - first + 1)
-    raised = _with_evidence(voxels, logits, clicks)
+    raised = _with_evidence(voxels, logits, clicks, np.asarray(coarseness, dtype=float))
     classes = np.zeros(shape, np.uint8)
     classes[index] = raised.argmax(0)
     for label, clicked in clicks.items():
@@ -190,14 +199,16 @@ def settle(voxels: Voxels, logits: Logits, start: npt.NDArray[np.uint8], clicks:
     return Settled(raised, kept[index], taken[index])
 
 
-def _with_evidence(voxels: Voxels, logits: Logits, clicks: Mapping[int, Voxels]) -> Logits:
+def _with_evidence(
+    voxels: Voxels, logits: Logits, clicks: Mapping[int, Voxels], scale: npt.NDArray[np.float64]
+) -> Logits:
     """Raise the logit of a clicked label until it wins at the click, and around it by a Gaussian of that."""
     raised = logits.copy()
     for label, clicked in clicks.items():
         bump = np.zeros(len(voxels), np.float32)
         for click in clicked:
             near = np.flatnonzero((np.abs(voxels - click) <= _EVIDENCE_REACH).all(1))
-            distance = ((voxels[near] - click) ** 2).sum(1)
+            distance = (((voxels[near] - click) * scale) ** 2).sum(1)
             at = logits[:, near[np.argmin(distance)]]
             missing = max(0.0, float(np.delete(at, label).max() - at[label]) + _MARGIN)
             bump[near] = np.maximum(bump[near], missing * np.exp(-distance / (2 * _EVIDENCE_SIGMA**2)))

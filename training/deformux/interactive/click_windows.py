@@ -17,7 +17,7 @@ __all__ = ["Lattice", "edit_window"]
 # A click's window on a CPU: about a third of a second with the tiny preset on two cores.
 _MAX_VOXELS = 64**3
 _SMALLEST = 32
-# The network halves its input four times.
+# The network halves its input four times; one that halves some axes less often takes these sizes too.
 _MULTIPLE = 16
 # Windows of neighbouring cells start at most this part of a window apart, so that a click has a fifth around it.
 _STEP = 0.6
@@ -55,7 +55,8 @@ class Lattice:
                 starts.append(np.array([-((window - length) // 2)]))
             else:
                 gap = length - window
-                count = math.ceil(gap / (_STEP * window)) + 1
+                # Windows of one or two slices cannot start less than a slice apart.
+                count = math.ceil(gap / max(1, _STEP * window)) + 1
                 starts.append(np.rint(np.linspace(0, gap, count)).astype(np.int64))
         return tuple(starts)
 

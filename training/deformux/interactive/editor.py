@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from deformux.data.grid import Box, Index, slices, triple
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import label_grid_transforms
-from deformux.interactive.border_shift import REACH, border_evidence
+from deformux.interactive.border_shift import border_evidence, reach
 from deformux.interactive.click_regions import MaskChange, find_changes, mix, pieces, settle
 from deformux.interactive.click_windows import Lattice, edit_window
 from deformux.interactive.open_scan import OpenScan
@@ -164,8 +164,9 @@ class Editor:
         places = np.concatenate([*here.values(), np.empty((0, 3), np.int64)])
         if not len(places):
             return logits
-        low = np.maximum(places.min(0) - REACH, box[0])
-        near: Box = (triple(low), triple(np.minimum(places.max(0) + REACH + 1, box[1])))
+        far = reach(self.scan.coarseness)
+        low = np.maximum(places.min(0) - far, box[0])
+        near: Box = (triple(low), triple(np.minimum(places.max(0) + far + 1, box[1])))
         start, classes = self._starting_box(near), self._start[slices(near)]
         # Several times as fast as numpy with many classes.
         most = start.amax(0).numpy()
@@ -176,6 +177,7 @@ class Editor:
             {label: voxels - low for label, voxels in here.items()},
             known=self._surroundings.setdefault(box, {}),
             origin=triple(low),
+            coarseness=self.scan.coarseness,
         )
         for label, added in evidence.items():
             raised = values[label] + added
@@ -219,7 +221,8 @@ class Editor:
         own[tuple((voxels - within[0]).T)] = True
         here = {label: clicked[own[tuple((clicked - within[0]).T)]] for label, clicked in clicks.items()}
         here = {label: clicked for label, clicked in here.items() if len(clicked)}
-        settled = settle(voxels, logits, self._start[tuple(voxels.T)], here)
+        start = self._start[tuple(voxels.T)]
+        settled = settle(voxels, logits, start, here, coarseness=self.scan.coarseness)
         if not settled.changed.any():
             return None
         taken = settled.taken

@@ -18,6 +18,9 @@ from deformux.inference.sliding_window import volume_logits
 
 __all__ = ["OpenScan", "open_scan", "scan_from_logits"]
 
+# An axis is thick if its voxels are more than this many times as long as those of the finest.
+_THICK = 2.0
+
 
 @dataclass(frozen=True)
 class OpenScan:
@@ -39,6 +42,17 @@ class OpenScan:
     def grid(self) -> ScanGrid:
         """Return the scan's grid, relative to the network's."""
         return ScanGrid.of(self.image)
+
+    @cached_property
+    def coarseness(self) -> tuple[float, float, float]:
+        """Return the length of a voxel along each axis of the network's grid in those of the finest; 1 up to twice it.
+
+        Where voxels are nearly cubes, distances count voxels: errors of a network are as long as its voxels.
+        """
+        spacing = np.linalg.norm(np.asarray(self.image.affine, dtype=float)[:3, :3], axis=0)
+        ratio = spacing / spacing.min()
+        x, y, z = (float(r) if r > _THICK else 1.0 for r in ratio)
+        return x, y, z
 
     @property
     def nbytes(self) -> int:
