@@ -63,7 +63,9 @@ def test_facts_of_a_label_with_a_known_answer(tmp_path: Path) -> None:
     label[7, 7, 6] = 9
     label[0] = 255
     affine = np.array([[0, 0, 3.0, 5], [-2.0, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1]])
-    scan, facts = read_case_facts(write(tmp_path / "i.nii.gz", values, affine), write(tmp_path / "l.nii.gz", label, affine))
+    scan, facts = read_case_facts(
+        write(tmp_path / "i.nii.gz", values, affine), write(tmp_path / "l.nii.gz", label, affine)
+    )
     np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
     assert scan.shape == (9, 8, 7)
     assert scan.intensities is not None

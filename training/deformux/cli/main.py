@@ -39,8 +39,7 @@ from deformux.data.cases import (
     split_label_names,
 )
 from deformux.data.choices import AUTO, Choices
-from deformux.data.frame import FRAMES
-from deformux.data.preprocessing import MODALITIES, Preprocessing
+from deformux.data.preprocessing import FRAMES, MODALITIES, Preprocessing
 from deformux.data.scan_folder import scans_and_cases
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.presets import PRESETS

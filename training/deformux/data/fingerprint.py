@@ -218,7 +218,9 @@ class _Kept:
         self.changed = False
         self.saved = time.monotonic()
 
-    def _keep(self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelledFacts) -> None:
+    def _keep(
+        self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelledFacts
+    ) -> None:
         where[path] = {"states": [list(state) for state in states], "facts": facts.to_dict()}
         self.changed = True
 
