@@ -11,7 +11,7 @@ import pytest
 from deformux.data import fingerprint as module
 from deformux.data.cases import Case, find_cases
 from deformux.data.fingerprint import FingerprintStopped, declared_modality, read_fingerprint
-from deformux.data.scan_facts import LEVELS, read_case, read_scan
+from deformux.data.scan_facts import LEVELS, read_case_facts, read_scan_facts
 from deformux.data.scan_folder import scans_and_cases
 from deformux.data.volume_reader import open_volume
 
@@ -63,7 +63,9 @@ def test_facts_of_a_label_with_a_known_answer(tmp_path: Path) -> None:
     label[7, 7, 6] = 9
     label[0] = 255
     affine = np.array([[0, 0, 3.0, 5], [-2.0, 0, 0, 6], [0, 1.5, 0, 7], [0, 0, 0, 1]])
-    scan, facts = read_case(write(tmp_path / "i.nii.gz", values, affine), write(tmp_path / "l.nii.gz", label, affine))
+    scan, facts = read_case_facts(
+        write(tmp_path / "i.nii.gz", values, affine), write(tmp_path / "l.nii.gz", label, affine)
+    )
     np.testing.assert_allclose(scan.affine, affine, atol=1e-5)
     assert scan.shape == (9, 8, 7)
     assert scan.intensities is not None
@@ -82,7 +84,7 @@ def test_facts_of_a_label_with_a_known_answer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["heart_mr_acdc", "spine_mr", "mouse_brain_mr"])
 def test_facts_of_real_cases_equal_numpy(shared_data: Path, name: str) -> None:
     case = find_cases(shared_data / name)[1]
-    scan, facts = read_case(case.image, case.label)
+    scan, facts = read_case_facts(case.image, case.label)
     image, label = nib.load(case.image), np.asarray(nib.load(case.label).dataobj).astype(int)
     values = np.asarray(image.dataobj)
     assert scan.shape == image.shape
@@ -119,7 +121,7 @@ def test_percentiles_of_all_labelled_voxels_count_each_scan_the_same(shared_data
 def test_an_unlabelled_scan_is_read_in_some_slices(tmp_path: Path) -> None:
     values = noise((20, 20, 100))
     for name in ("a.nii", "a.nii.gz"):
-        facts = read_scan(write(tmp_path / name, values))
+        facts = read_scan_facts(write(tmp_path / name, values))
         assert facts.intensities is not None
         assert facts.intensities.high == pytest.approx(np.percentile(values, 99.5), rel=0.02)
     with open_volume(tmp_path / "a.nii.gz") as opened_volume:
@@ -264,7 +266,7 @@ def test_modality_in_a_header(tmp_path: Path) -> None:
     image = sitk.GetImageFromArray(noise())
     image.SetMetaData("0008|0060", "CT")
     sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
-    assert read_scan(tmp_path / "a.nrrd").modality == "CT"
+    assert read_scan_facts(tmp_path / "a.nrrd").modality == "CT"
 
 
 def test_folders_of_scans(tmp_path: Path) -> None:

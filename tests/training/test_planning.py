@@ -19,7 +19,7 @@ from deformux.data.planned_grid import coarsened_spacing, nnunet_spacing, planne
 from deformux.data.planned_intensities import is_hounsfield, planned_modality, planned_window
 from deformux.data.planning import Plan, Speed, make_plan
 from deformux.data.preprocessing import Preprocessing
-from deformux.data.scan_facts import LEVELS, Intensities, LabelFacts, ScanFacts
+from deformux.data.scan_facts import LEVELS, Intensities, LabelledFacts, ScanFacts
 from deformux.fitting.recipe import RECIPES
 from deformux.fitting.speed import measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
@@ -34,10 +34,10 @@ def scan(shape=(60, 70, 50), spacing=(1.0, 1.0, 1.0), *, rotation=None, intensit
     return ScanFacts(shape, tuple(map(tuple, affine)), modality, intensities)
 
 
-def label(*boxes, chords=None, percentiles=()) -> LabelFacts:
+def label(*boxes, chords=None, percentiles=()) -> LabelledFacts:
     """Facts of labels 1..n that fill the boxes."""
     sizes = [np.subtract(stop, start) for start, stop in boxes]
-    return LabelFacts(
+    return LabelledFacts(
         voxels={i: int(np.prod(size)) for i, size in enumerate(sizes, 1)},
         boxes=dict(enumerate(boxes, 1)),
         chords_vox={i: tuple(map(float, chords or size)) for i, size in enumerate(sizes, 1)},
@@ -45,7 +45,7 @@ def label(*boxes, chords=None, percentiles=()) -> LabelFacts:
     )
 
 
-def project(*pairs: tuple[ScanFacts, LabelFacts | None], modality: str = "") -> Fingerprint:
+def project(*pairs: tuple[ScanFacts, LabelledFacts | None], modality: str = "") -> Fingerprint:
     scans = {f"s{i}": facts for i, (facts, _) in enumerate(pairs)}
     return Fingerprint(scans, {f"s{i}": facts for i, (_, facts) in enumerate(pairs) if facts}, modality=modality)
 

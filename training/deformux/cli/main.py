@@ -40,8 +40,7 @@ from deformux.data.cases import (
 )
 from deformux.data.choices import AUTO, Choices
 from deformux.data.fingerprint import declared_modality
-from deformux.data.frame import FRAMES
-from deformux.data.preprocessing import MODALITIES, Preprocessing
+from deformux.data.preprocessing import FRAMES, MODALITIES, Preprocessing
 from deformux.data.scan_folder import scans_and_cases
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.presets import PRESETS

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.header import InvalidVolume
-from deformux.data.scan_facts import LEVELS, LabelFacts, ScanFacts, read_case, read_scan
+from deformux.data.scan_facts import LEVELS, LabelledFacts, ScanFacts, read_case_facts, read_scan_facts
 
 __all__ = ["Fingerprint", "FingerprintStopped", "declared_modality", "read_fingerprint"]
 
@@ -30,7 +30,7 @@ _SAVE_SECONDS = 30.0
 _POOLED = 10_000
 
 _State: TypeAlias = tuple[int, int]
-_T = TypeVar("_T", ScanFacts, LabelFacts)
+_T = TypeVar("_T", ScanFacts, LabelledFacts)
 
 
 class FingerprintStopped(RuntimeError):
@@ -49,7 +49,7 @@ class Fingerprint:
     """
 
     scans: Mapping[str, ScanFacts]
-    labels: Mapping[str, LabelFacts] = field(default_factory=dict)
+    labels: Mapping[str, LabelledFacts] = field(default_factory=dict)
     unusable: tuple[str, ...] = ()
     modality: str = ""
 
@@ -64,7 +64,7 @@ class Fingerprint:
         return [scan.shape for scan in self.scans.values()]
 
     @property
-    def labelled(self) -> list[tuple[ScanFacts, LabelFacts]]:
+    def labelled(self) -> list[tuple[ScanFacts, LabelledFacts]]:
         """Return the facts of each labelled scan and its label."""
         return [(self.scans[path], facts) for path, facts in self.labels.items()]
 
@@ -112,7 +112,7 @@ def read_fingerprint(
     label_of = {str(case.image): case.label for case in cases}
     paths = list(dict.fromkeys([*map(str, images), *label_of]))
     scans: dict[str, ScanFacts] = {}
-    labels: dict[str, LabelFacts] = {}
+    labels: dict[str, LabelledFacts] = {}
     unusable: list[str] = []
     began = time.monotonic()
     try:
@@ -179,19 +179,19 @@ class _Kept:
                 logger.warning("%s; all scans are read again", error)
         return cls(file, {}, {})
 
-    def facts(self, path: str, label: Path | None, *, intensities: bool) -> tuple[ScanFacts, LabelFacts | None]:
+    def facts(self, path: str, label: Path | None, *, intensities: bool) -> tuple[ScanFacts, LabelledFacts | None]:
         """Return the facts of a scan and its label, from the cache or from the files."""
         state = _state(Path(path))
         scan = _known(self.scans.get(path), [state], ScanFacts)
         if label is None:
             if scan is None or (intensities and scan.intensities is None):
-                scan = read_scan(Path(path), intensities=intensities)
+                scan = read_scan_facts(Path(path), intensities=intensities)
                 self._keep(self.scans, path, [state], scan)
             return scan, None
         states = [state, _state(label)]
-        found = _known(self.labels.get(str(label)), states, LabelFacts)
+        found = _known(self.labels.get(str(label)), states, LabelledFacts)
         if scan is None or scan.intensities is None or found is None:
-            scan, found = read_case(Path(path), label)
+            scan, found = read_case_facts(Path(path), label)
             self._keep(self.scans, path, [state], scan)
             self._keep(self.labels, str(label), states, found)
         return scan, found
@@ -218,7 +218,9 @@ class _Kept:
         self.changed = False
         self.saved = time.monotonic()
 
-    def _keep(self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelFacts) -> None:
+    def _keep(
+        self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelledFacts
+    ) -> None:
         where[path] = {"states": [list(state) for state in states], "facts": facts.to_dict()}
         self.changed = True
 

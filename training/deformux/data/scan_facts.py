@@ -15,7 +15,7 @@ from deformux.data.header import InvalidVolume, VolumeHeader, geometry_differenc
 from deformux.data.label_values import UNLABELLED, check_label_values
 from deformux.data.volume_reader import OpenVolume, open_volume
 
-__all__ = ["LEVELS", "Intensities", "LabelFacts", "ScanFacts", "read_case", "read_scan"]
+__all__ = ["LEVELS", "Intensities", "LabelledFacts", "ScanFacts", "read_case_facts", "read_scan_facts"]
 
 _Index: TypeAlias = tuple[int, int, int]
 _Triple: TypeAlias = tuple[float, float, float]
@@ -78,7 +78,7 @@ class ScanFacts:
 
 
 @dataclass(frozen=True)
-class LabelFacts:
+class LabelledFacts:
     """Facts of a label, by label value; values that do not occur are missing.
 
     Args:
@@ -98,7 +98,7 @@ class LabelFacts:
         return dict(vars(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LabelFacts:
+    def from_dict(cls, values: Mapping[str, Any]) -> LabelledFacts:
         """Invert ``to_dict``, also after JSON, which turns numbers as keys into text."""
         return cls(
             {int(label): int(n) for label, n in values["voxels"].items()},
@@ -116,7 +116,7 @@ class LabelFacts:
         return _index(start.min(axis=0)), _index(stop.max(axis=0))
 
 
-def read_scan(path: Path, *, intensities: bool = True) -> ScanFacts:
+def read_scan_facts(path: Path, *, intensities: bool = True) -> ScanFacts:
     """Read the header of a scan, and its intensities from some of its slices.
 
     Of a large file no more than the first 64 MB of voxels are read, so that thousands of scans do not take hours.
@@ -133,7 +133,7 @@ def read_scan(path: Path, *, intensities: bool = True) -> ScanFacts:
     return _facts(header, found)
 
 
-def read_case(image: Path, label: Path) -> tuple[ScanFacts, LabelFacts]:
+def read_case_facts(image: Path, label: Path) -> tuple[ScanFacts, LabelledFacts]:
     """Read a scan and its label, both whole.
 
     Raises:
@@ -176,7 +176,7 @@ def _intensities(values: npt.NDArray, header: VolumeHeader) -> Intensities | Non
     return Intensities(float(flat.min()), float(low), float(high), float(flat.max()), whole)
 
 
-def _label_facts(labels: npt.NDArray[np.uint8], values: npt.NDArray) -> LabelFacts:
+def _label_facts(labels: npt.NDArray[np.uint8], values: npt.NDArray) -> LabelledFacts:
     counts = np.bincount(labels.ravel(order="K"), minlength=UNLABELLED)
     found = [int(label) for label in np.flatnonzero(counts) if label]
     places = ndimage.find_objects(labels)
@@ -187,7 +187,7 @@ def _label_facts(labels: npt.NDArray[np.uint8], values: npt.NDArray) -> LabelFac
     runs = [_runs(labels, axis) for axis in range(3)]
     chords = {label: tuple(float(counts[label] / along[label]) for along in runs) for label in found}
     inside = _finite_sample(values[labels > 0])
-    return LabelFacts(
+    return LabelledFacts(
         voxels={label: int(counts[label]) for label in found},
         boxes=boxes,
         chords_vox={label: (x, y, z) for label, (x, y, z) in chords.items()},
