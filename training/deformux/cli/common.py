@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,9 +33,11 @@ __all__ = [
     "MAX_SEED",
     "MAX_THREADS",
     "ProgressBar",
+    "Terminated",
     "assignments",
     "clear_errors",
     "console",
+    "ended_by_sigterm",
     "existing_folder",
     "model_path",
     "named_labels",
@@ -62,6 +66,7 @@ class ProgressBar(Progress):
         console: where to show it.
         line_seconds: shortest time between two lines.
         disable: show nothing.
+        mean_over_s: seconds over whose steps the time left is estimated.
     """
 
     def __init__(
@@ -70,8 +75,9 @@ class ProgressBar(Progress):
         console: Console = console,
         line_seconds: float = 30.0,
         disable: bool = False,
+        mean_over_s: float = 30.0,
     ) -> None:
-        super().__init__(*columns, console=console, disable=disable)
+        super().__init__(*columns, console=console, disable=disable, speed_estimate_period=mean_over_s)
         self._line_seconds = line_seconds
         self._last_line = time.monotonic()
 
@@ -90,8 +96,8 @@ class ProgressBar(Progress):
 
 
 @contextmanager
-def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """Show a progress bar under a title, with elapsed and remaining time."""
+def timed_bar(what: str, *, shown: bool = True, mean_over_s: float = 30.0) -> Iterator[ProgressBar]:
+    """Show a progress bar under a title, with elapsed and remaining time; ``mean_over_s`` as in ``ProgressBar``."""
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),
@@ -101,7 +107,7 @@ def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with ProgressBar(*columns, disable=not shown) as bar:
+    with ProgressBar(*columns, disable=not shown, mean_over_s=mean_over_s) as bar:
         yield bar
 
 
@@ -109,6 +115,28 @@ def print_sentences(sentences: Sequence[str]) -> None:
     """Print sentences about files, one a line."""
     for sentence in sentences:
         console.print(escape(sentence), soft_wrap=True, highlight=False)
+
+
+class Terminated(BaseException):
+    """The end of a process that another one asked for (SIGTERM)."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that no unfinished file stays, with exit status 143."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except Terminated as error:
+        console.print("stopped")
+        raise typer.Exit(128 + signal.SIGTERM) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

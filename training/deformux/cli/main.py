@@ -21,6 +21,7 @@ from deformux.cli.common import (
     MAX_THREADS,
     assignments,
     clear_errors,
+    ended_by_sigterm,
     existing_folder,
     model_path,
     named_labels,
@@ -28,6 +29,7 @@ from deformux.cli.common import (
     writable_file,
     writable_folder,
 )
+from deformux.cli.shards import Shard
 from deformux.cli.simulate_options import chosen_strategies, short_recipes
 from deformux.cli.versions import app as versions_app
 from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names
@@ -50,6 +52,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the f
 ModelFile = Annotated[
     str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
 ]
+ScanFolder = Annotated[Path, typer.Argument(help="A volume, or a folder of volumes.")]
+ResultFolder = Annotated[Path, typer.Argument(help="Folder for the label volumes (.nii.gz).")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that another model has made.")]
 LabelNames = Annotated[str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")]
 Modality = Annotated[str, typer.Option(help=" or ".join(MODALITIES))]
 PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
@@ -129,25 +134,40 @@ def fit_command(
 @app.command(name="predict")
 def predict_command(
     model: ModelFile,
-    images: Annotated[Path, typer.Argument(help="A volume, or a folder of volumes.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the label volumes (.nii.gz).")],
+    images: ScanFolder,
+    output: ResultFolder,
+    shard: Annotated[str, typer.Option(help="i/n: only share i of n, for n processes on one folder.")] = "1/1",
+    overwrite: Overwrite = False,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Segment volumes; each result lies on its scan's own grid."""
-    with clear_errors():
+    """Segment volumes; each result lies on its scan's own grid. Run it again to go on: results that exist stay."""
+    with clear_errors(), ended_by_sigterm():
         valid_device(device)
+        share = Shard.parse(shard)
         file = model_path(model)
-        paths = [images] if images.is_file() else find_images(existing_folder(images))
-        results = dict(zip(result_names(paths), paths, strict=True))
-        scans = {path.resolve() for path in paths}
-        for name in results:
-            if (target := output / f"{name}.nii.gz").resolve() in scans:
-                raise InvalidFolder(f"a result would replace the scan {target}; name a different output folder")
-        writable_folder(output)
-        from deformux.cli.predict import segment_files
+        results = share.of(_results(images, output))
+        from deformux.cli.predict import print_predicted, segment_files
+        from deformux.networks.model_file import read_card
 
-        segment_files(file, results, output, device=device, threads=threads)
+        done = segment_files(file, results, output, overwrite=overwrite, device=device, threads=threads)
+        print_predicted(done, read_card(file), output)
+
+
+def _results(images: Path, output: Path) -> dict[str, Path]:
+    """Return the name of each result, without a suffix, and its scan; make the folder for them.
+
+    Raises:
+        InvalidFolder: there is no scan, or a result would replace one.
+    """
+    paths = [images] if images.is_file() else find_images(existing_folder(images))
+    results = dict(zip(result_names(paths), paths, strict=True))
+    scans = {path.resolve() for path in paths}
+    for name in results:
+        if (target := output / f"{name}.nii.gz").resolve() in scans:
+            raise InvalidFolder(f"a result would replace the scan {target}; name a different output folder")
+    writable_folder(output)
+    return results
 
 
 @app.command(name="evaluate")
