@@ -239,10 +239,10 @@ def test_shards_run_at_once_into_one_folder(models: list[Path], tmp_path: Path) 
     scans = write_scans(tmp_path / "scans", 7)
     scans[0].write_text("no image")
     output = tmp_path / "out"
-    processes = [started(models[0], tmp_path / "scans", output, "--shard", f"{number}/3") for number in (1, 2, 3)]
+    processes = [started(models[0], tmp_path / "scans", output, "--shard", f"{number}/2") for number in (1, 2)]
     printed = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [1, 0, 0], printed
-    assert "2 of 3 volumes written" in printed[0]
+    assert [process.returncode for process in processes] == [1, 0], printed
+    assert "3 of 4 volumes written" in printed[0]
     assert len(list(output.iterdir())) == 6
     done = predict(models[0], tmp_path / "scans", output)
     assert "0 of 7 volumes written" in done.output

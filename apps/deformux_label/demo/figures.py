@@ -129,8 +129,12 @@ def _orient(axes: Axes, scan: WindowedScan, view: SliceView) -> None:
     """Draw the patient's directions at the edges of a slice, a scale bar, and the plane's name."""
     width, height = view.size_mm
     outlined = [patheffects.withStroke(linewidth=2.2, foreground="black")]
-    places = ((0.015, 0.5, "left", "center"), (0.985, 0.5, "right", "center"))
-    places += ((0.5, 0.015, "center", "bottom"), (0.5, 0.985, "center", "top"))
+    places = (
+        (0.015, 0.5, "left", "center"),
+        (0.985, 0.5, "right", "center"),
+        (0.5, 0.015, "center", "bottom"),
+        (0.5, 0.985, "center", "top"),
+    )
     for letter, (x, y, across, up) in zip(view.letters, places, strict=True):
         axes.text(
             x, y, letter, color="white", fontsize=10, fontweight="bold", ha=across, va=up, transform=axes.transAxes,

@@ -29,7 +29,7 @@ from deformux.cli.common import (
     writable_file,
     writable_folder,
 )
-from deformux.cli.shards import Shard
+from deformux.cli.shards import Shard, sbatch_options
 from deformux.cli.simulate_options import chosen_strategies, short_recipes
 from deformux.cli.versions import app as versions_app
 from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names
@@ -151,6 +151,49 @@ def predict_command(
         from deformux.networks.model_file import read_card
 
         done = segment_files(file, results, output, overwrite=overwrite, device=device, threads=threads)
+        print_predicted(done, read_card(file), output)
+
+
+@app.command(name="predict-cluster")
+def predict_cluster_command(
+    model: ModelFile,
+    images: ScanFolder,
+    output: ResultFolder,
+    cluster: Annotated[str, typer.Option(help="slurm, or local: processes on this machine.")] = "slurm",
+    shards: Annotated[int, typer.Option(help="Number of jobs.", min=1, max=10_000)] = 8,
+    max_parallel: Annotated[int, typer.Option(help="Most jobs at once; 0: no limit, locally by cores.", min=0)] = 0,
+    retries: Annotated[int, typer.Option(help="How often a job that died is sent again.", min=0, max=100)] = 2,
+    timeout_min: Annotated[int, typer.Option(help="Time limit of a job in minutes.", min=1, max=100_000)] = 240,
+    partition: Annotated[str, typer.Option(help="SLURM's partition.")] = "",
+    gres: Annotated[str, typer.Option(help="SLURM's resources of a job, e.g. gpu:1.")] = "",
+    slurm: Annotated[list[str] | None, typer.Option(help="Further options of sbatch, e.g. --slurm mem=16G.")] = None,
+    overwrite: Overwrite = False,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment volumes in several jobs, on SLURM or on this machine; jobs that die are sent again."""
+    with clear_errors(), ended_by_sigterm():
+        valid_device(device)
+        if cluster not in ("slurm", "local"):
+            raise ValueError(f"cluster must be slurm or local; got {cluster!r}")
+        chosen = {"partition": partition, "gres": gres} | sbatch_options(slurm or [])
+        file = model_path(model)
+        results = _results(images, output)
+        from deformux.cli.predict import print_predicted
+        from deformux.cli.predict_cluster import ClusterOptions, predict_on_cluster
+        from deformux.networks.model_file import read_card
+
+        options = ClusterOptions(
+            cluster,
+            shards,
+            max_parallel,
+            retries,
+            timeout_min,
+            {name: value for name, value in chosen.items() if value},
+        )
+        done = predict_on_cluster(
+            file, results, output, options=options, overwrite=overwrite, device=device, threads=threads
+        )
         print_predicted(done, read_card(file), output)
 
 

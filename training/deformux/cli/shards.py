@@ -1,13 +1,13 @@
-"""Shares of a folder's scans, for processes that work on it side by side."""
+"""Shares of a folder's scans, for processes that work on it side by side, and options of their jobs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "sbatch_options"]
 
 _T = TypeVar("_T")
 _MAX_SHARDS = 100_000
@@ -38,3 +38,14 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
+
+
+def sbatch_options(pairs: Sequence[str]) -> dict[str, str]:
+    """Return ``name=value`` options of sbatch by name; raise ValueError if one is not of that form."""
+    chosen = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not re.fullmatch(r"[a-z][a-z-]*", name) or not value or not value.isprintable():
+            raise ValueError(f"--slurm takes name=value as sbatch does, without dashes before it; got {pair!r}")
+        chosen[name] = value
+    return chosen
