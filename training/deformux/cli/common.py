@@ -146,7 +146,7 @@ def clear_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except user_errors as error:
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         console.print("stopped")

@@ -145,7 +145,8 @@ def print_predicted(done: Predicted, model: ModelCard, output: Path) -> None:
         console.print(f"[red]skipped:[/red] {escape(message)}", soft_wrap=True, highlight=False)
     total = done.written + done.kept + len(done.failed)
     kept = f", {done.kept} were there already" if done.kept else ""
-    console.print(f"{done.written} of {total} volumes written to {output}{kept}; labels {_legend(model)}")
+    said = f"{done.written} of {total} volumes written to {output}{kept}; labels {_legend(model)}"
+    console.print(escape(said), soft_wrap=True)
     if done.failed:
         raise typer.Exit(1)
 
