@@ -221,7 +221,7 @@ def test_a_full_disk_ends_the_run(models: list[Path], tmp_path: Path, monkeypatc
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(implementation, "write_result", full)
+    monkeypatch.setattr(implementation, "write_recorded", full)
     done = predict(models[0], tmp_path / "scans", tmp_path / "out")
     assert done.exit_code == 2
     assert "No space left on device" in done.output

@@ -16,7 +16,7 @@ from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
 from deformux.data.cases import volume_id
 from deformux.data.loading import filled_voxels
-from deformux.data.result_record import ResultRecord, read_record, write_result
+from deformux.data.result_record import ResultRecord, read_record, write_recorded
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
 from deformux.inference.sliding_window import Network, segment
@@ -127,7 +127,7 @@ def segment_files(
                 logger.info("%s", path.name, exc_info=True)
                 done.failed.append(_sentence(path, error))
             else:
-                write_result(output / f"{name}.nii.gz", labels, affine, record)
+                write_recorded(output / f"{name}.nii.gz", labels, affine, record)
                 done.written += 1
                 if filled:
                     done.notes.append(f"{path.name}: {filled}")

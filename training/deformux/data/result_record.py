@@ -21,7 +21,7 @@ from nibabel.nifti1 import Nifti1Extension
 
 from deformux.data.atomic_files import replacing
 
-__all__ = ["FileState", "ResultRecord", "read_record", "write_result"]
+__all__ = ["FileState", "ResultRecord", "read_record", "write_recorded"]
 
 # NIfTI's code of an extension that holds plain text.
 _COMMENT = 6
@@ -88,7 +88,7 @@ class ResultRecord:
         return cls(str(values["model"]), tuple(FileState(**state) for state in values["scans"]))
 
 
-def write_result(
+def write_recorded(
     path: Path, labels: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64], record: ResultRecord
 ) -> None:
     """Write a label volume ``(X, Y, Z)`` (.nii.gz) with its record, by rename; raise OSError if that fails."""

@@ -12,6 +12,7 @@ from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadLabeld, LoadVolumed, filled_voxels
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import run_transforms
+from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
 from deformux.inference.metrics import dice_per_label
 from deformux.inference.sliding_window import Network, segment
@@ -29,6 +30,7 @@ def evaluate(
     device: str | torch.device = "cpu",
     on_case: Callable[[Case, np.ndarray], None] | None = None,
     on_warning: Callable[[Case, str], None] | None = None,
+    on_invalid: Callable[[Case, InvalidVolume], None] | None = None,
 ) -> dict[str, list[float]]:
     """Score a network by Dice on the scans' own grids.
 
@@ -43,22 +45,30 @@ def evaluate(
         device: where to compute.
         on_case: takes each case and its values.
         on_warning: takes each case whose scan holds voxels that are not finite, and a sentence about them.
+        on_invalid: takes each case whose scan or label is not usable, and why; such a case gets no values. Without it
+            the first one ends the run.
 
     Returns:
         Case id to ``n_labels`` values; NaN where a label is absent, or was not annotated.
 
     Raises:
-        InvalidVolume: a scan or a label is not usable.
+        InvalidVolume: a scan or a label is not usable, and ``on_invalid`` is not given.
     """
     load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
     scores: dict[str, list[float]] = {}
     network = prepared(network, device)
     for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
+        try:
+            found, _ = segment(network, case.image, prep, device=device)
+            truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
+        except InvalidVolume as error:
+            if on_invalid is None:
+                raise
+            on_invalid(case, error)
+            continue
         filled = filled_voxels(found)
         if filled and on_warning is not None:
             on_warning(case, filled)
-        truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
         known = truth != UNLABELLED
         dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
         dice[~case.annotates(labels, n_labels)] = np.nan
