@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 __all__ = ["MODALITIES", "Preprocessing"]
@@ -22,6 +22,9 @@ class Preprocessing:
         patch_size: voxels of a training patch and of an inference window along the same axes.
         window_hu: Hounsfield units.
         percentiles: percent.
+        sequences: names of several sequences, the network's channels; none for one. ``ct`` and ``mr``, or names such as
+            ``ct:arterial`` and ``mr:flair``, give the modality of a sequence; others have ``modality``.
+        missing_sequences: whether a scan may lack some sequences, since the network was trained with dropout of them.
 
     Raises:
         ValueError: a value is out of range; the message lists the valid ones.
@@ -32,6 +35,8 @@ class Preprocessing:
     patch_size: tuple[int, int, int] = (96, 96, 96)
     window_hu: tuple[float, float] = (-175.0, 250.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
+    sequences: tuple[str, ...] = ()
+    missing_sequences: bool = False
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -45,6 +50,23 @@ class Preprocessing:
             raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
+        if len(self.sequences) == 1 or not all(isinstance(name, str) and name for name in self.sequences):
+            raise ValueError(f"sequences must be the names of at least two, or none; got {self.sequences!r}")
+
+    @property
+    def channels(self) -> int:
+        """Return the number of the network's input channels."""
+        return max(1, len(self.sequences))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Return the modality of each channel."""
+        stated = [name.lower().partition(":")[0] for name in self.sequences]
+        return tuple(word if word in MODALITIES else self.modality for word in stated) or (self.modality,)
+
+    def with_dropout(self, probability: float) -> Preprocessing:
+        """Return these settings after a training that drops sequences with a probability; scans may then lack some."""
+        return replace(self, missing_sequences=probability > 0 and self.channels > 1)
 
     @classmethod
     def from_options(cls, modality: str, spacing: str, patch_size: str) -> Preprocessing:
@@ -62,8 +84,13 @@ class Preprocessing:
         return cls.from_dict({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card."""
-        return asdict(self)
+        """Return plain values for the card, without those of sequences if there is only one."""
+        values = asdict(self)
+        if not self.sequences:
+            # Unchanged since before there were sequences: this identifies checkpoints and simulations.
+            for name in ("sequences", "missing_sequences"):
+                del values[name]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

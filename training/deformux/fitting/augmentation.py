@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from monai.transforms import (
     RandCropByPosNegLabeld,
     RandFlipd,
     RandGaussianNoised,
+    Randomizable,
+    RandomizableTransform,
     RandScaleIntensityd,
     RandShiftIntensityd,
     RandSimulateLowResolutiond,
@@ -28,9 +31,10 @@ from monai.transforms import (
 
 from deformux.data.label_values import UNLABELLED
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import run_transforms
 from deformux.fitting.recipe import Recipe
 
-__all__ = ["SamplingMapsd", "training_augmentation"]
+__all__ = ["EachSequenced", "RandDropSequencesd", "SamplingMapsd", "training_augmentation"]
 
 _KEYS = ("image", "label")
 
@@ -51,7 +55,7 @@ class SamplingMapsd(Transform):
 def training_augmentation(
     prep: Preprocessing, recipe: Recipe, *, device: str | torch.device = "cpu"
 ) -> list[Transform]:
-    """Return random transforms of dictionaries from volumes ``(1, x, y, z)`` to ``patches_per_volume`` patches.
+    """Return random transforms of dictionaries from volumes ``(C, x, y, z)`` to ``patches_per_volume`` patches.
 
     Transforms before the first random one run once for each volume in memory. ``annotated`` is passed on. Patches are
     cut from volumes on the CPU, augmented on ``device``, and stay there.
@@ -79,7 +83,7 @@ def training_augmentation(
     if device.type != "cpu":
         # One core resamples a patch about as fast as it trains on one; a GPU would wait most of the time.
         transforms.append(EnsureTyped(_KEYS, device=device))
-    transforms += [*_geometry(recipe, device), *_intensity(recipe)]
+    transforms += [*_geometry(recipe, device), *_intensity_by_sequence(prep, recipe)]
     # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
     transforms.append(EnsureTyped(_KEYS, track_meta=False))
     return transforms
@@ -118,8 +122,67 @@ def _geometry(recipe: Recipe, device: torch.device) -> list[Transform]:
     return transforms
 
 
+def _intensity_by_sequence(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
+    """Return random changes of the image alone; several sequences change independently, and may be dropped."""
+    if prep.channels == 1:
+        return _intensity(recipe)
+    changes: list[Transform] = [EachSequenced([_intensity(recipe) for _ in range(prep.channels)])]
+    if recipe.sequence_dropout > 0:
+        changes.append(RandDropSequencesd(recipe.sequence_dropout))
+    return changes
+
+
+class EachSequenced(Randomizable, Transform):
+    """Changes the channels of ``image`` (C, x, y, z), each by transforms of its own; those of missing sequences stay 0.
+
+    Args:
+        steps: dictionary transforms for each channel ``(1, x, y, z)``.
+    """
+
+    def __init__(self, steps: Sequence[Sequence[Transform]]) -> None:
+        super().__init__()
+        self.steps = steps
+
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> EachSequenced:
+        """Seed all transforms."""
+        super().set_random_state(seed, state)
+        for step in itertools.chain.from_iterable(self.steps):
+            if isinstance(step, Randomizable):
+                step.set_random_state(seed=int(self.R.randint(2**32 - 1, dtype="uint32")))
+        return self
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        channels = [self._changed(image[n : n + 1], steps) for n, steps in enumerate(self.steps)]
+        return {**data, "image": torch.cat(channels)}
+
+    def _changed(self, channel: torch.Tensor, steps: Sequence[Transform]) -> torch.Tensor:
+        return run_transforms(steps, {"image": channel})["image"] if bool(channel.any()) else channel
+
+
+class RandDropSequencesd(RandomizableTransform):
+    """Sets channels of ``image`` (C, x, y, z) to 0, each with a probability, as if their sequences were missing.
+
+    If chance takes all that a case has, a random one of them stays.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__(prob=1.0)
+        self.probability = probability
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        dropped = self.R.random(len(image)) < self.probability
+        stays = int(self.R.randint(len(image)))
+        present = [n for n in range(len(image)) if bool(image[n].any())]
+        if present and dropped[present].all():
+            dropped[present[stays % len(present)]] = False
+        kept = torch.as_tensor(~dropped, device=image.device)
+        return {**data, "image": image * kept[:, None, None, None]}
+
+
 def _intensity(recipe: Recipe) -> list[Transform]:
-    """Return random changes of the image alone."""
+    """Return random changes of an image alone."""
     transforms: list[Transform] = []
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
