@@ -25,6 +25,7 @@ from deformux.cli.common import (
     model_path,
     named_labels,
     valid_device,
+    with_sequences,
     writable_file,
     writable_folder,
 )
@@ -100,7 +101,7 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = with_sequences(Preprocessing.from_options(modality, spacing, patch_size), data)
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
@@ -243,7 +244,8 @@ def simulate_command(
         names = named_labels(labels, existing_folder(data))
         recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
         strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = with_sequences(Preprocessing.from_options(modality, spacing, patch_size), data)
+        prep = prep.with_dropout(recipe.sequence_dropout)
         first_model = model_path(start_from) if start_from else None
         cases = find_cases(data, subset=subset or None)
         writable_folder(output)

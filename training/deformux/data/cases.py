@@ -20,6 +20,7 @@ __all__ = [
     "InvalidFolder",
     "find_cases",
     "find_images",
+    "folder_naming",
     "label_names",
     "result_names",
     "sequence_naming",
@@ -144,6 +145,32 @@ def sequence_naming(folder: Path) -> SequenceNaming:
     """
     images, labels = _image_and_label_folders(folder)
     return _naming(folder, _by_stem(find_images(images)), _by_stem(find_images(labels)))
+
+
+def folder_naming(scans: Sequence[Path], sequences: Sequence[str]) -> SequenceNaming:
+    """Return how the files of several sequences are named among unlabelled scans.
+
+    That is what ``image_channels`` says in a ``dataset.json`` beside the scans or in the folder above, else nnU-Net's
+    ``_0000``, ``_0001``, …, else the names of the sequences as endings; of the last two, what fits more files.
+
+    Raises:
+        InvalidFolder: ``dataset.json`` is damaged, or its ``image_channels`` are of other sequences.
+    """
+    for folder in dict.fromkeys(parent for scan in scans[:1] for parent in list(scan.absolute().parents)[:2]):
+        path = folder / "dataset.json"
+        setting = named_in(_object(path))[0] if path.is_file() else None
+        if setting is not None:
+            naming = SequenceNaming.parse(setting)
+            if len(naming.suffixes) != len(sequences):
+                raise InvalidFolder(
+                    f"{path} names {len(naming.suffixes)} sequences, the model takes {', '.join(sequences)}"
+                )
+            return naming
+    names = tuple(sequences)
+    numbered = SequenceNaming(tuple(f"_{number:04d}" for number in range(len(names))), names)
+    named = SequenceNaming(tuple(f"_{name.rpartition(':')[2]}" for name in names), names)
+    stems = [volume_id(scan) for scan in scans]
+    return max((numbered, named), key=lambda naming: sum(naming.split(stem)[1] is not None for stem in stems))
 
 
 def _image_and_label_folders(folder: Path) -> tuple[Path, Path]:

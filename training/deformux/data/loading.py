@@ -77,7 +77,8 @@ class LoadVolumed(MapTransform):
         assert scan is not None
         empty = torch.zeros(scan.shape[1:])
         stacked = torch.stack([empty if channel is None else channel for channel in channels])
-        return MetaTensor(stacked, affine=scan.affine, meta={**scan.meta, "missing": missing})
+        meta = {name: value for name, value in scan.meta.items() if name != "affine"}
+        return MetaTensor(stacked, affine=scan.affine, meta={**meta, "missing": missing})
 
 
 def missing_sequences(image: MetaTensor) -> str | None:

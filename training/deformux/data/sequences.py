@@ -49,7 +49,7 @@ class SequenceNaming:
                 raise ValueError(
                     f"image channels must be endings of file names such as _0000 or _flair; got {suffix!r}"
                 )
-            if any(other.endswith(suffix) for other in self.suffixes if other is not suffix):
+            if sum(other.endswith(suffix) for other in self.suffixes) > 1:
                 raise ValueError(f"image channels must not end in each other; got {', '.join(self.suffixes)}")
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"each sequence must have its own name; got {', '.join(self.names)}")

@@ -153,8 +153,8 @@ class _EachSequence(Transform):
         for number, steps in enumerate(self.steps):
             if number not in image.meta["missing"]:
                 values[number] = run_transforms(steps, {"image": image[number : number + 1]})["image"].as_tensor()[0]
-        meta = {"meta": image.meta, "affine": image.affine, "applied_operations": image.applied_operations}
-        return {**data, "image": MetaTensor(values, **meta)}
+        # Copies affine and everything else that describes the image.
+        return {**data, "image": MetaTensor(values).copy_meta_from(image)}
 
 
 def _intensity(prep: Preprocessing) -> list[Transform]:
