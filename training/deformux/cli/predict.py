@@ -73,7 +73,7 @@ def _scans(results: Mapping[str, Path], sequences: Sequence[str]) -> dict[str, t
     if not sequences:
         return {name: (path,) for name, path in results.items()}
     naming = folder_naming(list(results.values()), sequences)
-    cases = [naming.files_of(first_present(files)) for files in naming.group(results.values()).values()]
+    cases = [naming.files_of(first_present(files)) for files in naming.group(results.values())]
     names = result_names([path.with_name(_case_name(path, naming)) for path in map(first_present, cases)])
     return dict(zip(names, cases, strict=True))
 

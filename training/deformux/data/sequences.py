@@ -15,7 +15,7 @@ __all__ = ["ScanFiles", "SequenceNaming", "first_present", "named_in", "nnunet_n
 # One file, or a file for each sequence; one that does not exist is a missing sequence.
 ScanFiles: TypeAlias = Path | str | Sequence[Path]
 
-_NNUNET = re.compile(r"(.+)(_\d{4})")
+_NNUNET = re.compile(r"(.+)_(\d{4})")
 _FORBIDDEN = frozenset("/\\,=")
 # More would be a file with a time axis, which the network does not take.
 _MAX_SEQUENCES = 16
@@ -83,30 +83,22 @@ class SequenceNaming:
                 return stem.removesuffix(suffix), number
         return stem, None
 
-    def group(self, paths: Iterable[Path]) -> dict[str, tuple[Path, ...]]:
-        """Return the files of each case among ``paths``, by the path of its first file without suffixes.
+    def group(self, paths: Iterable[Path]) -> list[tuple[Path, ...]]:
+        """Return the files of each case among ``paths``, in the order of their first files.
 
         A case has a path for each sequence; those of missing ones do not exist. Files of no sequence, and a second file
         of a sequence, are cases of their own.
         """
-        groups: dict[str, dict[int, Path]] = {}
-        alone: dict[str, tuple[Path, ...]] = {}
+        cases: dict[Path, dict[int, Path]] = {}
         for path in paths:
-            stem, _ = split_stem(path.name)
-            name, number = self.split(stem)
-            members = groups.setdefault(str(path.parent / name), {}) if number is not None else {}
+            name, number = self.split(split_stem(path.name)[0])
+            members = cases.get(path.parent / name, {})
             if number is None or number in members:
-                alone.setdefault(str(path.parent / stem), (path,))
+                # The key is the file itself, which no id without a volume's suffix equals.
+                cases[path] = {-1: path}
             else:
-                members[number] = path
-        whole = {key: self._filled(Path(key), members) for key, members in groups.items() if key not in alone}
-        split_up = {
-            str(path.parent / split_stem(path.name)[0]): (path,)
-            for key, members in groups.items()
-            if key in alone
-            for path in members.values()
-        }
-        return {**whole, **alone, **split_up}
+                cases.setdefault(path.parent / name, members)[number] = path
+        return [(members[-1],) if -1 in members else self._filled(base, members) for base, members in cases.items()]
 
     def files_of(self, path: Path) -> tuple[Path, ...]:
         """Return the files of all sequences of the case to which a file belongs, one for each, existing or not."""
@@ -137,16 +129,18 @@ def nnunet_naming(images: Iterable[str], labels: Iterable[str], names: Sequence[
         names: of the sequences, if known.
     """
     images, labelled = set(images), set(labels)
-    found = set()
+    found = [-1]
     for stem in images - labelled:
         match = _NNUNET.fullmatch(stem)
         if match and match[1] in labelled and match[1] not in images:
-            found.add(int(match[2][1:]))
-    if not found:
+            found.append(int(match[2]))
+    last = max(number for number in found if number < _MAX_SEQUENCES)
+    if last < 0:
         return SequenceNaming()
-    if len(names) > max(found):
+    # The number is the channel, also where no case has the first one.
+    if len(names) > last:
         return SequenceNaming(tuple(f"_{number:04d}" for number in range(len(names))), tuple(names))
-    return SequenceNaming(tuple(f"_{number:04d}" for number in sorted(found)))
+    return SequenceNaming(tuple(f"_{number:04d}" for number in range(last + 1)))
 
 
 def named_in(values: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...]]:
