@@ -69,7 +69,7 @@ class Segmentation(BasicInferTask):
     ) -> tuple[str | None, dict[str, Any]]:
         # MONAI Label passes a dict from step to step.
         given = {
-            "image": request.scan.path,
+            "image": request.scan.files,
             "device": request.options.device,
             "logging": request.options.logging,
             "request": request,
@@ -123,7 +123,7 @@ class Segmentation(BasicInferTask):
         path = write_reply(labels, affine, request, self.project.label_values)
         if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
             # So the first click after Next Sample need not wait for a second segmentation.
-            key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
+            key = ScanKey.of(request.scan.files, data["model_version"], data["device"])
             self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
@@ -137,6 +137,7 @@ class Segmentation(BasicInferTask):
         """Return the model's preprocessing, which may differ from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
-            return self.project.preprocessing
+            # Empty segments to draw in need no sequence.
+            return self.project.preprocessing.with_dropout(1.0)
         _, card = self.models.load(name, data["device"])
         return card.preprocessing
