@@ -41,9 +41,8 @@ class ScanKey:
     def of(cls, files: ScanFiles, version: str, device: str) -> ScanKey:
         """Return the key of a scan's files in their current state."""
         paths = [Path(files)] if isinstance(files, str | Path) else [path for path in files if path.is_file()]
-        first, *others = [
-            (str(real), (state := real.stat()).st_mtime_ns, state.st_size) for real in map(Path.resolve, paths)
-        ]
+        states = [(path.resolve(), path.stat()) for path in paths]
+        first, *others = [(str(path), state.st_mtime_ns, state.st_size) for path, state in states]
         return cls(*first, version, device, tuple(others))
 
 

@@ -40,9 +40,9 @@ logger = logging.getLogger(__name__)
 _STEPS_PER_EPOCH = 20
 # The learning rate for a start from trained weights, as a fraction of the one from scratch.
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
-# Fixed, so that the same labels give the same model, except for rounding.
 # Share of the patches from which a sequence is taken, for each of several.
 _SEQUENCE_DROPOUT = 0.1
+# Fixed, so that the same labels give the same model, except for rounding.
 _SEED = 0
 # Most unused or doubtful cases that are reported.
 _MAX_REPORTED = 100
