@@ -69,7 +69,7 @@ class Segmentation(BasicInferTask):
     ) -> tuple[str | None, dict[str, Any]]:
         # MONAI Label passes a dict from step to step.
         given = {
-            "image": request.scan.files,
+            "image": request.scan.path,
             "device": request.options.device,
             "logging": request.options.logging,
             "request": request,
@@ -81,7 +81,7 @@ class Segmentation(BasicInferTask):
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         data = data or {}
-        return inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))
+        return [_all_sequences, *inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))]
 
     def run_inferer(
         self,
@@ -141,3 +141,8 @@ class Segmentation(BasicInferTask):
             return self.project.preprocessing.with_dropout(1.0)
         _, card = self.models.load(name, data["device"])
         return card.preprocessing
+
+
+def _all_sequences(data: dict[str, Any]) -> dict[str, Any]:
+    # MONAI Label logs and copies a request only if its image is one path.
+    return {**data, "image": data["request"].scan.files}
