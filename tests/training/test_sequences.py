@@ -19,10 +19,11 @@ from deformux.data.loading import LoadVolumed, MissingSequence, missing_sequence
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import SequenceNaming
 from deformux.data.transforms import inference_transforms, labelled_transforms, run_transforms
-from deformux.fitting.augmentation import EachSequenced, RandDropSequencesd, training_augmentation
+from deformux.fitting.augmentation import training_augmentation
 from deformux.fitting.fit import TrainingError, fit
 from deformux.fitting.rank_task import RankTask
 from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.fitting.sequence_augmentation import EachSequenced, RandDropSequencesd
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import open_scan
 from deformux.networks.deformux_net import DeformUXNet

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from deformux.data.frame import FRAMES
+
 __all__ = ["MODALITIES", "Preprocessing"]
 
 MODALITIES = ("ct", "mr")
@@ -18,10 +20,12 @@ class Preprocessing:
     Args:
         modality: ``ct`` clips to ``window_hu`` and scales to 0..1; ``mr`` clips to ``percentiles`` of the volume and
             standardises, since MR intensities have no unit.
-        spacing_mm: voxel size along the axes right, anterior, superior; None keeps the scan's own.
+        spacing_mm: voxel size along the frame's axes; None keeps the scan's own.
         patch_size: voxels of a training patch and of an inference window along the same axes.
         window_hu: Hounsfield units.
         percentiles: percent.
+        frame: ``ras`` turns a scan to the nearest of right, anterior, superior; ``acquisition`` keeps the axes of the
+            file, with the through-plane axis last (``deformux.data.frame``).
         sequences: names of several sequences, the network's channels; none for one. ``ct`` and ``mr``, or names such as
             ``ct:arterial`` and ``mr:flair``, give the modality of a sequence; others have ``modality``.
         missing_sequences: whether a scan may lack some sequences, since the network was trained with dropout of them.
@@ -35,6 +39,7 @@ class Preprocessing:
     patch_size: tuple[int, int, int] = (96, 96, 96)
     window_hu: tuple[float, float] = (-175.0, 250.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
+    frame: str = "ras"
     sequences: tuple[str, ...] = ()
     missing_sequences: bool = False
 
@@ -52,6 +57,8 @@ class Preprocessing:
             raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
         if len(self.sequences) == 1 or not all(isinstance(name, str) and name for name in self.sequences):
             raise ValueError(f"sequences must be the names of at least two, or none; got {self.sequences!r}")
+        if self.frame not in FRAMES:
+            raise ValueError(f"frame must be one of {', '.join(FRAMES)}; got {self.frame!r}")
 
     @property
     def channels(self) -> int:
@@ -84,10 +91,12 @@ class Preprocessing:
         return cls.from_dict({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without those of sequences if there is only one."""
+        """Return plain values for the card, without the defaults of frame and sequences, which older cards lack."""
         values = asdict(self)
+        # Unchanged: this identifies checkpoints and simulations.
+        if self.frame == "ras":
+            del values["frame"]
         if not self.sequences:
-            # Unchanged since before there were sequences: this identifies checkpoints and simulations.
             for name in ("sequences", "missing_sequences"):
                 del values[name]
         return values
