@@ -139,7 +139,7 @@ class DeformUXLabel(MONAILabelApp):
         if settings.MONAI_LABEL_SESSIONS:
             path = settings.MONAI_LABEL_SESSION_PATH
             folder = own_folder(Path(path)) if path else self.uploads
-            self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)
+            self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY, self.project.naming)
         install(server, self)
         self._login_warnings = install_login(server, self)
         end_background_with_this_server()

@@ -122,6 +122,10 @@ def server(start_here: Callable[..., LiveServer], studies: tuple[Path, dict[str,
     return start_here(studies[0], conf, serve_command)
 
 
+def pair_of(folder: Path, name: str) -> list[Path]:
+    return [folder / f"{name}_000{number}.nii.gz" for number in (0, 1)]
+
+
 def received(server: LiveServer, **query: object) -> requests.Response:
     return requests.get(f"{server.url}/datastore/image", params=query, timeout=60)
 
@@ -192,9 +196,18 @@ def test_one_volume_for_a_model_of_several(
     strict = dataclasses.replace(card, preprocessing=card.preprocessing.with_dropout(0))
     versions.publish(versions.write(network, strict))
     refused = server.infer("", query=session)
-    assert refused.status_code == 400
-    assert "scan.nii.gz comes without its sequence t1c; the model needs all of flair, t1c" in refused.json()["detail"]
+    assert refused.status_code == 400, refused.text
+    assert "volume.nii.gz comes without its sequence t1c; the model needs all of flair, t1c" in refused.json()["detail"]
     assert server.infer("b", query={"output": "image"}).status_code == 200
+    # A session may have all sequences, whose names say which is which.
+    files = [
+        ("files", (f"s_000{number}.nii.gz", path.read_bytes())) for number, path in enumerate(pair_of(folder, "b"))
+    ]
+    whole = requests.put(f"{server.url}/session/", files=files[::-1], timeout=60).json()["session_id"]
+    by_id = server.infer("b", query={"output": "image"}).content
+    uploaded = mask_of(server.infer("", query={"session_id": whole, "output": "image"}), tmp_path)
+    (tmp_path / "by_id.nii.gz").write_bytes(by_id)
+    np.testing.assert_array_equal(uploaded.dataobj, nib.load(tmp_path / "by_id.nii.gz").dataobj)
     (folder / "b_0001.nii.gz").unlink()
     for model, more in (("segmentation", {}), ("edit", {"liver": [[3, 3, 3]], "spleen": [], "background": []})):
         refused = server.infer("b", model=model, query={"output": "image"}, **more)
