@@ -23,8 +23,10 @@ CHANNELS = "_0000=flair,_0001=t1c"
 
 
 def write_case(folder: Path, name: str, seed: int = 0) -> Volume:
-    """Write two sequences of a case, the second on a grid of its own, and the label outside the studies."""
-    first = write_volume(folder / f"{name}_0000.nii.gz", folder.parent / f"{name}.nii.gz", spacing=(4, 4, 4), seed=seed)
+    """Write two sequences of a case, the second on a grid of its own, and the label in a hidden folder."""
+    first = write_volume(
+        folder / f"{name}_0000.nii.gz", folder / ".truth" / f"{name}.nii.gz", spacing=(4, 4, 4), seed=seed
+    )
     shifted = first.affine.copy()
     shifted[:3, 3] += 2
     scan = nib.load(first.image).get_fdata()
