@@ -17,8 +17,11 @@ import SimpleITK as sitk
 from typer.testing import CliRunner, Result
 
 from deformux.cli.main import app
+from deformux.cli.predict import scans_of
 from deformux.cli.shards import Shard
+from deformux.data.cases import result_names
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.result_record import ResultRecord
 from deformux.data.volume_reader import read_volume
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
@@ -247,6 +250,20 @@ def test_shards_run_at_once_into_one_folder(models: list[Path], tmp_path: Path) 
     done = predict(models[0], tmp_path / "scans", output)
     assert "0 of 7 volumes written" in done.output
     assert "6 were there already" in done.output
+
+
+def test_sequences_of_a_case_stay_together(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{case}_{sequence:04}.nii.gz" for case in "abc" for sequence in (0, 1)]
+    for path in paths[:-1]:
+        path.write_bytes(path.name.encode())
+    results = dict(zip(result_names(paths[:-1]), paths[:-1], strict=True))
+    scans = scans_of(results, ("_0000", "_0001"))
+    assert scans == {"a": tuple(paths[:2]), "b": tuple(paths[2:4]), "c": tuple(paths[4:])}
+    assert [sorted(Shard(number, 2).of(scans)) for number in (1, 2)] == [["a", "c"], ["b"]]
+    record = ResultRecord.of("model", scans["c"])
+    assert record.holds_for(scans["c"])
+    paths[-1].write_bytes(b"the sequence that was missing")
+    assert not record.holds_for(scans["c"])
 
 
 @pytest.mark.parametrize("shard", ["0/3", "4/3", "3", "a/b", "1/0", "-1/3", "1/9999999"])

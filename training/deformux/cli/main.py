@@ -26,6 +26,7 @@ from deformux.cli.common import (
     model_path,
     named_labels,
     valid_device,
+    with_sequences,
     writable_file,
     writable_folder,
 )
@@ -105,7 +106,7 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = with_sequences(Preprocessing.from_options(modality, spacing, patch_size), data)
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")
@@ -146,12 +147,14 @@ def predict_command(
         valid_device(device)
         share = Shard.parse(shard)
         file = model_path(model)
-        results = share.of(_results(images, output))
-        from deformux.cli.predict import print_predicted, segment_files
+        results = _results(images, output)
+        from deformux.cli.predict import print_predicted, scans_of, segment_files
         from deformux.networks.model_file import read_card
 
-        done = segment_files(file, results, output, overwrite=overwrite, device=device, threads=threads)
-        print_predicted(done, read_card(file), output)
+        card = read_card(file)
+        scans = share.of(scans_of(results, card.preprocessing.sequences))
+        done = segment_files(file, scans, output, overwrite=overwrite, device=device, threads=threads)
+        print_predicted(done, card, output)
 
 
 @app.command(name="predict-cluster")
@@ -179,7 +182,7 @@ def predict_cluster_command(
         chosen = {"partition": partition, "gres": gres} | sbatch_options(slurm or [])
         file = model_path(model)
         results = _results(images, output)
-        from deformux.cli.predict import print_predicted
+        from deformux.cli.predict import print_predicted, scans_of
         from deformux.cli.predict_cluster import ClusterOptions, predict_on_cluster
         from deformux.networks.model_file import read_card
 
@@ -191,10 +194,12 @@ def predict_cluster_command(
             timeout_min,
             {name: value for name, value in chosen.items() if value},
         )
+        card = read_card(file)
+        scans = scans_of(results, card.preprocessing.sequences)
         done = predict_on_cluster(
-            file, results, output, options=options, overwrite=overwrite, device=device, threads=threads
+            file, scans, output, options=options, overwrite=overwrite, device=device, threads=threads
         )
-        print_predicted(done, read_card(file), output)
+        print_predicted(done, card, output)
 
 
 def _results(images: Path, output: Path) -> dict[str, Path]:
@@ -306,7 +311,8 @@ def simulate_command(
         names = named_labels(labels, existing_folder(data))
         recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
         strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = with_sequences(Preprocessing.from_options(modality, spacing, patch_size), data)
+        prep = prep.with_dropout(recipe.sequence_dropout)
         first_model = model_path(start_from) if start_from else None
         cases = find_cases(data, subset=subset or None)
         writable_folder(output)

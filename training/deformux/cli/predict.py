@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from rich.markup import escape
 
 from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
-from deformux.data.cases import volume_id
-from deformux.data.loading import filled_voxels
+from deformux.data.cases import folder_naming, result_names, volume_id
+from deformux.data.loading import filled_voxels, missing_sequences
 from deformux.data.result_record import ResultRecord, read_record, write_recorded
+from deformux.data.sequences import SequenceNaming, first_present, split_stem
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
 from deformux.inference.sliding_window import Network, segment
 from deformux.networks.model_file import ModelCard, load_model
 from deformux.networks.model_identity import model_identity
 
-__all__ = ["Predicted", "print_predicted", "results_to_make", "segment_files"]
+__all__ = ["Predicted", "print_predicted", "results_to_make", "scans_of", "segment_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,32 @@ class Predicted:
     notes: list[str] = field(default_factory=list)
 
 
+def scans_of(results: Mapping[str, Path], sequences: Sequence[str]) -> dict[str, tuple[Path, ...]]:
+    """Return the files of each result: those of a case's sequences together, if the model takes several.
+
+    Those of missing sequences do not exist.
+    """
+    if not sequences:
+        return {name: (path,) for name, path in results.items()}
+    naming = folder_naming(list(results.values()), sequences)
+    cases = [naming.files_of(first_present(files)) for files in naming.group(results.values())]
+    names = result_names([path.with_name(_case_name(path, naming)) for path in map(first_present, cases)])
+    return dict(zip(names, cases, strict=True))
+
+
+def _case_name(path: Path, naming: SequenceNaming) -> str:
+    stem, suffix = split_stem(path.name)
+    return naming.split(stem)[0] + suffix
+
+
 def results_to_make(
-    model: str, results: Mapping[str, Path], output: Path, *, overwrite: bool = False
-) -> dict[str, Path]:
+    model: str, scans: Mapping[str, Sequence[Path]], output: Path, *, overwrite: bool = False
+) -> dict[str, tuple[Path, ...]]:
     """Return the results that are not in a folder yet, or whose scan has changed since.
 
     Args:
         model: identity of the model.
-        results: name of each result, without a suffix, to its scan.
+        scans: name of each result, without a suffix, to the files of its scan.
         output: folder of the results.
         overwrite: also make those again that another model, or something else, has made.
 
@@ -63,14 +82,14 @@ def results_to_make(
         ValueError: there are such results, and ``overwrite`` is not set.
     """
     missing, foreign = {}, []
-    for name, scan in results.items():
+    for name, files in scans.items():
         path = output / f"{name}.nii.gz"
         record = read_record(path) if path.exists() else None
         if path.exists() and (record is None or record.model != model):
             foreign.append(path.name)
-        elif record is not None and record.holds_for([scan]):
+        elif record is not None and record.holds_for(files):
             continue
-        missing[name] = scan
+        missing[name] = tuple(files)
     if foreign and not overwrite:
         count = "a result" if len(foreign) == 1 else f"{len(foreign)} results"
         raise ValueError(
@@ -82,7 +101,7 @@ def results_to_make(
 
 def segment_files(
     model: Path,
-    results: Mapping[str, Path],
+    scans: Mapping[str, Sequence[Path]],
     output: Path,
     *,
     overwrite: bool = False,
@@ -95,7 +114,7 @@ def segment_files(
 
     Args:
         model: file of the model.
-        results: name of each result, without a suffix, to its scan.
+        scans: name of each result, without a suffix, to the files of its scan.
         output: folder for the label volumes.
         overwrite: replace results of other models.
         device, threads: options of the command.
@@ -108,20 +127,21 @@ def segment_files(
     where = torch_device(device)
     network, card = load_model(model)
     identity = model_identity(model)
-    missing = results_to_make(identity, results, output, overwrite=overwrite)
+    missing = results_to_make(identity, scans, output, overwrite=overwrite)
     _remove_abandoned(output)
-    done = Predicted(kept=len(results) - len(missing))
+    done = Predicted(kept=len(scans) - len(missing))
     if not missing:
         return done
     ready = prepared(network, where)
     # Scans take minutes each on a CPU: the time left is a mean over all of them.
     with timed_bar("segmenting", mean_over_s=float("inf")) as bar:
         task = bar.add_task("", total=len(missing))
-        for name, path in missing.items():
+        for name, files in missing.items():
+            path = first_present(files)
             bar.update(task, description=escape(path.name))
             try:
-                record = ResultRecord.of(identity, [path])
-                labels, affine, filled = _labels(ready, path, card, where)
+                record = ResultRecord.of(identity, files)
+                labels, affine, notes = _labels(ready, files, card, where)
             # One bad file must not cost the results of a folder, whatever is wrong with it.
             except Exception as error:
                 logger.info("%s", path.name, exc_info=True)
@@ -129,10 +149,9 @@ def segment_files(
             else:
                 write_recorded(output / f"{name}.nii.gz", labels, affine, record)
                 done.written += 1
-                if filled:
-                    done.notes.append(f"{path.name}: {filled}")
-                if (stem := volume_id(path)) != name:
-                    other = results[stem].name if stem in results else "a scan of another shard"
+                done.notes += [f"{path.name}: {note}" for note in notes]
+                if (stem := volume_id(path)) != name and stem in scans:
+                    other = first_present(scans[stem]).name
                     done.notes.append(f"{path.name} is written as {name}.nii.gz: {stem}.nii.gz is for {other}")
             bar.update(task, advance=1)
     return done
@@ -151,10 +170,13 @@ def print_predicted(done: Predicted, model: ModelCard, output: Path) -> None:
         raise typer.Exit(1)
 
 
-def _labels(network: Network, path: Path, card: ModelCard, device: str) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Return the labels of a scan ``(X, Y, Z)``, their affine, and a sentence on its voxels that are not finite."""
-    labels, _ = segment(network, path, card.preprocessing, device=device)
-    return labels[0].numpy().astype(np.uint8), labels.affine.numpy(), filled_voxels(labels)
+def _labels(
+    network: Network, files: Sequence[Path], card: ModelCard, device: str
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the labels of a scan ``(X, Y, Z)``, their affine, and sentences on what it lacks."""
+    labels, _ = segment(network, files, card.preprocessing, device=device)
+    notes = [note for note in (filled_voxels(labels), missing_sequences(labels)) if note]
+    return labels[0].numpy().astype(np.uint8), labels.affine.numpy(), notes
 
 
 def _sentence(path: Path, error: Exception) -> str:

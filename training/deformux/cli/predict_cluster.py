@@ -24,6 +24,7 @@ from rich.markup import escape
 from deformux.cli.common import Terminated, console, timed_bar
 from deformux.cli.predict import Predicted, results_to_make, segment_files
 from deformux.cli.shards import Shard
+from deformux.data.sequences import first_present
 from deformux.networks.model_identity import model_identity
 
 __all__ = ["ClusterOptions", "ShardJob", "predict_on_cluster", "run_shard"]
@@ -67,7 +68,7 @@ class ShardJob:
 
     shard: Shard
     model: Path
-    results: Mapping[str, Path]
+    scans: Mapping[str, Sequence[Path]]
     output: Path
     overwrite: bool
     device: str
@@ -84,13 +85,13 @@ def run_shard(job: ShardJob) -> Predicted:
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, end)
     return segment_files(
-        job.model, job.results, job.output, overwrite=job.overwrite, device=job.device, threads=job.threads
+        job.model, job.scans, job.output, overwrite=job.overwrite, device=job.device, threads=job.threads
     )
 
 
 def predict_on_cluster(
     model: Path,
-    results: Mapping[str, Path],
+    scans: Mapping[str, Sequence[Path]],
     output: Path,
     *,
     options: ClusterOptions,
@@ -102,7 +103,7 @@ def predict_on_cluster(
 
     Args:
         model: file of the model.
-        results: name of each result, without a suffix, to its scan.
+        scans: name of each result, without a suffix, to the files of its scan.
         output: folder for the label volumes, which the jobs reach under the same path.
         options: how shards are sent.
         overwrite: replace results of other models.
@@ -113,13 +114,13 @@ def predict_on_cluster(
     """
     submitit = _submitit()
     identity = model_identity(model)
-    missing = results_to_make(identity, results, output, overwrite=overwrite)
-    total = Predicted(kept=len(results) - len(missing))
+    missing = results_to_make(identity, scans, output, overwrite=overwrite)
+    total = Predicted(kept=len(scans) - len(missing))
     if not missing:
         return total
     shards = [Shard(number, min(options.shards, len(missing))) for number in range(1, options.shards + 1)]
     jobs = [
-        ShardJob(shard, model.resolve(), _resolved(shard.of(missing)), output.resolve(), overwrite, device, threads)
+        ShardJob(shard, model.resolve(), _absolute(shard.of(missing)), output.resolve(), overwrite, device, threads)
         for shard in shards[: len(missing)]
     ]
     folder = _private_folder(output)
@@ -135,10 +136,10 @@ def predict_on_cluster(
         ended, lost = _run(executor, jobs, options, show)
     _add_up(total, ended)
     for job, reason in lost:
-        left = results_to_make(identity, job.results, output, overwrite=True)
-        total.written += len(job.results) - len(left)
+        left = results_to_make(identity, job.scans, output, overwrite=True)
+        total.written += len(job.scans) - len(left)
         died = f"shard {job.shard} died {options.retries + 1} times ({reason})"
-        total.failed += [f"{path.name}: {died}" for path in left.values()]
+        total.failed += [f"{first_present(files).name}: {died}" for files in left.values()]
     if lost:
         console.print(f"the logs of the jobs are in {folder}", soft_wrap=True, highlight=False)
     else:
@@ -234,8 +235,8 @@ def _private_folder(output: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="run-", dir=parent))
 
 
-def _resolved(results: Mapping[str, Path]) -> dict[str, Path]:
-    return {name: path.resolve() for name, path in results.items()}
+def _absolute(scans: Mapping[str, Sequence[Path]]) -> dict[str, tuple[Path, ...]]:
+    return {name: tuple(path.absolute() for path in files) for name, files in scans.items()}
 
 
 def _written(output: Path, name: str) -> int:

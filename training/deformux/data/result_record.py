@@ -61,7 +61,7 @@ class ResultRecord:
 
     Args:
         model: identity of the model.
-        scans: state of each file of the scan.
+        scans: state of each file of the scan that there is.
     """
 
     model: str
@@ -69,13 +69,17 @@ class ResultRecord:
 
     @classmethod
     def of(cls, model: str, scans: Sequence[Path]) -> ResultRecord:
-        """Record a model and the files of a scan as they are now; raise OSError if one cannot be read."""
-        return cls(model, tuple(map(FileState.of, scans)))
+        """Record a model and the files of a scan as they are now; raise OSError if one cannot be read.
+
+        Files of missing sequences do not exist; a result is made again once they do.
+        """
+        return cls(model, tuple(FileState.of(path) for path in scans if path.exists()))
 
     def holds_for(self, scans: Sequence[Path]) -> bool:
         """Return whether the files of a scan are still as they were."""
-        return len(scans) == len(self.scans) and all(
-            state.holds_for(path) for state, path in zip(self.scans, scans, strict=True)
+        present = [path for path in scans if path.exists()]
+        return len(present) == len(self.scans) and all(
+            state.holds_for(path) for state, path in zip(self.scans, present, strict=True)
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from monai.transforms import (
     Transform,
 )
 from nibabel.affines import voxel_sizes
-from nibabel.orientations import io_orientation
+from torch import Tensor
 
+from deformux.data.frame import frame_codes, frame_grid
 from deformux.data.grid import ScanGrid
 from deformux.data.header import InvalidVolume, max_voxels, shown_shape
 from deformux.data.loading import LoadLabeld, LoadVolumed
@@ -34,6 +35,9 @@ __all__ = [
     "restore_transforms",
     "run_transforms",
 ]
+
+# Axes whose spacing is nearer than this part of itself to the wanted one are not resampled.
+_SAME_SPACING = 1e-3
 
 
 class RestoreGridd(MapTransform):
@@ -49,26 +53,25 @@ class RestoreGridd(MapTransform):
         grid = ScanGrid.of(image)
         for key in self.key_iterator(d):
             labels = grid.labels(torch.as_tensor(d[key]).float())
-            meta = {name: value for name, value in image.meta.items() if name != "affine"}
-            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=meta)
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=_meta_of(image))
         return d
 
 
 def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:
-    """Return dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
+    """Return dictionary transforms that turn ``image`` (``ScanFiles``) into network input ``(C, x, y, z)``, float32.
 
     On a GPU with enough memory everything but reading is computed there, and the result stays there.
     """
     steps = [*_to_network_grid(prep, ("image",)), *_intensity(prep)]
     if torch.device(device).type == "cuda":
         steps = [_OnDevice(steps, device)]
-    return [LoadVolumed("image"), _BoundedGrid(prep), *steps]
+    return [_load(prep), _BoundedGrid(prep), *steps]
 
 
 def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
     """Return ``inference_transforms`` that also bring the path under ``label`` to the same grid, for training."""
     return [
-        LoadVolumed("image"),
+        _load(prep),
         _BoundedGrid(prep),
         LoadLabeld("label", n_labels=n_labels, unlabelled=True),
         *_to_network_grid(prep, ("image", "label")),
@@ -116,9 +119,9 @@ class _BoundedGrid(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image = data["image"]
         if self.prep.spacing_mm is not None:
-            ras = io_orientation(np.asarray(image.affine))[:, 0].astype(int)
-            extent = np.array(image.shape[1:]) * voxel_sizes(np.asarray(image.affine))
-            size = np.ceil(extent / np.array(self.prep.spacing_mm)[ras])
+            shape, spacing = frame_grid(self.prep.frame, image.shape[1:], image.affine)
+            extent = np.array(shape) * spacing
+            size = np.ceil(extent / self.prep.spacing_mm)
             if size.prod() > max_voxels():
                 name, mm = Path(image.meta["filename_or_obj"]).name, shown_shape([f"{length:.4g}" for length in extent])
                 raise InvalidVolume(
@@ -128,17 +131,103 @@ class _BoundedGrid(Transform):
         return dict(data)
 
 
+def _load(prep: Preprocessing) -> Transform:
+    return LoadVolumed("image", sequences=prep.sequences, may_miss=prep.missing_sequences)
+
+
+class _IntoFrame(Transform):
+    """Turns the axes of volumes on one grid into a frame, without resampling."""
+
+    def __init__(self, frame: str, keys: tuple[str, ...]) -> None:
+        self.frame, self.keys = frame, keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        first = data[self.keys[0]]
+        codes = frame_codes(self.frame, first.shape[1:], first.affine)
+        axes = (("L", "R"), ("P", "A"), ("I", "S"))
+        d: dict[Hashable, Any] = dict(Orientationd(self.keys, axcodes=codes, labels=axes)(dict(data)))
+        if self.frame == "acquisition":
+            # A mean sums in the order of memory: the last bits would depend on the order in which a file is stored.
+            d.update({key: d[key].contiguous() for key in self.keys})
+        return d
+
+
+class _ToSpacing(Transform):
+    """Resamples volumes on one grid along its axes, from the centre of the first voxel; beyond the last it repeats.
+
+    The image is interpolated linearly, other keys take the nearest voxel. Unlike MONAI's ``Spacingd`` it depends on the
+    spacing alone: there, rounding in the header of an oblique scan moves the grid by parts of a voxel.
+    """
+
+    def __init__(self, spacing_mm: tuple[float, float, float], keys: tuple[str, ...]) -> None:
+        self.spacing_mm, self.keys = spacing_mm, keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        affine = np.array(d[self.keys[0]].affine, dtype=float)
+        # Five digits: a turned header has the same ones, although the spacing is a sum of rounded squares.
+        own = np.array([float(f"{size:.5g}") for size in voxel_sizes(affine)])
+        steps = np.array(self.spacing_mm) / own
+        steps[np.abs(steps - 1) < _SAME_SPACING] = 1.0
+        affine[:3, :3] *= steps
+        for key in self.keys:
+            values = d[key].as_tensor()
+            for axis in np.flatnonzero(steps != 1):
+                values = _resampled(values, int(axis) + 1, float(steps[axis]), linear=key == "image")
+            d[key] = MetaTensor(values, affine=torch.as_tensor(affine), meta=_meta_of(d[key]))
+        return d
+
+
+def _resampled(values: Tensor, axis: int, step: float, *, linear: bool) -> Tensor:
+    """Return values at positions 0, step, 2 * step, … of an axis."""
+    length = values.shape[axis]
+    at = torch.arange(round((length - 1) / step) + 1, dtype=torch.float64, device=values.device) * step
+    at = at.clamp(max=length - 1)
+    if not linear:
+        return values.index_select(axis, at.round().long())
+    below = at.floor().long()
+    weight = (at - below).to(values.dtype).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+    low = values.index_select(axis, below)
+    return low.lerp_(values.index_select(axis, (below + 1).clamp(max=length - 1)), weight)
+
+
+def _meta_of(volume: MetaTensor) -> dict[str, Any]:
+    return {name: value for name, value in volume.meta.items() if name != "affine"}
+
+
 def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
-    axes = (("L", "R"), ("P", "A"), ("I", "S"))
-    transforms: list[Transform] = [Orientationd(keys, axcodes="RAS", labels=axes)]
-    if prep.spacing_mm is not None:
+    transforms: list[Transform] = [_IntoFrame(prep.frame, keys)]
+    if prep.spacing_mm is not None and prep.frame == "acquisition":
+        transforms.append(_ToSpacing(prep.spacing_mm, keys))
+    elif prep.spacing_mm is not None:
         mode = tuple("bilinear" if key == "image" else "nearest" for key in keys)
         transforms.append(Spacingd(keys, pixdim=prep.spacing_mm, mode=mode, padding_mode="border", dtype=np.float32))
     return transforms
 
 
+class _EachSequence(Transform):
+    """Normalises the channels of ``image`` (C, x, y, z), each in its sequence's way; those of missing ones become 0."""
+
+    def __init__(self, steps: Sequence[Sequence[Transform]]) -> None:
+        self.steps = steps
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        values = torch.zeros_like(image.as_tensor())
+        for number, steps in enumerate(self.steps):
+            if number not in image.meta["missing"]:
+                values[number] = run_transforms(steps, {"image": image[number : number + 1]})["image"].as_tensor()[0]
+        # Copies affine and everything else that describes the image.
+        return {**data, "image": MetaTensor(values).copy_meta_from(image)}
+
+
 def _intensity(prep: Preprocessing) -> list[Transform]:
-    if prep.modality == "ct":
+    each = [_normalisation(prep, modality) for modality in prep.modalities]
+    return each[0] if len(each) == 1 else [_EachSequence(each)]
+
+
+def _normalisation(prep: Preprocessing, modality: str) -> list[Transform]:
+    if modality == "ct":
         low, high = prep.window_hu
         return [ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)]
     lower, upper = prep.percentiles

@@ -59,7 +59,7 @@ def evaluate(
     network = prepared(network, device)
     for case in cases:
         try:
-            found, _ = segment(network, case.image, prep, device=device)
+            found, _ = segment(network, case.images, prep, device=device)
             truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
         except InvalidVolume as error:
             if on_invalid is None:
