@@ -272,6 +272,18 @@ def test_a_log_shows_progress_before_the_end(line_seconds: float, seen: list[str
     assert log.getvalue().count("clicking 3/3") == 1
 
 
+def test_slow_steps_have_a_time_left() -> None:
+    """Segmenting a scan takes longer than the half minute over which rich otherwise takes its means."""
+    clock = 0.0
+    bar = ProgressBar(TextColumn("{task.description}"), console=Console(file=io.StringIO()), mean_over_s=float("inf"))
+    bar.get_time = lambda: clock
+    task = bar.add_task("segmenting", total=10)
+    for _ in range(4):
+        clock += 120
+        bar.update(task, advance=1)
+    assert bar.tasks[0].time_remaining == pytest.approx(6 * 120)
+
+
 def test_commands_hide_monais_warnings() -> None:
     done = deformux("--help")
     assert (done.returncode, done.stderr) == (0, "")

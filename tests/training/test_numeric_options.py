@@ -9,6 +9,7 @@ _HUGE = "9" * 23
 _COMMANDS = {
     "fit": ("fit", "data", "m.safetensors", "--labels", "a"),
     "predict": ("predict", "hippocampus", "scans", "out"),
+    "predict-cluster": ("predict-cluster", "hippocampus", "scans", "out"),
     "evaluate": ("evaluate", "hippocampus", "data"),
     "clicks": ("clicks", "data", "--model", "hippocampus"),
     "simulate": ("simulate", "--data", "data", "--output", "out", "--labels", "a"),
@@ -20,6 +21,8 @@ _WRONG = [
     *(("simulate", "--seeds", value) for value in ("0", _HUGE)),
     *(("simulate", "--test-fraction", value) for value in ("-1", "2", "nan", "inf")),
     *(("simulate", f"--{name}", "0") for name in ("rounds", "batch", "start", "steps", "snapshots")),
+    *(("predict-cluster", f"--{name}", value) for name in ("shards", "timeout-min") for value in ("0", _HUGE)),
+    *(("predict-cluster", f"--{name}", "-1") for name in ("max-parallel", "retries")),
     ("simulate", "--continue-steps", "-1"),
     ("fit", "--validate", "-1"),
     ("clicks", "--limit", "-1"),

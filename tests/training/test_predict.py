@@ -85,6 +85,24 @@ def test_a_scan_with_nan_is_named(model: Path, write_case, tmp_path: Path) -> No
         assert lines == ["torn.nii.gz: 3 voxels are NaN or infinite and treated as its lowest intensity"]
 
 
+def test_bad_cases_do_not_end_a_scoring(model: Path, write_case, tmp_path: Path) -> None:
+    cases = [write_case(name, seed=seed, size=(16, 16, 16)) for seed, name in enumerate(("a", "b", "c", "d"))]
+    for case in cases:
+        label = nib.load(case.label)
+        ball = (np.asarray(label.dataobj) == 1).astype(np.uint8)
+        nib.save(nib.Nifti1Image(ball, label.affine), case.label)
+    cases[0].image.write_text("no image")
+    nib.save(nib.Nifti1Image(np.full((16, 16, 16), 7, np.uint8), np.diag([2.0, 2.0, 3.0, 1.0])), cases[2].label)
+    done = _run("evaluate", model, tmp_path, "--csv", tmp_path / "scores.csv")
+    assert done.exit_code == 1, done.output
+    lines = [line for line in done.output.splitlines() if line.startswith("skipped: ")]
+    assert len(lines) == 2
+    assert lines[0].startswith("skipped: a: a.nii.gz cannot be read")
+    assert lines[1].startswith("skipped: c: label c.nii.gz")
+    assert "on 2 volumes" in done.output
+    assert [row.split(",")[0] for row in (tmp_path / "scores.csv").read_text().splitlines()] == ["case", "b", "d"]
+
+
 def test_no_scan_is_replaced_by_its_own_result(model: Path, tmp_path: Path) -> None:
     scan = tmp_path / "scans" / "one.nii.gz"
     _scan(scan.with_name("one.NII.GZ"), (9, 9, 10))

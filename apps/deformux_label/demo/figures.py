@@ -11,6 +11,7 @@ import matplotlib
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
@@ -18,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from deformux.data.volume_reader import read_volume
+from deformux_label.demo.slices import SliceView, best_views, obliqueness_deg, scale_bar_mm
 
 __all__ = [
     "DemoRound",
@@ -33,6 +35,8 @@ __all__ = [
 # Okabe and Ito's palette suits every kind of colour vision; black and grey are left to the scan.
 _OKABE_ITO = ("#E69F00", "#56B4E9", "#F0E442", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 _INK, _PAPER, _FAINT = "#1a1a1a", "#ffffff", "#8a8a8a"
+# Technicians tilt the planes of many "axial" scans a little; nobody needs to know.
+_OBLIQUE_DEG = 5.0
 _STYLE = {"font.family": "DejaVu Sans", "font.size": 10, "text.color": _INK, "axes.edgecolor": _FAINT}
 
 
@@ -54,11 +58,15 @@ class DemoRound:
 
 @dataclass(frozen=True)
 class WindowedScan:
-    """An image (X, Y, Z) in RAS axes with its voxel size, and the values shown as black and white."""
+    """An image (X, Y, Z) in RAS axes with its voxel size, and the values shown as black and white.
+
+    ``oblique_deg`` is the angle between its axes and the patient's.
+    """
 
     image: npt.NDArray[np.float32]
     spacing_mm: tuple[float, float, float]
     window: tuple[float, float] = field(default=(-160.0, 260.0))
+    oblique_deg: float = 0.0
 
 
 def read_scan(path: Path, *, modality: str = "ct") -> WindowedScan:
@@ -67,7 +75,7 @@ def read_scan(path: Path, *, modality: str = "ct") -> WindowedScan:
     image = np.nan_to_num(np.asarray(volume.dataobj, np.float32))
     spacing = tuple(float(s) for s in volume.header.get_zooms()[:3])
     low, high = (-160.0, 260.0) if modality == "ct" else (float(v) for v in np.percentile(image, (1, 99.5)))
-    return WindowedScan(image, (spacing[0], spacing[1], spacing[2]), (low, high))
+    return WindowedScan(image, (spacing[0], spacing[1], spacing[2]), (low, high), obliqueness_deg(volume.affine))
 
 
 def read_label(path: Path) -> npt.NDArray[np.uint8]:
@@ -88,46 +96,10 @@ def label_colours(labels: Sequence[str]) -> dict[str, str]:
     return {name: matplotlib.colors.to_hex(colour) for name, colour in zip(labels, wheel, strict=True)}
 
 
-def _best_slices(truth: npt.NDArray[np.uint8], axis: int, count: int, apart: int) -> list[int]:
-    """Return the slices along `axis` that best show all labels, at least `apart` slices apart."""
-    others = tuple(a for a in range(3) if a != axis)
-    score = np.zeros(truth.shape[axis])
-    for value in np.unique(truth[truth > 0]):
-        area = np.count_nonzero(truth == value, axis=others)
-        score += np.sqrt(
-            area / area.max()
-        )  # relative area, so a small organ counts as much as a large one; the root favours several labels
-    chosen: list[int] = []
-    for index in np.argsort(-score, kind="stable"):
-        if len(chosen) < count and all(abs(int(index) - other) >= apart for other in chosen):
-            chosen.append(int(index))
-    return sorted(chosen, reverse=True) or [truth.shape[axis] // 2]
-
-
-@dataclass(frozen=True)
-class _View:
-    axis: int
-    index: int
-
-    def cut(self, volume: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-        """Return the slice as rows × columns: anterior or superior is up, the patient's right is on the left."""
-        flat = np.take(volume, self.index, axis=self.axis)
-        return flat.T if self.axis == 0 else flat[::-1].T
-
-    def size_mm(self, scan: WindowedScan) -> tuple[float, float]:
-        across, up = (a for a in range(3) if a != self.axis)
-        return scan.image.shape[across] * scan.spacing_mm[across], scan.image.shape[up] * scan.spacing_mm[up]
-
-
-def _views(truth: npt.NDArray[np.uint8], axial: int = 2) -> list[_View]:
-    rows = [_View(2, i) for i in _best_slices(truth, 2, axial, max(1, truth.shape[2] // 5))]
-    return [*rows, *(_View(1, i) for i in _best_slices(truth, 1, 1, 1))]
-
-
 def _draw(
-    axes: Axes, scan: WindowedScan, view: _View, label: npt.NDArray[np.uint8] | None, colours: Sequence[str]
+    axes: Axes, scan: WindowedScan, view: SliceView, label: npt.NDArray[np.uint8] | None, colours: Sequence[str]
 ) -> None:
-    width, height = view.size_mm(scan)
+    width, height = view.size_mm
     extent = (0.0, width, 0.0, height)
     axes.imshow(
         view.cut(scan.image), cmap="gray", vmin=scan.window[0], vmax=scan.window[1], origin="lower", extent=extent,
@@ -153,6 +125,39 @@ def _draw(
         spine.set_visible(False)
 
 
+def _orient(axes: Axes, scan: WindowedScan, view: SliceView) -> None:
+    """Draw the patient's directions at the edges of a slice, a scale bar, and the plane's name."""
+    width, height = view.size_mm
+    outlined = [patheffects.withStroke(linewidth=2.2, foreground="black")]
+    places = (
+        (0.015, 0.5, "left", "center"),
+        (0.985, 0.5, "right", "center"),
+        (0.5, 0.015, "center", "bottom"),
+        (0.5, 0.985, "center", "top"),
+    )
+    for letter, (x, y, across, up) in zip(view.letters, places, strict=True):
+        axes.text(
+            x, y, letter, color="white", fontsize=10, fontweight="bold", ha=across, va=up, transform=axes.transAxes,
+            path_effects=outlined, gid="direction",
+        )  # fmt: skip
+    length = scale_bar_mm(width)
+    right, bottom = width * 0.975, 0.03 * height
+    bar = [patheffects.withStroke(linewidth=4.4, foreground="black")]
+    axes.plot(
+        [right - length, right], [bottom, bottom], color="white", linewidth=2.6, solid_capstyle="butt",
+        path_effects=bar, gid="scale",
+    )  # fmt: skip
+    axes.annotate(
+        f"{length:g} mm", (right - length / 2, bottom), xytext=(0, 4), textcoords="offset points", color="white",
+        fontsize=8, ha="center", va="bottom", path_effects=outlined,
+    )  # fmt: skip
+    oblique = f"\noblique by {scan.oblique_deg:.0f}°:\nnearest directions" if scan.oblique_deg >= _OBLIQUE_DEG else ""
+    axes.text(
+        0.015, 0.015, view.plane + oblique, color="white", fontsize=8, va="bottom", transform=axes.transAxes,
+        path_effects=outlined,
+    )  # fmt: skip
+
+
 def _legend_handles(labels: Sequence[str]) -> list[Line2D]:
     return [
         Line2D([], [], marker="s", linestyle="", markersize=9, color=colour, label=name.replace("_", " "))
@@ -173,10 +178,10 @@ def _draw_grid(
     place: SubplotSpec | None,
     scan: WindowedScan,
     columns: Sequence[tuple[str, npt.NDArray[np.uint8] | None]],
-    views: Sequence[_View],
+    views: Sequence[SliceView],
     colours: Sequence[str],
 ) -> None:
-    heights = [view.size_mm(scan)[1] for view in views]
+    heights = [view.size_mm[1] for view in views]
     shape = {"height_ratios": heights, "wspace": 0.02, "hspace": 0.02}
     grid = (
         figure.add_gridspec(len(views), len(columns), left=0.01, right=0.99, **shape)
@@ -187,11 +192,11 @@ def _draw_grid(
         for column, (title, label) in enumerate(columns):
             axes = figure.add_subplot(grid[row, column])
             _draw(axes, scan, view, label, colours)
+            axes.set_anchor("N")  # directly below its title
             if row == 0:
                 axes.set_title(title, fontsize=10.5, linespacing=1.35, pad=6)
             if column == 0:
-                name = ("sagittal", "coronal", "axial")[view.axis]
-                axes.text(0.02, 0.03, name, color="white", fontsize=8, transform=axes.transAxes, alpha=0.8)
+                _orient(axes, scan, view)
 
 
 def save_comparison(
@@ -204,11 +209,11 @@ def save_comparison(
     title: str,
     dice: Mapping[str, float],
 ) -> Path:
-    """Write a PNG of image, truth and prediction side by side, (X, Y, Z) in RAS axes, in axial and coronal slices."""
-    views = _views(truth)
+    """Write a PNG of image, truth and prediction side by side, (X, Y, Z) in RAS axes, in slices of the finest plane."""
+    views = best_views(truth, scan.spacing_mm, 2, shown=[prediction])
     columns = [("image", None), ("truth", truth), ("prediction (DeformUX-Net)", prediction)]
-    width_mm = max(view.size_mm(scan)[0] for view in views)
-    height_mm = sum(view.size_mm(scan)[1] for view in views)
+    width_mm = max(view.size_mm[0] for view in views)
+    height_mm = sum(view.size_mm[1] for view in views)
     width = 10.5
     grid_height = width / 3 * height_mm / width_mm
     with matplotlib.rc_context(_STYLE):
@@ -278,9 +283,10 @@ def save_montage(
     title: str,
 ) -> Path:
     """Write one wide PNG: a volume in `columns` (title, and a label or None), and the learning curve."""
-    views = _views(truth, axial=1)
-    width_mm = max(view.size_mm(scan)[0] for view in views)
-    height_mm = sum(view.size_mm(scan)[1] for view in views)
+    shown = [label for _, label in columns if label is not None]
+    views = best_views(truth, scan.spacing_mm, 1, shown=shown)
+    width_mm = max(view.size_mm[0] for view in views)
+    height_mm = sum(view.size_mm[1] for view in views)
     column = 2.75
     curve = 4.3
     width = column * len(columns) + curve + 0.9

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,22 +27,26 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from deformux.data.cases import InvalidFolder, label_names, split_label_names
+from deformux.data.cases import InvalidFolder, label_names, sequence_naming, split_label_names
+from deformux.data.preprocessing import Preprocessing
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 
 __all__ = [
     "MAX_SEED",
     "MAX_THREADS",
     "ProgressBar",
+    "Terminated",
     "assignments",
     "clear_errors",
     "console",
+    "ended_by_sigterm",
     "existing_folder",
     "model_path",
     "named_labels",
     "print_sentences",
     "timed_bar",
     "valid_device",
+    "with_sequences",
     "writable_file",
     "writable_folder",
 ]
@@ -62,6 +69,7 @@ class ProgressBar(Progress):
         console: where to show it.
         line_seconds: shortest time between two lines.
         disable: show nothing.
+        mean_over_s: seconds over whose steps the time left is estimated.
     """
 
     def __init__(
@@ -70,8 +78,9 @@ class ProgressBar(Progress):
         console: Console = console,
         line_seconds: float = 30.0,
         disable: bool = False,
+        mean_over_s: float = 30.0,
     ) -> None:
-        super().__init__(*columns, console=console, disable=disable)
+        super().__init__(*columns, console=console, disable=disable, speed_estimate_period=mean_over_s)
         self._line_seconds = line_seconds
         self._last_line = time.monotonic()
 
@@ -90,8 +99,8 @@ class ProgressBar(Progress):
 
 
 @contextmanager
-def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
-    """Show a progress bar under a title, with elapsed and remaining time."""
+def timed_bar(what: str, *, shown: bool = True, mean_over_s: float = 30.0) -> Iterator[ProgressBar]:
+    """Show a progress bar under a title, with elapsed and remaining time; ``mean_over_s`` as in ``ProgressBar``."""
     columns = (
         TextColumn(f"{what}: {{task.description}}"),
         BarColumn(),
@@ -101,7 +110,7 @@ def timed_bar(what: str, *, shown: bool = True) -> Iterator[ProgressBar]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with ProgressBar(*columns, disable=not shown) as bar:
+    with ProgressBar(*columns, disable=not shown, mean_over_s=mean_over_s) as bar:
         yield bar
 
 
@@ -111,6 +120,28 @@ def print_sentences(sentences: Sequence[str]) -> None:
         console.print(escape(sentence), soft_wrap=True, highlight=False)
 
 
+class Terminated(BaseException):
+    """The end of a process that another one asked for (SIGTERM)."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does, so that no unfinished file stays, with exit status 143."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
+    except Terminated as error:
+        console.print("stopped")
+        raise typer.Exit(128 + signal.SIGTERM) from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
 @contextmanager
 def clear_errors(*others: type[Exception]) -> Iterator[None]:
     """End the command with one sentence on an error that a user can cause: ValueError, OSError and ``others``."""
@@ -118,7 +149,7 @@ def clear_errors(*others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except user_errors as error:
-        console.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         console.print("stopped")
@@ -203,6 +234,15 @@ def named_labels(option: str, data: Path) -> list[str]:
     if not names:
         raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
     return names
+
+
+def with_sequences(prep: Preprocessing, data: Path) -> Preprocessing:
+    """Return these settings for the sequences of a data set's cases.
+
+    Raises:
+        InvalidFolder: it is not a data set.
+    """
+    return dataclasses.replace(prep, sequences=sequence_naming(data).channels)
 
 
 def assignments(pairs: list[str]) -> dict[str, object]:

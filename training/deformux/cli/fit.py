@@ -43,6 +43,7 @@ class Settings:
     Args:
         given: of network and input; the rest is planned.
         modality: of the scans, as the folder states it; empty if it states none.
+        sequences: of a case, the network's channels; none for one.
         recipe: of the training.
         fixed: its fields that the user set, which a plan does not change.
         timed: take as many steps as fit into ``minutes``, or the default ones, instead of the recipe's.
@@ -51,6 +52,7 @@ class Settings:
 
     given: Choices
     modality: str
+    sequences: tuple[str, ...]
     recipe: Recipe
     fixed: Mapping[str, object]
     timed: bool
@@ -92,7 +94,13 @@ def train_on_folder(
         setup = Plan.from_dict(plan)
         recipe = settings.recipe.replace(**{**setup.recipe_changes, **settings.fixed})
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(labels) + 1, setup.preset, strides=setup.strides, guidance=recipe.clicks > 0)
+        network = DeformUXNet(
+            setup.preprocessing.channels,
+            len(labels) + 1,
+            setup.preset,
+            strides=setup.strides,
+            guidance=recipe.clicks > 0,
+        )
         if start_from:
             warm_start(network, start_from[1])
         if settings.timed:
@@ -128,8 +136,9 @@ def train_on_folder(
             return
         card = ModelCard(
             tuple(labels),
-            setup.preprocessing,
+            setup.preprocessing.with_dropout(recipe.sequence_dropout),
             setup.preset,
+            setup.preprocessing.channels,
             plan=setup.for_card(),
             parent=start_from[0] if start_from else None,
             seed=seed,
@@ -160,6 +169,7 @@ def _planned(cases: Sequence[Case], labels: Sequence[str], settings: Settings, r
         gpu_gigabytes=gpu_gigabytes(device),
         measure=None if settings.given.fixes_the_patch else partial(measure_speed, device, n_labels=len(labels)),
     )
+    plan = plan.with_sequences(settings.sequences)
     console.print(plan_table(plan))
     return plan.to_dict()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ _PATCHES = 2.0
 _MAX_COARSENING, _LEAST_CHORD_VOX = 3.0, 6.0
 # A spacing that differs by less is the same.
 _SAME_SPACING = 0.01
+# Probability that a training step goes without a sequence, where there are several.
+_SEQUENCE_DROPOUT = 0.1
 # Part of a GPU's free memory that a step may take.
 _MEMORY_SHARE = 0.6
 # GPU memory from which a preset is chosen, largest first.
@@ -98,6 +101,20 @@ class Plan:
             "reasons": dict(self.reasons),
             "facts": {k: list(v) if isinstance(v, tuple) else v for k, v in self.facts.items()},
         }
+
+    def with_sequences(self, sequences: tuple[str, ...]) -> Plan:
+        """Return the plan for cases of several sequences, some of which a scan may lack; itself for one."""
+        if not sequences:
+            return self
+        return dataclasses.replace(
+            self,
+            preprocessing=dataclasses.replace(self.preprocessing, sequences=sequences),
+            recipe_changes={**self.recipe_changes, "sequence_dropout": _SEQUENCE_DROPOUT},
+            reasons={
+                **self.reasons,
+                "sequence_dropout": "clinical cases lack a sequence now and then, and Slicer uploads one volume",
+            },
+        )
 
     def for_card(self) -> dict[str, Any]:
         """Return what a model's card keeps besides network and input: reasons, facts and changes of the recipe."""

@@ -12,6 +12,7 @@ from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadLabeld, LoadVolumed, filled_voxels
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import run_transforms
+from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
 from deformux.inference.locate import Locator
 from deformux.inference.metrics import dice_per_label
@@ -31,6 +32,7 @@ def evaluate(
     on_case: Callable[[Case, np.ndarray], None] | None = None,
     on_warning: Callable[[Case, str], None] | None = None,
     locator: Locator | None = None,
+    on_invalid: Callable[[Case, InvalidVolume], None] | None = None,
 ) -> dict[str, list[float]]:
     """Score a network by Dice on the scans' own grids.
 
@@ -46,22 +48,30 @@ def evaluate(
         on_case: takes each case and its values.
         on_warning: takes each case whose scan holds voxels that are not finite, and a sentence about them.
         locator: of the model, as for ``segment_labels``.
+        on_invalid: takes each case whose scan or label is not usable, and why; such a case gets no values. Without it
+            the first one ends the run.
 
     Returns:
         Case id to ``n_labels`` values; NaN where a label is absent, or was not annotated.
 
     Raises:
-        InvalidVolume: a scan or a label is not usable.
+        InvalidVolume: a scan or a label is not usable, and ``on_invalid`` is not given.
     """
     load_truth = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels, unlabelled=True))
     scores: dict[str, list[float]] = {}
     network = prepared(network, device)
     for case in cases:
-        found = segment_labels(network, case.image, prep, device=device, locator=locator)
+        try:
+            found = segment_labels(network, case.images, prep, device=device, locator=locator)
+            truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
+        except InvalidVolume as error:
+            if on_invalid is None:
+                raise
+            on_invalid(case, error)
+            continue
         filled = filled_voxels(found)
         if filled and on_warning is not None:
             on_warning(case, filled)
-        truth = run_transforms(load_truth, {"image": case.image, "label": case.label})["label"]
         known = truth != UNLABELLED
         dice = dice_per_label((found * known)[0], (truth * known)[0], n_labels)
         dice[~case.annotates(labels, n_labels)] = np.nan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from deformux.data.grid import ScanGrid, triple
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
 from deformux.inference.locate import Locator
@@ -92,8 +92,8 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
     return WindowInferer(prep.patch_size, overlap=overlap, progress=progress)
 
 
-def load_scan(image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> MetaTensor:
-    """Return a scan, preprocessed: ``(1, x, y, z)`` on the network's grid.
+def load_scan(image_path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu") -> MetaTensor:
+    """Return a scan, preprocessed: ``(channels, x, y, z)`` on the network's grid.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -114,7 +114,7 @@ def scan_slabs(
 
     Args:
         network: a network, or the result of ``prepared``.
-        image: ``(1, x, y, z)``.
+        image: ``(channels, x, y, z)``.
         prep: the model's preprocessing.
         device: where to compute.
         locator: of the model; only windows where it finds that labels can be are computed.
@@ -129,7 +129,7 @@ def scan_slabs(
 @torch.inference_mode()
 def segment_labels(
     network: Network,
-    image_path: Path,
+    image_path: ScanFiles,
     prep: Preprocessing,
     *,
     device: str | torch.device = "cpu",
@@ -151,9 +151,9 @@ def segment_labels(
 
 @torch.inference_mode()
 def volume_logits(
-    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """Return a preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
+    """Return a preprocessed scan ``(channels, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -164,7 +164,7 @@ def volume_logits(
 
 @torch.inference_mode()
 def segment(
-    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
     """Segment a scan: labels ``(1, X, Y, Z)``, uint8, on its own grid, probabilities ``(C, x, y, z)`` on the network's.
 
@@ -172,7 +172,7 @@ def segment(
 
     Args:
         network: a network, or the result of ``prepared`` for several volumes.
-        image_path: the scan: NIfTI, NRRD or MetaImage.
+        image_path: the scan: NIfTI, NRRD or MetaImage; a file for each sequence if the model takes several.
         prep: the model's preprocessing.
         device: where to compute.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import ScanFiles
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import Slab, SlabTaker, hand_on
 from deformux.inference.sliding_window import load_scan, scan_slabs
@@ -31,7 +31,7 @@ class OpenScan:
     """A scan and its automatic segmentation, from which edits start.
 
     Args:
-        image: network input ``(1, x, y, z)``.
+        image: network input ``(channels, x, y, z)``.
         logits: of the automatic segmentation.
         classes: those of the highest logits, ``(x, y, z)``, uint8.
         labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
@@ -85,7 +85,9 @@ def scan_from_logits(image: MetaTensor, logits: Tensor) -> OpenScan:
     return scan_from_slabs(image, [Slab(0, 0, logits.float())])
 
 
-def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> OpenScan:
+def open_scan(
+    network: nn.Module, path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
+) -> OpenScan:
     """Segment a scan automatically, as ``segment`` does, and keep what edits need.
 
     Raises:

@@ -329,7 +329,13 @@ class Learner:
 
     def _network(self, setup: Plan, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(self.labels) + 1, setup.preset, strides=setup.strides, guidance=guidance)
+        network = DeformUXNet(
+            setup.preprocessing.channels,
+            len(self.labels) + 1,
+            setup.preset,
+            strides=setup.strides,
+            guidance=guidance,
+        )
         if weights is not None:
             warm_start(network, weights)
         return network
@@ -419,8 +425,9 @@ class Learner:
         )
         card = ModelCard(
             labels=self.labels,
-            preprocessing=setup.preprocessing,
+            preprocessing=setup.preprocessing.with_dropout(trained.training.recipe.sequence_dropout),
             preset=setup.preset,
+            in_channels=setup.preprocessing.channels,
             network_options=network_options(trained.network),
             plan=setup.for_card(),
             parent=trained.training.parent,

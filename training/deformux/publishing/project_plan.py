@@ -69,6 +69,7 @@ class ProjectPlanner:
         labels: names of labels 1..N.
         choices: what the user decided; this also changes the plan of a training that continues.
         scans: returns the files of all scans now.
+        sequences: of a case, the network's channels; none for one.
         modality: of the scans, where something besides them states it; empty if nothing does.
         minutes: time of a training from scratch; None for the plan's default.
     """
@@ -80,11 +81,12 @@ class ProjectPlanner:
         labels: Sequence[str],
         choices: Choices | None = None,
         scans: Callable[[], Sequence[Path]] = tuple,
+        sequences: tuple[str, ...] = (),
         modality: str = "",
         minutes: float | None = None,
     ) -> None:
         self.folder, self.labels, self.choices, self.scans = Path(folder), tuple(labels), choices or Choices(), scans
-        self.modality, self.minutes = modality, minutes
+        self.sequences, self.modality, self.minutes = sequences, modality, minutes
         self.device = "cpu"
 
     def from_scratch(
@@ -120,7 +122,7 @@ class ProjectPlanner:
             minutes=self.minutes,
             gpu_gigabytes=gpu_gigabytes(self.device),
             measure=None if quick or self.choices.fixes_the_patch else measure,
-        )
+        ).with_sequences(self.sequences)
         write_checked(self.folder / _FILE, plan.to_dict(), indent=2)
         logger.info("The plan of a training from scratch:\n%s", _as_text(plan))
         return plan
@@ -130,7 +132,9 @@ class ProjectPlanner:
         own = card.plan
         return Plan.from_dict(
             {
-                "preprocessing": self.choices.applied_to(card.preprocessing).to_dict(),
+                "preprocessing": dataclasses.replace(
+                    self.choices.applied_to(card.preprocessing), sequences=self.sequences
+                ).to_dict(),
                 "preset": self.choices.preset or card.preset,
                 "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
                 **{part: own.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},

@@ -8,17 +8,20 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from deformux.data.cases import split_label_names
 from deformux.data.choices import AUTO, Choices
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import SequenceNaming
 from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 from deformux_label.lib.configs.declared_options import (
     AUTO_TRAIN,
     CACHE_GB,
+    IMAGE_CHANNELS,
     LEASE_MINUTES,
     PLAIN_OPTIONS,
     PLANNED_OPTIONS,
@@ -59,6 +62,7 @@ class Project:
         lease_minutes: duration of a volume's lease; 0 switches leases off.
         cache_gb: gigabytes (10^9 bytes) of the cache that makes the next click on a volume fast; 0 for no cache.
         train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
+        image_channels: how the files of a case's sequences are named (``SequenceNaming``); empty if each is a case.
     """
 
     labels: tuple[str, ...]
@@ -69,6 +73,7 @@ class Project:
     lease_minutes: float = LEASE_MINUTES.default_value
     cache_gb: float = CACHE_GB.default_value
     train_devices: str = TRAIN_DEVICES.default_value
+    image_channels: str = IMAGE_CHANNELS.default_value
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
@@ -107,6 +112,11 @@ class Project:
             **{option.name: _option_text(getattr(self, option.name)) for option in PLAIN_OPTIONS},
         }
 
+    @cached_property
+    def naming(self) -> SequenceNaming:
+        """Return how the files of a case's sequences are named."""
+        return SequenceNaming.parse(self.image_channels)
+
     @property
     def preset(self) -> str:
         """Return the size of a network that is needed before there is a plan."""
@@ -115,7 +125,7 @@ class Project:
     @property
     def preprocessing(self) -> Preprocessing:
         """Return how scans are read before there is a plan: as MR if nobody said, which suits all intensities."""
-        return self.choices.applied_to(Preprocessing("mr"))
+        return self.choices.applied_to(Preprocessing("mr", sequences=self.naming.channels))
 
     @property
     def label_values(self) -> dict[str, int]:

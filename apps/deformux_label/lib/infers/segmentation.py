@@ -96,7 +96,7 @@ class Segmentation(BasicInferTask):
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         data = data or {}
-        return inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))
+        return [_all_sequences, *inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))]
 
     def run_inferer(
         self,
@@ -152,7 +152,7 @@ class Segmentation(BasicInferTask):
         request: InferenceRequest = data["request"]
         path = write_reply(labels, affine, request, self.project.label_values)
         if (scan := data["segmented"].scan) is not None:
-            self.cache.put(ScanKey.of(request.scan.path, data["model_version"], data["device"]), scan)
+            self.cache.put(ScanKey.of(request.scan.files, data["model_version"], data["device"]), scan)
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
         if warning := joined_warnings(data[self.input_key], self.models.warning(data["model_version"]), short):
@@ -165,6 +165,12 @@ class Segmentation(BasicInferTask):
         """Return the model's preprocessing, which may differ from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
-            return self.models.untrained_plan().preprocessing
+            # Empty segments to draw in need no sequence.
+            return self.models.untrained_plan().preprocessing.with_dropout(1.0)
         _, card = self.models.load(name, data["device"])
         return card.preprocessing
+
+
+def _all_sequences(data: dict[str, Any]) -> dict[str, Any]:
+    # MONAI Label logs and copies a request only if its image is one path.
+    return {**data, "image": data["request"].scan.files}

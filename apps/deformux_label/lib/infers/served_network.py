@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from deformux.data.grid import triple
-from deformux.data.loading import filled_voxels
+from deformux.data.loading import MissingSequence, filled_voxels, missing_sequences
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.slabs import Slab, Windows, logit_slabs
@@ -75,7 +75,7 @@ class ServedNetwork:
 
 
 def served_slabs(network: ServedNetwork, image: MetaTensor) -> Iterator[Slab]:
-    """Yield the logits of a preprocessed image ``(1, x, y, z)`` slab by slab, and report its windows.
+    """Yield the logits of a preprocessed image ``(channels, x, y, z)`` slab by slab, and report its windows.
 
     Windows in which the version's locator finds that no label can be are left out.
     """
@@ -92,9 +92,9 @@ def served_slabs(network: ServedNetwork, image: MetaTensor) -> Iterator[Slab]:
 
 
 def joined_warnings(image: MetaTensor, *warnings: str | None) -> str | None:
-    """Join the distinct warnings of a reply, and one about filled voxels of ``image``; None without any."""
-    filled = filled_voxels(image, "of this scan")
-    return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
+    """Join the distinct warnings of a reply, and those about filled voxels and missing sequences of ``image``."""
+    notes = (filled_voxels(image, "of this scan"), missing_sequences(image))
+    return " ".join(filter(None, dict.fromkeys((*warnings, *(note and f"{note}." for note in notes))))) or None
 
 
 @contextmanager
@@ -102,6 +102,8 @@ def as_http_errors() -> Iterator[None]:
     """Turn errors about the scan, the model or memory into HTTPException with one sentence."""
     try:
         yield
+    except MissingSequence as error:
+        raise HTTPException(400, str(error)) from error
     except InvalidVolume as error:
         raise HTTPException(422, str(error)) from error
     except InvalidModel as error:

@@ -22,6 +22,7 @@ from monailabel.utils.others.generic import device_list
 from deformux.data.cases import Case
 from deformux.data.choices import AUTO
 from deformux.data.planning import default_minutes
+from deformux.data.sequences import first_present
 from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.pretrained import pretrained_path
@@ -31,6 +32,7 @@ from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.requests.options import checked_device
 from deformux_label.lib.requests.training import TrainingRequest
+from deformux_label.lib.store.listed_studies import image_files
 from deformux_label.lib.trainers.process import TRAININGS_SHARE
 from deformux_label.lib.trainers.status import TrainingStatus
 
@@ -135,7 +137,8 @@ class FineTune(TrainTask):
             label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
             annotated = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("annotated")
             known = tuple(name for name in self.project.labels if isinstance(annotated, list) and name in annotated)
-            cases.append(Case(image, Path(datastore.get_image_uri(image)), label, known or None))
+            files = image_files(datastore, image)
+            cases.append(Case(image, first_present(files), label, known or None, files))
         return cases
 
     def _round(self, recipe: Recipe, asked: TrainingRequest) -> Round:
