@@ -111,13 +111,13 @@ def fit_locator(
         stop: as for ``fit``.
 
     Returns:
-        No locator and no facts if no scan is large; no locator, and the reason under ``refused``, if it failed, would
-        lose a labelled voxel of any of these cases, or would leave out few windows.
+        No locator and no facts if no scan is large, or if a case has several sequences. No locator, and the reason
+        under ``refused``, if it failed, would lose a labelled voxel of any case, or would leave out few windows.
 
     Raises:
         TrainingStopped: ``stop`` returned true.
     """
-    if not any(_is_large(case, prep) for case in cases):
+    if prep.channels > 1 or not any(_is_large(case, prep) for case in cases):
         return FittedLocator()
     try:
         return _fitted(cases, val_cases, prep, labels, device=device, seed=seed, seconds=seconds, stop=stop)

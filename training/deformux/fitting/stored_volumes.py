@@ -55,7 +55,7 @@ class Volumes(CacheDataset):
         if self._store is None or index % len(self) < self.cache_num:
             return super()._transform(index)
         file = self.data[index]
-        key = store_key(file["image"], file["label"])
+        key = store_key(*(file["image"]), file["label"])
         arrays = self._store.get(key)
         if arrays is None:
             arrays = self._preprocessed(file, key)

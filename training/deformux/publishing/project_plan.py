@@ -113,7 +113,9 @@ class ProjectPlanner:
         )
         for reason in facts.unusable:
             logger.warning("Not planned with: %s", reason)
-        measure = partial(measure_speed, self.device, n_labels=len(self.labels))
+        measure = partial(
+            measure_speed, self.device, n_labels=len(self.labels), in_channels=max(1, len(self.sequences))
+        )
         plan = make_plan(
             facts,
             labels=self.labels,
