@@ -191,12 +191,12 @@ def test_bad_scans_do_not_end_the_run(models: list[Path], tmp_path: Path, monkey
 
     real = implementation.segment
 
-    def fails(network: object, path: Path, *others: object, **options: object) -> object:
-        if path == scans[2]:
+    def fails(network: object, files: tuple[Path, ...], *others: object, **options: object) -> object:
+        if files == (scans[2],):
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate\nmore")
-        if path == scans[3]:
+        if files == (scans[3],):
             raise KeyError("spacing")
-        return real(network, path, *others, **options)
+        return real(network, files, *others, **options)
 
     monkeypatch.setattr(implementation, "segment", fails)
     done = predict(models[0], tmp_path / "scans", tmp_path / "out")
