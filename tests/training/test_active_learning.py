@@ -19,7 +19,7 @@ from deformux.active_learning.uncertainty_scores import (
     volume_uncertainty,
 )
 from deformux.data.preprocessing import Preprocessing
-from deformux.inference.slabs import Slab, hand_on
+from deformux.inference.slabs import LogitSlab, hand_on
 from deformux.inference.sliding_window import segment
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -352,7 +352,9 @@ def test_a_large_scan_is_compared_on_coarser_voxels(
     size = (13, 10, 7)
     logits = torch.randn(3, *size)
     mirrored = logits.flip([a + 1 for a in axes])
-    slabs = [Slab(axis, at, mirrored.narrow(axis + 1, at, min(4, size[axis] - at))) for at in range(0, size[axis], 4)]
+    slabs = [
+        LogitSlab(axis, at, mirrored.narrow(axis + 1, at, min(4, size[axis] - at))) for at in range(0, size[axis], 4)
+    ]
     whole = _PooledProbabilities(size, axes)
     hand_on(slabs, [whole])
     torch.testing.assert_close(whole.probabilities(), logits.softmax(0))

@@ -9,7 +9,7 @@ import torch
 from deformux.data.grid import highest
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, run_transforms
-from deformux.inference.slabs import Slab
+from deformux.inference.slabs import LogitSlab
 from deformux.interactive import kept_logits
 from deformux.interactive.editor import Editor
 from deformux.interactive.kept_logits import AllLogits, LogitKeeper, TopLogits
@@ -30,7 +30,7 @@ def kept(logits: torch.Tensor, *, axis: int = 0, step: int = 5) -> LogitKeeper:
     keeper = LogitKeeper(SIZE)
     for start in range(0, SIZE[axis], step):
         part = logits.narrow(axis + 1, start, min(step, SIZE[axis] - start))
-        keeper.add(Slab(axis, start, part))
+        keeper.add(LogitSlab(axis, start, part))
     return keeper
 
 
@@ -85,7 +85,7 @@ def test_edits_of_a_large_scan_are_order_free_and_reversible(write_case, monkeyp
         found[:, 1:] = 4 * guidance[:, :n_labels]
         return found
 
-    pieces = [Slab(0, at, logits[:, at : at + 9]) for at in range(0, logits.shape[1], 9)]
+    pieces = [LogitSlab(0, at, logits[:, at : at + 9]) for at in range(0, logits.shape[1], 9)]
     everything = scan_from_slabs(image, pieces)
     monkeypatch.setattr(kept_logits, "_ALL_BYTES", 0)
     bounded = scan_from_slabs(image, pieces)

@@ -19,7 +19,7 @@ from torch import Tensor
 from deformux.data.grid import ScanGrid, highest
 from deformux.inference import slabs as slab_module
 from deformux.inference.slab_labels import SlabLabels
-from deformux.inference.slabs import Slab, Windows, hand_on, logit_slabs
+from deformux.inference.slabs import LogitSlab, Windows, hand_on, logit_slabs
 from deformux.inference.sliding_window import WindowInferer
 
 SHAPES = {
@@ -51,7 +51,7 @@ def in_slabs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return small
 
 
-def joined(found: list[Slab]) -> Tensor:
+def joined(found: list[LogitSlab]) -> Tensor:
     for before, after in itertools.pairwise(found):
         assert before.stop == after.start
     return torch.cat([slab.logits for slab in found], found[0].axis + 1)

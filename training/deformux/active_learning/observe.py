@@ -17,7 +17,7 @@ from deformux.data.grid import Index, triple
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, run_transforms
-from deformux.inference.slabs import Slab, Windows, hand_on, logit_slabs
+from deformux.inference.slabs import LogitSlab, Windows, hand_on, logit_slabs
 from deformux.inference.sliding_window import sliding_window
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -73,7 +73,7 @@ class _PooledProbabilities:
         self._sums: Tensor | None = None
         self._factor, self._axis = 1, 0
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Take the next slab."""
         axis = slab.axis
         if self._sums is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from deformux.active_learning.uncertainty_scores import label_sums, uncertainty_of_sums, voxel_entropy
 from deformux.data.grid import Index, ScanGrid
-from deformux.inference.slabs import Slab
+from deformux.inference.slabs import LogitSlab
 
 __all__ = ["Uncertainty", "UncertaintySlabs", "find_uncertainty", "look_next", "uncertainty_map"]
 
@@ -53,7 +53,7 @@ class UncertaintySlabs:
         self._entropies: Tensor | None = None
 
     @torch.inference_mode()
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Take the next slab.
 
         Raises:
@@ -89,7 +89,7 @@ def find_uncertainty(logits: Tensor, image: MetaTensor) -> Uncertainty:
         ValueError: the logits are not ``(C >= 2, x, y, z)`` or not finite.
     """
     slabs = UncertaintySlabs(image)
-    slabs.add(Slab(0, 0, logits))
+    slabs.add(LogitSlab(0, 0, logits))
     return slabs.found()
 
 

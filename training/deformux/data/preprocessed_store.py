@@ -120,4 +120,5 @@ def _digest(values: Any) -> str:
 
 def _checksum(array: npt.NDArray[Any]) -> int:
     # ravel of a mapped array is a view, and crc32 reads it page by page.
-    return zlib.crc32(np.ascontiguousarray(array).ravel().view(np.uint8))
+    values: Any = np.ascontiguousarray(array).ravel().view(np.uint8)
+    return zlib.crc32(values)

@@ -86,5 +86,5 @@ def _opened(arrays: Mapping[str, npt.NDArray[Any]], annotated: npt.NDArray[np.bo
     image, label = (MetaTensor(torch.from_numpy(arrays[name])) for name in ("image", "label"))
     # The crop asks it for its size only.
     size = MetaTensor(torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(1, *label.shape[1:]))
-    centres = {name: arrays[name] for name in (FOREGROUND_INDICES, BACKGROUND_INDICES)}
+    centres: dict[Hashable, Any] = {name: arrays[name] for name in (FOREGROUND_INDICES, BACKGROUND_INDICES)}
     return {"image": image, "label": label, "annotated": annotated, "foreground": size, **centres}

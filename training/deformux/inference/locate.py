@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from deformux.data.grid import Box, Index, slices, triple
 from deformux.inference.captured_network import CapturedNetwork, prepared
-from deformux.inference.slabs import Slab, Windows, hand_on, logit_slabs
+from deformux.inference.slabs import LogitSlab, Windows, hand_on, logit_slabs
 
 __all__ = [
     "MANY_WINDOWS",
@@ -158,7 +158,7 @@ class _Foreground:
         self.foreground = np.zeros(size, dtype=np.float32)
         self.best: Tensor = torch.zeros(0)
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Take the next slab."""
         probabilities = slab.logits.softmax(0)
         part = [slice(None)] * 3

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deformux.data.grid import Box, ScanGrid, slices, triple
-from deformux.inference.slabs import Slab
+from deformux.inference.slabs import LogitSlab
 
 __all__ = ["SlabLabels"]
 
@@ -36,7 +36,7 @@ class SlabLabels:
         assert self._labels is not None
         return self._labels
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Take the next slab; its voxels of the scan are restored as soon as all they depend on is known."""
         length = self.grid.network_size[slab.axis]
         if slab.start == 0 and slab.stop == length:

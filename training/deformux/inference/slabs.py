@@ -18,7 +18,7 @@ from deformux.data.grid import Box, Index, triple
 from deformux.inference.captured_network import BatchedNetwork
 from deformux.networks.precision import mixed_precision
 
-__all__ = ["Slab", "SlabTaker", "Windows", "WindowsDone", "hand_on", "logit_slabs"]
+__all__ = ["LogitSlab", "SlabTaker", "Windows", "WindowsDone", "hand_on", "logit_slabs"]
 
 # Logits of fewer bytes are kept whole and handed on at once, in MONAI's own order of sums.
 _WHOLE_BYTES = 512 * 2**20
@@ -34,7 +34,7 @@ WindowsDone = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Slab:
+class LogitSlab:
     """Final logits ``(C, x, y, z)`` of planes of the network's grid, from ``start`` on along ``axis``."""
 
     axis: int
@@ -50,11 +50,11 @@ class Slab:
 class SlabTaker(Protocol):
     """Anything that reduces slabs of one scan, which come in order."""
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Take the next slab."""
 
 
-def hand_on(slabs: Iterable[Slab], takers: Sequence[SlabTaker]) -> None:
+def hand_on(slabs: Iterable[LogitSlab], takers: Sequence[SlabTaker]) -> None:
     """Hand each slab to all takers, then drop it."""
     for slab in slabs:
         for taker in takers:
@@ -116,7 +116,7 @@ def logit_slabs(
     wanted: Sequence[bool] | None = None,
     axis: int | None = None,
     on_windows: WindowsDone | None = None,
-) -> Iterator[Slab]:
+) -> Iterator[LogitSlab]:
     """Yield the logits of a preprocessed scan ``(channels, x, y, z)``, blended from windows as MONAI's are.
 
     A window in which the whole scan's lowest intensity alone is found, such as air around a patient, is computed once
@@ -166,7 +166,7 @@ class _Sums:
         self.sums = torch.zeros(self.classes, *size, device=first.device)
         self.counts = torch.zeros(size, device=first.device)
 
-    def before(self, start: Index) -> Iterator[Slab]:
+    def before(self, start: Index) -> Iterator[LogitSlab]:
         """Yield the planes that neither this window nor a later one reaches, if there is no room for it."""
         length = self.counts.shape[self.axis]
         if start[self.axis] + self.windows.window[self.axis] <= self.at + length:
@@ -187,11 +187,11 @@ class _Sums:
         self.sums[(slice(None), *place)] += logits * self.weights
         self.counts[place] += self.weights
 
-    def rest(self) -> Iterator[Slab]:
+    def rest(self) -> Iterator[LogitSlab]:
         """Yield what has not been yielded."""
         yield from self._final(self.windows.padded[self.axis])
 
-    def _final(self, stop: int) -> Iterator[Slab]:
+    def _final(self, stop: int) -> Iterator[LogitSlab]:
         """Yield the planes from the last yielded to ``stop`` of the padded scan, without its padding."""
         axis, before = self.axis, self.windows.before[self.axis]
         end = min(stop, before + self.windows.size[axis])
@@ -201,7 +201,7 @@ class _Sums:
         whole = self.classes * math.prod(self.windows.padded) * 4 <= _WHOLE_BYTES
         step = end - start if whole else max(1, _PIECE_BYTES // plane)
         for first in range(start, end, max(1, step)):
-            yield Slab(axis, first - before, self._planes(first, min(first + step, end)))
+            yield LogitSlab(axis, first - before, self._planes(first, min(first + step, end)))
 
     def _planes(self, start: int, stop: int) -> Tensor:
         """Return the logits of planes of the padded scan, where they are final."""

@@ -17,7 +17,7 @@ from deformux.data.transforms import inference_transforms, restore_transforms, r
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
 from deformux.inference.locate import Locator
 from deformux.inference.slab_labels import SlabLabels
-from deformux.inference.slabs import Slab, Windows, WindowsDone, hand_on, logit_slabs
+from deformux.inference.slabs import LogitSlab, Windows, WindowsDone, hand_on, logit_slabs
 from deformux.networks.precision import mixed_precision
 
 __all__ = [
@@ -109,7 +109,7 @@ def scan_slabs(
     device: str | torch.device = "cpu",
     locator: Locator | None = None,
     on_windows: WindowsDone | None = None,
-) -> Iterator[Slab]:
+) -> Iterator[LogitSlab]:
     """Yield the logits of a preprocessed scan slab by slab; ``image`` is the result of ``load_scan``.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deformux.data.grid import Box, Index, Logits, Voxels, highest, slices, triple
-from deformux.inference.slabs import Slab
+from deformux.inference.slabs import LogitSlab
 
 __all__ = ["AllLogits", "KeptLogits", "LogitKeeper", "TopLogits"]
 
@@ -45,7 +45,7 @@ class KeptLogits(Protocol):
     def probability(self, value: int, box: Box) -> Tensor:
         """Return the probability ``(x, y, z)`` of a class in a box."""
 
-    def slabs(self) -> Iterator[Slab]:
+    def slabs(self) -> Iterator[LogitSlab]:
         """Yield all logits in order."""
 
 
@@ -62,10 +62,10 @@ class _Chunked:
         """Return the probability ``(x, y, z)`` of a class in a box."""
         return torch.cat([self.in_box(part).softmax(0)[value] for part in self._parts(box)])
 
-    def slabs(self) -> Iterator[Slab]:
+    def slabs(self) -> Iterator[LogitSlab]:
         """Yield all logits in order."""
         for part in self._parts(((0, 0, 0), self.size)):
-            yield Slab(0, part[0][0], self.in_box(part))
+            yield LogitSlab(0, part[0][0], self.in_box(part))
 
     def _parts(self, box: Box) -> Iterator[Box]:
         (first, *start), (last, *stop) = box
@@ -96,9 +96,9 @@ class AllLogits(_Chunked):
         """Return the logits ``(C, n)`` at voxels ``(n, 3)``."""
         return self.values.numpy()[(slice(None), *voxels.T)].astype(np.float32)
 
-    def slabs(self) -> Iterator[Slab]:
+    def slabs(self) -> Iterator[LogitSlab]:
         """Yield all logits at once: they are few."""
-        yield Slab(0, 0, self.values.float())
+        yield LogitSlab(0, 0, self.values.float())
 
 
 class TopLogits(_Chunked):
@@ -148,7 +148,7 @@ class LogitKeeper:
         self._values: Tensor | None = None
         self._top: Tensor | None = None
 
-    def add(self, slab: Slab) -> None:
+    def add(self, slab: LogitSlab) -> None:
         """Keep the next slab."""
         logits = slab.logits
         if self._values is None:
@@ -171,7 +171,7 @@ class LogitKeeper:
         return AllLogits(self._values) if self._top is None else TopLogits(self._n_classes, self._values, self._top)
 
 
-def _planes(size: Index, slab: Slab) -> Box:
+def _planes(size: Index, slab: LogitSlab) -> Box:
     start, stop = [0, 0, 0], list(size)
     start[slab.axis], stop[slab.axis] = slab.start, slab.stop
     return triple(start), triple(stop)

@@ -16,7 +16,7 @@ from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
 from deformux.inference.slab_labels import SlabLabels
-from deformux.inference.slabs import Slab, SlabTaker, hand_on
+from deformux.inference.slabs import LogitSlab, SlabTaker, hand_on
 from deformux.inference.sliding_window import load_scan, scan_slabs
 from deformux.interactive.kept_logits import KeptLogits, LogitKeeper
 
@@ -65,7 +65,7 @@ class OpenScan:
 
 
 @torch.inference_mode()
-def scan_from_slabs(image: MetaTensor, slabs: Iterable[Slab], *, takers: Sequence[SlabTaker] = ()) -> OpenScan:
+def scan_from_slabs(image: MetaTensor, slabs: Iterable[LogitSlab], *, takers: Sequence[SlabTaker] = ()) -> OpenScan:
     """Return a preprocessed scan, opened for edits, from the slabs of its logits.
 
     Args:
@@ -82,7 +82,7 @@ def scan_from_slabs(image: MetaTensor, slabs: Iterable[Slab], *, takers: Sequenc
 
 def scan_from_logits(image: MetaTensor, logits: Tensor) -> OpenScan:
     """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits."""
-    return scan_from_slabs(image, [Slab(0, 0, logits.float())])
+    return scan_from_slabs(image, [LogitSlab(0, 0, logits.float())])
 
 
 def open_scan(

@@ -15,7 +15,7 @@ from deformux.data.grid import triple
 from deformux.data.loading import MissingSequence, filled_voxels, missing_sequences
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import BatchedNetwork
-from deformux.inference.slabs import Slab, Windows, logit_slabs
+from deformux.inference.slabs import LogitSlab, Windows, logit_slabs
 from deformux.networks.model_file import InvalidModel
 from deformux.networks.precision import mixed_precision
 from deformux_label.lib.infers.cancellation import raise_if_client_gone
@@ -74,7 +74,7 @@ class ServedNetwork:
             torch.cuda.empty_cache()
 
 
-def served_slabs(network: ServedNetwork, image: MetaTensor) -> Iterator[Slab]:
+def served_slabs(network: ServedNetwork, image: MetaTensor) -> Iterator[LogitSlab]:
     """Yield the logits of a preprocessed image ``(channels, x, y, z)`` slab by slab, and report its windows.
 
     Windows in which the version's locator finds that no label can be are left out.
