@@ -129,6 +129,10 @@ def test_values_are_checked_and_stored_only_if_they_change_something() -> None:
     changed = Recipe(rotation_degrees=(0.0, 0.0, 30.0), voxel_aspect=(1.0, 1.0, 6.4), unlabelled_border=True)
     values = changed.to_dict()
     assert Recipe.from_dict({**values, "rotation_degrees": [0.0, 0.0, 30.0], "voxel_aspect": [1, 1, 6.4]}) == changed
-    for name, value in {"rotation_degrees": (1.0, 2.0), "voxel_aspect": (1.0, 0.5, 1.0)}.items():
-        with pytest.raises(ValueError, match=name):
-            Recipe(**{name: value})
+    for name, values in {
+        "rotation_degrees": ((1.0, 2.0), -1.0, "much"),
+        "voxel_aspect": ((1.0, 0.5, 1.0), 2.0, (1, 1, "1")),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                Recipe(**{name: value})

@@ -13,7 +13,6 @@ from nibabel.orientations import io_orientation
 
 __all__ = [
     "AUGMENTATION_REASONS",
-    "FRAMES",
     "choose_frame",
     "frame_augmentation",
     "frame_axes",
@@ -21,8 +20,6 @@ __all__ = [
     "frame_grid",
     "through_plane_axis",
 ]
-
-FRAMES = ("ras", "acquisition")
 
 _Affine: TypeAlias = npt.NDArray[np.float64]
 
@@ -82,7 +79,7 @@ def frame_axes(
     never differ in frame.
 
     Args:
-        frame: one of ``FRAMES``.
+        frame: ``ras`` or ``acquisition``.
         shape: voxels ``(X, Y, Z)`` of the file.
         affine: from its voxels to RAS millimetres, ``(4, 4)``.
     """
@@ -127,7 +124,7 @@ def frame_augmentation(frame: str, spacing_mm: Sequence[float]) -> Mapping[str, 
     ``AUGMENTATION_REASONS`` has a reason for each.
 
     Args:
-        frame: one of ``FRAMES``.
+        frame: ``ras`` or ``acquisition``.
         spacing_mm: of the network's grid, along the frame's axes.
     """
     spacing = np.asarray(spacing_mm, dtype=float)

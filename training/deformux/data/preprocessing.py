@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from deformux.data.frame import FRAMES
-
-__all__ = ["MODALITIES", "Preprocessing"]
+__all__ = ["FRAMES", "MODALITIES", "Preprocessing"]
 
 MODALITIES = ("ct", "mr")
+FRAMES = ("ras", "acquisition")
 
 
 @dataclass(frozen=True)

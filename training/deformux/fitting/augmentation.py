@@ -124,6 +124,8 @@ class _AspectElastic(Rand3DElastic):
 class _AspectLowResolution(RandSimulateLowResolution):
     """Simulates scans that are coarser along some axes only."""
 
+    zoom_factor: Any
+
     def __init__(self, kept: npt.NDArray[np.bool_], **options: Any) -> None:
         super().__init__(**options)
         self.kept = kept

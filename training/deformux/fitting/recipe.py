@@ -128,11 +128,11 @@ class Recipe:
             raise ValueError(
                 f"flip_axes must be some of 0, 1, 2, such as '0,' (and ',' for none); got {self.flip_axes!r}"
             )
-        if len(self.rotations) != 3 or not all(0 <= degrees <= 180 for degrees in self.rotations):
+        if not _is_triple(self.rotations, 0, 180):
             raise ValueError(
                 f"rotation_degrees must be one number or three, between 0 and 180; got {self.rotation_degrees!r}"
             )
-        if len(self.voxel_aspect) != 3 or not all(ratio >= 1 for ratio in self.voxel_aspect):
+        if not _is_triple(self.voxel_aspect, 1, float("inf")):
             raise ValueError(f"voxel_aspect must be three numbers of at least 1; got {self.voxel_aspect!r}")
 
     @property
@@ -178,6 +178,13 @@ class Recipe:
         """Invert ``to_dict``, also after JSON; raise ValueError on a bad value."""
         tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**tuples)
+
+
+def _is_triple(values: object, low: float, high: float) -> bool:
+    """Return whether these are three numbers in a range."""
+    if not isinstance(values, tuple) or len(values) != 3:
+        return False
+    return all(isinstance(value, (int, float)) and low <= value <= high for value in values)
 
 
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
