@@ -204,7 +204,7 @@ def test_one_volume_for_a_model_of_several(
         sent = requests.put(f"{server.url}/session/", files={"files": ("scan.nii.gz", file)}, timeout=60).json()
     session = {"session_id": sent["session_id"], "output": "image"}
     assert mask_of(server.infer("", query=session), tmp_path).shape == cases["b"].truth.shape
-    note = server.infer("", query={**session, "output": "json"}).json()["params"]["warning"]
+    note = server.infer("", query={**session, "output": "json"}).json()["warning"]
     assert "t1c is missing among the sequences of this scan." in note
     strict = dataclasses.replace(card, preprocessing=card.preprocessing.with_dropout(0))
     versions.publish(versions.write(network, strict))
