@@ -38,7 +38,7 @@ def score(
     load = (LoadVolumed("image"), LoadLabeld("label", n_labels=n_labels))
     scores: Scores = {}
     for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
+        found, _ = segment(network, case.images, prep, device=device)
         truth = run_transforms(load, {"image": case.image, "label": case.label})["label"]
         spacing_mm = [float(size) for size in truth.pixdim]
         scores[case.id] = score_volume(np.asarray(found[0]), np.asarray(truth[0]), n_labels, spacing_mm)

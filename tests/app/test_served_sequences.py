@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,7 @@ def opened(folder: Path, channels: str = CHANNELS) -> CheckedDatastore:
 
 def test_a_case_is_one_image(unwatched: None, tmp_path: Path) -> None:
     studies = tmp_path / "studies"
-    write_case(studies, "a")
+    volume = write_case(studies, "a")
     write_case(studies / "ward", "b")
     write(studies / "c_0001.nii.gz", np.arange(4096, dtype=np.int16).reshape(16, 16, 16), np.eye(4))
     write(studies / "d.nii.gz", np.arange(4096, dtype=np.int16).reshape(16, 16, 16), np.eye(4))
@@ -57,6 +58,16 @@ def test_a_case_is_one_image(unwatched: None, tmp_path: Path) -> None:
     assert sorted(store.list_images()) == ["a", "c", "d", "ward__b"]
     assert store.get_image_uri("c") == str(studies / "c_0000.nii.gz")
     assert store.get_image_info("a")["sequences"] == {"flair": "a_0000.nii.gz"}
+    # And the first disappears: the case keeps its id and its label, and has its first again when it is back.
+    store.save_label("a", str(volume.label), "final", {})
+    moved = (studies / "a_0000.nii.gz").rename(tmp_path / "a_0000.nii.gz")
+    shutil.copy(moved, studies / "a_0001.nii.gz")
+    store.refresh()
+    assert (store.get_image_uri("a"), store.get_labeled_images()) == (str(studies / "a_0001.nii.gz"), ["a"])
+    moved.rename(studies / "a_0000.nii.gz")
+    store.refresh()
+    assert (store.get_image_uri("a"), store.get_labeled_images()) == (str(studies / "a_0000.nii.gz"), ["a"])
+    assert sorted(store.list_images()) == ["a", "c", "d", "ward__b"]
     # A damaged second sequence is a damaged scan.
     (studies / "ward" / "b_0001.nii.gz").write_bytes(b"nothing")
     assert list(store.check_scans()) == ["ward/b_0001.nii.gz"]
@@ -79,7 +90,7 @@ def test_without_the_option_every_file_keeps_its_id(unwatched: None, tmp_path: P
     # Switched on later: what is labelled keeps its id and its label, and no case is listed twice.
     store = opened(studies)
     assert sorted(store.get_labeled_images()) == ["a_0000", "b_0001"]
-    assert sorted(store.list_images()) == ["a_0000", "b_0001"]
+    assert sorted(store.list_images()) == ["a_0000", "b_0000", "b_0001"]
     assert store.get_image_uri("b_0001") == str(studies / "b_0001.nii.gz")
     # And off again.
     assert sorted(opened(studies, "").get_labeled_images()) == ["a_0000", "b_0001"]
@@ -157,7 +168,7 @@ def test_a_case_is_served_taught_and_edited(
         ("a", "2", "image 'a' has no sequence '2'; it has 0 (flair), 1 (t1c)"),
         ("nobody", "0", "there is no image with the id 'nobody'"),
         ("a", "x" * 300, "is not a sequence"),
-        ("../a", "0", "there is no image with the id '../a'"),
+        ("../a", "0", "cannot be an image id"),
     ):
         reply = received(server, image=image, sequence=sequence)
         assert reply.status_code == 404
@@ -193,7 +204,7 @@ def test_one_volume_for_a_model_of_several(
         sent = requests.put(f"{server.url}/session/", files={"files": ("scan.nii.gz", file)}, timeout=60).json()
     session = {"session_id": sent["session_id"], "output": "image"}
     assert mask_of(server.infer("", query=session), tmp_path).shape == cases["b"].truth.shape
-    note = server.infer("", query={**session, "output": "json"}).json()["params"]["warning"]
+    note = server.infer("", query={**session, "output": "json"}).json()["warning"]
     assert "t1c is missing among the sequences of this scan." in note
     strict = dataclasses.replace(card, preprocessing=card.preprocessing.with_dropout(0))
     versions.publish(versions.write(network, strict))

@@ -17,7 +17,15 @@ from deformux_label.lib.requests.identifiers import is_tag
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked_fields, why_unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions
 from deformux_label.lib.store.transaction import Transaction
-from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, one_of_each_case, split_suffix, with_ids
+from deformux_label.lib.store.volumes import (
+    Found,
+    case_of,
+    find_volumes,
+    labels_in,
+    one_of_each_case,
+    split_suffix,
+    with_ids,
+)
 
 __all__ = ["Reconciled", "file_of", "label_entry", "reconcile", "restore_revision", "revision_entry"]
 
@@ -62,15 +70,20 @@ def reconcile(
     served = {file_of(image, entry): image for image, entry in known.items()}
     found = find_volumes(Path(model.image_path()), served)
     with_revisions = revisions.known()
-    # A file that was labelled as a case of its own stays one, so that its labels are not lost.
-    labelled = {file for file, image in served.items() if known[image].labels or image in with_revisions}
-    found.volumes = one_of_each_case(found.volumes, naming, labelled)
+    # A sequence that was labelled under an id of its own keeps it, so that its labels are not lost.
+    own = {
+        file
+        for file, image in served.items()
+        if image != case_of(file, naming).replace("/", "__") and (known[image].labels or image in with_revisions)
+    }
+    found.volumes = one_of_each_case(found.volumes, naming, own)
 
     def belongs(image: str, file: str) -> bool:
-        """Return whether the labels kept under an id, if any, belong to the volume in ``file``."""
+        """Return whether the labels kept under an id, if any, belong to the volume in ``file``, or to its case."""
         # A deletion also records its label's volume.
         kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
-        return all(revision is None or revision.image_file in (None, file) for revision in kept)
+        files = [revision.image_file for revision in kept if revision is not None and revision.image_file is not None]
+        return all(other == file or case_of(other, naming) == case_of(file, naming) for other in files)
 
     volumes = with_ids(found, served, belongs, naming)
     result = Reconciled({image: _image(*at, known.get(image)) for image, at in volumes.items()}, found)

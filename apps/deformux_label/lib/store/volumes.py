@@ -14,6 +14,7 @@ from deformux_label.lib.requests.identifiers import is_image_id
 __all__ = [
     "LABEL_SUFFIXES",
     "Found",
+    "case_of",
     "find_volumes",
     "free_id",
     "labels_in",
@@ -117,17 +118,21 @@ def _refusal_of(entry: os.DirEntry[str], *, known: bool) -> str | None:
     return None
 
 
-def one_of_each_case(volumes: Sequence[str], naming: SequenceNaming, labelled: Container[str]) -> list[str]:
-    """Return one file for each case of several sequences, and all files that are labelled or cases themselves.
+def case_of(path: str, naming: SequenceNaming) -> str:
+    """Return a volume's path without its suffix, or its case's; files of no sequence are told apart by their suffix."""
+    stem, suffix = split_suffix(path) or (path, "")
+    case, number = naming.split(stem)
+    return stem + suffix if number is None else case
 
-    A case has the file that is labelled, else that of its first sequence.
-    """
+
+def one_of_each_case(volumes: Sequence[str], naming: SequenceNaming, own: Container[str]) -> list[str]:
+    """Return the file of the first sequence of each case, and all others that are cases themselves, or in ``own``."""
     if not naming.suffixes:
         return list(volumes)
     there, chosen = set(volumes), set()
     for files in naming.group(map(Path, volumes)):
         present = [path for path in map(Path.as_posix, files) if path in there]
-        chosen |= {path for path in present if path in labelled} or set(present[:1])
+        chosen |= {path for path in present if path in own} | set(present[:1])
     return [path for path in volumes if path in chosen]
 
 
