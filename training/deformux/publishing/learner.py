@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
@@ -17,61 +14,22 @@ from deformux.data.cases import Case
 from deformux.data.planning import Plan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
-from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.fit import Progress, TrainingError
 from deformux.fitting.locator_training import fit_locator
-from deformux.fitting.minutes import in_minutes
-from deformux.fitting.rank_processes import fit_on
-from deformux.fitting.recipe import Recipe
-from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
-from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card, warm_start
-from deformux.publishing.learning_round import Outcome, Round, RoundPlan, round_progress
+from deformux.networks.deformux_net import PUBLISHED_STRIDES
+from deformux.networks.model_file import InvalidModel, ModelCard, network_options, read_card
+from deformux.publishing.learning_round import Outcome, Round, RoundPlan
 from deformux.publishing.model_versions import ModelVersions
 from deformux.publishing.project_plan import FixedPlan, Planner
 from deformux.publishing.publish_gate import Decision, Scores, decide
 from deformux.publishing.round_folder import RoundFolder
+from deformux.publishing.round_training import FOREIGN, RoundTrainings, Trained, Training
 from deformux.publishing.score_cache import ScoreCache
 from deformux.publishing.validation_split import MIN_CASES_TO_VALIDATE, Assignment
 
 __all__ = ["Learner", "Outcome", "Round"]
 
 logger = logging.getLogger(__name__)
-
-_FOREIGN = "pretrained-"
-# Continuing a training takes this share of the time of one from scratch.
-_CONTINUED_TIME = 0.5
-
-
-@dataclass(frozen=True)
-class _Training:
-    """One training of a round, before it begins.
-
-    Args:
-        setup: the network and its input.
-        recipe: of the training, with as many steps as fit into its time.
-        parent, weights: name and file of the model to start from; None for random weights.
-    """
-
-    setup: Plan
-    recipe: Recipe
-    parent: str | None
-    weights: Path | None
-
-
-@dataclass(frozen=True)
-class _Trained:
-    """The network that a round chose, and how it was trained.
-
-    Args:
-        network: in evaluation mode.
-        result: of its training.
-        training: that it had.
-        seconds: of all trainings of the round.
-    """
-
-    network: DeformUXNet
-    result: FitResult
-    training: _Training
-    seconds: float
 
 
 class Learner:
@@ -111,6 +69,7 @@ class Learner:
         self.assignment = Assignment(self.root / "assignment.json", self._sides_in_cards)
         self.round_folder = RoundFolder(self.root / "training")
         self.scores = ScoreCache(self.root, self.labels)
+        self.trainings = RoundTrainings(self.root, self.labels, self.planner, self.round_folder)
 
     def learn(
         self,
@@ -152,7 +111,7 @@ class Learner:
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
         run_id = self.round_folder.begin({**plan.identity(options), "given": self.planner.given()})
-        trainings = [self._prepared(plan, options, part) for part in range(len(plan.recipes))]
+        trainings = [self.trainings.prepared(plan, options, part) for part in range(len(plan.recipes))]
         trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
         name, card = self._write(trained, decision, plan, options, run_id, stop)
@@ -202,7 +161,7 @@ class Learner:
         )
         last = self._last_from_scratch()
         doubled = bool(parent and validation and last and len(training) >= 2 * last)
-        of_project = parent is not None and not parent.startswith(_FOREIGN)
+        of_project = parent is not None and not parent.startswith(FOREIGN)
         recipe = options.continue_recipe if of_project else options.scratch_recipe
         return RoundPlan(
             training=training,
@@ -225,11 +184,11 @@ class Learner:
         if path is None or options.from_scratch:
             return None, None
         try:
-            self._network(self.planner.continued(read_card(path)), path, 0)
+            self.trainings.network(self.planner.continued(path), path, 0)
         except InvalidModel as error:
             logger.warning("Starting from scratch: %s", error)
             return None, None
-        return published or f"{_FOREIGN}{path.stem}", path
+        return published or f"{FOREIGN}{path.stem}", path
 
     def _sides_in_cards(self) -> dict[str, str]:
         """Return the sides of cases by the cards of all versions: a case that was ever trained on stays in training."""
@@ -241,104 +200,25 @@ class Learner:
         """Return the number of training cases of the last training from scratch; 0 before the first training."""
         return max((info.card.scratch_cases for info in self.versions.infos()), default=0)
 
-    def _prepared(self, plan: RoundPlan, options: Round, part: int) -> _Training:
-        """Prepare the first training of a round, from its parent, or the second, from scratch.
-
-        What is measured or chosen here holds until the round ends, also after a restart.
-        """
-        parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
-
-        def setup() -> dict[str, Any]:
-            if weights is not None:
-                return self.planner.continued(read_card(weights)).to_dict()
-            return self.planner.from_scratch(plan.training).to_dict()
-
-        chosen = Plan.from_dict(self.round_folder.kept(f"plan-{part}", setup))
-        base = plan.recipes[part].replace(**{**chosen.recipe_changes, **options.fixed})
-        if options.minutes is None:
-            return _Training(chosen, base, parent, weights)
-        of_project = parent is not None and not parent.startswith(_FOREIGN)
-        recipe = self.round_folder.kept(
-            f"recipe-{part}",
-            lambda: in_minutes(
-                options.minutes * (_CONTINUED_TIME if of_project else 1.0),
-                self._network(chosen, weights, plan.seed, guidance=base.clicks > 0),
-                plan.training,
-                recipe=base,
-                prep=chosen.preprocessing,
-                labels=self.labels,
-                val_cases=plan.validation,
-                device=options.device,
-            ).to_dict(),
-        )
-        return _Training(chosen, Recipe.from_dict(recipe), parent, weights)
-
     def _train(
         self,
-        trainings: Sequence[_Training],
+        trainings: Sequence[Training],
         plan: RoundPlan,
         options: Round,
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
-    ) -> _Trained:
+    ) -> Trained:
         """Train, also from scratch if the labels have doubled, and return the better of the two."""
-        first = self._fit(trainings, plan, options, 0, on_progress, stop)
+        first = self.trainings.fit(trainings, plan, options, 0, on_progress, stop)
         if len(trainings) == 1:
             return first
         logger.info("The labels have doubled since the last training from scratch: training from scratch too")
-        second = self._fit(trainings, plan, options, 1, on_progress, stop)
+        second = self.trainings.fit(trainings, plan, options, 1, on_progress, stop)
         # The gate's own comparison, with the fine-tuned model as the incumbent.
         preferred = self._decide(second.result.per_case, first.result.per_case, plan, provisional=False)
         logger.info("From scratch: %s", preferred.reason)
         better = preferred.publish and (preferred.candidate or 0) > (preferred.incumbent or 0)
         return dataclasses.replace(second if better else first, seconds=first.seconds + second.seconds)
-
-    def _fit(
-        self,
-        trainings: Sequence[_Training],
-        plan: RoundPlan,
-        options: Round,
-        part: int,
-        on_progress: Callable[[Progress], None] | None,
-        stop: Callable[[], bool] | None,
-    ) -> _Trained:
-        """Do one of the round's trainings."""
-        training = trainings[part]
-        setup, recipe = training.setup, training.recipe
-        network = self._network(setup, training.weights, plan.seed, guidance=recipe.clicks > 0)
-        result = fit_on(
-            options.devices or (options.device,),
-            network,
-            plan.training,
-            recipe=recipe,
-            prep=setup.preprocessing,
-            labels=self.labels,
-            val_cases=plan.validation,
-            new=plan.new if training.parent else (),
-            memory_share=options.memory_share,
-            on_progress=round_progress(on_progress, [each.recipe for each in trainings], part),
-            seed=plan.seed,
-            checkpoint=self.round_folder.checkpoint(part),
-            checkpoint_seconds=options.checkpoint_seconds,
-            stop=stop,
-            compile_cache=self.root / "compiled",
-            store=self.root / "preprocessed",
-        )
-        _check_finite(network)
-        return _Trained(network, result, training, result.seconds)
-
-    def _network(self, setup: Plan, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
-        torch.manual_seed(seed)
-        network = DeformUXNet(
-            setup.preprocessing.channels,
-            len(self.labels) + 1,
-            setup.preset,
-            strides=setup.strides,
-            guidance=guidance,
-        )
-        if weights is not None:
-            warm_start(network, weights)
-        return network
 
     def _compare(self, candidate: Scores, plan: RoundPlan, options: Round) -> Decision:
         """Compare with the model that is served now, which may differ from the parent."""
@@ -354,7 +234,7 @@ class Learner:
             return Decision(
                 False, f"not measured: no validation case is labelled any more; {published} stays published"
             )
-        name = published or f"{_FOREIGN}{path.stem}"
+        name = published or f"{FOREIGN}{path.stem}"
         scores = self.scores.scores(name, path, plan.validation, plan.checksums, device=options.device)
         champion = self._champion(card, plan, options)
         decision = self._decide(candidate, scores, plan, provisional=provisional, champion=champion)
@@ -374,7 +254,7 @@ class Learner:
         if name is None:
             return None
         served = options.served
-        foreign = served is not None and name == f"{_FOREIGN}{served.stem}"
+        foreign = served is not None and name == f"{FOREIGN}{served.stem}"
         try:
             path = served if foreign and served is not None else self.versions.path(name)
             if read_card(path).labels != self.labels:
@@ -405,7 +285,7 @@ class Learner:
 
     def _write(
         self,
-        trained: _Trained,
+        trained: Trained,
         decision: Decision,
         plan: RoundPlan,
         options: Round,
@@ -450,7 +330,7 @@ class Learner:
             card = self.versions.card(name)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"the new version cannot be written, and nothing was published: {error}") from error
-        served = [f"{_FOREIGN}{options.served.stem}"] if options.served is not None else []
+        served = [f"{FOREIGN}{options.served.stem}"] if options.served is not None else []
         self.scores.remember(name, result.per_case, plan.checksums, keep=[*self.versions.names(), *served])
         return name, card
 
@@ -465,8 +345,3 @@ class Learner:
         self.round_folder.end()
         self.versions.prune(self.keep)
         return Outcome(name, published, decision, card, set_aside)
-
-
-def _check_finite(network: torch.nn.Module) -> None:
-    if not all(bool(torch.isfinite(value).all()) for value in network.state_dict().values()):
-        raise TrainingError("the weights are no longer finite; train again with a lower learning rate")

@@ -19,7 +19,7 @@ from deformux.data.fingerprint import read_fingerprint
 from deformux.data.planning import Plan, make_plan
 from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
-from deformux.networks.model_file import ModelCard
+from deformux.networks.model_file import read_card
 
 __all__ = ["FixedPlan", "Planner", "ProjectPlanner", "last_plan"]
 
@@ -36,8 +36,8 @@ class Planner(Protocol):
     def from_scratch(self, cases: Sequence[Case]) -> Plan:
         """Return the plan of a training of labelled cases from random weights."""
 
-    def continued(self, card: ModelCard) -> Plan:
-        """Return the plan of a training that starts from a model."""
+    def continued(self, model: Path) -> Plan:
+        """Return the plan of a training that starts from a model file."""
 
     def given(self) -> Mapping[str, Any]:
         """Return what was not left to the planner, as plain values."""
@@ -52,7 +52,7 @@ class FixedPlan:
     def from_scratch(self, cases: Sequence[Case]) -> Plan:  # noqa: ARG002 - a Planner's argument, here and below
         return self.plan
 
-    def continued(self, card: ModelCard) -> Plan:  # noqa: ARG002
+    def continued(self, model: Path) -> Plan:  # noqa: ARG002
         return self.plan
 
     def given(self) -> Mapping[str, Any]:
@@ -129,8 +129,13 @@ class ProjectPlanner:
         logger.info("The plan of a training from scratch:\n%s", _as_text(plan))
         return plan
 
-    def continued(self, card: ModelCard) -> Plan:
-        """Return the plan of a model with what the user decided."""
+    def continued(self, model: Path) -> Plan:
+        """Return the plan of a model with what the user decided.
+
+        Raises:
+            InvalidModel: the model has no card.
+        """
+        card = read_card(model)
         own = card.plan
         return Plan.from_dict(
             {
