@@ -18,10 +18,8 @@ from rich.logging import RichHandler
 from deformux.active_learning.strategy_names import STRATEGIES
 from deformux.cli.common import (
     MAX_SEED,
-    MAX_THREADS,
     assignments,
     clear_errors,
-    ended_by_sigterm,
     existing_folder,
     model_path,
     named_labels,
@@ -30,21 +28,35 @@ from deformux.cli.common import (
     writable_file,
     writable_folder,
 )
-from deformux.cli.shards import Shard, sbatch_options
+from deformux.cli.options import (
+    ContinueSteps,
+    Device,
+    FirstSeed,
+    Frame,
+    LabelNames,
+    Modality,
+    ModelFile,
+    PatchSize,
+    Percentiles,
+    PresetName,
+    Spacing,
+    TestFraction,
+    Threads,
+    Window,
+)
+from deformux.cli.predict_commands import predict_cluster_command, predict_command
 from deformux.cli.simulate_options import chosen_strategies, short_recipes
 from deformux.cli.versions import app as versions_app
 from deformux.data.cases import (
     InvalidFolder,
     find_cases,
-    find_images,
     label_names,
-    result_names,
     sequence_naming,
     split_label_names,
 )
 from deformux.data.choices import AUTO, Choices
 from deformux.data.fingerprint import declared_modality
-from deformux.data.preprocessing import FRAMES, MODALITIES, Preprocessing
+from deformux.data.preprocessing import Preprocessing
 from deformux.data.scan_folder import scans_and_cases
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.presets import PRESETS
@@ -58,34 +70,6 @@ app = typer.Typer(
     help="DeformUX-Net on folders of NIfTI volumes: train, predict, evaluate.",
 )
 app.add_typer(versions_app, name="versions")
-
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 lets PyTorch choose.", min=0, max=MAX_THREADS)]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes the first GPU if there is one.")]
-ModelFile = Annotated[
-    str, typer.Argument(help="A .safetensors file with its .json card, or the name of a shipped model.")
-]
-ScanFolder = Annotated[Path, typer.Argument(help="A volume, or a folder of volumes.")]
-ResultFolder = Annotated[Path, typer.Argument(help="Folder for the label volumes (.nii.gz).")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that another model has made.")]
-LabelNames = Annotated[str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json.")]
-Modality = Annotated[str, typer.Option(help=" or ".join(MODALITIES))]
-PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
-Spacing = Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")]
-PatchSize = Annotated[str, typer.Option(help="Patch R,A,S in voxels.")]
-Window = Annotated[str, typer.Option(help="CT window low,high in HU, e.g. -1000,400 for lung.")]
-Percentiles = Annotated[str, typer.Option(help="Percentiles low,high to which MR is clipped.")]
-Frame = Annotated[
-    str, typer.Option(help=f"{' or '.join(FRAMES)}: anatomical axes, or the scan's own with the slices last.")
-]
-FirstSeed = Annotated[
-    int, typer.Option(help="To share a folder between processes, give each different seeds.", min=0, max=MAX_SEED)
-]
-ContinueSteps = Annotated[
-    int, typer.Option(help="Continue from the previous round for this number of steps; 0: train from scratch.", min=0)
-]
-TestFraction = Annotated[
-    float, typer.Option(help="Share of the volumes to test on, chosen by a hash of their ids.", min=0, max=1)
-]
 
 
 @app.callback()
@@ -234,90 +218,8 @@ def fit_command(
         )
 
 
-@app.command(name="predict")
-def predict_command(
-    model: ModelFile,
-    images: ScanFolder,
-    output: ResultFolder,
-    shard: Annotated[str, typer.Option(help="i/n: only share i of n, for n processes on one folder.")] = "1/1",
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    threads: Threads = 0,
-) -> None:
-    """Segment volumes; each result lies on its scan's own grid. Run it again to go on: results that exist stay."""
-    with clear_errors(), ended_by_sigterm():
-        valid_device(device)
-        share = Shard.parse(shard)
-        file = model_path(model)
-        results = _results(images, output)
-        from deformux.cli.predict import print_predicted, scans_of, segment_files
-        from deformux.networks.model_file import read_card
-
-        card = read_card(file)
-        scans = share.of(scans_of(results, card.preprocessing.sequences))
-        done = segment_files(file, scans, output, overwrite=overwrite, device=device, threads=threads)
-        print_predicted(done, card, output)
-
-
-@app.command(name="predict-cluster")
-def predict_cluster_command(
-    model: ModelFile,
-    images: ScanFolder,
-    output: ResultFolder,
-    cluster: Annotated[str, typer.Option(help="slurm, or local: processes on this machine.")] = "slurm",
-    shards: Annotated[int, typer.Option(help="Number of jobs.", min=1, max=10_000)] = 8,
-    max_parallel: Annotated[int, typer.Option(help="Most jobs at once; 0: no limit, locally by cores.", min=0)] = 0,
-    retries: Annotated[int, typer.Option(help="How often a job that died is sent again.", min=0, max=100)] = 2,
-    timeout_min: Annotated[int, typer.Option(help="Time limit of a job in minutes.", min=1, max=100_000)] = 240,
-    partition: Annotated[str, typer.Option(help="SLURM's partition.")] = "",
-    gres: Annotated[str, typer.Option(help="SLURM's resources of a job, e.g. gpu:1.")] = "",
-    slurm: Annotated[list[str] | None, typer.Option(help="Further options of sbatch, e.g. --slurm mem=16G.")] = None,
-    overwrite: Overwrite = False,
-    device: Device = "auto",
-    threads: Threads = 0,
-) -> None:
-    """Segment volumes in several jobs, on SLURM or on this machine; jobs that die are sent again."""
-    with clear_errors(), ended_by_sigterm():
-        valid_device(device)
-        if cluster not in ("slurm", "local"):
-            raise ValueError(f"cluster must be slurm or local; got {cluster!r}")
-        chosen = {"partition": partition, "gres": gres} | sbatch_options(slurm or [])
-        file = model_path(model)
-        results = _results(images, output)
-        from deformux.cli.predict import print_predicted, scans_of
-        from deformux.cli.predict_cluster import ClusterOptions, predict_on_cluster
-        from deformux.networks.model_file import read_card
-
-        options = ClusterOptions(
-            cluster,
-            shards,
-            max_parallel,
-            retries,
-            timeout_min,
-            {name: value for name, value in chosen.items() if value},
-        )
-        card = read_card(file)
-        scans = scans_of(results, card.preprocessing.sequences)
-        done = predict_on_cluster(
-            file, scans, output, options=options, overwrite=overwrite, device=device, threads=threads
-        )
-        print_predicted(done, card, output)
-
-
-def _results(images: Path, output: Path) -> dict[str, Path]:
-    """Return the name of each result, without a suffix, and its scan; make the folder for them.
-
-    Raises:
-        InvalidFolder: there is no scan, or a result would replace one.
-    """
-    paths = [images] if images.is_file() else find_images(existing_folder(images))
-    results = dict(zip(result_names(paths), paths, strict=True))
-    scans = {path.resolve() for path in paths}
-    for name in results:
-        if (target := output / f"{name}.nii.gz").resolve() in scans:
-            raise InvalidFolder(f"a result would replace the scan {target}; name a different output folder")
-    writable_folder(output)
-    return results
+app.command(name="predict")(predict_command)
+app.command(name="predict-cluster")(predict_cluster_command)
 
 
 @app.command(name="evaluate")
