@@ -81,6 +81,13 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log eac
     )
 
 
+def _choices(*, preset: str, **texts: str) -> Choices:
+    """Parse what a user decided; raise ValueError if a value is not valid."""
+    if preset not in (*PRESETS, AUTO):
+        raise ValueError(f"preset must be {AUTO} or one of {', '.join(PRESETS)}; got {preset!r}")
+    return Choices.from_options(preset=preset, **texts)
+
+
 @app.command(name="plan")
 def plan_command(
     data: Annotated[
@@ -110,7 +117,7 @@ def plan_command(
     with clear_errors():
         valid_device(device)
         names = list(split_label_names(labels)) if labels.strip() else label_names(existing_folder(data)) or []
-        given = Choices.from_options(
+        given = _choices(
             modality=modality,
             spacing=spacing,
             patch_size=patch_size,
@@ -119,8 +126,6 @@ def plan_command(
             frame=frame,
             preset=preset,
         )
-        if given.preset is not None and given.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         images, cases = scans_and_cases(existing_folder(data), subset=subset or None)
         if json_file is not None:
             writable_file(json_file, suffix=".json")
@@ -173,7 +178,7 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        given = Choices.from_options(
+        given = _choices(
             modality=modality,
             spacing=spacing,
             patch_size=patch_size,
