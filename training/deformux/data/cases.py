@@ -144,7 +144,8 @@ def sequence_naming(folder: Path) -> SequenceNaming:
         InvalidFolder: as ``find_cases``, or ``dataset.json`` has unusable ``image_channels``.
     """
     images, labels = _image_and_label_folders(folder)
-    return _naming(folder, _by_stem(find_images(images)), _by_stem(find_images(labels)))
+    labelled = _by_stem(find_images(labels))
+    return _naming(folder, _by_stem(find_images(images)), labelled)
 
 
 def folder_naming(scans: Sequence[Path], sequences: Sequence[str]) -> SequenceNaming:
