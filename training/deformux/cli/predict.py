@@ -15,12 +15,12 @@ from rich.progress import TaskID
 
 from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
+from deformux.cli.locators import locator_beside
 from deformux.data.atomic_files import replacing
 from deformux.data.cases import volume_id
 from deformux.data.loading import filled_voxels
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
-from deformux.inference.locator_file import load_locator
 from deformux.inference.sliding_window import segment_labels
 from deformux.networks.model_file import ModelCard, load_model
 
@@ -43,7 +43,7 @@ def segment_files(model: Path, results: Mapping[str, Path], output: Path, *, dev
     where = torch_device(device)
     network, card = load_model(model)
     ready = prepared(network, where)
-    locator = load_locator(model, card, device=where)
+    locator = locator_beside(model, card, device=where)
     failed, said = [], []
     with timed_bar("segmenting") as bar:
         task = bar.add_task("segmenting", total=len(results))
