@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import pytest
 import torch
 
 from deformux.data.preprocessing import Preprocessing
+from deformux.inference.locate import Locator
+from deformux.inference.locator_file import locator_path
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard
 from deformux.networks.pretrained import PRETRAINED
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.infers.cancellation import ClientGone, watch_client
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.trainers.status import TrainingStatus
 
@@ -54,6 +58,49 @@ def test_a_pointer_to_a_missing_version_serves_no_model(tmp_path: Path) -> None:
     models = ServedModels(PROJECT, tmp_path)
     models.versions.path(published(models, 1.0)).unlink()
     assert models.current() is None
+
+
+def test_each_version_is_served_with_its_own_locator(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models = ServedModels(PROJECT, tmp_path)
+    card = ModelCard(labels=("a", "b"), preprocessing=Preprocessing(), preset="tiny")
+    names = []
+    for threshold in (0.1, 0.3):
+        locator = Locator(DeformUXNet(1, 3, "tiny"), (2, 2, 1), (16, 16, 16), (0.0, 1.0), threshold, 10.0, (1,))
+        names.append(models.versions.write(DeformUXNet(1, 3, "tiny"), card, locator=locator))
+    plain = published(models, 1.0)
+    first, second = (models.locator(name, "cpu") for name in names)
+    assert first is not None
+    assert second is not None
+    assert (first.threshold, second.threshold) == (0.1, 0.3)
+    assert models.locator(names[1], "cpu") is second, "it is not read again"
+    assert models.locator(plain, "cpu") is None
+    assert caplog.text == ""
+    locator_path(models.versions.path(names[0])).write_bytes(b"damaged")
+    assert models.locator(names[0], "cpu") is None
+    assert "without a locator" in caplog.text
+    assert models.load(names[0], "cpu")[1].locator["expected"] == [1], "the model answers all the same"
+
+
+def test_a_network_stops_between_layers_when_its_client_leaves(tmp_path: Path) -> None:
+    """A large window takes seconds on a CPU."""
+    models = ServedModels(PROJECT, tmp_path)
+    name = published(models, 1.0)
+    network, _ = models.load(name, "cpu")
+    asked = 0
+
+    def gone() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 3
+
+    def run() -> None:
+        watch_client(gone)
+        network(torch.zeros(1, 1, 16, 16, 16))
+
+    with pytest.raises(ClientGone):
+        contextvars.copy_context().run(run)
+    assert asked == 4
+    network(torch.zeros(1, 1, 16, 16, 16))
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

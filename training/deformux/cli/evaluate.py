@@ -13,11 +13,11 @@ from rich.table import Table
 
 from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
+from deformux.cli.locators import locator_beside
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.evaluate import evaluate
-from deformux.inference.locator_file import load_locator
 from deformux.inference.metrics import mean_dice
 from deformux.networks.model_file import load_model
 
@@ -57,7 +57,7 @@ def score_on_folder(
             card.preprocessing,
             n_labels=len(card.labels),
             device=where,
-            locator=load_locator(model, card, device=where),
+            locator=locator_beside(model, card, device=where),
             on_case=lambda *_: bar.update(task, advance=1),
             on_warning=lambda case, filled: said.append(f"{case.image.name}: {filled}"),
             on_invalid=skip,

@@ -17,6 +17,7 @@ from rich.progress import TaskID
 
 from deformux.cli.common import console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
+from deformux.cli.locators import locator_beside
 from deformux.data.cases import folder_naming, result_names, volume_id
 from deformux.data.loading import filled_voxels, missing_sequences
 from deformux.data.result_record import ResultRecord, read_record, write_recorded
@@ -24,7 +25,6 @@ from deformux.data.sequences import SequenceNaming, first_present, split_stem
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import prepared
 from deformux.inference.locate import Locator
-from deformux.inference.locator_file import load_locator
 from deformux.inference.slabs import WindowsDone
 from deformux.inference.sliding_window import Network, segment_labels
 from deformux.networks.model_file import ModelCard, load_model
@@ -139,7 +139,7 @@ def segment_files(
     if not missing:
         return done
     ready = prepared(network, where)
-    locator = load_locator(model, card, device=where)
+    locator = locator_beside(model, card, device=where)
     # Scans take minutes each on a CPU: the time left is a mean over all of them.
     with timed_bar("segmenting", mean_over_s=float("inf")) as bar:
         task = bar.add_task("", total=len(missing))

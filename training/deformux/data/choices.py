@@ -46,7 +46,6 @@ class Choices:
         percentiles: str = AUTO,
         frame: str = AUTO,
         preset: str = AUTO,
-        batch_size: int | None = None,
     ) -> Choices:
         """Parse what a user types; ``auto`` and nothing leave a choice to the plan.
 
@@ -69,7 +68,7 @@ class Choices:
         if "spacing" in typed and checked.spacing_mm is None:
             found["spacing_mm"] = "native"
         named = preset.strip() if preset.strip() not in ("", AUTO) else None
-        return cls(**found, preset=named, batch_size=batch_size)
+        return cls(**found, preset=named)
 
     def to_options(self) -> dict[str, str]:
         """Return texts from which ``from_options`` makes the same choices but the batch size."""

@@ -14,7 +14,7 @@ from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint
 from deformux.data.frame import AUGMENTATION_REASONS, choose_frame, frame_augmentation
 from deformux.data.planned_grid import (
-    StageStrides,
+    PlannedStrides,
     Voxels3,
     coarsened_spacing,
     planned_patch,
@@ -86,7 +86,7 @@ class Plan:
 
     preprocessing: Preprocessing
     preset: str
-    strides: StageStrides
+    strides: PlannedStrides
     recipe_changes: Mapping[str, Any]
     reasons: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Plan:
             raise ValueError(f"a plan cannot be read: {type(error).__name__} {error}") from error
 
 
-Measure: TypeAlias = Callable[[str, StageStrides], Speed]
+Measure: TypeAlias = Callable[[str, PlannedStrides], Speed]
 
 
 def assumed_speed(device: str, preset: str) -> Speed:
@@ -314,7 +314,7 @@ def _spacing(scans: ScanSizes, given: Choices, budget: float, reasons: dict[str,
 
 def _patch(
     scans: ScanSizes, given: Choices, spacing: _Triple, budget: _Budget, reasons: dict[str, str]
-) -> tuple[Voxels3, StageStrides]:
+) -> tuple[Voxels3, PlannedStrides]:
     """Return the patch and its strides: of the larger budget only as much as it takes to see enough."""
     if given.patch_size is not None:
         reasons["patch_size"] = "given"
@@ -331,7 +331,7 @@ def _patch(
     return patch, strides
 
 
-def _why_strides(strides: StageStrides) -> str:
+def _why_strides(strides: PlannedStrides) -> str:
     if all(step == 2 for stride in strides for step in stride):
         return "the published network's: all axes have about the same spacing"
     kept = [axis + 1 for axis in range(3) if any(stride[axis] == 1 for stride in strides)]

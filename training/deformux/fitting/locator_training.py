@@ -117,9 +117,9 @@ def fit_locator(
     Raises:
         TrainingStopped: ``stop`` returned true.
     """
-    if prep.channels > 1 or not any(_is_large(case, prep) for case in cases):
-        return FittedLocator()
     try:
+        if prep.channels > 1 or not any(_is_large(case, prep) for case in cases):
+            return FittedLocator()
         return _fitted(cases, val_cases, prep, labels, device=device, seed=seed, seconds=seconds, stop=stop)
     except TrainingStopped:
         raise

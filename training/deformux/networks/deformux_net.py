@@ -24,7 +24,7 @@ __all__ = ["PUBLISHED_STRIDES", "DeformUXNet", "StageStrides", "used_channels"]
 # One triple for each stage of the encoder.
 StageStrides: TypeAlias = tuple[tuple[int, int, int], ...]
 
-PUBLISHED_STRIDES: StageStrides = ((2, 2, 2),) * 4
+PUBLISHED_STRIDES = ((2, 2, 2), (2, 2, 2), (2, 2, 2), (2, 2, 2))
 
 
 class DeformUXNet(nn.Module):

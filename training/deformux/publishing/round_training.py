@@ -88,13 +88,14 @@ class RoundTrainings:
 
         chosen = Plan.from_dict(self.round_folder.kept(f"plan-{part}", setup))
         base = plan.recipes[part].replace(**{**chosen.recipe_changes, **options.fixed})
-        if options.minutes is None:
+        minutes = options.minutes
+        if minutes is None:
             return Training(chosen, base, parent, weights)
         of_project = parent is not None and not parent.startswith(FOREIGN)
         recipe = self.round_folder.kept(
             f"recipe-{part}",
             lambda: in_minutes(
-                options.minutes * (_CONTINUED_TIME if of_project else 1.0),
+                minutes * (_CONTINUED_TIME if of_project else 1.0),
                 self.network(chosen, weights, plan.seed, guidance=base.clicks > 0),
                 plan.training,
                 recipe=base,
