@@ -82,9 +82,9 @@ def test_finest_axes_are_coarsened_first_and_only_so_far() -> None:
     assert coarsened_spacing((1, 2, 8), (99, 99, 80), most_voxels=10, coarsest_mm=(2.5, 1, 9)) == (2.5, 2, 9)
 
 
-def test_native_where_all_scans_agree() -> None:
+def test_the_spacing_is_named_even_where_all_scans_agree() -> None:
     same = project((scan(), label(((5, 5, 5), (30, 40, 30)))), (scan(spacing=(1.005, 1, 1)), None))
-    assert make_plan(same, labels=["a"]).preprocessing.spacing_mm is None
+    assert make_plan(same, labels=["a"]).preprocessing.spacing_mm == pytest.approx((1, 1, 1), rel=0.01)
     differ = project((scan(), label(((5, 5, 5), (30, 40, 30)))), (scan(spacing=(1.1, 1, 1)), None))
     assert make_plan(differ, labels=["a"]).preprocessing.spacing_mm == pytest.approx((1.05, 1, 1))
 
@@ -100,9 +100,9 @@ def test_spacing_is_coarsened_until_the_labels_fit_and_small_labels_remain() -> 
     # A vessel of 6 voxels beside it forbids that.
     vessel = project((scan((256, 256, 128)), label(wide, wide, chords=(6, 6, 6))))
     plan = make_plan(vessel, labels=["organ", "vessel"], measure=speed(100e3))
-    assert plan.preprocessing.spacing_mm is None
+    assert plan.preprocessing.spacing_mm == (1, 1, 1)
     # A device that is fast enough keeps nnU-Net's.
-    assert make_plan(big, labels=["organ"], measure=speed(100e6)).preprocessing.spacing_mm is None
+    assert make_plan(big, labels=["organ"], measure=speed(100e6)).preprocessing.spacing_mm == (1, 1, 1)
 
 
 # Strides and patch

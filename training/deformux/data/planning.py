@@ -303,7 +303,8 @@ def _spacing(scans: ScanSizes, given: Choices, budget: float, reasons: dict[str,
         spacing = coarsened_spacing(start, need, most_voxels=_PATCHES * budget, coarsest_mm=_triple(coarsest))
     if np.allclose(spacing, start, rtol=_SAME_SPACING):
         reasons["spacing_mm"] = f"{_mm(start)}, {'the same in all scans' if scans.same else why}, as nnU-Net"
-        return start, scans.same
+        # Named even where all scans agree: one that comes later may have another.
+        return start, False
     rounded = _triple([float(f"{s:.3g}") for s in spacing])
     wanted = f"so that {_PATCHES:g} patches see all labels ({_mm(need)})"
     if math.prod(n / s for n, s in zip(need, rounded, strict=True)) > 1.05 * _PATCHES * budget:
