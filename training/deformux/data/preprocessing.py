@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from deformux.data.frame import FRAMES
+
 __all__ = ["MODALITIES", "Preprocessing"]
 
 MODALITIES = ("ct", "mr")
@@ -18,10 +20,12 @@ class Preprocessing:
     Args:
         modality: ``ct`` clips to ``window_hu`` and scales to 0..1; ``mr`` clips to ``percentiles`` of the volume and
             standardises, since MR intensities have no unit.
-        spacing_mm: voxel size along the axes right, anterior, superior; None keeps the scan's own.
+        spacing_mm: voxel size along the frame's axes; None keeps the scan's own.
         patch_size: voxels of a training patch and of an inference window along the same axes.
         window_hu: Hounsfield units.
         percentiles: percent.
+        frame: ``ras`` turns a scan to the nearest of right, anterior, superior; ``acquisition`` keeps the axes of the
+            file, with the through-plane axis last (``deformux.data.frame``).
 
     Raises:
         ValueError: a value is out of range; the message lists the valid ones.
@@ -32,6 +36,7 @@ class Preprocessing:
     patch_size: tuple[int, int, int] = (96, 96, 96)
     window_hu: tuple[float, float] = (-175.0, 250.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
+    frame: str = "ras"
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -39,12 +44,14 @@ class Preprocessing:
         spacing = self.spacing_mm
         if spacing is not None and (len(spacing) != 3 or not all(0.05 <= s <= 50 for s in spacing)):
             raise ValueError(f"spacing must be 'native' or three sizes between 0.05 and 50 mm; got {spacing}")
-        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 16 <= p <= 512 for p in self.patch_size):
-            raise ValueError(f"patch size must be three whole numbers between 16 and 512 voxels; got {self.patch_size}")
+        if len(self.patch_size) != 3 or not all(isinstance(p, int) and 1 <= p <= 512 for p in self.patch_size):
+            raise ValueError(f"patch size must be three whole numbers between 1 and 512 voxels; got {self.patch_size}")
         if not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
+        if self.frame not in FRAMES:
+            raise ValueError(f"frame must be one of {', '.join(FRAMES)}; got {self.frame!r}")
 
     @classmethod
     def from_options(cls, modality: str, spacing: str, patch_size: str) -> Preprocessing:
@@ -62,8 +69,12 @@ class Preprocessing:
         return cls.from_dict({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card."""
-        return asdict(self)
+        """Return plain values for the card, without the frame of models that were trained before there was a choice."""
+        values = asdict(self)
+        if self.frame == "ras":
+            # Unchanged: this identifies checkpoints and simulations.
+            del values["frame"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

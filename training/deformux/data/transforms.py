@@ -18,9 +18,8 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
-from nibabel.affines import voxel_sizes
-from nibabel.orientations import io_orientation
 
+from deformux.data.frame import frame_codes, frame_grid
 from deformux.data.grid import ScanGrid
 from deformux.data.header import InvalidVolume, max_voxels, shown_shape
 from deformux.data.loading import LoadLabeld, LoadVolumed
@@ -116,9 +115,9 @@ class _BoundedGrid(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         image = data["image"]
         if self.prep.spacing_mm is not None:
-            ras = io_orientation(np.asarray(image.affine))[:, 0].astype(int)
-            extent = np.array(image.shape[1:]) * voxel_sizes(np.asarray(image.affine))
-            size = np.ceil(extent / np.array(self.prep.spacing_mm)[ras])
+            shape, spacing = frame_grid(self.prep.frame, image.shape[1:], image.affine)
+            extent = np.array(shape) * spacing
+            size = np.ceil(extent / self.prep.spacing_mm)
             if size.prod() > max_voxels():
                 name, mm = Path(image.meta["filename_or_obj"]).name, shown_shape([f"{length:.4g}" for length in extent])
                 raise InvalidVolume(
@@ -128,9 +127,25 @@ class _BoundedGrid(Transform):
         return dict(data)
 
 
+class _IntoFrame(Transform):
+    """Turns the axes of volumes on one grid into a frame, without resampling."""
+
+    def __init__(self, frame: str, keys: tuple[str, ...]) -> None:
+        self.frame, self.keys = frame, keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        first = data[self.keys[0]]
+        codes = frame_codes(self.frame, first.shape[1:], first.affine)
+        axes = (("L", "R"), ("P", "A"), ("I", "S"))
+        d: dict[Hashable, Any] = dict(Orientationd(self.keys, axcodes=codes, labels=axes)(dict(data)))
+        if self.frame == "acquisition":
+            # A mean sums in the order of memory: the last bits would depend on the order in which a file is stored.
+            d.update({key: d[key].contiguous() for key in self.keys})
+        return d
+
+
 def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
-    axes = (("L", "R"), ("P", "A"), ("I", "S"))
-    transforms: list[Transform] = [Orientationd(keys, axcodes="RAS", labels=axes)]
+    transforms: list[Transform] = [_IntoFrame(prep.frame, keys)]
     if prep.spacing_mm is not None:
         mode = tuple("bilinear" if key == "image" else "nearest" for key in keys)
         transforms.append(Spacingd(keys, pixdim=prep.spacing_mm, mode=mode, padding_mode="border", dtype=np.float32))

@@ -103,13 +103,45 @@ class OpenVolume:
                 values[..., begin : begin + n] = _scaled(slab, header).T
             stream.finish()
         except Damaged as error:
-            raise InvalidVolume(
-                f"{self.name} cannot be read: its voxels are damaged, or the file is cut off"
-            ) from error
+            raise self._damaged() from error
         if header.layers > 1:
             values = np.moveaxis(values, header.layer_axis, 0)
             return Volume(values.reshape(header.layers, *header.shape), header)
         return Volume(values.reshape(header.shape), header)
+
+    def read_slices(self, count: int, *, most_bytes: int) -> npt.NDArray[np.float32]:
+        """Read evenly spaced slices ``(X, Y, n)`` along the file's last axis, as float32, from its first bytes.
+
+        Args:
+            count: largest number of slices.
+            most_bytes: decoded bytes after which nothing more is read, beyond the first slice.
+
+        Raises:
+            InvalidVolume: the voxels end too early, or are damaged.
+        """
+        header = self.header
+        sizes = list(header.file_shape)
+        while len(sizes) > 1 and sizes[-1] == 1:
+            sizes.pop()
+        *within, last = sizes
+        row = math.prod(within) * header.dtype.itemsize
+        reachable = max(1, min(last, most_bytes // row))
+        wanted = {int(index) for index in np.linspace(0, reachable - 1, min(count, reachable)).round()}
+        found = []
+        block = memoryview(bytearray(row))
+        try:
+            stream = open_voxels(self.file, self.size, header)
+            for index in range(max(wanted) + 1):
+                _fill(block, stream.read)
+                if index in wanted:
+                    values = _scaled(np.frombuffer(block, dtype=header.dtype), header)
+                    found.append(values.astype(np.float32).reshape(within, order="F"))
+        except Damaged as error:
+            raise self._damaged() from error
+        return np.stack(found, axis=-1)
+
+    def _damaged(self) -> InvalidVolume:
+        return InvalidVolume(f"{self.name} cannot be read: its voxels are damaged, or the file is cut off")
 
 
 def is_compressed_too_far(n_bytes: int, size: int) -> bool:

@@ -327,6 +327,7 @@ def _compile_once(
         return None
     identity = {
         "preset": network.preset,
+        "strides": network.strides,
         "channels": (network.in_channels, network.out_channels, network.guidance_channels),
         "batch": recipe.batch_size // ranks.size,
         "patch": prep.patch_size,

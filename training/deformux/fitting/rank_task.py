@@ -82,6 +82,7 @@ class RankTask:
             "preset": network.preset,
             "activation_checkpointing": network.activation_checkpointing,
             "guidance": network.guidance_channels > 0,
+            "strides": network.strides,
         }
         with torch.device("meta"):
             like = DeformUXNet(**arguments)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetrUpBlock
@@ -18,10 +19,12 @@ from deformux.networks.fast_cpu_conv import adopt
 from deformux.networks.guided_layers import GuidedConv3d, InputBlock, Stem
 from deformux.networks.presets import PRESETS, Preset
 
-__all__ = ["DeformUXNet", "used_channels"]
+__all__ = ["PUBLISHED_STRIDES", "DeformUXNet", "Strides", "used_channels"]
 
-# The deepest stage sees 1/16 of the resolution.
-_STRIDE = 16
+# One triple for each stage of the encoder.
+Strides: TypeAlias = tuple[tuple[int, int, int], ...]
+
+PUBLISHED_STRIDES: Strides = ((2, 2, 2),) * 4
 
 
 class DeformUXNet(nn.Module):
@@ -29,6 +32,10 @@ class DeformUXNet(nn.Module):
 
     The encoder has four stages at 1/2 … 1/16 of the resolution, the decoder is UNETR's. Each row of the paper's
     ablation (table 3) is one of the keyword arguments.
+
+    Along an axis that a stage does not halve (``strides``), its reduction has kernel size 1, as in nnU-Net (Isensee et
+    al., Nature Methods 2021): where slices are several times as thick as pixels, seven pixels span about one slice. The
+    deformable convolutions still see three.
 
     Args:
         in_channels: channels of the scan.
@@ -42,8 +49,10 @@ class DeformUXNet(nn.Module):
             their activations.
         guidance: take an annotator's clicks and a mask to start from, see ``forward``. Without them the output equals
             that of a network without guidance, bit for bit.
+        strides: one triple for each of the four stages, 1 or 2 along each axis; published is 2 everywhere.
 
     Attributes:
+        multiple: product of the strides along each axis; an input is padded to a multiple of it.
         guidance_channels: 2 · out_channels - 1 with guidance, else 0.
 
     Raises:
@@ -71,6 +80,7 @@ class DeformUXNet(nn.Module):
         mlp: Mlp = "dense",
         activation_checkpointing: bool = False,
         guidance: bool = False,
+        strides: Sequence[Sequence[int]] = PUBLISHED_STRIDES,
     ) -> None:
         super().__init__()
         _check_one_of("preset", preset, tuple(PRESETS))
@@ -83,6 +93,8 @@ class DeformUXNet(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.in_channels, self.out_channels, self.preset = in_channels, out_channels, preset
         self.activation_checkpointing = activation_checkpointing
+        self.strides = _checked_strides(strides)
+        self.multiple = tuple(math.prod(along) for along in zip(*self.strides, strict=True))
         block = partial(
             DeformUXNetBlock,
             convolution=convolution,
@@ -104,27 +116,30 @@ class DeformUXNet(nn.Module):
 
     def _add_encoder(self, sizes: Preset, block: Callable[[int], DeformUXNetBlock]) -> None:
         widths = sizes.channels
-        for level, (width, depth) in enumerate(zip(widths, sizes.depths, strict=True)):
+        for level, (width, depth, stride) in enumerate(zip(widths, sizes.depths, self.strides, strict=True)):
             if level == 0:
-                reduce: nn.Sequential = Stem(
-                    nn.Conv3d(self.in_channels, width, 7, stride=2, padding=3), ChannelNorm(width)
+                d, h, w = (7 if step == 2 else 1 for step in stride)
+                convolution = nn.Conv3d(
+                    self.in_channels, width, (d, h, w), stride=stride, padding=(d // 2, h // 2, w // 2)
                 )
+                reduce: nn.Sequential = Stem(convolution, ChannelNorm(width))
             else:
                 before = widths[level - 1]
-                reduce = nn.Sequential(ChannelNorm(before), nn.Conv3d(before, width, 2, stride=2))
+                reduce = nn.Sequential(ChannelNorm(before), nn.Conv3d(before, width, stride, stride=stride))
             self.downsample.append(reduce)
             self.stages.append(nn.ModuleList(block(width) for _ in range(depth)))
             self.stage_norms.append(ChannelNorm(width))
 
     def _add_decoder(self, sizes: Preset) -> None:
-        # Skip connection k has resolution 1/2^k; the raw image is the first.
+        # Skip connection k follows k reductions; the raw image is the first.
         sources = (self.in_channels, *sizes.channels)
         targets = (*sizes.channels, sizes.hidden)
         options: dict[str, Any] = {"kernel_size": 3, "norm_name": "instance", "res_block": True}
         for kind, source, target in zip((InputBlock, *(UnetrBasicBlock,) * 4), sources, targets, strict=True):
             self.skips.append(kind(3, source, target, stride=1, **options))
         for k in reversed(range(4)):
-            self.ups.append(UnetrUpBlock(3, targets[k + 1], targets[k], upsample_kernel_size=2, **options))
+            up = UnetrUpBlock(3, targets[k + 1], targets[k], upsample_kernel_size=self.strides[k], **options)
+            self.ups.append(up)
         width = targets[0]
         self.fuse = UnetrBasicBlock(3, width, width, stride=1, **options)
         self.head = UnetOutBlock(3, width, self.out_channels)
@@ -158,7 +173,7 @@ class DeformUXNet(nn.Module):
         return self.decode(features, guidance, channels)[:, :, : size[0], : size[1], : size[2]]
 
     def encode(self, x: Tensor, guidance: Tensor | None = None, channels: Tensor | None = None) -> list[Tensor]:
-        """Return the scan, padded to a multiple of 16, and the normalised output of each of the four stages.
+        """Return the scan, padded to a multiple of ``multiple``, and the normalised output of each of the four stages.
 
         Raises:
             ValueError: as for ``forward``.
@@ -167,7 +182,7 @@ class DeformUXNet(nn.Module):
             raise ValueError(f"expected input (N, {self.in_channels}, D, H, W), got shape {tuple(x.shape)}")
         if guidance is not None and (guidance.ndim != 5 or guidance.shape[2:] != x.shape[2:]):
             raise ValueError(f"expected guidance of {tuple(x.shape[2:])} voxels, got shape {tuple(guidance.shape)}")
-        x = _pad(x)
+        x = self._pad(x)
         features = [x]
         z = x
         used = self._used(guidance, channels)
@@ -175,18 +190,21 @@ class DeformUXNet(nn.Module):
             z = downsample(z, *used)
             used = ()
             for block in stage:  # type: ignore[attr-defined]
-                z = self._run(block, z)
+                z = self._run(block, z, grid=z)
             features.append(norm(z))
         return features
 
     def decode(self, features: list[Tensor], guidance: Tensor | None = None, channels: Tensor | None = None) -> Tensor:
         """Return logits, at the padded size, of the features that ``encode`` returned for the same guidance."""
-        skips = [self._call(self.skips[0], features[0], *self._used(guidance, channels))]
-        skips += [self._run(skip, feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)]
+        skips = [self._run(self.skips[0], features[0], *self._used(guidance, channels), grid=features[0])]
+        skips += [
+            self._run(skip, feature, grid=feature) for skip, feature in zip(self.skips[1:], features[1:], strict=True)
+        ]
         z = skips.pop()
         for up in self.ups:
-            z = self._run(up, z, skips.pop())
-        return self.head(self._run(self.fuse, z))
+            skip = skips.pop()
+            z = self._run(up, z, skip, grid=skip)
+        return self.head(self._run(self.fuse, z, grid=z))
 
     def _used(self, guidance: Tensor | None, channels: Tensor | None) -> tuple[Tensor, ...]:
         """Return the non-empty channels of guidance, padded with zeros to the scan's size, and their numbers."""
@@ -195,20 +213,37 @@ class DeformUXNet(nn.Module):
         if not self.guidance_channels:
             raise ValueError("this network takes no guidance; build it with guidance=True")
         if channels is not None:
-            return _pad(guidance, "constant"), channels
+            return self._pad(guidance, "constant"), channels
         if guidance.shape[1] != self.guidance_channels:
             raise ValueError(f"expected {self.guidance_channels} channels of guidance, got {guidance.shape[1]}")
         # Most labels have no click: with 40 of them, convolving zeros would cost more than everything else.
         channels = used_channels(guidance)
-        return _pad(guidance[:, channels], "constant"), channels
+        return self._pad(guidance[:, channels], "constant"), channels
 
-    def _run(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        grid = inputs[-1]
-        if grid.device.type == "cpu" and grid.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
+    def _pad(self, x: Tensor, mode: str = "replicate") -> Tensor:
+        """Pad each axis at its end to a multiple of ``multiple``, so that the coarsest grid has several voxels."""
+        size, multiple = x.shape[2:], self.multiple
+        padded = [-(-length // step) * step for length, step in zip(size, multiple, strict=True)]
+        if tuple(padded) == multiple:
+            # Instance normalisation has no variance over a single voxel. A second slice would be foreign to a network
+            # for single slices.
+            axis = max(range(3), key=lambda axis: (multiple[axis], axis))
+            padded[axis] *= 2
+        missing = [target - length for target, length in zip(padded, size, strict=True)]
+        if not any(missing):
+            return x
+        return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode=mode)
+
+    def _run(self, module: nn.Module, *inputs: Tensor, grid: Tensor) -> Tensor:
+        """Call a module whose convolutions work on the voxels of ``grid``."""
+        size = grid.shape[2:]
+        # Only the first axis was seen to be concerned, on a processor with AVX-512; without gradients, none can be.
+        thin = size[0] == 2 or (torch.is_grad_enabled() and 2 in size)
+        if grid.device.type == "cpu" and thin and torch.is_autocast_enabled("cpu"):
             # oneDNN's bfloat16 weight gradient of a 3×3×3 convolution reads memory it never wrote where the grid is
             # two voxels deep (seen with torch 2.15): wrong at best, NaN at worst. Such grids are small.
             with torch.autocast("cpu", enabled=False):
-                return self._call(module, *(x.float() for x in inputs))
+                return self._call(module, *(x.float() if x.is_floating_point() else x for x in inputs))
         return self._call(module, *inputs)
 
     def _call(self, module: nn.Module, *inputs: Tensor) -> Tensor:
@@ -227,13 +262,16 @@ def _check_one_of(name: str, value: object, valid: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, valid))}; got {value!r}")
 
 
-def _pad(x: Tensor, mode: str = "replicate") -> Tensor:
-    """Pad each axis at its end to a multiple of 16, so that the coarsest grid has several voxels."""
-    padded = [-(-length // _STRIDE) * _STRIDE for length in x.shape[2:]]
-    if max(padded) == _STRIDE:
-        # Instance normalisation has no variance over a single voxel.
-        padded[-1] = 2 * _STRIDE
-    missing = [target - length for target, length in zip(padded, x.shape[2:], strict=True)]
-    if not any(missing):
-        return x
-    return F.pad(x, (0, missing[2], 0, missing[1], 0, missing[0]), mode=mode)
+def _checked_strides(strides: Sequence[Sequence[int]]) -> Strides:
+    """Return strides, which may be lists, as tuples; raise ValueError unless they are four triples of 1 or 2."""
+    try:
+        checked = tuple((d, h, w) for d, h, w in strides)
+    except (TypeError, ValueError):
+        checked = ()
+    steps = [step for stride in checked for step in stride]
+    if len(steps) != 3 * len(PUBLISHED_STRIDES) or not all(type(step) is int and step in (1, 2) for step in steps):
+        raise ValueError(
+            "strides must be four triples of 1 or 2, one for each stage, such as "
+            f"((2, 2, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2)); got {strides!r}"
+        )
+    return checked

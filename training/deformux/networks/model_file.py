@@ -19,7 +19,7 @@ from safetensors.torch import load, save_file
 
 from deformux.data.atomic_files import replacing, write_text
 from deformux.data.preprocessing import Preprocessing
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 
 __all__ = [
     "InvalidModel",
@@ -122,7 +122,8 @@ class ModelCard:
         values["preprocessing"] = Preprocessing.from_dict(values["preprocessing"])
         for name in ("labels", "training_cases"):
             values[name] = tuple(values.get(name, ()))
-        return cls(**values)
+        options = values.get("network_options", {})
+        return cls(**{**values, "network_options": {name: _tuples(value) for name, value in options.items()}})
 
 
 def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: torch.dtype = torch.float32) -> None:
@@ -139,7 +140,8 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
 
 def network_options(network: DeformUXNet) -> dict[str, Any]:
     """Return the options of a network that its card must name for ``load_model`` to rebuild it."""
-    return {"guidance": True} if network.guidance_channels else {}
+    options: dict[str, Any] = {"guidance": True} if network.guidance_channels else {}
+    return options if network.strides == PUBLISHED_STRIDES else {**options, "strides": network.strides}
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -186,7 +188,8 @@ def warm_start(network: DeformUXNet, path: Path) -> list[str]:
     """Copy every weight of a model file with the same name and shape; return the names that were not copied.
 
     A model of other labels thus gives everything but its output layer and its guidance. Models with and without
-    guidance share everything else.
+    guidance share everything else. A model of other strides gives everything but the convolutions whose kernels follow
+    from them: a kernel that fits always has the same stride.
 
     Raises:
         InvalidModel: the file cannot be read, or nothing but the output layer could fit.
@@ -224,6 +227,11 @@ def _read_weights(path: Path, checksum: str) -> dict[str, torch.Tensor]:
 
 def _checksum(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _tuples(value: Any) -> Any:
+    """Replace lists by tuples."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _without_nan(value: Any) -> Any:
