@@ -14,11 +14,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Strides", "Voxels3", "coarsened_spacing", "nnunet_spacing", "planned_patch", "planned_strides"]
+__all__ = ["StageStrides", "Voxels3", "coarsened_spacing", "nnunet_spacing", "planned_patch", "planned_strides"]
 
 _Triple: TypeAlias = tuple[float, float, float]
 Voxels3: TypeAlias = tuple[int, int, int]
-Strides: TypeAlias = tuple[Voxels3, Voxels3, Voxels3, Voxels3]
+StageStrides: TypeAlias = tuple[Voxels3, Voxels3, Voxels3, Voxels3]
 
 # nnU-Net's threshold: slices are thick if more than this times as far apart as pixels, and fewer by the same factor.
 _ANISOTROPIC = 3.0
@@ -78,7 +78,7 @@ def coarsened_spacing(
     return _triple(spacing)
 
 
-def planned_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> Strides:
+def planned_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> StageStrides:
     """Return the strides of the four stages for a patch.
 
     An axis is not halved while it is at least twice as coarse as the finest one that can be, nor if too few voxels
@@ -100,7 +100,7 @@ def planned_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> Strid
 
 def planned_patch(
     spacing_mm: Sequence[float], need_vox: Sequence[float], image_vox: Sequence[float], *, most_voxels: float
-) -> tuple[Voxels3, Strides]:
+) -> tuple[Voxels3, StageStrides]:
     """Return the patch that sees most of what is needed with at most a number of voxels, and its strides.
 
     It starts from what is needed and is cut along the axis that has most of it, as nnU-Net cuts from the median shape.
@@ -127,14 +127,14 @@ def planned_patch(
     return patch, strides
 
 
-def _fitted(spacing_mm: Sequence[float], size: Sequence[int]) -> tuple[Voxels3, Strides]:
+def _fitted(spacing_mm: Sequence[float], size: Sequence[int]) -> tuple[Voxels3, StageStrides]:
     """Return a size rounded up to what the strides divide, and the strides."""
     strides = planned_strides(spacing_mm, size)
     rounded = [-(-n // step) * step for n, step in zip(size, _multiple(strides), strict=True)]
     return _whole(rounded), strides
 
 
-def _multiple(strides: Strides) -> Voxels3:
+def _multiple(strides: StageStrides) -> Voxels3:
     return _whole([math.prod(along) for along in zip(*strides, strict=True)])
 
 
@@ -144,5 +144,6 @@ def _whole(values: Sequence[int]) -> Voxels3:
 
 
 def _triple(values: npt.ArrayLike) -> _Triple:
-    x, y, z = (float(value) for value in np.asarray(values))
+    # Headers hold 32-bit numbers: 0.15 comes as 0.149999991.
+    x, y, z = (float(f"{value:.5g}") for value in np.asarray(values))
     return x, y, z

@@ -44,7 +44,9 @@ def planned_modality(fingerprint: Fingerprint) -> tuple[str, str]:
         return declared, f"dataset.json says {fingerprint.modality}"
     stated = [_named(scan.modality) for scan in fingerprint.scans.values() if scan.modality]
     if stated and all(stated) and len(set(stated)) == 1:
-        return str(stated[0]), f"the headers of {_of(len(stated), len(fingerprint.scans))} scans say {stated[0].upper()}"
+        return str(
+            stated[0]
+        ), f"the headers of {_of(len(stated), len(fingerprint.scans))} scans say {stated[0].upper()}"
     known = [scan.intensities for scan in fingerprint.scans.values() if scan.intensities is not None]
     if not known:
         return "mr", "no intensities are known, and standardising each scan is safe for any"
@@ -55,7 +57,10 @@ def planned_modality(fingerprint: Fingerprint) -> tuple[str, str]:
             f"({_range(hounsfield)}, air or fat far below 0)"
         )
     mixed = f"; {len(hounsfield)} may be CT" if hounsfield else ""
-    return "mr", f"{_of(len(known) - len(hounsfield), len(known))} scans have no Hounsfield units ({_range(known)}){mixed}"
+    return (
+        "mr",
+        f"{_of(len(known) - len(hounsfield), len(known))} scans have no Hounsfield units ({_range(known)}){mixed}",
+    )
 
 
 def planned_window(fingerprint: Fingerprint) -> tuple[tuple[float, float], str]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from deformux.data.fingerprint import Fingerprint
 from deformux.data.frame import choose_frame, frame_axes, frame_grid
 from deformux.data.planned_grid import (
-    Strides,
+    StageStrides,
     Voxels3,
     coarsened_spacing,
     nnunet_spacing,
@@ -28,9 +29,11 @@ _Triple: TypeAlias = tuple[float, float, float]
 
 # Minutes of a training where none are given.
 _MINUTES = {"cpu": 10.0, "gpu": 3.0}
-# Steps that a training should at least have: with fewer, more steps gain more than a larger patch
-# (benchmarks/results/few_labels.md).
-_WANTED_STEPS = {"cpu": 500, "gpu": 1500}
+# Steps that a training should have: up to here more steps gained more than larger patches
+# (benchmarks/results/models.md). Fewer are taken, down to the second number, while a patch sees too little.
+_STEPS = {"cpu": (500, 350), "gpu": (1500, 1000)}
+# A patch that sees this part of the labels and their surroundings sees enough.
+_ENOUGH_SEEN = 0.75
 # The rest of the minutes goes to reading scans, drawing patches, clicks and validation.
 _TRAINING_SHARE = 0.7
 _BATCH, _MAX_BATCH = 2, 4
@@ -43,7 +46,7 @@ _FIELD_PERCENTILE = 90.0
 # Spacing is coarsened until this many patches cover the field of view ...
 _PATCHES = 2.0
 # ... but not beyond this many times nnU-Net's, and while the thinnest label keeps this many voxels.
-_MAX_COARSENING, _LEAST_CHORD_VOX = 2.5, 6.0
+_MAX_COARSENING, _LEAST_CHORD_VOX = 3.0, 6.0
 # Scans have the same spacing if it differs by less.
 _SAME_SPACING = 0.01
 # Part of a GPU's free memory that a step may take.
@@ -98,7 +101,7 @@ class Plan:
 
     preprocessing: Preprocessing
     preset: str
-    strides: Strides
+    strides: StageStrides
     recipe_changes: Mapping[str, Any]
     reasons: Mapping[str, str]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -131,7 +134,7 @@ class Plan:
             raise ValueError(f"a plan cannot be read: {type(error).__name__} {error}") from error
 
 
-Measure: TypeAlias = Callable[[str, Strides], Speed]
+Measure: TypeAlias = Callable[[str, StageStrides], Speed]
 
 
 def assumed_speed(device: str, preset: str) -> Speed:
@@ -177,14 +180,15 @@ def make_plan(
     speed = measure(preset, scans.first_strides(given)) if measure else assumed_speed(kind, preset)
     batch = given.batch_size or _BATCH
     seconds = 60 * minutes * _TRAINING_SHARE
-    budget = _voxels_per_patch(speed, seconds / _WANTED_STEPS[kind], batch)
+    wanted, fewest = _STEPS[kind]
+    budget, most = (_voxels_per_patch(speed, seconds / steps, batch) for steps in (wanted, fewest))
     reasons["budget"] = (
         f"{speed.voxels_per_second / 1e3:,.0f} thousand voxels a second "
-        f"{'measured' if speed.measured else 'assumed'}, {_WANTED_STEPS[kind]} steps wanted in {minutes:g} minutes: "
-        f"up to {budget:,.0f} voxels in each of {batch} patches a step"
+        f"{'measured' if speed.measured else 'assumed'}: in {minutes:g} minutes {wanted} steps of {batch} patches of "
+        f"{budget:,.0f} voxels, or {fewest} of {most:,.0f}"
     )
     spacing, native = _spacing(scans, given, budget, reasons)
-    patch, strides = _patch(scans, given, spacing, budget, reasons)
+    patch, strides = _patch(scans, given, spacing, (budget, most), reasons)
     reasons["strides"] = _why_strides(strides)
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget // math.prod(patch))))
@@ -240,7 +244,8 @@ class _Scans:
         spacing, thick = nnunet_spacing(spacings, shapes)
         same = bool((np.abs(spacings / np.array(spacing) - 1) < _SAME_SPACING).all())
         known = range(1, n_labels + 1)
-        fields, chords = [], []
+        fields: list[npt.NDArray[np.float64]] = []
+        chords: dict[int, list[npt.NDArray[np.float64]]] = {}
         for scan, label in fingerprint.labelled:
             box = label.union(known)
             if box is None:
@@ -248,7 +253,9 @@ class _Scans:
             order = list(frame_axes(frame, scan.shape, scan.affine)[0])
             own = np.array(frame_grid(frame, scan.shape, scan.affine)[1])
             fields.append((np.array(box[1]) - box[0])[order] * own)
-            chords.append([np.array(label.chords_vox.get(n, (np.nan,) * 3))[order] * own for n in known])
+            for n, chord in label.chords_vox.items():
+                if n in known:
+                    chords.setdefault(n, []).append(np.array(chord)[order] * own)
         return cls(
             spacing_mm=spacing,
             thick=thick,
@@ -256,7 +263,7 @@ class _Scans:
             image_mm=_triple(np.median(shapes * spacings, axis=0)),
             field_mm=_triple(np.percentile(fields, _FIELD_PERCENTILE, axis=0)) if fields else None,
             # A label's thickness is its median over the scans; the thinnest label counts.
-            chord_mm=_triple(np.nanmin(np.nanmedian(chords, axis=0), axis=0)) if chords else None,
+            chord_mm=_triple(np.min([np.median(own, axis=0) for own in chords.values()], axis=0)) if chords else None,
         )
 
     def need_mm(self, spacing_mm: _Triple) -> _Triple:
@@ -270,7 +277,7 @@ class _Scans:
         margin = np.minimum(margin, margin.min() + np.array(spacing_mm))
         return _triple(np.minimum(field_ + 2 * margin, image))
 
-    def first_strides(self, given: Choices) -> Strides:
+    def first_strides(self, given: Choices) -> StageStrides:
         """Return the strides to measure with, before spacing and patch are known."""
         spacing = self.spacing_mm if given.spacing_mm in (None, "native") else given.spacing_mm
         assert not isinstance(spacing, str)
@@ -328,38 +335,33 @@ def _spacing(scans: _Scans, given: Choices, budget: float, reasons: dict[str, st
         reasons["spacing_mm"] = f"{_mm(start)}, {'the same in all scans' if scans.same else why}, as nnU-Net"
         return start, scans.same
     rounded = _triple([float(f"{s:.3g}") for s in spacing])
-    limit = "" if np.prod(np.array(scans.need_mm(start)) / rounded) <= 1.05 * _PATCHES * budget else (
-        f", no coarser, to keep {_LEAST_CHORD_VOX:g} voxels across the thinnest label"
-    )
-    reasons["spacing_mm"] = (
-        f"coarser than nnU-Net's {_mm(start)} ({why}), so that {_PATCHES:g} patches see all labels ({_mm(scans.need_mm(start))})"
-        + limit
-    )
+    wanted = f"so that {_PATCHES:g} patches see all labels ({_mm(need)})"
+    if math.prod(n / s for n, s in zip(need, rounded, strict=True)) > 1.05 * _PATCHES * budget:
+        wanted = f"as far as the thinnest label keeps {_LEAST_CHORD_VOX:g} voxels, at most {_MAX_COARSENING:g} times"
+    reasons["spacing_mm"] = f"coarser than nnU-Net's {_mm(start)} ({why}), {wanted}"
     return rounded, False
 
 
 def _patch(
-    scans: _Scans, given: Choices, spacing: _Triple, budget: float, reasons: dict[str, str]
-) -> tuple[Voxels3, Strides]:
+    scans: _Scans, given: Choices, spacing: _Triple, budgets: tuple[float, float], reasons: dict[str, str]
+) -> tuple[Voxels3, StageStrides]:
+    """Return the patch and its strides: of the larger budget only as much as it takes to see enough."""
     if given.patch_size is not None:
         reasons["patch_size"] = "given"
         return given.patch_size, planned_strides(spacing, given.patch_size)
     need = scans.need_mm(spacing)
-    patch, strides = planned_patch(
-        spacing,
-        [mm / s for mm, s in zip(need, spacing, strict=True)],
-        [mm / s for mm, s in zip(scans.image_mm, spacing, strict=True)],
-        most_voxels=budget,
-    )
+    need_vox, image_vox = ([mm / s for mm, s in zip(sizes, spacing, strict=True)] for sizes in (need, scans.image_mm))
+    for budget in np.linspace(*budgets, 5):
+        patch, strides = planned_patch(spacing, need_vox, image_vox, most_voxels=float(budget))
+        seen = math.prod(min(1.0, p / n) for p, n in zip(patch, need_vox, strict=True))
+        if seen >= _ENOUGH_SEEN:
+            break
     what = "the labels with a margin" if scans.field_mm is not None else "the scans, as long as there are no labels"
-    seen = min(1.0, math.prod(min(1.0, p * s / n) for p, s, n in zip(patch, spacing, need, strict=True)))
-    reasons["patch_size"] = (
-        f"sees {100 * seen:.0f} % of {what} ({_mm(need)}); {math.prod(patch):,} voxels of at most {budget:,.0f}"
-    )
+    reasons["patch_size"] = f"{math.prod(patch):,} voxels, which see {100 * seen:.0f} % of {what} ({_mm(need)})"
     return patch, strides
 
 
-def _why_strides(strides: Strides) -> str:
+def _why_strides(strides: StageStrides) -> str:
     if all(step == 2 for stride in strides for step in stride):
         return "the published network's: all axes have about the same spacing"
     kept = [axis + 1 for axis in range(3) if any(stride[axis] == 1 for stride in strides)]
