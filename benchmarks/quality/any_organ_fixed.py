@@ -19,7 +19,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import open_volume, read_volume
 from deformux.fitting.recipe import RECIPES, Recipe
 
-__all__ = ["Settings", "fixed_settings", "ras_axes"]
+__all__ = ["Settings", "fixed_settings"]
 
 # Most voxels of a training patch and of a volume.
 _PATCH_VOXELS = 165_000
@@ -68,7 +68,7 @@ def fixed_settings(scans: Sequence[Path]) -> Settings:
     return Settings(prep, "tiny", None, _FIXED)
 
 
-def ras_axes(scan: Path) -> tuple[int, int, int]:
+def _ras_axes(scan: Path) -> tuple[int, int, int]:
     """Return the file's axes nearest to right, anterior and superior."""
     with open_volume(scan) as opened:
         nearest = nib.io_orientation(opened.header.affine)[:, 0].astype(int)
@@ -80,7 +80,7 @@ def _grid(scan: Path) -> tuple[list[int], list[float]]:
     """Return shape and spacing along the axes right, anterior, superior."""
     with open_volume(scan) as opened:
         shape, sizes = opened.header.shape, nib.affines.voxel_sizes(opened.header.affine)
-    axes = ras_axes(scan)
+    axes = _ras_axes(scan)
     return [shape[axis] for axis in axes], [float(sizes[axis]) for axis in axes]
 
 

@@ -82,7 +82,10 @@ class UNetPatches(IterableDataset):
         else:
             start = rng.integers(lowest, highest + 1)
         start = np.clip(start, lowest, highest) + self._sides(size) - self.margin
-        part = (slice(None), *(slice(int(a), int(a + n)) for a, n in zip(start, self.patch + 2 * self.margin, strict=True)))
+        part = (
+            slice(None),
+            *(slice(int(a), int(a + n)) for a, n in zip(start, self.patch + 2 * self.margin, strict=True)),
+        )
         return {key: volume[part].clone() for key, volume in zip(_KEYS, self.volumes[case], strict=True)}
 
 

@@ -67,8 +67,7 @@ def halves(data: Path, folder: Path) -> Task:
     """Write the two halves of the CT into a folder as volumes of their own, with labels 1, 2, …; return the task."""
     names: Mapping[str, int] = json.loads((data / "labels.json").read_text())["example_seg.nii.gz"]
     image, label = (
-        nib.as_closest_canonical(nib.load(data / name))
-        for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
+        nib.as_closest_canonical(nib.load(data / name)) for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
     )
     values = np.asarray(label.dataobj)
     middle = values.shape[2] // 2
