@@ -85,7 +85,7 @@ def build(
 
 
 def adopt_fast_convolutions(network: nn.Module) -> None:
-    """Make a network as fast on a CPU as DeformUX-Net: the way a convolution is computed is not a merit of a network."""
+    """Make a network as fast on a CPU as DeformUX-Net: how a convolution is computed is not a merit of a network."""
     adopt(network)
     for module in network.modules():
         if type(module) is Conv3d:

@@ -79,10 +79,10 @@ def _parsed() -> argparse.Namespace:
 def _run_missing(runs: Sequence[OrganRun], known: Sequence[OrganRun], records: OrganRecords, data: Path) -> list[str]:
     """Run what has no record yet, one after another; return the errors of those that failed."""
     failed: list[str] = []
-    began, done = time.monotonic(), 0
+    began = time.monotonic()
     missing = [run for run in runs if run.name not in records.all()]
     _console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are done already")
-    for run in missing:
+    for done, run in enumerate(missing, start=1):
         with _console.status(run.name) as status:
 
             def show(what: str, part: float, name: str = run.name) -> None:
@@ -90,7 +90,6 @@ def _run_missing(runs: Sequence[OrganRun], known: Sequence[OrganRun], records: O
 
             error = run_in_process(run, data=data, records=records, show=show)
         records.merge()
-        done += 1
         left = timedelta(seconds=round((time.monotonic() - began) / done * (len(missing) - done)))
         outcome = error or _outcome(records, run)
         _console.print(f"{run.name}: {outcome}; {done} of {len(missing)}, about {left} left")

@@ -1,8 +1,8 @@
 """MONAI Label's own radiology app, as a user runs it: its ``segmentation`` model, through its own server.
 
-The app is the one that ``monailabel apps --download --name radiology`` gives, unchanged; its options are ``--conf labels``
-with the names of the set, and no pretrained weights, which it takes from the internet for its own labels only. Labels
-are submitted, the training is started and stopped, and scans are segmented through the server's API.
+The app is the one that ``monailabel apps --download --name radiology`` gives, unchanged; its options are the names of
+the set's labels, and no pretrained weights, which it takes from the internet for its own labels only. Labels are
+submitted, the training is started and stopped, and scans are segmented through the server's API.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """nnU-Net's plan of a 3D U-Net by its published rules (Isensee et al., Nature Methods 2021, supplement; v2's planner).
 
-Its estimate of GPU memory, by which it shrinks patches, says nothing about a CPU: here a number of voxels per step does.
+Its estimate of GPU memory, by which it shrinks patches, says nothing about a CPU: here a number of voxels per step
+decides.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def unet_plan(shapes: Sequence[Sequence[int]], spacings: Sequence[Sequence[float
     median = np.median(resampled, axis=0)
     patch = _patch_size(spacing, median, voxels // _LEAST_BATCH)
     strides, kernels = _stages(spacing, patch)
-    of_data = int(round(_MAX_PART_OF_DATA * np.prod(median) * len(shapes) / np.prod(patch)))
+    of_data = int(_MAX_PART_OF_DATA * np.prod(median) * len(shapes) / np.prod(patch))
     batch = max(_LEAST_BATCH, min(voxels // int(np.prod(patch)), of_data))
     coarse = int(np.argmax(spacing))
     return UNetPlan(

@@ -34,11 +34,11 @@ _NOTES = (
     "step has at most the voxels of the plan's step instead of a GPU's memory; nnU-Net's augmentation with MONAI's "
     "transforms, oversampling, deep supervision, SGD with its polynomial rate over the minutes; `dynunet-adamw` with "
     "AdamW in one cycle instead. Windows overlap by half, without mirroring",
-    "- `monailabel`: the radiology app of MONAI Label, unchanged, with the set's label names, trained and asked through "
-    "its own server: its SegResNet, spacing, trainer and validation split. Its pretrained weights are for other labels "
-    "and come from the internet: not used. The first sequence of several only",
-    "- ranks: of the mean Dice over seeds, on sets where all of plan, fixed, dynunet and monailabel are done; the better "
-    "of both optimizers counts for dynunet",
+    "- `monailabel`: the radiology app of MONAI Label, unchanged, with the set's label names, trained and asked "
+    "through its own server: its SegResNet, spacing, trainer and validation split. Its pretrained weights are for "
+    "other labels and come from the internet: not used. The first sequence of several only",
+    "- ranks: of the mean Dice over seeds, on sets where all of plan, fixed, dynunet and monailabel are done; the "
+    "better of both optimizers counts for dynunet",
     "- `ct`: one scan, trained on the lower half of the slices and scored on the upper; labels with at least 50 voxels "
     "in each",
 )

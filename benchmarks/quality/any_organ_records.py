@@ -111,7 +111,8 @@ class OrganRecords:
             content = self._read()
             for file in finished:
                 entry = json.loads(file.read_text())
-                content["records"][entry.pop("name")] = _to_row(entry, content)
+                name = entry.pop("name")
+                content["records"][name] = _to_row(entry, content)
             content["records"] = dict(sorted(content["records"].items()))
             write_data(self.results, _NAME, content)
             for file in finished:
