@@ -1,5 +1,6 @@
 """DeformUXNet against published numbers, hand counts and an ordinary convolutional twin."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -7,10 +8,17 @@ import torch
 from torch.nn import functional as F
 
 from deformux.networks import blocks
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 from deformux.networks.presets import PRESETS
 
 CHANNELS = (48, 96, 192, 384)
+# Slices four times as thick as pixels, a single slice, and a thick first axis.
+STRIDES = {
+    "thick": ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)),
+    "slice": ((2, 2, 1),) * 4,
+    "thick first": ((1, 2, 2), (1, 2, 2), (1, 2, 2), (2, 2, 2)),
+    "mixed": ((1, 2, 2), (2, 1, 2), (2, 2, 1), (1, 1, 1)),
+}
 
 
 def parameters(net: torch.nn.Module) -> int:
@@ -89,6 +97,81 @@ def test_logits_have_the_size_of_any_input(size: tuple[int, int, int], training:
     assert torch.isfinite(logits).all()
 
 
+def test_published_strides_are_the_default() -> None:
+    twins = []
+    for options in ({}, {"strides": [[2, 2, 2]] * 4}):
+        torch.manual_seed(0)
+        twins.append(DeformUXNet(1, 3, "tiny", guidance=True, **options).eval())
+    default, named = twins
+    assert named.strides == default.strides == PUBLISHED_STRIDES
+    assert named.multiple == (16, 16, 16)
+    assert default.state_dict().keys() == named.state_dict().keys()
+    assert all(torch.equal(value, named.state_dict()[name]) for name, value in default.state_dict().items())
+    x = torch.randn(1, 1, 20, 17, 32)
+    with torch.no_grad():
+        assert torch.equal(default(x), named(x))
+
+
+@pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
+def test_logits_have_the_size_of_any_input_with_any_strides(strides) -> None:
+    net = DeformUXNet(1, 3, "tiny", strides=strides, guidance=True)
+    for size in ((33, 20, 10), (17, 19, 1), (3, 21, 15), (1, 1, 1)):
+        logits = net(torch.randn(1, 1, *size), torch.ones(1, 5, *size))
+        assert logits.shape == (1, 3, *size)
+        assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
+def test_each_stage_halves_the_axes_that_its_strides_name(strides) -> None:
+    net = DeformUXNet(1, 3, "tiny", strides=strides).eval()
+    grids = {}
+
+    def record(name: str):
+        return lambda _module, _inputs, output: grids.__setitem__(name, tuple(output.shape[2:]))
+
+    for level in range(4):
+        net.downsample[level].register_forward_hook(record(f"down {level}"))
+        net.ups[level].register_forward_hook(record(f"up {level}"))
+        for number, block in enumerate(net.stages[level]):
+            block.register_forward_hook(record(f"block {level}.{number}"))
+    for level, skip in enumerate(net.skips):
+        skip.register_forward_hook(record(f"skip {level}"))
+    with torch.no_grad():
+        net(torch.randn(1, 1, 29, 27, 13))
+    # Rounded up to what can be halved as often as the axis is.
+    halvings = [sum(stride[axis] == 2 for stride in strides) for axis in range(3)]
+    full = [math.ceil(n / 2**count) * 2**count for n, count in zip((29, 27, 13), halvings, strict=True)]
+    assert grids["skip 0"] == tuple(full)
+    for level in range(4):
+        halved = [2 ** sum(stride[axis] == 2 for stride in strides[: level + 1]) for axis in range(3)]
+        expected = tuple(n // factor for n, factor in zip(full, halved, strict=True))
+        names = (f"down {level}", f"skip {level + 1}", f"block {level}.0", f"block {level}.1")
+        assert {grids[name] for name in names} == {expected}
+        assert grids[f"up {3 - level}"] == grids[f"skip {level}"]
+
+
+def test_a_thick_axis_that_is_not_halved_is_not_padded() -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 2, "tiny", strides=STRIDES["thick"]).eval()
+    assert net.multiple == (16, 16, 4)
+    x = torch.randn(1, 1, 32, 30, 10)
+    padded = torch.nn.ReplicationPad3d((0, 2, 0, 2, 0, 0))(x)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), net(padded)[:, :, :, :30, :10])
+
+
+@pytest.mark.parametrize("strides", STRIDES.values(), ids=STRIDES)
+def test_gradients_reach_every_kernel_with_any_strides(strides) -> None:
+    torch.manual_seed(0)
+    net = DeformUXNet(1, 2, "tiny", strides=strides, activation_checkpointing=True)
+    for name, value in net.named_parameters():
+        if ".offset." in name:
+            torch.nn.init.normal_(value, std=0.1)
+    net(torch.randn(1, 1, 16, 32, 12)).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+    assert all(p.grad.abs().max() > 0 for p in net.parameters() if p.ndim > 1)
+
+
 def test_padding_repeats_the_border() -> None:
     torch.manual_seed(0)
     net = DeformUXNet(1, 2, "tiny").eval()
@@ -123,10 +206,11 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
-def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep() -> None:
+@pytest.mark.parametrize("size", [(32, 32, 32), (48, 32, 48), (48, 48, 32), (48, 48, 16)])
+def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     net = DeformUXNet(1, 2, "tiny")
-    x = torch.randn(2, 1, 32, 32, 32)
+    x = torch.randn(2, 1, *size)
     gradients = []
     for enabled in (False, True):
         net.zero_grad()
@@ -226,6 +310,10 @@ def test_guidance_that_does_not_fit_is_refused() -> None:
         ({"offset_planes": "zz"}, ["offset_planes", "xyz, xy, xz, yz"]),
         ({"offset_kernel": 5}, ["offset_kernel", "1, 3", "5"]),
         ({"out_channels": 0}, ["out_channels", "0"]),
+        ({"strides": 2}, ["strides", "four triples of 1 or 2", "got 2"]),
+        ({"strides": [[2, 2, 1]] * 3}, ["strides", "four triples of 1 or 2"]),
+        ({"strides": [[2, 2, 4]] * 4}, ["strides", "four triples of 1 or 2", "4"]),
+        ({"strides": [[2, 2]] * 6}, ["strides", "four triples of 1 or 2"]),
     ],
 )
 def test_a_bad_argument_names_the_valid_ones(arguments: dict, words: list[str]) -> None:
@@ -239,10 +327,11 @@ def test_a_wrong_input_says_what_was_expected() -> None:
         DeformUXNet(1, 2, "tiny")(torch.zeros(1, 2, 16, 16, 16))
 
 
-def test_training_compiles_without_a_break() -> None:
+@pytest.mark.parametrize("strides", [PUBLISHED_STRIDES, STRIDES["thick"]], ids=["published", "thick"])
+def test_training_compiles_without_a_break(strides) -> None:
     """Use double precision, so that every convolution is PyTorch's own on a CPU too."""
     torch.manual_seed(0)
-    net = DeformUXNet(1, 3, "tiny").double()
+    net = DeformUXNet(1, 3, "tiny", strides=strides).double()
     x = torch.randn(1, 1, 16, 16, 32, dtype=torch.float64)
     expected = net(x)
     compiled = torch.compile(net, fullgraph=True, backend="eager", dynamic=False)(x)

@@ -28,6 +28,7 @@ WINDOW = 32
 NATIVE = Preprocessing("ct", patch_size=(WINDOW,) * 3)
 # Coarser along one axis of the scan, finer along another.
 RESAMPLED = Preprocessing("ct", spacing_mm=(2.6, 1.4, 3.0), patch_size=(WINDOW,) * 3)
+ACQUISITION = Preprocessing("ct", spacing_mm=(1.4, 2.6, 3.0), patch_size=(WINDOW,) * 3, frame="acquisition")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,7 @@ def joined(*parts: Clicks) -> Clicks:
 GRIDS = {
     "oblique": (NATIVE, (50, 40, 34), True, 2),
     "resampled": (RESAMPLED, (50, 40, 34), True, 2),
+    "acquisition": (ACQUISITION, (50, 40, 20), True, 2),
     "small": (NATIVE, (20, 24, 18), False, 2),
     "slice": (NATIVE, (44, 36, 1), False, 2),
     "many labels": (NATIVE, (40, 34, 20), False, 40),

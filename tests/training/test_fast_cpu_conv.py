@@ -21,6 +21,12 @@ PROBLEMS = [
     ((1, 1, 32, 32, 32), 16, 7, 2, 3),
     ((1, 16, 9, 8, 7), 32, 2, 2, 0),
     ((1, 16, 4, 8, 6), 32, 1, 1, 0),
+    # A thick axis that is not halved, and a single slice.
+    ((1, 1, 48, 48, 12), 16, (7, 7, 1), (2, 2, 1), (3, 3, 0)),
+    ((2, 1, 32, 32, 1), 16, (7, 7, 1), (2, 2, 1), (3, 3, 0)),
+    ((1, 16, 24, 24, 12), 32, (2, 2, 1), (2, 2, 1), 0),
+    ((2, 40, 1, 8, 6), 48, (1, 2, 2), (1, 2, 2), 0),
+    ((1, 16, 48, 48, 1), 16, 3, 1, 1),
 ]
 
 
@@ -28,14 +34,15 @@ PROBLEMS = [
 @pytest.mark.parametrize(("shape", "channels", "kernel", "stride", "padding"), PROBLEMS)
 def test_values_and_gradients_equal_float64(shape, channels, kernel, stride, padding, memory) -> None:
     torch.manual_seed(0)
+    kernel, stride, padding = ((v,) * 3 if isinstance(v, int) else v for v in (kernel, stride, padding))
     x = torch.randn(shape).contiguous(memory_format=memory)
-    weight, bias = torch.randn(channels, shape[1], *(kernel,) * 3), torch.randn(channels)
+    weight, bias = torch.randn(channels, shape[1], *kernel), torch.randn(channels)
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     expected = F.conv3d(*exact, stride, padding)
     upstream = torch.randn(expected.shape)
 
-    result = conv3d(*inputs, stride=(stride,) * 3, padding=(padding,) * 3)
+    result = conv3d(*inputs, stride=stride, padding=padding)
     result.backward(upstream)
     expected.backward(upstream.double())
 
@@ -44,7 +51,7 @@ def test_values_and_gradients_equal_float64(shape, channels, kernel, stride, pad
         assert own.grad is not None
         assert_near(own.grad, true.grad, name)
     with torch.no_grad():
-        assert torch.equal(conv3d(*inputs, stride=(stride,) * 3, padding=(padding,) * 3), result)
+        assert torch.equal(conv3d(*inputs, stride=stride, padding=padding), result)
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])

@@ -5,12 +5,22 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from benchmarks.common.turned_headers import turned_affine, write_turned
+from monai.data import MetaTensor
 from monai.transforms import Orientation
 from scipy.spatial.transform import Rotation
 
-from deformux.data.frame import choose_frame, frame_axes, frame_codes, frame_grid, through_plane_axis
+from deformux.data.frame import (
+    AUGMENTATION_REASONS,
+    choose_frame,
+    frame_augmentation,
+    frame_axes,
+    frame_codes,
+    frame_grid,
+    through_plane_axis,
+)
 from deformux.data.grid import ScanGrid
 from deformux.data.loading import LoadVolumed
 from deformux.data.preprocessing import Preprocessing
@@ -21,11 +31,15 @@ from deformux.data.transforms import (
     restore_transforms,
     run_transforms,
 )
+from deformux.interactive.editor import Editor
+from deformux.interactive.open_scan import open_scan
+from deformux.networks.deformux_net import DeformUXNet
 
 SHAPE = (20, 18, 7)
 SHORT_AXIS = np.array([[-1.25, 0, 0, 30], [0, -1.25, 0, 40], [0, 0, 8, -20], [0, 0, 0, 1.0]])
 ACQUISITION = Preprocessing("mr", frame="acquisition")
 ROTATIONS = Rotation.random(12, random_state=0)
+RESAMPLED = Preprocessing("mr", frame="acquisition", spacing_mm=(1.5, 1.0, 5.0))
 # Converters of one DICOM series: in its order, with rows reversed (dcm2niix), with slices first.
 STORED = {
     "as DICOM": ((0, 1, 2), ()),
@@ -106,6 +120,92 @@ def test_converters_of_one_series_agree(heart: tuple[Path, Path], tmp_path: Path
     np.testing.assert_array_equal(restored(found), np.asarray(nib.load(paths[1]).dataobj))
 
 
+def left_handed(path: Path) -> None:
+    """Mirror a file: the same stored numbers, the second axis the other way."""
+    file = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(file.dataobj), file.affine * [1, -1, 1, 1]), path)
+
+
+def on_grid(path: Path, shape: tuple[int, ...], affine: np.ndarray, *, linear: bool) -> np.ndarray:
+    """Resample a file with SimpleITK, which reads its header itself; NaN outside."""
+    steps = affine[:3, :3] * np.array([[-1], [-1], [1]])  # ITK counts towards left and posterior
+    spacing = np.linalg.norm(steps, axis=0)
+    grid = sitk.ResampleImageFilter()
+    grid.SetSize([int(n) for n in shape])
+    grid.SetOutputSpacing(spacing.tolist())
+    grid.SetOutputDirection((steps / spacing).ravel().tolist())
+    grid.SetOutputOrigin((affine[:3, 3] * [-1, -1, 1]).tolist())
+    grid.SetInterpolator(sitk.sitkLinear if linear else sitk.sitkNearestNeighbor)
+    grid.SetDefaultPixelValue(np.nan)
+    return sitk.GetArrayFromImage(grid.Execute(sitk.ReadImage(str(path), sitk.sitkFloat64))).T
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_spacing_along_the_frames_axes_is_as_simpleitk_resamples(
+    heart: tuple[Path, Path], tmp_path: Path, mirrored: bool
+) -> None:
+    for n, rotation in enumerate(ROTATIONS[:4]):
+        for source, key in zip(heart, ("image", "label"), strict=True):
+            target = tmp_path / f"{key}{n}.nii.gz"
+            write_turned(source, target, rotation)
+            if mirrored:
+                left_handed(target)
+            data = {key: LoadVolumed(key)({key: target})[key]}
+            native = run_transforms(label_grid_transforms(ACQUISITION, key), data)[key].affine.numpy()
+            found = run_transforms(label_grid_transforms(RESAMPLED, key), data)[key]
+            np.testing.assert_array_equal(data[key].affine.numpy(), data[key].meta["original_affine"])
+            affine = found.affine.numpy()
+            np.testing.assert_allclose(nib.affines.voxel_sizes(affine), RESAMPLED.spacing_mm, rtol=1e-5)
+            np.testing.assert_array_equal(affine[:3, 3], native[:3, 3])
+            assert np.linalg.det(affine) > 0
+            expected = on_grid(target, found.shape[1:], affine, linear=key == "image")
+            # The outermost voxels lie on the border or beyond it, where rounding decides what ITK calls inside.
+            inside = (slice(1, -1),) * 3
+            assert np.isfinite(expected[inside]).all()
+            if key == "image":
+                np.testing.assert_allclose(found[0].numpy()[inside], expected[inside], atol=2e-3)
+            else:
+                # Half way between two voxels either is the nearest.
+                assert np.mean(found[0].numpy()[inside] != expected[inside]) < 0.1
+
+
+@pytest.mark.parametrize("step", [(1.5, 1.0, 5.0), (3.7, 2.9, 9.1)])
+def test_a_turned_header_changes_nothing_at_another_spacing(heart: tuple[Path, Path], tmp_path: Path, step) -> None:
+    prep = Preprocessing("mr", frame="acquisition", spacing_mm=step)
+    expected = network_input(*heart, prep)
+    logits = torch.randn(4, *expected["image"].shape[1:], generator=torch.Generator().manual_seed(0))
+    mask = run_transforms(restore_transforms(), {**expected, "pred": logits})["pred"]
+    for n, rotation in enumerate(ROTATIONS):
+        turned = (tmp_path / f"image{n}.nii.gz", tmp_path / f"label{n}.nii.gz")
+        for source, target in zip(heart, turned, strict=True):
+            write_turned(source, target, rotation)
+        found = network_input(*turned, prep)
+        for key in ("image", "label"):
+            np.testing.assert_array_equal(found[key].numpy(), expected[key].numpy())
+        restored_mask = run_transforms(restore_transforms(), {**found, "pred": logits})["pred"]
+        # Where two classes tie to rounding, either may win.
+        assert np.mean(restored_mask.numpy() != mask.numpy()) < 2e-3
+
+
+def test_clicks_and_drawn_masks_land_on_the_files_voxels(heart: tuple[Path, Path], tmp_path: Path) -> None:
+    prep = Preprocessing("mr", frame="acquisition", patch_size=(16, 16, 16))
+    torch.manual_seed(0)
+    network = DeformUXNet(1, 4, "tiny", guidance=True).eval()
+    clicks = {1: [(3, 4, 5)], 2: [(15, 2, 1), (14, 2, 1)], 0: [(8, 8, 6)]}
+    drawn = np.asarray(nib.load(heart[1]).dataobj)
+    expected = Editor(open_scan(network, heart[0], prep), network, prep).apply(clicks)
+    from_drawn = Editor(open_scan(network, heart[0], prep), network, prep, mask=drawn).apply(clicks)
+    for n, rotation in enumerate(ROTATIONS[:3]):
+        turned = tmp_path / f"{n}.nii.gz"
+        write_turned(heart[0], turned, rotation)
+        scan = open_scan(network, turned, prep)
+        mask = Editor(scan, network, prep).apply(clicks)
+        np.testing.assert_array_equal(mask, expected)
+        np.testing.assert_array_equal(Editor(scan, network, prep, mask=drawn).apply(clicks), from_drawn)
+        for label, voxels in clicks.items():
+            assert all(mask[voxel] == label for voxel in voxels)
+
+
 def test_ras_is_what_it_was(heart: tuple[Path, Path], tmp_path: Path) -> None:
     turn = Orientation("RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))
     for n, rotation in enumerate(ROTATIONS):
@@ -125,14 +225,14 @@ def test_every_turn_is_right_handed_with_the_grid_that_is_promised() -> None:
             array, own = stored_as(np.zeros(SHAPE), affine, how)
             for frame in ("ras", "acquisition"):
                 turn = Orientation(frame_codes(frame, array.shape, own), labels=(("L", "R"), ("P", "A"), ("I", "S")))
-                turned = turn(torch.zeros(1, *array.shape)).affine.numpy()
+                turned = turn(MetaTensor(torch.zeros(1, *array.shape), affine=torch.as_tensor(own)))
                 order, signs = frame_axes(frame, array.shape, own)
                 matrix = own[:3, list(order)] * signs
                 assert np.linalg.det(matrix) > 0
                 shape, spacing = frame_grid(frame, array.shape, own)
                 np.testing.assert_allclose(spacing, np.linalg.norm(matrix, axis=0))
-                assert turned.shape == (4, 4)
-                assert sorted(shape) == sorted(SHAPE)
+                assert turned.shape[1:] == shape
+                np.testing.assert_allclose(turned.affine.numpy()[:3, :3], matrix, atol=1e-9)
             assert frame_grid("acquisition", array.shape, own)[0] == SHAPE
 
 
@@ -173,6 +273,20 @@ def test_a_frame_is_checked_and_stored_only_if_it_was_chosen() -> None:
         Preprocessing(frame="las")
     assert "frame" not in Preprocessing().to_dict()
     assert Preprocessing.from_dict(ACQUISITION.to_dict()) == ACQUISITION
+
+
+def test_augmentation_follows_the_frame_and_its_spacing() -> None:
+    isotropic = frame_augmentation("ras", (1, 1, 1))
+    assert isotropic["rotation_degrees"] == (15, 15, 15)
+    assert isotropic["voxel_aspect"] == (1, 1, 1)
+    heart = frame_augmentation("acquisition", (1.25, 1.25, 8))
+    assert heart["rotation_degrees"] == (0, 0, 30)
+    assert heart["voxel_aspect"] == (1, 1, 6.4)
+    assert frame_augmentation("ras", (4, 1, 1))["rotation_degrees"] == (15, 0, 0)
+    assert frame_augmentation("ras", (1, 1, 1.5))["rotation_degrees"] == (10, 10, 15)
+    for changes in (isotropic, heart):
+        assert changes["flip_axes"] == ()
+        assert changes.keys() == AUGMENTATION_REASONS.keys()
 
 
 def test_real_hearts_with_turned_headers(shared_data: Path, tmp_path: Path) -> None:

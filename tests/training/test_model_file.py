@@ -20,6 +20,7 @@ from deformux.networks.model_file import (
     InvalidModel,
     ModelCard,
     load_model,
+    network_options,
     read_card,
     save_model,
     warm_start,
@@ -110,6 +111,44 @@ def test_warm_start_copies_all_but_the_output_layer(tmp_path: Path) -> None:
     torch.testing.assert_close(other.fuse.state_dict(), source.fuse.state_dict())
     with pytest.raises(InvalidModel, match="a different architecture"):
         warm_start(DeformUXNet(1, 3, "small"), tmp_path / "m.safetensors")
+
+
+def test_strides_survive_saving_and_loading_and_are_saved_only_if_they_are_not_the_published(tmp_path: Path) -> None:
+    strides = ((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2))
+    net = DeformUXNet(1, 3, "tiny", strides=strides, guidance=True).eval()
+    assert network_options(net) == {"guidance": True, "strides": strides}
+    assert network_options(DeformUXNet(1, 3, "tiny")) == {}
+    written = card(network_options=network_options(net))
+    save_model(tmp_path / "m.safetensors", net, written)
+    loaded, read = load_model(tmp_path / "m.safetensors")
+    assert dataclasses.replace(read, weights_sha256="") == written
+    assert loaded.strides == strides
+    assert hash(loaded.strides)  # tuples, not JSON's lists
+    x = torch.randn(1, 1, 20, 30, 6)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), net(x))
+    path = tmp_path / "m.json"
+    path.write_text(path.read_text().replace('"strides"', '"stripes"'))
+    with pytest.raises(InvalidModel, match="does not fit its card"):
+        load_model(tmp_path / "m.safetensors")
+
+
+def test_other_strides_start_from_every_kernel_that_fits(tmp_path: Path) -> None:
+    source = DeformUXNet(1, 3, "tiny", guidance=True)
+    torch.nn.init.normal_(source.get_parameter("skips.0.layer.conv1.conv.guidance"))
+    save_model(tmp_path / "m.safetensors", source, card(network_options={"guidance": True}))
+    other = DeformUXNet(1, 3, "tiny", guidance=True, strides=((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)))
+    fresh = warm_start(other, tmp_path / "m.safetensors")
+    # The decoder's transposed convolutions come in reverse order.
+    assert fresh == [
+        "downsample.0.0.guidance",
+        "downsample.0.0.weight",
+        "downsample.1.1.weight",
+        "ups.2.transp_conv.conv.weight",
+        "ups.3.transp_conv.conv.weight",
+    ]
+    for name in set(other.state_dict()) - set(fresh):
+        assert torch.equal(other.state_dict()[name], source.state_dict()[name]), name
 
 
 def test_an_automatic_model_becomes_an_interactive_one_and_back_without_losing_a_decimal(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def test_a_label_value_outside_the_list_is_refused(write_case, tmp_path: Path, v
         (("ct", "0,1,1", "96,96,96"), ["spacing", "0.05"]),
         (("ct", "nan,1,1", "96,96,96"), ["spacing"]),
         (("ct", "native", "96"), ["patch size"]),
-        (("ct", "native", "4,96,96"), ["patch size", "16"]),
+        (("ct", "native", "0,96,96"), ["patch size", "between 1 and 512"]),
         (("ct", "native", "96,96,9.5"), ["patch size", "whole"]),
     ],
 )

@@ -87,8 +87,7 @@ def observe(
         networks: the model in use first, then earlier ones of the same labels.
         image: a scan.
         prep: how it becomes network input.
-        flip_axes: axes (0 right, 1 anterior, 2 superior) along which anatomy may be mirrored: those that training
-            mirrors.
+        flip_axes: axes of the frame along which anatomy may be mirrored: those that training mirrors.
         device: where to compute.
 
     Raises:

@@ -30,8 +30,18 @@ from deformux.cli.common import (
 )
 from deformux.cli.simulate_options import chosen_strategies, short_recipes
 from deformux.cli.versions import app as versions_app
-from deformux.data.cases import InvalidFolder, find_cases, find_images, result_names
+from deformux.data.cases import (
+    InvalidFolder,
+    find_cases,
+    find_images,
+    label_names,
+    result_names,
+    split_label_names,
+)
+from deformux.data.choices import AUTO, Choices
+from deformux.data.frame import FRAMES
 from deformux.data.preprocessing import MODALITIES, Preprocessing
+from deformux.data.scan_folder import scans_and_cases
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.presets import PRESETS
 
@@ -55,6 +65,11 @@ Modality = Annotated[str, typer.Option(help=" or ".join(MODALITIES))]
 PresetName = Annotated[str, typer.Option(help=", ".join(PRESETS))]
 Spacing = Annotated[str, typer.Option(help="Voxel size R,A,S in mm, or native.")]
 PatchSize = Annotated[str, typer.Option(help="Patch R,A,S in voxels.")]
+Window = Annotated[str, typer.Option(help="CT window low,high in HU, e.g. -1000,400 for lung.")]
+Percentiles = Annotated[str, typer.Option(help="Percentiles low,high to which MR is clipped.")]
+Frame = Annotated[
+    str, typer.Option(help=f"{' or '.join(FRAMES)}: anatomical axes, or the scan's own with the slices last.")
+]
 FirstSeed = Annotated[
     int, typer.Option(help="To share a folder between processes, give each different seeds.", min=0, max=MAX_SEED)
 ]
@@ -75,6 +90,64 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log eac
     )
 
 
+@app.command(name="plan")
+def plan_command(
+    data: Annotated[
+        Path, typer.Argument(help="Folder with images/ and perhaps labels/, of scans, or of a server's studies.")
+    ],
+    labels: Annotated[
+        str, typer.Option(help="Names of labels 1..N, comma separated; default: from dataset.json, else numbers.")
+    ] = "",
+    subset: Annotated[str, typer.Option(help="Subset of split.json to plan from, e.g. train.")] = "",
+    minutes: Annotated[
+        float | None, typer.Option(help="Minutes of a training; default: 10 on a CPU, 3 on a GPU.", min=0.1)
+    ] = None,
+    modality: Modality = AUTO,
+    window: Window = AUTO,
+    percentiles: Percentiles = AUTO,
+    frame: Frame = AUTO,
+    spacing: Spacing = AUTO,
+    patch_size: PatchSize = AUTO,
+    preset: PresetName = AUTO,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the plan; facts of the scans are kept beside it.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Choose every setting of a training from the scans, and print why; whatever is given is kept."""
+    with clear_errors():
+        valid_device(device)
+        names = list(split_label_names(labels)) if labels.strip() else label_names(existing_folder(data)) or []
+        given = Choices.from_options(
+            modality=modality,
+            spacing=spacing,
+            patch_size=patch_size,
+            window=window,
+            percentiles=percentiles,
+            frame=frame,
+            preset=preset,
+        )
+        if given.preset is not None and given.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        images, cases = scans_and_cases(existing_folder(data), subset=subset or None)
+        if json_file is not None:
+            writable_file(json_file, suffix=".json")
+        from deformux.cli.plan import plan_folder
+
+        plan_folder(
+            data,
+            images,
+            cases,
+            labels=names,
+            given=given,
+            minutes=minutes,
+            json_file=json_file,
+            device=device,
+            threads=threads,
+        )
+
+
 @app.command(name="fit")
 def fit_command(
     data: Annotated[Path, typer.Argument(help="Folder with images/ and labels/ (or imagesTr/ and labelsTr/).")],
@@ -84,6 +157,9 @@ def fit_command(
     preset: PresetName = "tiny",
     spacing: Spacing = "native",
     patch_size: PatchSize = "96,96,96",
+    window: Window = "-175,250",
+    percentiles: Percentiles = "0.5,99.5",
+    frame: Frame = "ras",
     recipe: Annotated[str, typer.Option(help=", ".join(RECIPES))] = "finetune",
     set_: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe, e.g. --set steps=2000.")] = None,
     start_from: Annotated[str, typer.Option(help="Model file or shipped name to fine-tune from.")] = "",
@@ -100,7 +176,9 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = Preprocessing.from_options(
+            modality, spacing, patch_size, window=window, percentiles=percentiles, frame=frame
+        )
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
             raise InvalidFolder(f"{data} has {len(cases)} cases; --validate {validate} leaves none to train on")

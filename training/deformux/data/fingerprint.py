@@ -115,23 +115,24 @@ def read_fingerprint(
     labels: dict[str, LabelFacts] = {}
     unusable: list[str] = []
     began = time.monotonic()
-    for done, path in enumerate(paths, start=1):
-        in_time = time.monotonic() - began < seconds
-        try:
-            scans[path], label = kept.facts(path, label_of.get(path), intensities=in_time)
-            if label is not None:
-                labels[path] = label
-        except InvalidVolume as error:
-            unusable.append(str(error))
-            _keep_scan_alone(kept, path, scans, has_label=path in label_of)
-        if on_progress is not None:
-            on_progress(done, len(paths))
-        if done < len(paths) and stop is not None and stop():
-            kept.save()
-            raise FingerprintStopped("reading the scans was stopped, and can be continued")
-        kept.save_if_due()
-    kept.forget_others(paths)
-    kept.save()
+    try:
+        for done, path in enumerate(paths, start=1):
+            in_time = time.monotonic() - began < seconds
+            try:
+                scans[path], label = kept.facts(path, label_of.get(path), intensities=in_time)
+                if label is not None:
+                    labels[path] = label
+            except InvalidVolume as error:
+                unusable.append(str(error))
+                _keep_scan_alone(kept, path, scans, has_label=path in label_of)
+            if on_progress is not None:
+                on_progress(done, len(paths))
+            if done < len(paths) and stop is not None and stop():
+                raise FingerprintStopped("reading the scans was stopped, and can be continued")
+            kept.save_if_due()
+        kept.forget_others(paths)
+    finally:
+        kept.save()
     return Fingerprint(scans, labels, tuple(unusable), modality)
 
 
@@ -171,9 +172,7 @@ class _Kept:
         """Read a cache; a damaged one, or one of another version, is made anew."""
         if file is not None:
             try:
-                values = read_checked(file, dict)
-                if values.get("version") == _VERSION:
-                    return cls(file, values["scans"], values["labels"])
+                return cls(file, *read_checked(file, _scans_and_labels))
             except FileNotFoundError:
                 pass
             except ValueError as error:
@@ -222,6 +221,13 @@ class _Kept:
     def _keep(self, where: dict[str, Any], path: str, states: Sequence[_State], facts: ScanFacts | LabelFacts) -> None:
         where[path] = {"states": [list(state) for state in states], "facts": facts.to_dict()}
         self.changed = True
+
+
+def _scans_and_labels(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the two parts of a cache; empty ones if another version wrote it."""
+    if values["version"] != _VERSION:
+        return {}, {}
+    return dict(values["scans"]), dict(values["labels"])
 
 
 def _known(entry: Any, states: Sequence[_State], kind: type[_T]) -> _T | None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from nibabel.affines import voxel_sizes
 from nibabel.orientations import io_orientation
 
-__all__ = ["FRAMES", "choose_frame", "frame_axes", "frame_codes", "frame_grid", "through_plane_axis"]
+__all__ = [
+    "AUGMENTATION_REASONS",
+    "FRAMES",
+    "choose_frame",
+    "frame_augmentation",
+    "frame_axes",
+    "frame_codes",
+    "frame_grid",
+    "through_plane_axis",
+]
 
 FRAMES = ("ras", "acquisition")
 
@@ -22,6 +32,24 @@ _LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
 _COARSER = 1.2
 # The nearest anatomical axis changes at 45 degrees; scans of one protocol differ by less than the rest.
 _MARGIN_DEGREES = 30.0
+
+# Largest rotations, in degrees: of a patient in a scanner, and in the plane of a scan whose rows may point anywhere.
+_ROTATION = 15.0
+_IN_PLANE_ROTATION = 30.0
+# Patches are rotated in voxels: a rotation between axes of unequal spacing shears, and past this ratio it is left out.
+_MOST_UNEQUAL = 2.0
+
+# Why ``frame_augmentation`` changes a field of a recipe, by its name.
+AUGMENTATION_REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        "flip_axes": "labels may tell left from right, so nothing is mirrored",
+        "rotation_degrees": "small between axes of unequal spacing, none where one is twice the other; larger in the "
+        "plane of the acquisition, where no direction of the patient is fixed",
+        "voxel_aspect": "deformations are as large in millimetres along every axis, and no coarser scan is simulated "
+        "along an axis that is coarse already",
+        "unlabelled_border": "anatomy goes on beyond a patch: what a rotation brings in is not background",
+    }
+)
 
 
 def through_plane_axis(shape: Sequence[int], affine: npt.ArrayLike) -> int | None:
@@ -91,6 +119,30 @@ def frame_grid(
     (a, b, c), _ = frame_axes(frame, shape, affine)
     spacing = [float(size) for size in voxel_sizes(np.asarray(affine, dtype=float))]
     return (int(shape[a]), int(shape[b]), int(shape[c])), (spacing[a], spacing[b], spacing[c])
+
+
+def frame_augmentation(frame: str, spacing_mm: Sequence[float]) -> Mapping[str, Any]:
+    """Return changes to a recipe (``deformux.fitting.recipe``) that suit a frame and its spacing.
+
+    ``AUGMENTATION_REASONS`` has a reason for each.
+
+    Args:
+        frame: one of ``FRAMES``.
+        spacing_mm: of the network's grid, along the frame's axes.
+    """
+    spacing = np.asarray(spacing_mm, dtype=float)
+    degrees = []
+    for axis in range(3):
+        turned = np.delete(spacing, axis)
+        unequal = turned.max() / turned.min()
+        most = _IN_PLANE_ROTATION if frame == "acquisition" and axis == 2 else _ROTATION
+        degrees.append(0.0 if unequal > _MOST_UNEQUAL else round(float(most / unequal), 1))
+    return {
+        "flip_axes": (),
+        "rotation_degrees": tuple(degrees),
+        "voxel_aspect": tuple(round(float(size), 3) for size in spacing / spacing.min()),
+        "unlabelled_border": True,
+    }
 
 
 def choose_frame(affines: Iterable[npt.ArrayLike], shapes: Iterable[Sequence[int]]) -> tuple[str, str]:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
+from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint
-from deformux.data.frame import choose_frame, frame_axes, frame_grid
+from deformux.data.frame import AUGMENTATION_REASONS, choose_frame, frame_augmentation
 from deformux.data.planned_grid import (
     StageStrides,
     Voxels3,
     coarsened_spacing,
-    nnunet_spacing,
     planned_patch,
     planned_strides,
 )
 from deformux.data.planned_intensities import planned_modality, planned_window
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.scan_sizes import ScanSizes
 
-__all__ = ["Choices", "Plan", "Speed", "assumed_speed", "make_plan"]
+__all__ = ["Plan", "Speed", "assumed_speed", "make_plan"]
 
 _Triple: TypeAlias = tuple[float, float, float]
 
@@ -39,15 +39,11 @@ _TRAINING_SHARE = 0.7
 _BATCH, _MAX_BATCH = 2, 4
 # A patch of fewer voxels sees too little whatever the device; more did not help a set yet.
 _LEAST_PATCH, _MOST_PATCH = 32**3, 160**3
-# What a patch should see beside the labels, on each side: a part of their extent, and at least some voxels.
-_MARGIN, _MARGIN_VOX = 0.125, 4
-# The field of view of all but a tenth of the labelled scans.
-_FIELD_PERCENTILE = 90.0
 # Spacing is coarsened until this many patches cover the field of view ...
 _PATCHES = 2.0
 # ... but not beyond this many times nnU-Net's, and while the thinnest label keeps this many voxels.
 _MAX_COARSENING, _LEAST_CHORD_VOX = 3.0, 6.0
-# Scans have the same spacing if it differs by less.
+# A spacing that differs by less is the same.
 _SAME_SPACING = 0.01
 # Part of a GPU's free memory that a step may take.
 _MEMORY_SHARE = 0.6
@@ -70,20 +66,6 @@ class Speed:
     bytes_per_voxel: float = 0.0
     free_bytes: float | None = None
     measured: bool = True
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What the user decided; None leaves a choice to the plan. ``native`` keeps each scan's own spacing."""
-
-    modality: str | None = None
-    window_hu: tuple[float, float] | None = None
-    percentiles: tuple[float, float] | None = None
-    frame: str | None = None
-    spacing_mm: _Triple | Literal["native"] | None = None
-    patch_size: Voxels3 | None = None
-    preset: str | None = None
-    batch_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +129,7 @@ def make_plan(
     fingerprint: Fingerprint,
     *,
     labels: Sequence[str],
-    given: Choices = Choices(),
+    given: Choices | None = None,
     device: str = "cpu",
     minutes: float | None = None,
     gpu_gigabytes: float | None = None,
@@ -158,7 +140,7 @@ def make_plan(
     Args:
         fingerprint: facts of all scans, and of all labels there are.
         labels: names of labels 1..N.
-        given: what the user decided, which is taken as it is.
+        given: what the user decided, which is taken as it is; None for nothing.
         device: where the training runs.
         minutes: it may take; None for 10 on a CPU and 3 on a GPU.
         gpu_gigabytes: memory of the GPU; None where it is not known.
@@ -170,37 +152,35 @@ def make_plan(
     """
     if not fingerprint.scans:
         raise ValueError("there are no usable scans to plan from; expected at least one")
+    given = given or Choices()
     kind = "cpu" if device.startswith("cpu") else "gpu"
     minutes = _MINUTES[kind] if minutes is None else minutes
     reasons: dict[str, str] = {}
     values = _intensity_settings(fingerprint, given, reasons)
     frame, reasons["frame"] = _given(given.frame) or choose_frame(fingerprint.affines, fingerprint.shapes)
     preset, reasons["preset"] = _given(given.preset) or _preset(kind, gpu_gigabytes)
-    scans = _Scans.of(fingerprint, frame, len(labels))
-    speed = measure(preset, scans.first_strides(given)) if measure else assumed_speed(kind, preset)
-    batch = given.batch_size or _BATCH
-    seconds = 60 * minutes * _TRAINING_SHARE
-    wanted, fewest = _STEPS[kind]
-    budget, most = (_voxels_per_patch(speed, seconds / steps, batch) for steps in (wanted, fewest))
-    reasons["budget"] = (
-        f"{speed.voxels_per_second / 1e3:,.0f} thousand voxels a second "
-        f"{'measured' if speed.measured else 'assumed'}: in {minutes:g} minutes {wanted} steps of {batch} patches of "
-        f"{budget:,.0f} voxels, or {fewest} of {most:,.0f}"
-    )
-    spacing, native = _spacing(scans, given, budget, reasons)
-    patch, strides = _patch(scans, given, spacing, (budget, most), reasons)
+    scans = ScanSizes.of(fingerprint, frame, len(labels))
+    first = given.spacing_mm if isinstance(given.spacing_mm, tuple) else scans.spacing_mm
+    strides = planned_strides(first, [mm / s for mm, s in zip(scans.image_mm, first, strict=True)])
+    speed = measure(preset, strides) if measure else assumed_speed(kind, preset)
+    budget = _Budget.of(speed, kind, minutes, given.batch_size or _BATCH)
+    reasons["budget"] = budget.reason
+    spacing, native = _spacing(scans, given, budget.voxels, reasons)
+    patch, strides = _patch(scans, given, spacing, budget, reasons)
     reasons["strides"] = _why_strides(strides)
+    batch = budget.batch
     if given.batch_size is None and kind == "gpu":
-        batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget // math.prod(patch))))
+        batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
+    augmentation = frame_augmentation(frame, spacing)
+    reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second
+    settings = {**values, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
     return Plan(
-        preprocessing=Preprocessing.from_dict(
-            {**values, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
-        ),
+        preprocessing=Preprocessing.from_dict(settings),
         preset=preset,
         strides=strides,
-        recipe_changes={"batch_size": batch, "patches_per_volume": 1},
+        recipe_changes={"batch_size": batch, "patches_per_volume": 1, **augmentation},
         reasons=reasons,
         facts={
             "scans": len(fingerprint.scans),
@@ -211,77 +191,41 @@ def make_plan(
             "field_of_view_mm": scans.field_mm,
             "voxels_per_second": speed.voxels_per_second,
             "seconds_per_step": per_step,
-            "steps": max(1, int(seconds / per_step)),
+            "steps": max(1, int(budget.seconds / per_step)),
         },
     )
 
 
 @dataclass(frozen=True)
-class _Scans:
-    """Sizes of a project's scans and labels along the axes of its frame.
+class _Budget:
+    """What a training may compute.
 
     Args:
-        spacing_mm: nnU-Net's.
-        thick: the axis of thick slices, or None.
-        same: whether all scans have this spacing.
-        image_mm: median size of the scans.
-        field_mm: size of the box around all labels in most of the labelled scans; None without any.
-        chord_mm: how thick the thinnest label is along each axis.
+        seconds: of training steps.
+        batch: patches of a step.
+        voxels: of a patch with which there is time for all steps that are wanted.
+        most_voxels: with which there is time for the fewest that are acceptable.
+        reason: how these follow from the speed.
     """
 
-    spacing_mm: _Triple
-    thick: int | None
-    same: bool
-    image_mm: _Triple
-    field_mm: _Triple | None
-    chord_mm: _Triple | None
+    seconds: float
+    batch: int
+    voxels: float
+    most_voxels: float
+    reason: str
 
     @classmethod
-    def of(cls, fingerprint: Fingerprint, frame: str, n_labels: int) -> _Scans:
-        """Bring all facts to the frame's axes."""
-        grids = [frame_grid(frame, scan.shape, scan.affine) for scan in fingerprint.scans.values()]
-        shapes, spacings = (np.array(values, dtype=float) for values in zip(*grids, strict=True))
-        spacing, thick = nnunet_spacing(spacings, shapes)
-        same = bool((np.abs(spacings / np.array(spacing) - 1) < _SAME_SPACING).all())
-        known = range(1, n_labels + 1)
-        fields: list[npt.NDArray[np.float64]] = []
-        chords: dict[int, list[npt.NDArray[np.float64]]] = {}
-        for scan, label in fingerprint.labelled:
-            box = label.union(known)
-            if box is None:
-                continue
-            order = list(frame_axes(frame, scan.shape, scan.affine)[0])
-            own = np.array(frame_grid(frame, scan.shape, scan.affine)[1])
-            fields.append((np.array(box[1]) - box[0])[order] * own)
-            for n, chord in label.chords_vox.items():
-                if n in known:
-                    chords.setdefault(n, []).append(np.array(chord)[order] * own)
-        return cls(
-            spacing_mm=spacing,
-            thick=thick,
-            same=same,
-            image_mm=_triple(np.median(shapes * spacings, axis=0)),
-            field_mm=_triple(np.percentile(fields, _FIELD_PERCENTILE, axis=0)) if fields else None,
-            # A label's thickness is its median over the scans; the thinnest label counts.
-            chord_mm=_triple(np.min([np.median(own, axis=0) for own in chords.values()], axis=0)) if chords else None,
+    def of(cls, speed: Speed, kind: str, minutes: float, batch: int) -> _Budget:
+        """Divide what the device computes in the minutes among steps and patches."""
+        seconds = 60 * minutes * _TRAINING_SHARE
+        steps = _STEPS[kind]
+        wanted, most = (_voxels_per_patch(speed, seconds / n, batch) for n in steps)
+        reason = (
+            f"{speed.voxels_per_second / 1e3:,.0f} thousand voxels a second, "
+            f"{'measured' if speed.measured else 'assumed'}: in {minutes:g} minutes {steps[0]} steps of {batch} "
+            f"patches of {wanted:,.0f} voxels, or {steps[1]} of {most:,.0f}"
         )
-
-    def need_mm(self, spacing_mm: _Triple) -> _Triple:
-        """Return what a patch should see: the labels with a margin, within the scans; all of them without labels."""
-        image = np.array(self.image_mm)
-        if self.field_mm is None:
-            return self.image_mm
-        field_ = np.array(self.field_mm)
-        margin = np.maximum(_MARGIN * field_, _MARGIN_VOX * np.array(spacing_mm))
-        # Along thick slices the same millimetres are fewer voxels.
-        margin = np.minimum(margin, margin.min() + np.array(spacing_mm))
-        return _triple(np.minimum(field_ + 2 * margin, image))
-
-    def first_strides(self, given: Choices) -> StageStrides:
-        """Return the strides to measure with, before spacing and patch are known."""
-        spacing = self.spacing_mm if given.spacing_mm in (None, "native") else given.spacing_mm
-        assert not isinstance(spacing, str)
-        return planned_strides(spacing, [mm / s for mm, s in zip(self.image_mm, spacing, strict=True)])
+        return cls(seconds, batch, wanted, most, reason)
 
 
 def _intensity_settings(fingerprint: Fingerprint, given: Choices, reasons: dict[str, str]) -> dict[str, Any]:
@@ -316,7 +260,7 @@ def _voxels_per_patch(speed: Speed, seconds_per_step: float, batch: int) -> floa
     return float(min(max(most, _LEAST_PATCH), _MOST_PATCH))
 
 
-def _spacing(scans: _Scans, given: Choices, budget: float, reasons: dict[str, str]) -> tuple[_Triple, bool]:
+def _spacing(scans: ScanSizes, given: Choices, budget: float, reasons: dict[str, str]) -> tuple[_Triple, bool]:
     """Return the spacing to plan with, and whether each scan keeps its own."""
     if given.spacing_mm is not None:
         reasons["spacing_mm"] = "given"
@@ -343,7 +287,7 @@ def _spacing(scans: _Scans, given: Choices, budget: float, reasons: dict[str, st
 
 
 def _patch(
-    scans: _Scans, given: Choices, spacing: _Triple, budgets: tuple[float, float], reasons: dict[str, str]
+    scans: ScanSizes, given: Choices, spacing: _Triple, budget: _Budget, reasons: dict[str, str]
 ) -> tuple[Voxels3, StageStrides]:
     """Return the patch and its strides: of the larger budget only as much as it takes to see enough."""
     if given.patch_size is not None:
@@ -351,8 +295,8 @@ def _patch(
         return given.patch_size, planned_strides(spacing, given.patch_size)
     need = scans.need_mm(spacing)
     need_vox, image_vox = ([mm / s for mm, s in zip(sizes, spacing, strict=True)] for sizes in (need, scans.image_mm))
-    for budget in np.linspace(*budgets, 5):
-        patch, strides = planned_patch(spacing, need_vox, image_vox, most_voxels=float(budget))
+    for voxels in np.linspace(budget.voxels, budget.most_voxels, 5):
+        patch, strides = planned_patch(spacing, need_vox, image_vox, most_voxels=float(voxels))
         seen = math.prod(min(1.0, p / n) for p, n in zip(patch, need_vox, strict=True))
         if seen >= _ENOUGH_SEEN:
             break

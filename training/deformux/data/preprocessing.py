@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,8 +55,20 @@ class Preprocessing:
             raise ValueError(f"frame must be one of {', '.join(FRAMES)}; got {self.frame!r}")
 
     @classmethod
-    def from_options(cls, modality: str, spacing: str, patch_size: str) -> Preprocessing:
-        """Parse what a user types: ``ct``, ``1.5,1.5,2`` (or ``native``), ``96,96,96``; raise ValueError on others."""
+    def from_options(
+        cls,
+        modality: str,
+        spacing: str,
+        patch_size: str,
+        *,
+        window: str = "",
+        percentiles: str = "",
+        frame: str = "ras",
+    ) -> Preprocessing:
+        """Parse what a user types: ``ct``, ``1.5,1.5,2`` (or ``native``), ``96,96,96``; raise ValueError on others.
+
+        ``window`` and ``percentiles`` are pairs such as ``-175,250``; nothing keeps the defaults.
+        """
         try:
             spacing_mm = None if spacing == "native" else tuple(float(part) for part in spacing.split(","))
         except ValueError as error:
@@ -66,7 +79,12 @@ class Preprocessing:
             patch = tuple(int(part) for part in patch_size.split(","))
         except ValueError as error:
             raise ValueError(f"patch size must be three whole numbers such as 96,96,96; got {patch_size!r}") from error
-        return cls.from_dict({"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch})
+        values = {"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch, "frame": frame}
+        if window.strip():
+            values["window_hu"] = _pair("HU window", "-175,250", window)
+        if percentiles.strip():
+            values["percentiles"] = _pair("percentiles", "0.5,99.5", percentiles)
+        return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for the card, without the frame of models that were trained before there was a choice."""
@@ -83,3 +101,14 @@ class Preprocessing:
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
         return cls(**tuples)
+
+
+def _pair(what: str, example: str, text: str) -> tuple[float, float]:
+    """Parse two numbers."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{what} must be two numbers such as {example}; got {text!r}") from error
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"{what} must be two numbers such as {example}; got {text!r}")
+    return low, high

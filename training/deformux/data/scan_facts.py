@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -61,7 +61,9 @@ class ScanFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        # asdict copies each number: with thousands of scans that takes seconds.
+        found = self.intensities
+        return {**vars(self), "intensities": None if found is None else dict(vars(found))}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScanFacts:
@@ -93,7 +95,7 @@ class LabelFacts:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LabelFacts:

@@ -18,6 +18,8 @@ from monai.transforms import (
     Spacingd,
     Transform,
 )
+from nibabel.affines import voxel_sizes
+from torch import Tensor
 
 from deformux.data.frame import frame_codes, frame_grid
 from deformux.data.grid import ScanGrid
@@ -34,6 +36,9 @@ __all__ = [
     "run_transforms",
 ]
 
+# Axes whose spacing is nearer than this part of itself to the wanted one are not resampled.
+_SAME_SPACING = 1e-3
+
 
 class RestoreGridd(MapTransform):
     """Turn logits ``(C, x, y, z)`` of a preprocessed image into labels ``(1, X, Y, Z)``, uint8, on its scan's grid."""
@@ -48,8 +53,7 @@ class RestoreGridd(MapTransform):
         grid = ScanGrid.of(image)
         for key in self.key_iterator(d):
             labels = grid.labels(torch.as_tensor(d[key]).float())
-            meta = {name: value for name, value in image.meta.items() if name != "affine"}
-            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=meta)
+            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=_meta_of(image))
         return d
 
 
@@ -144,9 +148,54 @@ class _IntoFrame(Transform):
         return d
 
 
+class _ToSpacing(Transform):
+    """Resamples volumes on one grid along its axes, from the centre of the first voxel; beyond the last it repeats.
+
+    The image is interpolated linearly, other keys take the nearest voxel. Unlike MONAI's ``Spacingd`` it depends on the
+    spacing alone: there, rounding in the header of an oblique scan moves the grid by parts of a voxel.
+    """
+
+    def __init__(self, spacing_mm: tuple[float, float, float], keys: tuple[str, ...]) -> None:
+        self.spacing_mm, self.keys = spacing_mm, keys
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        d = dict(data)
+        affine = np.array(d[self.keys[0]].affine, dtype=float)
+        # Five digits: a turned header has the same ones, although the spacing is a sum of rounded squares.
+        own = np.array([float(f"{size:.5g}") for size in voxel_sizes(affine)])
+        steps = np.array(self.spacing_mm) / own
+        steps[np.abs(steps - 1) < _SAME_SPACING] = 1.0
+        affine[:3, :3] *= steps
+        for key in self.keys:
+            values = d[key].as_tensor()
+            for axis in np.flatnonzero(steps != 1):
+                values = _resampled(values, int(axis) + 1, float(steps[axis]), linear=key == "image")
+            d[key] = MetaTensor(values, affine=torch.as_tensor(affine), meta=_meta_of(d[key]))
+        return d
+
+
+def _resampled(values: Tensor, axis: int, step: float, *, linear: bool) -> Tensor:
+    """Return values at positions 0, step, 2 * step, … of an axis."""
+    length = values.shape[axis]
+    at = torch.arange(round((length - 1) / step) + 1, dtype=torch.float64, device=values.device) * step
+    at = at.clamp(max=length - 1)
+    if not linear:
+        return values.index_select(axis, at.round().long())
+    below = at.floor().long()
+    weight = (at - below).to(values.dtype).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+    low = values.index_select(axis, below)
+    return low.lerp_(values.index_select(axis, (below + 1).clamp(max=length - 1)), weight)
+
+
+def _meta_of(volume: MetaTensor) -> dict[str, Any]:
+    return {name: value for name, value in volume.meta.items() if name != "affine"}
+
+
 def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
     transforms: list[Transform] = [_IntoFrame(prep.frame, keys)]
-    if prep.spacing_mm is not None:
+    if prep.spacing_mm is not None and prep.frame == "acquisition":
+        transforms.append(_ToSpacing(prep.spacing_mm, keys))
+    elif prep.spacing_mm is not None:
         mode = tuple("bilinear" if key == "image" else "nearest" for key in keys)
         transforms.append(Spacingd(keys, pixdim=prep.spacing_mm, mode=mode, padding_mode="border", dtype=np.float32))
     return transforms

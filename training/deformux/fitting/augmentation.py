@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
     EnsureTyped,
     Identityd,
     OneOf,
+    Rand3DElastic,
     Rand3DElasticd,
     RandAdjustContrastd,
     RandAffined,
@@ -20,6 +22,7 @@ from monai.transforms import (
     RandGaussianNoised,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSimulateLowResolution,
     RandSimulateLowResolutiond,
     SelectItemsd,
     SpatialPadd,
@@ -33,6 +36,8 @@ from deformux.fitting.recipe import Recipe
 __all__ = ["SamplingMapsd", "training_augmentation"]
 
 _KEYS = ("image", "label")
+# An axis more than this times as coarse as the finest is not made coarser still.
+_COARSE_ASPECT = 2.0
 
 
 class SamplingMapsd(Transform):
@@ -79,23 +84,68 @@ def training_augmentation(
     if device.type != "cpu":
         # One core resamples a patch about as fast as it trains on one; a GPU would wait most of the time.
         transforms.append(EnsureTyped(_KEYS, device=device))
-    transforms += [*_geometry(recipe, device), *_intensity(recipe)]
+    geometry = _geometry(prep, recipe, device)
+    if recipe.unlabelled_border:
+        geometry = [_ShiftLabeld(1), *geometry, _ShiftLabeld(-1)]
+    transforms += [*geometry, *_intensity(prep, recipe)]
     # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
     transforms.append(EnsureTyped(_KEYS, track_meta=False))
     return transforms
 
 
-def _geometry(recipe: Recipe, device: torch.device) -> list[Transform]:
+class _ShiftLabeld(Transform):
+    """Adds a number to every value of ``label``, modulo 256.
+
+    Shifted by 1, unlabelled (255) is 0, which is what MONAI brings in from outside a patch.
+    """
+
+    def __init__(self, by: int) -> None:
+        self.by = by
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        label = data["label"]
+        return {**data, "label": (label.to(torch.int16) + self.by).remainder(256).to(label.dtype)}
+
+
+class _AspectElastic(Rand3DElastic):
+    """Random displacements that are smaller along some axes, by factors."""
+
+    def __init__(self, factors: npt.NDArray[np.float64], **options: Any) -> None:
+        super().__init__(**options)
+        self.factors = factors.astype(np.float32)
+
+    def randomize(self, grid_size: Sequence[int]) -> None:
+        super().randomize(grid_size)
+        if self.rand_offset is not None:
+            self.rand_offset *= self.factors[:, None, None, None]
+
+
+class _AspectLowResolution(RandSimulateLowResolution):
+    """Simulates scans that are coarser along some axes only."""
+
+    def __init__(self, kept: npt.NDArray[np.bool_], **options: Any) -> None:
+        super().__init__(**options)
+        self.kept = kept
+
+    def randomize(self, data: Any | None = None) -> None:
+        super().randomize(data)
+        self.zoom_factor = np.where(self.kept, 1.0, self.zoom_factor)
+
+
+def _geometry(prep: Preprocessing, recipe: Recipe, device: torch.device) -> list[Transform]:
     """Return random flips, affine and elastic deformations."""
     transforms: list[Transform] = []
     for axis in recipe.flip_axes:
         transforms.append(RandFlipd(_KEYS, prob=0.5, spatial_axis=axis))
-    if recipe.affine_probability > 0 and (recipe.rotation_degrees > 0 or recipe.scaling > 0):
+    single = np.array(prep.patch_size) == 1
+    # About an axis that is not the only slice's own, a rotation leaves the slice.
+    rotations = [0.0 if np.delete(single, axis).any() else r for axis, r in enumerate(recipe.rotations)]
+    if recipe.affine_probability > 0 and (max(rotations) > 0 or recipe.scaling > 0):
         transforms.append(
             RandAffined(
                 _KEYS,
                 prob=recipe.affine_probability,
-                rotate_range=[np.deg2rad(recipe.rotation_degrees)] * 3,
+                rotate_range=[np.deg2rad(degrees) for degrees in rotations],
                 scale_range=[recipe.scaling] * 3,
                 mode=("bilinear", "nearest"),
                 padding_mode=("border", "zeros"),
@@ -103,27 +153,33 @@ def _geometry(recipe: Recipe, device: torch.device) -> list[Transform]:
             )
         )
     if recipe.elastic_probability > 0:
-        deform = Rand3DElasticd(
-            _KEYS,
-            prob=1.0,
-            sigma_range=recipe.elastic_sigma,
-            magnitude_range=recipe.elastic_magnitude,
-            mode=("bilinear", "nearest"),
-            padding_mode=("border", "zeros"),
-            device=device,
-        )
+        sizes = {
+            "prob": 1.0,
+            "sigma_range": recipe.elastic_sigma,
+            "magnitude_range": recipe.elastic_magnitude,
+            "device": device,
+        }
+        deform = Rand3DElasticd(_KEYS, mode=("bilinear", "nearest"), padding_mode=("border", "zeros"), **sizes)
+        factors = np.where(single, 0.0, 1 / np.array(recipe.voxel_aspect))
+        if (factors != 1).any():
+            deform.rand_3d_elastic = _AspectElastic(factors, **sizes)
         # With a probability of its own it would resample every patch, most of them without a change.
         often = recipe.elastic_probability
         transforms.append(OneOf([deform, Identityd(_KEYS)], weights=[often, 1 - often]))
     return transforms
 
 
-def _intensity(recipe: Recipe) -> list[Transform]:
+def _intensity(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
     """Return random changes of the image alone."""
     transforms: list[Transform] = []
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:
-        transforms.append(RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=(recipe.low_resolution, 1.0)))
+        zoom = (recipe.low_resolution, 1.0)
+        coarser = RandSimulateLowResolutiond("image", prob=p / 2, zoom_range=zoom)
+        kept = (np.array(recipe.voxel_aspect) > _COARSE_ASPECT) | (np.array(prep.patch_size) == 1)
+        if kept.any():
+            coarser.sim_lowres_tfm = _AspectLowResolution(kept, prob=1.0, zoom_range=zoom)
+        transforms.append(coarser)
     if recipe.noise_std > 0:
         transforms.append(RandGaussianNoised("image", prob=p, std=recipe.noise_std))
     if recipe.gamma != (1.0, 1.0):

@@ -31,12 +31,18 @@ class Recipe:
         patience: epochs without a better validation Dice after which a run ends early; None for never.
         oversampling: draws of a new case for each draw of an old one.
         foreground_ratio: share of the patches that are centred on a labelled voxel.
-        rotation_degrees, scaling: largest rotation about each axis and relative change of size.
+        rotation_degrees, scaling: largest rotation, one for every axis or three about axes 0, 1 and 2 of the frame,
+            and relative change of size.
         affine_probability: of rotating and scaling a patch.
         elastic_probability: of deforming a patch.
         elastic_sigma, elastic_magnitude: smoothness in voxels, and size, of the random displacements (MONAI's
             ``Rand3DElastic``), each drawn from its range.
-        flip_axes: axes (0 right, 1 anterior, 2 superior) that are mirrored half of the time; anatomy forbids most.
+        voxel_aspect: spacing along each axis, relative to the smallest: displacements are divided by it, and axes
+            more than twice as coarse keep their resolution in simulated coarse scans.
+        unlabelled_border: voxels that a rotation or deformation brings in from outside a patch are unlabelled, not
+            background.
+        flip_axes: axes of the frame (in ``ras``: 0 right, 1 anterior, 2 superior) that are mirrored half of the time;
+            anatomy forbids most.
         intensity_shift, intensity_scale: largest offset and relative factor, in units of the preprocessed image.
         noise_std: largest standard deviation of Gaussian noise.
         gamma: contrast exponents drawn from this range.
@@ -68,12 +74,14 @@ class Recipe:
     patience: int | None = None
     oversampling: int = 1
     foreground_ratio: float = 0.5
-    rotation_degrees: float = 30.0
+    rotation_degrees: float | tuple[float, float, float] = 30.0
     scaling: float = 0.1
     affine_probability: float = 0.5
     elastic_probability: float = 0.0
     elastic_sigma: tuple[float, float] = (5.0, 7.0)
     elastic_magnitude: tuple[float, float] = (50.0, 150.0)
+    voxel_aspect: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    unlabelled_border: bool = False
     flip_axes: tuple[int, ...] = ()
     intensity_shift: float = 0.1
     intensity_scale: float = 0.0
@@ -117,6 +125,18 @@ class Recipe:
             raise ValueError(
                 f"flip_axes must be some of 0, 1, 2, such as '0,' (and ',' for none); got {self.flip_axes!r}"
             )
+        if len(self.rotations) != 3 or not all(0 <= degrees <= 180 for degrees in self.rotations):
+            raise ValueError(
+                f"rotation_degrees must be one number or three, between 0 and 180; got {self.rotation_degrees!r}"
+            )
+        if len(self.voxel_aspect) != 3 or not all(ratio >= 1 for ratio in self.voxel_aspect):
+            raise ValueError(f"voxel_aspect must be three numbers of at least 1; got {self.voxel_aspect!r}")
+
+    @property
+    def rotations(self) -> tuple[float, ...]:
+        """Return the largest rotation about each axis, in degrees."""
+        degrees = self.rotation_degrees
+        return degrees if isinstance(degrees, tuple) else (degrees,) * 3
 
     def replace(self, **changes: Any) -> Recipe:
         """Return the recipe with some values changed; raise ValueError with the valid names if one is unknown."""
@@ -137,12 +157,13 @@ class Recipe:
         return self.replace(steps=steps, epochs=max(1, epochs), ema_decay=1 - 1 / max(2.0, 0.1 * steps))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without those of clicks if there are none."""
+        """Return plain values for the card, without later ones that change nothing."""
         values = dataclasses.asdict(self)
-        if not self.clicks:
-            # Unchanged since before there were clicks: this identifies checkpoints and simulations.
-            for name in ("clicks", "click_probability", "click_start"):
-                del values[name]
+        # Unchanged since before there were clicks and frames: this identifies checkpoints and simulations.
+        unused = [] if self.clicks else ["clicks", "click_probability", "click_start"]
+        unused += [name for name in ("voxel_aspect", "unlabelled_border") if values[name] == _DEFAULTS[name]]
+        for name in unused:
+            del values[name]
         return values
 
     @classmethod
@@ -151,6 +172,8 @@ class Recipe:
         tuples: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
         return cls(**tuples)
 
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Recipe)}
 
 _FEW = Recipe(
     steps=400,
