@@ -44,7 +44,7 @@ CONTENDERS = (*MAIN_CONTENDERS, *ABLATIONS)
 _AUGMENTATION = (
     *("rotation_degrees", "scaling", "affine_probability", "elastic_probability", "elastic_sigma"),
     *("elastic_magnitude", "flip_axes", "intensity_shift", "intensity_scale", "noise_std", "gamma"),
-    *("low_resolution", "intensity_probability"),
+    *("low_resolution", "intensity_probability", "voxel_aspect", "unlabelled_border"),
 )
 
 
@@ -182,10 +182,7 @@ def _without(part: str, planned: Settings, fixed: Settings, scans: Sequence[Path
     back = tuple(to_ras.index(axis) for axis in range(3))
     changes: dict[str, Any] = {}
     if part == "frame" and prep.frame != fixed.prep.frame:
-        spacing = None if prep.spacing_mm is None else _ordered(prep.spacing_mm, to_ras)
-        turned = {"frame": fixed.prep.frame, "patch_size": _ordered(prep.patch_size, to_ras), "spacing_mm": spacing}
-        strides = planned.strides and tuple(_ordered(stage, to_ras) for stage in planned.strides)
-        return dataclasses.replace(planned, prep=dataclasses.replace(prep, **turned), strides=strides)
+        return _in_frame(planned, fixed.prep.frame, to_ras)
     if part == "spacing":
         coarse = fixed.prep.spacing_mm
         changes["spacing_mm"] = None if coarse is None else _ordered(coarse, back)
@@ -203,6 +200,25 @@ def _without(part: str, planned: Settings, fixed: Settings, scans: Sequence[Path
         as_fixed = {name: getattr(fixed.recipe, name) for name in _AUGMENTATION}
         return dataclasses.replace(planned, recipe=planned.recipe.replace(**as_fixed))
     return dataclasses.replace(planned, prep=dataclasses.replace(prep, **changes))
+
+
+def _in_frame(planned: Settings, frame: str, order: tuple[int, int, int]) -> Settings:
+    """Return settings with the axes of another frame, which are those of the plan in this order."""
+    prep, recipe = planned.prep, planned.recipe
+    spacing = None if prep.spacing_mm is None else _ordered(prep.spacing_mm, order)
+    turned = {"frame": frame, "patch_size": _ordered(prep.patch_size, order), "spacing_mm": spacing}
+    changes: dict[str, Any] = {
+        "voxel_aspect": _ordered(recipe.voxel_aspect, order),
+        "flip_axes": tuple(sorted(order.index(axis) for axis in recipe.flip_axes)),
+    }
+    if isinstance(recipe.rotation_degrees, tuple):
+        changes["rotation_degrees"] = _ordered(recipe.rotation_degrees, order)
+    return dataclasses.replace(
+        planned,
+        prep=dataclasses.replace(prep, **turned),
+        strides=planned.strides and tuple(_ordered(stage, order) for stage in planned.strides),
+        recipe=recipe.replace(**changes),
+    )
 
 
 def _axes_to_ras(frame: str, scans: Sequence[Path]) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import open_volume, read_volume
-from deformux.fitting.recipe import RECIPES, Recipe
+from deformux.fitting.recipe import Recipe
 
 __all__ = ["Settings", "fixed_settings"]
 
@@ -55,8 +55,28 @@ class Settings:
         return {"preprocessing": self.prep.to_dict(), "preset": self.preset, **strides, "recipe": recipe}
 
 
-# One volume per step: on few volumes more steps teach more than larger batches.
-_FIXED = RECIPES["finetune"].replace(batch_size=1)
+# The recipe ``finetune``, written out so that it stays as it was. One volume per step: on few volumes more steps teach
+# more than larger batches.
+_FIXED = Recipe(
+    batch_size=1,
+    patches_per_volume=1,
+    learning_rate=2e-3,
+    weight_decay=0.01,
+    schedule="one_cycle",
+    gradient_clip=1.0,
+    patience=8,
+    oversampling=2,
+    foreground_ratio=0.75,
+    rotation_degrees=15.0,
+    scaling=0.15,
+    elastic_probability=0.2,
+    intensity_scale=0.1,
+    noise_std=0.1,
+    gamma=(0.7, 1.5),
+    low_resolution=0.5,
+    intensity_probability=0.3,
+    clicks=10,
+)
 
 
 def fixed_settings(scans: Sequence[Path]) -> Settings:
