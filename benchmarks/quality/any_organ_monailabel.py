@@ -28,7 +28,7 @@ from monailabel.client import MONAILabelClient
 
 from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case
-from deformux_label.demo.server_process import ServerProcess
+from deformux_label.demo.server_process import PlayerError, ServerProcess
 
 __all__ = ["RadiologyApp", "radiology_app"]
 
@@ -142,7 +142,8 @@ def radiology_app(organ: Organ, folder: Path, *, device: str, threads: int) -> I
     # Its folder of models is made by the server.
     download = [*_COMMAND, "apps", "--download", "--name", "radiology", "--output", str(folder)]
     subprocess.run(download, check=True, capture_output=True)
-    options = {"models": _MODEL, "labels": ",".join(organ.labels), "use_pretrained_model": "false"}
+    # Without SAM 2, another model of the app, whose weights it takes from the internet at the start.
+    options = {"models": _MODEL, "labels": ",".join(organ.labels), "use_pretrained_model": "false", "sam2": "false"}
     conf = [part for name, value in options.items() for part in ("--conf", name, value)]
     command = [*_COMMAND, "start_server", "--app", str(folder / "radiology"), "--studies", str(studies), *conf]
     server = ServerProcess(
@@ -150,7 +151,10 @@ def radiology_app(organ: Organ, folder: Path, *, device: str, threads: int) -> I
         patience_s=_START_SECONDS,
     )  # fmt: skip
     try:
-        server.start()
+        try:
+            server.start()
+        except PlayerError as error:
+            raise OSError(f"{error}; its last lines are:\n{server.tail()}") from error
         write_text(identity, f"{server.process.pid} {psutil.Process(server.process.pid).create_time()}")
         app = RadiologyApp(server, folder, organ, device=device)
         app.submit_labels()

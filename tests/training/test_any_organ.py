@@ -145,10 +145,12 @@ def test_slices_of_a_coarse_set_are_resampled_to_its_finest_tenth() -> None:
     assert unet_plan([(200, 200, 20)] * 10, spacings, voxels=10**7).spacing_mm == pytest.approx((1, 1, 4))
 
 
-def test_patches_of_a_unet_show_scan_and_label_at_the_same_place() -> None:
+@pytest.mark.parametrize(("shape", "spacing", "flat"), [(SHAPE, SPACING, True), ((24, 28, 20), (2.0, 2.0, 2.0), False)])
+def test_patches_of_a_unet_show_scan_and_label_at_the_same_place(shape, spacing, flat: bool) -> None:
     rng = np.random.default_rng(0)
-    label = torch.as_tensor(ndimage.gaussian_filter(rng.normal(size=SHAPE), 3) > 0.03)[None].float()
-    plan = unet_plan([SHAPE], [SPACING], voxels=2 * 16 * 16 * 8)
+    label = torch.as_tensor(ndimage.gaussian_filter(rng.normal(size=shape), 3) > 0.03)[None].float()
+    plan = unet_plan([shape], [spacing], voxels=2 * 16 * 16 * 8)
+    assert plan.flat == flat
     batches = iter(UNetPatches([(10 * label, label)], plan, seed=0))
     foreground = 0
     for _ in range(20):
