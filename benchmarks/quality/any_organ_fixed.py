@@ -24,6 +24,8 @@ __all__ = ["Settings", "fixed_settings"]
 # Most voxels of a training patch and of a volume.
 _PATCH_VOXELS = 165_000
 _VOLUME_VOXELS = 600_000
+# Numbers of a recipe that follow from the minutes.
+_BY_THE_TIME = ("steps", "epochs", "ema_decay")
 # Only CT has air this far below zero.
 _AIR = -500
 
@@ -49,9 +51,14 @@ class Settings:
     seconds: float = 0.0
 
     def facts(self) -> dict[str, Any]:
-        """Return plain values that say what was chosen."""
+        """Return plain values that say what was chosen; of the recipe, what differs from the fixed one."""
         strides = {} if self.strides is None else {"strides": [list(stage) for stage in self.strides]}
-        recipe = {name: value for name, value in self.recipe.to_dict().items() if value != _FIXED.to_dict().get(name)}
+        fixed = _FIXED.to_dict()
+        recipe = {
+            name: value
+            for name, value in self.recipe.to_dict().items()
+            if name not in _BY_THE_TIME and value != fixed.get(name)
+        }
         return {"preprocessing": self.prep.to_dict(), "preset": self.preset, **strides, "recipe": recipe}
 
 

@@ -61,6 +61,7 @@ def any_organ_section(records: Mapping[str, OrganRecord], runs: Sequence[OrganRu
     lines = [
         *bullets(_facts(groups, done, len(runs))),
         "",
+        *_sets(groups),
         *_table("Mean Dice", groups, MAIN_CONTENDERS, tuple(ORGAN_SETS), lambda own: _mean(own, "dice")),
         *_ranks(groups),
         *_table(
@@ -91,6 +92,17 @@ def _facts(groups: Groups, done: int, planned: int) -> list[str]:
     hours = sum(record.seconds + record.scoring_seconds for record in records) / 3600
     state = "all" if done == planned else "**so far**"
     return [*machine, f"{done} of {planned} runs, {state}; training and scoring took {hours:.1f} hours"]
+
+
+def _sets(groups: Groups) -> list[str]:
+    """Return a table of how many cases are trained on and scored."""
+    firsts = {organ: own[0] for (organ, _), own in groups.items() if own[0].scores}
+    rows = [
+        (organ, ORGAN_SETS[organ].folder, len(first.training_cases), len(first.scores), len(first.labels))
+        for organ in ORGAN_SETS
+        if (first := firsts.get(organ)) is not None
+    ]
+    return markdown_table(("set", "folder", "training cases", "scored", "labels"), rows) if rows else []
 
 
 def _table(
