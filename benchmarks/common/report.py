@@ -57,6 +57,7 @@ PAGES: Mapping[str, str] = MappingProxyType(
         "learning": "The learning loop",
         "models": "The strongest models",
         "any_organ": "Any organ with default settings",
+        "planner": "The plan beside nnU-Net's",
     }
 )
 
