@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := passive
 help:
 	@echo "make demo [STUDIES=path LABELS=a,b]  watch the network being taught through a real server"
 	@echo "make serve STUDIES=path LABELS=a,b   serve a folder to 3D Slicer (options: docs/server.md)"
-	@echo "    MODALITY PRESET SPACING PATCH PRETRAINED AUTO_TRAIN LEASE TRAIN_DEVICES CACHE HOST PORT SSL_CERT SSL_KEY"
+	@echo "    MODALITY PRESET SPACING PATCH PRETRAINED AUTO_TRAIN LEASE TRAIN_DEVICES CACHE CHANNELS HOST PORT SSL_CERT SSL_KEY"
 	@echo "make test | test-all | lint | bench  checks; test-all adds slow sweeps and a random order"
 	@echo "make test-gpu | bench-gpu            the operator on a GPU [PYTHON_GPU=python3 RESULTS=folder]"
 
@@ -39,7 +39,8 @@ serve: $(READY)
 		$(if $(SPACING),--spacing "$(SPACING)") $(if $(PATCH),--patch-size "$(PATCH)") \
 		$(if $(PRETRAINED),--pretrained "$(PRETRAINED)") $(if $(AUTO_TRAIN),--auto-train "$(AUTO_TRAIN)") \
 		$(if $(LEASE),--lease-minutes "$(LEASE)") $(if $(TRAIN_DEVICES),--train-devices "$(TRAIN_DEVICES)") \
-		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
+		$(if $(CACHE),--cache-gb "$(CACHE)") $(if $(CHANNELS),--image-channels "$(CHANNELS)") \
+		$(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
 		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") $(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
 
 # Two files at a time; the app's by themselves, for their servers and trainings take a core each.

@@ -1,5 +1,6 @@
 """The app that MONAI Label loads through ``main.py``; it only connects its parts."""
 
+import dataclasses
 import logging
 import os
 import sys
@@ -102,7 +103,9 @@ class DeformUXLabel(MONAILabelApp):
         if self.studies.startswith(("http://", "https://")):
             refuse_to_start(f"studies must be a folder with volumes, not a web address; got {self.studies!r}")
         try:
-            return CheckedDatastore(self.studies, labels=self.project.labels)
+            return CheckedDatastore(
+                self.studies, labels=self.project.labels, image_channels=self.project.image_channels
+            )
         except StudiesError as error:
             refuse_to_start(str(error))
 
@@ -136,7 +139,7 @@ class DeformUXLabel(MONAILabelApp):
         if settings.MONAI_LABEL_SESSIONS:
             path = settings.MONAI_LABEL_SESSION_PATH
             folder = own_folder(Path(path)) if path else self.uploads
-            self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY)
+            self._sessions = VolumeSessions(folder, settings.MONAI_LABEL_SESSION_EXPIRY, self.project.naming)
         install(server, self)
         self._login_warnings = install_login(server, self)
         end_background_with_this_server()
@@ -185,6 +188,7 @@ class DeformUXLabel(MONAILabelApp):
         sessions = self.sessions()
         folders = [Path(self.studies), *([Path(sessions.store_path)] if sessions is not None else [])]
         scan = find_scan(sent.get("image"), datastore, folders, self.uploads)
+        scan = dataclasses.replace(scan, sequences=self.project.naming.files_of(Path(scan.path)))
         if options.save_label:
             require("annotator", "storing a segmentation (save_label)")
         if options.uncertainty and scan.image_id is not None:

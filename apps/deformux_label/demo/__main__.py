@@ -74,6 +74,8 @@ def main(
         options = {"labels": ",".join(cohort.labels), "modality": cohort.modality, "preset": preset}
         options |= {"pretrained": pretrained, "spacing": spacing or cohort.spacing}
         options |= {"patch_size": patch_size or cohort.patch_size}
+        if cohort.image_channels:
+            options["image_channels"] = cohort.image_channels
         _teach(cohort, plan, options, output, console, started)
 
 
@@ -109,7 +111,7 @@ def _teach(
     )
     console.print(
         f"View it in 3D Slicer: make serve STUDIES={output / 'studies'} LABELS={options['labels']} "
-        f"MODALITY={cohort.modality}"
+        f"MODALITY={cohort.modality}" + (f" CHANNELS={cohort.image_channels}" if cohort.image_channels else "")
     )
 
 

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from deformux.data.cases import Case, InvalidFolder, find_cases, label_names
+from deformux.data.cases import Case, InvalidFolder, find_cases, label_names, sequence_naming
 from deformux.data.header import geometry_difference
 from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
@@ -43,8 +43,9 @@ class CohortVolume:
         return self.case.image
 
     @property
-    def file_name(self) -> str:
-        return self.case.image.name
+    def sequences(self) -> list[Path]:
+        """Return the files of all sequences that there are."""
+        return [path for path in self.case.images if path.is_file()]
 
     def shape(self) -> tuple[int, ...]:
         with open_volume(self.image) as opened:
@@ -75,6 +76,7 @@ class Cohort:
     spacing: str = "native"
     patch_size: str = "80,64,32"
     held_out: list[CohortVolume] = field(default_factory=list)
+    image_channels: str = ""
 
     def volume(self, name: str) -> CohortVolume:
         """Return the volume with an id."""
@@ -105,7 +107,8 @@ def open_cohort(
     """Choose at most `volumes` labelled volumes of a folder with images/ and labels/.
 
     With a split.json, only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
-    are scored. Raise InvalidFolder, with one sentence, for an unusable folder or wrong names.
+    are scored; none of cases of several sequences, because the client uploads one file. Raise InvalidFolder, with one
+    sentence, for an unusable folder or wrong names.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,6 +118,9 @@ def open_cohort(
     split = _split(folder)
     chosen = _sample(find_cases(folder, subset="train" if "train" in split else None), volumes, seed)
     scored = _sample(find_cases(folder, subset="val"), held_out, seed) if split >= {"train", "val"} else []
+    naming = sequence_naming(folder)
+    if naming.channels:
+        scored = []
     values = sorted(set().union(*(_values(case) for case in (*chosen, *scored))) - {0})
     if not values:
         raise InvalidFolder(f"the labels in {folder} are all background")
@@ -130,6 +136,7 @@ def open_cohort(
         spacing=spacing,
         patch_size=_patch_size(shape),
         held_out=[CohortVolume(case, tuple(values)) for case in scored],
+        image_channels=naming.text,
     )
 
 

@@ -183,7 +183,8 @@ def run_demo(
     studies = output / "studies"
     studies.mkdir(parents=True)
     for volume in cohort.volumes:
-        shutil.copyfile(volume.image, studies / volume.file_name)  # a copy: the source folder stays as it is
+        for path in volume.sequences:
+            shutil.copyfile(path, studies / path.name)  # a copy: the source folder stays as it is
     server = Server({"studies": str(studies), **options}, log=output / "server.log")
     columns = (
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn(),

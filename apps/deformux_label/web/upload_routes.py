@@ -14,10 +14,12 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.utils.others.generic import file_checksum
 
 from deformux_label.lib.requests.caller import note, with_login
+from deformux_label.lib.requests.identifiers import checked_sequence
 from deformux_label.lib.requests.json_text import json_object
 from deformux_label.lib.requests.request_folder import request_folder
 from deformux_label.lib.requests.submission import MAX_INFO_BYTES
 from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.label_fields import client_fields
 from deformux_label.lib.store.volume_sessions import VolumeSessions
 from deformux_label.web.opened_file import OpenedFile
@@ -72,8 +74,10 @@ def datastore_router(app: _App) -> APIRouter:
                 raise HTTPException(404, f"image {image!r} has a different {kind}")
         return {}
 
-    def image_file(image: str, user: User = _USER) -> OpenedFile:
+    def image_file(image: str, sequence: str | None = None, user: User = _USER) -> OpenedFile:
         missing = f"there is no image with the id {image!r}"
+        if sequence is not None:
+            return OpenedFile(_sequence(app.datastore(), image, checked_sequence(sequence)), missing=missing)
         return OpenedFile(app.datastore().get_image_uri(image) or "", missing=missing)
 
     def label_file(label: str, tag: str, user: User = _USER) -> OpenedFile:
@@ -138,6 +142,12 @@ def session_router(app: _App) -> APIRouter:
     router.add_api_route("/{session_id}", in_thread(show, threads=4), methods=["GET"])
     router.add_api_route("/{session_id}", in_thread(remove, threads=4), methods=["DELETE"])
     return router
+
+
+def _sequence(datastore: Datastore, image: str, sequence: str) -> str:
+    if not isinstance(datastore, CheckedDatastore):
+        raise HTTPException(404, "sequences are known only of a studies folder, not of a remote server")
+    return datastore.sequence_uri(image, sequence)
 
 
 def _checked_sum(text: str) -> tuple[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from deformux.active_learning.feature_file import Features
 from deformux.active_learning.uncertainty_scores import VolumeScores, score_samples
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.inference.sliding_window import sliding_window
 from deformux.networks.deformux_net import DeformUXNet
@@ -58,7 +58,9 @@ def mirrorings(axes: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 @torch.inference_mode()
-def encode(network: DeformUXNet, image: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> Features:
+def encode(
+    network: DeformUXNet, image: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
+) -> Features:
     """Return encoder features ``(d,)`` of a volume: each channel's mean over voxels and windows.
 
     The network may be untrained.
@@ -75,7 +77,7 @@ def encode(network: DeformUXNet, image: Path, prep: Preprocessing, *, device: st
 @torch.inference_mode()
 def observe(
     networks: Sequence[DeformUXNet],
-    image: Path,
+    image: ScanFiles,
     prep: Preprocessing,
     *,
     flip_axes: Sequence[int] = (),
@@ -85,7 +87,7 @@ def observe(
 
     Args:
         networks: the model in use first, then earlier ones of the same labels.
-        image: a scan.
+        image: a scan; a file for each sequence if the networks take several.
         prep: how it becomes network input.
         flip_axes: axes of the frame along which anatomy may be mirrored: those that training mirrors.
         device: where to compute.
@@ -108,6 +110,6 @@ def observe(
     return Observation(scores, watched.features())
 
 
-def _load(image: Path, prep: Preprocessing, device: str | torch.device) -> Tensor:
+def _load(image: ScanFiles, prep: Preprocessing, device: str | torch.device) -> Tensor:
     volume = run_transforms(inference_transforms(prep), {"image": image})["image"]
     return volume.as_tensor()[None].to(device)

@@ -282,7 +282,7 @@ class _Laboratory:
                 if name not in labelled:
                     seen = observe(
                         [network, *earlier],
-                        case.image,
+                        case.images,
                         plan.prep,
                         flip_axes=plan.recipe.flip_axes,
                         device=plan.device,
@@ -291,7 +291,7 @@ class _Laboratory:
         if needs != "nothing":
             for name, case in self.cases.items():
                 if name not in features:
-                    features[name] = encode(network, case.image, plan.prep, device=plan.device)
+                    features[name] = encode(network, case.images, plan.prep, device=plan.device)
             write_features(features_path, features)
         per_label = np.array(list(dice.values()), dtype=float)
         present = ~np.isnan(per_label)
@@ -342,7 +342,7 @@ class _Laboratory:
 
     def _fresh(self, seed: int) -> DeformUXNet:
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(self.plan.labels) + 1, self.plan.preset)
+        network = DeformUXNet(self.plan.prep.channels, len(self.plan.labels) + 1, self.plan.preset)
         if self.plan.start_from is not None:
             warm_start(network, self.plan.start_from)
         return network
@@ -355,7 +355,7 @@ class _Laboratory:
         network = self._fresh(seed)
         plan = self.plan
         features = {
-            name: encode(network, case.image, plan.prep, device=plan.device) for name, case in self.cases.items()
+            name: encode(network, case.images, plan.prep, device=plan.device) for name, case in self.cases.items()
         }
         write_features(path, features)
         return dict(features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 import time
@@ -24,7 +25,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from deformux.data.cases import InvalidFolder, label_names, split_label_names
+from deformux.data.cases import InvalidFolder, label_names, sequence_naming, split_label_names
+from deformux.data.preprocessing import Preprocessing
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "print_sentences",
     "timed_bar",
     "valid_device",
+    "with_sequences",
     "writable_file",
     "writable_folder",
 ]
@@ -203,6 +206,15 @@ def named_labels(option: str, data: Path) -> list[str]:
     if not names:
         raise InvalidFolder(f"{data} has no dataset.json: name the labels with --labels a,b")
     return names
+
+
+def with_sequences(prep: Preprocessing, data: Path) -> Preprocessing:
+    """Return these settings for the sequences of a data set's cases.
+
+    Raises:
+        InvalidFolder: it is not a data set.
+    """
+    return dataclasses.replace(prep, sequences=sequence_naming(data).channels)
 
 
 def assignments(pairs: list[str]) -> dict[str, object]:

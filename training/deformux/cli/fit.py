@@ -55,7 +55,7 @@ def train_on_folder(
         if ranks.is_writer:
             writable_file(output, suffix=".safetensors")
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(labels) + 1, preset, guidance=recipe.clicks > 0)
+        network = DeformUXNet(prep.channels, len(labels) + 1, preset, guidance=recipe.clicks > 0)
         if start_from:
             warm_start(network, start_from[1])
         training, held_out = _split(cases, validate)
@@ -74,7 +74,14 @@ def train_on_folder(
         )
         if not ranks.is_writer:
             return
-        card = ModelCard(tuple(labels), prep, preset, parent=start_from[0] if start_from else None, seed=seed)
+        card = ModelCard(
+            tuple(labels),
+            prep.with_dropout(recipe.sequence_dropout),
+            preset,
+            prep.channels,
+            parent=start_from[0] if start_from else None,
+            seed=seed,
+        )
         save_model(output, network, _card(card, network, training, recipe, result, device=ranks.device))
         shutil.rmtree(kept, ignore_errors=True)
         if result.resumed_from:

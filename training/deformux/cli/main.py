@@ -25,6 +25,7 @@ from deformux.cli.common import (
     model_path,
     named_labels,
     valid_device,
+    with_sequences,
     writable_file,
     writable_folder,
 )
@@ -176,8 +177,11 @@ def fit_command(
     with clear_errors():
         valid_device(device)
         names = named_labels(labels, existing_folder(data))
-        prep = Preprocessing.from_options(
-            modality, spacing, patch_size, window=window, percentiles=percentiles, frame=frame
+        prep = with_sequences(
+            Preprocessing.from_options(
+                modality, spacing, patch_size, window=window, percentiles=percentiles, frame=frame
+            ),
+            data,
         )
         cases = find_cases(data, subset=subset or None)
         if len(cases) <= validate:
@@ -321,7 +325,8 @@ def simulate_command(
         names = named_labels(labels, existing_folder(data))
         recipe, continue_recipe = short_recipes(steps, continue_steps, set_ or [])
         strategies = chosen_strategies(strategy, several_samples=snapshots > 1 or bool(recipe.flip_axes))
-        prep = Preprocessing.from_options(modality, spacing, patch_size)
+        prep = with_sequences(Preprocessing.from_options(modality, spacing, patch_size), data)
+        prep = prep.with_dropout(recipe.sequence_dropout)
         first_model = model_path(start_from) if start_from else None
         cases = find_cases(data, subset=subset or None)
         writable_folder(output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from deformux.data.sequences import SequenceNaming, first_present, named_in, nnunet_naming
 from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
 
 __all__ = [
@@ -19,8 +20,10 @@ __all__ = [
     "InvalidFolder",
     "find_cases",
     "find_images",
+    "folder_naming",
     "label_names",
     "result_names",
+    "sequence_naming",
     "split_label_names",
     "volume_id",
 ]
@@ -39,13 +42,19 @@ class Case:
     """One labelled volume: its id, image file and label file.
 
     Voxels of value 255 in the label are unlabelled. ``annotated`` names the labels that were annotated, if not all
-    were: the others may be present anywhere in the volume.
+    were: the others may be present anywhere in the volume. ``images`` are the files of several sequences, of which
+    ``image``, the first that exists, gives the grid; a file that does not exist is a missing sequence.
     """
 
     id: str
     image: Path
     label: Path
     annotated: tuple[str, ...] | None = None
+    images: tuple[Path, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            object.__setattr__(self, "images", (self.image,))
 
     def annotates(self, labels: Sequence[str], n_labels: int) -> npt.NDArray[np.bool_]:
         """Return which of labels 1..n_labels, named by ``labels``, were annotated in this volume, ``(n_labels,)``.
@@ -102,6 +111,8 @@ def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
     """Return the cases of a folder with ``images/`` and ``labels/`` (or ``imagesTr/`` and ``labelsTr/``).
 
     Files are paired by name. If several share a stem, such as ``a.nii.gz`` and ``a.nrrd``, the suffix must match too.
+    A label ``a`` without an image ``a`` belongs to the sequences ``a_0000``, ``a_0001``, …, as in nnU-Net, or to those
+    that ``image_channels`` in ``dataset.json`` names.
 
     Args:
         folder: the data set.
@@ -111,24 +122,87 @@ def find_cases(folder: Path, *, subset: str | None = None) -> list[Case]:
         InvalidFolder: no such layout, no image with a label, no such subset, or several files of one stem that
             pair in more than one way.
     """
-    for images, labels in _FOLDERS:
-        if (folder / images).is_dir() and (folder / labels).is_dir():
-            break
-    else:
-        raise InvalidFolder(f"{folder} must hold the folders images/ and labels/ (or imagesTr/ and labelsTr/)")
-    labels_of = _by_stem(find_images(folder / labels))
-    images_of = _by_stem(find_images(folder / images))
-    names = [name for name in images_of if name in labels_of]
-    if subset is not None:
-        chosen = set(_subset(folder, subset))
-        names = [name for name in names if name in chosen]
-    cases = [Case(name, *_pair(images_of[name], labels_of[name])) for name in names]
+    images, labels = _image_and_label_folders(folder)
+    labels_of = _by_stem(find_images(labels))
+    images_of = _by_stem(find_images(images))
+    naming = _naming(folder, images_of, labels_of)
+    names = dict.fromkeys(stem if stem in labels_of else naming.split(stem)[0] for stem in images_of)
+    chosen = labels_of.keys() if subset is None else labels_of.keys() & set(_subset(folder, subset))
+    cases = [_case(name, images_of, labels_of[name], naming) for name in names if name in chosen]
     if not cases:
         raise InvalidFolder(
-            f"no image in {folder / images} has a label of the same file name in {folder / labels}"
+            f"no image in {images} has a label of the same file name in {labels}"
             + (f" in the subset {subset!r}" if subset else "")
         )
     return cases
+
+
+def sequence_naming(folder: Path) -> SequenceNaming:
+    """Return how the sequences of a data set's cases are named, as ``find_cases`` groups them.
+
+    Raises:
+        InvalidFolder: as ``find_cases``, or ``dataset.json`` has unusable ``image_channels``.
+    """
+    images, labels = _image_and_label_folders(folder)
+    return _naming(folder, _by_stem(find_images(images)), _by_stem(find_images(labels)))
+
+
+def folder_naming(scans: Sequence[Path], sequences: Sequence[str]) -> SequenceNaming:
+    """Return how the files of several sequences are named among unlabelled scans.
+
+    That is what ``image_channels`` says in a ``dataset.json`` beside the scans or in the folder above, else nnU-Net's
+    ``_0000``, ``_0001``, …, else the names of the sequences as endings; of the last two, what fits more files.
+
+    Raises:
+        InvalidFolder: ``dataset.json`` is damaged, or its ``image_channels`` are of other sequences.
+    """
+    for folder in dict.fromkeys(parent for scan in scans[:1] for parent in list(scan.absolute().parents)[:2]):
+        path = folder / "dataset.json"
+        setting = named_in(_object(path))[0] if path.is_file() else None
+        if setting is not None:
+            naming = SequenceNaming.parse(setting)
+            if len(naming.suffixes) != len(sequences):
+                raise InvalidFolder(
+                    f"{path} names {len(naming.suffixes)} sequences, the model takes {', '.join(sequences)}"
+                )
+            return naming
+    names = tuple(sequences)
+    numbered = SequenceNaming(tuple(f"_{number:04d}" for number in range(len(names))), names)
+    named = SequenceNaming(tuple(f"_{name.rpartition(':')[2]}" for name in names), names)
+    stems = [volume_id(scan) for scan in scans]
+    return max((numbered, named), key=lambda naming: sum(naming.split(stem)[1] is not None for stem in stems))
+
+
+def _image_and_label_folders(folder: Path) -> tuple[Path, Path]:
+    for images, labels in _FOLDERS:
+        if (folder / images).is_dir() and (folder / labels).is_dir():
+            return folder / images, folder / labels
+    raise InvalidFolder(f"{folder} must hold the folders images/ and labels/ (or imagesTr/ and labelsTr/)")
+
+
+def _naming(folder: Path, images: Iterable[str], labels: Iterable[str]) -> SequenceNaming:
+    path = folder / "dataset.json"
+    try:
+        values = _object(path)
+    except InvalidFolder:
+        # There may be none; ``label_names`` reports a damaged one.
+        values = {}
+    try:
+        setting, names = named_in(values)
+        return nnunet_naming(images, labels, names) if setting is None else SequenceNaming.parse(setting)
+    except ValueError as error:
+        raise InvalidFolder(f"{path}: {error}") from error
+
+
+def _case(name: str, images: Mapping[str, list[Path]], labels: Sequence[Path], naming: SequenceNaming) -> Case:
+    if name in images:
+        return Case(name, *_pair(images[name], labels))
+    found = [images[name + suffix] for suffix in naming.suffixes if name + suffix in images]
+    if twice := next((files for files in found if len(files) > 1), None):
+        raise _ambiguous(*twice[:2])
+    image, label = _pair(found[0], labels)
+    files = naming.files_of(image)
+    return Case(name, first_present(files), label, images=files)
 
 
 def _by_stem(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -149,10 +223,14 @@ def _pair(images: Sequence[Path], labels: Sequence[Path]) -> tuple[Path, Path]:
     if len(pairs) > 1:
         # Blame the images, or the labels if there is one image only.
         first, second, *_ = max((list(dict.fromkeys(files)) for files in zip(*pairs, strict=True)), key=len)
-        raise InvalidFolder(
-            f"{first} and {second} differ only in their suffix, and either may be meant: keep one of them there"
-        )
+        raise _ambiguous(first, second)
     return pairs[0]
+
+
+def _ambiguous(first: Path, second: Path) -> InvalidFolder:
+    return InvalidFolder(
+        f"{first} and {second} differ only in their suffix, and either may be meant: keep one of them there"
+    )
 
 
 def _subset(folder: Path, subset: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +14,91 @@ from monai.utils import SpaceKeys
 
 from deformux.data.header import InvalidVolume, geometry_difference
 from deformux.data.label_values import check_label_values
+from deformux.data.registration import on_grid
 from deformux.data.volume_reader import Volume, open_volume
 
-__all__ = ["LoadLabeld", "LoadVolumed", "filled_voxels"]
+__all__ = ["LoadLabeld", "LoadVolumed", "MissingSequence", "filled_voxels", "missing_sequences"]
+
+
+class MissingSequence(InvalidVolume):
+    """A case lacks a sequence that the network needs."""
 
 
 class LoadVolumed(MapTransform):
-    """Read a single-channel volume as float32 ``(1, X, Y, Z)``; a 2D image is a volume of one slice.
+    """Read a scan as float32 ``(C, X, Y, Z)``, one channel for each sequence; a 2D image is a volume of one slice.
 
-    Voxels that are NaN or infinite, such as those outside a scanner's field of view, get the lowest finite intensity;
-    ``meta["non_finite"]`` counts them.
+    The value is a path, or one for each sequence (``ScanFiles``). Sequences are resampled linearly to the grid of the
+    first that exists. Voxels that are NaN or infinite, such as those outside a scanner's field of view, get the lowest
+    finite intensity; ``meta["non_finite"]`` counts them. ``meta["missing"]`` holds number and name of missing
+    sequences, whose channels are 0.
+
+    Args:
+        keys: keys of the scans.
+        sequences: names of the sequences, for several; further files are not read.
+        may_miss: whether sequences may be missing.
 
     Raises:
         InvalidVolume: unreadable, not one scalar volume, or without any contrast.
+        MissingSequence: a sequence is missing, and may not be.
     """
 
-    def __init__(self, keys: str | tuple[str, ...] = "image") -> None:
+    def __init__(
+        self, keys: str | tuple[str, ...] = "image", *, sequences: Sequence[str] = (), may_miss: bool = False
+    ) -> None:
         super().__init__(keys)
+        self.sequences, self.may_miss = tuple(sequences), may_miss
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         d = dict(data)
         for key in self.key_iterator(d):
-            path = Path(d[key])
-            with open_volume(path) as opened:
-                if opened.header.layers > 1:
-                    raise InvalidVolume(f"{path.name} is a segmentation of several layers; expected a scan")
-                opened.refuse_constant()
-                volume = opened.read()
-            non_finite = _fill_non_finite(volume, path.name)
-            if volume.values.min() == volume.values.max():
-                raise InvalidVolume(f"{path.name} has the same intensity everywhere; expected a scan")
-            d[key] = _tensor(volume, path, non_finite=non_finite)
+            given = d[key]
+            files = [Path(given)] if isinstance(given, str | Path) else [Path(path) for path in given]
+            d[key] = self._several(files) if self.sequences else _scan(files[0])
         return d
+
+    def _several(self, files: Sequence[Path]) -> MetaTensor:
+        present = {number: path for number, path in enumerate(files[: len(self.sequences)]) if path.is_file()}
+        missing = {number: name for number, name in enumerate(self.sequences) if number not in present}
+        if missing and (not present or not self.may_miss):
+            number, name = next(iter(missing.items()))
+            absent = f" ({files[number].name})" if number < len(files) else ""
+            raise MissingSequence(
+                f"{next(iter(present.values()), files[0]).name} comes without its sequence {name}{absent}; the model "
+                f"needs all of {', '.join(self.sequences)}, unless it is trained with sequence_dropout"
+            )
+        scan: MetaTensor | None = None
+        channels: list[torch.Tensor | None] = [None] * len(self.sequences)
+        for number, path in present.items():
+            read = _scan(path)
+            scan = read if scan is None else scan
+            values = on_grid(read[0].numpy(), read.affine.numpy(), tuple(scan.shape[1:]), scan.affine.numpy())
+            channels[number] = torch.from_numpy(values)
+            scan.meta["non_finite"] += read.meta["non_finite"] if read is not scan else 0
+        assert scan is not None
+        empty = torch.zeros(scan.shape[1:])
+        stacked = torch.stack([empty if channel is None else channel for channel in channels])
+        meta = {name: value for name, value in scan.meta.items() if name != "affine"}
+        return MetaTensor(stacked, affine=scan.affine, meta={**meta, "missing": missing})
+
+
+def missing_sequences(image: MetaTensor) -> str | None:
+    """Describe which sequences a scan lacks, as a sentence without a full stop; None if none."""
+    names = list(image.meta.get("missing", {}).values())
+    if not names:
+        return None
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} missing among the sequences of this scan"
+
+
+def _scan(path: Path) -> MetaTensor:
+    with open_volume(path) as opened:
+        if opened.header.layers > 1:
+            raise InvalidVolume(f"{path.name} is a segmentation of several layers; expected a scan")
+        opened.refuse_constant()
+        volume = opened.read()
+    non_finite = _fill_non_finite(volume, path.name)
+    if volume.values.min() == volume.values.max():
+        raise InvalidVolume(f"{path.name} has the same intensity everywhere; expected a scan")
+    return _tensor(volume, path, non_finite=non_finite)
 
 
 class LoadLabeld(MapTransform):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from deformux.data.frame import FRAMES
@@ -27,6 +27,9 @@ class Preprocessing:
         percentiles: percent.
         frame: ``ras`` turns a scan to the nearest of right, anterior, superior; ``acquisition`` keeps the axes of the
             file, with the through-plane axis last (``deformux.data.frame``).
+        sequences: names of several sequences, the network's channels; none for one. ``ct`` and ``mr``, or names such as
+            ``ct:arterial`` and ``mr:flair``, give the modality of a sequence; others have ``modality``.
+        missing_sequences: whether a scan may lack some sequences, since the network was trained with dropout of them.
 
     Raises:
         ValueError: a value is out of range; the message lists the valid ones.
@@ -38,6 +41,8 @@ class Preprocessing:
     window_hu: tuple[float, float] = (-175.0, 250.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
     frame: str = "ras"
+    sequences: tuple[str, ...] = ()
+    missing_sequences: bool = False
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -51,8 +56,25 @@ class Preprocessing:
             raise ValueError(f"HU window must be (low, high) with low < high; got {self.window_hu}")
         if not 0 <= self.percentiles[0] < self.percentiles[1] <= 100:
             raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
+        if len(self.sequences) == 1 or not all(isinstance(name, str) and name for name in self.sequences):
+            raise ValueError(f"sequences must be the names of at least two, or none; got {self.sequences!r}")
         if self.frame not in FRAMES:
             raise ValueError(f"frame must be one of {', '.join(FRAMES)}; got {self.frame!r}")
+
+    @property
+    def channels(self) -> int:
+        """Return the number of the network's input channels."""
+        return max(1, len(self.sequences))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Return the modality of each channel."""
+        stated = [name.lower().partition(":")[0] for name in self.sequences]
+        return tuple(word if word in MODALITIES else self.modality for word in stated) or (self.modality,)
+
+    def with_dropout(self, probability: float) -> Preprocessing:
+        """Return these settings after a training that drops sequences with a probability; scans may then lack some."""
+        return replace(self, missing_sequences=probability > 0 and self.channels > 1)
 
     @classmethod
     def from_options(
@@ -87,11 +109,14 @@ class Preprocessing:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without the frame of models that were trained before there was a choice."""
+        """Return plain values for the card, without the defaults of frame and sequences, which older cards lack."""
         values = asdict(self)
+        # Unchanged: this identifies checkpoints and simulations.
         if self.frame == "ras":
-            # Unchanged: this identifies checkpoints and simulations.
             del values["frame"]
+        if not self.sequences:
+            for name in ("sequences", "missing_sequences"):
+                del values[name]
         return values
 
     @classmethod

@@ -58,20 +58,20 @@ class RestoreGridd(MapTransform):
 
 
 def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:
-    """Return dictionary transforms that turn the path under ``image`` into network input ``(1, x, y, z)``, float32.
+    """Return dictionary transforms that turn ``image`` (``ScanFiles``) into network input ``(C, x, y, z)``, float32.
 
     On a GPU with enough memory everything but reading is computed there, and the result stays there.
     """
     steps = [*_to_network_grid(prep, ("image",)), *_intensity(prep)]
     if torch.device(device).type == "cuda":
         steps = [_OnDevice(steps, device)]
-    return [LoadVolumed("image"), _BoundedGrid(prep), *steps]
+    return [_load(prep), _BoundedGrid(prep), *steps]
 
 
 def labelled_transforms(prep: Preprocessing, *, n_labels: int) -> list[Transform]:
     """Return ``inference_transforms`` that also bring the path under ``label`` to the same grid, for training."""
     return [
-        LoadVolumed("image"),
+        _load(prep),
         _BoundedGrid(prep),
         LoadLabeld("label", n_labels=n_labels, unlabelled=True),
         *_to_network_grid(prep, ("image", "label")),
@@ -129,6 +129,10 @@ class _BoundedGrid(Transform):
                     f"these are {size.prod():.2g} voxels, at most {max_voxels():,} are read (option max-voxels)"
                 )
         return dict(data)
+
+
+def _load(prep: Preprocessing) -> Transform:
+    return LoadVolumed("image", sequences=prep.sequences, may_miss=prep.missing_sequences)
 
 
 class _IntoFrame(Transform):
@@ -201,8 +205,29 @@ def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transfo
     return transforms
 
 
+class _EachSequence(Transform):
+    """Normalises the channels of ``image`` (C, x, y, z), each in its sequence's way; those of missing ones become 0."""
+
+    def __init__(self, steps: Sequence[Sequence[Transform]]) -> None:
+        self.steps = steps
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        image = data["image"]
+        values = torch.zeros_like(image.as_tensor())
+        for number, steps in enumerate(self.steps):
+            if number not in image.meta["missing"]:
+                values[number] = run_transforms(steps, {"image": image[number : number + 1]})["image"].as_tensor()[0]
+        # Copies affine and everything else that describes the image.
+        return {**data, "image": MetaTensor(values).copy_meta_from(image)}
+
+
 def _intensity(prep: Preprocessing) -> list[Transform]:
-    if prep.modality == "ct":
+    each = [_normalisation(prep, modality) for modality in prep.modalities]
+    return each[0] if len(each) == 1 else [_EachSequence(each)]
+
+
+def _normalisation(prep: Preprocessing, modality: str) -> list[Transform]:
+    if modality == "ct":
         low, high = prep.window_hu
         return [ScaleIntensityRanged("image", a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)]
     lower, upper = prep.percentiles

@@ -32,6 +32,7 @@ from monai.transforms import (
 from deformux.data.label_values import UNLABELLED
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
+from deformux.fitting.sequence_augmentation import EachSequenced, RandDropSequencesd
 
 __all__ = ["SamplingMapsd", "training_augmentation"]
 
@@ -56,7 +57,7 @@ class SamplingMapsd(Transform):
 def training_augmentation(
     prep: Preprocessing, recipe: Recipe, *, device: str | torch.device = "cpu"
 ) -> list[Transform]:
-    """Return random transforms of dictionaries from volumes ``(1, x, y, z)`` to ``patches_per_volume`` patches.
+    """Return random transforms of dictionaries from volumes ``(C, x, y, z)`` to ``patches_per_volume`` patches.
 
     Transforms before the first random one run once for each volume in memory. ``annotated`` is passed on. Patches are
     cut from volumes on the CPU, augmented on ``device``, and stay there.
@@ -87,7 +88,7 @@ def training_augmentation(
     geometry = _geometry(prep, recipe, device)
     if recipe.unlabelled_border:
         geometry = [_ShiftLabeld(1), *geometry, _ShiftLabeld(-1)]
-    transforms += [*geometry, *_intensity(prep, recipe)]
+    transforms += [*geometry, *_intensity_by_sequence(prep, recipe)]
     # Geometry is no longer needed; a plain tensor spares every operation of the network MONAI's bookkeeping.
     transforms.append(EnsureTyped(_KEYS, track_meta=False))
     return transforms
@@ -169,8 +170,18 @@ def _geometry(prep: Preprocessing, recipe: Recipe, device: torch.device) -> list
     return transforms
 
 
+def _intensity_by_sequence(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
+    """Return random changes of the image alone; several sequences change independently, and may be dropped."""
+    if prep.channels == 1:
+        return _intensity(prep, recipe)
+    changes: list[Transform] = [EachSequenced([_intensity(prep, recipe) for _ in range(prep.channels)])]
+    if recipe.sequence_dropout > 0:
+        changes.append(RandDropSequencesd(recipe.sequence_dropout))
+    return changes
+
+
 def _intensity(prep: Preprocessing, recipe: Recipe) -> list[Transform]:
-    """Return random changes of the image alone."""
+    """Return random changes of an image alone."""
     transforms: list[Transform] = []
     p = recipe.intensity_probability
     if recipe.low_resolution < 1:

@@ -142,7 +142,8 @@ def fit(
         >>> len(result.losses)
         1
     """
-    _check(network, cases, labels)
+    _check(network, cases, labels, prep)
+    prep = prep.with_dropout(recipe.sequence_dropout)
     set_determinism(seed)
     try:
         saved = None
@@ -277,11 +278,14 @@ class _Reporter:
         )
 
 
-def _check(network: DeformUXNet, cases: Sequence[Case], labels: Sequence[str]) -> None:
+def _check(network: DeformUXNet, cases: Sequence[Case], labels: Sequence[str], prep: Preprocessing) -> None:
     if not cases:
         raise TrainingError("there are no labelled volumes to train on")
     if network.out_channels != len(labels) + 1:
         raise TrainingError(f"the network has {network.out_channels} classes, the labels need {len(labels) + 1}")
+    channels = getattr(network, "in_channels", prep.channels)
+    if channels != prep.channels:
+        raise TrainingError(f"the network takes {channels} sequences, the preprocessing gives {prep.channels}")
 
 
 def _on(device: str | torch.device) -> AbstractContextManager[Any]:

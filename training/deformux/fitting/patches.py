@@ -90,7 +90,7 @@ class Patches:
         n_labels = len(labels)
         files = [
             {
-                "image": case.image,
+                "image": case.images,
                 "label": case.label,
                 "annotated": np.concatenate([[True], case.annotates(labels, n_labels)]),
             }

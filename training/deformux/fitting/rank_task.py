@@ -99,9 +99,13 @@ def _shapes(network: DeformUXNet) -> dict[str, torch.Size]:
 
 def _case_to_dict(case: Case) -> dict[str, Any]:
     annotated = None if case.annotated is None else list(case.annotated)
-    return {"id": case.id, "image": str(case.image), "label": str(case.label), "annotated": annotated}
+    images = [str(path) for path in case.images]
+    return {
+        "id": case.id, "image": str(case.image), "label": str(case.label), "annotated": annotated, "images": images
+    }  # fmt: skip
 
 
 def _case_from_dict(values: dict[str, Any]) -> Case:
     annotated = None if values["annotated"] is None else tuple(values["annotated"])
-    return Case(values["id"], Path(values["image"]), Path(values["label"]), annotated)
+    images = tuple(map(Path, values["images"]))
+    return Case(values["id"], Path(values["image"]), Path(values["label"]), annotated, images)

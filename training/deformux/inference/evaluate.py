@@ -54,7 +54,7 @@ def evaluate(
     scores: dict[str, list[float]] = {}
     network = prepared(network, device)
     for case in cases:
-        found, _ = segment(network, case.image, prep, device=device)
+        found, _ = segment(network, case.images, prep, device=device)
         filled = filled_voxels(found)
         if filled and on_warning is not None:
             on_warning(case, filled)

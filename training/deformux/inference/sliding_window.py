@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +11,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import Tensor, nn
 
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
 from deformux.networks.precision import mixed_precision
@@ -81,9 +81,9 @@ def sliding_window(prep: Preprocessing, *, overlap: float = 0.25, progress: bool
 
 @torch.inference_mode()
 def volume_logits(
-    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
-    """Return a preprocessed scan ``(1, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
+    """Return a preprocessed scan ``(channels, x, y, z)`` and its logits ``(C, x, y, z)``, both on the network's grid.
 
     Raises:
         InvalidVolume: the file is not a usable scan.
@@ -94,13 +94,13 @@ def volume_logits(
 
 @torch.inference_mode()
 def segment(
-    network: Network, image_path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu"
+    network: Network, image_path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
 ) -> tuple[MetaTensor, Tensor]:
     """Segment a scan: labels ``(1, X, Y, Z)``, uint8, on its own grid, probabilities ``(C, x, y, z)`` on the network's.
 
     Args:
         network: a network, or the result of ``prepared`` for several volumes.
-        image_path: the scan: NIfTI, NRRD or MetaImage.
+        image_path: the scan: NIfTI, NRRD or MetaImage; a file for each sequence if the model takes several.
         prep: the model's preprocessing.
         device: where to compute.
 

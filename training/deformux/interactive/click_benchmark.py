@@ -145,7 +145,7 @@ def play_case(
         InvalidVolume: the scan or its label is not usable.
     """
     truth = _Truth.of(case, labels)
-    scan = open_scan(network, case.image, prep, device=device)
+    scan = open_scan(network, case.images, prep, device=device)
     for robot in robots:
         editor = Editor(scan, network, prep, device=device)
         annotator = ClickAnnotator(len(labels), jitter=robot.jitter, spacing=truth.spacing, seed=seed)

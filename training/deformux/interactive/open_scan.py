@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from deformux.data.grid import ScanGrid, highest
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import ScanFiles
 from deformux.inference.sliding_window import volume_logits
 
 __all__ = ["OpenScan", "open_scan", "scan_from_logits"]
@@ -24,7 +24,7 @@ class OpenScan:
     """A scan and its automatic segmentation, from which edits start.
 
     Args:
-        image: network input ``(1, x, y, z)``.
+        image: network input ``(channels, x, y, z)``.
         logits: of the automatic segmentation, ``(C, x, y, z)``, float16 on the CPU.
         classes: those of the highest logits, ``(x, y, z)``, uint8.
         labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
@@ -48,7 +48,7 @@ class OpenScan:
 
 @torch.inference_mode()
 def scan_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[np.uint8] | None = None) -> OpenScan:
-    """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits.
+    """Return a preprocessed scan ``(channels, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits.
 
     Args:
         image: result of ``inference_transforms``.
@@ -65,7 +65,9 @@ def scan_from_logits(image: MetaTensor, logits: Tensor, *, labels: npt.NDArray[n
     )
 
 
-def open_scan(network: nn.Module, path: Path, prep: Preprocessing, *, device: str | torch.device = "cpu") -> OpenScan:
+def open_scan(
+    network: nn.Module, path: ScanFiles, prep: Preprocessing, *, device: str | torch.device = "cpu"
+) -> OpenScan:
     """Segment a scan automatically, as ``segment`` does, and keep what edits need.
 
     Raises:

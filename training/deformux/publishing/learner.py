@@ -258,7 +258,7 @@ class Learner:
 
     def _network(self, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         torch.manual_seed(seed)
-        network = DeformUXNet(1, len(self.labels) + 1, self.preset, guidance=guidance)
+        network = DeformUXNet(self.preprocessing.channels, len(self.labels) + 1, self.preset, guidance=guidance)
         if weights is not None:
             warm_start(network, weights)
         return network
@@ -333,8 +333,9 @@ class Learner:
         result = trained.result
         card = ModelCard(
             labels=self.labels,
-            preprocessing=self.preprocessing,
+            preprocessing=self.preprocessing.with_dropout(trained.recipe.sequence_dropout),
             preset=self.preset,
+            in_channels=self.preprocessing.channels,
             network_options=network_options(trained.network),
             parent=trained.parent,
             training_cases=tuple(case.id for case in plan.training),

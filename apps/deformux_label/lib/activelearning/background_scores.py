@@ -8,6 +8,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from deformux.networks.model_file import InvalidModel, ModelCard, load_model, re
 from deformux.networks.pretrained import pretrained_path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
+from deformux_label.lib.store.listed_studies import image_files
 
 __all__ = ["UNTRAINED_MODEL", "Orders", "SelectionScores", "SelectionScoring", "changed_since"]
 
@@ -128,10 +130,12 @@ class SelectionScores:
         """Return the networks to compare, newest first, their preprocessing and mirrored axes."""
         if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
-            network = DeformUXNet(1, len(self.project.labels) + 1, self.project.preset)
+            network = DeformUXNet(
+                self.project.preprocessing.channels, len(self.project.labels) + 1, self.project.preset
+            )
             if self.project.pretrained:
                 warm_start(network, pretrained_path(self.project.pretrained))
-            return [network], self.project.preprocessing, ()
+            return [network], self.project.preprocessing.with_dropout(1.0), ()
         network, card = load_model(self.models.path(model))
         networks, axes = [network], tuple(card.recipe.get("flip_axes") or ())
         if not axes:
@@ -214,7 +218,7 @@ class _Update:
     def _score(
         self, name: str, networks: list[DeformUXNet], prep: Preprocessing, axes: tuple[int, ...], *, score: bool
     ) -> None:
-        image = Path(self.datastore.get_image_uri(name))
+        image = image_files(self.datastore, name)
         try:
             if score:
                 seen = self._on_device(lambda device: observe(networks, image, prep, flip_axes=axes, device=device))
@@ -288,12 +292,12 @@ def changed_since(images: Iterable[str], datastore: Datastore, when: float) -> l
     """Return the volumes whose files were added or changed after ``when`` (seconds since 1970)."""
     found = []
     for image in images:
-        try:
-            status = os.stat(datastore.get_image_uri(image))
-        except OSError:
-            continue
+        states = []
+        for path in image_files(datastore, image):
+            with suppress(OSError):
+                states.append(os.stat(path))
         # A copied file may keep its modification time.
-        if max(status.st_mtime, status.st_ctime) > when:
+        if any(max(status.st_mtime, status.st_ctime) > when for status in states):
             found.append(image)
     return found
 

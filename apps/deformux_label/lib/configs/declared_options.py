@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from deformux.data.sequences import SequenceNaming
 from deformux_label.lib.configs.numbers import number_between
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "AUTO_TRAIN",
     "CACHE_GB",
     "HOST",
+    "IMAGE_CHANNELS",
     "INSECURE",
     "LEASE_MINUTES",
     "LISTEN_OPTIONS",
@@ -120,6 +122,13 @@ def _devices(name: str, text: str) -> str:
     return value
 
 
+def _channels(name: str, text: str) -> str:
+    try:
+        return SequenceNaming.parse(text).text
+    except ValueError as error:
+        raise InvalidOption(f"{name}: {error}") from error
+
+
 def _origins(name: str, text: str) -> tuple[str, ...]:
     origins = tuple(part.strip().rstrip("/") for part in text.split(",") if part.strip())
     for origin in origins:
@@ -209,6 +218,14 @@ LEASE_MINUTES = Option(
     parse=_number(100_000),
     variable="LEASE",
 )
+IMAGE_CHANNELS = Option(
+    name="image_channels",
+    default="",
+    default_note="none: each file is a case",
+    help="endings of the file names of a case's sequences, such as `_0000,_0001` or `_0000=flair,_0001=t1c`",
+    parse=_channels,
+    variable="CHANNELS",
+)
 TRAIN_DEVICES = Option(
     name="train_devices",
     default="one",
@@ -224,7 +241,7 @@ CACHE_GB = Option(
     variable="CACHE",
 )
 # Fields of ``Project`` with the same names.
-PLAIN_OPTIONS: tuple[Option[Any], ...] = (AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB)
+PLAIN_OPTIONS: tuple[Option[Any], ...] = (AUTO_TRAIN, LEASE_MINUTES, TRAIN_DEVICES, CACHE_GB, IMAGE_CHANNELS)
 PROJECT_OPTIONS: tuple[Option[Any], ...] = (*_MODEL_OPTIONS, *PLAIN_OPTIONS)
 
 USERS_FILE = Option(

@@ -9,16 +9,19 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from deformux.data.cases import split_label_names
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import SequenceNaming
 from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 from deformux_label.lib.configs.declared_options import (
     AUTO_TRAIN,
     CACHE_GB,
+    IMAGE_CHANNELS,
     LEASE_MINUTES,
     PLAIN_OPTIONS,
     PRESET,
@@ -57,6 +60,7 @@ class Project:
         lease_minutes: duration of a volume's lease; 0 switches leases off.
         cache_gb: gigabytes (10^9 bytes) of the cache that makes the next click on a volume fast; 0 for no cache.
         train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
+        image_channels: how the files of a case's sequences are named (``SequenceNaming``); empty if each is a case.
     """
 
     labels: tuple[str, ...]
@@ -67,6 +71,7 @@ class Project:
     lease_minutes: float = LEASE_MINUTES.default_value
     cache_gb: float = CACHE_GB.default_value
     train_devices: str = TRAIN_DEVICES.default_value
+    image_channels: str = IMAGE_CHANNELS.default_value
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:
@@ -94,13 +99,17 @@ class Project:
             )
         except ValueError as error:
             raise InvalidOption(str(error)) from error
+        plain = {option.name: option.value(given) for option in PLAIN_OPTIONS}
         preprocessing = dataclasses.replace(
-            start, modality=typed.modality, spacing_mm=typed.spacing_mm, patch_size=typed.patch_size
+            start,
+            modality=typed.modality,
+            spacing_mm=typed.spacing_mm,
+            patch_size=typed.patch_size,
+            sequences=SequenceNaming.parse(plain[IMAGE_CHANNELS.name]).channels,
         )
         labels = _labels(given["labels"]) if "labels" in given else (card.labels if card else ())
         if not labels:
             raise InvalidOption("labels must be given as a comma-separated list of names, such as anterior,posterior")
-        plain = {option.name: option.value(given) for option in PLAIN_OPTIONS}
         return cls(labels, preset, preprocessing, pretrained, **plain)
 
     def to_conf(self) -> dict[str, str]:
@@ -114,6 +123,11 @@ class Project:
             "spacing": _spacing_text(self.preprocessing),
             **{option.name: _option_text(getattr(self, option.name)) for option in PLAIN_OPTIONS},
         }
+
+    @cached_property
+    def naming(self) -> SequenceNaming:
+        """Return how the files of a case's sequences are named."""
+        return SequenceNaming.parse(self.image_channels)
 
     @property
     def label_values(self) -> dict[str, int]:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import TLRUCache
 
+from deformux.data.sequences import ScanFiles
+
 if TYPE_CHECKING:
     from deformux.interactive.editor import Editor
     from deformux.interactive.open_scan import OpenScan
@@ -26,20 +28,22 @@ __all__ = ["ClickCache", "ClientEditor", "ScanKey"]
 
 @dataclass(frozen=True)
 class ScanKey:
-    """Key of a scan: one state of an image file, one model version, one device."""
+    """Key of a scan: one state of an image file, and of those of other sequences, one model version, one device."""
 
     path: str
     modified_ns: int
     size: int
     version: str
     device: str
+    others: tuple[tuple[str, int, int], ...] = ()
 
     @classmethod
-    def of(cls, path: str | Path, version: str, device: str) -> ScanKey:
-        """Return the key of a file in its current state."""
-        real = Path(path).resolve()
-        state = real.stat()
-        return cls(str(real), state.st_mtime_ns, state.st_size, version, device)
+    def of(cls, files: ScanFiles, version: str, device: str) -> ScanKey:
+        """Return the key of a scan's files in their current state."""
+        paths = [Path(files)] if isinstance(files, str | Path) else [path for path in files if path.is_file()]
+        states = [(path.resolve(), path.stat()) for path in paths]
+        first, *others = [(str(path), state.st_mtime_ns, state.st_size) for path, state in states]
+        return cls(*first, version, device, tuple(others))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from deformux.data.grid import triple
 from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadVolumed
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import first_present
 from deformux.interactive.editor import Editor
 from deformux.interactive.open_scan import OpenScan
 from deformux_label.lib.configs.project import Project
@@ -117,11 +118,11 @@ class Edit(InferTask):
         device = request.options.device
         _, card = self.models.load(version, device)
         prep = card.preprocessing
-        key = ScanKey.of(request.scan.path, version, device)
+        key = ScanKey.of(request.scan.files, version, device)
         held = self.cache.peek(key)
         if held is None:
             # Refuse bad points before a whole volume is segmented.
-            image = LoadVolumed("image")({"image": request.scan.path})["image"]
+            image = LoadVolumed("image")({"image": first_present(request.scan.files)})["image"]
             points, _ = _on_grid(request, image.shape[1:], image.affine)
         else:
             points, _ = _on_grid(request, held.labels.shape, held.image.meta["original_affine"])

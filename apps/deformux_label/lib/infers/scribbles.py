@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -97,7 +98,8 @@ class GraphCut(InferTask):
 
     def _segment(self, request: ScribblesRequest) -> tuple[npt.NDArray[np.uint8], np.ndarray, dict[str, Any]]:
         drawn = drawn_of(request, of_foreground=True)
-        image = run_transforms(inference_transforms(self.project.preprocessing), {"image": request.scan.path})["image"]
+        prep = dataclasses.replace(self.project.preprocessing, sequences=())
+        image = run_transforms(inference_transforms(prep), {"image": request.scan.path})["image"]
         grid = ScanGrid.of(image)
         region = _Region.of(image, grid, drawn)
         log_odds = from_scribbles(region.image, region.scribbles, region.around, self._by(request))
@@ -140,7 +142,7 @@ class NetworkGraphCut(GraphCut):
             ]
             return mask, affine, {**params, "warning": " ".join(filter(None, warnings))}
         drawn = drawn_of(request, of_foreground=False)  # refuses bad scribbles before a whole volume is segmented
-        key = ScanKey.of(request.scan.path, version, request.options.device)
+        key = ScanKey.of(request.scan.files, version, request.options.device)
         opened = open_requested_scan(self.models, self.cache, request.scan, key)
         scan = opened.scan
         value = self.project.labels.index(request.selected or "") + 1
@@ -188,11 +190,11 @@ class _Region:
 
     @classmethod
     def of(cls, image: MetaTensor, grid: ScanGrid, drawn: Drawn) -> _Region:
-        """Return the drawn region of a preprocessed image ``(1, x, y, z)``."""
+        """Return the drawn region of a preprocessed image ``(C, x, y, z)``, in its first sequence."""
         box = grid.needed(drawn.inside)
         spacing = voxel_sizes(np.asarray(image.affine, dtype=float))
         factors = _factors([b - a for a, b in zip(*box, strict=True)], spacing)
-        scaled = _scaled(image.as_tensor())
+        scaled = _scaled(_first_sequence(image))
         cropped = _pooled(scaled[(slice(None), *slices(box))], factors)[0].numpy()
         # A voxel here is the mean of `factors` voxels of the network's grid.
         to_here = np.diag([*(1 / np.array(factors)), 1.0])
@@ -246,6 +248,11 @@ def _paste(mask: npt.NDArray[np.uint8], found: npt.NDArray[np.bool_], region: _R
     mask[slices(drawn.inside)] = inside.numpy()
     mask[drawn.scribbles == SCRIBBLED_BACKGROUND] = 0
     mask[drawn.scribbles == SCRIBBLED_FOREGROUND] = 1
+
+
+def _first_sequence(image: MetaTensor) -> torch.Tensor:
+    number = next(n for n in range(len(image)) if n not in image.meta.get("missing", {}))
+    return image.as_tensor()[number : number + 1]
 
 
 def _scaled(image: torch.Tensor) -> torch.Tensor:

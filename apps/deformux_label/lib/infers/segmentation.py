@@ -81,7 +81,7 @@ class Segmentation(BasicInferTask):
 
     def pre_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:
         data = data or {}
-        return inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))
+        return [_all_sequences, *inference_transforms(self._preprocessing(data), device=data.get("device", "cpu"))]
 
     def run_inferer(
         self,
@@ -123,7 +123,7 @@ class Segmentation(BasicInferTask):
         path = write_reply(labels, affine, request, self.project.label_values)
         if data["model_version"] is not None and request.scan.keep and self.cache.fits(2 * data["logits"].numel()):
             # So the first click after Next Sample need not wait for a second segmentation.
-            key = ScanKey.of(request.scan.path, data["model_version"], data["device"])
+            key = ScanKey.of(request.scan.files, data["model_version"], data["device"])
             self.cache.put(key, scan_from_logits(data[self.input_key], data["logits"], labels=labels))
         result = {"model_version": data["model_version"]}
         short = UNTRAINED if data["model_version"] is None else data["warning"]
@@ -137,6 +137,12 @@ class Segmentation(BasicInferTask):
         """Return the model's preprocessing, which may differ from the server's options until the next training."""
         name = data.get("model_version")
         if name is None:
-            return self.project.preprocessing
+            # Empty segments to draw in need no sequence.
+            return self.project.preprocessing.with_dropout(1.0)
         _, card = self.models.load(name, data["device"])
         return card.preprocessing
+
+
+def _all_sequences(data: dict[str, Any]) -> dict[str, Any]:
+    # MONAI Label logs and copies a request only if its image is one path.
+    return {**data, "image": data["request"].scan.files}

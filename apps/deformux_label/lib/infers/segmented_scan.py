@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, run_transforms
 from deformux.interactive.open_scan import OpenScan, scan_from_logits
 from deformux_label.lib.infers.click_cache import ClickCache, ScanKey
@@ -46,16 +47,16 @@ def open_requested_scan(
     made: list[SegmentedScan] = []
 
     def compute() -> OpenScan:
-        made.append(_segmented(models, requested.path, key.version, key.device))
+        made.append(_segmented(models, requested.files, key.version, key.device))
         return made[-1].scan
 
     scan = cache.scan(key, compute) if requested.keep else compute()
     return made[-1] if made else SegmentedScan(scan)
 
 
-def _segmented(models: ServedModels, path: str, version: str, device: str) -> SegmentedScan:
+def _segmented(models: ServedModels, files: ScanFiles, version: str, device: str) -> SegmentedScan:
     _, card = models.load(version, device)
-    image = run_transforms(inference_transforms(card.preprocessing, device=device), {"image": path})["image"]
+    image = run_transforms(inference_transforms(card.preprocessing, device=device), {"image": files})["image"]
     networks: list[ServedNetwork] = []
 
     def logits(placement: Placement) -> Tensor:

@@ -11,7 +11,7 @@ from fastapi import HTTPException
 from monai.data import MetaTensor
 from torch import Tensor
 
-from deformux.data.loading import filled_voxels
+from deformux.data.loading import MissingSequence, filled_voxels, missing_sequences
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.captured_network import BatchedNetwork
 from deformux.inference.sliding_window import WindowInferer
@@ -74,7 +74,7 @@ class ServedNetwork:
 
 @torch.inference_mode()
 def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
-    """Return logits ``(C, x, y, z)`` of a preprocessed image ``(1, x, y, z)``."""
+    """Return logits ``(C, x, y, z)`` of a preprocessed image ``(channels, x, y, z)``."""
     placement = network.placement
     try:
         return WindowInferer(placement.window)(image[None].to(placement.volume_device), network)[0]
@@ -83,9 +83,9 @@ def served_logits(network: ServedNetwork, image: MetaTensor) -> Tensor:
 
 
 def joined_warnings(image: MetaTensor, *warnings: str | None) -> str | None:
-    """Join the distinct warnings of a reply, and one about filled voxels of ``image``; None without any."""
-    filled = filled_voxels(image, "of this scan")
-    return " ".join(filter(None, dict.fromkeys((*warnings, filled and f"{filled}.")))) or None
+    """Join the distinct warnings of a reply, and those about filled voxels and missing sequences of ``image``."""
+    notes = (filled_voxels(image, "of this scan"), missing_sequences(image))
+    return " ".join(filter(None, dict.fromkeys((*warnings, *(note and f"{note}." for note in notes))))) or None
 
 
 @contextmanager
@@ -93,6 +93,8 @@ def as_http_errors() -> Iterator[None]:
     """Turn errors about the scan, the model or memory into HTTPException with one sentence."""
     try:
         yield
+    except MissingSequence as error:
+        raise HTTPException(400, str(error)) from error
     except InvalidVolume as error:
         raise HTTPException(422, str(error)) from error
     except InvalidModel as error:

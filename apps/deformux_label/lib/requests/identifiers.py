@@ -16,6 +16,7 @@ __all__ = [
     "MAX_NAME_LENGTH",
     "checked_image_id",
     "checked_revision",
+    "checked_sequence",
     "checked_tag",
     "checked_text",
     "checked_version",
@@ -64,6 +65,13 @@ def checked_image_id(value: object, *, status: int = 400) -> str:
             f"{_shown(value)} cannot be an image id; use a name of at most {MAX_NAME_LENGTH} bytes without path "
             "separators, control characters or a dot in front",
         )
+    return str(value)
+
+
+def checked_sequence(value: object) -> str:
+    """Return the valid number or name of a sequence of an image; raise HTTPException 404 for an invalid one."""
+    if not is_text(value, MAX_NAME_LENGTH) or not value:
+        raise HTTPException(404, f"{_shown(value)} is not a sequence; give its number, from 0, or its name")
     return str(value)
 
 

@@ -28,17 +28,24 @@ class RequestedScan:
     Args:
         path: path of its file.
         image_id: id in the studies; None for a file outside them, such as an upload.
+        sequences: files of all sequences of its case, if there are several.
         keep: whether results may be cached for the next request; False for an upload, which gets a new path each time.
     """
 
     path: str
     image_id: str | None = None
     keep: bool = True
+    sequences: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
         """Return the name for messages."""
         return self.image_id or Path(self.path).name
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return what a network reads: the files of all sequences; those of missing ones do not exist."""
+        return self.sequences or (Path(self.path),)
 
 
 def _log_level(value: Any) -> str:

@@ -12,11 +12,12 @@ from typing import Any
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
 
+from deformux.data.sequences import SequenceNaming
 from deformux_label.lib.requests.identifiers import is_tag
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, unchecked_fields, why_unusable
 from deformux_label.lib.store.label_revisions import Revision, Revisions
 from deformux_label.lib.store.transaction import Transaction
-from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, split_suffix, with_ids
+from deformux_label.lib.store.volumes import Found, find_volumes, labels_in, one_of_each_case, split_suffix, with_ids
 
 __all__ = ["Reconciled", "file_of", "label_entry", "reconcile", "restore_revision", "revision_entry"]
 
@@ -46,6 +47,7 @@ def reconcile(
     revisions: Revisions,
     transaction: Transaction | None,
     project: Sequence[str],
+    naming: SequenceNaming,
 ) -> Reconciled:
     """Compare the index with the files; the caller holds the studies' lock.
 
@@ -55,10 +57,14 @@ def reconcile(
     Args:
         transaction: receives the file changes; None if nothing can be written.
         project: the project's labels.
+        naming: how the files of a case's sequences are named.
     """
     served = {file_of(image, entry): image for image, entry in known.items()}
     found = find_volumes(Path(model.image_path()), served)
     with_revisions = revisions.known()
+    # A file that was labelled as a case of its own stays one, so that its labels are not lost.
+    labelled = {file for file, image in served.items() if known[image].labels or image in with_revisions}
+    found.volumes = one_of_each_case(found.volumes, naming, labelled)
 
     def belongs(image: str, file: str) -> bool:
         """Return whether the labels kept under an id, if any, belong to the volume in ``file``."""
@@ -66,7 +72,7 @@ def reconcile(
         kept = [revisions.newest(image, tag) for tag in with_revisions.get(image, []) if is_tag(tag)]
         return all(revision is None or revision.image_file in (None, file) for revision in kept)
 
-    volumes = with_ids(found, served, belongs)
+    volumes = with_ids(found, served, belongs, naming)
     result = Reconciled({image: _image(*at, known.get(image)) for image, at in volumes.items()}, found)
     labels = {tag: labels_in(Path(model.label_path(tag))) for tag in _tags(Path(model.label_path(None)))}
     for tag, (files, refused) in labels.items():

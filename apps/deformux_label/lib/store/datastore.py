@@ -216,12 +216,21 @@ class CheckedDatastore(ListedStudies):
         except InvalidVolume as error:
             raise HTTPException(422, str(error).replace(Path(image_filename).name, name)) from error
         with self._changing() as (objects, transaction):
+            case, number = self.naming.split(name)
+            there = Path(self._datastore_path) / (name + suffix)
+            if number is not None and there.is_file() and filecmp.cmp(image_filename, there, shallow=False):
+                return case if case in objects else name
             if name in objects and filecmp.cmp(image_filename, self._image_file(name, objects[name]), shallow=False):
                 return name
             root = Path(self._datastore_path)
             refuse_taken(name, suffix, image_filename, root, objects, self.revisions.known(), self.trash)
             target = root / (name + suffix)
             transaction.copy(Path(image_filename), target, new=True)
+            if number is not None and len(self.naming.suffixes) > 1 and case in objects:
+                # A further sequence of a case.
+                return case
+            if number is not None and case not in self.revisions.known():
+                name = case
             info = {**without_server_fields(info), "ts": int(time.time()), "name": target.name, "file": target.name}
             objects[name] = ImageLabelModel(image=DataModel(info=info, ext=suffix))
         return name
@@ -239,6 +248,10 @@ class CheckedDatastore(ListedStudies):
                 self._stage_removal(transaction, image_id, tag, entry, place)
             if os.path.lexists(file):
                 transaction.move(file, place / "image" / file.name)
+            for other in self.naming.files_of(file):
+                # Else they would be a new case.
+                if other != file and os.path.lexists(other):
+                    transaction.move(other, place / "sequences" / other.name)
             del objects[image_id]
         self._mapped.forget(image_id)
 
@@ -262,6 +275,9 @@ class CheckedDatastore(ListedStudies):
                 if image_id in objects or os.path.lexists(target):
                     raise HTTPException(409, f"a different volume has taken the id or the place of {image_id!r}")
                 transaction.move(files["image"], target)
+                for other in self.trash.sequences(entry):
+                    if not os.path.lexists(target.with_name(other.name)):
+                        transaction.move(other, target.with_name(other.name))
                 suffix = (split_suffix(target.name) or ("", ""))[1]
                 info = {**checked_info(dict(entry.info)), "file": entry.file}
                 objects[image_id] = ImageLabelModel(image=DataModel(info=info, ext=suffix))

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
-from monailabel.interfaces.datastore import DefaultLabelTag
+from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
 from deformux_label.lib.store.archive import write_archive
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
@@ -17,7 +17,7 @@ from deformux_label.lib.store.notices import count_and_first
 from deformux_label.lib.store.studies_folder import StudiesFolder
 from deformux_label.lib.store.studies_summary import StudiesSummary
 
-__all__ = ["ListedStudies"]
+__all__ = ["ListedStudies", "image_files"]
 
 
 class ListedStudies(StudiesFolder):
@@ -29,6 +29,21 @@ class ListedStudies(StudiesFolder):
         """Return the path of a volume in the studies, even if it is a link; empty for an unknown id."""
         entry = self._datastore.objects.get(image_id)
         return "" if entry is None else str(self._image_file(image_id, entry))
+
+    def sequence_uri(self, image_id: str, sequence: str) -> str:
+        """Return the path of a sequence of a volume, by its number or its name.
+
+        Raises:
+            HTTPException: 404 for an unknown volume, or a sequence that it lacks.
+        """
+        files = self.naming.files_of(self._image_file(image_id, self._image(image_id)))
+        present = [(number, path) for number, path in enumerate(files) if path.is_file()]
+        known = self.naming.names if len(files) == len(self.naming.names) else ("0",)
+        wanted = next((path for number, path in present if sequence in (str(number), known[number])), None)
+        if wanted is None:
+            there = ", ".join(f"{number} ({known[number]})" if self.naming.names else "0" for number, _ in present)
+            raise HTTPException(404, f"image {image_id!r} has no sequence {sequence!r}; it has {there}")
+        return str(wanted)
 
     def get_label_uri(self, label_id: str, label_tag: str) -> str:
         """Return the path of a label with the project's values; empty if the volume has none.
@@ -59,7 +74,12 @@ class ListedStudies(StudiesFolder):
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """Return the metadata of a volume, with its ``path``."""
         entry = self._image(image_id)
-        return {**entry.image.info, "path": str(self._image_file(image_id, entry))}
+        path = self._image_file(image_id, entry)
+        info = {**entry.image.info, "path": str(path)}
+        if len(self.naming.suffixes) > 1:
+            there = zip(self.naming.names, self.naming.files_of(path), strict=False)
+            info["sequences"] = {name: file.name for name, file in there if file.is_file()}
+        return info
 
     def get_label_info(self, label_id: str, label_tag: str) -> dict[str, Any]:
         """Return the metadata of a label, converted to the project's list of labels."""
@@ -127,8 +147,16 @@ class ListedStudies(StudiesFolder):
             raise HTTPException(404, "no label has been submitted yet, so there is nothing to download")
         final = DefaultLabelTag.FINAL.value
         chosen = images[:limit_cases] if limit_cases and limit_cases > 0 else images
-        cases = {image: (self.get_image_uri(image), self.get_label_uri(image, final)) for image in chosen}
+        cases = {image: (self._archived(image), self.get_label_uri(image, final)) for image in chosen}
         return write_archive(cases, self._datastore.model_dump_json(exclude={"base_path"}))
+
+    def _archived(self, image_id: str) -> dict[str, str]:
+        """Return name in an archive, without a suffix, to the path of each sequence of a volume."""
+        files = self.naming.files_of(Path(self.get_image_uri(image_id)))
+        if len(files) == 1:
+            return {image_id: str(files[0])}
+        there = zip(self.naming.suffixes, files, strict=True)
+        return {image_id + suffix: str(path) for suffix, path in there if path.is_file()}
 
     def _why_not(self, label: DataModel) -> str | None:
         """Return why a label cannot be used for this project, or None."""
@@ -153,3 +181,9 @@ class ListedStudies(StudiesFolder):
         if label is None:
             raise HTTPException(404, f"image {label_id!r} has no label with the tag {tag!r}")
         return label
+
+
+def image_files(datastore: Datastore, image_id: str) -> tuple[Path, ...]:
+    """Return the files of all sequences of a volume; those of missing ones do not exist."""
+    path = Path(datastore.get_image_uri(image_id))
+    return datastore.naming.files_of(path) if isinstance(datastore, ListedStudies) else (path,)

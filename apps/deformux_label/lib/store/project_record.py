@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deformux.data.atomic_files import write_text
+from deformux.data.sequences import SequenceNaming
 
 __all__ = ["ProjectRecord"]
 
@@ -23,17 +24,20 @@ class ProjectRecord:
     Args:
         labels: the list of the last start.
         unnamed: the list assumed for labels that were stored without names; written once.
+        image_channels: how the files of a case's sequences were named at the last start.
     """
 
     labels: tuple[str, ...]
     unnamed: tuple[str, ...]
+    image_channels: str = ""
 
     @classmethod
     def read(cls, path: Path, warn: Callable[[str], None] = logger.error) -> ProjectRecord | None:
         """Return the record, or None; rename a damaged one, and pass a sentence to ``warn``."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            return cls(_names(record["labels"]), _names(record["unnamed"]))
+            channels = SequenceNaming.parse(record.get("image_channels", "")).text
+            return cls(_names(record["labels"]), _names(record["unnamed"]), channels)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -46,8 +50,10 @@ class ProjectRecord:
             return None
 
     @classmethod
-    def begin(cls, path: Path, labels: Sequence[str], warn: Callable[[str], None]) -> ProjectRecord:
-        """Return the record for a start with these labels, without writing it: the start may be refused."""
+    def begin(
+        cls, path: Path, labels: Sequence[str], warn: Callable[[str], None], *, image_channels: str = ""
+    ) -> ProjectRecord:
+        """Return the record for a start with these options, without writing it: the start may be refused."""
         before = cls.read(path, warn)
         if before is not None and before.labels != tuple(labels):
             logger.warning(
@@ -55,12 +61,15 @@ class ProjectRecord:
                 ", ".join(before.labels),
                 ", ".join(labels),
             )
-        return cls(tuple(labels), before.unnamed if before else tuple(labels))
+        return cls(tuple(labels), before.unnamed if before else tuple(labels), image_channels)
 
     def write(self, path: Path) -> None:
         """Write the record if it differs from the one on disk."""
         if self != ProjectRecord.read(path):
-            write_text(path, json.dumps({"labels": list(self.labels), "unnamed": list(self.unnamed)}) + "\n")
+            values: dict[str, object] = {"labels": list(self.labels), "unnamed": list(self.unnamed)}
+            if self.image_channels:
+                values["image_channels"] = self.image_channels
+            write_text(path, json.dumps(values) + "\n")
 
 
 def _names(value: object) -> tuple[str, ...]:

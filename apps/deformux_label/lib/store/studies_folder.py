@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastapi import HTTPException
@@ -17,6 +17,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from monailabel.interfaces.datastore import DefaultLabelTag
 
+from deformux.data.sequences import SequenceNaming
 from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import checked_tag
 from deformux_label.lib.store import external_labels
@@ -51,7 +52,8 @@ class StudiesFolder(LocalDatastore):
 
     Args:
         folder: the studies.
-        labels: the project's labels; None for tools, which use the labels of the last start.
+        labels: the project's labels; None for tools, which use the options of the last start.
+        image_channels: how the files of a case's sequences are named; without it each file is a case.
 
     Raises:
         StudiesError: the folder cannot be read, or its labels belong to a different project.
@@ -59,7 +61,7 @@ class StudiesFolder(LocalDatastore):
 
     _datastore: LocalDatastoreModel
 
-    def __init__(self, folder: str, *, labels: Sequence[str] | None) -> None:
+    def __init__(self, folder: str, *, labels: Sequence[str] | None, image_channels: str = "") -> None:
         # Skips MONAI Label's constructor, which writes at once and lists the folder differently.
         self._datastore_path = os.path.realpath(folder)
         self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
@@ -82,9 +84,9 @@ class StudiesFolder(LocalDatastore):
         self._datastore = LocalDatastoreModel(
             name="new-dataset", description="New Dataset", images_dir=".", base_path=self._datastore_path
         )
-        self._open(state, labels)
+        self._open(state, labels, image_channels)
 
-    def _open(self, state: Path, labels: Sequence[str] | None) -> None:
+    def _open(self, state: Path, labels: Sequence[str] | None, image_channels: str) -> None:
         if self.read_only:
             self.notices.warn(
                 f"the studies folder {self._datastore_path!r} cannot be written to: inference works, and labels, "
@@ -99,8 +101,9 @@ class StudiesFolder(LocalDatastore):
                 for leftover in (*root.glob(f"{WRITING}*"), *root.glob(f"labels/*/{WRITING}*")):
                     leftover.unlink(missing_ok=True)
                 self.revisions.clean()
-        record = self._read_record(state / "project.json", labels)
+        record = self._read_record(state / "project.json", labels, image_channels)
         self.labels = record.labels
+        self.naming = SequenceNaming.parse(record.image_channels)
         self._unnamed = record.unnamed
         self._init_from_datastore_file()
         self.refresh()
@@ -116,11 +119,11 @@ class StudiesFolder(LocalDatastore):
                 reload=self._init_from_datastore_file,
             ).start()
 
-    def _read_record(self, path: Path, labels: Sequence[str] | None) -> ProjectRecord:
+    def _read_record(self, path: Path, labels: Sequence[str] | None, image_channels: str) -> ProjectRecord:
         if labels is None:
             return ProjectRecord.read(path) or ProjectRecord((), ())
         with self._lock:
-            return ProjectRecord.begin(path, labels, self.notices.warn)
+            return ProjectRecord.begin(path, labels, self.notices.warn, image_channels=image_channels)
 
     def _write_record(self, record: ProjectRecord, path: Path) -> None:
         if self.read_only:
@@ -238,8 +241,14 @@ class StudiesFolder(LocalDatastore):
         if self._scans is None:
             self._scans = ScanChecks()
         objects = self._datastore.objects
-        images = {file_of(image, entry): image for image, entry in objects.items()}
-        reasons = self._scans.check({file: self._image_file(image, objects[image]) for file, image in images.items()})
+        images: dict[str, str] = {}
+        paths: dict[str, Path] = {}
+        for image, entry in objects.items():
+            for path in self.naming.files_of(self._image_file(image, entry)):
+                # A missing sequence is passed over.
+                file = str(PurePosixPath(file_of(image, entry)).with_name(path.name))
+                images[file], paths[file] = image, path
+        reasons = self._scans.check(paths)
         self.unusable_scans = frozenset(images[file] for file in reasons)
         self.notices.log_new("Not usable", reasons)
         return reasons
@@ -288,7 +297,7 @@ class StudiesFolder(LocalDatastore):
             self._checks.add(found.to_check)
 
     def _reconciled(self, objects: Mapping[str, ImageLabelModel], transaction: Transaction | None) -> Reconciled:
-        return reconcile(self._datastore, objects, self.revisions, transaction, self.labels)
+        return reconcile(self._datastore, objects, self.revisions, transaction, self.labels, self.naming)
 
     def _check(self, labels: Sequence[tuple[str, str]]) -> None:
         """Check labels that changed outside this server, and update the index."""
@@ -341,6 +350,9 @@ class StudiesFolder(LocalDatastore):
         if parts[0] != "labels":
             file = "/".join(parts)
             if self._scans is not None and file in self._scans.reasons:
+                return True
+            if self.naming.split((split_suffix(parts[-1]) or ("", ""))[0])[1] is not None:
+                # Perhaps not the first sequence, whose file alone the index holds.
                 return True
             known = any(file_of(image, entry) == file for image, entry in self._datastore.objects.items())
             return known == (kind == "deleted")

@@ -107,6 +107,10 @@ class Trash:
                 found[folder.name] = file
         return found
 
+    def sequences(self, entry: Trashed) -> list[Path]:
+        """Return the files of the volume's sequences other than ``image``."""
+        return sorted((self.folder / entry.name / "sequences").glob("[!.]*"))
+
     def forget(self, entry: Trashed) -> None:
         """Delete an entry whose files were restored."""
         shutil.rmtree(self.folder / entry.name, ignore_errors=True)

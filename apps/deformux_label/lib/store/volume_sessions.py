@@ -14,6 +14,7 @@ from uuid import uuid4
 from fastapi import HTTPException, UploadFile
 
 from deformux.data.loading import LoadVolumed
+from deformux.data.sequences import SequenceNaming, split_stem
 from deformux.data.volume_reader import InvalidVolume
 from deformux_label.lib.requests.dicom_series import write_series
 from deformux_label.lib.requests.uploads import StoredUpload, stored_upload
@@ -65,16 +66,18 @@ class VolumeSessions:
     Args:
         folder: a folder that only this process uses.
         expiry_s: seconds from a session's last use to its removal; clients may ask for less.
+        naming: how the files of a case's sequences are named.
     """
 
-    def __init__(self, folder: Path, expiry_s: float) -> None:
+    def __init__(self, folder: Path, expiry_s: float, naming: SequenceNaming | None = None) -> None:
         self.store_path = folder
+        self._naming = naming or SequenceNaming()
         self._expiry_s = expiry_s
         self._sessions: dict[str, VolumeSession] = {}
         self._lock = threading.Lock()
 
     def add(self, uploads: Sequence[UploadFile], *, client: str, expiry_s: int = 0) -> VolumeSession:
-        """Keep one uploaded volume, or the files of one DICOM series, and return its session.
+        """Keep one uploaded volume, its sequences, or the files of one DICOM series, and return its session.
 
         Raises:
             HTTPException: 422 if the files are not one volume.
@@ -83,8 +86,9 @@ class VolumeSessions:
         folder = self.store_path / name
         folder.mkdir(mode=0o700)
         try:
-            image = _kept(uploads, folder)
-            LoadVolumed("image")({"image": image})
+            image = _kept(uploads, folder, self._naming)
+            for sequence in filter(Path.is_file, self._naming.files_of(image)):
+                LoadVolumed("image")({"image": sequence})
         except InvalidVolume as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise HTTPException(422, str(error)) from error
@@ -138,7 +142,15 @@ class VolumeSessions:
         shutil.rmtree(self.store_path / name, ignore_errors=True)
 
 
-def _kept(uploads: Sequence[UploadFile], folder: Path) -> Path:
+def _kept(uploads: Sequence[UploadFile], folder: Path, naming: SequenceNaming) -> Path:
+    names = [naming.split(split_stem(Path(upload.filename or "").name)[0]) for upload in uploads]
+    numbers = [number for _, number in names if number is not None]
+    if len({name for name, _ in names}) == 1 and len(set(numbers)) == len(uploads) and not any(map(_is_dicom, uploads)):
+        # Also a single one: its name says which.
+        for number, upload in zip(numbers, uploads, strict=True):
+            received = stored_upload(upload, f"volume{naming.suffixes[number]}")
+            shutil.move(received, folder / received.name)
+        return min(folder.iterdir(), key=lambda path: naming.split(split_stem(path.name)[0])[1] or 0)
     if len(uploads) == 1 and not _is_dicom(uploads[0]):
         received = stored_upload(uploads[0], "volume")
         return Path(shutil.move(received, folder / received.name))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deformux.data.sequences import SequenceNaming
 from deformux.data.volume_reader import VOLUME_SUFFIXES
 from deformux_label.lib.requests.identifiers import is_image_id
 
@@ -16,6 +17,7 @@ __all__ = [
     "find_volumes",
     "free_id",
     "labels_in",
+    "one_of_each_case",
     "split_suffix",
     "with_ids",
 ]
@@ -115,25 +117,44 @@ def _refusal_of(entry: os.DirEntry[str], *, known: bool) -> str | None:
     return None
 
 
-def with_ids(found: Found, known: Mapping[str, str], belongs: Callable[[str, str], bool]) -> dict[str, tuple[str, str]]:
+def one_of_each_case(volumes: Sequence[str], naming: SequenceNaming, labelled: Container[str]) -> list[str]:
+    """Return one file for each case of several sequences, and all files that are labelled or cases themselves.
+
+    A case has the file that is labelled, else that of its first sequence.
+    """
+    if not naming.suffixes:
+        return list(volumes)
+    there, chosen = set(volumes), set()
+    for files in naming.group(map(Path, volumes)):
+        present = [path for path in map(Path.as_posix, files) if path in there]
+        chosen |= {path for path in present if path in labelled} or set(present[:1])
+    return [path for path in volumes if path in chosen]
+
+
+def with_ids(
+    found: Found, known: Mapping[str, str], belongs: Callable[[str, str], bool], naming: SequenceNaming
+) -> dict[str, tuple[str, str]]:
     """Return id to (relative path, suffix) of every volume; add those without a valid id to ``found.not_served``.
 
     Args:
         found: the volumes.
         known: relative path to id, for volumes that keep their id.
         belongs: whether the labels kept under an id, if any, may belong to the volume at a relative path.
+        naming: how the files of a case's sequences are named: their suffixes are not part of the id.
     """
     volumes = {known[path]: path for path in found.volumes if path in known}
     for path in found.volumes:
         if path in known:
             continue
-        names = _candidates(path)
+        names = _candidates(path, naming)
         if not is_image_id(next(names)):
             found.not_served[path] = (
                 "its name cannot be an id: at most 200 bytes of text, without control characters, or spaces at its ends"
             )
             continue
-        chosen = next((n for n in _candidates(path) if is_image_id(n) and n not in volumes and belongs(n, path)), None)
+        chosen = next(
+            (n for n in _candidates(path, naming) if is_image_id(n) and n not in volumes and belongs(n, path)), None
+        )
         if chosen is None:
             found.not_served[path] = "all ids that it could have are taken; rename it"
         else:
@@ -148,11 +169,14 @@ def suffix_of(path: str) -> str:
     return parts[1] if parts else ""
 
 
-def _candidates(path: str) -> Iterator[str]:
-    """Yield possible ids of a file, best first: its stem, its whole name, the whole name with a number."""
+def _candidates(path: str, naming: SequenceNaming) -> Iterator[str]:
+    """Yield possible ids of a file, best first: its case, its stem, its whole name, the whole name with a number."""
     stem, _ = split_suffix(path) or (path, "")
     whole = path.replace("/", "__")
-    yield stem.replace("/", "__")
+    name = stem.replace("/", "__")
+    if (case := naming.split(name)[0]) != name:
+        yield case
+    yield name
     yield whole
     for number in range(2, 100):
         yield f"{whole}-{number}"

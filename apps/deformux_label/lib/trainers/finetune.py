@@ -20,6 +20,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
 from deformux.data.cases import Case
+from deformux.data.sequences import first_present
 from deformux.fitting.fit import Progress, TrainingError, TrainingStopped
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.networks.pretrained import pretrained_path
@@ -28,6 +29,7 @@ from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.requests.options import checked_device
 from deformux_label.lib.requests.training import TrainingRequest
+from deformux_label.lib.store.listed_studies import image_files
 from deformux_label.lib.trainers.process import TRAININGS_SHARE
 from deformux_label.lib.trainers.status import TrainingStatus
 
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 _STEPS_PER_EPOCH = 20
 # The learning rate for a start from trained weights, as a fraction of the one from scratch.
 _CONTINUED_RATE = RECIPES["continue"].learning_rate / RECIPES["finetune"].learning_rate
+# Share of the patches from which a sequence is taken, for each of several.
+_SEQUENCE_DROPOUT = 0.1
 # Fixed, so that the same labels give the same model, except for rounding.
 _SEED = 0
 # Most unused or doubtful cases that are reported.
@@ -88,7 +92,7 @@ class FineTune(TrainTask):
     def __call__(self, request: dict[str, Any], datastore: Datastore) -> dict[str, Any]:
         self.check(request, datastore)
         asked = self._parsed(request)
-        recipe = _recipe(asked)
+        recipe = _recipe(asked, sequences=self.project.preprocessing.channels)
         self.status.start(
             total_epochs=recipe.epochs,
             total_steps=recipe.steps,
@@ -126,7 +130,8 @@ class FineTune(TrainTask):
             label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
             annotated = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("annotated")
             known = tuple(name for name in self.project.labels if isinstance(annotated, list) and name in annotated)
-            cases.append(Case(image, Path(datastore.get_image_uri(image)), label, known or None))
+            files = image_files(datastore, image)
+            cases.append(Case(image, first_present(files), label, known or None, files))
         return cases
 
     def _round(self, recipe: Recipe, asked: TrainingRequest) -> Round:
@@ -203,8 +208,11 @@ class FineTune(TrainTask):
         )
 
 
-def _recipe(asked: TrainingRequest) -> Recipe:
+def _recipe(asked: TrainingRequest, *, sequences: int) -> Recipe:
     recipe = RECIPES["finetune"]
+    if sequences > 1:
+        # Slicer uploads one volume, and clinical cases lack a sequence now and then.
+        recipe = recipe.replace(sequence_dropout=_SEQUENCE_DROPOUT)
     # Validating takes about as long as ten steps.
     return recipe.in_steps(asked.steps, epochs=min(recipe.epochs, asked.steps // _STEPS_PER_EPOCH)).replace(
         batch_size=asked.batch_size, learning_rate=asked.learning_rate
