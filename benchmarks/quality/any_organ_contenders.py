@@ -103,6 +103,7 @@ def contender(
     if run.contender in _OPTIMIZERS:
         peer = DynUNetContender(
             organ.scans,
+            sequences=organ.sequences,
             n_labels=len(organ.labels),
             voxels=_voxels(planned.plan),
             optimizer=_OPTIMIZERS[run.contender],
@@ -140,9 +141,12 @@ def _make(run: OrganRun, organ: Organ, tell: Tell) -> _Planned:
         device=run.device,
         minutes=run.minutes,
         gpu_gigabytes=gpu_gigabytes(run.device),
-        measure=lambda preset, strides: measure_speed(run.device, preset, strides, n_labels=len(organ.labels)),
+        measure=lambda preset, strides: measure_speed(
+            run.device, preset, strides, in_channels=max(1, len(organ.sequences)), n_labels=len(organ.labels)
+        ),
     )
-    return _Planned(plan, time.monotonic() - began)
+    prep = dataclasses.replace(plan.preprocessing, sequences=organ.sequences)
+    return _Planned(dataclasses.replace(plan, preprocessing=prep), time.monotonic() - began)
 
 
 def _settings(planned: _Planned) -> Settings:

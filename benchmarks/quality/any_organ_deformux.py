@@ -78,7 +78,7 @@ def deformux_segmenter(network: nn.Module, settings: Settings, device: str) -> C
     """Return a function from a case to its labels ``(X, Y, Z)`` on its own grid."""
 
     def segment_case(case: Case) -> np.ndarray:
-        found, _ = segment(network, case.image, settings.prep, device=device)
+        found, _ = segment(network, case.images, settings.prep, device=device)
         return np.asarray(found[0])
 
     return segment_case
@@ -111,7 +111,9 @@ def _fit(
 ) -> nn.Module:
     torch.manual_seed(seed)
     options: dict[str, Any] = {} if settings.strides is None else {"strides": settings.strides}
-    network = DeformUXNet(1, len(labels) + 1, settings.preset, guidance=recipe.clicks > 0, **options)
+    network = DeformUXNet(
+        settings.prep.channels, len(labels) + 1, settings.preset, guidance=recipe.clicks > 0, **options
+    )
     fit(
         network,
         cases,

@@ -46,6 +46,7 @@ class DynUNetContender:
 
     Args:
         scans: for the plan: sizes and spacings.
+        sequences: names of several sequences of each case; none for one.
         n_labels: labels 1..N.
         voxels: most voxels in the patches of a step, instead of nnU-Net's rule of GPU memory.
         optimizer: ``sgd``, nnU-Net's, or ``adamw`` in one cycle.
@@ -53,8 +54,17 @@ class DynUNetContender:
     """
 
     def __init__(
-        self, scans: Sequence[Path], *, n_labels: int, voxels: int, optimizer: str, seed: int, device: str
+        self,
+        scans: Sequence[Path],
+        *,
+        sequences: Sequence[str] = (),
+        n_labels: int,
+        voxels: int,
+        optimizer: str,
+        seed: int,
+        device: str,
     ) -> None:
+        self.sequences = tuple(sequences)
         self.n_labels, self.optimizer_name, self.seed, self.device = n_labels, optimizer, seed, device
         self.is_ct = fixed_settings(scans).prep.modality == "ct"
         shapes, spacings = zip(*(_grid(scan) for scan in scans), strict=True)
@@ -62,7 +72,7 @@ class DynUNetContender:
         # Of the labelled voxels of all training cases: (low, high, mean, deviation), for CT.
         self.intensities: tuple[float, float, float, float] | None = None
         torch.manual_seed(seed)
-        self.network = _dynunet(self.plan, n_labels)
+        self.network = _dynunet(self.plan, max(1, len(self.sequences)), n_labels)
 
     def facts(self) -> dict[str, Any]:
         """Return plain values that say what was chosen."""
@@ -96,7 +106,8 @@ class DynUNetContender:
     @torch.inference_mode()
     def segment_case(self, case: Case) -> np.ndarray:
         """Return labels ``(X, Y, Z)`` on the scan's own grid; windows overlap by half, without mirroring."""
-        image = self._resampled(run_transforms([LoadVolumed("image")], {"image": case.image}), ("image",))["image"]
+        load = [LoadVolumed("image", sequences=self.sequences)]
+        image = self._resampled(run_transforms(load, {"image": case.images}), ("image",))["image"]
         grid = ScanGrid.of(image)
         scan = self._normalised(image)[None].to(self.device)
         logits = WindowInferer(self.plan.patch_size, overlap=0.5)(scan, self.network)[0]
@@ -117,8 +128,8 @@ class DynUNetContender:
         optimizer.step()
 
     def _load(self, case: Case) -> dict[Any, Any]:
-        load = (LoadVolumed("image"), LoadLabeld("label", n_labels=self.n_labels))
-        return self._resampled(run_transforms(load, {"image": case.image, "label": case.label}), ("image", "label"))
+        load = (LoadVolumed("image", sequences=self.sequences), LoadLabeld("label", n_labels=self.n_labels))
+        return self._resampled(run_transforms(load, {"image": case.images, "label": case.label}), ("image", "label"))
 
     def _resampled(self, data: dict[Any, Any], keys: tuple[str, ...]) -> dict[Any, Any]:
         """Resample along the file's own axes: nnU-Net turns no scan."""
@@ -129,14 +140,16 @@ class DynUNetContender:
     def _normalised(self, image: MetaTensor) -> Tensor:
         values = torch.as_tensor(image.as_tensor()).float()
         if self.intensities is None:
-            return (values - values.mean()) / values.std().clamp_min(1e-8)
-        low, high, mean, deviation = self.intensities
-        return (values.clamp(low, high) - mean) / max(deviation, 1e-8)
+            # Each sequence by itself.
+            deviation, mean = torch.std_mean(values, dim=(1, 2, 3), keepdim=True)
+            return (values - mean) / deviation.clamp_min(1e-8)
+        low, high, centre, width = self.intensities
+        return (values.clamp(low, high) - centre) / max(width, 1e-8)
 
 
-def _dynunet(plan: UNetPlan, n_labels: int) -> DynUNet:
+def _dynunet(plan: UNetPlan, channels: int, n_labels: int) -> DynUNet:
     network = DynUNet(
-        3, 1, n_labels + 1, plan.kernels, plan.strides, plan.strides[1:],
+        3, channels, n_labels + 1, plan.kernels, plan.strides, plan.strides[1:],
         # All decoder stages but the lowest.
         deep_supervision=True, deep_supr_num=max(1, len(plan.strides) - 3),
     )  # fmt: skip

@@ -28,7 +28,8 @@ _NOTES = (
     "plane of highest resolution (the larger of its sides)",
     "- minutes: of training on the same threads. Reading scans before does not count; measuring and choosing a plan "
     "does. DeformUX-Net takes a number of steps that is timed before, so that its seconds differ a little",
-    "- `fixed`: the defaults of `make demo` before there was a plan; the recipe of both holds steps with clicks",
+    "- `fixed`: the defaults of `make demo` before there was a plan, which took the first of several sequences; the "
+    "recipe of both holds steps with clicks",
     "- `plan`: nothing set by hand; `plan-without-…`: one part replaced by that of `fixed`; = where both are the same",
     "- `dynunet`: MONAI's DynUNet with strides, kernels, spacing and patch by nnU-Net's published rules, except that a "
     "step has at most the voxels of the plan's step instead of a GPU's memory; nnU-Net's augmentation with MONAI's "

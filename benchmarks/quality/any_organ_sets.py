@@ -16,7 +16,7 @@ from benchmarks.quality.any_organ_turns import turned
 from benchmarks.quality.transfer import halves
 
 from deformux.data.atomic_files import replacing, write_text
-from deformux.data.cases import Case
+from deformux.data.cases import Case, volume_id
 from deformux.data.volume_reader import read_volume
 from deformux.interactive.simulated_annotator import dense_labels
 
@@ -48,13 +48,16 @@ class Organ:
         labels: names of labels 1..N.
         train: labelled cases to learn from.
         val: cases to score, none of them in ``train``.
-        scans: images that a server would hold: all of ``train`` in ``split.json``, labelled or not.
+        scans: images that a server would hold: all of ``train`` in ``split.json``, labelled or not; of several
+            sequences the first.
+        sequences: names of several sequences of each case; none for one.
     """
 
     labels: tuple[str, ...]
     train: tuple[Case, ...]
     val: tuple[Case, ...]
     scans: tuple[Path, ...]
+    sequences: tuple[str, ...] = ()
 
 
 _HIPPOCAMPUS = ("anterior", "posterior")
@@ -103,11 +106,13 @@ def prepared_organ(organ: OrganSet, data: Path, work: Path, *, seed: int) -> Org
     if organ.turn:
         place = work / "turned" / f"{organ.folder}-{organ.turn}-{seed}"
         cases = turned(cases, place, alike=organ.turn == "one", seed=seed)
+    of_first = cases[chosen[0]]
     return Organ(
         labels=names,
         train=tuple(cases[case] for case in chosen),
         val=tuple(cases[case] for case in split["val"]),
         scans=tuple(cases[case].image for case in split["train"]),
+        sequences=tuple(_sequence(path) for path in of_first.images) if len(of_first.images) > 1 else (),
     )
 
 
@@ -132,13 +137,19 @@ def _case(folder: Path, name: str, values: Sequence[int], work: Path) -> Case:
     label = _label_file(folder, name)
     if list(values) != list(range(1, len(values) + 1)):
         label = _dense(label, values, work / "dense" / folder.name / label.name)
-    return Case(name, _images(folder, name)[0], label)
+    images = _images(folder, name)
+    return Case(name, images[0], label, images=tuple(images))
 
 
 def _images(folder: Path, name: str) -> list[Path]:
     """Return the image of a case, or its sequences."""
     single = folder / "images" / f"{name}.nii.gz"
     return [single] if single.is_file() else sorted((folder / "images").glob(f"{name}_[0-9][0-9][0-9][0-9].nii.gz"))
+
+
+def _sequence(path: Path) -> str:
+    """Return the name of a sequence, such as ``0001``."""
+    return volume_id(path).rpartition("_")[2]
 
 
 def _label_file(folder: Path, name: str) -> Path:

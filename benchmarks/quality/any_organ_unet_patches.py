@@ -37,7 +37,7 @@ class UNetPatches(IterableDataset):
     """Endless batches: a random third of the patches, rounded up to one, is centred on a random label's voxel.
 
     Args:
-        volumes: images ``(1, X, Y, Z)`` and labels of the same shape.
+        volumes: images ``(C, X, Y, Z)`` and labels ``(1, X, Y, Z)``.
         plan: patch and batch.
         seed: of all random choices.
     """
