@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,25 @@ def test_a_dynunet_learns_within_its_seconds(hearts: Path, tmp_path: Path) -> No
     assert set(np.unique(found)) <= {0, 1, 2}
 
 
+def test_both_sequences_of_a_case_are_learned_from(hearts: Path, tmp_path: Path) -> None:
+    source, folder = hearts / "heart_mr_acdc", hearts / "brain_tumour_mr"
+    (folder / "images").mkdir(parents=True)
+    shutil.copytree(source / "labels", folder / "labels")
+    (folder / "split.json").write_text((source / "split.json").read_text())
+    for image in (source / "images").iterdir():
+        for suffix in ("_0000", "_0001"):
+            shutil.copy(image, folder / "images" / image.name.replace(".nii", f"{suffix}.nii"))
+    organ = prepared_organ(ORGAN_SETS["brain-tumour-3"], hearts, tmp_path / "work", seed=0)
+    assert organ.sequences == ("0000", "0001")
+    assert [image.name for image in organ.val[0].images] == ["c4_0000.nii.gz", "c4_0001.nii.gz"]
+    assert organ.labels == ("label_2", "label_7")
+    options = {"n_labels": 2, "voxels": 8000, "optimizer": "sgd", "seed": 0, "device": "cpu"}
+    peer = DynUNetContender(organ.scans, sequences=organ.sequences, **options)  # type: ignore[arg-type]
+    assert peer.train(organ.train, seconds=0.1, tell=lambda *_: None).steps >= 1
+    assert peer.network.in_channels == 2
+    assert peer.segment_case(organ.val[0]).shape == SHAPE
+
+
 def _record(dice: float, train: str = "a", **changes: object) -> OrganRecord:
     scores = {f"c{case}": {"dice": [dice, dice], "surface_dice": [dice / 2, None]} for case in range(2)}
     settings = {
@@ -307,6 +327,7 @@ def test_a_killed_benchmark_goes_on_with_what_is_missing(hearts: Path, tmp_path:
     assert read_section(results, "any_organ", "any_organ_0.02_minutes") == text
 
 
+@pytest.mark.slow
 def test_an_unknown_set_or_no_minutes_is_one_sentence(repository: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.quality.any_organ", "--results", tmp_path, "--work", tmp_path]
     for options, words in ((["--sets", "lung"], "invalid choice: 'lung'"), (["--report"], "no records to report")):
