@@ -79,13 +79,15 @@ class RadiologyApp:
         tell("waiting for the app's training", 0.0)
         self._wait(lambda: bool(_STARTED.search(self._log())), _START_SECONDS)
         began = time.monotonic()
-        while (spent := time.monotonic() - began) < seconds or not self.published.is_file():
+        while (spent := time.monotonic() - began) < seconds or not _EPOCH_DONE.search(self._log()):
             self._check_training()
             tell("training", min(1.0, spent / seconds))
             time.sleep(_POLL_SECONDS)
         steps = len(_STEP.findall(self._log()))
         self.client.train_stop()
         self._wait(lambda: not self.client.train_status(check_if_running=True), 60)
+        # The app publishes by a plain copy: a training that is stopped meanwhile leaves half a file.
+        shutil.copy(self.published.parent / _MODEL / str(values["name"]) / "model.pt", self.published)
         return steps, spent
 
     def segment_case(self, case: Case) -> np.ndarray:
