@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,11 +84,13 @@ class RadiologyApp:
             self._check_training()
             tell("training", min(1.0, spent / seconds))
             time.sleep(_POLL_SECONDS)
+        best = self.published.parent / _MODEL / str(values["name"]) / "model.pt"
+        # Neither it nor the published one is written by rename: a stop meanwhile would leave half a file.
+        self._wait(lambda: zipfile.is_zipfile(best), 60)
         steps = len(_STEP.findall(self._log()))
         self.client.train_stop()
         self._wait(lambda: not self.client.train_status(check_if_running=True), 60)
-        # The app publishes by a plain copy: a training that is stopped meanwhile leaves half a file.
-        shutil.copy(self.published.parent / _MODEL / str(values["name"]) / "model.pt", self.published)
+        shutil.copy(best, self.published)
         return steps, spent
 
     def segment_case(self, case: Case) -> np.ndarray:
