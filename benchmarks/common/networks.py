@@ -17,7 +17,7 @@ from deformux.networks.blocks import DeformableMixer
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.fast_cpu_conv import Conv3d, adopt
 
-__all__ = ["NETWORKS", "OURS", "SIZES", "build", "gmac"]
+__all__ = ["NETWORKS", "OURS", "SIZES", "adopt_fast_convolutions", "build", "gmac"]
 
 OURS = "DeformUX-Net"
 SIZES = ("tiny", "small")
@@ -84,6 +84,14 @@ def build(
     return _Peer(_PEERS[name][SIZES.index(size)](classes, patch), classes, _MULTIPLES.get(name, 1))
 
 
+def adopt_fast_convolutions(network: nn.Module) -> None:
+    """Make a network as fast on a CPU as DeformUX-Net: how a convolution is computed is not a merit of a network."""
+    adopt(network)
+    for module in network.modules():
+        if type(module) is Conv3d:
+            module.__class__ = _Conv3d
+
+
 class _Peer(nn.Module):
     """One of MONAI's networks with the attributes that ``fit`` reads, on inputs of any size."""
 
@@ -92,11 +100,7 @@ class _Peer(nn.Module):
         self.network = network
         self.out_channels = classes
         self.multiple = multiple
-        # As fast on a CPU as in DeformUX-Net: the way a convolution is computed is not a merit of a network.
-        adopt(network)
-        for module in network.modules():
-            if type(module) is Conv3d:
-                module.__class__ = _Conv3d
+        adopt_fast_convolutions(network)
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[2:]

@@ -56,6 +56,7 @@ PAGES: Mapping[str, str] = MappingProxyType(
         "clicks": "What clicks gain",
         "learning": "The learning loop",
         "models": "The strongest models",
+        "any_organ": "Any organ with default settings",
         "planner": "The plan beside nnU-Net's",
     }
 )

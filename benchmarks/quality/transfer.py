@@ -10,7 +10,6 @@ Adds each training to data/transfer.json and rewrites the section quality_transf
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="which sizes")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which networks")
     arguments = parser.parse_args()
-    task = halves(arguments)
+    task = halves(arguments.data, arguments.work / "data")
     trials = network_trials(
         task, arguments.networks, arguments.sizes, arguments.seeds, steps=arguments.steps, **placement(arguments)
     )
@@ -64,12 +63,11 @@ def main() -> None:
     run_trials(trials, trial_data(arguments, "transfer"), report, jobs=arguments.jobs)
 
 
-def halves(arguments: argparse.Namespace) -> Task:
-    """Write the two halves as volumes of their own, with labels 1, 2, …; return the task."""
-    names: Mapping[str, int] = json.loads((arguments.data / "labels.json").read_text())["example_seg.nii.gz"]
+def halves(data: Path, folder: Path) -> Task:
+    """Write the two halves of the CT into a folder as volumes of their own, with labels 1, 2, …; return the task."""
+    names: Mapping[str, int] = json.loads((data / "labels.json").read_text())["example_seg.nii.gz"]
     image, label = (
-        nib.as_closest_canonical(nib.load(arguments.data / name))
-        for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
+        nib.as_closest_canonical(nib.load(data / name)) for name in ("example_ct_sm.nii.gz", "example_seg.nii.gz")
     )
     values = np.asarray(label.dataobj)
     middle = values.shape[2] // 2
@@ -79,7 +77,6 @@ def halves(arguments: argparse.Namespace) -> Task:
         if min((part == value).sum() for part in (values[..., :middle], values[..., middle:])) >= _MIN_VOXELS
     }
     dense = nib.Nifti1Image(dense_labels(values, list(both.values())), label.affine)
-    folder = arguments.work / "data"
     lower, upper = (
         Case(
             name,
