@@ -214,7 +214,9 @@ def _segment(server: Running, folder: Path, patience_s: float) -> tuple[dict[str
         began = time.perf_counter()
         parameters = {"image": "scan", "output": "image"}
         try:
-            answer = requests.post(url, params=parameters, data={"params": "{}"}, timeout=patience_s)
+            answer = requests.post(
+                url, params=parameters, data={"params": '{"result_extension": ".nii.gz"}'}, timeout=patience_s
+            )
             result.update(seconds=time.perf_counter() - began, status=answer.status_code, content=answer.content)
         except requests.Timeout:
             # Closing the connection ends the inference.
