@@ -18,6 +18,7 @@ import nibabel as nib
 import nrrd
 import numpy as np
 import requests
+from preloaded import PreloadedProcess
 
 from deformux_label.demo.server_process import PlayerError, ServerProcess
 
@@ -58,8 +59,14 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+SERVE_PROGRAM = "from deformux_label.cli.main import app; app()"
+
+
 class LiveServer(ServerProcess):
-    """A server that runs once it is constructed; ``stop`` ends it with everything that it started."""
+    """A server that runs once it is constructed; ``stop`` ends it with everything that it started.
+
+    ``serve_command`` is run with its libraries preloaded; any other command in a new process, as a user would.
+    """
 
     def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
         super().__init__(
@@ -75,6 +82,14 @@ class LiveServer(ServerProcess):
             self.start()
         except PlayerError as error:
             raise AssertionError(f"{error}:\n{self.log.read_text()[-3000:]}") from error
+
+    def _launch(self) -> Any:
+        script, *arguments = self._command
+        if Path(script).name != "deformux-label":
+            return super()._launch()
+        return PreloadedProcess(
+            SERVE_PROGRAM, arguments, output=self.log, folder=self._folder, environment=self._environment
+        )
 
     def infer(
         self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any
