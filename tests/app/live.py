@@ -40,6 +40,11 @@ def stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
     return command
 
 
+def preloaded_stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
+    """Return what that script runs, which ``LiveServer`` runs with its libraries preloaded."""
+    return [sys.executable, "-m", "monailabel.main", *stock_command(studies, conf)[1:]]
+
+
 def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
     """Return this project's command line, which ``make serve`` calls."""
     command = [str(Path(sys.executable).parent / "deformux-label"), "serve", "--studies", str(studies)]
@@ -59,13 +64,17 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-SERVE_PROGRAM = "from deformux_label.cli.main import app; app()"
+# What ``LiveServer`` runs with its libraries preloaded: the beginning of a command, and the program in its place.
+PRELOADED = {
+    (str(Path(sys.executable).parent / "deformux-label"),): "from deformux_label.cli.main import app; app()",
+    (sys.executable, "-m", "monailabel.main"): "import runpy; runpy.run_module('monailabel.main', run_name='__main__')",
+}
 
 
 class LiveServer(ServerProcess):
     """A server that runs once it is constructed; ``stop`` ends it with everything that it started.
 
-    ``serve_command`` is run with its libraries preloaded; any other command in a new process, as a user would.
+    Any other command than those of ``PRELOADED`` starts as a user would start it, in a new process.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
@@ -84,12 +93,11 @@ class LiveServer(ServerProcess):
             raise AssertionError(f"{error}:\n{self.log.read_text()[-3000:]}") from error
 
     def _launch(self) -> Any:
-        script, *arguments = self._command
-        if Path(script).name != "deformux-label":
-            return super()._launch()
-        return PreloadedProcess(
-            SERVE_PROGRAM, arguments, output=self.log, folder=self._folder, environment=self._environment
-        )
+        for command, program in PRELOADED.items():
+            if tuple(self._command[: len(command)]) == command:
+                more = {"output": self.log, "folder": self._folder, "environment": self._environment}
+                return PreloadedProcess(program, self._command[len(command) :], **more)
+        return super()._launch()
 
     def infer(
         self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any

@@ -20,7 +20,7 @@ from typing import Any
 
 # Reads a request a line: a program to start, or the id of a process of which the status is asked.
 _PARENT = """
-import json, os, sys
+import json, os, sys, tempfile
 sys.path.pop(0)
 import fastapi, monai, nibabel, numpy, sklearn.mixture, torch, uvicorn
 requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
@@ -42,6 +42,7 @@ for line in requests:
     os.dup2(1, 2)
     os.chdir(request["folder"])
     os.environ.clear(), os.environ.update(request["environment"])
+    tempfile.tempdir = None  # found by the parent's environment
     sys.argv = ["-c", *request["arguments"]]
     break
 else:
