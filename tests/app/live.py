@@ -64,17 +64,40 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-# What ``LiveServer`` runs with its libraries preloaded: the beginning of a command, and the program in its place.
-PRELOADED = {
+# Commands that run with their libraries preloaded: how they begin, and the program in its place.
+_PRELOADED = {
     (str(Path(sys.executable).parent / "deformux-label"),): "from deformux_label.cli.main import app; app()",
-    (sys.executable, "-m", "monailabel.main"): "import runpy; runpy.run_module('monailabel.main', run_name='__main__')",
+    (sys.executable, "-m", "monailabel.main"): "import runpy; runpy.run_module('monailabel.main', None, '__main__')",
 }
+
+
+def preloaded(command: Sequence[str], **options: Any) -> PreloadedProcess | None:
+    """Start a command whose libraries can be preloaded; return None for any other."""
+    for begin, program in _PRELOADED.items():
+        if tuple(command[: len(begin)]) == begin:
+            return PreloadedProcess(program, command[len(begin) :], **options)
+    return None
+
+
+def refused_start(command: Sequence[str], folder: Path, **variables: str) -> str:
+    """Run a command whose options the server refuses, and return its one sentence."""
+    name = uuid.uuid4().hex[:8]
+    output, errors = (folder / f"{kind}-{name}.log" for kind in ("output", "errors"))
+    given = {**environment(folder), **variables}
+    process = preloaded(command, output=output, errors=errors, folder=folder, environment=given)
+    assert process is not None, command
+    assert process.wait(120) == 2, errors.read_text()[-2000:]
+    said = errors.read_text()
+    assert "Traceback" not in output.read_text() + said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("deformux-label: "), said
+    return last
 
 
 class LiveServer(ServerProcess):
     """A server that runs once it is constructed; ``stop`` ends it with everything that it started.
 
-    Any other command than those of ``PRELOADED`` starts as a user would start it, in a new process.
+    ``serve_command`` and ``preloaded_stock_command`` have their libraries preloaded; ``stock_command`` is run as it is.
     """
 
     def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
@@ -93,11 +116,8 @@ class LiveServer(ServerProcess):
             raise AssertionError(f"{error}:\n{self.log.read_text()[-3000:]}") from error
 
     def _launch(self) -> Any:
-        for command, program in PRELOADED.items():
-            if tuple(self._command[: len(command)]) == command:
-                more = {"output": self.log, "folder": self._folder, "environment": self._environment}
-                return PreloadedProcess(program, self._command[len(command) :], **more)
-        return super()._launch()
+        options = {"output": self.log, "folder": self._folder, "environment": self._environment}
+        return preloaded(self._command, **options) or super()._launch()
 
     def infer(
         self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any

@@ -36,10 +36,9 @@ for line in requests:
         continue
     requests.close(), answers.close()
     os.setsid()
-    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, request["output"], os.O_WRONLY | os.O_APPEND)):
-        file = os.open(path, flags | os.O_CREAT, 0o644)
+    for number, path in enumerate((os.devnull, request["output"], request["errors"])):
+        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         os.dup2(file, number), os.close(file)
-    os.dup2(1, 2)
     os.chdir(request["folder"])
     os.environ.clear(), os.environ.update(request["environment"])
     tempfile.tempdir = None  # found by the parent's environment
@@ -73,7 +72,7 @@ def _ask(request: Mapping[str, Any]) -> Any:
 class PreloadedProcess:
     """A running ``python -c PROGRAM ARGUMENTS`` in a session of its own, with what tests use of ``Popen``.
 
-    Its output is appended to a file.
+    Its output is appended to a file, and its errors to the same or another.
     """
 
     def __init__(
@@ -82,6 +81,7 @@ class PreloadedProcess:
         arguments: Sequence[object],
         *,
         output: Path,
+        errors: Path | None = None,
         folder: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -92,6 +92,7 @@ class PreloadedProcess:
                 "program": program,
                 "arguments": [str(argument) for argument in arguments],
                 "output": str(output),
+                "errors": str(errors or output),
                 "folder": str(folder or Path.cwd()),
                 "environment": dict(environment or os.environ),
             }
