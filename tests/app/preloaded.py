@@ -54,7 +54,7 @@ exec(compile(request["program"], "<preloaded>", "exec"), {"__name__": "__main__"
 def _parent() -> tuple[subprocess.Popen[str], threading.Lock]:
     # As the server sets it, before it imports these libraries.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    command = [sys.executable, "-W", "ignore", "-c", _PARENT]
+    command = [sys.executable, "-c", _PARENT]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, text=True, env=environment, start_new_session=True, **pipes), threading.Lock()
 
