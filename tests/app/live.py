@@ -108,7 +108,7 @@ class LiveServer(ServerProcess):
             host=host,
             environment=environment(folder),
             folder=folder,
-            patience_s=120,
+            patience_s=PATIENCE_S,
         )
         try:
             self.start()
