@@ -109,7 +109,7 @@ def last(log: Path) -> dict[str, Any]:
 def test_the_start_is_recorded_and_warned_of(server: LiveServer, log: Path, case: Volume) -> None:
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     start = lines(log)[0]
-    assert start.pop("time") > 0
+    assert start.pop("time")
     assert start.pop("process") > 0
     assert start == {"what": "start server", "studies": str(case.image.parent.resolve()), "users": {}}
     info = requests.get(f"{server.url}/info/", timeout=30).json()
@@ -232,8 +232,8 @@ def test_no_value_breaks_a_line(server: LiveServer, log: Path, name: str) -> Non
     requests.delete(f"{server.url}/datastore/image?id={name}", timeout=30)
     after = lines(log)
     # Refusals of the perimeter are not recorded.
-    assert before in (after, after[:-1])
-    assert after[-1]["what"] == "delete image"
+    assert before == after[: len(before)]
+    assert [line["what"] for line in after[len(before) :]] in ([], ["delete image"])
     assert log.read_bytes().isascii()
     assert len(log.read_text().splitlines()[-1]) < 1_000
     json.dumps(after[-1], ensure_ascii=False).encode()
