@@ -45,11 +45,10 @@ serve: $(READY)
 		$(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
 		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") $(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
 
-# Two files at a time; the app's by themselves, for their servers and trainings take a core each.
-PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile $(RUNSLOW)
+# Three files at a time, for the app's tests often wait; in the order of tests/conftest.py, the long ones first.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(RUNSLOW)
 test: lint
-	$(PYTEST) tests/ops tests/gpu tests/training tests/test_*.py
-	$(PYTEST) tests/app tests/security
+	$(PYTEST) tests
 
 test-all: RUNSLOW := --runslow
 test-all: test

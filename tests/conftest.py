@@ -29,7 +29,18 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device: got {name}, which PyTorch cannot use here ({reason})") from error
 
 
+# The files that take a minute or more. They begin first, so that no worker is left with one when the others are done.
+LONG = (
+    *("app/test_bad_input", "app/test_finetune", "app/test_demo", "app/test_annotators", "app/test_scoring_process"),
+    *("security/test_slow_clients", "training/test_distributed", "training/test_simulation", "training/test_fit"),
+    *("ops/test_cuda_kernels", "ops/test_cuda_compile", "training/test_learner", "ops/test_backward"),
+    *("app/test_strategies", "app/test_edit", "app/test_server", "training/test_cli", "training/test_resume"),
+)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {REPOSITORY / "tests" / f"{name}.py": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONG)))
     if config.getoption("--runslow"):
         return
     for item in items:

@@ -18,6 +18,7 @@ import nibabel as nib
 import nrrd
 import numpy as np
 import requests
+from preloaded import PreloadedProcess
 
 from deformux_label.demo.server_process import PlayerError, ServerProcess
 
@@ -39,6 +40,11 @@ def stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
     return command
 
 
+def preloaded_stock_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
+    """Return what that script runs, which ``LiveServer`` runs with its libraries preloaded."""
+    return [sys.executable, "-m", "monailabel.main", *stock_command(studies, conf)[1:]]
+
+
 def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
     """Return this project's command line, which ``make serve`` calls."""
     command = [str(Path(sys.executable).parent / "deformux-label"), "serve", "--studies", str(studies)]
@@ -58,8 +64,41 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
+# Commands that run with their libraries preloaded: how they begin, and the program in its place.
+_PRELOADED = {
+    (str(Path(sys.executable).parent / "deformux-label"),): "from deformux_label.cli.main import app; app()",
+    (sys.executable, "-m", "monailabel.main"): "import runpy; runpy.run_module('monailabel.main', None, '__main__')",
+}
+
+
+def preloaded(command: Sequence[str], **options: Any) -> PreloadedProcess | None:
+    """Start a command whose libraries can be preloaded; return None for any other."""
+    for begin, program in _PRELOADED.items():
+        if tuple(command[: len(begin)]) == begin:
+            return PreloadedProcess(program, command[len(begin) :], **options)
+    return None
+
+
+def refused_start(command: Sequence[str], folder: Path, **variables: str) -> str:
+    """Run a command whose options the server refuses, and return its one sentence."""
+    name = uuid.uuid4().hex[:8]
+    output, errors = (folder / f"{kind}-{name}.log" for kind in ("output", "errors"))
+    given = {**environment(folder), **variables}
+    process = preloaded(command, output=output, errors=errors, folder=folder, environment=given)
+    assert process is not None, command
+    assert process.wait(120) == 2, errors.read_text()[-2000:]
+    said = errors.read_text()
+    assert "Traceback" not in output.read_text() + said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("deformux-label: "), said
+    return last
+
+
 class LiveServer(ServerProcess):
-    """A server that runs once it is constructed; ``stop`` ends it with everything that it started."""
+    """A server that runs once it is constructed; ``stop`` ends it with everything that it started.
+
+    ``serve_command`` and ``preloaded_stock_command`` have their libraries preloaded; ``stock_command`` is run as it is.
+    """
 
     def __init__(self, command: Sequence[str], folder: Path, *, scheme: str = "http", host: str = "127.0.0.1") -> None:
         super().__init__(
@@ -69,12 +108,16 @@ class LiveServer(ServerProcess):
             host=host,
             environment=environment(folder),
             folder=folder,
-            patience_s=120,
+            patience_s=PATIENCE_S,
         )
         try:
             self.start()
         except PlayerError as error:
             raise AssertionError(f"{error}:\n{self.log.read_text()[-3000:]}") from error
+
+    def _launch(self) -> Any:
+        options = {"output": self.log, "folder": self._folder, "environment": self._environment}
+        return preloaded(self._command, **options) or super()._launch()
 
     def infer(
         self, image: str, /, *, model: str = "segmentation", query: Mapping[str, str] | None = None, **params: Any

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import typer
+from click.testing import Result
 from typer.testing import CliRunner
 
 from deformux.data.synthetic import LABELS
@@ -30,6 +31,15 @@ TINY = ["--rounds", "2", "--first", "2", "--batch", "2", "--volumes", "6", "--st
 def demo(arguments: Sequence[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deformux_label.demo.__main__", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False, **options)
+
+
+def demo_in_this_process(arguments: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """Run the demo where it ends before it starts a server."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handler is only for the demo's own process
+    command = typer.Typer()
+    command.command()(main)
+    return CliRunner().invoke(command, arguments)
 
 
 def processes_naming(folder: Path) -> list[str]:
@@ -204,11 +214,7 @@ def test_unusable_studies_end_in_one_sentence(
     prepare: Callable[[Path], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = prepare(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handler is only for the demo's own process
-    command = typer.Typer()
-    command.command()(main)
-    result = CliRunner().invoke(command, ["--studies", "data"])
+    result = demo_in_this_process(["--studies", "data"], tmp_path, monkeypatch)
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)  # no other exception came up
     assert result.stderr.startswith("demo: ")
@@ -217,11 +223,11 @@ def test_unusable_studies_end_in_one_sentence(
     assert not (tmp_path / "demo").exists()
 
 
-def test_an_output_folder_of_someone_else_is_not_touched(tmp_path: Path) -> None:
+def test_an_output_folder_of_someone_else_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     precious = tmp_path / "thesis" / "chapter.txt"
     precious.parent.mkdir()
     precious.write_text("42")
-    result = demo([*TINY, "--output", "thesis"], tmp_path)
-    assert result.returncode == 1
+    result = demo_in_this_process([*TINY, "--output", "thesis"], tmp_path, monkeypatch)
+    assert result.exit_code == 1
     assert "has files that no demo wrote" in result.stderr
     assert precious.read_text() == "42"

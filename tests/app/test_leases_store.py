@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from fastapi import HTTPException
+from live import wait_for
+from preloaded import PreloadedProcess
 
 from deformux_label.lib.store.leases import Leases
 from deformux_label.lib.store.state import StateDatabase
@@ -45,16 +44,14 @@ def test_kill_9_loses_no_acknowledged_lease_or_task(tmp_path: Path) -> None:
     for turn in range(5):
         # Two at once, so that one is often killed while the other waits.
         names = [f"annotator {turn}-{number}" for number in range(2)]
-        clients = [
-            subprocess.Popen([sys.executable, "-c", CLIENT, tmp_path, name], stdout=subprocess.PIPE, text=True)
-            for name in names
-        ]
-        first = [client.stdout.readline() for client in clients if client.stdout is not None]
+        clients = [PreloadedProcess(CLIENT, (tmp_path, name), output=tmp_path / f"{name}.log") for name in names]
+        for client in clients:
+            wait_for(lambda log=client.output: "\n" in log.read_text(), "it claims a volume")
         time.sleep(rng.uniform(0.0, 0.4))
         for client in clients:
-            client.send_signal(signal.SIGKILL)
-        for name, client, begun in zip(names, clients, first, strict=True):
-            for line in (begun + client.communicate()[0]).splitlines(keepends=True):
+            client.kill()
+        for name, client in zip(names, clients, strict=True):
+            for line in client.ended().splitlines(keepends=True):
                 if not line.endswith("\n"):
                     continue
                 if line.startswith("task "):

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import pytest
 import requests
 import torch
 from live import APP, CONF, LiveServer, Volume
+from preloaded import PreloadedProcess
 
 from deformux.active_learning.strategies import NEEDS_SCORES
 from deformux.active_learning.uncertainty_scores import volume_uncertainty
@@ -232,12 +229,11 @@ scores.update(CheckedDatastore(str(folder / "studies"), labels=project.labels))
 def test_killed_scoring_resumes(desk: Desk) -> None:
     model = desk.publish(seed=1)
     path = desk.folder / "state" / "selection" / f"{model}.json"
-    command = [sys.executable, "-c", SCORING, str(desk.folder), json.dumps(CONF)]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = PreloadedProcess(SCORING, (desk.folder, json.dumps(CONF)), output=desk.folder / "scoring.log")
     end = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     early = desk.kept(model)
     assert early["scores"], "what was written is whole"

@@ -170,13 +170,20 @@ def test_offsets_computed_in_the_kernel(make_problem, runtime, channels, dtype, 
         assert_near(actual, expected)
 
 
-def test_under_sanitizers():
+# Parts of the names of tests; `computed` is that of offsets computed in the kernel.
+HEART = "smaller or (computed and True) or (impossible and (nan or 2147483648))"
+HEART += " or (finite and 0.4 and (dtype0 or dtype2))"  # float16, in pairs, and float32
+# One test of each: every kernel, but not every instance of it.
+ONE_EACH = "(smaller and (few or float16 and not bfloat16)) or (computed and True and dtype0)"
+ONE_EACH += " or (impossible and nan) or (finite and 0.4 and dtype0)"
+
+
+@pytest.mark.parametrize("heart", [ONE_EACH, pytest.param(HEART, marks=pytest.mark.slow)], ids=["one each", "all"])
+def test_under_sanitizers(heart):
     """No read or write is out of bounds, no vector misaligned, no arithmetic undefined."""
     environment = cuda_emulator.sanitizer_environment()
     if environment is None:
         pytest.skip("g++ has no address sanitizer to preload")
-    heart = "smaller or (computed and True) or (impossible and (nan or 2147483648))"
-    heart += " or (finite and 0.4 and (dtype0 or dtype2))"  # float16, in pairs, and float32
     files = [__file__, __file__.replace("kernels", "walk")]
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-x", "-p", "no:cacheprovider", *files, "-k", heart]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from live import CONF, environment, serve_command, stock_command
+from live import CONF, preloaded_stock_command, refused_start, serve_command
 from typer.testing import CliRunner
 
 from deformux_label.cli.main import app
@@ -47,18 +46,8 @@ def test_no_start_with_a_damaged_users_file_or_the_stock_login(tmp_path: Path, m
 @pytest.mark.parametrize("stock_login", [False, True])
 def test_monai_labels_own_command_does_not_start_either(tmp_path: Path, stock_login: bool) -> None:
     """Its default is to listen on all addresses."""
-    command = [*stock_command(tmp_path / "studies", CONF), "--port", "1"]
-    done = subprocess.run(
-        [*command, "--host", "127.0.0.1"] if stock_login else command,
-        capture_output=True,
-        text=True,
-        env={**environment(tmp_path), "MONAI_LABEL_AUTH_ENABLE": str(stock_login)},
-        cwd=tmp_path,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr[-2000:]
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("deformux-label: ")
+    command = [*preloaded_stock_command(tmp_path / "studies", CONF), "--port", "1"]
+    if stock_login:
+        command += ["--host", "127.0.0.1"]
+    last = refused_start(command, tmp_path, MONAI_LABEL_AUTH_ENABLE=str(stock_login))
     assert "deformux-label users add" in last
-    assert "Traceback" not in done.stdout + done.stderr

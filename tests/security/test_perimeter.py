@@ -13,7 +13,7 @@ import psutil
 import pytest
 import requests
 from attacks import exchange, refusal, scan
-from live import CONF, LiveServer, serve_command, stock_command
+from live import CONF, LiveServer, preloaded_stock_command, serve_command
 
 from deformux_label.web.route_roles import OFFERED
 
@@ -29,7 +29,7 @@ def guarded(
     studies = tmp_path_factory.mktemp("guarded") / "studies"
     studies.mkdir()
     scan(studies / "one.nii.gz")
-    command = serve_command if request.param.endswith("serve") else stock_command
+    command = serve_command if request.param.endswith("serve") else preloaded_stock_command
     return start_here(studies, {**CONF, "allow_origin": ALLOWED, "max_upload_gb": "0.002"}, command)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 from attacks import closed, connected, process_of, scan
-from live import CONF, LiveServer, serve_command, stock_command
+from live import CONF, LiveServer, preloaded_stock_command, serve_command
 
 # The server's own limits are 15 s for headers and 20 s for a pause in a body.
 _PATIENCE_S = 40
@@ -27,7 +27,7 @@ def patient(
     scan(studies / "one.nii.gz")
     # Larger than the buffers of the two sockets between server and client.
     scan(studies / "large.nii", 200, 200, 300)
-    return start_here(studies, CONF, serve_command if request.param.endswith("serve") else stock_command)
+    return start_here(studies, CONF, serve_command if request.param.endswith("serve") else preloaded_stock_command)
 
 
 def upload(name: bytes, declared: int, sent: int) -> bytes:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import requests
 from attacks import children, refusal, scan, tree
-from live import CONF, LiveServer, serve_command, stock_command, wait_for
+from live import CONF, LiveServer, preloaded_stock_command, serve_command, stock_command, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,9 @@ def uploading(
     start_here: Callable[..., LiveServer], folders: dict[str, Path], request: pytest.FixtureRequest
 ) -> LiveServer:
     """A server on these folders, started in each of the two ways."""
-    return start_here(folders["studies"], CONF, serve_command if request.param.endswith("serve") else stock_command)
+    return start_here(
+        folders["studies"], CONF, serve_command if request.param.endswith("serve") else preloaded_stock_command
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -102,8 +102,16 @@ class ServerProcess:
     def start(self) -> None:
         """Start the server and wait until it answers; raise PlayerError if it does not."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._launch()
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -112,11 +120,6 @@ class ServerProcess:
                 env=self._environment,
                 cwd=self._folder,
             )
-        try:
-            self._wait_until_it_answers()
-        except BaseException:
-            self.stop()
-            raise
 
     def _wait_until_it_answers(self) -> None:
         trusting = ssl.create_default_context()

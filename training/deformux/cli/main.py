@@ -55,7 +55,6 @@ from deformux.data.cases import (
     split_label_names,
 )
 from deformux.data.choices import AUTO, Choices
-from deformux.data.fingerprint import declared_modality
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.scan_folder import scans_and_cases
 from deformux.fitting.recipe import RECIPES
@@ -197,6 +196,7 @@ def fit_command(
         if minutes is not None and "steps" in changes:
             raise ValueError("give either --minutes or --set steps=..., not both")
         from deformux.cli.fit import Settings, train_on_folder
+        from deformux.data.fingerprint import declared_modality
 
         settings = Settings(
             given=given,
