@@ -111,7 +111,7 @@ class Learner:
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
         run_id = self.round_folder.begin({**plan.identity(options), "given": self.planner.given()})
-        trainings = [self.trainings.prepared(plan, options, part) for part in range(len(plan.recipes))]
+        trainings = [self.trainings.prepared(plan, options, part, stop) for part in range(len(plan.recipes))]
         trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
         name, card = self._write(trained, decision, plan, options, run_id, stop)

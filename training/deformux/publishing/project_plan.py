@@ -33,8 +33,12 @@ _READING_SECONDS, _QUICK_SECONDS = 120.0, 20.0
 class Planner(Protocol):
     """Decides on network and input of a project's trainings."""
 
-    def from_scratch(self, cases: Sequence[Case]) -> Plan:
-        """Return the plan of a training of labelled cases from random weights."""
+    def from_scratch(self, cases: Sequence[Case], *, stop: Callable[[], bool] | None = None) -> Plan:
+        """Return the plan of a training of labelled cases from random weights.
+
+        Raises:
+            FingerprintStopped: ``stop`` returned true.
+        """
 
     def continued(self, model: Path) -> Plan:
         """Return the plan of a training that starts from a model file."""
@@ -49,7 +53,12 @@ class FixedPlan:
 
     plan: Plan
 
-    def from_scratch(self, cases: Sequence[Case]) -> Plan:  # noqa: ARG002 - a Planner's argument, here and below
+    def from_scratch(
+        self,
+        cases: Sequence[Case],  # noqa: ARG002 - a Planner's arguments, here and below
+        *,
+        stop: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> Plan:
         return self.plan
 
     def continued(self, model: Path) -> Plan:  # noqa: ARG002

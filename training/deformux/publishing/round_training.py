@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from deformux.data.fingerprint import FingerprintStopped
 from deformux.data.planning import Plan
-from deformux.fitting.fit import FitResult, Progress, TrainingError
+from deformux.fitting.fit import FitResult, Progress, TrainingError, TrainingStopped
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
@@ -74,17 +75,23 @@ class RoundTrainings:
     def __init__(self, root: Path, labels: Sequence[str], planner: Planner, round_folder: RoundFolder) -> None:
         self.root, self.labels, self.planner, self.round_folder = root, labels, planner, round_folder
 
-    def prepared(self, plan: RoundPlan, options: Round, part: int) -> Training:
+    def prepared(self, plan: RoundPlan, options: Round, part: int, stop: Callable[[], bool] | None = None) -> Training:
         """Prepare the first training of a round, from its parent, or the second, from scratch.
 
         What is measured or chosen here holds until the round ends, also after a restart.
+
+        Raises:
+            TrainingStopped: ``stop`` returned true while the scans were read.
         """
         parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
 
         def setup() -> dict[str, Any]:
             if weights is not None:
                 return self.planner.continued(weights).to_dict()
-            return self.planner.from_scratch(plan.training).to_dict()
+            try:
+                return self.planner.from_scratch(plan.training, stop=stop).to_dict()
+            except FingerprintStopped as error:
+                raise TrainingStopped(str(error)) from error
 
         chosen = Plan.from_dict(self.round_folder.kept(f"plan-{part}", setup))
         base = plan.recipes[part].replace(**{**chosen.recipe_changes, **options.fixed})
