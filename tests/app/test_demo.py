@@ -161,7 +161,7 @@ def test_a_failing_training_shows_the_log_and_one_sentence(tmp_path: Path) -> No
 def test_an_option_the_server_refuses_is_one_sentence(tmp_path: Path) -> None:
     result = demo([*TINY, "--output", str(tmp_path / "out"), "--preset", "gigantic"], tmp_path)
     assert result.returncode == 1
-    assert "preset must be one of base, small, tiny; got 'gigantic'" in result.stderr
+    assert "preset must be one of base, small, tiny, or auto; got 'gigantic'" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
 
 

@@ -13,6 +13,7 @@ import requests
 from fastapi import HTTPException
 from live import CONF, LiveServer, Volume, refused_start, remove_state, serve_command, write
 
+from deformux.publishing.project_plan import ProjectPlanner
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.scoring.dice import DiceScoring
@@ -58,8 +59,9 @@ def test_values_follow_the_names(
     assert (values(again.datalist()[0]["label"]) == wanted).all()
     # A training gets the mapped label.
     project = Project.from_conf({**CONF, "labels": ",".join(labels)})
-    trainer = FineTune(project, ServedModels(project, tmp_path / "state"), tmp_path / "state")
-    (case,) = trainer._cases(again)
+    state = tmp_path / "state"
+    planner = ProjectPlanner(state / "plan", labels=project.labels)
+    (case,) = FineTune(project, ServedModels(project, state), state, planner).cases(again)
     assert (values(str(case.label)) == wanted).all()
     assert case.annotates(labels, len(labels)).tolist() == [looked_for is None or name in looked_for for name in labels]
     # Restoring gives the mapped label.

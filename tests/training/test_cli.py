@@ -39,7 +39,8 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
     assert card["labels"] == ["ball", "box"]
     assert len(card["training_cases"]) == 2
     assert card["recipe"]["steps"] == 4
-    assert card["network_options"] == {"guidance": True}
+    assert card["network_options"]["guidance"] is True
+    assert card["plan"]["reasons"]["patch_size"] == "given"
     assert list(card["validation"]["per_case"]) not in ([], card["training_cases"])
 
     done = CliRunner().invoke(app, ["predict", str(model), str(tmp_path / "images"), str(tmp_path / "predicted")])
@@ -109,6 +110,11 @@ _PATHS = [
     (("predict", "{}", "cases/images", "new"), "model"),
     (("predict", "model.safetensors", "{}", "new"), "images"),
     (("predict", "model.safetensors", "cases/images", "{}"), "new folder"),
+    (("predict-cluster", "{}", "cases/images", "new", "--cluster", "local"), "model"),
+    (("predict-cluster", "model.safetensors", "{}", "new", "--cluster", "local"), "images"),
+    (("predict-cluster", "model.safetensors", "cases/images", "{}", "--cluster", "local"), "new folder"),
+    (("plan", "{}"), "planned data"),
+    (("plan", "cases", "--json", "{}"), "new plan"),
     (("evaluate", "{}", "cases"), "model"),
     (("evaluate", "model.safetensors", "{}"), "data"),
     (("evaluate", "model.safetensors", "cases", "--csv", "{}"), "new file"),
@@ -137,6 +143,15 @@ _WRONG = {
         ("nowhere", "there is no folder nowhere"),
         ("empty", "empty has no dataset.json: name the labels"),
         ("unreadable", "dataset.json cannot be read as JSON"),
+    ],
+    "planned data": [
+        ("nowhere", "there is no folder nowhere"),
+        ("file.txt", "file.txt is a file; a folder is expected"),
+        ("empty", "empty holds no volume"),
+    ],
+    "new plan": [
+        ("file.txt/p.json", "nothing can be written to file.txt: file.txt is a file, not a folder"),
+        ("new/plan", "the name of new/plan must end in .json"),
     ],
     "images": [
         ("nowhere", "there is no folder nowhere"),

@@ -154,7 +154,7 @@ def steered(
     cases: list[Case], state: Path, dice: list[float], monkeypatch: pytest.MonkeyPatch, options: Round = QUICK
 ) -> list[Outcome]:
     """Return the outcomes of rounds on the same cases, each by a new learner, as in a new process."""
-    monkeypatch.setattr("deformux.publishing.learner.fit_on", Falling(dice))
+    monkeypatch.setattr("deformux.publishing.round_training.fit_on", Falling(dice))
     return [learner(state).learn(cases, options) for _ in dice]
 
 

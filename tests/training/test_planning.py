@@ -283,8 +283,8 @@ def test_what_is_given_is_kept() -> None:
         percentiles="1,99",
         frame="acquisition",
         preset="small",
-        batch_size=4,
     )
+    given = dataclasses.replace(given, batch_size=4)
     plan = make_plan(project((scan(), label(((0, 0, 0), (9, 9, 9))))), labels=["a"], given=given)
     assert plan.preprocessing == Preprocessing(
         "ct", (2.0, 2.0, 3.0), (32, 48, 16), (-1000.0, 400.0), (1.0, 99.0), frame="acquisition"

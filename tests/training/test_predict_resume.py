@@ -55,7 +55,15 @@ def predict(*arguments: object) -> Result:
 
 def started(*arguments: object, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "deformux.cli.main", "predict", *map(str, arguments), "--device", "cpu"]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell makes background processes, such as a run of these tests, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -189,7 +197,7 @@ def test_bad_scans_do_not_end_the_run(models: list[Path], tmp_path: Path, monkey
     nib.save(nib.Nifti1Image(np.ones(SMALL, np.float32), np.eye(4)), scans[1])
     from deformux.cli import predict as implementation
 
-    real = implementation.segment
+    real = implementation.segment_labels
 
     def fails(network: object, files: tuple[Path, ...], *others: object, **options: object) -> object:
         if files == (scans[2],):
@@ -198,7 +206,7 @@ def test_bad_scans_do_not_end_the_run(models: list[Path], tmp_path: Path, monkey
             raise KeyError("spacing")
         return real(network, files, *others, **options)
 
-    monkeypatch.setattr(implementation, "segment", fails)
+    monkeypatch.setattr(implementation, "segment_labels", fails)
     done = predict(models[0], tmp_path / "scans", tmp_path / "out")
     assert done.exit_code == 1, done.output
     lines = [line for line in done.output.splitlines() if line.startswith("skipped:")]

@@ -95,7 +95,8 @@ def _start(studies: str, conf: Mapping[str, str], host: str, port: int, tls: Seq
     arguments = ["start_server", "--app", str(app_folder()), "--studies", studies, "--host", host, "--port", str(port)]
     arguments += ["--uvicorn_app", "deformux_label.server:app", *tls]
     for key, value in conf.items():
-        arguments += ["--conf", key, value]
+        # Its parser would take -175,250 for an option, but nothing with a space in it.
+        arguments += ["--conf", key, f" {value}" if value.startswith("-") else value]
     scheme = "https" if tls else "http"
     typer.echo(f"In 3D Slicer's module MONAI Label, enter the server address {scheme}://{host}:{port}")
     sys.stdout.flush()

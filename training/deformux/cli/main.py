@@ -83,7 +83,7 @@ def _main(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log eac
 def _choices(*, preset: str, **texts: str) -> Choices:
     """Parse what a user decided; raise ValueError if a value is not valid."""
     if preset not in (*PRESETS, AUTO):
-        raise ValueError(f"preset must be {AUTO} or one of {', '.join(PRESETS)}; got {preset!r}")
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or {AUTO}; got {preset!r}")
     return Choices.from_options(preset=preset, **texts)
 
 

@@ -116,6 +116,10 @@ class ModelCard:
         """Return the card as text."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["preprocessing"] = self.preprocessing.to_dict()
+        for name in ("plan", "locator"):
+            # Most cards have none, and those of before had no place for them.
+            if not values[name]:
+                del values[name]
         return json.dumps(_without_nan(values), indent=2) + "\n"
 
     @classmethod

@@ -43,7 +43,7 @@ _RESERVED = frozenset(
         *("background", "background_scribbles", "foreground", "foreground_scribbles", "image", "label", "model"),
         *("active_label", "client_id", "label_tag", "logging", "reset_state", "result_dtype", "result_extension"),
         *("roi", "save_label", "session", "slice", "voxel_order"),
-        *("batch_size", "device", "learning_rate", "start_from", "steps"),
+        *("batch_size", "device", "learning_rate", "minutes", "start_from", "steps"),
         *("label_info", "lamda", "num_bins", "num_mixtures", "selected_label_name", "sigma", "uncertainty"),
     }
 )
@@ -90,7 +90,7 @@ class Project:
         texts = {**_texts_of_model(card), **{key: given[key] for key in given if key in _PLANNED}}
         preset = texts.get("preset", AUTO)
         if preset not in (*PRESETS, AUTO):
-            raise InvalidOption(f"preset must be {AUTO} or one of {', '.join(sorted(PRESETS))}; got {preset!r}")
+            raise InvalidOption(f"preset must be one of {', '.join(sorted(PRESETS))}, or {AUTO}; got {preset!r}")
         if card and preset != card.preset:
             raise InvalidOption(f"pretrained {pretrained!r} has preset {card.preset!r}; got preset {preset!r}")
         try:

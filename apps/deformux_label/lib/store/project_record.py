@@ -36,8 +36,8 @@ class ProjectRecord:
         """Return the record, or None; rename a damaged one, and pass a sentence to ``warn``."""
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            channels = SequenceNaming.parse(record.get("image_channels", "")).text
-            return cls(_names(record["labels"]), _names(record["unnamed"]), channels)
+            labels, unnamed = _names(record["labels"]), _names(record["unnamed"])
+            return cls(labels, unnamed, SequenceNaming.parse(record.get("image_channels", "")).text)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
