@@ -72,7 +72,7 @@ def predict_cluster_command(
         results = _results(images, output)
         from deformux.cli.predict import print_predicted, scans_of
         from deformux.cli.predict_cluster import ClusterOptions, predict_on_cluster
-        from deformux.networks.model_file import read_card
+        from deformux.networks.model_file import check_weights, read_card
 
         options = ClusterOptions(
             cluster,
@@ -83,6 +83,8 @@ def predict_cluster_command(
             {name: value for name, value in chosen.items() if value},
         )
         card = read_card(file)
+        # Here, once: each of the jobs would end in the same error.
+        check_weights(file, card)
         scans = scans_of(results, card.preprocessing.sequences)
         done = predict_on_cluster(
             file, scans, output, options=options, overwrite=overwrite, device=device, threads=threads
