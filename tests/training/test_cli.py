@@ -21,6 +21,7 @@ from deformux.cli.versions import app as versions_app
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
+from deformux.networks.pretrained import pretrained_path
 
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -240,6 +241,21 @@ def test_the_error_names_the_wrong_path(
     assert words in last
     made = set(workspace.rglob("*")) - set(before)
     assert all((workspace / "new") in (file, *file.parents) for file in made), made
+
+
+def test_a_training_that_starts_from_a_model_keeps_what_nobody_gave(write_case, tmp_path: Path) -> None:
+    write_case("case")
+    model = tmp_path / "model.safetensors"
+    options = ["--labels", "ball,box", "--start-from", "hippocampus", "--patch-size", "16,16,16", "--set", "steps=1"]
+    done = CliRunner().invoke(app, ["fit", str(tmp_path), str(model), *options, "--set", "epochs=1"])
+    assert done.exit_code == 0, done.output
+    card, start = (
+        json.loads(path.with_suffix(".json").read_text()) for path in (model, pretrained_path("hippocampus"))
+    )
+    assert card["parent"] == "hippocampus"
+    # By the scans, which look like CT, it would have been planned otherwise.
+    assert card["preprocessing"] == {**start["preprocessing"], "patch_size": [16, 16, 16]}
+    assert card["preset"] == start["preset"]
 
 
 def test_the_list_of_paths_is_complete() -> None:

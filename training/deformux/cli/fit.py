@@ -32,6 +32,7 @@ from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.inference.locator_file import save_locator
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, network_options, save_model, warm_start
+from deformux.publishing.project_plan import continued_plan
 
 __all__ = ["Settings", "train_on_folder"]
 
@@ -90,7 +91,8 @@ def train_on_folder(
             writable_file(output, suffix=".safetensors")
         training, held_out = _split(cases, validate)
         kept = output.with_suffix(".resume")
-        plan = _kept(ranks, kept / "plan.json" if resume else None, lambda: _planned(cases, labels, settings, ranks))
+        file = kept / "plan.json" if resume else None
+        plan = _kept(ranks, file, lambda: _planned(cases, labels, settings, start_from, ranks))
         setup = Plan.from_dict(plan)
         recipe = settings.recipe.replace(**{**setup.recipe_changes, **settings.fixed})
         torch.manual_seed(seed)
@@ -156,8 +158,16 @@ def train_on_folder(
         console.print(f"{output}: {len(training)} volumes, {result.seconds:.0f} s, last loss {result.losses[-1]:.3f}")
 
 
-def _planned(cases: Sequence[Case], labels: Sequence[str], settings: Settings, ranks: Ranks) -> dict[str, Any]:
-    """Plan by the cases of the training, and print the plan unless everything was given."""
+def _planned(
+    cases: Sequence[Case],
+    labels: Sequence[str],
+    settings: Settings,
+    start_from: tuple[str, Path] | None,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Plan by the cases of the training, and print the plan; one that starts from a model keeps the model's."""
+    if start_from is not None:
+        return continued_plan(start_from[1], settings.given, settings.sequences).to_dict()
     facts = read_fingerprint([case.image for case in cases], cases, modality=settings.modality)
     device = str(ranks.device)
     plan = make_plan(

@@ -21,7 +21,7 @@ from deformux.fitting.speed import gpu_gigabytes, measure_speed
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 from deformux.networks.model_file import read_card
 
-__all__ = ["FixedPlan", "Planner", "ProjectPlanner", "last_plan"]
+__all__ = ["FixedPlan", "Planner", "ProjectPlanner", "continued_plan", "last_plan"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,26 +139,33 @@ class ProjectPlanner:
         return plan
 
     def continued(self, model: Path) -> Plan:
-        """Return the plan of a model with what the user decided.
-
-        Raises:
-            InvalidModel: the model has no card.
-        """
-        card = read_card(model)
-        own = card.plan
-        return Plan.from_dict(
-            {
-                "preprocessing": dataclasses.replace(
-                    self.choices.applied_to(card.preprocessing), sequences=self.sequences
-                ).to_dict(),
-                "preset": self.choices.preset or card.preset,
-                "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
-                **{part: own.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},
-            }
-        )
+        """Return the plan of a model with what the user decided; raise InvalidModel if it has no card."""
+        return continued_plan(model, self.choices, self.sequences)
 
     def given(self) -> Mapping[str, Any]:
         return dataclasses.asdict(self.choices)
+
+
+def continued_plan(model: Path, choices: Choices, sequences: tuple[str, ...] = ()) -> Plan:
+    """Return the plan of a training that starts from a model: the model's own, with what the user decided.
+
+    Args:
+        model: its file.
+        choices: of the user.
+        sequences: of a case, the network's channels; none for one.
+
+    Raises:
+        InvalidModel: the model has no card.
+    """
+    card = read_card(model)
+    return Plan.from_dict(
+        {
+            "preprocessing": dataclasses.replace(choices.applied_to(card.preprocessing), sequences=sequences).to_dict(),
+            "preset": choices.preset or card.preset,
+            "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
+            **{part: card.plan.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},
+        }
+    )
 
 
 def last_plan(folder: Path) -> Plan | None:
