@@ -35,6 +35,8 @@ LONG = (
     *("security/test_slow_clients", "training/test_distributed", "training/test_simulation", "training/test_fit"),
     *("ops/test_cuda_kernels", "ops/test_cuda_compile", "training/test_learner", "ops/test_backward"),
     *("app/test_strategies", "app/test_edit", "app/test_server", "training/test_cli", "training/test_resume"),
+    *("training/test_sequences", "training/test_predict_cluster", "training/test_predict_resume"),
+    *("training/test_slabs", "training/test_project_plan", "training/test_python_guide", "app/test_batch_inference"),
 )
 
 

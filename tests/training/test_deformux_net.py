@@ -218,7 +218,9 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         torch.testing.assert_close(plain, recomputed, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("size", [(32, 32, 32), (48, 32, 16), (48, 16, 32)])
+@pytest.mark.parametrize(
+    "size", [(32, 32, 32), *(pytest.param(size, marks=pytest.mark.slow) for size in ((48, 32, 16), (48, 16, 32)))]
+)
 def test_bfloat16_gradients_are_right_where_the_coarsest_grid_is_two_voxels_deep(size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
     net = DeformUXNet(1, 2, "tiny")
