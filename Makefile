@@ -45,8 +45,8 @@ serve: $(READY)
 		$(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") \
 		$(if $(SSL_CERT),--ssl-cert "$(SSL_CERT)") $(if $(SSL_KEY),--ssl-key "$(SSL_KEY)")
 
-# Four files at a time, for the app's tests often wait; in the order of tests/conftest.py, the long ones first.
-PYTEST = $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(RUNSLOW)
+# Three files at a time, for the app's tests often wait; in the order of tests/conftest.py, the long ones first.
+PYTEST = $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(RUNSLOW)
 test: lint
 	$(PYTEST) tests
 
