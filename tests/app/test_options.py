@@ -85,6 +85,12 @@ def test_every_option() -> None:
     assert Project.from_conf(project.to_conf()) == project
 
 
+def test_every_digit_of_an_option_comes_back() -> None:
+    project = Project.from_conf({**GOOD, "spacing": "0.70312512,0.70312512,3", "percentiles": "0.1234567,99.5"})
+    assert project.choices.spacing_mm == (0.70312512, 0.70312512, 3)
+    assert Project.from_conf(project.to_conf()) == project
+
+
 @pytest.mark.parametrize("name", PRETRAINED)
 def test_a_pretrained_model_brings_its_own_options(name: str) -> None:
     project = Project.from_conf({"pretrained": name})

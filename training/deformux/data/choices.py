@@ -103,4 +103,5 @@ class Choices:
 
 
 def _text(values: tuple[float, ...] | None) -> str:
-    return AUTO if values is None else ",".join(f"{value:g}" for value in values)
+    # All digits: what a user typed must come back as it was.
+    return AUTO if values is None else ",".join(str(int(v)) if v == int(v) else repr(v) for v in values)
