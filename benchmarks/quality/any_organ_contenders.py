@@ -23,10 +23,10 @@ from benchmarks.quality.any_organ_sets import Organ
 from deformux.data.cases import Case
 from deformux.data.fingerprint import read_fingerprint
 from deformux.data.frame import frame_axes
-from deformux.data.planning import Plan, make_plan
+from deformux.data.planning import Plan
 from deformux.data.volume_reader import open_volume
 from deformux.fitting.recipe import RECIPES
-from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.fitting.speed import plan_on
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 
 __all__ = ["ABLATIONS", "CONTENDERS", "MAIN_CONTENDERS", "PLAN", "Ready", "contender", "planned_by"]
@@ -135,18 +135,14 @@ def planned_by(settings: Mapping[str, Any] | None) -> _Planned | None:
 def _make(run: OrganRun, organ: Organ, tell: Tell) -> _Planned:
     tell("planning", 0.0)
     began = time.monotonic()
-    plan = make_plan(
+    plan = plan_on(
+        run.device,
         read_fingerprint(organ.scans, organ.train),
         labels=organ.labels,
-        device=run.device,
         minutes=run.minutes,
-        gpu_gigabytes=gpu_gigabytes(run.device),
-        measure=lambda preset, strides: measure_speed(
-            run.device, preset, strides, in_channels=max(1, len(organ.sequences)), n_labels=len(organ.labels)
-        ),
+        sequences=organ.sequences,
     )
-    prep = dataclasses.replace(plan.preprocessing, sequences=organ.sequences)
-    return _Planned(dataclasses.replace(plan, preprocessing=prep), time.monotonic() - began)
+    return _Planned(plan, time.monotonic() - began)
 
 
 def _settings(planned: _Planned) -> Settings:

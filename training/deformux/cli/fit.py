@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from deformux.cli.common import clear_errors, console, timed_bar, writable_file
 from deformux.cli.devices import device_name, torch_device, use_threads
 from deformux.cli.plan import plan_table
 from deformux.data.cases import Case
-from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.checked_json import kept_or_made
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import read_fingerprint
-from deformux.data.planning import Plan, default_minutes, make_plan
+from deformux.data.planning import Plan, default_minutes
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
 from deformux.fitting.distributed import Ranks, joined
@@ -28,10 +27,10 @@ from deformux.fitting.fit import FitResult, Progress, TrainingError, fit
 from deformux.fitting.locator_training import fit_locator
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.recipe import Recipe
-from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.fitting.speed import plan_on
 from deformux.inference.locator_file import save_locator
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import ModelCard, network_options, save_model, warm_start
+from deformux.networks.model_file import ModelCard, network_options, planned_network, save_model, warm_start
 from deformux.publishing.project_plan import continued_plan
 
 __all__ = ["Settings", "train_on_folder"]
@@ -96,13 +95,7 @@ def train_on_folder(
         setup = Plan.from_dict(plan)
         recipe = settings.recipe.replace(**{**setup.recipe_changes, **settings.fixed})
         torch.manual_seed(seed)
-        network = DeformUXNet(
-            setup.preprocessing.channels,
-            len(labels) + 1,
-            setup.preset,
-            strides=setup.strides,
-            guidance=recipe.clicks > 0,
-        )
+        network = planned_network(setup, len(labels), guidance=recipe.clicks > 0)
         if start_from:
             warm_start(network, start_from[1])
         if settings.timed:
@@ -169,34 +162,22 @@ def _planned(
     if start_from is not None:
         return continued_plan(start_from[1], settings.given, settings.sequences).to_dict()
     facts = read_fingerprint([case.image for case in cases], cases, modality=settings.modality)
-    device = str(ranks.device)
-    plan = make_plan(
+    plan = plan_on(
+        str(ranks.device),
         facts,
         labels=labels,
         given=settings.given,
-        device=device,
         minutes=settings.minutes,
-        gpu_gigabytes=gpu_gigabytes(device),
-        measure=None if settings.given.fixes_the_patch else partial(measure_speed, device, n_labels=len(labels)),
+        sequences=settings.sequences,
+        measured=not settings.given.fixes_the_patch,
     )
-    plan = plan.with_sequences(settings.sequences)
     console.print(plan_table(plan))
     return plan.to_dict()
 
 
 def _kept(ranks: Ranks, file: Path | None, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Return the same values to all processes, and again when a training is resumed; ``file`` keeps them."""
-
-    def get() -> dict[str, Any]:
-        if file is None:
-            return make()
-        try:
-            return read_checked(file, dict)
-        except (FileNotFoundError, ValueError):
-            write_checked(file, make())
-            return read_checked(file, dict)
-
-    return dict(ranks.from_writer(get))
+    return dict(ranks.from_writer(make if file is None else lambda: kept_or_made(file, make)))
 
 
 def _card(

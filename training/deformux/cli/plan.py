@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -20,8 +18,8 @@ from deformux.data.atomic_files import write_text
 from deformux.data.cases import Case
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint, declared_modality, read_fingerprint
-from deformux.data.planning import Plan, make_plan
-from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.data.planning import Plan
+from deformux.fitting.speed import plan_on
 
 __all__ = ["plan_folder", "plan_table"]
 
@@ -58,15 +56,7 @@ def plan_folder(
         found = _read(data, images, cases, cache=json_file and json_file.with_suffix(".scans.json"))
         largest = max((label for facts in found.labels.values() for label in facts.voxels), default=0)
         names = labels or [str(label) for label in range(1, largest + 1)]
-        plan = make_plan(
-            found,
-            labels=names,
-            given=given,
-            device=place,
-            minutes=minutes,
-            gpu_gigabytes=gpu_gigabytes(place),
-            measure=partial(measure_speed, place, n_labels=max(1, len(names))),
-        )
+        plan = plan_on(place, found, labels=names, given=given, minutes=minutes)
         _print_scans(found, names)
         console.print(plan_table(plan))
         if json_file is not None:
@@ -110,27 +100,9 @@ def _print_scans(found: Fingerprint, labels: Sequence[str]) -> None:
 def plan_table(plan: Plan) -> Table:
     """Return a plan as a table of setting, value and reason."""
     table = Table("setting", "value", "reason")
-    for name, reason in plan.reasons.items():
-        table.add_row(name, escape(_value(plan, name)), escape(reason))
+    for row in plan.rows():
+        table.add_row(*map(escape, row))
     return table
-
-
-def _value(plan: Plan, name: str) -> str:
-    """Return what the table shows for a choice."""
-    if name == "budget":
-        return f"{plan.facts['steps']} steps of {plan.facts['seconds_per_step']:.2f} s"
-    if name == "spacing_mm" and plan.preprocessing.spacing_mm is None:
-        return "native"
-    if name == "strides":
-        return " ".join("".join(map(str, stride)) for stride in plan.strides)
-    for values in (plan.preprocessing.to_dict(), plan.recipe_changes, {"preset": plan.preset, "frame": "ras"}):
-        if name in values:
-            return _text(values[name])
-    return ""
-
-
-def _text(value: Any) -> str:
-    return ",".join(f"{part:g}" for part in value) or "none" if isinstance(value, (tuple, list)) else str(value)
 
 
 def _sizes(values: Sequence[float]) -> str:

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import typer
 from rich.markup import escape
-from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
-from deformux.cli.common import console, print_sentences, timed_bar
+from deformux.cli.common import ProgressBar, console, print_sentences, timed_bar
 from deformux.cli.devices import torch_device, use_threads
 from deformux.cli.locators import locator_beside
 from deformux.data.cases import folder_naming, result_names, volume_id

@@ -53,6 +53,18 @@ def read_checked(path: Path, parse: Callable[[dict[str, Any]], _T]) -> _T:
         raise ValueError(f"{path.name} is damaged ({_short(error)})") from error
 
 
+def kept_or_made(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the JSON object that a file keeps; without one, or with a damaged one, make and keep it first."""
+    try:
+        return read_checked(path, dict)
+    except FileNotFoundError:
+        pass
+    except ValueError as error:
+        logger.warning("What was kept is lost, and is made anew: %s", error)
+    write_checked(path, make())
+    return read_checked(path, dict)
+
+
 def copy_of(path: Path) -> Path:
     """Return the path of a file's second copy."""
     return path.with_suffix(f".copy{path.suffix}")

@@ -102,6 +102,23 @@ class Plan:
             "facts": {k: list(v) if isinstance(v, tuple) else v for k, v in self.facts.items()},
         }
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return name, value and reason of each choice, as a table shows them."""
+        return [(name, self._shown(name), reason) for name, reason in self.reasons.items()]
+
+    def _shown(self, name: str) -> str:
+        if name == "budget":
+            return f"{self.facts['steps']} steps of {self.facts['seconds_per_step']:.2f} s"
+        if name == "spacing_mm" and self.preprocessing.spacing_mm is None:
+            return "native"
+        if name == "strides":
+            return " ".join("".join(map(str, stride)) for stride in self.strides)
+        for values in (self.preprocessing.to_dict(), self.recipe_changes, {"preset": self.preset, "frame": "ras"}):
+            if name in values:
+                value = values[name]
+                return ",".join(f"{v:g}" for v in value) or "none" if isinstance(value, (tuple, list)) else str(value)
+        return ""
+
     def with_sequences(self, sequences: tuple[str, ...]) -> Plan:
         """Return the plan for cases of several sequences, some of which a scan may lack; itself for one."""
         if not sequences:

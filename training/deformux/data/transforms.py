@@ -32,6 +32,7 @@ __all__ = [
     "inference_transforms",
     "label_grid_transforms",
     "labelled_transforms",
+    "labels_of_scan",
     "restore_transforms",
     "run_transforms",
 ]
@@ -53,8 +54,18 @@ class RestoreGridd(MapTransform):
         grid = ScanGrid.of(image)
         for key in self.key_iterator(d):
             labels = grid.labels(torch.as_tensor(d[key]).float())
-            d[key] = MetaTensor(labels[None], affine=torch.as_tensor(grid.affine), meta=_meta_of(image))
+            d[key] = labels_of_scan(labels, image)
         return d
+
+
+def labels_of_scan(labels: Tensor, image: MetaTensor) -> MetaTensor:
+    """Return labels ``(X, Y, Z)`` on the grid of a scan's file as ``(1, X, Y, Z)`` with its geometry and facts.
+
+    Args:
+        labels: on the file's grid.
+        image: the scan, preprocessed.
+    """
+    return MetaTensor(labels[None], affine=torch.as_tensor(ScanGrid.of(image).affine), meta=_meta_of(image))
 
 
 def inference_transforms(prep: Preprocessing, *, device: str | torch.device = "cpu") -> list[Transform]:

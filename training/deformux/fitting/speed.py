@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from deformux.data.planning import Speed
+from deformux.data.choices import Choices
+from deformux.data.fingerprint import Fingerprint
+from deformux.data.planning import Plan, Speed, make_plan
 from deformux.fitting.optimizer import make_average, make_optimizer
 from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.fitting.training_step import TrainingStep
 from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 
-__all__ = ["gpu_gigabytes", "measure_speed"]
+__all__ = ["gpu_gigabytes", "measure_speed", "plan_on"]
 
 # Voxels of the measured patch along each axis: on a CPU as in a training, on a GPU enough to keep it busy.
 _CPU_PATCH, _GPU_PATCH = 32, 96
@@ -63,6 +66,35 @@ def measure_speed(
     if place.type == "cuda":
         used = torch.cuda.max_memory_reserved(place) / (batch_size * side**3)
     return Speed(per_second, bytes_per_voxel=used, free_bytes=free)
+
+
+def plan_on(
+    device: str,
+    facts: Fingerprint,
+    *,
+    labels: Sequence[str],
+    given: Choices | None = None,
+    minutes: float | None = None,
+    sequences: tuple[str, ...] = (),
+    measured: bool = True,
+) -> Plan:
+    """Plan a training on a device, by its measured or its assumed speed; arguments otherwise as ``make_plan``.
+
+    Args:
+        sequences: of a case, the network's channels; none for one.
+        measured: measure the speed, which takes about a second.
+    """
+    measure = partial(measure_speed, device, n_labels=max(1, len(labels)), in_channels=max(1, len(sequences)))
+    plan = make_plan(
+        facts,
+        labels=labels,
+        given=given,
+        device=device,
+        minutes=minutes,
+        gpu_gigabytes=gpu_gigabytes(device),
+        measure=measure if measured else None,
+    )
+    return plan.with_sequences(sequences)
 
 
 def gpu_gigabytes(device: str) -> float | None:

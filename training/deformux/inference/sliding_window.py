@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deformux.data.grid import ScanGrid, triple
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
-from deformux.data.transforms import inference_transforms, restore_transforms, run_transforms
+from deformux.data.transforms import inference_transforms, labels_of_scan, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
 from deformux.inference.locate import Locator
 from deformux.inference.slab_labels import SlabLabels
@@ -145,8 +145,7 @@ def segment_labels(
     labels = SlabLabels(ScanGrid.of(image))
     slabs = scan_slabs(network, image, prep, device=device, locator=locator, on_windows=on_windows)
     hand_on(slabs, [labels])
-    meta = {name: value for name, value in image.meta.items() if name != "affine"}
-    return MetaTensor(labels.labels[None], affine=torch.as_tensor(labels.grid.affine), meta=meta)
+    return labels_of_scan(labels.labels, image)
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,12 +21,16 @@ from deformux.data.atomic_files import replacing, write_text
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import PUBLISHED_STRIDES, DeformUXNet
 
+if TYPE_CHECKING:
+    from deformux.data.planning import Plan
+
 __all__ = [
     "InvalidModel",
     "ModelCard",
     "check_weights",
     "load_model",
     "network_options",
+    "planned_network",
     "read_card",
     "remove_unfinished",
     "save_model",
@@ -148,6 +152,11 @@ def save_model(path: Path, network: torch.nn.Module, card: ModelCard, *, dtype: 
         save_file(state, temporary)
         checksum = _checksum(temporary.read_bytes())
         write_text(path.with_suffix(".json"), dataclasses.replace(card, weights_sha256=checksum).to_json())
+
+
+def planned_network(plan: Plan, n_labels: int, *, guidance: bool = False) -> DeformUXNet:
+    """Return a network of a plan with random weights."""
+    return DeformUXNet(plan.preprocessing.channels, n_labels + 1, plan.preset, strides=plan.strides, guidance=guidance)
 
 
 def network_options(network: DeformUXNet) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,8 +15,8 @@ from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import read_fingerprint
-from deformux.data.planning import Plan, make_plan
-from deformux.fitting.speed import gpu_gigabytes, measure_speed
+from deformux.data.planning import Plan
+from deformux.fitting.speed import plan_on
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 from deformux.networks.model_file import read_card
 
@@ -122,20 +121,17 @@ class ProjectPlanner:
         )
         for reason in facts.unusable:
             logger.warning("Not planned with: %s", reason)
-        measure = partial(
-            measure_speed, self.device, n_labels=len(self.labels), in_channels=max(1, len(self.sequences))
-        )
-        plan = make_plan(
+        plan = plan_on(
+            self.device,
             facts,
             labels=self.labels,
             given=self.choices,
-            device=self.device,
             minutes=self.minutes,
-            gpu_gigabytes=gpu_gigabytes(self.device),
-            measure=None if quick or self.choices.fixes_the_patch else measure,
-        ).with_sequences(self.sequences)
+            sequences=self.sequences,
+            measured=not (quick or self.choices.fixes_the_patch),
+        )
         write_checked(self.folder / _FILE, plan.to_dict(), indent=2)
-        logger.info("The plan of a training from scratch:\n%s", _as_text(plan))
+        logger.info("The plan of a training from scratch:\n%s", tabulate(plan.rows(), tablefmt="plain"))
         return plan
 
     def continued(self, model: Path) -> Plan:
@@ -177,15 +173,3 @@ def last_plan(folder: Path) -> Plan | None:
     except ValueError as error:
         logger.warning("The plan is made again at the next training from scratch: %s", error)
         return None
-
-
-def _as_text(plan: Plan) -> str:
-    """Return a plan as a table of choice, value and reason, for a log."""
-    prep = plan.preprocessing
-    values = {**prep.to_dict(), "preset": plan.preset, "strides": plan.strides, **plan.recipe_changes}
-    rows = [(name, _shown(values.get(name, "")), reason) for name, reason in plan.reasons.items()]
-    return tabulate(rows, tablefmt="plain")
-
-
-def _shown(value: Any) -> str:
-    return " × ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from deformux.data.checked_json import read_checked, write_checked
+from deformux.data.checked_json import kept_or_made, read_checked, write_checked
 from deformux.networks.model_file import remove_unfinished
 
 __all__ = ["RoundFolder"]
@@ -49,15 +49,7 @@ class RoundFolder:
 
     def kept(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a JSON object that ``make`` returned when the round first asked for it, also after a restart."""
-        path = self.folder / f"{name}.json"
-        try:
-            return read_checked(path, dict)
-        except FileNotFoundError:
-            pass
-        except ValueError as error:
-            logger.warning("A part of the interrupted training's record is lost, and is made anew: %s", error)
-        write_checked(path, make())
-        return read_checked(path, dict)
+        return kept_or_made(self.folder / f"{name}.json", make)
 
     def checkpoint(self, part: int) -> Path:
         """Return the checkpoint file of a part of the round."""

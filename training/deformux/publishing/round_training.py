@@ -16,7 +16,7 @@ from deformux.fitting.minutes import in_minutes
 from deformux.fitting.rank_processes import fit_on
 from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import warm_start
+from deformux.networks.model_file import planned_network, warm_start
 from deformux.publishing.learning_round import Round, RoundPlan, round_progress
 from deformux.publishing.project_plan import Planner
 from deformux.publishing.round_folder import RoundFolder
@@ -151,13 +151,7 @@ class RoundTrainings:
     def network(self, setup: Plan, weights: Path | None, seed: int, *, guidance: bool = False) -> DeformUXNet:
         """Return a network of a plan, with the weights of a model file, if any, where they fit."""
         torch.manual_seed(seed)
-        network = DeformUXNet(
-            setup.preprocessing.channels,
-            len(self.labels) + 1,
-            setup.preset,
-            strides=setup.strides,
-            guidance=guidance,
-        )
+        network = planned_network(setup, len(self.labels), guidance=guidance)
         if weights is not None:
             warm_start(network, weights)
         return network

@@ -29,7 +29,14 @@ from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import InvalidVolume
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import InvalidModel, ModelCard, load_model, remove_unfinished, warm_start
+from deformux.networks.model_file import (
+    InvalidModel,
+    ModelCard,
+    load_model,
+    planned_network,
+    remove_unfinished,
+    warm_start,
+)
 from deformux.networks.pretrained import pretrained_path
 from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
@@ -131,9 +138,7 @@ class SelectionScores:
         if model == UNTRAINED_MODEL:
             torch.manual_seed(0)
             plan = self.models.untrained_plan()
-            network = DeformUXNet(
-                plan.preprocessing.channels, len(self.project.labels) + 1, plan.preset, strides=plan.strides
-            )
+            network = planned_network(plan, len(self.project.labels))
             if self.project.pretrained:
                 warm_start(network, pretrained_path(self.project.pretrained))
             return [network], plan.preprocessing.with_dropout(1.0), ()

@@ -10,14 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import MetaTensor
 from monailabel.interfaces.tasks.infer_v2 import InferType
 from monailabel.tasks.infer.basic_infer import BasicInferTask
 
 from deformux.active_learning.uncertainty_map import UncertaintySlabs
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
-from deformux.data.transforms import inference_transforms
+from deformux.data.transforms import inference_transforms, labels_of_scan
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import hand_on
 from deformux.interactive.open_scan import OpenScan, scan_from_slabs
@@ -135,10 +134,7 @@ class Segmentation(BasicInferTask):
 
     def _labels_in_place(self, data: dict[str, Any]) -> dict[str, Any]:
         """Put the labels, which are on the scan's own grid already, where the writer and callbacks look for them."""
-        image = data[self.input_key]
-        meta = {name: value for name, value in image.meta.items() if name != "affine"}
-        affine = torch.as_tensor(ScanGrid.of(image).affine)
-        return data | {self.output_label_key: MetaTensor(data["segmented"].labels[None], affine=affine, meta=meta)}
+        return data | {self.output_label_key: labels_of_scan(data["segmented"].labels, data[self.input_key])}
 
     def writer(
         self,
