@@ -63,8 +63,13 @@ def exchange(url: str, method: str, target: str, headers: Mapping[str, str] | No
 
 
 def children(folder: Path) -> list[str]:
-    """Return the names of everything below a folder except locks."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".in-use")
+    """Return the names of everything below a folder except locks, also while a server removes some of it."""
+    return sorted(
+        str((Path(parent) / name).relative_to(folder))
+        for parent, folders, files in os.walk(folder)  # unlike rglob, it takes a folder that just went for empty
+        for name in (*folders, *files)
+        if name != ".in-use"
+    )
 
 
 def connected(server: LiveServer, sent: bytes) -> socket.socket:
