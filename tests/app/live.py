@@ -18,13 +18,15 @@ import nibabel as nib
 import nrrd
 import numpy as np
 import requests
-from preloaded import PreloadedProcess
 
 from deformux_label.demo.server_process import PlayerError, ServerProcess
+from preloaded import PreloadedProcess
 
 APP = Path(__file__).resolve().parents[2] / "apps" / "deformux_label"
 LABELS = ("liver", "spleen")
 CONF = {"labels": ",".join(LABELS), "modality": "ct", "spacing": "2,2,2", "patch_size": "32,32,32"}
+# The project that learns: voxels so coarse that a training takes seconds, not minutes.
+TAUGHT_CONF = {**CONF, "spacing": "3,3,3", "patch_size": "16,16,16"}
 # Seconds that a test waits for an event, on slow machines too.
 PATIENCE_S = 240
 # Centre relative to the volume's, in RAS millimetres, and radius: no two axes alike, so that any flip shows.

@@ -19,6 +19,7 @@ import pytest
 import requests
 from live import (
     CONF,
+    TAUGHT_CONF,
     LiveServer,
     Training,
     Volume,
@@ -109,7 +110,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory, volumes: dict[str, Volume]
 @pytest.fixture(scope="session")
 def server(start: Callable[..., LiveServer], studies: Path) -> LiveServer:
     """The shared project, started by MONAI Label's own command."""
-    return start(studies, CONF)
+    return start(studies, TAUGHT_CONF)
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +146,7 @@ def trainings(server: LiveServer, volumes: dict[str, Volume]) -> list[Training]:
     first = run_training(server, steps=2)
     for case in cases[3:]:
         assert server.submit(case.id, case.label).status_code == 200
-    return [first, run_training(server, steps=80, learning_rate=0.003)]
+    return [first, run_training(server, steps=60, learning_rate=0.006)]
 
 
 @pytest.fixture(scope="session")

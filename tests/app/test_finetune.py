@@ -15,11 +15,11 @@ from typing import Any
 import psutil
 import pytest
 from live import LABELS, Volume, write_volume
-from preloaded import PreloadedProcess
 
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.trainers.status import TrainingStatus
+from preloaded import PreloadedProcess
 
 # A network of a hundredth of the size, under the name of an ordinary one: the tests are about what is around it. The
 # further processes of a training on several devices know the ordinary one only.

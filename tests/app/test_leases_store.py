@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from fastapi import HTTPException
 from live import wait_for
-from preloaded import PreloadedProcess
 
 from deformux_label.lib.store.leases import Leases
 from deformux_label.lib.store.state import StateDatabase
 from deformux_label.lib.trainers.queue import TrainingQueue
+from preloaded import PreloadedProcess
 
 # Claims and queues until it is killed; each line is an acknowledgement.
 CLIENT = """

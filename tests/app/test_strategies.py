@@ -13,7 +13,6 @@ import pytest
 import requests
 import torch
 from live import APP, CONF, LiveServer, Volume
-from preloaded import PreloadedProcess
 
 from deformux.active_learning.strategies import NEEDS_SCORES
 from deformux.active_learning.uncertainty_scores import volume_uncertainty
@@ -27,6 +26,7 @@ from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.leases import Leases
+from preloaded import PreloadedProcess
 
 PROJECT = Project.from_conf(CONF)
 CASES = tuple(f"case_{number}" for number in range(6))

@@ -13,7 +13,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import requests
-from live import APP, CONF, LABELS, LiveServer, Training, Volume, preloaded_stock_command
+from live import APP, LABELS, TAUGHT_CONF, LiveServer, Training, Volume, preloaded_stock_command
 
 from deformux.networks.model_file import load_model
 from deformux.publishing.model_versions import ModelVersions
@@ -23,7 +23,7 @@ from deformux_label.lib.store.leases import Leases
 
 
 def state_of(studies: Path) -> Path:
-    return Project.from_conf(CONF).state_folder(APP, str(studies))
+    return Project.from_conf(TAUGHT_CONF).state_folder(APP, str(studies))
 
 
 def test_both_trainings_succeed(trainings: list[Training]) -> None:
@@ -127,7 +127,7 @@ def test_other_projects_do_not_see_these_weights(
     trainings: list,
     volumes: dict[str, Volume],
 ) -> None:
-    other_labels = start(studies, {**CONF, "labels": "spleen,liver"}, preloaded_stock_command)
+    other_labels = start(studies, {**TAUGHT_CONF, "labels": "spleen,liver"}, preloaded_stock_command)
     answer = other_labels.infer("axial", query={"output": "json"}).json()
     assert answer["model_version"] is None
     assert answer["label_names"] == {"spleen": 1, "liver": 2}
@@ -142,7 +142,7 @@ def test_other_projects_do_not_see_these_weights(
         )
     assert answer.json()["model_version"] is None
     # The same project finds its weights again after a restart.
-    again = start(studies, CONF, preloaded_stock_command)
+    again = start(studies, TAUGHT_CONF, preloaded_stock_command)
     assert again.infer("axial", query={"output": "json"}).json()["model_version"] == "v0002"
     other_labels.stop()
     again.stop()

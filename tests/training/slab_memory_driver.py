@@ -13,7 +13,7 @@ from deformux.inference.slabs import Windows, logit_slabs
 from deformux.interactive import kept_logits
 from deformux.interactive.open_scan import scan_from_slabs
 
-CLASSES, SIZE = 43, (150, 150, 240)
+CLASSES, SIZE = 43, (132, 132, 192)
 
 
 def network(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, TextColumn
 from typer.testing import CliRunner
 
+import preloaded
 from deformux.cli.common import ProgressBar
 from deformux.cli.main import app
 from deformux.cli.versions import app as versions_app
@@ -34,7 +35,7 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
         write_case(f"case{i}", seed=i)
     model = tmp_path / "out" / "model.safetensors"
     options = ("--labels", "ball,box", "--patch-size", "32,32,16", "--validate", 1, "--seed", 3)
-    done = deformux("fit", tmp_path, model, *options, "--set", "steps=4", "--set", "epochs=2", "--threads", 2)
+    done = preloaded.deformux("fit", tmp_path, model, *options, "--set", "steps=4", "--set", "epochs=2", "--threads", 2)
     assert done.returncode == 0, done.stderr + done.stdout
     card = json.loads(model.with_suffix(".json").read_text())
     assert card["labels"] == ["ball", "box"]
@@ -65,7 +66,7 @@ def test_fit_predict_evaluate(write_case, tmp_path: Path) -> None:
 
     # An unreadable scan does not cost the other results, and prints no stack trace.
     (tmp_path / "images" / "broken.nii.gz").write_text("no image")
-    done = deformux("predict", model, tmp_path / "images", tmp_path / "again")
+    done = preloaded.deformux("predict", model, tmp_path / "images", tmp_path / "again")
     assert done.returncode == 1
     assert "broken.nii.gz cannot be read" in done.stdout.replace("\n", " ")
     assert "Traceback" not in done.stderr + done.stdout

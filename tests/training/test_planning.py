@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import preloaded
 from deformux.data.cases import find_cases
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint, read_fingerprint
@@ -353,7 +354,7 @@ def test_measured_speed_leaves_random_numbers_alone() -> None:
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deformux.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=None)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_the_command_prints_a_plan_and_writes_nothing_into_the_data(write_case, tmp_path: Path) -> None:
@@ -362,7 +363,8 @@ def test_the_command_prints_a_plan_and_writes_nothing_into_the_data(write_case, 
     (tmp_path / "images" / "broken.nii.gz").write_text("no image")
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path.parent / f"{tmp_path.name}-out" / "plan.json"
-    done = deformux("plan", tmp_path, "--labels", "ball,box", "--json", out, "--frame", "ras", "--device", "cpu")
+    options = ("--labels", "ball,box", "--frame", "ras", "--device", "cpu")
+    done = preloaded.deformux("plan", tmp_path, "--json", out, *options)
     assert done.returncode == 0, done.stderr + done.stdout
     assert sorted(tmp_path.rglob("*")) == before
     text = " ".join(done.stdout.split())

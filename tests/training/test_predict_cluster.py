@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import stat
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from deformux.cli.main import app
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
+from preloaded import start_deformux
 
 submitit = pytest.importorskip("submitit")
 
@@ -66,12 +66,12 @@ def test_a_killed_shard_is_sent_again(model: Path, tmp_path: Path) -> None:
     scans = write_scans(tmp_path / "scans", 6, (48, 48, 32))
     scans[1].write_text("no image")
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "deformux.cli.main", "predict-cluster", model, tmp_path / "scans", output]
-    command += ["--cluster", "local", "--shards", "2", "--max-parallel", "2", "--device", "cpu", "--threads", "1"]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = ["predict-cluster", model, tmp_path / "scans", output, "--cluster", "local", "--shards", "2"]
+    command += ["--max-parallel", "2", "--device", "cpu", "--threads", "1"]
+    process = start_deformux(*command, output=tmp_path / "log")
     end = time.monotonic() + 300
     while not (results(output) if output.is_dir() else []):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.ended()
         assert time.monotonic() < end
         time.sleep(0.02)
     folder = next((output / ".cluster").iterdir())
@@ -81,7 +81,7 @@ def test_a_killed_shard_is_sent_again(model: Path, tmp_path: Path) -> None:
     jobs = job_processes(psutil.Process(process.pid))
     assert jobs
     jobs[0].kill()
-    printed, _ = process.communicate(timeout=400)
+    printed = process.ended(timeout=400)
     assert process.returncode == 1, printed  # one scan is no image
     assert re.search(r"shard [12]/2 died and is sent again", printed)
     assert printed.count("scan1.nii.gz cannot be read") == 1
@@ -90,7 +90,7 @@ def test_a_killed_shard_is_sent_again(model: Path, tmp_path: Path) -> None:
     for name, written in first.items():
         assert (output / name).stat().st_mtime_ns == written
     assert not list((output / ".cluster").iterdir())
-    done = invoke(model, tmp_path / "scans", output, "--cluster", "local", "--shards", "2")
+    done = invoke(model, tmp_path / "scans", output, "--cluster", "local", "--shards", "1")
     assert "0 of 6 volumes written" in done.output
     assert "5 were there already" in done.output
 

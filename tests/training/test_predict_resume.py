@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from deformux.data.result_record import ResultRecord
 from deformux.data.volume_reader import read_volume
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
+from preloaded import PreloadedProcess, start_deformux
 
 SMALL = (16, 16, 16)
 
@@ -53,17 +53,9 @@ def predict(*arguments: object) -> Result:
     return CliRunner().invoke(app, command, env={"COLUMNS": "300"})
 
 
-def started(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "deformux.cli.main", "predict", *map(str, arguments), "--device", "cpu"]
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell makes background processes, such as a run of these tests, ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+def started(model: Path, scans: Path, output: Path, *options: object) -> PreloadedProcess:
+    log = output.parent / f"{uuid.uuid4().hex}.log"
+    return start_deformux("predict", model, scans, output, *options, "--device", "cpu", output=log)
 
 
 def voxels(path: Path) -> np.ndarray:
@@ -76,10 +68,10 @@ def changes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in found}
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: PreloadedProcess) -> None:
     end = time.monotonic() + 240
     while not condition():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.ended()
         assert time.monotonic() < end
         time.sleep(0.01)
 
@@ -91,7 +83,6 @@ def test_a_killed_run_leaves_whole_results_and_goes_on(models: list[Path], tmp_p
     wait_for(lambda: len(changes(output)) >= 2, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     before = changes(output)
     assert 2 <= len(before) < len(scans)
     for name in before:
@@ -116,7 +107,7 @@ def test_a_stopped_run_ends_cleanly(models: list[Path], tmp_path: Path, number: 
     process = started(models[0], tmp_path / "scans", output)
     wait_for(lambda: bool(changes(output)), process)
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=60)
+    printed = process.ended(timeout=60)
     assert process.returncode == status, printed
     assert "stopped" in printed
     assert "Traceback" not in printed
@@ -251,7 +242,7 @@ def test_shards_run_at_once_into_one_folder(models: list[Path], tmp_path: Path) 
     scans[0].write_text("no image")
     output = tmp_path / "out"
     processes = [started(models[0], tmp_path / "scans", output, "--shard", f"{number}/2") for number in (1, 2)]
-    printed = [process.communicate(timeout=300)[0] for process in processes]
+    printed = [process.ended(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [1, 0], printed
     assert "3 of 4 volumes written" in printed[0]
     assert len(list(output.iterdir())) == 6

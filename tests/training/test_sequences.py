@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +12,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 
+import preloaded
 from deformux.data.cases import Case, InvalidFolder, find_cases, folder_naming, sequence_naming
 from deformux.data.loading import LoadVolumed, MissingSequence, missing_sequences
 from deformux.data.preprocessing import Preprocessing
@@ -297,8 +296,7 @@ def test_training_clicks_and_tasks_take_all_sequences(pair: Case, tmp_path: Path
 
 
 def deformux(*arguments: object) -> str:
-    command = [sys.executable, "-m", "deformux.cli", *map(str, arguments), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = preloaded.deformux(*arguments, "--device", "cpu")
     return done.stdout + done.stderr + f"\nexit {done.returncode}"
 
 

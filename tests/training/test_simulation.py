@@ -7,9 +7,6 @@ import hashlib
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -36,6 +33,7 @@ from deformux.data.cases import find_cases
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.synthetic import write_cohort
 from deformux.fitting.recipe import Recipe
+from preloaded import start_deformux
 
 # float32 repeats bit for bit.
 OPTIONS = ["--patch-size", "16,16,16", "--spacing", "20,20,22", "--steps", "2", "--rounds", "2", "--batch", "2"]
@@ -155,17 +153,15 @@ def test_trainings_continue_the_round_before_on_request(cohort: Path, tmp_path: 
 
 def test_a_killed_simulation_resumes_and_ends_with_the_same_table(cohort: Path, whole: Path, tmp_path: Path) -> None:
     options = ["--strategy", "random,adaptive", "--seeds", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "deformux.cli.main", *arguments(cohort, tmp_path, *options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    log = tmp_path.with_suffix(".log")
+    process = start_deformux(
+        *arguments(cohort, tmp_path, *options), output=log, environment={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     end = time.monotonic() + 240
     while len(kept(tmp_path)) < 2 and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     before = kept(tmp_path)
     assert len(before) >= 2

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Reads a request a line: a program to start, or the id of a process of which the status is asked.
@@ -126,3 +127,21 @@ class PreloadedProcess:
         """Wait until it has ended, and return its whole output."""
         self.wait(timeout)
         return self.output.read_text()
+
+
+# What ``python -m deformux.cli.main`` runs; Ctrl-C ends it even where the tests run in the background of a shell.
+_DEFORMUX = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+_DEFORMUX += "from deformux.cli.main import app; app()"
+
+
+def start_deformux(*arguments: object, output: Path, **options: Any) -> PreloadedProcess:
+    """Start a ``deformux`` command in a process of its own."""
+    return PreloadedProcess(_DEFORMUX, arguments, output=output, **options)
+
+
+def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a ``deformux`` command to its end."""
+    with TemporaryDirectory() as folder:
+        output, errors = (Path(folder) / name for name in ("output", "errors"))
+        status = start_deformux(*arguments, output=output, errors=errors).wait(timeout=500)
+        return subprocess.CompletedProcess(arguments, status, output.read_text(), errors.read_text())
