@@ -146,7 +146,7 @@ def trainings(server: LiveServer, volumes: dict[str, Volume]) -> list[Training]:
     first = run_training(server, steps=2)
     for case in cases[3:]:
         assert server.submit(case.id, case.label).status_code == 200
-    return [first, run_training(server, steps=60, learning_rate=0.006)]
+    return [first, run_training(server, steps=40, learning_rate=0.006)]
 
 
 @pytest.fixture(scope="session")
