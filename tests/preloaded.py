@@ -129,6 +129,18 @@ class PreloadedProcess:
         return self.output.read_text()
 
 
+def run_preloaded(program: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, in at most 500 seconds."""
+    with TemporaryDirectory() as folder:
+        output, errors = (Path(folder) / name for name in ("output", "errors"))
+        process = PreloadedProcess(program, arguments, output=output, errors=errors, **options)
+        try:
+            status = process.wait(timeout=500)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, status, output.read_text(), errors.read_text())
+
+
 # What ``python -m deformux.cli.main`` runs; Ctrl-C ends it even where the tests run in the background of a shell.
 _DEFORMUX = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 _DEFORMUX += "from deformux.cli.main import app; app()"
@@ -141,7 +153,4 @@ def start_deformux(*arguments: object, output: Path, **options: Any) -> Preloade
 
 def deformux(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a ``deformux`` command to its end."""
-    with TemporaryDirectory() as folder:
-        output, errors = (Path(folder) / name for name in ("output", "errors"))
-        status = start_deformux(*arguments, output=output, errors=errors).wait(timeout=500)
-        return subprocess.CompletedProcess(arguments, status, output.read_text(), errors.read_text())
+    return run_preloaded(_DEFORMUX, *arguments)

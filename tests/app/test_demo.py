@@ -6,10 +6,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import nibabel as nib
@@ -24,13 +24,16 @@ from deformux.data.synthetic import LABELS
 from deformux_label.cli.common import app_folder
 from deformux_label.demo.__main__ import main
 from deformux_label.lib.configs.project import Project
+from preloaded import PreloadedProcess, run_preloaded
 
 TINY = ["--rounds", "2", "--first", "2", "--batch", "2", "--volumes", "6", "--steps", "3", "--voxel-scale", "2.5"]
 
 
-def demo(arguments: Sequence[str], folder: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deformux_label.demo.__main__", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500, check=False, **options)
+PROGRAM = "import runpy; runpy.run_module('deformux_label.demo.__main__', None, '__main__')"
+
+
+def demo(arguments: Sequence[str], folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return run_preloaded(PROGRAM, *arguments, folder=folder, **options)
 
 
 def demo_in_this_process(arguments: Sequence[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Result:
@@ -128,8 +131,8 @@ def test_labels_stay_hidden_from_the_server_until_they_are_submitted(
 
 
 def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "deformux_label.demo.__main__", *TINY, "--output", str(tmp_path / "out")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
+    arguments = [*TINY, "--output", tmp_path / "out"]
+    process = PreloadedProcess(PROGRAM, arguments, output=tmp_path / "log", folder=tmp_path)
     try:
         end = time.monotonic() + 120
         while time.monotonic() < end and not processes_naming(tmp_path / "out" / "studies"):
@@ -137,7 +140,7 @@ def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
             time.sleep(0.2)
         assert processes_naming(tmp_path / "out" / "studies"), "the server did not start"
         process.send_signal(signal.SIGINT)
-        printed, _ = process.communicate(timeout=60)
+        printed = process.ended(timeout=60)
     finally:
         process.kill()
     assert process.returncode == 130
@@ -148,8 +151,8 @@ def test_an_interrupted_demo_stops_its_server(tmp_path: Path) -> None:
 
 
 def test_a_failing_training_shows_the_log_and_one_sentence(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    result = demo([*TINY, "--output", str(output)], tmp_path, env={**os.environ, "DEFORM3D_BACKEND": "abacus"})
+    output, environment = tmp_path / "out", {**os.environ, "DEFORM3D_BACKEND": "abacus"}
+    result = demo([*TINY, "--output", str(output)], tmp_path, environment=environment)
     remove_state(output)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("demo: the training failed")
