@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from deformux.networks.presets import PRESETS, Preset
 from deformux.networks.pretrained import pretrained_path
 from deformux.publishing.learner import Learner, Outcome, Round
 from deformux.publishing.model_versions import ModelVersions
+from preloaded import run_preloaded
 
 PREP = Preprocessing("ct", patch_size=(16, 16, 16))
 STEP = RECIPES["finetune"].replace(steps=1, epochs=1, batch_size=1)
@@ -240,10 +239,8 @@ def test_killed_at_every_rename_a_round_publishes_one_version(write_case, tmp_pa
     write_case("c0", size=(16, 16, 16))
     # Facts, assignment, run, checkpoint, number, card, weights, scores, publication: one kill before each.
     kills = ",".join(f"before-rename={number}" for number in range(1, 10))
-    command = [sys.executable, Path(__file__).parent / "resume_driver.py", tmp_path, f"learn:{kills}"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    driver = (Path(__file__).parent / "resume_driver.py").read_text()
+    done = run_preloaded(driver, tmp_path, f"learn:{kills}", environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     codes = json.loads(done.stdout.splitlines()[-1])["codes"]
     assert codes[-1] == 0, done.stderr

@@ -14,6 +14,7 @@ import pytest
 from deformux.data.preprocessing import Preprocessing
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, save_model
+from preloaded import run_preloaded
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL_BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,8 +35,7 @@ def code_of(guide: Path) -> str:
 
 def run(script: str, folder: Path) -> str:
     """Run a script in a folder and return what it printed."""
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=500)
+    done = run_preloaded(script, folder=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

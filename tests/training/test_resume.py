@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.fit import FitResult, TrainingStopped, fit
 from deformux.fitting.patches import draw_order
 from deformux.fitting.recipe import RECIPES, Recipe
+from preloaded import run_preloaded
 
 DRIVER = Path(__file__).parent / "resume_driver.py"
 KILLED, STOPPED, OVER = -9, 3, 0
@@ -45,9 +44,7 @@ def test_a_training_killed_at_any_moment_ends_with_the_same_weights(write_case, 
         "clicks-killed": ("step=4", [KILLED]),
     }
     arguments = [*{name.partition("-")[0] for name in plans}, *(f"{name}:{plan}" for name, (plan, _) in plans.items())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, DRIVER, tmp_path, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = run_preloaded(DRIVER.read_text(), tmp_path, *arguments, environment={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     codes = {told["name"]: told["codes"] for told in map(json.loads, done.stdout.splitlines())}
     for name, (_, expected) in plans.items():
