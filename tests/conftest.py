@@ -29,14 +29,18 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--device: got {name}, which PyTorch cannot use here ({reason})") from error
 
 
-# The files that take a minute or more. They begin first, so that no worker is left with one when the others are done.
+# The files that take half a minute or more, the longest first, so that no worker is left with one when the others are
+# done. The first brings all files that share its trainings.
 LONG = (
-    *("app/test_bad_input", "app/test_finetune", "app/test_demo", "app/test_annotators", "app/test_scoring_process"),
-    *("security/test_slow_clients", "training/test_distributed", "training/test_simulation", "training/test_fit"),
-    *("ops/test_cuda_kernels", "ops/test_cuda_compile", "training/test_learner", "ops/test_backward"),
-    *("app/test_strategies", "app/test_edit", "app/test_server", "training/test_cli", "training/test_resume"),
-    *("training/test_sequences", "training/test_predict_cluster", "training/test_predict_resume"),
-    *("training/test_slabs", "training/test_project_plan", "training/test_python_guide", "app/test_batch_inference"),
+    *("app/test_bad_input", "app/test_demo", "app/test_finetune", "security/test_slow_clients", "app/test_annotators"),
+    *("app/test_scoring_process", "ops/test_cuda_kernels", "training/test_distributed", "training/test_simulation"),
+    *("training/test_predict_cluster", "app/test_batch_inference", "training/test_learner", "app/test_edit"),
+    *("training/test_fit", "training/test_deformux_net", "training/test_sequences", "ops/test_cuda_compile"),
+    *("app/test_damaged_models", "app/test_server", "training/test_predict_resume", "training/test_python_guide"),
+    *("app/test_strategies", "security/test_login", "ops/test_integration", "security/test_login_attacks"),
+    *("security/test_uploads", "training/test_cli", "test_packages", "training/test_volume_bounds"),
+    *("app/test_labels_kept", "app/test_label_names", "training/test_slabs", "training/test_project_plan"),
+    *("ops/test_backward", "training/test_resume", "app/test_leases_store"),
 )
 
 
