@@ -35,7 +35,7 @@ def manual_dice(pred: np.ndarray, truth: np.ndarray, label: int) -> float:
 def test_a_network_learns_two_objects_and_finds_them_in_a_new_scan(write_case) -> None:
     cases = [write_case(f"case{i}", seed=i) for i in range(4)]
     net = network()
-    recipe = RECIPES["finetune"].replace(steps=60, epochs=4, learning_rate=2e-3, rotation_degrees=0.0)
+    recipe = RECIPES["finetune"].replace(steps=40, epochs=4, learning_rate=4e-3, rotation_degrees=0.0)
     fit(net, cases, recipe=recipe, prep=PREP, labels=LABELS)
     new = write_case("new", seed=99)
     labels, probabilities = segment(net, new.image, PREP)
