@@ -90,20 +90,33 @@ def test_the_spacing_is_named_even_where_all_scans_agree() -> None:
     assert make_plan(differ, labels=["a"]).preprocessing.spacing_mm == pytest.approx((1.05, 1, 1))
 
 
-def test_spacing_is_coarsened_until_the_labels_fit_and_small_labels_remain() -> None:
-    wide = ((10, 10, 10), (210, 210, 110))
-    big = project((scan((256, 256, 128)), label(wide)))
-    plan = make_plan(big, labels=["organ"], measure=speed(100e3))
-    spacing = plan.preprocessing.spacing_mm
-    assert spacing is not None
-    assert min(spacing) > 1.5
-    assert "coarser than nnU-Net's 1 × 1 × 1 mm" in plan.reasons["spacing_mm"]
-    # A vessel of 6 voxels beside it forbids that.
-    vessel = project((scan((256, 256, 128)), label(wide, wide, chords=(6, 6, 6))))
-    plan = make_plan(vessel, labels=["organ", "vessel"], measure=speed(100e3))
-    assert plan.preprocessing.spacing_mm == (1, 1, 1)
+def test_spacing_is_coarsened_until_the_labels_fit_and_thin_labels_remain() -> None:
+    wide = ((10, 10, 10), (170, 170, 110))
+
+    def planned(*thin: float, voxels_per_second: float = 100e3) -> Plan:
+        """Plan for a wide organ and labels beside it of these thicknesses in voxels of 1 mm."""
+        chords = [(100.0, 100.0, 100.0), *((t,) * 3 for t in thin)]
+        facts = label(*(wide,) * len(chords))
+        facts = dataclasses.replace(facts, chords_vox=dict(enumerate(chords, 1)))
+        names = [str(n) for n in range(len(chords))]
+        return make_plan(project((scan((256, 256, 128)), facts)), labels=names, measure=speed(voxels_per_second))
+
+    free = planned()
+    assert free.preprocessing.spacing_mm is not None
+    assert min(free.preprocessing.spacing_mm) > 3.5
+    assert "coarser than nnU-Net's 1 × 1 × 1 mm" in free.reasons["spacing_mm"]
+    assert "one patch sees all labels" in free.reasons["spacing_mm"]
+    seen = np.array(free.preprocessing.spacing_mm) * free.preprocessing.patch_size
+    assert (seen > (160, 160, 100)).sum() >= 2
+    # A vessel of 6 voxels beside it keeps three, and one of 3 forbids any coarsening.
+    vessel = planned(6)
+    assert vessel.preprocessing.spacing_mm == pytest.approx((2, 2, 2))
+    assert "three quarters of the labels stay 3 voxels thick" in vessel.reasons["spacing_mm"]
+    assert planned(3).preprocessing.spacing_mm == (1, 1, 1)
+    # One thin label of many does not make the others unlearnable.
+    assert planned(3, 9, 12, 15, 18, 21, 24).preprocessing.spacing_mm == pytest.approx((3, 3, 3))
     # A device that is fast enough keeps nnU-Net's.
-    assert make_plan(big, labels=["organ"], measure=speed(100e6)).preprocessing.spacing_mm == (1, 1, 1)
+    assert planned(voxels_per_second=100e6).preprocessing.spacing_mm == (1, 1, 1)
 
 
 # Strides and patch

@@ -30,20 +30,22 @@ _Triple: TypeAlias = tuple[float, float, float]
 
 # Minutes of a training where none are given.
 _MINUTES = {"cpu": 10.0, "gpu": 3.0}
-# Steps that a training should have: up to here more steps gained more than larger patches
-# (benchmarks/results/models.md). Fewer are taken, down to the second number, while a patch sees too little.
-_STEPS = {"cpu": (500, 350), "gpu": (1500, 1000)}
+# Steps that a training should have, and the fewest that are acceptable while a patch sees too little. On a CPU, 780
+# steps on coarse patches that see an organ are worth more than 500 on fine ones that see half of it
+# (benchmarks/results/plan_trials.md).
+_STEPS = {"cpu": (1200, 800), "gpu": (1500, 1000)}
 # A patch that sees this part of the labels and their surroundings sees enough.
 _ENOUGH_SEEN = 0.75
 # The rest of the minutes goes to reading scans, drawing patches, clicks and validation.
 _TRAINING_SHARE = 0.7
-_BATCH, _MAX_BATCH = 2, 4
+# A CPU takes twice as many steps of one patch in the same time, which teach more.
+_BATCH, _MAX_BATCH = {"cpu": 1, "gpu": 2}, 4
 # A patch of fewer voxels sees too little whatever the device; more did not help a set yet.
 _LEAST_PATCH, _MOST_PATCH = 32**3, 160**3
-# Spacing is coarsened until this many patches cover the field of view ...
-_PATCHES = 2.0
-# ... but not beyond this many times nnU-Net's, and while the thinnest label keeps this many voxels.
-_MAX_COARSENING, _LEAST_CHORD_VOX = 3.0, 6.0
+# Spacing is coarsened until one patch covers what it should see, but no label that is thicker than a quarter of them
+# (``ScanSizes.chord_mm``) gets thinner than this many voxels: where every label kept six, Dice in the same minutes was
+# lower by 0.27 to 0.39 on three organs (benchmarks/results/plan_trials.md).
+_LEAST_CHORD_VOX = 3.0
 # A spacing that differs by less is the same.
 _SAME_SPACING = 0.01
 # Probability that a training step goes without a sequence, where there are several.
@@ -206,14 +208,14 @@ def make_plan(
     first = given.spacing_mm if isinstance(given.spacing_mm, tuple) else scans.spacing_mm
     strides = planned_strides(first, [mm / s for mm, s in zip(scans.image_mm, first, strict=True)])
     speed = measure(preset, strides) if measure else assumed_speed(kind, preset)
-    budget = _Budget.of(speed, kind, minutes, given.batch_size or _BATCH)
+    budget = _Budget.of(speed, kind, minutes, given.batch_size or _BATCH[kind])
     reasons["budget"] = budget.reason
-    spacing, native = _spacing(scans, given, budget.voxels, reasons)
+    spacing, native = _spacing(scans, given, budget, reasons)
     patch, strides = _patch(scans, given, spacing, budget, reasons)
     reasons["strides"] = _why_strides(strides)
     batch = budget.batch
     if given.batch_size is None and kind == "gpu":
-        batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget.voxels // math.prod(patch))))
+        batch = int(min(_MAX_BATCH, max(batch, batch * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
@@ -303,7 +305,7 @@ def _voxels_per_patch(speed: Speed, seconds_per_step: float, batch: int) -> floa
     return float(min(max(most, _LEAST_PATCH), _MOST_PATCH))
 
 
-def _spacing(scans: ScanSizes, given: Choices, budget: float, reasons: dict[str, str]) -> tuple[_Triple, bool]:
+def _spacing(scans: ScanSizes, given: Choices, budget: _Budget, reasons: dict[str, str]) -> tuple[_Triple, bool]:
     """Return the spacing to plan with, and whether each scan keeps its own."""
     if given.spacing_mm is not None:
         reasons["spacing_mm"] = "given"
@@ -314,18 +316,18 @@ def _spacing(scans: ScanSizes, given: Choices, budget: float, reasons: dict[str,
     if scans.thick is not None:
         why = f"the median of all scans, and the 10th percentile between thick slices (axis {scans.thick + 1})"
     spacing = start
-    if scans.field_mm is not None and scans.chord_mm is not None:
-        coarsest = np.minimum(_MAX_COARSENING * np.array(start), np.array(scans.chord_mm) / _LEAST_CHORD_VOX)
+    if scans.chord_mm is not None and _best_patch(scans, start, budget)[2] < _ENOUGH_SEEN:
+        coarsest = np.array(scans.chord_mm) / _LEAST_CHORD_VOX
         need = scans.need_mm(start)
-        spacing = coarsened_spacing(start, need, most_voxels=_PATCHES * budget, coarsest_mm=_triple(coarsest))
+        spacing = coarsened_spacing(start, need, most_voxels=budget.voxels, coarsest_mm=_triple(coarsest))
     if np.allclose(spacing, start, rtol=_SAME_SPACING):
         reasons["spacing_mm"] = f"{_mm(start)}, {'the same in all scans' if scans.same else why}, as nnU-Net"
         # Named even where all scans agree: one that comes later may have another.
         return start, False
     rounded = _triple([float(f"{s:.3g}") for s in spacing])
-    wanted = f"so that {_PATCHES:g} patches see all labels ({_mm(need)})"
-    if math.prod(n / s for n, s in zip(need, rounded, strict=True)) > 1.05 * _PATCHES * budget:
-        wanted = f"as far as the thinnest label keeps {_LEAST_CHORD_VOX:g} voxels, at most {_MAX_COARSENING:g} times"
+    wanted = f"so that one patch sees all labels ({_mm(need)})"
+    if math.prod(n / s for n, s in zip(need, rounded, strict=True)) > 1.05 * budget.voxels:
+        wanted = f"as far as three quarters of the labels stay {_LEAST_CHORD_VOX:g} voxels thick"
     reasons["spacing_mm"] = f"coarser than nnU-Net's {_mm(start)} ({why}), {wanted}"
     return rounded, False
 
@@ -337,6 +339,15 @@ def _patch(
     if given.patch_size is not None:
         reasons["patch_size"] = "given"
         return given.patch_size, planned_strides(spacing, given.patch_size)
+    patch, strides, seen = _best_patch(scans, spacing, budget)
+    what = "the labels with a margin" if scans.field_mm is not None else "the scans, as long as there are no labels"
+    need = _mm(scans.need_mm(spacing))
+    reasons["patch_size"] = f"{math.prod(patch):,} voxels, which see {100 * seen:.0f} % of {what} ({need})"
+    return patch, strides
+
+
+def _best_patch(scans: ScanSizes, spacing: _Triple, budget: _Budget) -> tuple[Voxels3, PlannedStrides, float]:
+    """Return the smallest patch within the budget that sees enough, else the largest; its strides; how much it sees."""
     need = scans.need_mm(spacing)
     need_vox, image_vox = ([mm / s for mm, s in zip(sizes, spacing, strict=True)] for sizes in (need, scans.image_mm))
     for voxels in np.linspace(budget.voxels, budget.most_voxels, 5):
@@ -344,9 +355,7 @@ def _patch(
         seen = math.prod(min(1.0, p / n) for p, n in zip(patch, need_vox, strict=True))
         if seen >= _ENOUGH_SEEN:
             break
-    what = "the labels with a margin" if scans.field_mm is not None else "the scans, as long as there are no labels"
-    reasons["patch_size"] = f"{math.prod(patch):,} voxels, which see {100 * seen:.0f} % of {what} ({_mm(need)})"
-    return patch, strides
+    return patch, strides, seen
 
 
 def _why_strides(strides: PlannedStrides) -> str:

@@ -20,6 +20,8 @@ _Triple: TypeAlias = tuple[float, float, float]
 _MARGIN, _MARGIN_VOX = 0.125, 4
 # The field of view of all but a tenth of the labelled scans.
 _FIELD_PERCENTILE = 90.0
+# Of many labels some are as thin as a voxel: a plan for them alone would lose all the others.
+_THIN_PERCENTILE = 25.0
 # Scans have the same spacing if it differs by less.
 _SAME_SPACING = 0.01
 
@@ -34,7 +36,7 @@ class ScanSizes:
         same: whether all scans have this spacing.
         image_mm: median size of the scans.
         field_mm: size of the box around all labels in most of the labelled scans; None without any.
-        chord_mm: how thick the thinnest label is along each axis.
+        chord_mm: how thick a thin label is along each axis: only a quarter of the labels are thinner.
     """
 
     spacing_mm: _Triple
@@ -70,8 +72,7 @@ class ScanSizes:
             same=same,
             image_mm=_triple(np.median(shapes * spacings, axis=0)),
             field_mm=_triple(np.percentile(fields, _FIELD_PERCENTILE, axis=0)) if fields else None,
-            # A label's thickness is its median over the scans; the thinnest label counts.
-            chord_mm=_triple(np.min([np.median(own, axis=0) for own in chords.values()], axis=0)) if chords else None,
+            chord_mm=_thin_mm(list(chords.values())) if chords else None,
         )
 
     def need_mm(self, spacing_mm: _Triple) -> _Triple:
@@ -84,6 +85,13 @@ class ScanSizes:
         # Along thick slices the same millimetres are fewer voxels.
         margin = np.minimum(margin, margin.min() + np.array(spacing_mm))
         return _triple(np.minimum(field_ + 2 * margin, image))
+
+
+def _thin_mm(chords: list[list[npt.NDArray[np.float64]]]) -> _Triple:
+    """Return how thick a thin label is along each axis, from the thickness of each label in each scan."""
+    of_labels = [np.median(own, axis=0) for own in chords]
+    # "lower": of two labels, the thinner.
+    return _triple(np.percentile(of_labels, _THIN_PERCENTILE, axis=0, method="lower"))
 
 
 def _triple(values: Any) -> _Triple:
