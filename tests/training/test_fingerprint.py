@@ -7,6 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from deformux.data import fingerprint as module
 from deformux.data.cases import Case, find_cases
@@ -74,6 +75,7 @@ def test_facts_of_a_label_with_a_known_answer(tmp_path: Path) -> None:
     assert facts.voxels == {2: 24, 9: 1}
     assert facts.boxes == {2: ((1, 2, 3), (5, 5, 5)), 9: ((7, 7, 6), (8, 8, 7))}
     assert facts.chords_vox == {2: (4.0, 3.0, 2.0), 9: (1.0, 1.0, 1.0)}
+    assert facts.largest_share == 24 / 25
     assert facts.union([2]) == ((1, 2, 3), (5, 5, 5))
     assert facts.union([2, 9]) == ((1, 2, 3), (8, 8, 7))
     assert facts.union([1]) is None
@@ -98,6 +100,8 @@ def test_facts_of_real_cases_equal_numpy(shared_data: Path, name: str) -> None:
         where = np.argwhere(label == value)
         assert facts.voxels[value] == len(where)
         assert facts.boxes[value] == (tuple(where.min(0)), tuple(where.max(0) + 1))
+    pieces, _ = ndimage.label(label > 0, np.ones((3, 3, 3)))
+    assert facts.largest_share == np.bincount(pieces[pieces > 0]).max() / np.count_nonzero(label)
     for value in found[:3]:
         means = [np.mean(runs_of(label, value, axis)) for axis in range(3)]
         np.testing.assert_allclose(facts.chords_vox[value], means)

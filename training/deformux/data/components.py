@@ -46,20 +46,20 @@ class Components:
             before += count
         one, other = np.concatenate(touching, axis=1) - 1
         graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(before, before))
-        self._number = 1 + (connected_components(graph, directed=False)[1] if before else np.zeros(0, dtype=np.int32))
-        joined = np.bincount(self._number, weights=np.concatenate(sizes))
+        self._number = 1 + connected_components(graph, directed=False)[1] if before else np.zeros(0, dtype=np.int32)
+        joined = np.bincount(self._number, weights=np.concatenate(sizes), minlength=1)
         self.sizes: npt.NDArray[np.int64] = joined.astype(np.int64)
         """Number of voxels of each component, ``(1 + n,)``; 0 for the first, the background."""
 
     @property
     def largest(self) -> int:
         """Return the number of the largest component, the first of equal ones; 0 if there is none."""
-        return int(self.sizes.argmax()) if len(self.sizes) else 0
+        return int(self.sizes.argmax())
 
     @property
     def largest_share(self) -> float:
         """Return the share of the nonzero voxels in the largest component; 1 if there are none."""
-        return float(self.sizes.max() / self.sizes.sum()) if len(self.sizes) > 1 else 1.0
+        return float(self.sizes.max() / self.sizes.sum()) if self.largest else 1.0
 
     def numbered(self) -> Iterator[tuple[_Part, _Numbers]]:
         """Yield parts that hold all nonzero voxels, and the component of each voxel of a part, 0 for background."""
