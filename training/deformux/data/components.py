@@ -70,7 +70,7 @@ class Components:
 
 def _slabs(mask: npt.NDArray[Any]) -> Iterator[_Part]:
     """Yield slabs along the first axis of the box around the nonzero voxels."""
-    for planes, rows, columns in ndimage.find_objects(mask > 0):
+    for planes, rows, columns in ndimage.find_objects((mask > 0).view(np.uint8)):
         plane = (rows.stop - rows.start) * (columns.stop - columns.start)
         step = max(1, _SLAB_VOXELS // plane)
         for at in range(planes.start, planes.stop, step):
