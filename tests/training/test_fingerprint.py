@@ -11,6 +11,7 @@ from scipy import ndimage
 
 from deformux.data import fingerprint as module
 from deformux.data.cases import Case, find_cases
+from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.fingerprint import FingerprintStopped, declared_modality, read_fingerprint
 from deformux.data.scan_facts import LEVELS, read_case_facts, read_scan_facts
 from deformux.data.scan_folder import scans_and_cases
@@ -209,6 +210,18 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, text: str) -> None:
     first = read_fingerprint([], cases, cache=cache)
     assert len(first.labels) == 1
     assert read_fingerprint([], cases, cache=cache) == first
+
+
+def test_facts_of_an_older_version_are_read_again(tmp_path: Path, opened: list[str]) -> None:
+    cases = labelled(tmp_path, 2)
+    cache = tmp_path / "facts.json"
+    first = read_fingerprint([], cases, cache=cache)
+    kept = read_checked(cache, dict)
+    del kept["labels"][str(cases[0].label)]["facts"]["largest_share"]
+    write_checked(cache, kept)
+    opened.clear()
+    assert read_fingerprint([], cases, cache=cache) == first
+    assert opened == ["c0.nii.gz", "c0.nii.gz"]
 
 
 def test_a_stop_keeps_what_was_read(tmp_path: Path, opened: list[str]) -> None:

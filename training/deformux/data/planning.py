@@ -218,17 +218,12 @@ def make_plan(
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(_BATCH, _BATCH * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
-    keep, reasons["keep_largest"] = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
+    keep = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
+    values["keep_largest"], reasons["keep_largest"] = keep
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second
-    settings = {
-        **values,
-        "frame": frame,
-        "spacing_mm": None if native else spacing,
-        "patch_size": patch,
-        "keep_largest": keep,
-    }
+    settings = {**values, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
     return Plan(
         preprocessing=Preprocessing.from_dict(settings),
         preset=preset,
