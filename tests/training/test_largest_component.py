@@ -15,7 +15,9 @@ from deformux.cli.main import app
 from deformux.data import components
 from deformux.data.cases import Case
 from deformux.data.components import Components
+from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import labelled_transforms, run_transforms
 from deformux.inference.evaluate import evaluate
 from deformux.inference.largest_component import keep_largest_component
 from deformux.inference.metrics import dice_per_label
@@ -114,6 +116,17 @@ def test_every_path_gives_the_same_mask(name: str, organ: Case) -> None:
     truth = np.asarray(nib.load(organ.label).dataobj)
     assert dice == pytest.approx(dice_per_label(expected, truth, 2))
     assert dice[0] > evaluate(network, [organ], plain, n_labels=2)["organ"][0]
+
+
+@pytest.mark.parametrize("name", PREPS)
+def test_labels_at_the_networks_voxels_are_those_of_training(name: str, organ: Case) -> None:
+    prep = PREPS[name]
+    made = run_transforms(labelled_transforms(prep, n_labels=2), {"image": organ.image, "label": organ.label})
+    grid = ScanGrid.of(made["image"])
+    truth = np.asarray(nib.load(organ.label).dataobj)
+    found = grid.at_network(truth, tuple(slice(0, n) for n in grid.network_size))
+    # Voxels half way between two may go to either.
+    assert (found != made["label"][0].numpy()).sum() <= 0.01 * np.count_nonzero(found)
 
 
 def middle(part: tuple[slice, slice, slice]) -> tuple[int, int, int]:
