@@ -256,10 +256,17 @@ def slicer(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return json.loads(lines[-1])
 
 
-def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0, guidance: float | None = None) -> str:
+def publish_untrained(
+    studies: Path,
+    conf: Mapping[str, str],
+    bias: float = 0.0,
+    guidance: float | None = None,
+    background: float | None = None,
+) -> str:
     """Publish a version of random weights for a project that no server serves yet, and return its name.
 
     ``guidance`` is the standard deviation of the weights through which clicks enter; None for a model without.
+    ``background`` is the bias of the background, if it has another.
     """
     import torch
 
@@ -272,6 +279,8 @@ def publish_untrained(studies: Path, conf: Mapping[str, str], bias: float = 0.0,
     options = {} if guidance is None else {"guidance": True}
     network = DeformUXNet(1, len(project.labels) + 1, project.preset, **options)
     torch.nn.init.constant_(network.head.conv.conv.bias, bias)
+    if background is not None:
+        torch.nn.init.constant_(network.head.conv.conv.bias[:1], background)
     for name, parameter in network.named_parameters():
         if guidance is not None and name.endswith(".guidance"):
             torch.nn.init.normal_(parameter, std=guidance)

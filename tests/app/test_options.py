@@ -32,6 +32,7 @@ BAD = [
     ("percentiles", "5", ("two numbers", "0.5,99.5")),
     ("percentiles", "5,101", ("100",)),
     ("frame", "sagittal", ("ras", "acquisition")),
+    ("keep_largest", "true", ("yes", "no")),
     ("train_minutes", "0", ("auto", "0.1")),
     ("train_minutes", "long", ("number", "100000")),
     ("pretrained", "brain", (*PRETRAINED, "none")),
@@ -69,6 +70,7 @@ def test_every_option() -> None:
         "window": "-1000,400",
         "percentiles": "1,99",
         "frame": "acquisition",
+        "keep_largest": "yes",
         "train_minutes": "2.5",
         "pretrained": "none",
         "auto_train": "3",
@@ -80,7 +82,9 @@ def test_every_option() -> None:
     assert project.labels == ("left kidney", "tumour (3)")
     assert (project.auto_train, project.lease_minutes, project.cache_gb) == (3, 7.5, 0.25)
     assert project.train_devices == "cuda:0,cuda:2"
-    chosen = Choices("mr", (-1000.0, 400.0), (1.0, 99.0), "acquisition", (1.5, 1.5, 2.0), (64, 48, 1), "small")
+    chosen = Choices(
+        "mr", (-1000.0, 400.0), (1.0, 99.0), "acquisition", (1.5, 1.5, 2.0), (64, 48, 1), "small", keep_largest=True
+    )
     assert (project.choices, project.train_minutes) == (chosen, 2.5)
     assert Project.from_conf(project.to_conf()) == project
 

@@ -1,5 +1,6 @@
 """Edits by clicks: exact as promised, in the right place on any grid, and useful on real scans."""
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -75,6 +76,9 @@ GRIDS = {
     "small": (NATIVE, (20, 24, 18), False, 2),
     "slice": (NATIVE, (44, 36, 1), False, 2),
     "many labels": (NATIVE, (40, 34, 20), False, 40),
+    "largest, oblique": (dataclasses.replace(NATIVE, keep_largest=True), (50, 40, 34), True, 2),
+    "largest, resampled": (dataclasses.replace(RESAMPLED, keep_largest=True), (50, 40, 34), True, 2),
+    "largest, acquisition": (dataclasses.replace(ACQUISITION, keep_largest=True), (50, 40, 20), True, 2),
     "thick": (Preprocessing("ct", patch_size=(32, 32, 6)), (40, 34, 10), False, 2),
     "slice by slice": (Preprocessing("ct", patch_size=(32, 32, 1)), (40, 34, 3), False, 2),
 }
@@ -93,6 +97,8 @@ def test_the_result_depends_on_the_set_of_clicks_alone(grid: str, network, write
     net = network(n_labels, THICK.get(grid, PUBLISHED_STRIDES))
     scan = open_scan(net, case.image, prep)
     automatic, _ = segment(net, case.image, prep)
+    if prep.keep_largest:
+        assert not np.array_equal(scan.classes, scan.network_classes)
     few = random_clicks(size, n_labels, 4, seed=1)
     more = joined(few, {label: v for label, v in random_clicks(size, n_labels, 3, seed=2).items() if label in few})
     more = {label: list(dict.fromkeys(voxels)) for label, voxels in more.items()}

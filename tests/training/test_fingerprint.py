@@ -7,9 +7,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from deformux.data import fingerprint as module
 from deformux.data.cases import Case, find_cases
+from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.fingerprint import FingerprintStopped, declared_modality, read_fingerprint
 from deformux.data.scan_facts import LEVELS, read_case_facts, read_scan_facts
 from deformux.data.scan_folder import scans_and_cases
@@ -74,6 +76,7 @@ def test_facts_of_a_label_with_a_known_answer(tmp_path: Path) -> None:
     assert facts.voxels == {2: 24, 9: 1}
     assert facts.boxes == {2: ((1, 2, 3), (5, 5, 5)), 9: ((7, 7, 6), (8, 8, 7))}
     assert facts.chords_vox == {2: (4.0, 3.0, 2.0), 9: (1.0, 1.0, 1.0)}
+    assert facts.largest_share == 24 / 25
     assert facts.union([2]) == ((1, 2, 3), (5, 5, 5))
     assert facts.union([2, 9]) == ((1, 2, 3), (8, 8, 7))
     assert facts.union([1]) is None
@@ -98,6 +101,8 @@ def test_facts_of_real_cases_equal_numpy(shared_data: Path, name: str) -> None:
         where = np.argwhere(label == value)
         assert facts.voxels[value] == len(where)
         assert facts.boxes[value] == (tuple(where.min(0)), tuple(where.max(0) + 1))
+    pieces, _ = ndimage.label(label > 0, np.ones((3, 3, 3)))
+    assert facts.largest_share == np.bincount(pieces[pieces > 0]).max() / np.count_nonzero(label)
     for value in found[:3]:
         means = [np.mean(runs_of(label, value, axis)) for axis in range(3)]
         np.testing.assert_allclose(facts.chords_vox[value], means)
@@ -205,6 +210,18 @@ def test_a_damaged_cache_is_made_anew(tmp_path: Path, text: str) -> None:
     first = read_fingerprint([], cases, cache=cache)
     assert len(first.labels) == 1
     assert read_fingerprint([], cases, cache=cache) == first
+
+
+def test_facts_of_an_older_version_are_read_again(tmp_path: Path, opened: list[str]) -> None:
+    cases = labelled(tmp_path, 2)
+    cache = tmp_path / "facts.json"
+    first = read_fingerprint([], cases, cache=cache)
+    kept = read_checked(cache, dict)
+    del kept["labels"][str(cases[0].label)]["facts"]["largest_share"]
+    write_checked(cache, kept)
+    opened.clear()
+    assert read_fingerprint([], cases, cache=cache) == first
+    assert opened == ["c0.nii.gz", "c0.nii.gz"]
 
 
 def test_a_stop_keeps_what_was_read(tmp_path: Path, opened: list[str]) -> None:

@@ -43,6 +43,7 @@ def label(*boxes, chords=None, percentiles=()) -> LabelledFacts:
         boxes=dict(enumerate(boxes, 1)),
         chords_vox={i: tuple(map(float, chords or size)) for i, size in enumerate(sizes, 1)},
         percentiles=percentiles,
+        largest_share=1.0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -47,6 +48,8 @@ def test_patches_from_files_are_those_from_memory_bit_for_bit(cases: list, tmp_p
     assert len(volumes(store)) == 2
     made = {path: path.stat().st_mtime_ns for path in store.rglob("*.npy")}
     assert same(drawn(cases, store=store), in_memory), "from the files"
+    keeping = dataclasses.replace(PREP, keep_largest=True)
+    assert same(drawn(cases, store=store, prep=keeping), in_memory), "what is kept of a result changes no input"
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.npy")} == made
     assert not drawn(cases, store=tmp_path / "unused", cache_gb=1.0)[0]["image"].isnan().any()
     assert not (tmp_path / "unused").exists(), "volumes in memory need no files"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from deformux.fitting.fit import TrainingStopped, fit
 from deformux.fitting.minutes import in_minutes
 from deformux.fitting.recipe import RECIPES
 from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import load_model
+from deformux.networks.model_file import ModelCard, load_model, save_model
 from deformux.networks.presets import PRESETS, Preset
 from deformux.publishing.learner import Learner, Round
 from deformux.publishing.model_versions import ModelVersions
@@ -61,6 +62,27 @@ def test_a_version_carries_its_plan_and_keeps_it_when_it_is_continued(write_case
     network, card = load_model(ModelVersions(state / "versions").path("v0003"))
     assert network.strides[0] == (2, 2, 1)
     assert card.to_json() == again.to_json()
+
+
+def test_the_labels_of_now_decide_what_a_continued_model_keeps(write_case, tmp_path: Path) -> None:
+    cases = [write_case(f"c{number}", seed=number, size=(24, 24, 24)) for number in range(4)]
+    for case in cases[:3]:
+        label = np.zeros((24, 24, 24), np.uint8)
+        label[4:12, 4:12, 4:12], label[12:20, 4:12, 4:12] = 1, 2
+        nib.save(nib.Nifti1Image(label, nib.load(case.image).affine), case.label)
+    model = tmp_path / "model.safetensors"
+    for kept in (False, True):
+        card = ModelCard(labels=LABELS, preprocessing=Preprocessing("ct", keep_largest=kept), preset="tiny")
+        save_model(model, DeformUXNet(1, 3, "tiny"), card)
+        own = planner(tmp_path / "state", cases)
+        assert own.continued(model).preprocessing == card.preprocessing
+        one_piece, apart = own.continued(model, cases[:3]), own.continued(model, cases)
+        assert one_piece.preprocessing.keep_largest
+        assert not apart.preprocessing.keep_largest
+        assert "in 1 of 4 labelled scans" in apart.reasons["keep_largest"]
+        assert planner(tmp_path / "state", cases, keep_largest=kept).continued(model, cases).preprocessing == (
+            card.preprocessing
+        )
 
 
 def test_what_a_user_gives_is_taken_at_once(write_case, tmp_path: Path) -> None:

@@ -158,10 +158,11 @@ def _planned(
     start_from: tuple[str, Path] | None,
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """Plan by the cases of the training, and print the plan; one that starts from a model keeps the model's."""
-    if start_from is not None:
-        return continued_plan(start_from[1], settings.given, settings.sequences).to_dict()
+    """Plan by the cases of the training, and print the plan; one that starts from a model keeps most of the model's."""
     facts = read_fingerprint([case.image for case in cases], cases, modality=settings.modality)
+    if start_from is not None:
+        model, given = start_from[1], settings.given
+        return continued_plan(model, given, settings.sequences, facts=facts, n_labels=len(labels)).to_dict()
     plan = plan_on(
         str(ranks.device),
         facts,

@@ -33,6 +33,7 @@ from deformux.cli.options import (
     Device,
     FirstSeed,
     Frame,
+    KeepLargest,
     LabelNames,
     Modality,
     ModelFile,
@@ -103,6 +104,7 @@ def plan_command(
     window: Window = AUTO,
     percentiles: Percentiles = AUTO,
     frame: Frame = AUTO,
+    keep_largest: KeepLargest = AUTO,
     spacing: Spacing = AUTO,
     patch_size: PatchSize = AUTO,
     preset: PresetName = AUTO,
@@ -123,6 +125,7 @@ def plan_command(
             window=window,
             percentiles=percentiles,
             frame=frame,
+            keep_largest=keep_largest,
             preset=preset,
         )
         images, cases = scans_and_cases(existing_folder(data), subset=subset or None)
@@ -155,6 +158,7 @@ def fit_command(
     window: Window = AUTO,
     percentiles: Percentiles = AUTO,
     frame: Frame = AUTO,
+    keep_largest: KeepLargest = AUTO,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -184,6 +188,7 @@ def fit_command(
             window=window,
             percentiles=percentiles,
             frame=frame,
+            keep_largest=keep_largest,
             preset=preset,
         )
         cases = find_cases(data, subset=subset or None)

@@ -16,6 +16,7 @@ __all__ = [
     "Device",
     "FirstSeed",
     "Frame",
+    "KeepLargest",
     "LabelNames",
     "Modality",
     "ModelFile",
@@ -48,6 +49,9 @@ Window = Annotated[str, typer.Option(help="CT window low,high in HU, e.g. -1000,
 Percentiles = Annotated[str, typer.Option(help="Percentiles low,high to which MR is clipped.")]
 Frame = Annotated[
     str, typer.Option(help=f"{' or '.join(FRAMES)}: anatomical axes, or the scan's own with the slices last.")
+]
+KeepLargest = Annotated[
+    str, typer.Option(help="yes or no: keep only the largest connected piece of a segmentation's labels; or auto.")
 ]
 FirstSeed = Annotated[
     int, typer.Option(help="To share a folder between processes, give each different seeds.", min=0, max=MAX_SEED)

@@ -21,7 +21,7 @@ class Choices:
     """What the user decided; None leaves a choice to the plan. ``native`` keeps each scan's own spacing.
 
     Args:
-        modality, window_hu, percentiles, frame, spacing_mm, patch_size: as in ``Preprocessing``.
+        modality, window_hu, percentiles, frame, spacing_mm, patch_size, keep_largest: as in ``Preprocessing``.
         preset: size of the network.
         batch_size: patches of a step.
     """
@@ -34,6 +34,7 @@ class Choices:
     patch_size: tuple[int, int, int] | None = None
     preset: str | None = None
     batch_size: int | None = None
+    keep_largest: bool | None = None
 
     @classmethod
     def from_options(
@@ -45,6 +46,7 @@ class Choices:
         window: str = AUTO,
         percentiles: str = AUTO,
         frame: str = AUTO,
+        keep_largest: str = AUTO,
         preset: str = AUTO,
     ) -> Choices:
         """Parse what a user types; ``auto`` and nothing leave a choice to the plan.
@@ -59,6 +61,7 @@ class Choices:
             "window": window,
             "percentiles": percentiles,
             "frame": frame,
+            "keep_largest": keep_largest,
         }
         typed = {name: text.strip() for name, text in typed.items() if text.strip() not in ("", AUTO)}
         usual = {"modality": Preprocessing().modality, "spacing": "native", "patch_size": "96,96,96"}
@@ -81,11 +84,12 @@ class Choices:
             "window": _text(self.window_hu),
             "percentiles": _text(self.percentiles),
             "frame": self.frame or AUTO,
+            "keep_largest": AUTO if self.keep_largest is None else "yes" if self.keep_largest else "no",
         }
 
     def applied_to(self, prep: Preprocessing) -> Preprocessing:
         """Return a preprocessing in which the user's choices replace others."""
-        names = ("modality", "window_hu", "percentiles", "frame", "patch_size")
+        names = ("modality", "window_hu", "percentiles", "frame", "patch_size", "keep_largest")
         changes: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.spacing_mm is not None:
             changes["spacing_mm"] = None if self.spacing_mm == "native" else self.spacing_mm

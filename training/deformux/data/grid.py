@@ -67,6 +67,19 @@ class ScanGrid:
         moved = index @ self.to_network[:3, :3].T + self.to_network[:3, 3]
         return np.clip(np.rint(moved), 0, np.array(self.network_size) - 1).astype(np.int64)
 
+    def at_network(self, values: npt.NDArray[np.uint8], part: tuple[slice, slice, slice]) -> npt.NDArray[np.uint8]:
+        """Return the file's values ``(X, Y, Z)`` nearest to the voxels of a part of the network's grid."""
+        # The axes of the grids are parallel.
+        order = np.abs(self._from_network[:3, :3]).argmax(0)
+        nearest = []
+        for axis, own in enumerate(order):
+            along = (
+                self._from_network[own, axis] * np.arange(part[axis].start, part[axis].stop)
+                + self._from_network[own, 3]
+            )
+            nearest.append(np.clip(np.rint(along), 0, self.size[own] - 1).astype(np.int64))
+        return values.transpose(order)[np.ix_(*nearest)]
+
     def reached(self, box: Box) -> Box:
         """Return the box of the file whose interpolated values depend on a box of the network's grid."""
         # One voxel for interpolation; at the border one more, for what lies beyond it.

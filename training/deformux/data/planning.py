@@ -21,6 +21,7 @@ from deformux.data.planned_grid import (
     planned_strides,
 )
 from deformux.data.planned_intensities import planned_modality, planned_window
+from deformux.data.planned_output import planned_keep_largest
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.scan_sizes import ScanSizes
 
@@ -113,6 +114,8 @@ class Plan:
             return f"{self.facts['steps']} steps of {self.facts['seconds_per_step']:.2f} s"
         if name == "spacing_mm" and self.preprocessing.spacing_mm is None:
             return "native"
+        if name == "keep_largest":
+            return "yes" if self.preprocessing.keep_largest else "no"
         if name == "strides":
             return " ".join("".join(map(str, stride)) for stride in self.strides)
         for values in (self.preprocessing.to_dict(), self.recipe_changes, {"preset": self.preset, "frame": "ras"}):
@@ -217,6 +220,8 @@ def make_plan(
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(batch, batch * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
+    keep = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
+    values["keep_largest"], reasons["keep_largest"] = keep
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second

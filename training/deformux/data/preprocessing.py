@@ -1,4 +1,4 @@
-"""Settings that turn a scan into network input: one definition for training, inference and the app."""
+"""Settings of what a scan goes through besides the network: one definition for training, inference and the app."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FRAMES = ("ras", "acquisition")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Everything that turns a scan into network input. Stored in the model's card.
+    """All that a scan goes through besides the network, before it and after. Stored in the model's card.
 
     Args:
         modality: ``ct`` clips to ``window_hu`` and scales to 0..1; ``mr`` clips to ``percentiles`` of the volume and
@@ -29,6 +29,7 @@ class Preprocessing:
         sequences: names of several sequences, the network's channels; none for one. ``ct`` and ``mr``, or names such as
             ``ct:arterial`` and ``mr:flair``, give the modality of a sequence; others have ``modality``.
         missing_sequences: whether a scan may lack some sequences, since the network was trained with dropout of them.
+        keep_largest: whether only the largest connected component of all labels together is kept of a segmentation.
 
     Raises:
         ValueError: a value is out of range; the message lists the valid ones.
@@ -42,6 +43,7 @@ class Preprocessing:
     frame: str = "ras"
     sequences: tuple[str, ...] = ()
     missing_sequences: bool = False
+    keep_largest: bool = False
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -85,10 +87,12 @@ class Preprocessing:
         window: str = "",
         percentiles: str = "",
         frame: str = "ras",
+        keep_largest: str = "no",
     ) -> Preprocessing:
         """Parse what a user types: ``ct``, ``1.5,1.5,2`` (or ``native``), ``96,96,96``; raise ValueError on others.
 
-        ``window`` and ``percentiles`` are pairs such as ``-175,250``; nothing keeps the defaults.
+        ``window`` and ``percentiles`` are pairs such as ``-175,250``; nothing keeps the defaults. ``keep_largest`` is
+        ``yes`` or ``no``.
         """
         try:
             spacing_mm = None if spacing == "native" else tuple(float(part) for part in spacing.split(","))
@@ -100,7 +104,10 @@ class Preprocessing:
             patch = tuple(int(part) for part in patch_size.split(","))
         except ValueError as error:
             raise ValueError(f"patch size must be three whole numbers such as 96,96,96; got {patch_size!r}") from error
-        values = {"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch, "frame": frame}
+        if keep_largest not in ("yes", "no"):
+            raise ValueError(f"keep_largest must be yes or no; got {keep_largest!r}")
+        values: dict[str, Any] = {"modality": modality, "spacing_mm": spacing_mm, "patch_size": patch, "frame": frame}
+        values["keep_largest"] = keep_largest == "yes"
         if window.strip():
             values["window_hu"] = _pair("HU window", "-175,250", window)
         if percentiles.strip():
@@ -108,7 +115,7 @@ class Preprocessing:
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the card, without the defaults of frame and sequences, which older cards lack."""
+        """Return plain values for the card, without defaults that older cards lack."""
         values = asdict(self)
         # Unchanged: this identifies checkpoints and simulations.
         if self.frame == "ras":
@@ -116,6 +123,8 @@ class Preprocessing:
         if not self.sequences:
             for name in ("sequences", "missing_sequences"):
                 del values[name]
+        if not self.keep_largest:
+            del values["keep_largest"]
         return values
 
     @classmethod

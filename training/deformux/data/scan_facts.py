@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from deformux.data.components import Components
 from deformux.data.header import InvalidVolume, VolumeHeader, geometry_difference
 from deformux.data.label_values import UNLABELLED, check_label_values
 from deformux.data.volume_reader import OpenVolume, open_volume
@@ -86,12 +87,14 @@ class LabelledFacts:
         boxes: first voxel, and the one after the last, along the file's axes.
         chords_vox: mean length in voxels of a label's runs along each axis of the file: how thick it is there.
         percentiles: at ``LEVELS``, of the scan's intensities at all labelled voxels; empty if there are none.
+        largest_share: of the voxels of all labels together, in their largest connected component.
     """
 
     voxels: Mapping[int, int]
     boxes: Mapping[int, tuple[_Index, _Index]]
     chords_vox: Mapping[int, _Triple]
     percentiles: tuple[float, ...]
+    largest_share: float
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -105,6 +108,7 @@ class LabelledFacts:
             {int(label): (_index(a), _index(b)) for label, (a, b) in values["boxes"].items()},
             {int(label): (float(x), float(y), float(z)) for label, (x, y, z) in values["chords_vox"].items()},
             tuple(float(value) for value in values["percentiles"]),
+            float(values["largest_share"]),
         )
 
     def union(self, labels: Sequence[int]) -> tuple[_Index, _Index] | None:
@@ -192,6 +196,7 @@ def _label_facts(labels: npt.NDArray[np.uint8], values: npt.NDArray) -> Labelled
         boxes=boxes,
         chords_vox={label: (x, y, z) for label, (x, y, z) in chords.items()},
         percentiles=tuple(float(f"{v:.6g}") for v in np.percentile(inside, LEVELS)) if inside.size else (),
+        largest_share=Components(labels).largest_share,
     )
 
 

@@ -6,6 +6,7 @@ drawn, and several processes that draw ahead give the same as one, up to roundin
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -116,7 +117,8 @@ class Patches:
         logger.info("keeping %d of %d volumes in memory (%.1f MB each)", min(keep, len(files)), len(files), each / 1e6)
         on_disk = None
         if store is not None and keep < len(files):
-            plan = {"preprocessing": prep.to_dict(), "n_labels": n_labels}
+            # Volumes do not depend on what is kept of a result.
+            plan = {"preprocessing": dataclasses.replace(prep, keep_largest=False).to_dict(), "n_labels": n_labels}
             on_disk = PreprocessedStore(store, plan, most_bytes=int(recipe.disk_gb * 1e9))
         self._dataset = Volumes(files, fixed, transforms[len(fixed) :], keep=keep, store=on_disk)
         if self.workers:

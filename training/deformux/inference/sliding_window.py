@@ -15,6 +15,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, labels_of_scan, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
+from deformux.inference.largest_component import keep_largest_component
 from deformux.inference.locate import Locator
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import LogitSlab, Windows, WindowsDone, hand_on, logit_slabs
@@ -145,6 +146,8 @@ def segment_labels(
     labels = SlabLabels(ScanGrid.of(image))
     slabs = scan_slabs(network, image, prep, device=device, locator=locator, on_windows=on_windows)
     hand_on(slabs, [labels])
+    if prep.keep_largest:
+        keep_largest_component(labels.labels.numpy())
     return labels_of_scan(labels.labels, image)
 
 
@@ -195,5 +198,7 @@ def segment(
         (torch.Size([1, 20, 24, 12]), torch.Size([3, 20, 24, 12]))
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
-    restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})
-    return restored["pred"], logits.softmax(0)
+    restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})["pred"]
+    if prep.keep_largest:
+        keep_largest_component(restored[0].numpy())
+    return restored, logits.softmax(0)

@@ -230,11 +230,11 @@ class Editor:
         return _Patch(box, won, labels)
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Return automatic logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
+        """Return the network's logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
         index = tuple(voxels.T)
         logits = self.scan.logits.at(voxels)
-        if self._start is not self.scan.classes:
-            _agree(logits, self._start[index], self.scan.classes[index])
+        if self._start is not self.scan.network_classes:
+            _agree(logits, self._start[index], self.scan.network_classes[index])
         return logits
 
     def _restored(
@@ -258,9 +258,9 @@ class Editor:
 
     def _starting_box(self, box: Box) -> Tensor:
         logits = self.scan.logits.in_box(box)
-        if self._start is not self.scan.classes:
+        if self._start is not self.scan.network_classes:
             flat = logits.reshape(len(logits), -1).numpy()
-            _agree(flat, self._start[slices(box)].ravel(), self.scan.classes[slices(box)].ravel())
+            _agree(flat, self._start[slices(box)].ravel(), self.scan.network_classes[slices(box)].ravel())
             return torch.from_numpy(flat).reshape(logits.shape)
         return logits
 

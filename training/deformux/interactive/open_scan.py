@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
+from deformux.inference.largest_component import classes_of_largest, keep_largest_component
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import LogitSlab, SlabTaker, hand_on
 from deformux.inference.sliding_window import load_scan, scan_slabs
@@ -32,13 +33,15 @@ class OpenScan:
 
     Args:
         image: network input ``(channels, x, y, z)``.
-        logits: of the automatic segmentation.
-        classes: those of the highest logits, ``(x, y, z)``, uint8.
+        logits: of the network.
+        network_classes: those of the highest logits, ``(x, y, z)``, uint8.
+        classes: of the automatic mask on the network's grid: ``network_classes``, or those that were kept of it.
         labels: the automatic mask on the scan's grid, ``(X, Y, Z)``, uint8.
     """
 
     image: MetaTensor
     logits: KeptLogits
+    network_classes: npt.NDArray[np.uint8]
     classes: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
 
@@ -61,28 +64,37 @@ class OpenScan:
     @property
     def nbytes(self) -> int:
         """Return the bytes of memory that the scan takes."""
-        return self.image.nbytes + self.logits.nbytes + self.classes.nbytes + self.labels.nbytes
+        kept = 0 if self.classes is self.network_classes else self.classes.nbytes
+        return self.image.nbytes + self.logits.nbytes + self.network_classes.nbytes + kept + self.labels.nbytes
 
 
 @torch.inference_mode()
-def scan_from_slabs(image: MetaTensor, slabs: Iterable[LogitSlab], *, takers: Sequence[SlabTaker] = ()) -> OpenScan:
+def scan_from_slabs(
+    image: MetaTensor, slabs: Iterable[LogitSlab], *, takers: Sequence[SlabTaker] = (), keep_largest: bool = False
+) -> OpenScan:
     """Return a preprocessed scan, opened for edits, from the slabs of its logits.
 
     Args:
         image: result of ``inference_transforms``, ``(1, x, y, z)``.
         slabs: of the automatic segmentation, in order; each is dropped once it was reduced.
         takers: that take the slabs too.
+        keep_largest: as in ``Preprocessing``.
     """
     grid = ScanGrid.of(image)
     labels, keeper = SlabLabels(grid), LogitKeeper(grid.network_size)
     hand_on(slabs, (labels, keeper, *takers))
     restored = np.ascontiguousarray(labels.labels.numpy(), dtype=np.uint8)
-    return OpenScan(image=image.cpu(), logits=keeper.kept(), classes=keeper.classes, labels=restored)
+    classes = keeper.classes
+    if keep_largest:
+        found = restored.copy()
+        if keep_largest_component(restored):
+            classes = classes_of_largest(classes, grid, found=found, kept=restored)
+    return OpenScan(image.cpu(), keeper.kept(), network_classes=keeper.classes, classes=classes, labels=restored)
 
 
-def scan_from_logits(image: MetaTensor, logits: Tensor) -> OpenScan:
+def scan_from_logits(image: MetaTensor, logits: Tensor, *, keep_largest: bool = False) -> OpenScan:
     """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits."""
-    return scan_from_slabs(image, [LogitSlab(0, 0, logits.float())])
+    return scan_from_slabs(image, [LogitSlab(0, 0, logits.float())], keep_largest=keep_largest)
 
 
 def open_scan(
@@ -94,4 +106,5 @@ def open_scan(
         InvalidVolume: the file is not a usable scan.
     """
     image = load_scan(path, prep, device=device)
-    return scan_from_slabs(image, scan_slabs(network, image, prep, device=device))
+    slabs = scan_slabs(network, image, prep, device=device)
+    return scan_from_slabs(image, slabs, keep_largest=prep.keep_largest)

@@ -14,7 +14,8 @@ from tabulate import tabulate
 from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.choices import Choices
-from deformux.data.fingerprint import read_fingerprint
+from deformux.data.fingerprint import Fingerprint, read_fingerprint
+from deformux.data.planned_output import planned_keep_largest
 from deformux.data.planning import Plan
 from deformux.fitting.speed import plan_on
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
@@ -39,8 +40,12 @@ class Planner(Protocol):
             FingerprintStopped: ``stop`` returned true.
         """
 
-    def continued(self, model: Path) -> Plan:
-        """Return the plan of a training that starts from a model file."""
+    def continued(self, model: Path, cases: Sequence[Case] = (), *, stop: Callable[[], bool] | None = None) -> Plan:
+        """Return the plan of a training of labelled cases that starts from a model file; without cases, of any.
+
+        Raises:
+            FingerprintStopped: ``stop`` returned true.
+        """
 
     def given(self) -> Mapping[str, Any]:
         """Return what was not left to the planner, as plain values."""
@@ -60,7 +65,13 @@ class FixedPlan:
     ) -> Plan:
         return self.plan
 
-    def continued(self, model: Path) -> Plan:  # noqa: ARG002
+    def continued(
+        self,
+        model: Path,  # noqa: ARG002
+        cases: Sequence[Case] = (),  # noqa: ARG002
+        *,
+        stop: Callable[[], bool] | None = None,  # noqa: ARG002
+    ) -> Plan:
         return self.plan
 
     def given(self) -> Mapping[str, Any]:
@@ -111,16 +122,7 @@ class ProjectPlanner:
             FingerprintStopped: ``stop`` returned true.
             ValueError: there is no usable scan, or a given value is out of range.
         """
-        facts = read_fingerprint(
-            self.scans(),
-            cases,
-            cache=self.folder / "fingerprint.json",
-            modality=self.modality,
-            seconds=_QUICK_SECONDS if quick else _READING_SECONDS,
-            stop=stop,
-        )
-        for reason in facts.unusable:
-            logger.warning("Not planned with: %s", reason)
+        facts = self._facts(cases, seconds=_QUICK_SECONDS if quick else _READING_SECONDS, stop=stop)
         plan = plan_on(
             self.device,
             facts,
@@ -134,33 +136,79 @@ class ProjectPlanner:
         logger.info("The plan of a training from scratch:\n%s", tabulate(plan.rows(), tablefmt="plain"))
         return plan
 
-    def continued(self, model: Path) -> Plan:
-        """Return the plan of a model with what the user decided; raise InvalidModel if it has no card."""
-        return continued_plan(model, self.choices, self.sequences)
+    def continued(self, model: Path, cases: Sequence[Case] = (), *, stop: Callable[[], bool] | None = None) -> Plan:
+        """Return the plan of a model with what the user and the labels of now decide.
+
+        Raises:
+            FingerprintStopped: ``stop`` returned true.
+            InvalidModel: the model has no card.
+        """
+        facts = None
+        if cases and self.choices.keep_largest is None:
+            facts = self._facts(cases, seconds=0.0, stop=stop)
+        return continued_plan(model, self.choices, self.sequences, facts=facts, n_labels=len(self.labels))
 
     def given(self) -> Mapping[str, Any]:
-        return dataclasses.asdict(self.choices)
+        values = dataclasses.asdict(self.choices)
+        if self.choices.keep_largest is None:
+            # Unchanged: this identifies a round, and older versions did not know the choice.
+            del values["keep_largest"]
+        return values
+
+    def _facts(self, cases: Sequence[Case], *, seconds: float, stop: Callable[[], bool] | None) -> Fingerprint:
+        """Return the facts of all scans, read for some seconds where they are not known, and of the cases' labels."""
+        facts = read_fingerprint(
+            self.scans(),
+            cases,
+            cache=self.folder / "fingerprint.json",
+            modality=self.modality,
+            seconds=seconds,
+            stop=stop,
+        )
+        for reason in facts.unusable:
+            logger.warning("Not planned with: %s", reason)
+        return facts
 
 
-def continued_plan(model: Path, choices: Choices, sequences: tuple[str, ...] = ()) -> Plan:
+def continued_plan(
+    model: Path,
+    choices: Choices,
+    sequences: tuple[str, ...] = (),
+    *,
+    facts: Fingerprint | None = None,
+    n_labels: int = 0,
+) -> Plan:
     """Return the plan of a training that starts from a model: the model's own, with what the user decided.
+
+    What is kept of a result does not depend on the weights, and may have been decided by other or fewer labels.
 
     Args:
         model: its file.
         choices: of the user.
         sequences: of a case, the network's channels; none for one.
+        facts: of the labelled scans, by which it is decided anew whether to keep the largest component; None keeps the
+            model's.
+        n_labels: labels 1..N.
 
     Raises:
         InvalidModel: the model has no card.
     """
     card = read_card(model)
-    return Plan.from_dict(
+    plan = Plan.from_dict(
         {
             "preprocessing": dataclasses.replace(choices.applied_to(card.preprocessing), sequences=sequences).to_dict(),
             "preset": choices.preset or card.preset,
             "strides": card.network_options.get("strides", PUBLISHED_STRIDES),
             **{part: card.plan.get(part, {}) for part in ("recipe_changes", "reasons", "facts")},
         }
+    )
+    if facts is None or choices.keep_largest is not None:
+        return plan
+    keep, reason = planned_keep_largest(facts, n_labels)
+    return dataclasses.replace(
+        plan,
+        preprocessing=dataclasses.replace(plan.preprocessing, keep_largest=keep),
+        reasons={**plan.reasons, "keep_largest": reason},
     )
 
 

@@ -86,9 +86,9 @@ class RoundTrainings:
         parent, weights = (plan.parent, plan.parent_path) if part == 0 else (None, None)
 
         def setup() -> dict[str, Any]:
-            if weights is not None:
-                return self.planner.continued(weights).to_dict()
             try:
+                if weights is not None:
+                    return self.planner.continued(weights, plan.training, stop=stop).to_dict()
                 return self.planner.from_scratch(plan.training, stop=stop).to_dict()
             except FingerprintStopped as error:
                 raise TrainingStopped(str(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -158,7 +159,9 @@ class SelectionScores:
                 network, earlier = load_model(self.models.path(name))
             except (InvalidModel, ValueError):
                 continue  # pruned or damaged: compare one prediction fewer
-            if earlier.labels == card.labels and earlier.preprocessing == card.preprocessing:
+            # Scores are of probabilities: what is kept of a mask does not matter.
+            same = dataclasses.replace(earlier.preprocessing, keep_largest=card.preprocessing.keep_largest)
+            if earlier.labels == card.labels and same == card.preprocessing:
                 yield network
 
     def _earlier(self) -> list[str]:

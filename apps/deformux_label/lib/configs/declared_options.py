@@ -224,6 +224,12 @@ PLANNED_OPTIONS: tuple[Option[str], ...] = (
         help="axes of the network's grid: `ras` (the patient's), `acquisition` (the scan's), or `auto`",
         parse=_text,
     ),
+    Option(
+        name="keep_largest",
+        default=AUTO,
+        help="`yes` keeps only the largest connected piece of all labels together; `no`; or `auto` by the labels",
+        parse=_text,
+    ),
 )
 _MODEL_OPTIONS: tuple[Option[str], ...] = (
     Option(

@@ -186,6 +186,7 @@ def _texts_of_model(card: ModelCard | None) -> dict[str, str]:
         window_hu=own.window_hu,
         percentiles=own.percentiles,
         frame=own.frame,
+        keep_largest=own.keep_largest,
         spacing_mm=own.spacing_mm or "native",
         patch_size=own.patch_size,
         preset=card.preset,

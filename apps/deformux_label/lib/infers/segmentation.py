@@ -17,6 +17,7 @@ from deformux.active_learning.uncertainty_map import UncertaintySlabs
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, labels_of_scan
+from deformux.inference.largest_component import keep_largest_component
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import hand_on
 from deformux.interactive.open_scan import OpenScan, scan_from_slabs
@@ -120,13 +121,16 @@ class Segmentation(BasicInferTask):
         image, request = data[self.input_key], data["request"]
         unsure = UncertaintySlabs(image) if request.options.uncertainty else None
         takers = [unsure] if unsure is not None else []
+        keep_largest = self._preprocessing(data).keep_largest
         slabs = served_slabs(ServedNetwork(self.models, data["model_version"], placement), image)
         if request.scan.keep and self.cache.fits(image.nbytes):
             # So the first click after Next Sample need not wait for a second segmentation.
-            scan = scan_from_slabs(image, slabs, takers=takers)
+            scan = scan_from_slabs(image, slabs, takers=takers, keep_largest=keep_largest)
             return _Segmented(torch.from_numpy(scan.labels), scan, unsure)
         labels = SlabLabels(ScanGrid.of(image))
         hand_on(slabs, [labels, *takers])
+        if keep_largest:
+            keep_largest_component(labels.labels.numpy())
         return _Segmented(labels.labels, None, unsure)
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002
