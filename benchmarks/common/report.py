@@ -58,6 +58,7 @@ PAGES: Mapping[str, str] = MappingProxyType(
         "models": "The strongest models",
         "any_organ": "Any organ with default settings",
         "planner": "The plan beside nnU-Net's",
+        "plan_trials": "Trials behind the plan",
     }
 )
 

@@ -32,7 +32,7 @@ from deformux.networks.deformux_net import PUBLISHED_STRIDES
 __all__ = ["ABLATIONS", "CONTENDERS", "MAIN_CONTENDERS", "PLAN", "Ready", "contender", "planned_by"]
 
 PLAN = "plan"
-_PARTS = ("frame", "spacing", "patch", "strides", "window", "augmentation")
+_PARTS = ("frame", "spacing", "patch", "strides", "window", "augmentation", "largest")
 _OPTIMIZERS = MappingProxyType({"dynunet": "sgd", "dynunet-adamw": "adamw"})
 _APP = "monailabel"
 _FIXED = "fixed"
@@ -196,6 +196,8 @@ def _without(part: str, planned: Settings, fixed: Settings, scans: Sequence[Path
         return dataclasses.replace(planned, strides=fixed.strides)
     elif part == "window" and prep.modality == fixed.prep.modality:
         changes = {"window_hu": fixed.prep.window_hu, "percentiles": fixed.prep.percentiles}
+    elif part == "largest":
+        changes["keep_largest"] = False
     elif part == "augmentation":
         as_fixed = {name: getattr(fixed.recipe, name) for name in _AUGMENTATION}
         return dataclasses.replace(planned, recipe=planned.recipe.replace(**as_fixed))
