@@ -124,9 +124,9 @@ def tried(trial: PlanTrial, organ: Organ) -> dict[str, Any]:
         return masks[case.id]
 
     def largest(case: Case) -> np.ndarray:
-        mask = torch.from_numpy(masks[case.id].copy())
+        mask = masks[case.id].copy()
         keep_largest_component(mask)
-        return mask.numpy()
+        return mask
 
     dice = {
         name: _mean_dice([score["dice"] for score in score_organ(organ.val, of, n_labels=len(organ.labels)).values()])
