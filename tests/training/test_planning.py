@@ -334,7 +334,7 @@ def test_a_plan_survives_json_and_changes_a_recipe() -> None:
     plan = make_plan(project((scan((99, 99, 12), (1, 1, 7)), label(((0, 0, 0), (50, 50, 9))))), labels=["a"])
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     recipe = RECIPES["finetune"].replace(**plan.recipe_changes)
-    assert recipe.batch_size == plan.recipe_changes["batch_size"] == 1
+    assert recipe.batch_size == plan.recipe_changes["batch_size"] == 2
     assert set(plan.recipe_changes) <= {field.name for field in dataclasses.fields(recipe)}
     with pytest.raises(ValueError, match="a plan cannot be read"):
         Plan.from_dict({"preset": "tiny"})

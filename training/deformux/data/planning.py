@@ -31,16 +31,16 @@ _Triple: TypeAlias = tuple[float, float, float]
 
 # Minutes of a training where none are given.
 _MINUTES = {"cpu": 10.0, "gpu": 3.0}
-# Steps that a training should have, and the fewest that are acceptable while a patch sees too little. On a CPU, 780
-# steps on coarse patches that see an organ are worth more than 500 on fine ones that see half of it
+# Steps that a training should have, and the fewest that are acceptable while a patch sees too little. On a CPU many
+# steps on coarse patches that see an organ are worth more than few on fine ones that see half of it
 # (benchmarks/results/plan_trials.md).
-_STEPS = {"cpu": (1200, 800), "gpu": (1500, 1000)}
+_STEPS = {"cpu": (1000, 550), "gpu": (1500, 1000)}
 # A patch that sees this part of the labels and their surroundings sees enough.
 _ENOUGH_SEEN = 0.75
 # The rest of the minutes goes to reading scans, drawing patches, clicks and validation.
 _TRAINING_SHARE = 0.7
-# A CPU takes twice as many steps of one patch in the same time, which teach more.
-_BATCH, _MAX_BATCH = {"cpu": 1, "gpu": 2}, 4
+# On a CPU each patch of a step has a thread: with two cores, steps of two take little longer than steps of one.
+_BATCH, _MAX_BATCH = 2, 4
 # A patch of fewer voxels sees too little whatever the device; more did not help a set yet.
 _LEAST_PATCH, _MOST_PATCH = 32**3, 160**3
 # Spacing is coarsened until one patch covers what it should see, but no label that is thicker than a quarter of them
@@ -211,7 +211,7 @@ def make_plan(
     first = given.spacing_mm if isinstance(given.spacing_mm, tuple) else scans.spacing_mm
     strides = planned_strides(first, [mm / s for mm, s in zip(scans.image_mm, first, strict=True)])
     speed = measure(preset, strides) if measure else assumed_speed(kind, preset)
-    budget = _Budget.of(speed, kind, minutes, given.batch_size or _BATCH[kind])
+    budget = _Budget.of(speed, kind, minutes, given.batch_size or _BATCH)
     reasons["budget"] = budget.reason
     spacing, native = _spacing(scans, given, budget, reasons)
     patch, strides = _patch(scans, given, spacing, budget, reasons)
