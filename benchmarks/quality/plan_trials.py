@@ -153,8 +153,25 @@ def section(data: Mapping[str, Any]) -> Section:
         "so where the labels are one piece in every scan",
         "",
         *markdown_table(heads, rows),
+        "The best trial of each set whose trials differ in spacing, against that with the finest voxels at the same rate:",
+        "",
+        *markdown_table(("set", "finest, mm", "Dice", "best, mm", "Dice", "gain"), _gains(data["rows"])),
     ]
     return Section("plan_trials", "quality_plan_trials", "Coarse voxels and many steps against fine ones", lines)
+
+
+def _gains(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    gains = []
+    for organ in dict.fromkeys(row["trial"]["organ"] for row in rows):
+        own = [row for row in rows if row["trial"]["organ"] == organ]
+        finest = min(own, key=lambda row: (np.prod(row["trial"]["spacing_mm"]), row["trial"]["learning_rate"]))
+        best = max(own, key=lambda row: float(row["dice"]))
+        if best is not finest:
+            sizes = (_sizes(row["trial"]["spacing_mm"]) for row in (finest, best))
+            dice = (f"{row['dice']:.3f}" for row in (finest, best))
+            pairs = [cell for pair in zip(sizes, dice, strict=True) for cell in pair]
+            gains.append([organ, *pairs, f"{best['dice'] - finest['dice']:+.2f}"])
+    return gains
 
 
 def _mean_dice(scores: Sequence[Sequence[float | None]]) -> float:

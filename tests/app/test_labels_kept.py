@@ -59,9 +59,9 @@ def current(store: CheckedDatastore) -> int | None:
 def crashes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return what was found after a kill -9 at every call that writes."""
     command = [sys.executable, str(Path(__file__).with_name("crash_points.py")), str(tmp_path_factory.mktemp("crash"))]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    # It imports from both folders of tests that are importable here.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -45,7 +45,7 @@ _BATCH, _MAX_BATCH = 2, 4
 _LEAST_PATCH, _MOST_PATCH = 32**3, 160**3
 # Spacing is coarsened until one patch covers what it should see, but no label that is thicker than a quarter of them
 # (``ScanSizes.chord_mm``) gets thinner than this many voxels. Where every label kept six, Dice after as much computing
-# was lower by 0.27 to 0.39 on three organs (benchmarks/results/plan_trials.md).
+# was lower by 0.29 to 0.39 on three organs (benchmarks/results/plan_trials.md).
 _LEAST_CHORD_VOX = 2.0
 # A spacing that differs by less is the same.
 _SAME_SPACING = 0.01
