@@ -153,7 +153,7 @@ def section(data: Mapping[str, Any]) -> Section:
         "so where the labels are one piece in every scan",
         "",
         *markdown_table(heads, rows),
-        "The best trial of each set whose trials differ in spacing, against that with the finest voxels at the same rate:",
+        "The best trial of a set against that with the finest voxels, at the same rate:",
         "",
         *markdown_table(("set", "finest, mm", "Dice", "best, mm", "Dice", "gain"), _gains(data["rows"])),
     ]

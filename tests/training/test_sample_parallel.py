@@ -45,6 +45,22 @@ def test_output_and_gradients_equal_those_of_the_whole_batch(samples: int, worke
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-9, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("clicked", [0, 1])
+def test_gradients_of_a_batch_in_which_only_one_sample_has_clicks(clicked: int) -> None:
+    """A sample without guidance leaves the weights of guidance without a gradient, and the other's must count."""
+    torch.manual_seed(0)
+    network = DeformUXNet(1, 3, "tiny", guidance=True)
+    image, guidance = torch.randn(2, 1, 16, 16, 16), torch.zeros(2, network.guidance_channels, 16, 16, 16)
+    guidance[clicked, 0, 8, 8, 8] = 1
+    found = []
+    for model in (network, SampleThreads(network, 2)):
+        network.zero_grad()
+        model(image, guidance).square().mean().backward()
+        found.append([None if p.grad is None else p.grad.clone() for p in network.parameters()])
+    for whole, shared in zip(*found, strict=True):
+        torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
+
+
 class _InBfloat16(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

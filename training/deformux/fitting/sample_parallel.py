@@ -71,4 +71,10 @@ class _Shared(torch.autograd.Function):
             return torch.autograd.grad(part, ctx.parameters, of_part, allow_unused=True)
 
         each = ctx.threads.each(gradients, parts, gradient.split([len(part) for part in parts]))
-        return (None, None, *(None if own[0] is None else sum(own[1:], own[0]) for own in zip(*each, strict=True)))
+        return (None, None, *(_summed(own) for own in zip(*each, strict=True)))
+
+
+def _summed(gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of a parameter's gradients; None if no sample used it: some have no clicks, for instance."""
+    known = [own for own in gradients if own is not None]
+    return sum(known[1:], known[0]) if known else None
