@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -66,6 +67,41 @@ def test_decathlon_layout_names_and_modality(tmp_path: Path) -> None:
     assert cohort.labels == ("left_kidney", "spleen")
     assert cohort.modality == "ct"
     assert len(cohort.volumes) == 4
+
+
+@pytest.mark.parametrize(
+    ("low", "description", "expected"),
+    [
+        # As the server's plan decides: soft tissue alone is CT too, and a name that says nothing leaves it to values.
+        (-90, {}, "ct"),
+        (0, {}, "mr"),
+        (-1000, {"channel_names": {"0": "T1"}}, "mr"),
+        (-1000, {"modality": {"0": "contrast"}}, "ct"),
+    ],
+)
+def test_modality_is_that_of_the_plan(
+    tmp_path: Path, low: int, description: dict[str, dict[str, str]], expected: str
+) -> None:
+    folder = write_folder(tmp_path, low=low)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    assert open_cohort(folder, volumes=4).modality == expected
+
+
+def test_held_out_cases_of_several_sequences_are_scored(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    for number in range(4):
+        first = folder / "images" / f"case_{number}.nii.gz"
+        shutil.copy(first, first.with_name(f"case_{number}_0001.nii.gz"))
+        first.rename(first.with_name(f"case_{number}_0000.nii.gz"))
+    (folder / "images" / "case_3_0000.nii.gz").unlink()
+    split = {"train": ["case_0", "case_1"], "val": ["case_2", "case_3"]}
+    (folder / "split.json").write_text(json.dumps(split))
+    cohort = open_cohort(folder, volumes=4, held_out=2)
+    assert [volume.id for volume in cohort.volumes] == split["train"]
+    assert cohort.image_channels == "_0000=0000,_0001=0001"
+    sent = {volume.id: [path.name for path in volume.sequences] for volume in cohort.held_out}
+    assert sent == {"case_2": ["case_2_0000.nii.gz", "case_2_0001.nii.gz"], "case_3": ["case_3_0001.nii.gz"]}
+    assert cohort.held_out[1].shape() == (12, 10, 8)
 
 
 def test_a_given_modality_wins(tmp_path: Path) -> None:
