@@ -55,9 +55,9 @@ def processes_naming(folder: Path) -> list[str]:
     return found
 
 
-def remove_state(output: Path) -> None:
+def remove_state(output: Path, *, labels: Sequence[str] = LABELS, modality: str = "ct") -> None:
     """Remove the model versions that the app keeps for a demo's studies."""
-    project = Project.from_conf({"labels": ",".join(LABELS), "modality": "ct"})
+    project = Project.from_conf({"labels": ",".join(labels), "modality": modality})
     shutil.rmtree(project.state_folder(app_folder(), str(output / "studies")), ignore_errors=True)
 
 
@@ -190,6 +190,7 @@ def test_held_out_cases_of_several_sequences_are_scored(tmp_path: Path) -> None:
     options |= {"patch-size": "16,16,16", "labels": "cube", "output": output}
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     result = demo(arguments, tmp_path)
+    remove_state(output, labels=["cube"], modality="auto")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     (finished,) = json.loads((output / "rounds.json").read_text())
     folder = output / "predictions" / "round_1" / "held_out"

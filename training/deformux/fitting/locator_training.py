@@ -109,8 +109,7 @@ def fit_locator(
     """Train a locator on a model's training cases, and check it on these and the validation cases.
 
     Args:
-        cases, val_cases: of the model's training.
-        prep, labels, sequence_dropout: of the model's training.
+        cases, val_cases, prep, labels, sequence_dropout: of the model's training.
         device: where to compute.
         seed: of every random choice.
         seconds: for its training; its number of steps follows from the measured time of a few.
