@@ -192,6 +192,8 @@ def test_its_network_learns_from_all_sequences_with_the_models_dropout(
 ) -> None:
     for name in ("_PROBE_STEPS", "_LEAST_STEPS", "_MOST_STEPS"):
         monkeypatch.setattr(locator_training, name, 1)
+    small = {"batch_size": 1, "patches_per_volume": 1}
+    monkeypatch.setattr(locator_training, "_RECIPE", locator_training._RECIPE.replace(**small))
     calls: list[dict[str, Any]] = []
     files: dict[str, list[np.ndarray | None]] = {}
     fit = locator_training.fit
