@@ -19,12 +19,15 @@ from deformux.data.grid import slices
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting import locator_training
 from deformux.fitting.locator_training import FittedLocator, fit_locator
+from deformux.fitting.recipe import RECIPES
 from deformux.inference.locate import Locator, missing_channels, seen_intensities
 from deformux.inference.locator_file import load_locator, save_locator
 from deformux.inference.slabs import Windows
 from deformux.inference.sliding_window import segment_labels
 from deformux.networks.deformux_net import DeformUXNet
 from deformux.networks.model_file import InvalidModel, ModelCard, save_model
+from deformux.publishing.learner import Learner, Round
+from deformux.publishing.model_versions import ModelVersions
 
 SIZE = (90, 80, 72)
 LABELS = ("ball", "box")
@@ -223,6 +226,40 @@ def test_its_network_learns_from_all_sequences_with_the_models_dropout(
         for name, values in expected.items():
             scaled = (values - min(lows)) / (max(highs) - min(lows))
             np.testing.assert_allclose(files[name][number], scaled, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_locator_learns_what_each_sequence_shows(
+    write_pair: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locator_training, "_LEAST_STEPS", 150)
+    monkeypatch.setattr(locator_training, "_MOST_STEPS", 150)
+    cases = [write_pair(f"case{i}", seed=i) for i in range(4)]
+    found = fit_locator(cases[:3], prep=PREP, labels=LABELS, val_cases=cases[3:], sequence_dropout=0.1, seconds=3000)
+    assert found.locator is not None, found.facts
+    assert (found.facts["recall"], found.locator.expected) == (1, (1, 2))
+
+
+def test_a_round_gives_its_dropout_and_keeps_the_locator(
+    write_pair: Callable[..., Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def ready(cases: Sequence[Case], *, prep: Preprocessing, sequence_dropout: float, **_: Any) -> FittedLocator:
+        asked.append(sequence_dropout)
+        return FittedLocator(two_locator(network=DeformUXNet(prep.channels, 3, "tiny"), without=((1,),)), {"recall": 1})
+
+    monkeypatch.setattr("deformux.publishing.learner.fit_locator", ready)
+    step = RECIPES["finetune"].replace(steps=1, epochs=1, batch_size=1, sequence_dropout=0.2)
+    learner = Learner(tmp_path / "state", labels=LABELS, preprocessing=PREP, preset="tiny")
+    learner.learn([write_pair("a")], Round(scratch_recipe=step))
+    assert asked == [0.2]
+    versions = ModelVersions(tmp_path / "state" / "versions")
+    card = versions.card("v0001")
+    assert card.preprocessing.missing_sequences
+    locator = load_locator(versions.path("v0001"), card)
+    assert locator is not None
+    assert (len(locator.ranges), locator.without) == (2, ((1,),))
 
 
 def test_cards_of_one_sequence_are_read_and_written_as_before() -> None:
