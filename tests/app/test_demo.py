@@ -55,9 +55,9 @@ def processes_naming(folder: Path) -> list[str]:
     return found
 
 
-def remove_state(output: Path) -> None:
+def remove_state(output: Path, *, labels: Sequence[str] = LABELS, modality: str = "ct") -> None:
     """Remove the model versions that the app keeps for a demo's studies."""
-    project = Project.from_conf({"labels": ",".join(LABELS), "modality": "ct"})
+    project = Project.from_conf({"labels": ",".join(labels), "modality": modality})
     shutil.rmtree(project.state_folder(app_folder(), str(output / "studies")), ignore_errors=True)
 
 
@@ -173,6 +173,37 @@ def write_case(folder: Path, name: str, label: np.ndarray) -> None:
     for kind, data in (("images", rng.normal(100, 20, label.shape).astype(np.float32)), ("labels", label)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(data, np.eye(4)), folder / kind / f"{name}.nii.gz")
+
+
+@pytest.mark.slow
+def test_held_out_cases_of_several_sequences_are_scored(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data, output = tmp_path / "data", tmp_path / "out"
+    for name in "abcd":
+        label = empty_label()
+        label[2:6, 2:6, 1 + "abcd".index(name) : 5] = 1
+        write_case(data, name, label)
+        (data / "images" / f"{name}.nii.gz").rename(data / "images" / f"{name}_0000.nii.gz")
+        second = rng.normal(100, 5, label.shape) + 200 * label
+        nib.save(nib.Nifti1Image(second.astype(np.float32), np.eye(4)), data / "images" / f"{name}_0001.nii.gz")
+    (data / "split.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c", "d"]}))
+    options = {"studies": data, "rounds": 1, "first": 1, "steps": 2, "preset": "tiny", "spacing": "native"}
+    options |= {"patch-size": "16,16,16", "labels": "cube", "output": output}
+    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    result = demo(arguments, tmp_path)
+    remove_state(output, labels=["cube"], modality="auto")
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    (finished,) = json.loads((output / "rounds.json").read_text())
+    folder = output / "predictions" / "round_1" / "held_out"
+    dice = []
+    for name in "cd":
+        truth, found = (
+            np.asarray(nib.load(path).dataobj) == 1
+            for path in (data / "labels" / f"{name}.nii.gz", folder / f"{name}.nii.gz")
+        )
+        dice.append(2 * np.sum(truth & found) / (np.sum(truth) + np.sum(found)))
+    assert finished["held_out_dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+    assert not list((output / "studies").glob("[cd]_*"))
 
 
 def empty_label() -> np.ndarray:

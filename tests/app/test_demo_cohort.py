@@ -2,17 +2,23 @@
 
 import json
 import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from rich.console import Console
 
 from deformux.data.cases import InvalidFolder
+from deformux_label.demo import teaching
 from deformux_label.demo.cohort import open_cohort, synthetic_cohort
 from deformux_label.demo.figures import DemoRound, read_scan
 from deformux_label.demo.report import write_html
+from deformux_label.demo.server_process import AnnotationClient, ServerProcess
 
 
 def write_folder(folder: Path, *, names=("images", "labels"), values=(5, 9), shape=(12, 10, 8), low=-1000) -> Path:
@@ -66,6 +72,72 @@ def test_decathlon_layout_names_and_modality(tmp_path: Path) -> None:
     assert cohort.labels == ("left_kidney", "spleen")
     assert cohort.modality == "ct"
     assert len(cohort.volumes) == 4
+
+
+@pytest.mark.parametrize(
+    ("low", "description", "expected"),
+    [
+        # As the server's plan decides: soft tissue alone is CT too, and a name that says nothing leaves it to values.
+        (-90, {}, "ct"),
+        (0, {}, "mr"),
+        (-1000, {"channel_names": {"0": "T1"}}, "mr"),
+        (-1000, {"modality": {"0": "contrast"}}, "ct"),
+    ],
+)
+def test_modality_is_that_of_the_plan(
+    tmp_path: Path, low: int, description: dict[str, dict[str, str]], expected: str
+) -> None:
+    folder = write_folder(tmp_path, low=low)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    assert open_cohort(folder, volumes=4).modality == expected
+
+
+def test_held_out_cases_of_several_sequences_are_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "data")
+    for number in range(4):
+        first = folder / "images" / f"case_{number}.nii.gz"
+        shutil.copy(first, first.with_name(f"case_{number}_0001.nii.gz"))
+        first.rename(first.with_name(f"case_{number}_0000.nii.gz"))
+    (folder / "images" / "case_3_0000.nii.gz").unlink()
+    split = {"train": ["case_0", "case_1"], "val": ["case_2", "case_3"]}
+    (folder / "split.json").write_text(json.dumps(split))
+    cohort = open_cohort(folder, volumes=4, held_out=2)
+    assert [volume.id for volume in cohort.volumes] == split["train"]
+    assert cohort.image_channels == "_0000=0000,_0001=0001"
+    sent = {volume.id: [path.name for path in volume.sequences] for volume in cohort.held_out}
+    assert sent == {"case_2": ["case_2_0000.nii.gz", "case_2_0001.nii.gz"], "case_3": ["case_3_0001.nii.gz"]}
+    assert cohort.held_out[1].shape() == (12, 10, 8)
+    uploaded: dict[str, list[str]] = {}
+
+    class Knowing(AnnotationClient):
+        """Answers with the true labels."""
+
+        def info(self) -> dict[str, Any]:
+            return {"strategies": {"first": {}}}
+
+        def next_sample(self, strategy: str) -> str:
+            return "case_0"
+
+        def infer(self, model: str, image_id: str, *, files: Sequence[Path] = ()) -> Path:
+            if files:
+                uploaded[image_id] = [path.name for path in files]
+            label = nib.load(folder / "labels" / f"{image_id}.nii.gz")
+            dense = np.searchsorted([0, 5, 9], np.asarray(label.dataobj)).astype(np.uint8)
+            nib.save(nib.Nifti1Image(dense, label.affine), tmp_path / f"{image_id}.nii.gz")
+            return tmp_path / f"{image_id}.nii.gz"
+
+        def submit(self, image_id: str, label: Path, labels: Sequence[str], *, model: str) -> None:
+            pass
+
+        def train(self, model: str, parameters: Mapping[str, Any], on_progress: Callable[[float], None]) -> None:
+            pass
+
+    monkeypatch.setattr(teaching, "AnnotationClient", Knowing)
+    monkeypatch.setattr(ServerProcess, "start", lambda self: None)
+    plan = teaching.DemoPlan(rounds=1, first=1, steps=1, strategy="first")
+    rounds = teaching.run_demo(cohort, plan, {}, tmp_path / "demo", Console(quiet=True))
+    assert rounds[-1].held_out_dice == 1
+    assert uploaded == sent
 
 
 def test_a_given_modality_wins(tmp_path: Path) -> None:

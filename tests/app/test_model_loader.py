@@ -65,7 +65,7 @@ def test_each_version_is_served_with_its_own_locator(tmp_path: Path, caplog: pyt
     card = ModelCard(labels=("a", "b"), preprocessing=Preprocessing(), preset="tiny")
     names = []
     for threshold in (0.1, 0.3):
-        locator = Locator(DeformUXNet(1, 3, "tiny"), (2, 2, 1), (16, 16, 16), (0.0, 1.0), threshold, 10.0, (1,))
+        locator = Locator(DeformUXNet(1, 3, "tiny"), (2, 2, 1), (16, 16, 16), ((0.0, 1.0),), threshold, 10.0, (1,))
         names.append(models.versions.write(DeformUXNet(1, 3, "tiny"), card, locator=locator))
     plain = published(models, 1.0)
     first, second = (models.locator(name, "cpu") for name in names)

@@ -17,6 +17,7 @@ from shared_fixtures import run_training
 
 from deformux.networks.model_file import load_model
 from deformux.publishing.model_versions import ModelVersions
+from deformux_label.demo.server_process import AnnotationClient, PlayerError
 from deformux_label.lib.store.datastore import CheckedDatastore
 
 CONF = {"labels": ",".join(LABELS), "modality": "mr", "patch_size": "16,16,16"}
@@ -221,6 +222,12 @@ def test_one_volume_for_a_model_of_several(
     uploaded = mask_of(server.infer("", query={"session_id": whole, "output": "image"}), tmp_path)
     (tmp_path / "by_id.nii.gz").write_bytes(by_id)
     np.testing.assert_array_equal(uploaded.dataobj, nib.load(tmp_path / "by_id.nii.gz").dataobj)
+    # As the demo scores a case that is not among the studies.
+    client = AnnotationClient(server, tmp_path / "received")
+    scored = client.infer("segmentation", "held_out", files=pair_of(folder, "b"))
+    np.testing.assert_array_equal(nib.load(scored).dataobj, nib.load(tmp_path / "by_id.nii.gz").dataobj)
+    with pytest.raises(PlayerError, match=r"sending b_0001\.nii\.gz failed: a session takes one volume"):
+        client.infer("segmentation", "held_out", files=[pair_of(folder, "b")[1], pair_of(folder, "a")[0]])
     (folder / "b_0001.nii.gz").unlink()
     for model, more in (("segmentation", {}), ("edit", {"liver": [[3, 3, 3]], "spleen": [], "background": []})):
         refused = server.infer("b", model=model, query={"output": "image"}, **more)

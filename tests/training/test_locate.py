@@ -60,7 +60,7 @@ def write_large(tmp_path: Path) -> Callable[..., Case]:
 
 
 def bright_locator(**changes) -> Locator:
-    locator = Locator(Bright(), (3, 3, 3), (16, 16, 16), (0.0, 1.0), threshold=0.1, margin_mm=6.0)
+    locator = Locator(Bright(), (3, 3, 3), (16, 16, 16), ((0.0, 1.0),), threshold=0.1, margin_mm=6.0)
     return dataclasses.replace(locator, **changes)
 
 
@@ -222,7 +222,7 @@ def test_a_model_without_a_locator_has_none(tmp_path: Path) -> None:
     assert load_locator(tmp_path / "model.safetensors", card) is None
     described = save_locator(
         tmp_path / "model.safetensors",
-        Locator(DeformUXNet(1, 3, "tiny"), (3, 3, 3), (16, 16, 16), (0.0, 1.0), 0.1, 10.0),
+        Locator(DeformUXNet(1, 3, "tiny"), (3, 3, 3), (16, 16, 16), ((0.0, 1.0),), 0.1, 10.0),
         dataclasses.replace(card, locator={}),
     )
     assert ModelCard.from_json(described.to_json()).locator == described.locator

@@ -14,7 +14,9 @@ import numpy.typing as npt
 
 from deformux.data.cases import Case, InvalidFolder, find_cases, label_names, sequence_naming
 from deformux.data.choices import AUTO
+from deformux.data.fingerprint import declared_modality, read_fingerprint
 from deformux.data.header import geometry_difference
+from deformux.data.planned_intensities import planned_modality
 from deformux.data.synthetic import LABELS, write_cohort
 from deformux.data.volume_reader import InvalidVolume, open_volume, read_volume
 from deformux.interactive.simulated_annotator import dense_labels
@@ -25,6 +27,8 @@ _Labels = npt.NDArray[np.uint8]
 
 # Most voxels of a training patch of synthetic volumes for two CPU cores; it changes in steps of 16.
 _PATCH_VOXELS = 165_000
+# Scans whose intensities tell the modality.
+_READ = 3
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ def open_cohort(
     """Choose at most `volumes` labelled volumes of a folder with images/ and labels/.
 
     With a split.json, only its `train` cases are annotated and trained on, and at most `held_out` of its `val` cases
-    are scored; none of cases of several sequences, because the client uploads one file. Raise InvalidFolder, with one
-    sentence, for an unusable folder or wrong names.
+    are scored. Raise InvalidFolder, with one sentence, for an unusable folder or wrong names.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -118,21 +121,21 @@ def open_cohort(
     split = _split(folder)
     chosen = _sample(find_cases(folder, subset="train" if "train" in split else None), volumes, seed)
     scored = _sample(find_cases(folder, subset="val"), held_out, seed) if split >= {"train", "val"} else []
-    naming = sequence_naming(folder)
-    if naming.channels:
-        scored = []
     values = sorted(set().union(*(_values(case) for case in (*chosen, *scored))) - {0})
     if not values:
         raise InvalidFolder(f"the labels in {folder} are all background")
     names = _names(folder, values, labels)
+    if not modality:
+        read = [case.image for case in chosen[:_READ]]
+        modality, _ = planned_modality(read_fingerprint(read, modality=declared_modality(folder)))
     description = f"{len(chosen)} volumes of {folder.resolve().name}" + (" (split: train)" if "train" in split else "")
     return Cohort(
         volumes=[CohortVolume(case, tuple(values)) for case in chosen],
         labels=names,
-        modality=modality or _modality(folder, chosen),
+        modality=modality,
         description=description,
         held_out=[CohortVolume(case, tuple(values)) for case in scored],
-        image_channels=naming.text,
+        image_channels=sequence_naming(folder).text,
     )
 
 
@@ -178,17 +181,6 @@ def _names(folder: Path, values: list[int], given: Sequence[str]) -> tuple[str, 
 
 def _plain(name: str) -> str:
     return "_".join(name.lower().replace(",", " ").split())
-
-
-def _modality(folder: Path, cases: Sequence[Case]) -> str:
-    """Return the modality of dataset.json, else guess it from the values: only CT has air far below zero."""
-    path = folder / "dataset.json"
-    if path.is_file():
-        stated = " ".join(map(str, json.loads(path.read_text()).get("modality", {}).values())).lower()
-        if stated:
-            return "ct" if "ct" in stated else "mr"
-    lowest = np.median([np.nanmin(read_volume(case.image).values) for case in cases[:3]])
-    return "ct" if lowest < -500 else "mr"
 
 
 def _patch_size(shape: Sequence[float]) -> str:

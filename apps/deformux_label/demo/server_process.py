@@ -22,7 +22,7 @@ from urllib.error import HTTPError
 from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 from monailabel.client import MONAILabelClient
-from monailabel.client.client import MONAILabelClientException
+from monailabel.client.client import MONAILabelClientException, MONAILabelError, MONAILabelUtils
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -215,12 +215,9 @@ class AnnotationClient:
             raise PlayerError("the server offered no next sample: every volume is labelled")
         return str(sample["id"])
 
-    def infer(self, model: str, image_id: str, *, image: Path | None = None) -> Path:
-        """Return the file with the model's segmentation of a volume in the studies, or of an uploaded image."""
-        session = None
-        if image is not None:
-            created = self._ask(f"sending {image.name}", self._client.create_session, str(image))
-            session = str(created["session_id"])
+    def infer(self, model: str, image_id: str, *, files: Sequence[Path] = ()) -> Path:
+        """Return the file with the model's segmentation of a case in the studies, or of the files of one, uploaded."""
+        session = self._ask(f"sending {files[0].name}", self._new_session, files) if files else None
         parameters = {"result_extension": ".nii.gz", "result_dtype": "uint8"}
         target = self._folder / f"{image_id}.nii.gz"
         try:
@@ -235,6 +232,16 @@ class AnnotationClient:
             raise PlayerError(f"segmenting {image_id} failed: the server returned no label file")
         shutil.move(result, target)
         return target
+
+    def _new_session(self, files: Sequence[Path]) -> str:
+        """Upload the sequences of a case, and return the id of their session; MONAI Label's client sends one file."""
+        status, response, _ = MONAILabelUtils.http_upload(
+            "PUT", self._server.url, "/session/", {"client_id": self._name}, [str(path) for path in files]
+        )
+        if status != HTTPStatus.OK:
+            text = f"Status: {status}; Response: {response}"
+            raise MONAILabelClientException(MONAILabelError.SERVER_ERROR, text, status, response)
+        return str(json.loads(response)["session_id"])
 
     def submit(self, image_id: str, label: Path, labels: Sequence[str], *, model: str) -> None:
         """Submit a corrected label, as the Slicer extension does."""

@@ -174,7 +174,7 @@ class _Teaching:
         folder.mkdir(parents=True, exist_ok=True)
         task = self.progress.add_task(f"round {number}: segmenting {len(volumes)} volumes", total=len(volumes))
         for volume in volumes:
-            result = self.client.infer(_MODEL, volume.id, image=volume.image if uploaded else None)
+            result = self.client.infer(_MODEL, volume.id, files=volume.sequences if uploaded else ())
             scores[volume.id] = dice_per_label(
                 _read_prediction(result, volume), volume.truth(), len(self.cohort.labels)
             )

@@ -141,7 +141,13 @@ def train_on_folder(
         card = _card(card, network, training, recipe, result, device=ranks.device)
         shutil.rmtree(kept / "preprocessed", ignore_errors=True)
         fitted = fit_locator(
-            training, prep=setup.preprocessing, labels=labels, val_cases=held_out, device=ranks.device, seed=seed
+            training,
+            prep=setup.preprocessing,
+            labels=labels,
+            val_cases=held_out,
+            sequence_dropout=recipe.sequence_dropout,
+            device=ranks.device,
+            seed=seed,
         )
         card = dataclasses.replace(card, locator=fitted.facts)
         save_model(output, network, card if fitted.locator is None else save_locator(output, fitted.locator, card))

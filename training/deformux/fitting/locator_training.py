@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from deformux.data.grid import Index, triple
 from deformux.data.header import InvalidVolume
 from deformux.data.label_values import UNLABELLED
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.sequences import first_present
 from deformux.data.transforms import labelled_transforms, run_transforms
 from deformux.data.volume_reader import open_volume
 from deformux.fitting.fit import TrainingError, TrainingStopped, fit
@@ -33,10 +34,13 @@ from deformux.fitting.recipe import RECIPES, Recipe
 from deformux.inference.locate import (
     MANY_WINDOWS,
     Locator,
+    Ranges,
     coarse_factors,
     coarse_window,
     coarsened,
     covered,
+    missing_channels,
+    seen_intensities,
     touched,
 )
 from deformux.inference.slabs import Windows
@@ -58,6 +62,7 @@ _MOST_CASES = 24
 _LEAST_CASES = 3
 _PROBE_STEPS = 4
 _LEAST_STEPS, _MOST_STEPS = 20, 600
+_RECIPE = RECIPES["finetune"].replace(clicks=0, elastic_probability=0.0, epochs=1, patience=None, ema_decay=None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class _Coarse:
         case: its files.
         image: the preprocessed scan's geometry on the network's grid, without its voxels.
         windows: of the model.
-        values: intensities ``(1, x, y, z)``.
+        values: intensities ``(channels, x, y, z)``, 0 for missing sequences.
         label: ``(x, y, z)``, 255 where unlabelled.
         trained: whether the locator learns from it.
     """
@@ -95,6 +100,7 @@ def fit_locator(
     prep: Preprocessing,
     labels: Sequence[str],
     val_cases: Sequence[Case] = (),
+    sequence_dropout: float = 0.0,
     device: str | torch.device = "cpu",
     seed: int = 0,
     seconds: float = 60.0,
@@ -103,24 +109,27 @@ def fit_locator(
     """Train a locator on a model's training cases, and check it on these and the validation cases.
 
     Args:
-        cases, val_cases: of the model's training.
-        prep, labels: of the model.
+        cases, val_cases, prep, labels, sequence_dropout: of the model's training.
         device: where to compute.
         seed: of every random choice.
         seconds: for its training; its number of steps follows from the measured time of a few.
         stop: as for ``fit``.
 
     Returns:
-        No locator and no facts if no scan is large, or if a case has several sequences. No locator, and the reason
-        under ``refused``, if it failed, would lose a labelled voxel of any case, or would leave out few windows.
+        No locator and no facts if no scan is large. No locator, and the reason under ``refused``, if it failed, would
+        lose a labelled voxel of any case that has all sequences, or would leave out few windows.
 
     Raises:
         TrainingStopped: ``stop`` returned true.
     """
+    prep = prep.with_dropout(sequence_dropout)
+    recipe = _RECIPE.replace(sequence_dropout=sequence_dropout)
     try:
-        if prep.channels > 1 or not any(_is_large(case, prep) for case in cases):
+        if not any(_is_large(case, prep) for case in cases):
             return FittedLocator()
-        return _fitted(cases, val_cases, prep, labels, device=device, seed=seed, seconds=seconds, stop=stop)
+        return _fitted(
+            cases, val_cases, prep, labels, recipe=recipe, device=device, seed=seed, seconds=seconds, stop=stop
+        )
     except TrainingStopped:
         raise
     except (TrainingError, InvalidVolume, OSError) as error:
@@ -134,6 +143,7 @@ def _fitted(
     prep: Preprocessing,
     labels: Sequence[str],
     *,
+    recipe: Recipe,
     device: str | torch.device,
     seed: int,
     seconds: float,
@@ -141,26 +151,31 @@ def _fitted(
 ) -> FittedLocator:
     began = time.monotonic()
     factors, scans = _coarse_scans(cases, val_cases, prep, len(labels), seconds)
-    low = min(float(scan.values.min()) for scan in scans)
-    high = max(float(scan.values.max()) for scan in scans)
+    ranges = _ranges(scans, prep.channels)
     patch = coarse_window(triple(np.max([scan.label.shape for scan in scans], axis=0)))
     torch.manual_seed(seed)
-    network = DeformUXNet(1, len(labels) + 1, _PRESET)
+    network = DeformUXNet(prep.channels, len(labels) + 1, _PRESET)
     with tempfile.TemporaryDirectory(prefix="deformux-locator-") as folder:
-        coarse_cases = [_written(scan, Path(folder), (low, high)) for scan in scans if scan.trained]
-        coarse_prep = Preprocessing("ct", patch_size=patch, window_hu=(0.0, 1.0))
-        _train(network, coarse_cases, coarse_prep, labels, device=device, seed=seed, seconds=seconds, stop=stop)
+        coarse_cases = [_written(scan, Path(folder), ranges) for scan in scans if scan.trained]
+        # They are normalised already, whatever the sequences' modalities.
+        names = tuple(f"ct:{number}" for number in range(len(prep.sequences)))
+        options: dict[str, Any] = {"labels": labels, "device": device, "seed": seed, "capture": False}
+        options["prep"] = Preprocessing("ct", patch_size=patch, window_hu=(0.0, 1.0), sequences=names)
+        _train(network, coarse_cases, recipe, options, seconds=seconds, stop=stop)
     sizes = voxel_sizes(np.asarray(scans[0].image.affine, dtype=float)) * factors
     locator = Locator(
         network.eval(),
         factors,
         patch,
-        (low, high),
+        ranges,
         _THRESHOLDS[0],
         max(_MARGIN_MM, _MARGIN_VOX * float(sizes.max())),
         device=device,
     )
     found = _checked(locator, scans)
+    if found.locator is not None and prep.missing_sequences:
+        without = _without(found.locator, scans, prep.channels, seconds)
+        found = dataclasses.replace(found, locator=dataclasses.replace(found.locator, without=without))
     facts = found.facts | {"cases": len(scans), "seconds": round(time.monotonic() - began, 1)}
     logger.info("Locator: %s", facts)
     return dataclasses.replace(found, facts=facts)
@@ -191,7 +206,7 @@ def _coarse_scans(
     for case, trained in chosen:
         if len(scans) >= _LEAST_CASES and time.monotonic() - began > seconds:
             break
-        data = run_transforms(labelled_transforms(prep, n_labels=n_labels), {"image": case.image, "label": case.label})
+        data = run_transforms(labelled_transforms(prep, n_labels=n_labels), {"image": case.images, "label": case.label})
         image = data["image"]
         size = triple(image.shape[1:])
         if factors is None:
@@ -212,6 +227,16 @@ def _coarse_scans(
     return factors, scans
 
 
+def _ranges(scans: Sequence[_Coarse], channels: int) -> Ranges:
+    """Return the lowest and highest intensity of each sequence, of the scans that have it."""
+    found = []
+    for number in range(channels):
+        values = [scan.values[number] for scan in scans if number not in missing_channels(scan.values)]
+        low = min((float(channel.min()) for channel in values), default=0.0)
+        found.append((low, max((float(channel.max()) for channel in values), default=1.0)))
+    return tuple(found)
+
+
 def _evenly(cases: Sequence[Case], most: int) -> list[Case]:
     if len(cases) <= most:
         return list(cases)
@@ -227,31 +252,29 @@ def _coarse_label(label: Tensor, factors: Index) -> npt.NDArray[np.uint8]:
     return highest.masked_fill(unknown & (highest == 0), float(UNLABELLED))[0, 0].to(torch.uint8).numpy()
 
 
-def _written(scan: _Coarse, folder: Path, window: tuple[float, float]) -> Case:
-    """Write a coarse scan, its intensities between 0 and 1, and its label, for ``fit`` to read."""
-    low, high = window
-    number = len(list(folder.iterdir())) // 2
-    files = folder / f"{number}_image.nii", folder / f"{number}_label.nii"
-    values = ((scan.values[0] - low) / max(high - low, 1e-6)).numpy().astype(np.float32)
-    for path, array in zip(files, (values, scan.label), strict=True):
-        nib.save(nib.Nifti1Image(array, np.eye(4)), path)
-    return Case(scan.case.id, *files, annotated=scan.case.annotated)
+def _written(scan: _Coarse, folder: Path, ranges: Ranges) -> Case:
+    """Write the sequences of a coarse scan, their intensities between 0 and 1, and its label, for ``fit`` to read."""
+    number = len(list(folder.glob("*_label.nii")))
+    label = folder / f"{number}_label.nii"
+    nib.save(nib.Nifti1Image(scan.label, np.eye(4)), label)
+    files = tuple(folder / f"{number}_image_{sequence}.nii" for sequence in range(len(ranges)))
+    missing = missing_channels(scan.values)
+    for sequence, values in enumerate(seen_intensities(scan.values, ranges)):
+        if sequence not in missing:
+            nib.save(nib.Nifti1Image(values.numpy().astype(np.float32), np.eye(4)), files[sequence])
+    return Case(scan.case.id, first_present(files), label, annotated=scan.case.annotated, images=files)
 
 
 def _train(
     network: DeformUXNet,
     cases: Sequence[Case],
-    prep: Preprocessing,
-    labels: Sequence[str],
+    recipe: Recipe,
+    options: Mapping[str, Any],
     *,
-    device: str | torch.device,
-    seed: int,
     seconds: float,
     stop: Callable[[], bool] | None,
 ) -> None:
-    """Train for about ``seconds``."""
-    recipe = RECIPES["finetune"].replace(clicks=0, elastic_probability=0.0, epochs=1, patience=None, ema_decay=None)
-    options: dict[str, Any] = {"prep": prep, "labels": labels, "device": device, "seed": seed, "capture": False}
+    """Train for about ``seconds``; ``options`` are further arguments of ``fit``."""
 
     def run(recipe: Recipe, most: float) -> float:
         end = time.monotonic() + most
@@ -276,7 +299,13 @@ def _train(
 
 
 def _checked(locator: Locator, scans: Sequence[_Coarse]) -> FittedLocator:
-    """Return the locator with the highest threshold that loses nothing, or why there is none."""
+    """Return the locator with the highest threshold that loses nothing, or why there is none.
+
+    Scans that lack a sequence do not count: see ``_without``.
+    """
+    scans = [scan for scan in scans if not missing_channels(scan.values)]
+    if not scans:
+        return FittedLocator(None, {"refused": "no case has all sequences"})
     seen = [locator.look(scan.values) for scan in scans]
     found = [set(one.found()) for one in seen]
     expected = tuple(sorted(set.intersection(*found)))
@@ -297,6 +326,35 @@ def _checked(locator: Locator, scans: Sequence[_Coarse]) -> FittedLocator:
             return FittedLocator(tried, facts)
     reason = f"it misses {1 - recall:.2%} of the labelled voxels of a case"
     return FittedLocator(None, {"recall": recall, "share_of_windows": round(share, 4), "refused": reason})
+
+
+def _without(locator: Locator, scans: Sequence[_Coarse], channels: int, seconds: float) -> tuple[tuple[int, ...], ...]:
+    """Return the sets of sequences without which a locator loses no labelled voxel of any scan.
+
+    Tried are those that leave one, as when a client uploads one volume, and each alone, until ``seconds`` are over.
+    """
+    others = [tuple(n for n in range(channels) if n != left) for left in range(channels)]
+    found = []
+    began = time.monotonic()
+    for lacking in dict.fromkeys([*others, *((n,) for n in range(channels))]):
+        if time.monotonic() - began > seconds:
+            break
+        comparable = (scan for scan in scans if set(missing_channels(scan.values)) <= set(lacking))
+        if all(_keeps_labels(locator, scan, lacking) for scan in comparable):
+            found.append(lacking)
+    return tuple(found)
+
+
+def _keeps_labels(locator: Locator, scan: _Coarse, lacking: Sequence[int]) -> bool:
+    """Return whether no labelled voxel of a scan is lost if sequences are taken away from it."""
+    values = scan.values.clone()
+    values[list(lacking)] = 0
+    seen = locator.look(values)
+    where = locator.region(seen, scan.image)
+    if set(locator.expected) - set(seen.found()) or not where.any():
+        # All windows are computed.
+        return True
+    return _recall(scan, touched(where, locator.factors, scan.windows), locator.factors) == 1
 
 
 def _recall(scan: _Coarse, wanted: Sequence[bool], factors: Index) -> float:

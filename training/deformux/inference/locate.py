@@ -2,7 +2,8 @@
 
 A locator is DeformUX-Net like the model, trained on the same labels at a multiple of its spacing, so that a whole scan
 is a few windows. It only ever leaves out windows. Wherever it is unsure, all windows are computed: on a scan where it
-finds nothing, or misses a label that it found in every scan it was checked on.
+finds nothing, misses a label that it found in every scan it was checked on, or lacks sequences without which it was not
+found to lose nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,14 +31,19 @@ __all__ = [
     "MANY_WINDOWS",
     "Located",
     "Locator",
+    "Ranges",
     "coarse_factors",
     "coarse_window",
     "coarsened",
     "covered",
+    "missing_channels",
+    "seen_intensities",
     "touched",
 ]
 
 logger = logging.getLogger(__name__)
+
+Ranges: TypeAlias = tuple[tuple[float, float], ...]
 
 # Scans of fewer windows are computed whole: there is little to save.
 MANY_WINDOWS = 48
@@ -74,27 +80,38 @@ class Locator:
         network: takes the preprocessed scan on coarse voxels.
         factors: voxels of the model's grid that one coarse voxel stands for, along each axis.
         patch_size: coarse voxels of its windows.
-        window: preprocessed intensities that it sees as 0 and 1.
+        ranges: preprocessed intensities ``(low, high)`` of each sequence that it sees as 0 and 1.
         threshold: probability of a label from which on a voxel may be labelled.
         margin_mm: around such voxels.
         expected: labels that it found in every scan it was checked on.
         device: where to compute.
+        without: sets of sequences, by their numbers, without which it lost no label of any scan it was checked on.
     """
 
     network: nn.Module | CapturedNetwork
     factors: Index
     patch_size: Index
-    window: tuple[float, float]
+    ranges: Ranges
     threshold: float
     margin_mm: float
     expected: tuple[int, ...] = ()
     device: str | torch.device = "cpu"
+    without: tuple[tuple[int, ...], ...] = ()
 
     def wanted(self, image: MetaTensor, windows: Windows) -> list[bool] | None:
-        """Return which windows of a preprocessed scan ``(1, x, y, z)`` to compute; None for all of them."""
+        """Return which windows of a preprocessed scan ``(channels, x, y, z)`` to compute; None for all of them."""
         if len(windows.starts) < MANY_WINDOWS:
             return None
-        seen = self.look(coarsened(image.as_tensor(), self.factors))
+        coarse = coarsened(image.as_tensor(), self.factors)
+        lacking = missing_channels(coarse)
+        if lacking and lacking not in self.without:
+            logger.info(
+                "The locator may miss labels in a scan without sequence %s: all %d windows are computed",
+                " and ".join(map(str, lacking)),
+                len(windows.starts),
+            )
+            return None
+        seen = self.look(coarse)
         missing = sorted(set(self.expected) - set(seen.found()))
         where = self.region(seen, image)
         if missing or not where.any():
@@ -107,9 +124,8 @@ class Locator:
 
     @torch.inference_mode()
     def look(self, coarse: Tensor) -> Located:
-        """Return where labels may be in a preprocessed scan ``(1, x, y, z)``, ``coarsened``."""
-        low, high = self.window
-        coarse = ((coarse - low) / max(high - low, 1e-6)).clamp(0, 1)
+        """Return where labels may be in a preprocessed scan ``(channels, x, y, z)``, ``coarsened``."""
+        coarse = seen_intensities(coarse, self.ranges)
         taker = _Foreground(triple(coarse.shape[1:]))
         network = prepared(self.network, self.device)
         windows = Windows(taker.size, self.patch_size)
@@ -126,27 +142,34 @@ class Locator:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the network as plain values, for the card."""
-        return {
+        values: dict[str, Any] = {
             "factors": list(self.factors),
             "patch_size": list(self.patch_size),
-            "window": list(self.window),
+            # As cards had it before there were several sequences.
+            "window": list(self.ranges[0]) if len(self.ranges) == 1 else [list(pair) for pair in self.ranges],
             "threshold": self.threshold,
             "margin_mm": self.margin_mm,
             "expected": list(self.expected),
         }
+        if self.without:
+            values["without"] = [list(numbers) for numbers in self.without]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], network: nn.Module, *, device: str | torch.device = "cpu") -> Locator:
         """Invert ``to_dict``; raise KeyError, TypeError or ValueError on values that do not fit."""
+        window = values["window"]
+        pairs = window if isinstance(window[0], list | tuple) else [window]
         return cls(
             network,
             triple(values["factors"]),
             triple(values["patch_size"]),
-            (float(values["window"][0]), float(values["window"][1])),
+            tuple((float(low), float(high)) for low, high in pairs),
             float(values["threshold"]),
             float(values["margin_mm"]),
             tuple(int(label) for label in values["expected"]),
             device,
+            tuple(tuple(int(number) for number in numbers) for numbers in values.get("without", ())),
         )
 
 
@@ -184,13 +207,29 @@ def coarse_window(size: Index, multiple: int = 16) -> Index:
 
 
 def coarsened(image: Tensor, factors: Index) -> Tensor:
-    """Return the means of blocks of voxels ``(1, x, y, z)`` of a scan's first channel; the last blocks may be smaller.
+    """Return the means of blocks of voxels ``(channels, x, y, z)`` of a scan; the last blocks may be smaller.
 
     Args:
         image: ``(channels, x, y, z)``.
         factors: voxels of a block along each axis.
     """
-    return F.avg_pool3d(image[None, :1].float(), factors, ceil_mode=True, count_include_pad=False)[0]
+    return F.avg_pool3d(image[None].float(), factors, ceil_mode=True, count_include_pad=False)[0]
+
+
+def missing_channels(image: Tensor) -> tuple[int, ...]:
+    """Return the numbers of the sequences that a preprocessed scan ``(channels, x, y, z)`` of several lacks: all 0."""
+    return tuple(n for n, channel in enumerate(image) if len(image) > 1 and not bool(channel.any()))
+
+
+def seen_intensities(image: Tensor, ranges: Ranges) -> Tensor:
+    """Return a preprocessed scan ``(channels, x, y, z)`` as a locator sees it: from 0 to 1, 0 for missing sequences."""
+    missing = missing_channels(image)
+    return torch.stack(
+        [
+            channel if n in missing else ((channel - low) / max(high - low, 1e-6)).clamp(0, 1)
+            for n, (channel, (low, high)) in enumerate(zip(image, ranges, strict=True))
+        ]
+    )
 
 
 def touched(where: npt.NDArray[np.bool_], factors: Index, windows: Windows) -> list[bool]:

@@ -50,9 +50,13 @@ def load_locator(model: Path, card: ModelCard, *, device: str | torch.device = "
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != card.locator["weights_sha256"]:
             raise InvalidModel(f"{path} is damaged: its checksum is not the one in the model's card")
-        network = DeformUXNet(1, len(card.labels) + 1, card.locator.get("preset", _PRESET))
+        channels = card.preprocessing.channels
+        network = DeformUXNet(channels, len(card.labels) + 1, card.locator.get("preset", _PRESET))
         network.load_state_dict(load(data))
-        return Locator.from_dict(card.locator, network.to(device).eval(), device=device)
+        locator = Locator.from_dict(card.locator, network.to(device).eval(), device=device)
+        if len(locator.ranges) != channels:
+            raise ValueError(f"the locator has ranges of {len(locator.ranges)} sequences, the model takes {channels}")
+        return locator
     except FileNotFoundError as error:
         raise InvalidModel(f"there is no locator {path}") from error
     except OSError as error:

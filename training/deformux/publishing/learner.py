@@ -299,6 +299,7 @@ class Learner:
             prep=setup.preprocessing,
             labels=self.labels,
             val_cases=plan.validation,
+            sequence_dropout=trained.training.recipe.sequence_dropout,
             device=options.device,
             seed=plan.seed,
             stop=stop,
