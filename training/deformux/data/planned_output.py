@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 from deformux.data.fingerprint import Fingerprint
+from deformux.data.scan_facts import LabelledFacts
 
 __all__ = ["planned_keep_largest"]
 
@@ -28,4 +31,14 @@ def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool,
     complete = sum(all(label in labels.voxels for label in range(1, n_labels + 1)) for labels in facts)
     if complete < _LEAST_SCANS:
         return False, f"only {complete} labelled scans have all labels, too few to tell whether these are one piece"
+    if not all(_close(labels) for labels in facts):
+        return False, "the labels are one piece, but lie apart: where one is missed, the others would be islands"
     return True, f"the labels are one piece in all {len(facts)} labelled scans"
+
+
+def _close(labels: LabelledFacts) -> bool:
+    """Return whether the boxes of every two labels touch: organs that only vessels join are cut off with a vessel."""
+    return all(
+        all(low <= end and start <= high for low, high, start, end in zip(*one, *other, strict=True))
+        for one, other in combinations(labels.boxes.values(), 2)
+    )
