@@ -33,6 +33,11 @@ def machine_lines() -> list[str]:
     ]
 
 
+def software_lines() -> list[str]:
+    """Return those of ``machine_lines`` on which results depend that are no times."""
+    return [line for line in machine_lines() if line.startswith(("date", "system", "versions"))]
+
+
 def _card() -> list[str]:
     """Return the GPU's sizes and highest clocks, its driver and CUDA versions; nothing without a GPU."""
     if not torch.cuda.is_available():

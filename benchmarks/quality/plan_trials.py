@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from benchmarks.common.command import run_command
-from benchmarks.common.machine import machine_lines
+from benchmarks.common.machine import software_lines
 from benchmarks.common.places import DATA, WORK
 from benchmarks.common.report import (
     Section,
@@ -32,16 +32,16 @@ from benchmarks.common.report import (
     measure_and_write,
     read_data,
 )
-from benchmarks.quality.any_organ_scores import score_organ
 from benchmarks.quality.any_organ_sets import ORGAN_SETS, Organ, prepared_organ
 
-from deformux.data.cases import Case
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import read_fingerprint
 from deformux.data.planning import make_plan
+from deformux.data.volume_reader import read_volume
 from deformux.fitting.fit import fit
 from deformux.fitting.recipe import RECIPES
 from deformux.inference.largest_component import keep_largest_component
+from deformux.inference.metrics import dice_per_label, mean_dice
 from deformux.inference.sliding_window import segment_labels
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -102,8 +102,7 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if trial.organ in arguments.sets and trial not in known:
             organ = prepared_organ(ORGAN_SETS[trial.organ], arguments.data, arguments.work, seed=0)
             rows.append(tried(trial, organ))
-            machine = [line for line in machine_lines() if line.startswith(("date", "system", "versions"))]
-            yield {"machine": machine, "rows": rows}
+            yield {"machine": software_lines(), "rows": rows}
 
 
 def tried(trial: PlanTrial, organ: Organ) -> dict[str, Any]:
@@ -117,21 +116,15 @@ def tried(trial: PlanTrial, organ: Organ) -> dict[str, Any]:
     began = time.process_time()
     done = fit(network, organ.train, recipe=recipe, prep=plan.preprocessing, labels=organ.labels, seed=0)
     seconds = time.process_time() - began
-    masks: dict[str, np.ndarray] = {}
-
-    def segmented(case: Case) -> np.ndarray:
-        masks[case.id] = np.asarray(segment_labels(network, case.images, plan.preprocessing)[0])
-        return masks[case.id]
-
-    def largest(case: Case) -> np.ndarray:
-        mask = masks[case.id].copy()
+    every: list[list[float]] = []
+    largest: list[list[float]] = []
+    for case in organ.val:
+        truth = np.rint(read_volume(case.label).values).astype(np.uint8)
+        mask = np.asarray(segment_labels(network, case.images, plan.preprocessing)[0])
+        every.append(dice_per_label(mask, truth, len(organ.labels)))
         keep_largest_component(mask)
-        return mask
-
-    dice = {
-        name: _mean_dice([score["dice"] for score in score_organ(organ.val, of, n_labels=len(organ.labels)).values()])
-        for name, of in (("dice", segmented), ("largest", largest))
-    }
+        largest.append(dice_per_label(mask, truth, len(organ.labels)))
+    dice = {"dice": mean_dice(every), "largest": mean_dice(largest)}
     return {"trial": asdict(trial), "cpu_seconds": round(seconds), **dice, "loss": done.losses[-1]}
 
 
@@ -172,11 +165,6 @@ def _gains(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             pairs = [cell for pair in zip(sizes, dice, strict=True) for cell in pair]
             gains.append([organ, *pairs, f"{best['dice'] - finest['dice']:+.2f}"])
     return gains
-
-
-def _mean_dice(scores: Sequence[Sequence[float | None]]) -> float:
-    values = np.array([[np.nan if value is None else value for value in row] for row in scores], dtype=float)
-    return float(np.nanmean(np.nanmean(values, axis=0)))
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.common.command import run_command
-from benchmarks.common.machine import machine_lines
+from benchmarks.common.machine import software_lines
 from benchmarks.common.places import HIPPOCAMPUS
 from benchmarks.common.report import (
     Section,
@@ -111,9 +111,11 @@ def measured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             print(f"{name}: {'kept' if name in rows else 'there are no labelled scans'}")
             continue
         rows[name] = _row(name, cases)
-        machine = [line for line in machine_lines() if line.startswith(("date", "system", "versions"))]
         version = importlib.metadata.version("nnunetv2")
-        yield {"machine": [*machine, f"nnunetv2 {version}"], "rows": [rows[key] for key in SETS if key in rows]}
+        yield {
+            "machine": [*software_lines(), f"nnunetv2 {version}"],
+            "rows": [rows[key] for key in SETS if key in rows],
+        }
 
 
 def _row(name: str, cases: Sequence[tuple[str, list[Path], Path]]) -> dict[str, Any]:
