@@ -5,6 +5,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 from typer.testing import CliRunner
 
 from deformux.cli.main import app
@@ -46,6 +47,14 @@ def apart(share: float) -> np.ndarray:
     return label
 
 
+def joined(*, far: bool) -> np.ndarray:
+    """Return two organs, 1 and 2, near to or far from each other, and a vessel, 3, along both."""
+    label = np.zeros(SIZE, np.uint8)
+    label[2:28, 15:17, 5:7] = 3
+    label[2:8, 5:15, 2:12], label[slice(22, 28) if far else slice(8, 14), 5:15, 2:12] = 1, 2
+    return label
+
+
 def planned(cases: list[Case], labels: int = 2, **given: bool) -> Plan:
     names = [str(n) for n in range(labels)]
     return make_plan(read_fingerprint([], cases), labels=names, given=Choices(**given))
@@ -70,6 +79,15 @@ def test_the_labels_decide(labels: list[np.ndarray], keep: bool, reason: str, tm
     row = next(row for row in plan.rows() if row[0] == "keep_largest")
     assert row[1] == ("yes" if keep else "no")
     assert Plan.from_dict(plan.to_dict()) == plan
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_organs_that_a_vessel_joins_are_kept(far: bool, tmp_path: Path) -> None:
+    """A network that misses a part of the vessel must not lose an organ."""
+    assert ndimage.label(joined(far=far))[1] == 1
+    plan = planned(write_cases(tmp_path, *[joined(far=far)] * 3), labels=3)
+    assert plan.preprocessing.keep_largest != far
+    assert ("lie apart" in plan.reasons["keep_largest"]) == far
 
 
 def test_a_given_choice_is_taken_as_it_is(tmp_path: Path) -> None:

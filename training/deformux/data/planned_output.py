@@ -18,7 +18,8 @@ def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool,
     """Return whether to keep only the largest component of the foreground, and the reason.
 
     The labels of every scan must be one piece. Scans that lack some of the labels 1..N count only against it: of
-    organs that are annotated in different scans, each is one piece, and all together are not.
+    organs that are annotated in different scans, each is one piece, and all together are not. The boxes of every two
+    labels must touch: organs that only vessels join are cut off where a network misses a vessel.
 
     Source: nnU-Net, which decides by cross-validation (Isensee et al., 2021).
     """
@@ -37,7 +38,7 @@ def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool,
 
 
 def _close(labels: LabelledFacts) -> bool:
-    """Return whether the boxes of every two labels touch: organs that only vessels join are cut off with a vessel."""
+    """Return whether the boxes of every two labels touch."""
     return all(
         all(low <= end and start <= high for low, high, start, end in zip(*one, *other, strict=True))
         for one, other in combinations(labels.boxes.values(), 2)
