@@ -87,7 +87,8 @@ class LabelledFacts:
         boxes: first voxel, and the one after the last, along the file's axes.
         chords_vox: mean length in voxels of a label's runs along each axis of the file: how thick it is there.
         percentiles: at ``LEVELS``, of the scan's intensities at all labelled voxels; empty if there are none.
-        largest_share: of the voxels of all labels together, in their largest connected component.
+        largest_share: of the voxels of all labels together, in their largest connected component; or of those inside,
+            without the outermost, if that is less: thin bridges, such as vessels between organs, join nothing.
     """
 
     voxels: Mapping[int, int]
@@ -196,8 +197,20 @@ def _label_facts(labels: npt.NDArray[np.uint8], values: npt.NDArray) -> Labelled
         boxes=boxes,
         chords_vox={label: (x, y, z) for label, (x, y, z) in chords.items()},
         percentiles=tuple(float(f"{v:.6g}") for v in np.percentile(inside, LEVELS)) if inside.size else (),
-        largest_share=Components(labels).largest_share,
+        largest_share=_largest_share(labels),
     )
+
+
+def _largest_share(labels: npt.NDArray[np.uint8]) -> float:
+    """Return the share of labelled voxels in the largest piece, with and without thin bridges, whichever is less."""
+    boxes = ndimage.find_objects((labels > 0).view(np.uint8))
+    if not boxes:
+        return 1.0
+    # With a margin of background, except at the scan's border, which cuts through what goes on beyond it.
+    margined = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in boxes[0])
+    mask = labels[margined] > 0
+    inside = ndimage.binary_erosion(mask, border_value=1)
+    return min(Components(part).largest_share for part in (mask, inside))
 
 
 def _runs(labels: npt.NDArray[np.uint8], axis: int) -> npt.NDArray[np.int64]:
