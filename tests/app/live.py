@@ -55,6 +55,10 @@ def serve_command(studies: Path, conf: Mapping[str, str]) -> list[str]:
     return command
 
 
+# The two ways to start a server, by the name that tests have in their ids.
+WAYS = {"deformux-label serve": serve_command, "monailabel start_server": preloaded_stock_command}
+
+
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment of a server: the monailabel script runs the first ``python`` on the PATH."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import socket
@@ -13,7 +14,7 @@ import psutil
 import pytest
 import requests
 from attacks import exchange, refusal, scan
-from live import CONF, LiveServer, preloaded_stock_command, serve_command
+from live import CONF, WAYS, LiveServer
 
 from deformux_label.web.route_roles import OFFERED
 
@@ -21,16 +22,26 @@ ALLOWED = "https://viewer.hospital.org"
 EVIL = "http://evil.example"
 
 
-@pytest.fixture(scope="module", params=["deformux-label serve", "monailabel start_server"])
-def guarded(
-    start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> LiveServer:
+@pytest.fixture(scope="module")
+def started(
+    start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], LiveServer]:
+    """Start a server in one of two ways: once each, in whatever order tests ask for them."""
+
+    @functools.cache
+    def start(way: str) -> LiveServer:
+        studies = tmp_path_factory.mktemp("guarded") / "studies"
+        studies.mkdir()
+        scan(studies / "one.nii.gz")
+        return start_here(studies, {**CONF, "allow_origin": ALLOWED, "max_upload_gb": "0.002"}, WAYS[way])
+
+    return start
+
+
+@pytest.fixture(params=WAYS)
+def guarded(started: Callable[[str], LiveServer], request: pytest.FixtureRequest) -> LiveServer:
     """A server that allows one more origin and small uploads, started in each of the two ways."""
-    studies = tmp_path_factory.mktemp("guarded") / "studies"
-    studies.mkdir()
-    scan(studies / "one.nii.gz")
-    command = serve_command if request.param.endswith("serve") else preloaded_stock_command
-    return start_here(studies, {**CONF, "allow_origin": ALLOWED, "max_upload_gb": "0.002"}, command)
+    return started(request.param)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -11,23 +12,34 @@ from pathlib import Path
 import pytest
 import requests
 from attacks import closed, connected, process_of, scan
-from live import CONF, LiveServer, preloaded_stock_command, serve_command
+from live import CONF, WAYS, LiveServer
 
 # The server's own limits are 15 s for headers and 20 s for a pause in a body.
 _PATIENCE_S = 40
 
 
-@pytest.fixture(scope="module", params=["deformux-label serve", "monailabel start_server"])
-def patient(
-    start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> LiveServer:
+@pytest.fixture(scope="module")
+def started(
+    start_here: Callable[..., LiveServer], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], LiveServer]:
+    """Start a server in one of two ways: once each, in whatever order tests ask for them."""
+
+    @functools.cache
+    def start(way: str) -> LiveServer:
+        studies = tmp_path_factory.mktemp("patient") / "studies"
+        studies.mkdir()
+        scan(studies / "one.nii.gz")
+        # Larger than the buffers of the two sockets between server and client.
+        scan(studies / "large.nii", 200, 200, 300)
+        return start_here(studies, CONF, WAYS[way])
+
+    return start
+
+
+@pytest.fixture(params=WAYS)
+def patient(started: Callable[[str], LiveServer], request: pytest.FixtureRequest) -> LiveServer:
     """A server started in each of the two ways."""
-    studies = tmp_path_factory.mktemp("patient") / "studies"
-    studies.mkdir()
-    scan(studies / "one.nii.gz")
-    # Larger than the buffers of the two sockets between server and client.
-    scan(studies / "large.nii", 200, 200, 300)
-    return start_here(studies, CONF, serve_command if request.param.endswith("serve") else preloaded_stock_command)
+    return started(request.param)
 
 
 def upload(name: bytes, declared: int, sent: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import requests
 from attacks import children, refusal, scan, tree
-from live import CONF, LiveServer, preloaded_stock_command, serve_command, stock_command, wait_for
+from live import CONF, WAYS, LiveServer, serve_command, stock_command, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
         yield made
 
 
-@pytest.fixture(scope="module", params=["deformux-label serve", "monailabel start_server"])
-def uploading(
-    start_here: Callable[..., LiveServer], folders: dict[str, Path], request: pytest.FixtureRequest
-) -> LiveServer:
+@pytest.fixture(scope="module")
+def started(start_here: Callable[..., LiveServer], folders: dict[str, Path]) -> Callable[[str], LiveServer]:
+    """Start a server on these folders in one of two ways: once each, in whatever order tests ask for them."""
+    return functools.cache(lambda way: start_here(folders["studies"], CONF, WAYS[way]))
+
+
+@pytest.fixture(params=WAYS)
+def uploading(started: Callable[[str], LiveServer], request: pytest.FixtureRequest) -> LiveServer:
     """A server on these folders, started in each of the two ways."""
-    return start_here(
-        folders["studies"], CONF, serve_command if request.param.endswith("serve") else preloaded_stock_command
-    )
+    return started(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -24,8 +24,12 @@ __all__ = ["in_minutes"]
 
 logger = logging.getLogger(__name__)
 
-# Steps that are measured, after those that load kernels, fill caches, or capture graphs on a GPU.
-_MEASURED = {"cpu": 3, "cuda": 20}
+# Steps that are measured, after those that load kernels, fill caches, or capture graphs on a GPU: at least so many, and
+# more while they take less than this share of the time. A few say little on a CPU: a server that has just started is
+# busy for some seconds, and the steps of a training that was timed then were half of what there was time for.
+_FEWEST_MEASURED = {"cpu": 3, "cuda": 20}
+_MOST_MEASURED = 50
+_MEASURING_SHARE = 0.02
 _WARM_UP = {"cpu": 1, "cuda": 10}
 # Longest share of the time that validation takes; fewer epochs are validated where it would take more.
 _VALIDATION_SHARE = 0.15
@@ -60,7 +64,7 @@ def in_minutes(
     started = time.monotonic()
     device = torch.device(device)
     trial = copy.deepcopy(network).to(device)
-    step = _seconds_of_a_step(trial, cases[:1], recipe, prep, labels, device)
+    step = _seconds_of_a_step(trial, cases[:1], recipe, prep, labels, device, measure_s=60 * minutes * _MEASURING_SHARE)
     validation = 0.0
     if val_cases:
         before = time.monotonic()
@@ -88,10 +92,12 @@ def _seconds_of_a_step(
     prep: Preprocessing,
     labels: Sequence[str],
     device: torch.device,
+    *,
+    measure_s: float,
 ) -> float:
     """Return the median time of drawing patches and a step without clicks."""
-    warm_up, measured = _WARM_UP[device.type], _MEASURED[device.type]
-    one = recipe.replace(steps=warm_up + measured, epochs=1, click_start=1.0)
+    warm_up, fewest = _WARM_UP[device.type], _FEWEST_MEASURED[device.type]
+    one = recipe.replace(steps=warm_up + _MOST_MEASURED, epochs=1, click_start=1.0)
     guided = one.clicks > 0 and network.guidance_channels > 0
     take_step = TrainingStep(
         network,
@@ -103,9 +109,11 @@ def _seconds_of_a_step(
         samples=one.batch_size,
     )
     patches = Patches(cases, new=(), recipe=one, prep=prep, labels=labels, device=device)
-    seconds = []
+    seconds: list[float] = []
     batches = iter(patches.loader(first_step=0, steps=one.steps, seed=0))
     for step in range(one.steps):
+        if step >= warm_up + fewest and sum(seconds[warm_up:]) > measure_s:
+            break
         before = time.perf_counter()
         batch = next(batches)
         loss = take_step(step + 1, batch["image"], batch["label"], batch["annotated"])
