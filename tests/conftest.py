@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Give each file to one worker, and all files that need the same trainings, which take minutes, to the same."""
+    """Give each file to one worker, and all files that share trainings, which take minutes, or a server to the same."""
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
@@ -69,8 +69,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 @cache  # asked for every test, several times
 def _shared_by(file: str) -> str:
     """Return what a file shares with others, from its source: the process that hands out tests collects none itself."""
-    # The parameter by which a test takes the fixture in tests/app/conftest.py.
-    return "trainings" if "trainings: list" in (REPOSITORY / file).read_text() else file
+    source = (REPOSITORY / file).read_text()
+    # Parameters by which tests take the fixtures in tests/app/shared_fixtures.py and tests/security/conftest.py.
+    shared = {"trainings: list": "trainings", "login_server: LiveServer": "login_server"}
+    return next((scope for parameter, scope in shared.items() if parameter in source), file)
 
 
 @pytest.fixture(scope="session")

@@ -77,12 +77,15 @@ def test_two_processes_of_torchrun_train_one_network(cases: list[Case], tmp_path
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_a_step_follows_the_mean_gradient(cases: list[Case]) -> None:
+def test_a_step_follows_the_mean_gradient(cases: list[Case], tmp_path: Path) -> None:
     recipe = RECIPE.replace(steps=1, epochs=1, clicks=0, gradient_clip=None, ema_decay=None, schedule="constant")
+    # No volume stays in memory.
+    recipe = recipe.replace(cache_gb=1e-6)
     trained, expected = network(), network()
     threads = torch.get_num_threads()
-    fit_on(["cpu", "cpu"], trained, cases[:2], recipe=recipe, **OPTIONS)
+    fit_on(["cpu", "cpu"], trained, cases[:2], recipe=recipe, store=tmp_path / "store", **OPTIONS)
     assert torch.get_num_threads() == threads
+    assert len(list((tmp_path / "store").glob("*/*"))) == 2, "each process stores the volume that it drew"
     drawn = []
     for rank in range(2):
         patches = Patches(cases[:2], new=(), recipe=recipe, ranks=Ranks(rank, 2), **OPTIONS)

@@ -221,6 +221,7 @@ def _follow() -> None:
                 stop=_never if task.can_stop else None,
                 capture=task.capture,
                 compile_cache=task.compile_cache,
+                store=task.store,
                 ranks=ranks,
             )
     except TrainingStopped:
