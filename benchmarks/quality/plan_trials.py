@@ -1,4 +1,4 @@
-"""Coarse voxels and many steps against fine voxels and few: Dice after about as much computing, on four organs.
+"""Coarse voxels and many steps against fine voxels and few: Dice after about as much computing, on five organs.
 
     python -m benchmarks.quality.plan_trials                      # all trials, each 6 to 12 minutes of a core
     python -m benchmarks.quality.plan_trials --sets heart-7
@@ -72,6 +72,9 @@ TRIALS = (
     PlanTrial("abdomen-4", (3.75, 3.75, 7.7), (48, 32, 32), 600),
     PlanTrial("abdomen-4", (5.5, 5.5, 7.7), (48, 32, 32), 600),
     PlanTrial("abdomen-4", (7.7, 7.7, 7.7), (48, 32, 32), 600),
+    PlanTrial("spine-5", (4, 3.15, 3.15), (24, 32, 32), 1000),
+    PlanTrial("spine-5", (4, 3.15, 3.15), (24, 32, 64), 500),
+    PlanTrial("spine-5", (4.2, 4.2, 4.2), (24, 24, 48), 890),
     PlanTrial("hippocampus-5", (1, 1, 1), (32, 48, 32), 600, batch_size=2),
     PlanTrial("hippocampus-5", (1.15, 1, 1), (32, 32, 32), 1200),
 )

@@ -89,6 +89,7 @@ def test_scoring_ends_with_its_server(
     server = start(large_studies, CONF, command)
     processes = begin(server, working=working)
     if working:
+        assert processes[0].nice() == 19, "trainings, which have 10, have priority"
         time.sleep(2)  # until it is in the middle of the first volume
         assert gone(processes, 0.1), "it finished before it could be interrupted"
     # Only the server, as in a crash, not its process group.

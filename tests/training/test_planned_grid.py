@@ -34,6 +34,15 @@ def test_finest_axes_are_coarsened_first_and_only_so_far() -> None:
     assert math.prod(n / s for n, s in zip((100, 100, 80), coarsened, strict=True)) <= 12_500
     assert coarsened_spacing((1, 2, 8), (100, 100, 80), most_voxels=1e9, coarsest_mm=(9, 9, 9)) == (1, 2, 8)
     assert coarsened_spacing((1, 2, 8), (99, 99, 80), most_voxels=10, coarsest_mm=(2.5, 1, 9)) == (2.5, 2, 9)
+    # On until a patch sees it, and not at all where none ever does.
+    more = coarsened_spacing(
+        (1, 2, 8), (100, 100, 80), most_voxels=12_500, coarsest_mm=(9, 9, 9), seen=lambda spacing: spacing[0] > 4
+    )
+    assert more == pytest.approx((4.05, 4.05, 8), rel=0.03)
+    never = coarsened_spacing(
+        (1, 2, 8), (100, 100, 80), most_voxels=12_500, coarsest_mm=(9, 9, 9), seen=lambda _: False
+    )
+    assert never == coarsened
 
 
 def test_strides_keep_thick_axes_until_the_others_are_as_coarse() -> None:

@@ -93,6 +93,17 @@ def test_spacing_is_coarsened_until_the_labels_fit_and_thin_labels_remain() -> N
     assert planned(voxels_per_second=100e6).preprocessing.spacing_mm == (1, 1, 1)
 
 
+def test_a_patch_sees_long_labels_although_its_sides_are_multiples_of_the_strides() -> None:
+    """As five vertebrae: of 80 × 80 × 200 mm, the voxels that a patch has, a patch of 24×32×32 saw half."""
+    spine = label(*(((5, 70, 12 + 40 * n), (15, 150, 52 + 40 * n)) for n in range(5)))
+    found = project((scan((20, 224, 224), (4, 1, 1)), spine))
+    for thousands in (70, 84, 100, 120, 140):
+        plan = make_plan(found, labels=[f"L{n}" for n in range(1, 6)], measure=speed(1e3 * thousands))
+        prep = plan.preprocessing
+        sides = np.array(prep.patch_size) * prep.spacing_mm
+        assert np.prod(np.minimum(sides / (40, 80, 200), 1)) >= 0.75, (thousands, prep)
+
+
 # Strides and patch
 
 

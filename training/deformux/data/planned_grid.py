@@ -8,7 +8,7 @@ labelled.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -59,7 +59,12 @@ def nnunet_spacing(spacings_mm: npt.ArrayLike, shapes: npt.ArrayLike) -> tuple[_
 
 
 def coarsened_spacing(
-    spacing_mm: Sequence[float], need_mm: Sequence[float], *, most_voxels: float, coarsest_mm: Sequence[float]
+    spacing_mm: Sequence[float],
+    need_mm: Sequence[float],
+    *,
+    most_voxels: float,
+    coarsest_mm: Sequence[float],
+    seen: Callable[[_Triple], bool] = lambda _: True,
 ) -> _Triple:
     """Return the spacing at which a field of view has at most a number of voxels, finest axes coarsened first.
 
@@ -68,14 +73,22 @@ def coarsened_spacing(
         need_mm: the field of view.
         most_voxels: that it may have.
         coarsest_mm: limit along each axis; where all are reached the field of view has more voxels.
+        seen: whether a patch sees enough of it at a spacing. If it has so few voxels and a patch still does not,
+            because its sides are multiples of the strides, spacing is coarsened on, unless that never helps.
     """
     start, need = np.asarray(spacing_mm, dtype=float), np.asarray(need_mm, dtype=float)
     limit = np.maximum(start, np.asarray(coarsest_mm, dtype=float))
     spacing, level = start, float(start.min())
-    while np.prod(np.maximum(need / spacing, 1.0)) > most_voxels and (spacing < limit).any():
+    small: _Triple | None = None
+    while True:
+        if np.prod(np.maximum(need / spacing, 1.0)) <= most_voxels:
+            small = small or _triple(spacing)
+            if seen(_triple(spacing)):
+                return _triple(spacing)
+        if not (spacing < limit).any():
+            return small or _triple(spacing)
         level *= _STEP
         spacing = np.minimum(np.maximum(start, level), limit)
-    return _triple(spacing)
 
 
 def planned_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> PlannedStrides:
