@@ -21,11 +21,9 @@ from typing import Any
 
 # Reads a request a line: a program to start, or the id of a process of which the status is asked.
 _PARENT = """
-import gc, json, os, sys, tempfile
+import json, os, sys, tempfile
 sys.path.pop(0)
-gc.disable()
 import fastapi, monai, nibabel, numpy, sklearn.mixture, torch, uvicorn
-gc.freeze()  # so that collecting garbage in a child does not copy the memory that it shares
 requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
 for line in requests:
     request = json.loads(line)
@@ -38,7 +36,6 @@ for line in requests:
         print(child, file=answers, flush=True)
         continue
     requests.close(), answers.close()
-    gc.enable()
     os.setsid()
     for number, path in enumerate((os.devnull, request["output"], request["errors"])):
         file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
