@@ -81,12 +81,13 @@ def coarsened_spacing(
     spacing, level = start, float(start.min())
     small: _Triple | None = None
     while True:
+        here = _triple(spacing)
         if np.prod(np.maximum(need / spacing, 1.0)) <= most_voxels:
-            small = small or _triple(spacing)
-            if seen(_triple(spacing)):
-                return _triple(spacing)
+            small = small or here
+            if seen(here):
+                return here
         if not (spacing < limit).any():
-            return small or _triple(spacing)
+            return small or here
         level *= _STEP
         spacing = np.minimum(np.maximum(start, level), limit)
 

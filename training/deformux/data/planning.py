@@ -321,16 +321,14 @@ def _spacing(scans: ScanSizes, given: Choices, budget: _Budget, reasons: dict[st
     if scans.thick is not None:
         why = f"the median of all scans, and the 10th percentile between thick slices (axis {scans.thick + 1})"
     spacing = start
-    if scans.chord_mm is not None and _best_patch(scans, start, budget)[2] < _ENOUGH_SEEN:
-        coarsest = np.array(scans.chord_mm) / _LEAST_CHORD_VOX
+
+    def seen(spacing: _Triple) -> bool:
+        return _best_patch(scans, spacing, budget)[2] >= _ENOUGH_SEEN
+
+    if scans.chord_mm is not None and not seen(start):
+        coarsest = _triple(np.array(scans.chord_mm) / _LEAST_CHORD_VOX)
         need = scans.need_mm(start)
-        spacing = coarsened_spacing(
-            start,
-            need,
-            most_voxels=budget.voxels,
-            coarsest_mm=_triple(coarsest),
-            seen=lambda coarse: _best_patch(scans, coarse, budget)[2] >= _ENOUGH_SEEN,
-        )
+        spacing = coarsened_spacing(start, need, most_voxels=budget.voxels, coarsest_mm=coarsest, seen=seen)
     if np.allclose(spacing, start, rtol=_SAME_SPACING):
         reasons["spacing_mm"] = f"{_mm(start)}, {'the same in all scans' if scans.same else why}, as nnU-Net"
         # Named even where all scans agree: one that comes later may have another.
@@ -339,7 +337,7 @@ def _spacing(scans: ScanSizes, given: Choices, budget: _Budget, reasons: dict[st
     wanted = f"so that one patch sees all labels ({_mm(need)})"
     if math.prod(n / s for n, s in zip(need, rounded, strict=True)) > 1.05 * budget.voxels:
         wanted = f"as far as three quarters of the labels stay {_LEAST_CHORD_VOX:g} voxels thick"
-    elif _best_patch(scans, rounded, budget)[2] < _ENOUGH_SEEN:
+    elif not seen(rounded):
         wanted = f"so that all labels ({_mm(need)}) have no more voxels than a patch"
     reasons["spacing_mm"] = f"coarser than nnU-Net's {_mm(start)} ({why}), {wanted}"
     return rounded, False

@@ -210,19 +210,10 @@ def _follow() -> None:
         with connected(ranks, dist.FileStore(str(folder / _STORE), ranks.size)):
             fit(
                 DeformUXNet(**task.network),
-                task.cases,
-                recipe=task.recipe,
-                prep=task.prep,
-                labels=task.labels,
-                val_cases=task.val_cases,
-                new=task.new,
                 device=ranks.device,
-                seed=task.seed,
                 stop=_never if task.can_stop else None,
-                capture=task.capture,
-                compile_cache=task.compile_cache,
-                store=task.store,
                 ranks=ranks,
+                **task.options(),
             )
     except TrainingStopped:
         return

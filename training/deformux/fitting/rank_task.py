@@ -42,6 +42,11 @@ class RankTask:
     store: Path | None = None
     can_stop: bool = False
 
+    def options(self) -> dict[str, Any]:
+        """Return the arguments for ``fit``: all but the network, and what each process has of its own."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in ("network", "can_stop")]
+        return {name: getattr(self, name) for name in names}
+
     def to_json(self) -> str:
         """Return the task as one line of text."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
