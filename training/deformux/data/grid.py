@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,8 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 
 # Coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000
+# Values that are interpolated at a time between voxels of different classes.
+_EDGE_VALUES = 2**18
 # Grids are the same if their voxels lie less than this part of a voxel apart.
 _SAME_VOXEL = 1e-3
 
@@ -113,7 +116,11 @@ class ScanGrid:
         size = [b - a for a, b in zip(start, stop, strict=True)]
         found = torch.empty(size, dtype=torch.uint8, device=values.device)
         step = max(1, _SLAB_VOXELS // max(1, found[0].numel()))
-        sample = self._same_voxels(values, origin) or self._between_voxels(values, origin)
+        sample = (
+            self._same_voxels(values, origin)
+            or self._axis_by_axis(values, origin)
+            or self._between_voxels(values, origin)
+        )
         for done in range(0, len(found), step):
             part = ((start[0] + done, *start[1:]), (min(start[0] + done + step, stop[0]), *stop[1:]))
             found[done : done + step] = finish(sample(part).float()).to(torch.uint8)
@@ -137,6 +144,49 @@ class ScanGrid:
 
         return read
 
+    def _axis_by_axis(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor] | None:
+        """Return a linear interpolator of values in a box for a CPU and parallel axes, several times as fast."""
+        if values.is_cuda or (own := self._own_axes) is None:
+            return None
+        source = values.float().permute(0, *(axis + 1 for axis in own))
+
+        def read(box: Box) -> Tensor:
+            first, second, third = self._places(own, box, origin, source.shape[1:])
+            # A slab needs few planes, so its own axis comes last.
+            start = int(first.below.min())
+            part = source[:, start : int(first.below.max()) + 2]
+            part = third.between(second.between(part, 2), 3)
+            return _Places(first.below - start, first.share).between(part, 1)
+
+        return read
+
+    @cached_property
+    def _own_axes(self) -> tuple[int, ...] | None:
+        """Return the network's axis along each of the file's, or None if the axes of the grids are not parallel."""
+        matrix = np.abs(self.to_network[:3, :3])
+        order = matrix.argmax(1)
+        turned = np.where(np.arange(3) == order[:, None], 0.0, matrix) @ np.array(self.size)
+        if turned.max() > _SAME_VOXEL or len(set(order.tolist())) < 3:
+            return None
+        return triple(np.argsort(order))
+
+    def _places(
+        self, own: Sequence[int], box: Box, origin: Sequence[int], shape: Sequence[int]
+    ) -> tuple[_Places, _Places, _Places]:
+        """Return where the file's voxels of a box lie, along each of its axes, between values that begin at a voxel.
+
+        A voxel has the same place in every box, bit for bit.
+        """
+        places = []
+        for axis, along in enumerate(own):
+            last = self.network_size[along] - 1
+            at = self.to_network[along, axis] * np.arange(box[0][axis], box[1][axis]) + self.to_network[along, 3]
+            at = np.clip(at, 0, last)
+            below = np.minimum(at.astype(np.int64), max(last - 1, 0))
+            places.append(_Places(np.clip(below - origin[along], 0, shape[axis] - 1), (at - below).astype(np.float32)))
+        x, y, z = places
+        return x, y, z
+
     def _between_voxels(self, values: Tensor, origin: Sequence[int]) -> Callable[[Box], Tensor]:
         """Return a linear interpolator of values in a box."""
         device, source = values.device, values.float()[None]
@@ -156,13 +206,100 @@ class ScanGrid:
 
         return read
 
-    def labels(self, logits: Tensor, *, box: Box | None = None, origin: Sequence[int] = (0, 0, 0)) -> Tensor:
+    def labels(
+        self,
+        logits: Tensor,
+        *,
+        box: Box | None = None,
+        origin: Sequence[int] = (0, 0, 0),
+        among: npt.NDArray[np.bool_] | None = None,
+    ) -> Tensor:
         """Return the class of the highest logit ``(C, x, y, z)`` at the file's voxels; arguments as ``interpolate``.
 
         Logits are interpolated first and compared afterwards, so that edges stay smooth on a scan finer than the
-        network's spacing.
+        network's spacing. ``among`` are the voxels ``(x, y, z)`` of which the effect is wanted: on a CPU, what lies
+        between others only is not interpolated, but has the class of one of them.
         """
-        return self.interpolate(logits, highest, box=box, origin=origin)
+        if logits.is_cuda or self._own_axes is None or self._same_voxels(logits, origin) is not None:
+            return self.interpolate(logits, highest, box=box, origin=origin)
+        return self._labels_at_edges(logits, self._own_axes, box or ((0, 0, 0), self.size), origin, among)
+
+    def _labels_at_edges(
+        self,
+        logits: Tensor,
+        own: Sequence[int],
+        box: Box,
+        origin: Sequence[int],
+        among: npt.NDArray[np.bool_] | None,
+    ) -> Tensor:
+        """Interpolate only between voxels of different classes: between equal ones every mean has the same class."""
+        source = logits.float().permute(0, *(axis + 1 for axis in own))
+        # Plane by plane: the indices of a whole slab take eight bytes each.
+        classes = torch.stack([highest(plane).to(torch.uint8) for plane in source.unbind(1)])
+        differ = _over_corners(classes, torch.minimum) != _over_corners(classes, torch.maximum)
+        if among is not None:
+            differ &= _over_corners(torch.from_numpy(among).permute(*own), torch.logical_or)
+        first, second, third = self._places(own, box, origin, classes.shape)
+        rows, columns = torch.from_numpy(second.below), torch.from_numpy(third.below)
+        found = torch.empty([b - a for a, b in zip(*box, strict=True)], dtype=torch.uint8)
+        # Planes of the file between the same two of the network follow one another.
+        edges = [0, *(np.flatnonzero(np.diff(first.below)) + 1), len(first.below)]
+        for start, stop in itertools.pairwise(edges):
+            plane = int(first.below[start])
+            found[start:stop] = classes[plane].index_select(0, rows).index_select(1, columns)
+            mixed = differ[plane].index_select(0, rows).index_select(1, columns)
+            lines = np.flatnonzero(mixed.numpy())
+            step = max(1, _EDGE_VALUES // (len(logits) * (stop - start)))
+            pair = source[:, plane : plane + 2]
+            flat = found[start:stop].view(stop - start, -1)
+            for at in range(0, len(lines), step):
+                some = lines[at : at + step]
+                # One plane only at the end of a volume, where there is no next.
+                ends = _at_lines(pair, second, third, some)
+                share = torch.from_numpy(first.share[start:stop])[:, None]
+                values = torch.lerp(ends[:, :1], ends[:, -1:], share)
+                flat[:, torch.from_numpy(some)] = highest(values).to(torch.uint8)
+        return found
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Places along an axis: beyond the values number ``below``, by a ``share`` (0..1) of the way to the next."""
+
+    below: npt.NDArray[np.int64]
+    share: npt.NDArray[np.float32]
+
+    def between(self, values: Tensor, axis: int) -> Tensor:
+        """Return values at all places, interpolated along an axis."""
+        index = torch.from_numpy(self.below)
+        share = torch.from_numpy(self.share).reshape([-1 if a == axis else 1 for a in range(values.ndim)])
+        low = values.index_select(axis, index)
+        return low.lerp_(values.index_select(axis, (index + 1).clamp(max=values.shape[axis] - 1)), share)
+
+
+def _over_corners(values: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Combine each of values ``(x, y, z)`` with the seven that follow it along one axis or more."""
+    for axis, length in enumerate(values.shape):
+        after = torch.arange(1, length + 1).clamp(max=length - 1)
+        values = combine(values, values.index_select(axis, after))
+    return values
+
+
+def _at_lines(planes: Tensor, rows: _Places, columns: _Places, lines: npt.NDArray[np.int64]) -> Tensor:
+    """Return planes ``(C, n, y, z)`` interpolated at some lines, numbers of (row, column), as ``(C, n, lines)``."""
+    height, width = planes.shape[2:]
+    row, column = np.divmod(lines, len(columns.below))
+    y, z = rows.below[row], columns.below[column]
+    after_y, after_z = np.minimum(y + 1, height - 1), np.minimum(z + 1, width - 1)
+    # Values of a voxel side by side are gathered several times as fast.
+    flat = planes.flatten(2).permute(2, 0, 1).contiguous()
+
+    def along_z(at: npt.NDArray[np.int64]) -> Tensor:
+        first, second = (flat.index_select(0, torch.from_numpy(at * width + end)) for end in (z, after_z))
+        return first.lerp_(second, torch.from_numpy(columns.share[column])[:, None, None])
+
+    found = along_z(y).lerp_(along_z(after_y), torch.from_numpy(rows.share[row])[:, None, None])
+    return found.permute(1, 2, 0).contiguous()
 
 
 def highest(values: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Extension
 
 from deformux.data.atomic_files import replacing
+from deformux.data.label_values import in_file_order
 
 __all__ = ["FileState", "ResultRecord", "read_record", "write_recorded"]
 
@@ -96,7 +97,7 @@ def write_recorded(
     path: Path, labels: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64], record: ResultRecord
 ) -> None:
     """Write a label volume ``(X, Y, Z)`` (.nii.gz) with its record, by rename; raise OSError if that fails."""
-    image = nib.Nifti1Image(labels, affine)
+    image = nib.Nifti1Image(in_file_order(labels), affine)
     text = json.dumps({_KEY: record.to_dict()})
     image.header.extensions.append(Nifti1Extension(_COMMENT, text.encode()))
     with replacing(path) as temporary:

@@ -37,11 +37,13 @@ GuidedNetwork = Callable[[Tensor, Tensor], Tensor]
 
 # Lead over all others to which the logit of a label is raised where the mask to start from has it.
 _MARGIN = 1.0
+# Voxels of the scan in a part that is restored at a time.
+_PART_VOXELS = 2**21
 
 
 @dataclass(frozen=True)
 class _Patch:
-    """Effect of a piece of overlapping changes on a mask: ``labels`` where ``won``, both inside ``box``."""
+    """Effect of overlapping changes in a box of a mask: ``labels`` where ``won``, both inside ``box``."""
 
     box: Box
     won: npt.NDArray[np.bool_]
@@ -53,8 +55,8 @@ class _Patch:
         return self.won.nbytes + self.labels.nbytes
 
 
-# Key of changes and clicks to the changes, kept so that their ids stay unique, and their patch.
-_Patches = dict[tuple[object, ...], tuple[Sequence[MaskChange], _Patch | None]]
+# Key of changes and clicks to the changes, kept so that their ids stay unique, and their patches.
+_Patches = dict[tuple[object, ...], tuple[Sequence[MaskChange], Sequence[_Patch]]]
 
 
 class Editor:
@@ -205,15 +207,15 @@ class Editor:
         )
         here = {label: _inside(clicked, within) for label, clicked in clicks.items()}
         key = (*map(id, piece), *((label, clicked.tobytes()) for label, clicked in here.items() if len(clicked)))
-        _, patch = self._patches[key] = known.get(key) or (piece, self._patch(piece, within, here))
-        if patch is not None:
+        _, patches = self._patches[key] = known.get(key) or (piece, self._effect(piece, within, here))
+        for patch in patches:
             part = result[slices(patch.box)]
             part[patch.won] = patch.labels[patch.won]
 
-    def _patch(
+    def _effect(
         self, piece: Sequence[MaskChange], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
-    ) -> _Patch | None:
-        """Return the effect of overlapping changes in a box on the mask, or None."""
+    ) -> list[_Patch]:
+        """Return the effect of overlapping changes in a box on the mask."""
         voxels, logits, weights = mix(piece)
         logits = (logits + np.maximum(0, 1 - weights) * self._starting_logits(voxels)) / np.maximum(1, weights)
         # A click in this box may belong to another piece, whose voxels lie around or between these.
@@ -224,10 +226,11 @@ class Editor:
         start = self._start[tuple(voxels.T)]
         settled = settle(voxels, logits, start, here, coarseness=self.scan.coarseness)
         if not settled.changed.any():
-            return None
-        taken = settled.taken
-        box, won, labels = self._restored(voxels[settled.changed], voxels[taken], settled.logits[:, taken], tuple(here))
-        return _Patch(box, won, labels)
+            return []
+        changed, taken = voxels[settled.changed], settled.taken
+        box = self.scan.grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
+        parts = self._parts(box, voxels[taken])
+        return [self._restored(part, voxels[taken], settled.logits[:, taken], tuple(here)) for part in parts]
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return the network's logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
@@ -237,24 +240,47 @@ class Editor:
             _agree(logits, self._start[index], self.scan.network_classes[index])
         return logits
 
+    def _parts(self, box: Box, voxels: npt.NDArray[np.int64]) -> list[Box]:
+        """Return the parts of a box of the scan that depend on some voxels of the network's grid.
+
+        A correction is often a thin shell, and its box on a large scan as large as an organ.
+        """
+        grid = self.scan.grid
+        if np.prod(np.subtract(box[1], box[0])) <= _PART_VOXELS:
+            return [box]
+        # As many voxels of the network's grid along each axis as have a part's voxels in the scan.
+        finer = np.abs(np.linalg.inv(grid.to_network[:3, :3])).sum(0)
+        side = np.maximum(1, np.rint(_PART_VOXELS ** (1 / 3) / finer)).astype(np.int64)
+        cells = np.unique(voxels // side, axis=0) * side
+        reached = [grid.reached((triple(cell), triple(np.minimum(cell + side, grid.network_size)))) for cell in cells]
+        low = [triple(np.maximum(part[0], box[0])) for part in reached]
+        high = [triple(np.minimum(part[1], box[1])) for part in reached]
+        return [(a, b) for a, b in zip(low, high, strict=True) if all(np.less(a, b))]
+
     def _restored(
         self,
-        changed: npt.NDArray[np.int64],
+        box: Box,
         voxels: npt.NDArray[np.int64],
         logits: npt.NDArray[np.float32],
         clicked: Sequence[int],
-    ) -> tuple[Box, npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
-        """Restore new logits ``(C, n)`` to the scan's grid: a box, the voxels won by clicked labels, the labels."""
+    ) -> _Patch:
+        """Restore new logits ``(C, n)`` to a box of the scan's grid, where voxels are won by clicked labels."""
         grid = self.scan.grid
-        box = grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         origin, stop = np.array(needed := grid.needed(box))
         before = self._starting_box(needed)
         after = before.clone()
         here = ((voxels >= origin) & (voxels < stop)).all(1)
-        after[(slice(None), *(voxels[here] - origin).T)] = torch.from_numpy(logits[:, here])
-        old, new = (grid.labels(values, box=box, origin=triple(origin)).numpy() for values in (before, after))
+        replaced = tuple((voxels[here] - origin).T)
+        after[(slice(None), *replaced)] = torch.from_numpy(logits[:, here])
+        among = np.zeros(before.shape[1:], dtype=bool)
+        among[replaced] = True
+        old, new = (
+            grid.labels(values, box=box, origin=triple(origin), among=among).numpy() for values in (before, after)
+        )
         # Interpolation between two classes may give a third, which was not clicked.
-        return box, (new != old) & np.isin(new, clicked), new
+        won = np.zeros(self.n_labels + 1, dtype=bool)
+        won[list(clicked)] = True
+        return _Patch(box, (new != old) & won[new], new)
 
     def _starting_box(self, box: Box) -> Tensor:
         logits = self.scan.logits.in_box(box)
@@ -276,7 +302,7 @@ class Editor:
 
     def _other_bytes(self) -> int:
         around = sum(values.nbytes for known in self._surroundings.values() for values in known.values())
-        return around + sum(patch.nbytes for _, patch in self._patches.values() if patch is not None)
+        return around + sum(patch.nbytes for _, patches in self._patches.values() for patch in patches)
 
     def _checked(self, mask: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
         if mask.shape != self.scan.labels.shape:

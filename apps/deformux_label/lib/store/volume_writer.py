@@ -12,6 +12,7 @@ import nibabel as nib
 import nrrd
 import numpy as np
 
+from deformux.data.label_values import in_file_order
 from deformux_label.lib.requests.label_formats import LABEL_FORMATS
 from deformux_label.lib.requests.request_folder import request_folder
 
@@ -52,6 +53,7 @@ def write_labels(path: Path, labels: np.ndarray, affine: np.ndarray, names: Mapp
     MONAI Label's own writer transposes the directions of oblique ``.seg.nrrd`` files and writes NIfTI through ITK,
     which refuses directions that are orthonormal only up to rounding.
     """
+    labels = in_file_order(labels)
     if path.name.endswith((".nii", ".nii.gz")):
         image = nib.Nifti1Image(labels, affine)
         image.header.set_xyzt_units("mm")
