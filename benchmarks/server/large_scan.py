@@ -1,12 +1,14 @@
 """A CT of clinical size through the server: coarse to fine against all windows, memory, clicks.
 
     python -m benchmarks.server.large_scan
-    python -m benchmarks.server.large_scan --labels 2 --steps 100 --size 256 256 150 --spacing 1.6 1.6 3
+    python -m benchmarks.server.large_scan --labels 2 --minutes 1 --size 256 256 150 --spacing 1.6 1.6 3
+    python -m benchmarks.server.large_scan --networks plan --labels 41
 
 The scan is the example CT, resampled to the wanted voxels, mirrored at its upper end and surrounded by air; its labels
-are those of the example's labelled slices, and unlabelled elsewhere. A model is trained on variants of it (zoomed and
-shifted) and the server then segments it twice: with the model's locator, and in all windows. If all windows would take
-longer than ``--patience``, the request is ended there, and its time is that of the windows done, times their number.
+are those of the example's labelled slices, and unlabelled elsewhere. A model is planned for variants of it (zoomed and
+shifted) and trained on them, and the server then segments the scan twice: with the model's locator, and in all windows.
+If all windows would take longer than ``--patience``, the request is ended there, and its time is that of the windows
+done, times their number.
 Writes data/large_scan.json and the section large_scan of inference.md.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import threading
@@ -37,13 +40,15 @@ from benchmarks.server.running import Running, serving, state_of
 from scipy import ndimage
 
 from deformux.data.cases import Case
+from deformux.data.fingerprint import read_fingerprint
 from deformux.data.label_values import UNLABELLED
 from deformux.fitting.fit import fit
 from deformux.fitting.locator_training import fit_locator
+from deformux.fitting.minutes import in_minutes
 from deformux.fitting.recipe import RECIPES
+from deformux.fitting.speed import plan_on
 from deformux.inference.metrics import dice_per_label, mean_dice
-from deformux.networks.deformux_net import DeformUXNet
-from deformux.networks.model_file import ModelCard
+from deformux.networks.model_file import ModelCard, network_options, planned_network
 from deformux.publishing.model_versions import ModelVersions
 from deformux_label.lib.configs.project import Project
 
@@ -71,8 +76,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=3, default=(512, 512, 300), help="voxels of the scan")
     parser.add_argument("--spacing", type=float, nargs=3, default=(0.8, 0.8, 1.5), help="its voxels in mm")
     parser.add_argument("--labels", type=int, nargs="+", default=(2, 41), help="numbers of labels")
-    parser.add_argument("--conf", default="{}", help="options of the server as JSON, such as its spacing")
-    parser.add_argument("--steps", type=int, default=300, help="steps of the training")
+    parser.add_argument(
+        "--networks", nargs="+", default=("plan", "1.6,1.6,3"), help="spacings of the network in mm, or what is planned"
+    )
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the training, which is planned for them")
     parser.add_argument("--locator-seconds", type=float, default=60.0, help="time for the locator's training")
     parser.add_argument("--clicks", type=int, default=20, help="number of clicks to time")
     parser.add_argument("--patience", type=float, default=600.0, help="seconds before all windows are extrapolated")
@@ -84,12 +91,12 @@ def main() -> None:
 def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the results of each number of labels as soon as they are there."""
     rows: list[dict[str, Any]] = []
-    for number in args.labels:
-        rows.append(_measure(args, number))
+    for spacing, number in itertools.product(args.networks, args.labels):
+        rows.append(_measure(args, number, spacing))
         yield {
             "size": list(args.size),
             "spacing_mm": list(args.spacing),
-            "steps": args.steps,
+            "minutes": args.minutes,
             "limits": LIMITS,
             "rows": rows,
             "load": [round(value, 1) for value in psutil.getloadavg()],
@@ -97,15 +104,15 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         }
 
 
-def _measure(args: argparse.Namespace, number: int) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, number: int, spacing: str) -> dict[str, Any]:
     folder = args.work / f"{number}_labels"
     names, scan, training = _scans(args, number, folder)
-    conf = {"labels": ",".join(names), "modality": "ct", **json.loads(args.conf)}
+    conf = {"labels": ",".join(names), "modality": "ct", **({} if spacing == "plan" else {"spacing": spacing})}
     studies = folder / "studies"
-    located, whole, facts = _model(args, conf, studies, training, folder)
+    located, whole, facts = _model(args, conf, studies, training, folder, spacing.replace(",", "-"))
     versions = ModelVersions(state_of(studies, conf) / "versions")
     truth = np.asarray(nib.load(scan.label).dataobj)
-    row: dict[str, Any] = {"labels": number, "locator": facts}
+    row: dict[str, Any] = {"labels": number, "network": spacing, "locator": facts}
     masks = {}
     with serving(studies, conf) as server:
         for name, version in (("coarse_to_fine", located), ("all_windows", whole)):
@@ -178,30 +185,44 @@ def _write(path: Path, values: npt.NDArray[Any], args: argparse.Namespace) -> No
 
 
 def _model(
-    args: argparse.Namespace, conf: Mapping[str, str], studies: Path, training: list[Case], folder: Path
+    args: argparse.Namespace,
+    conf: Mapping[str, str],
+    studies: Path,
+    training: list[Case],
+    folder: Path,
+    name: str,
 ) -> tuple[str | None, str, dict[str, Any]]:
     """Train a model; return the versions with and without its locator, and what was found about that."""
     project = Project.from_conf(conf)
-    kept = folder / "versions.json"
+    kept = folder / f"versions_{name}.json"
     versions = ModelVersions(state_of(studies, conf) / "versions")
     if kept.exists():
         located, whole, facts = json.loads(kept.read_text())
         if whole in versions.names():
             return located, whole, facts
+    facts = read_fingerprint([case.image for case in training], training, modality="ct")
+    plan = plan_on("cpu", facts, labels=project.labels, given=project.choices, minutes=args.minutes)
+    recipe, prep = RECIPES["finetune"].replace(**plan.recipe_changes), plan.preprocessing
     torch.manual_seed(0)
-    network = DeformUXNet(1, len(project.labels) + 1, project.preset)
-    recipe = RECIPES["finetune"].in_steps(args.steps, epochs=1).replace(clicks=0, elastic_probability=0.0)
-    prep = project.preprocessing
+    network = planned_network(plan, len(project.labels), guidance=recipe.clicks > 0)
+    recipe = in_minutes(args.minutes, network, training, recipe=recipe, prep=prep, labels=project.labels)
     fit(network, training, recipe=recipe, prep=prep, labels=project.labels, store=folder / "preprocessed")
     fitted = fit_locator(training, prep=prep, labels=project.labels, seconds=args.locator_seconds)
-    card = ModelCard(labels=project.labels, preprocessing=prep, preset=project.preset)
+    card = ModelCard(
+        labels=project.labels,
+        preprocessing=prep,
+        preset=plan.preset,
+        plan=plan.for_card(),
+        network_options=network_options(network),
+    )
     whole = versions.write(network, card)
     located = None
     if fitted.locator is not None:
         located = versions.write(network, dataclasses.replace(card, locator=fitted.facts), locator=fitted.locator)
     versions.publish(whole)
-    kept.write_text(json.dumps([located, whole, fitted.facts]))
-    return located, whole, fitted.facts
+    told = {**fitted.facts, "spacing_mm": prep.spacing_mm, "patch": prep.patch_size, "steps": recipe.steps}
+    kept.write_text(json.dumps([located, whole, told]))
+    return located, whole, told
 
 
 def _segment(server: Running, folder: Path, patience_s: float) -> tuple[dict[str, Any], npt.NDArray[np.integer] | None]:
@@ -304,6 +325,7 @@ def section(data: Mapping[str, Any]) -> Section:
     """Write times, memory and Dice as tables."""
     limits = data["limits"]
     heads = (
+        "network mm",
         "labels",
         "windows",
         "seconds",
@@ -319,8 +341,11 @@ def section(data: Mapping[str, Any]) -> Section:
         whole, located = row["all_windows"], row.get("coarse_to_fine")
         about = "about " if whole["extrapolated"] else ""
         shown = located or whole
+        voxels = "×".join(f"{mm:.3g}" for mm in row["locator"]["spacing_mm"])
+        network = f"{voxels} (planned)" if row["network"] == "plan" else voxels
         rows.append(
             (
+                network,
                 row["labels"],
                 shown["windows"] if located else "no locator",
                 f"{shown['seconds']:.1f}" if located else "",
@@ -334,19 +359,21 @@ def section(data: Mapping[str, Any]) -> Section:
         )
         if "clicks" in row:
             found = row["clicks"]
-            clicks.append((row["labels"], found["number"], found["median_s"], found["p95_s"], found["first_s"]))
+            clicks.append(
+                (network, row["labels"], found["number"], found["median_s"], found["p95_s"], found["first_s"])
+            )
     size, spacing = ("×".join(f"{n:g}" for n in data[key]) for key in ("size", "spacing_mm"))
     lines = [
-        f"A CT of {size} voxels of {spacing} mm through the server's `segmentation`, after {data['steps']} steps of",
-        f"training on variants of it. Wanted: a share of at most {limits['share']}, at most {limits['peak_gb']:g} GB",
-        f"beyond the server's start, and at most {limits['dice']} Dice less than in all windows. Times that begin with",
-        "*about* are those of the windows done before the time was up, times their number.",
+        f"A CT of {size} voxels of {spacing} mm through the server's `segmentation`, after {data['minutes']:g} minutes",
+        f"of training on variants of it, with the plan for them. Wanted: a share of at most {limits['share']}, at most",
+        f"{limits['peak_gb']:g} GB beyond the server's start, and at most {limits['dice']} Dice less than in all",
+        "windows. Times that begin with *about* are those of the windows done, times the number of all.",
         "",
         *markdown_table(heads, rows),
         f"Clicks, each added to those before; wanted: a median of {limits['median_s']:g} s and 95 % within "
         f"{limits['p95_s']:g} s.",
         "",
-        *markdown_table(("labels", "clicks", "median s", "95 % within s", "first s"), clicks),
+        *markdown_table(("network mm", "labels", "clicks", "median s", "95 % within s", "first s"), clicks),
         f"Load of the machine at the end, over 1, 5 and 15 minutes: {', '.join(map(str, data['load']))}.",
         "",
         *[f"- Locator of {row['labels']} labels: {json.dumps(row['locator'])}" for row in data["rows"]],
