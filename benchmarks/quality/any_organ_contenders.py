@@ -20,7 +20,7 @@ from benchmarks.quality.any_organ_monailabel import radiology_app
 from benchmarks.quality.any_organ_records import OrganRun
 from benchmarks.quality.any_organ_sets import Organ
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.fingerprint import read_fingerprint
 from deformux.data.frame import frame_axes
 from deformux.data.planning import Plan
@@ -29,16 +29,18 @@ from deformux.fitting.recipe import RECIPES
 from deformux.fitting.speed import plan_on
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
 
-__all__ = ["ABLATIONS", "CONTENDERS", "MAIN_CONTENDERS", "PLAN", "Ready", "contender", "planned_by"]
+__all__ = ["ABLATIONS", "CONTENDERS", "MAIN_CONTENDERS", "PLAN", "UNLABELLED", "Ready", "contender", "planned_by"]
 
 PLAN = "plan"
 _PARTS = ("frame", "spacing", "patch", "strides", "window", "augmentation", "largest")
 _OPTIMIZERS = MappingProxyType({"dynunet": "sgd", "dynunet-adamw": "adamw"})
 _APP = "monailabel"
 _FIXED = "fixed"
+UNLABELLED = f"{PLAN}-with-unlabelled"
 MAIN_CONTENDERS = (PLAN, _FIXED, *_OPTIMIZERS, _APP)
 ABLATIONS = tuple(f"{PLAN}-without-{part}" for part in _PARTS)
-CONTENDERS = (*MAIN_CONTENDERS, *ABLATIONS)
+CONTENDERS = (*MAIN_CONTENDERS, UNLABELLED, *ABLATIONS)
+_MOST_SCANS = 64
 
 # Numbers of a recipe that change how patches are augmented.
 _AUGMENTATION = (
@@ -114,14 +116,21 @@ def contender(
         yield Ready(peer.segment_case, trained.steps, trained.seconds, _parameters(peer.network), peer.facts())
         return
     settings = _settings(planned)
-    if run.contender != PLAN:
+    scans: tuple[Scan, ...] = ()
+    if run.contender == UNLABELLED:
+        if not organ.unlabelled:
+            yield None
+            return
+        scans = organ.unlabelled
+        settings = dataclasses.replace(settings, recipe=settings.recipe.replace(unlabelled_scans=_MOST_SCANS))
+    elif run.contender != PLAN:
         part = run.contender.removeprefix(f"{PLAN}-without-")
         changed = _without(part, settings, fixed_settings(organ.scans), organ.scans)
         if changed == settings:
             yield None
             return
         settings = changed
-    ready = _trained(run, organ, settings, seconds, tell)
+    ready = _trained(run, organ, settings, seconds, tell, scans)
     yield dataclasses.replace(ready, settings={**ready.settings, PLAN: planned.plan.to_dict()})
 
 
@@ -152,7 +161,9 @@ def _settings(planned: _Planned) -> Settings:
     return Settings(plan.preprocessing, plan.preset, strides, recipe, dict(plan.reasons), planned.seconds)
 
 
-def _trained(run: OrganRun, organ: Organ, settings: Settings, seconds: float, tell: Tell) -> Ready:
+def _trained(
+    run: OrganRun, organ: Organ, settings: Settings, seconds: float, tell: Tell, scans: Sequence[Scan] = ()
+) -> Ready:
     trained = train_deformux(
         settings,
         organ.train,
@@ -162,6 +173,7 @@ def _trained(run: OrganRun, organ: Organ, settings: Settings, seconds: float, te
         seed=run.seed,
         device=run.device,
         tell=tell,
+        scans=scans,
     )
     return Ready(
         segment_case=deformux_segmenter(trained.network, settings, run.device),

@@ -12,7 +12,7 @@ import torch
 from benchmarks.quality.any_organ_fixed import Settings
 from torch import nn
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.fitting.fit import Progress, fit
 from deformux.fitting.recipe import Recipe
 from deformux.inference.sliding_window import segment
@@ -48,6 +48,7 @@ def train_deformux(
     seed: int,
     device: str,
     tell: Tell,
+    scans: Sequence[Scan] = (),
 ) -> Trained:
     """Train from scratch for as many steps as fit into a time, by the pace of some that are timed before.
 
@@ -58,7 +59,7 @@ def train_deformux(
     # Without clicks: among so few steps their number is a matter of chance, and each counts for two.
     trial = settings.recipe.in_steps(warm_up + timed, epochs=1).replace(click_start=1.0)
     tell("timing steps", 0.0)
-    _fit(settings, cases, labels, trial, seed, device, clock)
+    _fit(settings, cases, labels, trial, seed, device, clock, scans=())
     pace = float(clock.seconds()[warm_up - 1 :].mean())
     whole = settings.recipe.in_steps(1000, epochs=1)
     steps = max(_FEWEST_STEPS, int(seconds / pace * whole.steps / whole.effort(whole.steps)))
@@ -68,7 +69,7 @@ def train_deformux(
         tell(f"training, step {progress.step} of {steps}", progress.step / steps)
 
     clock = _StepClock()
-    network = _fit(settings, cases, labels, recipe, seed, device, clock, show)
+    network = _fit(settings, cases, labels, recipe, seed, device, clock, show, scans=scans)
     # From the end of the first step, to which its share is added: before it the volumes are read.
     own = clock.seconds()
     return Trained(network, steps, float(own.sum() * steps / (steps - 1)))
@@ -108,6 +109,8 @@ def _fit(
     device: str,
     clock: _StepClock,
     show: Callable[[Progress], None] | None = None,
+    *,
+    scans: Sequence[Scan],
 ) -> nn.Module:
     torch.manual_seed(seed)
     options: dict[str, Any] = {} if settings.strides is None else {"strides": settings.strides}
@@ -120,6 +123,7 @@ def _fit(
         recipe=recipe,
         prep=settings.prep,
         labels=labels,
+        scans=scans,
         device=device,
         on_progress=show,
         seed=seed,

@@ -16,7 +16,7 @@ from benchmarks.quality.any_organ_turns import turned
 from benchmarks.quality.transfer import halves
 
 from deformux.data.atomic_files import replacing, write_text
-from deformux.data.cases import Case, volume_id
+from deformux.data.cases import Case, Scan, volume_id
 from deformux.data.volume_reader import read_volume
 from deformux.interactive.simulated_annotator import dense_labels
 
@@ -51,6 +51,7 @@ class Organ:
         scans: images that a server would hold: all of ``train`` in ``split.json``, labelled or not; of several
             sequences the first.
         sequences: names of several sequences of each case; none for one.
+        unlabelled: the scans of ``train`` in ``split.json`` that are not trained on with their labels.
     """
 
     labels: tuple[str, ...]
@@ -58,6 +59,7 @@ class Organ:
     val: tuple[Case, ...]
     scans: tuple[Path, ...]
     sequences: tuple[str, ...] = ()
+    unlabelled: tuple[Scan, ...] = ()
 
 
 _HIPPOCAMPUS = ("anterior", "posterior")
@@ -113,6 +115,7 @@ def prepared_organ(organ: OrganSet, data: Path, work: Path, *, seed: int) -> Org
         val=tuple(cases[case] for case in split["val"]),
         scans=tuple(cases[case].image for case in split["train"]),
         sequences=tuple(_sequence(path) for path in of_first.images) if len(of_first.images) > 1 else (),
+        unlabelled=tuple(Scan(case, cases[case].images) for case in split["train"] if case not in chosen),
     )
 
 

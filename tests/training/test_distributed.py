@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.distributed import Ranks, joined
 from deformux.fitting.fit import Progress, TrainingError
@@ -126,6 +126,7 @@ def test_a_task_is_the_same_after_json(cases: list[Case], tmp_path: Path) -> Non
         ["ball", "box"],
         val_cases=cases[2:3],
         new=["c0"],
+        scans=[Scan("d", (tmp_path / "d_0000.nii", tmp_path / "d_0001.nii"))],
         seed=7,
         capture=False,
         compile_cache=tmp_path,

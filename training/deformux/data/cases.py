@@ -18,6 +18,7 @@ from deformux.data.volume_reader import VOLUME_SUFFIXES, volume_suffix
 __all__ = [
     "Case",
     "InvalidFolder",
+    "Scan",
     "find_cases",
     "find_images",
     "folder_naming",
@@ -71,6 +72,14 @@ class Case:
                 f"the labels are {', '.join(labels)}"
             )
         return np.array([name in self.annotated for name in labels])
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One volume without a label: its id, and its file or those of its sequences."""
+
+    id: str
+    images: tuple[Path, ...]
 
 
 def volume_id(path: Path) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from deformux.data.atomic_files import replacing
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.distributed import Ranks
 from deformux.fitting.recipe import Recipe
@@ -176,6 +176,7 @@ def fingerprint(
     prep: Preprocessing,
     labels: Sequence[str],
     seed: int,
+    scans: Sequence[Scan] = (),
 ) -> str:
     """Return a checksum of a training: its recipe, labels and first weights. Paths do not count."""
     digest = hashlib.sha256()
@@ -190,6 +191,7 @@ def fingerprint(
         "training": [(case.id, label_checksum(case)) for case in cases],
         "validation": [(case.id, label_checksum(case)) for case in val_cases],
         "new": sorted(new),
+        **({"scans": [scan.id for scan in scans]} if scans else {}),
     }
     digest.update(json.dumps(identity).encode())
     return digest.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from monai.utils import set_determinism
 from torch import nn
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.checkpoint import CheckpointFile, broadcast_checkpoint, fingerprint
@@ -25,6 +25,7 @@ from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.training_state import TrainingState
 from deformux.fitting.training_step import LossReader, TrainingStep
+from deformux.fitting.unlabelled import MeanTeacher, UnlabelledPatches, labelled_region, read_scans
 from deformux.inference.evaluate import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -33,6 +34,8 @@ __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", 
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
+# Changes the seed for patches of unlabelled scans: they must not follow those of labelled ones.
+_OTHERS = 0x07_4E25
 
 
 class TrainingError(RuntimeError):
@@ -82,6 +85,7 @@ def fit(
     labels: Sequence[str],
     val_cases: Sequence[Case] = (),
     new: Collection[str] = (),
+    scans: Sequence[Scan] = (),
     device: str | torch.device = "cpu",
     on_progress: Callable[[Progress], None] | None = None,
     seed: int = 0,
@@ -104,6 +108,7 @@ def fit(
         labels: names of labels 1..N.
         val_cases: volumes to validate on after each epoch; without any, the weights of the last step are kept.
         new: ids of the cases that are drawn ``recipe.oversampling`` times as often.
+        scans: volumes without a label, from which a training with ``recipe.unlabelled_scans`` learns too.
         device: where to compute.
         on_progress: called about once a second and after each epoch.
         seed: of every random choice; a training in float32 repeats bit for bit, bfloat16 gradients differ by rounding.
@@ -146,15 +151,35 @@ def fit(
     """
     _check(network, cases, labels, prep)
     prep = prep.with_dropout(recipe.sequence_dropout)
+    if not scans:
+        recipe = recipe.replace(unlabelled_scans=0)
     set_determinism(seed)
     try:
         saved = None
         if checkpoint is not None and ranks.is_writer:
-            run_id = fingerprint(network, cases, val_cases, new=new, recipe=recipe, prep=prep, labels=labels, seed=seed)
+            run_id = fingerprint(
+                network,
+                cases,
+                val_cases,
+                new=new,
+                scans=scans if recipe.unlabelled_scans else (),
+                recipe=recipe,
+                prep=prep,
+                labels=labels,
+                seed=seed,
+            )
             saved = CheckpointFile(checkpoint, run_id, checkpoint_seconds)
         patches = Patches(
             cases, new=new, recipe=recipe, prep=prep, labels=labels, device=device, ranks=ranks, store=store
         )
+        others = None
+        if recipe.unlabelled_scans:
+            region = labelled_region(patches)
+            volumes = read_scans(scans, region, recipe=recipe, prep=prep, seed=seed, stop=stop)
+            if volumes:
+                others = UnlabelledPatches(
+                    volumes, n_labels=len(labels), recipe=recipe, prep=prep, device=device, ranks=ranks
+                )
         with _on(device):
             ranks.broadcast(network.to(device))
             state = TrainingState(network, recipe)
@@ -169,6 +194,7 @@ def fit(
                     state,
                     take_step,
                     patches,
+                    others,
                     seed=seed,
                     ranks=ranks,
                     compile_once=_compile_once(take_step, state, recipe, prep, compile_cache, ranks),
@@ -192,6 +218,7 @@ def _train(
     state: TrainingState,
     take_step: TrainingStep,
     patches: Patches,
+    others: UnlabelledPatches | None,
     *,
     seed: int,
     ranks: Ranks,
@@ -204,12 +231,19 @@ def _train(
     """Take the steps that are left; raises TrainingStopped and TrainingError as ``fit``."""
     losses = LossReader(take_step.device)
     batches = iter(patches.loader(first_step=state.step, steps=state.steps, seed=seed))
+    other_batches: Iterator[Any] | None = None
     while not state.done:
         seed_everything(seed, state.step, ranks.rank)
         batch = next(batches)
+        other_batch = None
+        if others is not None and take_step.teacher is not None and take_step.teacher.takes_part(state.step + 1):
+            if other_batches is None:
+                loader = others.loader(first_step=state.step, steps=state.steps, seed=seed ^ _OTHERS)
+                other_batches = iter(loader)
+            other_batch = next(other_batches)
         state.step += 1
         # Gradients, clicks, clipping, optimizer and moving average.
-        loss = take_step(state.step, batch["image"], batch["label"], batch["annotated"])
+        loss = take_step(state.step, batch["image"], batch["label"], batch["annotated"], other_batch)
         state.end_step()
         state.count(losses.add(loss))
         if compile_once is not None:
@@ -307,6 +341,10 @@ def _training_step(
     capture: bool,
     ranks: Ranks,
 ) -> TrainingStep:
+    samples = recipe.batch_size // ranks.size
+    teacher = None
+    if recipe.unlabelled_scans and state.average is not None:
+        teacher = MeanTeacher(state.average, recipe, seed=seed, samples=samples)
     guided = recipe.clicks > 0 and getattr(network, "guidance_channels", 0) > 0
     return TrainingStep(
         network,
@@ -316,7 +354,8 @@ def _training_step(
         clicks=ClickTraining(network, recipe, seed=seed) if guided else None,
         device=torch.device(device),
         capture=capture,
-        samples=recipe.batch_size // ranks.size,
+        samples=samples,
+        teacher=teacher,
         combine=(lambda loss: ranks.average(network.parameters(), loss)) if ranks.size > 1 else None,
     )
 

@@ -7,11 +7,14 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.preprocessing import Preprocessing
+from deformux.data.transforms import inference_transforms, run_transforms
+from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.optimizer import make_average, make_optimizer
 from deformux.fitting.patches import Patches
@@ -33,6 +36,8 @@ _MEASURING_SHARE = 0.02
 _WARM_UP = {"cpu": 1, "cuda": 10}
 # Longest share of the time that validation takes; fewer epochs are validated where it would take more.
 _VALIDATION_SHARE = 0.15
+# Most of the time that reading scans without a label takes.
+_READING_SHARE = 0.1
 _STEPS_PER_EPOCH = 20
 # Below this a one-cycle schedule has no meaning.
 _FEWEST_STEPS = 10
@@ -47,6 +52,7 @@ def in_minutes(
     prep: Preprocessing,
     labels: Sequence[str],
     val_cases: Sequence[Case] = (),
+    scans: Sequence[Scan] = (),
     device: str | torch.device = "cpu",
 ) -> Recipe:
     """Return the recipe with as many steps and epochs as fit into a time on this machine, measured on a copy.
@@ -54,7 +60,8 @@ def in_minutes(
     Args:
         minutes: wall time of the training, with the time of this measurement.
         network: to be trained; it stays as it is.
-        cases, recipe, prep, labels, val_cases, device: as for ``fit``.
+        cases, recipe, prep, labels, val_cases, scans, device: as for ``fit``. Of ``scans`` it takes as many as are read
+            in a small part of the time.
 
     Raises:
         ValueError: ``minutes`` is not positive.
@@ -70,7 +77,8 @@ def in_minutes(
         before = time.monotonic()
         evaluate(trial.eval(), val_cases[:1], prep, n_labels=len(labels), labels=labels, device=device)
         validation = (time.monotonic() - before) * len(val_cases)
-    left = max(0.0, 60 * minutes - (time.monotonic() - started))
+    recipe, reading = _with_scans(recipe, scans, prep, 60 * minutes)
+    left = max(0.0, 60 * minutes - (time.monotonic() - started) - reading)
     one_step = step * _effort(recipe)
     epochs = max(1, min(recipe.epochs, int(left / one_step) // _STEPS_PER_EPOCH))
     if validation:
@@ -78,6 +86,26 @@ def in_minutes(
     steps = max(_FEWEST_STEPS, int((left - epochs * validation) / one_step))
     logger.info("A step takes %.2f s, so that %d steps fit into %g minutes", one_step, steps, minutes)
     return recipe.in_steps(steps, epochs=epochs)
+
+
+def _with_scans(recipe: Recipe, scans: Sequence[Scan], prep: Preprocessing, seconds: float) -> tuple[Recipe, float]:
+    """Return the recipe with as many unlabelled scans as are read in time, and the time for that."""
+    if not scans or not recipe.unlabelled_scans:
+        return recipe.replace(unlabelled_scans=0), 0.0
+    each = _seconds_of_a_scan(scans, prep)
+    number = min(len(scans), recipe.unlabelled_scans, int(_READING_SHARE * seconds / each))
+    logger.info("Of %d scans without a label, %d are learnt from", len(scans), number)
+    return recipe.replace(unlabelled_scans=number), number * each
+
+
+def _seconds_of_a_scan(scans: Sequence[Scan], prep: Preprocessing) -> float:
+    """Return the time to read the first scan that can be read, and those before it."""
+    before = time.monotonic()
+    for scan in scans:
+        with suppress(InvalidVolume):
+            run_transforms(inference_transforms(prep), {"image": scan.images})
+            break
+    return time.monotonic() - before
 
 
 def _effort(recipe: Recipe) -> float:
@@ -97,7 +125,8 @@ def _seconds_of_a_step(
 ) -> float:
     """Return the median time of drawing patches and a step without clicks."""
     warm_up, fewest = _WARM_UP[device.type], _FEWEST_MEASURED[device.type]
-    one = recipe.replace(steps=warm_up + _MOST_MEASURED, epochs=1, click_start=1.0)
+    # Unlabelled patches count as their share of a step.
+    one = recipe.replace(unlabelled_scans=0, steps=warm_up + _MOST_MEASURED, epochs=1, click_start=1.0)
     guided = one.clicks > 0 and network.guidance_channels > 0
     take_step = TrainingStep(
         network,

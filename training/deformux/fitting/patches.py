@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from deformux.fitting.distributed import ALONE, Ranks
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.stored_volumes import Volumes
 
-__all__ = ["Patches", "draw_order", "seed_everything"]
+__all__ = ["DrawnPatches", "Patches", "draw_order", "seed_everything"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def draw_order(cases: Sequence[str], new: Collection[str], *, oversampling: int,
     return [int(index) for index in np.concatenate([rng.permutation(deck) for _ in range(rounds)])[:draws]]
 
 
-class Patches:
-    """Training patches of labelled volumes, from one step of a training to its end.
+class DrawnPatches:
+    """Training patches of volumes, from one step of a training to its end.
 
     Preprocessed volumes stay in memory while they fit into ``recipe.cache_gb``. The others are kept in files, of which
     only the patches are read, up to ``recipe.disk_gb``; the rest is read again for each patch.
@@ -64,11 +64,13 @@ class Patches:
     equal part of a step's volumes.
 
     Args:
-        cases: volumes to draw from.
-        new: ids of the cases that are drawn more often.
+        ids: of the volumes.
+        files: dictionaries of ``image``, ``label`` and ``annotated`` of each, for ``load``.
+        load: transforms that preprocess a volume and bring its label to the network's grid.
+        new: ids of the volumes that are drawn more often.
         recipe: how patches are drawn and augmented.
         prep: how volumes become network input.
-        labels: names of labels 1..N.
+        n_labels: number of labels.
         device: where the network trains.
         workers: number of processes that draw; None for as many as cores and shared memory allow, and 0 on a CPU.
         ranks: this process among those that train together.
@@ -77,38 +79,31 @@ class Patches:
 
     def __init__(
         self,
-        cases: Sequence[Case],
+        ids: Sequence[str],
+        files: Sequence[Mapping[str, Any]],
+        load: Sequence[Transform],
         *,
         new: Collection[str],
         recipe: Recipe,
         prep: Preprocessing,
-        labels: Sequence[str],
+        n_labels: int,
         device: str | torch.device = "cpu",
         workers: int | None = None,
         ranks: Ranks = ALONE,
         store: Path | None = None,
     ) -> None:
+        self.ids = ids
         self.recipe = recipe
         self.ranks = ranks
         self.volumes = recipe.batch_size // recipe.patches_per_volume
         ranks.share(self.volumes, "batch_size / patches_per_volume")
-        self.cases = cases
         self.new = new
-        n_labels = len(labels)
-        files = [
-            {
-                "image": case.images,
-                "label": case.label,
-                "annotated": np.concatenate([[True], case.annotates(labels, n_labels)]),
-            }
-            for case in cases
-        ]
         device = torch.device(device)
         batch_bytes = 5 * recipe.batch_size * int(np.prod(prep.patch_size))
         self.workers = _workers(device, batch_bytes, ranks.local) if workers is None else workers
         self._pinned = device.type == "cuda" and self.workers > 0
         augmentation = training_augmentation(prep, recipe, device="cpu" if self.workers else device)
-        transforms: list[Transform] = [*labelled_transforms(prep, n_labels=n_labels), *augmentation]
+        transforms: list[Transform] = [*load, *augmentation]
         fixed = list(itertools.takewhile(lambda t: not isinstance(t, RandomizableTrait), transforms))
         # Only preprocessing a volume shows how much memory it takes: the first stands for all.
         first = CacheDataset(files[:1], fixed, cache_rate=1.0, progress=False)[0]
@@ -124,11 +119,16 @@ class Patches:
         if self.workers:
             logger.info("drawing patches in %d processes", self.workers)
 
+    def volume(self, index: int) -> Mapping[str, Any]:
+        """Return a volume as it is before anything random."""
+        return self._dataset.fixed(index)
+
     def loader(self, *, first_step: int, steps: int, seed: int) -> DataLoader:
         """Return batches for the steps ``first_step`` to ``steps`` - 1."""
-        ids = [case.id for case in self.cases]
         draws = steps * self.volumes
-        order = draw_order(ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps))
+        order = draw_order(
+            self.ids, self.new, oversampling=self.recipe.oversampling, draws=draws, seed=_mixed(seed, steps)
+        )
         processes: dict[str, Any] = {}
         if self.workers:
             # Forked, they share the volumes in memory.
@@ -144,6 +144,29 @@ class Patches:
             pin_memory=self._pinned,
             **processes,
         )
+
+
+class Patches(DrawnPatches):
+    """Training patches of labelled volumes.
+
+    Args:
+        cases: volumes to draw from.
+        labels: names of labels 1..N.
+        options: the other arguments of ``DrawnPatches``.
+    """
+
+    def __init__(self, cases: Sequence[Case], *, prep: Preprocessing, labels: Sequence[str], **options: Any) -> None:
+        n_labels = len(labels)
+        files = [
+            {
+                "image": case.images,
+                "label": case.label,
+                "annotated": np.concatenate([[True], case.annotates(labels, n_labels)]),
+            }
+            for case in cases
+        ]
+        load = labelled_transforms(prep, n_labels=n_labels)
+        super().__init__([case.id for case in cases], files, load, prep=prep, n_labels=n_labels, **options)
 
 
 class _Batches(torch.utils.data.Dataset):

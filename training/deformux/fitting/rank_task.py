@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.recipe import Recipe
 from deformux.networks.deformux_net import DeformUXNet
@@ -25,7 +25,7 @@ class RankTask:
 
     Args:
         network: arguments of ``DeformUXNet``.
-        cases, recipe, prep, labels, val_cases, new, seed, capture, compile_cache, store: as for ``fit``.
+        cases, recipe, prep, labels, val_cases, new, scans, seed, capture, compile_cache, store: as for ``fit``.
         can_stop: whether one of the processes is asked to stop after each step.
     """
 
@@ -36,6 +36,7 @@ class RankTask:
     labels: Sequence[str]
     val_cases: Sequence[Case] = ()
     new: Collection[str] = ()
+    scans: Sequence[Scan] = ()
     seed: int = 0
     capture: bool = True
     compile_cache: Path | None = None
@@ -57,6 +58,7 @@ class RankTask:
             "labels": list(self.labels),
             "val_cases": [_case_to_dict(case) for case in self.val_cases],
             "new": sorted(self.new),
+            "scans": [(scan.id, list(map(str, scan.images))) for scan in self.scans],
             "compile_cache": None if self.compile_cache is None else str(self.compile_cache),
             "store": None if self.store is None else str(self.store),
         }
@@ -72,6 +74,7 @@ class RankTask:
             "recipe": Recipe.from_dict(values["recipe"]),
             "prep": Preprocessing.from_dict(values["prep"]),
             "val_cases": [_case_from_dict(case) for case in values["val_cases"]],
+            "scans": [Scan(name, tuple(map(Path, images))) for name, images in values["scans"]],
             "compile_cache": None if cache is None else Path(cache),
             "store": None if store is None else Path(store),
         }

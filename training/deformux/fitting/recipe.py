@@ -11,6 +11,9 @@ from typing import Any
 __all__ = ["RECIPES", "Recipe"]
 
 _DISK_GB = 100.0
+_OF_UNLABELLED = ("unlabelled_scans", "unlabelled_start", "unlabelled_confidence")
+# Time that unlabelled patches add to a step, in ordinary steps: they are drawn, and pass the network forward.
+_EFFORT_OF_UNLABELLED = 0.45
 SCHEDULES = ("plateau", "one_cycle", "cosine", "constant")
 
 
@@ -56,6 +59,10 @@ class Recipe:
         click_probability: share of the steps with clicks, once there are any. Such a step takes about twice as long.
         click_start: share of the training before the first clicks, since a network must find something before it can
             err.
+        unlabelled_scans: largest number of scans without a label to learn from, where there are any; 0 for none.
+        unlabelled_start: share of the training before unlabelled scans take part: what labels them must have learnt
+            something.
+        unlabelled_confidence: probability from which on a voxel's own answer counts as its label.
         mixed_precision: bfloat16 if the device has it.
         cache_gb: memory for preprocessed volumes.
         disk_gb: files for those that do not fit into memory; the rest is read again each time.
@@ -99,6 +106,9 @@ class Recipe:
     # training instead of half, the demo's first round of 120 steps gave Dice 0.847 without clicks instead of 0.855.
     click_probability: float = 0.3
     click_start: float = 0.5
+    unlabelled_scans: int = 0
+    unlabelled_start: float = 0.4
+    unlabelled_confidence: float = 0.8
     mixed_precision: bool = True
     cache_gb: float = 4.0
     disk_gb: float = _DISK_GB
@@ -124,7 +134,11 @@ class Recipe:
             raise ValueError(f"foreground_ratio must be between 0 and 1; got {self.foreground_ratio}")
         if not isinstance(self.clicks, int) or not 0 <= self.clicks <= 100:
             raise ValueError(f"clicks must be a whole number from 0 to 100; got {self.clicks!r}")
-        for name in ("sequence_dropout", "click_probability", "click_start"):
+        if not isinstance(self.unlabelled_scans, int) or self.unlabelled_scans < 0:
+            raise ValueError(f"unlabelled_scans must be a whole number of at least 0; got {self.unlabelled_scans!r}")
+        if self.unlabelled_scans and self.ema_decay is None:
+            raise ValueError("unlabelled_scans needs ema_decay: the moving average labels them")
+        for name in ("sequence_dropout", "click_probability", "click_start", *_OF_UNLABELLED[1:]):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1; got {getattr(self, name)}")
         if not isinstance(self.flip_axes, tuple) or not set(self.flip_axes) <= {0, 1, 2}:
@@ -155,7 +169,8 @@ class Recipe:
     def effort(self, step: int) -> float:
         """Return the time of a training with guidance up to a step, in ordinary steps."""
         with_clicks = max(0.0, step - self.click_start * self.steps) if self.clicks else 0.0
-        return step + self.click_probability * with_clicks
+        with_scans = max(0.0, step - self.unlabelled_start * self.steps) if self.unlabelled_scans else 0.0
+        return step + self.click_probability * with_clicks + _EFFORT_OF_UNLABELLED * with_scans
 
     def in_steps(self, steps: int, *, epochs: int) -> Recipe:
         """Return this recipe with other steps and epochs (at least one), averaging over a tenth of the steps."""
@@ -167,6 +182,7 @@ class Recipe:
         values = dataclasses.asdict(self)
         # Unchanged since before there were clicks, frames and sequences: this identifies checkpoints and simulations.
         unused = [] if self.clicks else ["clicks", "click_probability", "click_start"]
+        unused += [] if self.unlabelled_scans else _OF_UNLABELLED
         unused += [
             name
             for name in ("voxel_aspect", "unlabelled_border", "sequence_dropout", "disk_gb")

@@ -51,6 +51,12 @@ class Volumes(CacheDataset):
         super().__init__(files, [*fixed, *random], cache_num=keep, num_workers=1, progress=False)
         self._n_fixed, self._store = len(fixed), store
 
+    def fixed(self, index: int) -> Any:
+        """Return a volume as it is before the first random transform."""
+        if index < self.cache_num:
+            return self._cache[index]
+        return self.transform(copy(self.data[index]), end=self._n_fixed)
+
     def _transform(self, index: int) -> Any:
         if self._store is None or index % len(self) < self.cache_num:
             return super()._transform(index)

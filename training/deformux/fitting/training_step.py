@@ -8,7 +8,7 @@ fused kernel takes by value. It is one launch for many tensors, queued while the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.optimizer import MixedPrecision
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.sample_parallel import SampleThreads
+from deformux.fitting.unlabelled import MeanTeacher
 from deformux.networks.cuda_graphs import CapturedCall, CaptureFailed
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -45,6 +46,7 @@ class TrainingStep:
         samples: number of patches in a batch, which get a thread each on a CPU.
         combine: called with the loss when the gradients of a batch are complete, before they are clipped; returns the
             loss to report.
+        teacher: labels unlabelled patches, or None.
     """
 
     def __init__(
@@ -59,9 +61,10 @@ class TrainingStep:
         capture: bool = True,
         samples: int = 1,
         combine: Callable[[Tensor], Tensor] | None = None,
+        teacher: MeanTeacher | None = None,
     ) -> None:
         self.network, self.optimizer, self.average, self.recipe = network, optimizer, average, recipe
-        self.clicks, self.device, self.combine = clicks, device, combine
+        self.clicks, self.device, self.combine, self.teacher = clicks, device, combine, teacher
         self.compiled = False
         self._loss = PartialDiceCELoss()
         self._with_clicks = self._without_clicks = _in_training(network, recipe, device, samples)
@@ -78,7 +81,14 @@ class TrainingStep:
         self._guidance = [p for name, p in network.named_parameters() if name.endswith(".guidance")]
         self._guidance_gradients: list[Tensor] = []
 
-    def __call__(self, step: int, image: Tensor, label: Tensor, annotated: Tensor) -> Tensor:
+    def __call__(
+        self,
+        step: int,
+        image: Tensor,
+        label: Tensor,
+        annotated: Tensor,
+        others: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Take one step; return the loss of the batch before it, a scalar on the device.
 
         Args:
@@ -86,11 +96,17 @@ class TrainingStep:
             image: ``(N, channels, D, H, W)``.
             label: ``(N, 1, D, H, W)``, 255 where unlabelled.
             annotated: ``(N, classes)``, on the CPU.
+            others: patches without a label, for the teacher: ``image`` and ``label``, which is 255 beyond their scans.
         """
         self.network.train()
         with_clicks = self.clicks is not None and self.clicks.takes_part(step)
         some = () if bool(annotated.all()) else (annotated,)
         batch = tuple(tensor.to(self.device, non_blocking=True) for tensor in (image, label, *some))
+        if others is not None:
+            assert self.teacher is not None
+            beside, beyond = (others[name].to(self.device, non_blocking=True) for name in ("image", "label"))
+            mixed, answers, label = self.teacher.mixed(step, batch[0], batch[1], annotated, beside, beyond)
+            batch = (mixed, answers, *batch[2:])
         clip_at_once = self.combine is None and not with_clicks
         loss, logits, key = self._gradients(batch, clip_at_once)
         if with_clicks:

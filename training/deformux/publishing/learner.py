@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.planning import Plan
 from deformux.data.preprocessing import Preprocessing
 from deformux.fitting.checkpoint import label_checksum
@@ -76,6 +76,7 @@ class Learner:
         cases: Sequence[Case],
         options: Round | None = None,
         *,
+        scans: Sequence[Scan] = (),
         on_progress: Callable[[Progress], None] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> Outcome:
@@ -84,6 +85,8 @@ class Learner:
         Args:
             cases: every labelled volume of the project.
             options: how this round is trained.
+            scans: other volumes of the project, from which a recipe with ``unlabelled_scans`` learns too: those that
+                neither validate nor will, by their ids.
             on_progress, stop: as for ``fit``.
 
         Raises:
@@ -93,7 +96,7 @@ class Learner:
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(self.root / "training.lock").acquire(blocking=False):
-                return self._learn(cases, options or Round(), on_progress, stop)
+                return self._learn(cases, options or Round(), scans, on_progress, stop)
         except Timeout as error:
             raise TrainingError("another training of this project is running; wait for it, or stop it") from error
 
@@ -101,6 +104,7 @@ class Learner:
         self,
         cases: Sequence[Case],
         options: Round,
+        scans: Sequence[Scan],
         on_progress: Callable[[Progress], None] | None,
         stop: Callable[[], bool] | None,
     ) -> Outcome:
@@ -111,6 +115,7 @@ class Learner:
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
         run_id = self.round_folder.begin({**plan.identity(options), "given": self.planner.given()})
+        plan = dataclasses.replace(plan, scans=self._unlabelled(scans, cases))
         trainings = [self.trainings.prepared(plan, options, part, stop) for part in range(len(plan.recipes))]
         trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
@@ -176,6 +181,15 @@ class Learner:
             last_from_scratch=last,
             seed=options.seed,
         )
+
+    def _unlabelled(self, scans: Sequence[Scan], cases: Sequence[Case]) -> tuple[Scan, ...]:
+        """Return the scans to learn from without a label; the same as before where a round is resumed."""
+        labelled = {case.id for case in cases}
+        usable = {
+            scan.id: scan for scan in scans if scan.id not in labelled and not self.assignment.may_validate(scan.id)
+        }
+        kept = self.round_folder.kept("scans", lambda: {"ids": sorted(usable)})
+        return tuple(usable[name] for name in kept["ids"] if name in usable)
 
     def _start(self, options: Round) -> tuple[str | None, Path | None]:
         """Return name and file of the weights to start from; None if there are none, or of another architecture."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.label_quality import LabelFacts
 from deformux.fitting.fit import Progress
 from deformux.fitting.recipe import RECIPES, Recipe
@@ -66,6 +66,7 @@ class RoundPlan:
         recipes: of the training, and of a second one from scratch if the labels have doubled since the last.
         last_from_scratch: number of training cases of the last training from scratch; 0 if there was none.
         seed: of every random choice.
+        scans: volumes without a label to learn from.
     """
 
     training: tuple[Case, ...]
@@ -79,6 +80,7 @@ class RoundPlan:
     recipes: tuple[Recipe, ...]
     last_from_scratch: int
     seed: int
+    scans: tuple[Scan, ...] = ()
 
     @property
     def training_labels(self) -> dict[str, str]:

@@ -109,6 +109,7 @@ class RoundTrainings:
                 prep=chosen.preprocessing,
                 labels=self.labels,
                 val_cases=plan.validation,
+                scans=plan.scans,
                 device=options.device,
             ).to_dict(),
         )
@@ -136,6 +137,7 @@ class RoundTrainings:
             labels=self.labels,
             val_cases=plan.validation,
             new=plan.new if training.parent else (),
+            scans=plan.scans,
             memory_share=options.memory_share,
             on_progress=round_progress(on_progress, [each.recipe for each in trainings], part),
             seed=plan.seed,

@@ -64,6 +64,11 @@ class Assignment:
             if new:
                 write_kept_twice(self.path, {"cases": sides}, indent=1)
 
+    def may_validate(self, case_id: str) -> bool:
+        """Return whether a case validates, or would by the hash of its id once it is labelled."""
+        side = self._read().get(case_id)
+        return _hash(case_id) % _VALIDATION_SHARE == 0 if side is None else side == "validation"
+
     def validates(self, case_id: str) -> bool:
         """Return whether a case validates; raise KeyError for one that was never assigned."""
         return self._read()[case_id] == "validation"

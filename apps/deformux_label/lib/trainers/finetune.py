@@ -19,7 +19,7 @@ from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 from monailabel.interfaces.tasks.train import TrainTask
 from monailabel.utils.others.generic import device_list
 
-from deformux.data.cases import Case
+from deformux.data.cases import Case, Scan
 from deformux.data.choices import AUTO
 from deformux.data.planning import default_minutes
 from deformux.data.sequences import first_present
@@ -105,7 +105,11 @@ class FineTune(TrainTask):
         try:
             with _stop_on_sigterm() as stop:
                 outcome = self.learner.learn(
-                    self.cases(datastore), self._round(recipe, asked), on_progress=self._report, stop=stop.is_set
+                    self.cases(datastore),
+                    self._round(recipe, asked),
+                    scans=_unlabelled(datastore),
+                    on_progress=self._report,
+                    stop=stop.is_set,
                 )
         except TrainingStopped as error:
             self.status.update(now=True, status="stopped", error=f"{error}; no model was published")
@@ -215,6 +219,14 @@ class FineTune(TrainTask):
             best_metric=_share(progress.best_dice),
             eta_seconds=_finite(progress.eta_s),
         )
+
+
+def _unlabelled(datastore: Datastore) -> list[Scan]:
+    """Return the volumes without a submitted label."""
+    labelled = set(datastore.get_labeled_images())
+    return [
+        Scan(image, image_files(datastore, image)) for image in sorted(datastore.list_images()) if image not in labelled
+    ]
 
 
 def _recipe(asked: TrainingRequest) -> Recipe:
