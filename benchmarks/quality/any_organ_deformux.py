@@ -60,7 +60,7 @@ def train_deformux(
     trial = settings.recipe.in_steps(warm_up + timed, epochs=1).replace(click_start=1.0)
     tell("timing steps", 0.0)
     _fit(settings, cases, labels, trial, seed, device, clock, scans=())
-    pace = float(clock.seconds()[warm_up - 1 :].mean())
+    pace = float(clock.seconds(warm_up + timed)[warm_up - 1 :].mean())
     whole = settings.recipe.in_steps(1000, epochs=1)
     steps = max(_FEWEST_STEPS, int(seconds / pace * whole.steps / whole.effort(whole.steps)))
     recipe = settings.recipe.in_steps(steps, epochs=_EPOCHS)
@@ -71,7 +71,7 @@ def train_deformux(
     clock = _StepClock()
     network = _fit(settings, cases, labels, recipe, seed, device, clock, show, scans=scans)
     # From the end of the first step, to which its share is added: before it the volumes are read.
-    own = clock.seconds()
+    own = clock.seconds(steps)
     return Trained(network, steps, float(own.sum() * steps / (steps - 1)))
 
 
@@ -95,9 +95,9 @@ class _StepClock:
         self.times.append(time.monotonic())
         return False
 
-    def seconds(self) -> np.ndarray:
-        """Return the seconds of each step but the first."""
-        return np.diff(self.times)
+    def seconds(self, steps: int) -> np.ndarray:
+        """Return the seconds of each of the last steps but the first of them: before, volumes are read."""
+        return np.diff(self.times[-steps:])
 
 
 def _fit(

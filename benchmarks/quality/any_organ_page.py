@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.common.plots import figure
 from benchmarks.common.report import Section, bullets, markdown_table
 from benchmarks.common.trial_report import spread
-from benchmarks.quality.any_organ_contenders import ABLATIONS, MAIN_CONTENDERS, PLAN
+from benchmarks.quality.any_organ_contenders import ABLATIONS, MAIN_CONTENDERS, PLAN, UNLABELLED
 from benchmarks.quality.any_organ_records import OrganRecord, OrganRun
 from benchmarks.quality.any_organ_sets import ORGAN_SETS, TURNED_SETS
 from matplotlib.figure import Figure
@@ -31,6 +31,8 @@ _NOTES = (
     "- `fixed`: the defaults of `make demo` before there was a plan, which took the first of several sequences; the "
     "recipe of both holds steps with clicks",
     "- `plan`: nothing set by hand; `plan-without-…`: one part replaced by that of `fixed`; = where both are the same",
+    f"- `{UNLABELLED}`: the plan, which also learns from those scans of `train` that are not trained on with their "
+    "labels",
     "- `dynunet`: MONAI's DynUNet with strides, kernels, spacing and patch by nnU-Net's published rules, except that a "
     "step has at most the voxels of the plan's step instead of a GPU's memory; nnU-Net's augmentation with MONAI's "
     "transforms, oversampling, deep supervision, SGD with its polynomial rate over the minutes; `dynunet-adamw` with "
@@ -72,6 +74,7 @@ def any_organ_section(records: Mapping[str, OrganRecord], runs: Sequence[OrganRu
             tuple(ORGAN_SETS),
             lambda own: _mean(own, "surface_dice"),
         ),
+        *_with_unlabelled(groups),
         *_parts(groups),
         *_turned(groups),
         *_table("Steps and seconds of training", groups, MAIN_CONTENDERS, tuple(ORGAN_SETS), _cost),
@@ -164,6 +167,15 @@ def _ranks(groups: Groups) -> list[str]:
         f"least 0.10 on {sum(a >= b + 0.1 for a, b in gained)}.",
         "",
     ]
+
+
+def _with_unlabelled(groups: Groups) -> list[str]:
+    """Return a table of the plan with and without the scans that have no label, and what those took and gave."""
+    sets = tuple(organ for organ in ORGAN_SETS if (organ, UNLABELLED) in groups)
+    if not sets:
+        return []
+    title = "Mean Dice without and with the scans that have no label"
+    return _table(title, groups, (PLAN, UNLABELLED), sets, lambda own: f"{_mean(own, 'dice')} ({_cost(own)})")
 
 
 def _parts(groups: Groups) -> list[str]:
