@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from deformux.fitting.patches import Patches, seed_everything
 from deformux.fitting.recipe import Recipe
 from deformux.fitting.training_state import TrainingState
 from deformux.fitting.training_step import LossReader, TrainingStep
-from deformux.fitting.unlabelled import MeanTeacher, UnlabelledPatches, labelled_region, read_scans
+from deformux.fitting.unlabelled import MeanTeacher, UnlabelledPatches, labelled_region, read_scans, unlabelled_batches
 from deformux.inference.evaluate import evaluate
 from deformux.networks.deformux_net import DeformUXNet
 
@@ -34,8 +34,6 @@ __all__ = ["Case", "FitResult", "Progress", "TrainingError", "TrainingStopped", 
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 1.0
-# Changes the seed for patches of unlabelled scans: they must not follow those of labelled ones.
-_OTHERS = 0x07_4E25
 
 
 class TrainingError(RuntimeError):
@@ -231,19 +229,14 @@ def _train(
     """Take the steps that are left; raises TrainingStopped and TrainingError as ``fit``."""
     losses = LossReader(take_step.device)
     batches = iter(patches.loader(first_step=state.step, steps=state.steps, seed=seed))
-    other_batches: Iterator[Any] | None = None
+    beside = unlabelled_batches(others, take_step.teacher, first_step=state.step, steps=state.steps, seed=seed)
     while not state.done:
         seed_everything(seed, state.step, ranks.rank)
         batch = next(batches)
-        other_batch = None
-        if others is not None and take_step.teacher is not None and take_step.teacher.takes_part(state.step + 1):
-            if other_batches is None:
-                loader = others.loader(first_step=state.step, steps=state.steps, seed=seed ^ _OTHERS)
-                other_batches = iter(loader)
-            other_batch = next(other_batches)
+        unlabelled = next(beside)
         state.step += 1
         # Gradients, clicks, clipping, optimizer and moving average.
-        loss = take_step(state.step, batch["image"], batch["label"], batch["annotated"], other_batch)
+        loss = take_step(state.step, batch["image"], batch["label"], batch["annotated"], unlabelled)
         state.end_step()
         state.count(losses.add(loss))
         if compile_once is not None:

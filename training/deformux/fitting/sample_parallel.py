@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SampleThreads"]
+from deformux.networks.deformux_net import DeformUXNet
+
+__all__ = ["SampleThreads", "sample_workers"]
+
+
+def sample_workers(network: nn.Module, device: torch.device, samples: int) -> int:
+    """Return the number of threads that share a batch of a network; 1 where it is computed as a whole."""
+    # In other networks samples may depend on their batch, as with batch normalisation.
+    if device.type != "cpu" or not isinstance(network, DeformUXNet):
+        return 1
+    return min(samples, torch.get_num_threads())
 
 
 class SampleThreads(nn.Module):

@@ -20,10 +20,9 @@ from deformux.fitting.click_steps import ClickTraining
 from deformux.fitting.losses import PartialDiceCELoss
 from deformux.fitting.optimizer import MixedPrecision
 from deformux.fitting.recipe import Recipe
-from deformux.fitting.sample_parallel import SampleThreads
+from deformux.fitting.sample_parallel import SampleThreads, sample_workers
 from deformux.fitting.unlabelled import MeanTeacher
 from deformux.networks.cuda_graphs import CapturedCall, CaptureFailed
-from deformux.networks.deformux_net import DeformUXNet
 
 __all__ = ["LossReader", "TrainingStep"]
 
@@ -275,8 +274,5 @@ class LossReader:
 
 def _in_training(network: nn.Module, recipe: Recipe, device: torch.device, samples: int) -> nn.Module:
     mixed: nn.Module = MixedPrecision(network, recipe.mixed_precision)
-    workers = min(samples, torch.get_num_threads())
-    # In other networks samples may depend on their batch, as with batch normalisation.
-    if device.type == "cpu" and workers > 1 and isinstance(network, DeformUXNet):
-        return SampleThreads(mixed, workers)
-    return mixed
+    workers = sample_workers(network, device, samples)
+    return SampleThreads(mixed, workers) if workers > 1 else mixed

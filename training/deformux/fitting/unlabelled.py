@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,10 +27,9 @@ from deformux.data.volume_reader import InvalidVolume
 from deformux.fitting.optimizer import MixedPrecision
 from deformux.fitting.patches import DrawnPatches, Patches
 from deformux.fitting.recipe import Recipe
-from deformux.fitting.sample_parallel import SampleThreads
-from deformux.networks.deformux_net import DeformUXNet
+from deformux.fitting.sample_parallel import SampleThreads, sample_workers
 
-__all__ = ["MeanTeacher", "UnlabelledPatches", "labelled_region", "read_scans"]
+__all__ = ["MeanTeacher", "UnlabelledPatches", "labelled_region", "read_scans", "unlabelled_batches"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ logger = logging.getLogger(__name__)
 _BOX_SIDE = 2 / 3
 # Separates these random numbers from others of the same step.
 _STREAM = 0xC0B4
+# Changes the seed for patches of unlabelled scans: they must not follow those of labelled ones.
+_OTHERS = 0x07_4E25
 # Labelled volumes that say where labels can be.
 _REGION_VOLUMES = 8
 # Memory for unlabelled volumes, relative to that for labelled ones; a voxel has maps of where patches can be centred.
@@ -151,10 +152,8 @@ class MeanTeacher:
         self.recipe, self.seed = recipe, seed
         self._module = average.module
         self._network: nn.Module = MixedPrecision(average.module, recipe.mixed_precision)
-        workers = min(samples, torch.get_num_threads())
-        device = next(average.parameters()).device
-        parallel = device.type == "cpu" and workers > 1 and isinstance(average.module, DeformUXNet)
-        self._threads = SampleThreads(self._network, workers) if parallel else None
+        workers = sample_workers(average.module, next(average.parameters()).device, samples)
+        self._threads = SampleThreads(self._network, workers) if workers > 1 else None
 
     def takes_part(self, step: int) -> bool:
         """Return whether a step, counted from 1, learns from unlabelled patches."""
@@ -224,3 +223,17 @@ class MeanTeacher:
         x, y, z = (slice(start, start + own) for start, own in zip(starts, sides, strict=True))
         box[0, 0, x, y, z] = True
         return box
+
+
+def unlabelled_batches(
+    patches: UnlabelledPatches | None, teacher: MeanTeacher | None, *, first_step: int, steps: int, seed: int
+) -> Iterator[Mapping[str, Tensor] | None]:
+    """Yield the unlabelled patches of each step from ``first_step`` on; None for a step that learns from none."""
+    batches: Iterator[Mapping[str, Tensor]] | None = None
+    for step in range(first_step, steps):
+        if patches is None or teacher is None or not teacher.takes_part(step + 1):
+            yield None
+            continue
+        if batches is None:
+            batches = iter(patches.loader(first_step=step, steps=steps, seed=seed ^ _OTHERS))
+        yield next(batches)

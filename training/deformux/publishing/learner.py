@@ -115,7 +115,8 @@ class Learner:
         if interrupted is not None and interrupted.card.training_labels == plan.training_labels:
             return interrupted
         run_id = self.round_folder.begin({**plan.identity(options), "given": self.planner.given()})
-        plan = dataclasses.replace(plan, scans=self._unlabelled(scans, cases))
+        if any(recipe.unlabelled_scans for recipe in plan.recipes):
+            plan = dataclasses.replace(plan, scans=self._unlabelled(scans, cases))
         trainings = [self.trainings.prepared(plan, options, part, stop) for part in range(len(plan.recipes))]
         trained = self._train(trainings, plan, options, on_progress, stop)
         decision = self._compare(trained.result.per_case, plan, options)
@@ -184,10 +185,8 @@ class Learner:
 
     def _unlabelled(self, scans: Sequence[Scan], cases: Sequence[Case]) -> tuple[Scan, ...]:
         """Return the scans to learn from without a label; the same as before where a round is resumed."""
-        labelled = {case.id for case in cases}
-        usable = {
-            scan.id: scan for scan in scans if scan.id not in labelled and not self.assignment.may_validate(scan.id)
-        }
+        others = {case.id for case in cases} | self.assignment.may_validate(scan.id for scan in scans)
+        usable = {scan.id: scan for scan in scans if scan.id not in others}
         kept = self.round_folder.kept("scans", lambda: {"ids": sorted(usable)})
         return tuple(usable[name] for name in kept["ids"] if name in usable)
 

@@ -64,10 +64,11 @@ class Assignment:
             if new:
                 write_kept_twice(self.path, {"cases": sides}, indent=1)
 
-    def may_validate(self, case_id: str) -> bool:
-        """Return whether a case validates, or would by the hash of its id once it is labelled."""
-        side = self._read().get(case_id)
-        return _hash(case_id) % _VALIDATION_SHARE == 0 if side is None else side == "validation"
+    def may_validate(self, case_ids: Iterable[str]) -> set[str]:
+        """Return which of some cases validate, or would by the hash of their ids once they are labelled."""
+        sides = self._read()
+        by_hash = {case: "validation" for case in case_ids if _hash(case) % _VALIDATION_SHARE == 0}
+        return {case for case, side in {**by_hash, **sides}.items() if side == "validation"}
 
     def validates(self, case_id: str) -> bool:
         """Return whether a case validates; raise KeyError for one that was never assigned."""
