@@ -138,6 +138,13 @@ def test_only_one_file_imports_cupy_and_only_the_cpu_backend_numba(repository: P
         assert not {"numba", "llvmlite"} & names or file.name == "cpu.py" or file.name.startswith("_cpu_")
 
 
+def test_the_network_and_the_app_use_numba_in_one_file(repository: Path) -> None:
+    """Everything else works, more slowly, where an installed Numba is broken."""
+    files = [file for package in ("deformux", "deformux_label") for file in files_of(repository, package)]
+    assert [file.name for file in files if "numba" in imports_of(file)] == ["label_interpolation.py"]
+    assert not [file for file in files if "from deformux.data.label_interpolation" in file.read_text()]
+
+
 def test_nothing_imports_the_app_by_another_name(repository: Path) -> None:
     """A module that is imported as ``lib.x`` and as ``deformux_label.lib.x`` exists twice."""
     for package in PACKAGES:

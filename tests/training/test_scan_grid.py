@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -93,6 +96,26 @@ def test_without_the_other_voxels_what_they_touch_alone_is_not_interpolated() ->
     fast = [grid.labels(values, among=changed) for values in (before, after)]
     assert torch.equal(fast[1] != fast[0], differs)
     assert torch.equal(fast[1][differs], grid.labels(after)[differs])
+
+
+def test_labels_are_the_same_without_numba() -> None:
+    code = """
+import sys
+if sys.argv[1] == "broken":
+    sys.modules["numba"] = None
+import numpy as np, torch
+from tests.training.test_scan_grid import scan_grid
+grid = scan_grid("turned")
+logits = torch.from_numpy(np.random.default_rng(4).normal(size=(4, *grid.network_size)).astype(np.float32))
+sys.stdout.buffer.write(grid.labels(logits).numpy().tobytes())
+assert bool(sys.modules.get("numba")) == (sys.argv[1] == "works")
+"""
+    works, broken = (
+        subprocess.run([sys.executable, "-c", code, how], capture_output=True, check=True).stdout
+        for how in ("works", "broken")
+    )
+    assert len(set(works)) == 4
+    assert works == broken
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (1, 4, 3), (4, 3), (4, 1, 1)])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeAlias
+from functools import cache, cached_property
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,6 @@ Logits: TypeAlias = npt.NDArray[np.float32]
 
 # Coordinates for a whole volume would take three float32 per voxel and class: work in slabs.
 _SLAB_VOXELS = 1_000_000
-# Values that are interpolated at a time between voxels of different classes.
-_EDGE_VALUES = 2**18
 # Grids are the same if their voxels lie less than this part of a voxel apart.
 _SAME_VOXEL = 1e-3
 
@@ -220,46 +218,29 @@ class ScanGrid:
         network's spacing. ``among`` are the voxels ``(x, y, z)`` of which the effect is wanted: on a CPU, what lies
         between others only is not interpolated, but has the class of one of them.
         """
-        if logits.is_cuda or self._own_axes is None or self._same_voxels(logits, origin) is not None:
+        kernel = None if logits.is_cuda or self._own_axes is None else _label_kernel()
+        if kernel is None or self._own_axes is None or self._same_voxels(logits, origin) is not None:
             return self.interpolate(logits, highest, box=box, origin=origin)
-        return self._labels_at_edges(logits, self._own_axes, box or ((0, 0, 0), self.size), origin, among)
+        return self._labels_at_edges(kernel, self._own_axes, logits, box or ((0, 0, 0), self.size), origin, among)
 
     def _labels_at_edges(
         self,
-        logits: Tensor,
+        kernel: Callable[..., None],
         own: Sequence[int],
+        logits: Tensor,
         box: Box,
         origin: Sequence[int],
         among: npt.NDArray[np.bool_] | None,
     ) -> Tensor:
-        """Interpolate only between voxels of different classes: between equal ones every mean has the same class."""
         source = logits.float().permute(0, *(axis + 1 for axis in own))
         # Plane by plane: the indices of a whole slab take eight bytes each.
-        classes = torch.stack([highest(plane).to(torch.uint8) for plane in source.unbind(1)])
-        differ = _over_corners(classes, torch.minimum) != _over_corners(classes, torch.maximum)
-        if among is not None:
-            differ &= _over_corners(torch.from_numpy(among).permute(*own), torch.logical_or)
-        first, second, third = self._places(own, box, origin, classes.shape)
-        rows, columns = torch.from_numpy(second.below), torch.from_numpy(third.below)
-        found = torch.empty([b - a for a, b in zip(*box, strict=True)], dtype=torch.uint8)
-        # Planes of the file between the same two of the network follow one another.
-        edges = [0, *(np.flatnonzero(np.diff(first.below)) + 1), len(first.below)]
-        for start, stop in itertools.pairwise(edges):
-            plane = int(first.below[start])
-            found[start:stop] = classes[plane].index_select(0, rows).index_select(1, columns)
-            mixed = differ[plane].index_select(0, rows).index_select(1, columns)
-            lines = np.flatnonzero(mixed.numpy())
-            step = max(1, _EDGE_VALUES // (len(logits) * (stop - start)))
-            pair = source[:, plane : plane + 2]
-            flat = found[start:stop].view(stop - start, -1)
-            for at in range(0, len(lines), step):
-                some = lines[at : at + step]
-                # One plane only at the end of a volume, where there is no next.
-                ends = _at_lines(pair, second, third, some)
-                share = torch.from_numpy(first.share[start:stop])[:, None]
-                values = torch.lerp(ends[:, :1], ends[:, -1:], share)
-                flat[:, torch.from_numpy(some)] = highest(values).to(torch.uint8)
-        return found
+        classes = torch.stack([highest(plane).to(torch.uint8) for plane in source.unbind(1)]).numpy()
+        wanted = np.broadcast_to(np.True_, classes.shape) if among is None else among.transpose(own)
+        places = self._places(own, box, origin, classes.shape)
+        below, share = tuple(place.below for place in places), tuple(place.share for place in places)
+        found = np.empty([b - a for a, b in zip(*box, strict=True)], dtype=np.uint8)
+        kernel(source.numpy(), classes, wanted, below, share, found)
+        return torch.from_numpy(found)
 
 
 @dataclass(frozen=True)
@@ -277,29 +258,14 @@ class _Places:
         return low.lerp_(values.index_select(axis, (index + 1).clamp(max=values.shape[axis] - 1)), share)
 
 
-def _over_corners(values: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Combine each of values ``(x, y, z)`` with the seven that follow it along one axis or more."""
-    for axis, length in enumerate(values.shape):
-        after = torch.arange(1, length + 1).clamp(max=length - 1)
-        values = combine(values, values.index_select(axis, after))
-    return values
-
-
-def _at_lines(planes: Tensor, rows: _Places, columns: _Places, lines: npt.NDArray[np.int64]) -> Tensor:
-    """Return planes ``(C, n, y, z)`` interpolated at some lines, numbers of (row, column), as ``(C, n, lines)``."""
-    height, width = planes.shape[2:]
-    row, column = np.divmod(lines, len(columns.below))
-    y, z = rows.below[row], columns.below[column]
-    after_y, after_z = np.minimum(y + 1, height - 1), np.minimum(z + 1, width - 1)
-    # Values of a voxel side by side are gathered several times as fast.
-    flat = planes.flatten(2).permute(2, 0, 1).contiguous()
-
-    def along_z(at: npt.NDArray[np.int64]) -> Tensor:
-        first, second = (flat.index_select(0, torch.from_numpy(at * width + end)) for end in (z, after_z))
-        return first.lerp_(second, torch.from_numpy(columns.share[column])[:, None, None])
-
-    found = along_z(y).lerp_(along_z(after_y), torch.from_numpy(rows.share[row])[:, None, None])
-    return found.permute(1, 2, 0).contiguous()
+@cache
+def _label_kernel() -> Callable[..., None] | None:
+    """Return the compiled interpolation of labels, or None where Numba cannot be loaded: it only saves time."""
+    try:
+        module = importlib.import_module("deformux.data.label_interpolation")
+    except Exception:  # a broken Numba fails in many ways: wrong NumPy, no LLVM library, no cache folder
+        return None
+    return cast(Callable[..., None], module.interpolate_labels)
 
 
 def highest(values: Tensor) -> Tensor:

@@ -209,8 +209,7 @@ class Editor:
         key = (*map(id, piece), *((label, clicked.tobytes()) for label, clicked in here.items() if len(clicked)))
         _, patches = self._patches[key] = known.get(key) or (piece, self._effect(piece, within, here))
         for patch in patches:
-            part = result[slices(patch.box)]
-            part[patch.won] = patch.labels[patch.won]
+            np.copyto(result[slices(patch.box)], patch.labels, where=patch.won)
 
     def _effect(
         self, piece: Sequence[MaskChange], within: Box, clicks: Mapping[int, npt.NDArray[np.int64]]
@@ -278,9 +277,11 @@ class Editor:
             grid.labels(values, box=box, origin=triple(origin), among=among).numpy() for values in (before, after)
         )
         # Interpolation between two classes may give a third, which was not clicked.
-        won = np.zeros(self.n_labels + 1, dtype=bool)
-        won[list(clicked)] = True
-        return _Patch(box, (new != old) & won[new], new)
+        won = np.zeros(new.shape, dtype=bool)
+        for label in clicked:
+            won |= new == label
+        won &= new != old
+        return _Patch(box, won, new)
 
     def _starting_box(self, box: Box) -> Tensor:
         logits = self.scan.logits.in_box(box)
