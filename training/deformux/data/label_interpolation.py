@@ -5,24 +5,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+from numba import types
 
 __all__ = ["interpolate_labels"]
 
 
-def _compiled(function: Any) -> Any:
-    """Compile on first use, and keep the machine code on disk if a folder for it is writable."""
+def _compiled(*signature: Any) -> Callable[[Any], Any]:
+    """Compile for one signature, else on first use; keep the machine code on disk if a folder for it is writable."""
     options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Numba found no writable folder: compile again in each process
-        return numba.njit(**options)(function)
+
+    def compiled(function: Any) -> Any:
+        try:
+            return numba.njit(*signature, cache=True, **options)(function)
+        except RuntimeError:  # Numba found no writable folder: compile again in each process
+            return numba.njit(*signature, **options)(function)
+
+    return compiled
 
 
-@_compiled
+def _read(dtype: Any, axes: int) -> Any:
+    """Return the type of an array of any layout that is only read: one compilation serves all."""
+    return types.Array(dtype, axes, "A", readonly=True)
+
+
+_SIGNATURE = types.void(
+    _read(types.float32, 4),
+    _read(types.uint8, 3),
+    _read(types.boolean, 3),
+    types.UniTuple(types.int64[::1], 3),
+    types.UniTuple(types.float32[::1], 3),
+    types.uint8[:, :, ::1],
+)
+
+
+@_compiled()
+def _between(first, second, share):
+    """Interpolate as ``torch.lerp`` does: each end is exact."""
+    if share < np.float32(0.5):
+        return first + share * (second - first)
+    return second - (second - first) * (np.float32(1.0) - share)
+
+
+@_compiled()
+def _highest_between(low, high, count, share):
+    """Return the place of the highest of so many interpolated values, the first on a tie, as argmax does."""
+    best, most = 0, _between(low[0], high[0], share)
+    for place in range(1, count):
+        value = _between(low[place], high[place], share)
+        if value > most:
+            best, most = place, value
+    return best
+
+
+@_compiled()
+def _end_of_run(values, start):
+    """Return where the run of equal values that begins at a place ends."""
+    stop = start + 1
+    while stop < len(values) and values[stop] == values[start]:
+        stop += 1
+    return stop
+
+
+@_compiled(_SIGNATURE)
 def interpolate_labels(logits, classes, wanted, below, share, found):
     """Write the class of the highest interpolated logit into every voxel of a box of the scan.
 
@@ -38,8 +87,8 @@ def interpolate_labels(logits, classes, wanted, below, share, found):
         found: to be filled, ``(X, Y, Z)``, uint8.
     """
     n_classes, size_x, size_y, size_z = logits.shape
-    zero, one = np.float32(0), np.float32(1)
-    low, high = np.empty(n_classes, np.float32), np.empty(n_classes, np.float32)
+    low, high, most = np.empty(n_classes, np.float32), np.empty(n_classes, np.float32), np.empty(n_classes, np.float32)
+    left = np.empty(n_classes, np.uint8)
     start_x = 0
     while start_x < len(below[0]):
         x = below[0][start_x]
@@ -68,53 +117,42 @@ def interpolate_labels(logits, classes, wanted, below, share, found):
                             for k in range(start_z, stop_z):
                                 found[i, j, k] = first
                 else:
+                    # A class that is below the least of another one at all eight corners is never the highest.
+                    bound = -np.float32(np.inf)
+                    for c in range(n_classes):
+                        least, most[c] = np.float32(np.inf), -np.float32(np.inf)
+                        for a in (x, next_x):
+                            for b in (y, next_y):
+                                for d in (z, next_z):
+                                    least = min(least, logits[c, a, b, d])
+                                    most[c] = max(most[c], logits[c, a, b, d])
+                        bound = max(bound, least)
+                    count = 0
+                    for c in range(n_classes):
+                        if most[c] >= bound:
+                            left[count] = c
+                            count += 1
                     for j in range(start_y, stop_y):
                         t_y = share[1][j]
                         for k in range(start_z, stop_z):
                             t_z = share[2][k]
-                            for c in range(n_classes):
-                                low[c] = _between(
+                            for n in range(count):
+                                c = left[n]
+                                low[n] = _between(
                                     _between(logits[c, x, y, z], logits[c, x, y, next_z], t_z),
                                     _between(logits[c, x, next_y, z], logits[c, x, next_y, next_z], t_z),
                                     t_y,
                                 )
-                                high[c] = _between(
+                                high[n] = _between(
                                     _between(logits[c, next_x, y, z], logits[c, next_x, y, next_z], t_z),
                                     _between(logits[c, next_x, next_y, z], logits[c, next_x, next_y, next_z], t_z),
                                     t_y,
                                 )
-                            label = _highest_between(low, high, zero)
-                            same = label == _highest_between(low, high, one)
+                            at_first = _highest_between(low, high, count, np.float32(0))
+                            everywhere = at_first == _highest_between(low, high, count, np.float32(1))
                             for i in range(start_x, stop_x):
-                                found[i, j, k] = label if same else _highest_between(low, high, share[0][i])
+                                best = at_first if everywhere else _highest_between(low, high, count, share[0][i])
+                                found[i, j, k] = left[best]
                 start_z = stop_z
             start_y = stop_y
         start_x = stop_x
-
-
-@_compiled
-def _end_of_run(values, start):
-    """Return where the run of equal values that begins at a place ends."""
-    stop = start + 1
-    while stop < len(values) and values[stop] == values[start]:
-        stop += 1
-    return stop
-
-
-@_compiled
-def _highest_between(low, high, share):
-    """Return the number of the highest of interpolated values, the first on a tie, as argmax does."""
-    best, most = 0, _between(low[0], high[0], share)
-    for number in range(1, len(low)):
-        value = _between(low[number], high[number], share)
-        if value > most:
-            best, most = number, value
-    return best
-
-
-@_compiled
-def _between(first, second, share):
-    """Interpolate as ``torch.lerp`` does: each end is exact."""
-    if share < np.float32(0.5):
-        return first + share * (second - first)
-    return second - (second - first) * (np.float32(1.0) - share)

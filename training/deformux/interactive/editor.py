@@ -228,8 +228,8 @@ class Editor:
             return []
         changed, taken = voxels[settled.changed], settled.taken
         box = self.scan.grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
-        parts = self._parts(box, voxels[taken])
-        return [self._restored(part, voxels[taken], settled.logits[:, taken], tuple(here)) for part in parts]
+        places, values = voxels[taken], settled.logits[:, taken]
+        return [self._restored(part, places, values, tuple(here)) for part in self._parts(box, places)]
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return the network's logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
