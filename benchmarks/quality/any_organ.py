@@ -28,10 +28,10 @@ from benchmarks.quality.any_organ_contenders import CONTENDERS
 from benchmarks.quality.any_organ_page import any_organ_section
 from benchmarks.quality.any_organ_records import OrganRecords, OrganRun
 from benchmarks.quality.any_organ_runs import ordered_runs, run_in_process
-from benchmarks.quality.any_organ_sets import ORGAN_SETS, TURNED_SETS
+from benchmarks.quality.any_organ_sets import DRAWN_SETS, ORGAN_SETS, TURNED_SETS
 from rich.console import Console
 
-_ALL_SETS = (*ORGAN_SETS, *TURNED_SETS)
+_ALL_SETS = (*ORGAN_SETS, *TURNED_SETS, *DRAWN_SETS)
 _console = Console(soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from benchmarks.common.report import Section, bullets, markdown_table
 from benchmarks.common.trial_report import spread
 from benchmarks.quality.any_organ_contenders import ABLATIONS, MAIN_CONTENDERS, PLAN, UNLABELLED
 from benchmarks.quality.any_organ_records import OrganRecord, OrganRun
-from benchmarks.quality.any_organ_sets import ORGAN_SETS, TURNED_SETS
+from benchmarks.quality.any_organ_sets import DRAWN_SETS, ORGAN_SETS, TURNED_SETS
 from matplotlib.figure import Figure
 
 __all__ = ["any_organ_section"]
@@ -77,6 +77,7 @@ def any_organ_section(records: Mapping[str, OrganRecord], runs: Sequence[OrganRu
         *_with_unlabelled(groups),
         *_parts(groups),
         *_turned(groups),
+        *_drawn(groups),
         *_table("Steps and seconds of training", groups, MAIN_CONTENDERS, tuple(ORGAN_SETS), _cost),
         *_plans(groups),
         *_NOTES,
@@ -215,6 +216,15 @@ def _turned(groups: Groups) -> list[str]:
         lambda own: _mean(own, "dice"),
     )
     return [*table, "One rotation for all scans (`alike`), or one for each.", ""]
+
+
+def _drawn(groups: Groups) -> list[str]:
+    """Return a table of labels of which only a part was drawn beside whole ones."""
+    sets = tuple(organ for organ in DRAWN_SETS if any(own == organ for own, _ in groups))
+    if not sets:
+        return []
+    title = "Whole labels of 20 hearts, strokes that people drew in them, and every third slice of them"
+    return _table(title, groups, (PLAN, UNLABELLED), sets, lambda own: f"{_mean(own, 'dice')} ({_cost(own)})")
 
 
 def _plans(groups: Groups) -> list[str]:

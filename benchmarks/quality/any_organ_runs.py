@@ -15,10 +15,10 @@ from typing import Any, NoReturn
 
 import torch
 from benchmarks.common.machine import machine_lines
-from benchmarks.quality.any_organ_contenders import ABLATIONS, PLAN, Ready, contender
+from benchmarks.quality.any_organ_contenders import ABLATIONS, PLAN, UNLABELLED, Ready, contender
 from benchmarks.quality.any_organ_records import OrganRecord, OrganRecords, OrganRun
 from benchmarks.quality.any_organ_scores import score_organ
-from benchmarks.quality.any_organ_sets import ORGAN_SETS, TURNED_SETS, Organ, OrganSet, prepared_organ
+from benchmarks.quality.any_organ_sets import DRAWN_SETS, ORGAN_SETS, TURNED_SETS, Organ, OrganSet, prepared_organ
 
 from deformux.cli.devices import torch_device
 from deformux.data.volume_reader import InvalidVolume
@@ -43,21 +43,22 @@ def ordered_runs(
     """Return all runs, the most informative first.
 
     These are the main contenders on all sets with one seed; then the plan without its parts on the first set; then
-    other seeds; then turned headers; then the plan without its parts elsewhere. Turned sets are for the plan and the
-    fixed defaults only: no header is read by the others, or every scan is turned by them.
+    other seeds; then turned headers and labels in part; then the plan without its parts elsewhere. Turned sets are for
+    the plan and the fixed defaults only: no header is read by the others, or every scan is turned by them. Labels in
+    part are for the plan, with and without unlabelled scans: the peers cannot learn from them.
     """
     runs = [
         OrganRun(organ, name, seed, minutes, device, threads)
         for organ in sets
         for name in contenders
         for seed in range(seeds)
-        if organ in ORGAN_SETS or name in (PLAN, "fixed")
+        if organ in ORGAN_SETS or name in ((PLAN, "fixed") if organ in TURNED_SETS else (PLAN, UNLABELLED))
     ]
-    order = (*ORGAN_SETS, *TURNED_SETS)
+    order = (*ORGAN_SETS, *TURNED_SETS, *DRAWN_SETS)
 
     def rank(run: OrganRun) -> tuple[int, int, int, int]:
         ablation = run.contender in ABLATIONS
-        if run.organ in TURNED_SETS:
+        if run.organ not in ORGAN_SETS:
             block = 3
         elif ablation:
             block = 1 if run.organ == _FIRST_SET and run.seed == 0 else 4
@@ -157,5 +158,5 @@ def _as_the_plan(organ: Organ) -> OrganRecord:
 
 
 def _set(name: str) -> OrganSet:
-    sets: Mapping[str, OrganSet] = {**ORGAN_SETS, **TURNED_SETS}
+    sets: Mapping[str, OrganSet] = {**ORGAN_SETS, **TURNED_SETS, **DRAWN_SETS}
     return sets[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,11 @@ from benchmarks.quality.transfer import halves
 
 from deformux.data.atomic_files import replacing, write_text
 from deformux.data.cases import Case, Scan, volume_id
+from deformux.data.partial_labels import AnnotatedSlices
 from deformux.data.volume_reader import read_volume
 from deformux.interactive.simulated_annotator import dense_labels
 
-__all__ = ["ORGAN_SETS", "TURNED_SETS", "Organ", "OrganSet", "prepared_organ"]
+__all__ = ["DRAWN_SETS", "ORGAN_SETS", "TURNED_SETS", "Organ", "OrganSet", "prepared_organ"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,14 @@ class OrganSet:
         labelled: training cases, chosen by the seed from ``train`` of its ``split.json``.
         names: of labels 1..N, where the folder has no ``labels.json``.
         turn: turn the scans' affines, and nothing else: ``one`` rotation for all, or one for ``each``.
+        drawn: what of the training labels is known: all; ``strokes`` of people; or every third of the ``slices``.
     """
 
     folder: str
     labelled: int
     names: tuple[str, ...] = ()
     turn: str = ""
+    drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,15 @@ TURNED_SETS: Mapping[str, OrganSet] = MappingProxyType(
         "heart-7-turned-each": OrganSet("heart_mr_acdc", 7, turn="each"),
     }
 )
+# The same patients, labelled whole or in part.
+DRAWN_SETS: Mapping[str, OrganSet] = MappingProxyType(
+    {
+        "heart-20": OrganSet("heart_mr_acdc", 20),
+        "heart-20-strokes": OrganSet("heart_mr_acdc", 20, drawn="strokes"),
+        "heart-20-slices": OrganSet("heart_mr_acdc", 20, drawn="slices"),
+    }
+)
+_EVERY_SLICE = 3
 
 
 def prepared_organ(organ: OrganSet, data: Path, work: Path, *, seed: int) -> Organ:
@@ -108,6 +121,11 @@ def prepared_organ(organ: OrganSet, data: Path, work: Path, *, seed: int) -> Org
     if organ.turn:
         place = work / "turned" / f"{organ.folder}-{organ.turn}-{seed}"
         cases = turned(cases, place, alike=organ.turn == "one", seed=seed)
+    for case in chosen if organ.drawn else ():
+        label = folder / "scribbles" / f"{case}.nii.gz"
+        if organ.drawn == "slices":
+            label = _of_slices(cases[case].label, work / "slices" / organ.folder / label.name)
+        cases[case] = dataclasses.replace(cases[case], label=label)
     of_first = cases[chosen[0]]
     return Organ(
         labels=names,
@@ -142,6 +160,18 @@ def _case(folder: Path, name: str, values: Sequence[int], work: Path) -> Case:
         label = _dense(label, values, work / "dense" / folder.name / label.name)
     images = _images(folder, name)
     return Case(name, images[0], label, images=tuple(images))
+
+
+def _of_slices(label: Path, path: Path) -> Path:
+    """Write a label that is 255 between every third slice, counted from the first that shows the organ, once."""
+    if not path.is_file():
+        file: Any = nib.load(label)
+        labels = np.asarray(file.dataobj).astype(np.uint8)
+        first = int(np.flatnonzero(labels.any((0, 1)))[0])
+        slices = AnnotatedSlices(2, tuple(range(first % _EVERY_SLICE, labels.shape[2], _EVERY_SLICE)))
+        with replacing(path) as temporary:
+            nib.save(nib.Nifti1Image(slices.apply(labels), file.affine), temporary)
+    return path
 
 
 def _images(folder: Path, name: str) -> list[Path]:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.common.report import read_data, read_section
-from benchmarks.quality.any_organ_contenders import ABLATIONS, CONTENDERS, MAIN_CONTENDERS, PLAN
+from benchmarks.quality.any_organ_contenders import ABLATIONS, CONTENDERS, MAIN_CONTENDERS, PLAN, UNLABELLED
 from benchmarks.quality.any_organ_deformux import Trained
 from benchmarks.quality.any_organ_dynunet import DynUNetContender
 from benchmarks.quality.any_organ_fixed import fixed_settings
@@ -27,7 +27,7 @@ from benchmarks.quality.any_organ_page import any_organ_section
 from benchmarks.quality.any_organ_records import OrganRecord, OrganRecords, OrganRun
 from benchmarks.quality.any_organ_runs import ordered_runs
 from benchmarks.quality.any_organ_scores import labels_on_grid, score_organ
-from benchmarks.quality.any_organ_sets import ORGAN_SETS, TURNED_SETS, prepared_organ
+from benchmarks.quality.any_organ_sets import DRAWN_SETS, ORGAN_SETS, TURNED_SETS, prepared_organ
 from benchmarks.quality.any_organ_unet_patches import UNetPatches
 from scipy import ndimage
 
@@ -87,6 +87,19 @@ def test_a_turned_set_has_the_same_voxels_and_other_angles(name: str, hearts: Pa
         assert 30 < np.degrees(np.arccos(abs(turn[2, 2]))) < 85
         turns.append(turn)
     assert np.allclose(turns[0], turns[1], atol=1e-5) == (few.turn == "one")
+
+
+def test_a_set_that_was_drawn_in_part_has_the_same_patients(hearts: Path, tmp_path: Path) -> None:
+    whole, strokes, slices = (
+        prepared_organ(replace(one, labelled=3), hearts, tmp_path / "work", seed=0) for one in DRAWN_SETS.values()
+    )
+    assert whole.val == strokes.val == slices.val
+    for full, drawn, some in zip(whole.train, strokes.train, slices.train, strict=True):
+        assert full.id == drawn.id == some.id
+        assert drawn.label == hearts / "heart_mr_acdc" / "scribbles" / f"{full.id}.nii.gz"
+        known, truth = (np.asarray(nib.load(case.label).dataobj) for case in (some, full))
+        assert np.array_equal(known[:, :, ::3], truth[:, :, ::3])
+        assert (np.delete(known, np.s_[::3], axis=2) == 255).all()
 
 
 def test_the_baseline_is_what_the_demo_chose(hearts: Path, tmp_path: Path) -> None:
@@ -236,11 +249,11 @@ def _record(dice: float, train: str = "a", **changes: object) -> OrganRecord:
 
 
 def test_the_most_informative_runs_come_first() -> None:
-    runs = ordered_runs((*ORGAN_SETS, *TURNED_SETS), CONTENDERS, seeds=3, minutes=10)
+    runs = ordered_runs((*ORGAN_SETS, *TURNED_SETS, *DRAWN_SETS), CONTENDERS, seeds=3, minutes=10)
     first = [(run.organ, run.contender) for run in runs[: len(MAIN_CONTENDERS)]]
     assert first == [("heart-7", name) for name in MAIN_CONTENDERS]
     plain = len(ORGAN_SETS) * len(CONTENDERS) * 3
-    assert len(runs) == len(set(runs)) == plain + len(TURNED_SETS) * 2 * 3
+    assert len(runs) == len(set(runs)) == plain + (len(TURNED_SETS) + len(DRAWN_SETS)) * 2 * 3
     assert runs[-1].contender in ABLATIONS
     # A plan comes before everything that starts from it.
     for index, run in enumerate(runs):
@@ -270,17 +283,19 @@ def test_the_page_compares_ranks_and_parts() -> None:
     }
     records[OrganRun("heart-7", "plan-without-window", 0, 10).name] = _record(0, scores={})
     records[OrganRun("heart-7-turned-each", "plan", 0, 10).name] = _record(0.79)
-    runs = ordered_runs((*ORGAN_SETS, *TURNED_SETS), CONTENDERS, seeds=2, minutes=10)
+    records[OrganRun("heart-20-strokes", UNLABELLED, 0, 10).name] = _record(0.77)
+    runs = ordered_runs((*ORGAN_SETS, *TURNED_SETS, *DRAWN_SETS), CONTENDERS, seeds=2, minutes=10)
     section = any_organ_section(records, runs)
     text = "\n".join(section.lines)
     assert section.name == "any_organ_10_minutes"
-    assert f"14 of {len(runs)} runs, **so far**" in text
+    assert f"15 of {len(runs)} runs, **so far**" in text
     assert "| heart-7 | 0.805 ± 0.007 | 0.605 ± 0.007 | 0.505 ± 0.007 | 0.855 ± 0.007 | 0.105 ± 0.007 |" in text
     # The better of both optimizers is the peer's.
     assert "Mean rank over 1 sets: dynunet 1.00, plan 2.00, fixed 3.00, monailabel 4.00." in text
     assert "better than the fixed defaults on 1 of 1 sets, by at least 0.10 on 1" in text
     assert "| heart-7 | 0.705 ± 0.007 (-0.100) | = |" in text
     assert "| heart-7-turned-each | 0.790 |" in text
+    assert "| heart-20-strokes |  | 0.770" in text
     assert "| heart-7 | heart_mr_acdc | 1 | 2 | 2 |" in text
     assert "| heart-7 | acquisition | 1 × 2 × 3 | 8×8×8 | 2 | 221 222 222 222 | 2 |" in text
 
