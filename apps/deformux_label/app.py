@@ -113,7 +113,10 @@ class DeformUXLabel(MONAILabelApp):
             refuse_to_start(f"studies must be a folder with volumes, not a web address; got {self.studies!r}")
         try:
             return CheckedDatastore(
-                self.studies, labels=self.project.labels, image_channels=self.project.image_channels
+                self.studies,
+                labels=self.project.labels,
+                image_channels=self.project.image_channels,
+                slice_rule=self.project.annotated_slices,
             )
         except StudiesError as error:
             refuse_to_start(str(error))

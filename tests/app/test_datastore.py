@@ -150,3 +150,86 @@ def test_a_label_in_another_voxel_order_is_reordered(store: CheckedDatastore, vo
         )
         assert (saved(store) == volume.truth).all()
         np.testing.assert_allclose(nib.load(store.get_label_uri("scan", "final")).affine, volume.affine, atol=1e-4)
+
+
+def every_third(labels: np.ndarray) -> np.ndarray:
+    sparse = np.zeros_like(labels)
+    sparse[:, :, ::3] = labels[:, :, ::3]
+    return sparse
+
+
+def learnt(store: CheckedDatastore) -> np.ndarray:
+    return np.asarray(nib.load(store.learnt_label("scan", "final")).dataobj)
+
+
+def test_only_annotated_slices_are_learnt_and_the_label_stays_as_it_was_drawn(
+    store: CheckedDatastore, volume: Volume, tmp_path: Path
+) -> None:
+    store.save_label("scan", str(volume.label), "final", {})
+    assert "annotated_slices" not in store.get_label_info("scan", "final")
+    assert store.learnt_label("scan", "final") == store.get_label_uri("scan", "final")
+    sparse = every_third(volume.truth)
+    drawn = np.flatnonzero(sparse.any((0, 1)))
+    assert len(drawn) >= 3
+    file = write(tmp_path / "sparse.nii.gz", sparse, volume.affine)
+    store.save_label("scan", str(file), "final", {})
+    assert store.get_label_info("scan", "final")["annotated_slices"] == {"axis": 2, "slices": drawn.tolist()}
+    expected = np.full_like(sparse, 255)
+    expected[:, :, drawn] = sparse[:, :, drawn]
+    for one in (store, CheckedDatastore(str(volume.image.parent), labels=LABELS, slice_rule="all")):
+        assert (saved(one) == sparse).all()
+        assert (learnt(one) == expected).all()
+        assert one.datalist()[0]["label"] == one.learnt_label("scan", "final")
+    # An earlier, complete label that is restored is complete again.
+    store.restore_label("scan", 1, "ann")
+    assert (learnt(store) == volume.truth).all()
+    store.restore_label("scan", 2, "ann")
+    assert (learnt(store) == expected).all()
+
+
+def test_slices_that_an_annotator_names_come_first(store: CheckedDatastore, volume: Volume, tmp_path: Path) -> None:
+    size = volume.truth.shape
+    store.save_label("scan", str(volume.label), "final", {"annotated_slices": {"axis": 1, "slices": [3, 1, 3]}})
+    assert store.get_label_info("scan", "final")["annotated_slices"] == {"axis": 1, "slices": [1, 3]}
+    known = learnt(store) != 255
+    assert known[:, [1, 3]].all()
+    assert known.sum() == 2 * size[0] * size[2]
+    file = write(tmp_path / "sparse.nii.gz", every_third(volume.truth), volume.affine)
+    store.save_label("scan", str(file), "final", {"annotated_slices": "all"})
+    assert (learnt(store) == every_third(volume.truth)).all()
+    with pytest.raises(HTTPException, match="annotated_slices is a part of the label"):
+        store.update_label_info("scan", "final", {"annotated_slices": "all"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("some", "must be auto, drawn, all, or an object"),
+        (5, "must be auto, drawn, all, or an object"),
+        ({"axis": 2}, "must be auto, drawn, all, or an object"),
+        ({"axis": 3, "slices": [1]}, "the axis of annotated_slices must be 0, 1 or 2"),
+        ({"axis": True, "slices": [1]}, "the axis of annotated_slices must be 0, 1 or 2"),
+        ({"axis": 0, "slices": []}, "must be a list of numbers"),
+        ({"axis": 0, "slices": "12"}, "must be a list of numbers"),
+        ({"axis": 0, "slices": [10_000]}, "must be whole numbers from 0 to"),
+        ({"axis": 0, "slices": [1.5]}, "must be whole numbers from 0 to"),
+    ],
+)
+def test_slices_that_a_label_lacks_are_refused(
+    store: CheckedDatastore, volume: Volume, given: object, message: str
+) -> None:
+    with pytest.raises(HTTPException, match=message) as refused:
+        store.save_label("scan", str(volume.label), "final", {"annotated_slices": given})
+    assert refused.value.status_code == 422
+    assert store.get_labels_by_image_id("scan") == {}
+
+
+def test_a_label_copied_in_by_hand_is_judged_by_its_slices_too(
+    store: CheckedDatastore, volume: Volume, tmp_path: Path
+) -> None:
+    sparse = every_third(volume.truth)
+    write(Path(volume.image.parent, "labels", "final", "scan.nii.gz"), sparse, volume.affine)
+    copied = CheckedDatastore(str(volume.image.parent), labels=LABELS)
+    copied.get_label_uri("scan", "final")
+    assert (saved(copied) == sparse).all()
+    assert set(np.flatnonzero((learnt(copied) != 255).all((0, 1)))) == set(np.flatnonzero(sparse.any((0, 1))))

@@ -21,6 +21,7 @@ from deformux_label.lib.requests.identifiers import checked_revision, checked_ve
 from deformux_label.lib.requests.options import refuse_unknown, with_checked_client
 from deformux_label.lib.requests.submission import FINAL_TAG, Submission
 from deformux_label.lib.requests.uploads import stored_upload
+from deformux_label.lib.store.annotated_slices import FIELD
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.datastore import CheckedDatastore
 from deformux_label.lib.store.label_fields import client_fields
@@ -183,7 +184,8 @@ def _labels(app: App) -> APIRouter:
         saved = app.datastore().save_label(image, str(stored_upload(label, "label")), submission.tag, info)
         answer = app.on_save_label(image, saved)
         app.submitted(image, submission.tag)
-        return {**(answer or {}), "image": image, "label": saved}
+        slices = app.datastore().get_label_info(image, submission.tag).get(FIELD)
+        return {**(answer or {}), "image": image, "label": saved, **({FIELD: slices} if slices else {})}
 
     def revisions(image: str, tag: str = FINAL_TAG, user: User = _USER) -> Any:
         history = _checked(app.datastore()).revisions.history(image, tag)

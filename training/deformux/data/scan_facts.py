@@ -14,6 +14,7 @@ from scipy import ndimage
 from deformux.data.components import Components
 from deformux.data.header import InvalidVolume, VolumeHeader, geometry_difference
 from deformux.data.label_values import UNLABELLED, check_label_values
+from deformux.data.partial_labels import filled_between_slices
 from deformux.data.volume_reader import OpenVolume, open_volume
 
 __all__ = ["LEVELS", "Intensities", "LabelledFacts", "ScanFacts", "read_case_facts", "read_scan_facts"]
@@ -153,7 +154,7 @@ def read_case_facts(image: Path, label: Path) -> tuple[ScanFacts, LabelledFacts]
         values = opened.read().values
         labels = opened_label.read().values
     check_label_values(label.name, labels, UNLABELLED - 1, unlabelled=True)
-    labels = labels.astype(np.uint8)
+    labels = filled_between_slices(labels.astype(np.uint8))
     labels[labels == UNLABELLED] = 0
     return _facts(header, _intensities(values, header)), _label_facts(labels, values)
 

@@ -24,7 +24,9 @@ from torch import Tensor
 from deformux.data.frame import frame_codes, frame_grid
 from deformux.data.grid import ScanGrid
 from deformux.data.header import InvalidVolume, max_voxels, shown_shape
+from deformux.data.label_values import UNLABELLED
 from deformux.data.loading import LoadLabeld, LoadVolumed
+from deformux.data.partial_labels import spread_labels
 from deformux.data.preprocessing import Preprocessing
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
 
 # Axes whose spacing is nearer than this part of itself to the wanted one are not resampled.
 _SAME_SPACING = 1e-3
+# Added to half the ratio of two spacings, in voxels: where a resampled grid lies between voxels, more are needed.
+_BETWEEN_VOXELS = 0.25
 
 
 class RestoreGridd(MapTransform):
@@ -189,6 +193,21 @@ class _ToSpacing(Transform):
         return d
 
 
+class _SpreadLabels(Transform):
+    """Lets 255 in ``label`` have the value of a labelled voxel within about half a voxel of a coarser spacing."""
+
+    def __init__(self, spacing_mm: tuple[float, float, float]) -> None:
+        self.spacing_mm = spacing_mm
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        label = data["label"]
+        if not bool((label == UNLABELLED).any()):
+            return dict(data)
+        reach = np.array(self.spacing_mm) / voxel_sizes(np.array(label.affine, dtype=float)) / 2
+        values = spread_labels(label.as_tensor()[0].numpy(), [int(voxels + _BETWEEN_VOXELS) for voxels in reach])
+        return {**data, "label": MetaTensor(torch.from_numpy(values)[None]).copy_meta_from(label)}
+
+
 def _resampled(values: Tensor, axis: int, step: float, *, linear: bool) -> Tensor:
     """Return values at positions 0, step, 2 * step, … of an axis."""
     length = values.shape[axis]
@@ -208,6 +227,8 @@ def _meta_of(volume: MetaTensor) -> dict[str, Any]:
 
 def _to_network_grid(prep: Preprocessing, keys: tuple[str, ...]) -> list[Transform]:
     transforms: list[Transform] = [_IntoFrame(prep.frame, keys)]
+    if prep.spacing_mm is not None and "label" in keys:
+        transforms.append(_SpreadLabels(prep.spacing_mm))
     if prep.spacing_mm is not None and prep.frame == "acquisition":
         transforms.append(_ToSpacing(prep.spacing_mm, keys))
     elif prep.spacing_mm is not None:

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from deformux.data.choices import AUTO
+from deformux.data.partial_labels import SLICE_RULES
 from deformux.data.sequences import SequenceNaming
 from deformux_label.lib.configs.numbers import number_between
 
 __all__ = [
     "ALLOW_ORIGIN",
+    "ANNOTATED_SLICES",
     "AUTO_TRAIN",
     "CACHE_GB",
     "HOST",
@@ -143,6 +145,12 @@ def _channels(name: str, text: str) -> str:
         return SequenceNaming.parse(text).text
     except ValueError as error:
         raise InvalidOption(f"{name}: {error}") from error
+
+
+def _slice_rule(name: str, text: str) -> str:
+    if text not in SLICE_RULES:
+        raise InvalidOption(f"{name} must be {', '.join(SLICE_RULES[:-1])} or {SLICE_RULES[-1]}; got {text!r}")
+    return text
 
 
 def _origins(name: str, text: str) -> tuple[str, ...]:
@@ -278,6 +286,13 @@ IMAGE_CHANNELS = Option(
     parse=_channels,
     variable="CHANNELS",
 )
+ANNOTATED_SLICES = Option(
+    name="annotated_slices",
+    default="auto",
+    help="which slices of a label count as annotated: `all`; `drawn`, those with a label; or `auto`: those with a "
+    "label where no two of at least three are neighbours, else all",
+    parse=_slice_rule,
+)
 TRAIN_DEVICES = Option(
     name="train_devices",
     default="one",
@@ -300,6 +315,7 @@ PLAIN_OPTIONS: tuple[Option[Any], ...] = (
     TRAIN_DEVICES,
     CACHE_GB,
     IMAGE_CHANNELS,
+    ANNOTATED_SLICES,
 )
 PROJECT_OPTIONS: tuple[Option[Any], ...] = (*_MODEL_OPTIONS, *PLAIN_OPTIONS)
 

@@ -19,6 +19,7 @@ from deformux.networks.model_file import ModelCard
 from deformux.networks.presets import PRESETS
 from deformux.networks.pretrained import PRETRAINED, pretrained_path
 from deformux_label.lib.configs.declared_options import (
+    ANNOTATED_SLICES,
     AUTO_TRAIN,
     CACHE_GB,
     IMAGE_CHANNELS,
@@ -63,6 +64,7 @@ class Project:
         cache_gb: gigabytes (10^9 bytes) of the cache that makes the next click on a volume fast; 0 for no cache.
         train_devices: where to train: ``one``, the device of the request; ``auto``, all visible GPUs; or a list.
         image_channels: how the files of a case's sequences are named (``SequenceNaming``); empty if each is a case.
+        annotated_slices: which slices of a submitted label count as annotated, one of ``SLICE_RULES``.
     """
 
     labels: tuple[str, ...]
@@ -74,6 +76,7 @@ class Project:
     cache_gb: float = CACHE_GB.default_value
     train_devices: str = TRAIN_DEVICES.default_value
     image_channels: str = IMAGE_CHANNELS.default_value
+    annotated_slices: str = ANNOTATED_SLICES.default_value
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str]) -> Project:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from deformux.data.transforms import run_transforms
 from deformux.data.volume_reader import InvalidVolume
 from deformux.inference.metrics import dice_per_label, mean_dice
 from deformux_label.lib.configs.project import Project
+from deformux_label.lib.store.listed_studies import learnt_label
 
 __all__ = ["DiceScoring"]
 
@@ -48,7 +48,7 @@ class DiceScoring(ScoringMethod):
             return None
         n_labels = len(self.project.labels)
         load = (LoadVolumed("image"), LoadLabeld(("truth", "pred"), n_labels=n_labels, unlabelled=True))
-        paths = {tag: Path(datastore.get_label_uri(image_id, tag)) for tag in (truth, pred)}
+        paths = {tag: learnt_label(datastore, image_id, tag) for tag in (truth, pred)}
         try:
             given: dict[Hashable, Any] = {
                 "image": datastore.get_image_uri(image_id),

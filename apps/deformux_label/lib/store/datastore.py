@@ -18,6 +18,7 @@ from deformux.data.loading import LoadVolumed
 from deformux.data.volume_reader import VOLUME_SUFFIXES, InvalidVolume
 from deformux_label.lib.requests.caller import note, with_login
 from deformux_label.lib.requests.identifiers import checked_image_id, checked_revision, checked_tag, checked_text
+from deformux_label.lib.store.annotated_slices import FIELD, with_annotated_slices
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import file_of, label_entry
 from deformux_label.lib.store.label_check import checked_labels
@@ -69,6 +70,8 @@ class CheckedDatastore(ListedStudies):
         checked_suffix(label_filename)
         image = Path(self.get_image_uri(image_id))
         with checked_labels(Path(label_filename), image, image_id, self.labels, info) as checked:
+            if tag not in PLAIN_TAGS:
+                info = with_annotated_slices(info, checked, self.slice_rule)
             self._store_label(image_id, tag, checked, info)
         return image_id
 
@@ -253,7 +256,7 @@ class CheckedDatastore(ListedStudies):
                 if other != file and os.path.lexists(other):
                     transaction.move(other, place / "sequences" / other.name)
             del objects[image_id]
-        self._mapped.forget(image_id)
+        self._copies.forget(image_id)
 
     def bring_back(self, name: str, annotator: str) -> str:
         """Move an entry of the trash back to where it was, and return the id of its volume.
@@ -317,11 +320,12 @@ class CheckedDatastore(ListedStudies):
             objects[image_id] = entry.model_copy(update={"image": image})
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
-        """Merge ``info`` into the metadata of a label; ``annotated`` can only be set by submitting the label."""
+        """Merge ``info`` into the metadata of a label; what was annotated can only be set by submitting the label."""
         # A change of the metadata does not change the label's annotator.
         more = {key: value for key, value in client_fields(checked_info(info)).items() if key != "client_id"}
-        if "annotated" in more:
-            raise HTTPException(400, "annotated is a part of the label; submit the label again with it")
+        for name in ("annotated", FIELD):
+            if name in more:
+                raise HTTPException(400, f"{name} is a part of the label; submit the label again with it")
         with self._changing() as (objects, _):
             entry = self._entry(objects, label_id)
             label = self._label(label_id, label_tag)

@@ -19,6 +19,7 @@ from pathlib import Path
 from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, LocalDatastoreModel
 
+from deformux_label.lib.store.annotated_slices import FIELD, with_annotated_slices
 from deformux_label.lib.store.annotator import annotator_of
 from deformux_label.lib.store.crash_recovery import label_entry, restore_revision, revision_entry
 from deformux_label.lib.store.label_check import checked_labels
@@ -33,7 +34,7 @@ __all__ = ["BackgroundChecks", "LabelContext", "LabelToCheck", "Verdict", "apply
 logger = logging.getLogger(__name__)
 
 _SERVER = "server"
-_SUBMIT_FIELDS = frozenset({"annotated", "client_id", "label_info", "model_version", "user"})
+_SUBMIT_FIELDS = frozenset({"annotated", FIELD, "client_id", "label_info", "model_version", "user"})
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class LabelContext:
     trash: Trash
     transaction: Transaction
     names: Sequence[str]
+    slice_rule: str
     image_file: str
     warn: Callable[[str], None]
 
@@ -149,6 +151,7 @@ def _store_external(verdict: Verdict, usable: Path, held: DataModel, suffix: str
         # These fields describe the file as it was before the edit.
         info = {key: value for key, value in info.items() if key not in _SUBMIT_FIELDS}
     annotator = annotator_of(info) if _SUBMIT_FIELDS & info.keys() else ""
+    info = with_annotated_slices(info, usable, studies.slice_rule)
     more = {"labels": list(studies.names), "image_file": studies.image_file}
     revision = studies.revisions.stage(
         studies.transaction, image, tag, number, verdict.file, suffix=suffix, annotator=annotator, info=info, **more

@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from deformux.data.label_values import UNLABELLED
 from deformux_label.lib.store.label_check import segment_values
 from deformux_label.lib.store.volume_writer import write_labels
 
-__all__ = ["MappedLabels", "looked_for", "mapped_info", "names_of", "value_table", "write_mapped"]
+__all__ = ["LabelCopies", "looked_for", "mapped_info", "names_of", "value_table", "write_mapped"]
 
 
 def names_of(info: Mapping[str, Any], unnamed: Sequence[str]) -> tuple[str, ...]:
@@ -80,23 +80,44 @@ def write_mapped(
     write_labels(target, values, affine, {name: value for value, name in enumerate(project, start=1)})
 
 
-class MappedLabels:
-    """Copies of labels with the values of a different list, under ``<folder>/<list>/<tag>/<image>/<version>``."""
+class LabelCopies:
+    """Copies of labels, converted for a purpose, under ``<folder>/<purpose>/<tag>/<image>/<version>``."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def get(
+    def mapped(
         self, label: Path, image: Path, image_id: str, tag: str, names: Sequence[str], project: Sequence[str]
     ) -> Path:
         """Return the copy of a label for the project's list; make it if it is missing or outdated."""
+        return self.get(
+            label,
+            image_id,
+            tag,
+            purpose=_short(list(project)),
+            made_from=list(names),
+            write=lambda target: write_mapped(label, image, image_id, names, project, target),
+        )
+
+    def get(
+        self, label: Path, image_id: str, tag: str, *, purpose: str, made_from: Any, write: Callable[[Path], None]
+    ) -> Path:
+        """Return the copy of a label for a purpose; make it if it is missing or outdated.
+
+        Args:
+            label: the file that is converted.
+            image_id, tag: of the label.
+            purpose: name of a folder.
+            made_from: what the copy depends on besides the file, for JSON.
+            write: writes the copy to a path.
+        """
         status = label.stat()
-        version = _short([list(names), status.st_size, status.st_mtime_ns, status.st_ino])
-        place = self._root() / _short(list(project)) / tag / image_id
+        version = _short([made_from, status.st_size, status.st_mtime_ns, status.st_ino])
+        place = self._root() / purpose / tag / image_id
         copy = place / version / f"{image_id}.nii.gz"
         if not copy.is_file():
             with replacing(copy) as temporary:
-                write_mapped(label, image, image_id, names, project, temporary)
+                write(temporary)
             for other in place.iterdir():
                 if other.name != version:
                     shutil.rmtree(other, ignore_errors=True)

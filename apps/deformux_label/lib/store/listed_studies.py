@@ -10,6 +10,7 @@ from fastapi import HTTPException
 from monailabel.datastore.local import DataModel, ImageLabelModel
 from monailabel.interfaces.datastore import Datastore, DefaultLabelTag
 
+from deformux_label.lib.store.annotated_slices import annotated_slices_of, write_annotated_slices
 from deformux_label.lib.store.archive import write_archive
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, UNCERTAINTY_TAG, file_state, why_unusable
 from deformux_label.lib.store.label_names import looked_for, mapped_info, names_of
@@ -17,7 +18,7 @@ from deformux_label.lib.store.notices import count_and_first
 from deformux_label.lib.store.studies_folder import StudiesFolder
 from deformux_label.lib.store.studies_summary import StudiesSummary
 
-__all__ = ["ListedStudies", "image_files"]
+__all__ = ["ListedStudies", "image_files", "learnt_label"]
 
 
 class ListedStudies(StudiesFolder):
@@ -69,7 +70,25 @@ class ListedStudies(StudiesFolder):
         if names == self.labels or not self.labels or why_unusable(label.info) or not set(names) & set(self.labels):
             return str(file)
         image = Path(self.get_image_uri(label_id))
-        return str(self._mapped.get(file, image, label_id, label_tag, names, self.labels))
+        return str(self._copies.mapped(file, image, label_id, label_tag, names, self.labels))
+
+    def learnt_label(self, label_id: str, label_tag: str) -> str:
+        """Return the path of a label in which slices that were not annotated are 255; empty if the volume has none."""
+        file = self.get_label_uri(label_id, label_tag)
+        slices = annotated_slices_of(self._label(label_id, label_tag).info) if file else None
+        if slices is None:
+            return file
+        numbers = {name: value for value, name in enumerate(self.labels or (), start=1)}
+        return str(
+            self._copies.get(
+                Path(file),
+                label_id,
+                label_tag,
+                purpose="annotated_slices",
+                made_from=slices.to_dict(),
+                write=lambda target: write_annotated_slices(Path(file), slices, numbers, target),
+            )
+        )
 
     def get_image_info(self, image_id: str) -> dict[str, Any]:
         """Return the metadata of a volume, with its ``path``."""
@@ -103,7 +122,7 @@ class ListedStudies(StudiesFolder):
         """Return the paths of the volumes with a usable submitted label, and of their labels."""
         final = DefaultLabelTag.FINAL.value
         return [
-            {"image": self.get_image_uri(image), "label": self.get_label_uri(image, final)}
+            {"image": self.get_image_uri(image), "label": self.learnt_label(image, final)}
             for image in self.get_labeled_images()
         ]
 
@@ -181,6 +200,12 @@ class ListedStudies(StudiesFolder):
         if label is None:
             raise HTTPException(404, f"image {label_id!r} has no label with the tag {tag!r}")
         return label
+
+
+def learnt_label(datastore: Datastore, image_id: str, tag: str) -> Path:
+    """Return the file of a label in which slices that were not annotated are 255."""
+    found = datastore.learnt_label if isinstance(datastore, ListedStudies) else datastore.get_label_uri
+    return Path(found(image_id, tag))
 
 
 def image_files(datastore: Datastore, image_id: str) -> tuple[Path, ...]:

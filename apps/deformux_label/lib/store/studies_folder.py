@@ -24,7 +24,7 @@ from deformux_label.lib.store import external_labels
 from deformux_label.lib.store.crash_recovery import Reconciled, file_of, reconcile
 from deformux_label.lib.store.index_file import IndexFile
 from deformux_label.lib.store.label_fields import PLAIN_TAGS, file_state, why_unusable
-from deformux_label.lib.store.label_names import MappedLabels, names_of
+from deformux_label.lib.store.label_names import LabelCopies, names_of
 from deformux_label.lib.store.label_revisions import Revisions, checksum, inside
 from deformux_label.lib.store.notices import Notices
 from deformux_label.lib.store.project_record import ProjectRecord
@@ -54,6 +54,7 @@ class StudiesFolder(LocalDatastore):
         folder: the studies.
         labels: the project's labels; None for tools, which use the options of the last start.
         image_channels: how the files of a case's sequences are named; without it each file is a case.
+        slice_rule: which slices of a submitted label count as annotated, one of ``SLICE_RULES``.
 
     Raises:
         StudiesError: the folder cannot be read, or its labels belong to a different project.
@@ -61,7 +62,9 @@ class StudiesFolder(LocalDatastore):
 
     _datastore: LocalDatastoreModel
 
-    def __init__(self, folder: str, *, labels: Sequence[str] | None, image_channels: str = "") -> None:
+    def __init__(
+        self, folder: str, *, labels: Sequence[str] | None, image_channels: str = "", slice_rule: str = "auto"
+    ) -> None:
         # Skips MONAI Label's constructor, which writes at once and lists the folder differently.
         self._datastore_path = os.path.realpath(folder)
         self._datastore_config_path = os.path.join(self._datastore_path, "datastore_v2.json")
@@ -69,6 +72,7 @@ class StudiesFolder(LocalDatastore):
         self._extensions = [f"*{suffix}" for suffix in VOLUME_SUFFIXES]
         self._auto_reload = settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD
         self.notices = Notices()
+        self.slice_rule = slice_rule
         self.read_only = _cannot_write(self._datastore_path) or bool(settings.MONAI_LABEL_DATASTORE_READ_ONLY)
         # One re-entrant lock; MONAI Label opens a new one for each step.
         self._lock: AbstractContextManager[Any] = threading.RLock() if self.read_only else FileLock(self._lock_file)
@@ -76,7 +80,7 @@ class StudiesFolder(LocalDatastore):
         state = Path(self._datastore_path) / ".deformux"
         self.revisions = Revisions(state / "revisions")
         self.trash = Trash(state / "trash")
-        self._mapped = MappedLabels(None if self.read_only else state / "mapped")
+        self._copies = LabelCopies(None if self.read_only else state / "mapped")
         self._checks = external_labels.BackgroundChecks(self._check)
         self._scans: ScanChecks | None = None
         self.unusable_scans: frozenset[str] = frozenset()
@@ -338,6 +342,7 @@ class StudiesFolder(LocalDatastore):
             self.trash,
             transaction,
             self.labels,
+            self.slice_rule,
             file_of(verdict.image, entry),
             self.notices.warn,
         )

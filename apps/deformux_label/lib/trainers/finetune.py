@@ -32,7 +32,7 @@ from deformux_label.lib.configs.project import Project
 from deformux_label.lib.infers.model_loader import ServedModels
 from deformux_label.lib.requests.options import checked_device
 from deformux_label.lib.requests.training import TrainingRequest
-from deformux_label.lib.store.listed_studies import image_files
+from deformux_label.lib.store.listed_studies import image_files, learnt_label
 from deformux_label.lib.trainers.process import TRAININGS_SHARE
 from deformux_label.lib.trainers.status import TrainingStatus
 
@@ -138,7 +138,7 @@ class FineTune(TrainTask):
         """Return the volumes with a submitted label."""
         cases = []
         for image in sorted(datastore.get_labeled_images()):
-            label = Path(datastore.get_label_uri(image, DefaultLabelTag.FINAL))
+            label = learnt_label(datastore, image, DefaultLabelTag.FINAL.value)
             annotated = datastore.get_label_info(image, DefaultLabelTag.FINAL).get("annotated")
             known = tuple(name for name in self.project.labels if isinstance(annotated, list) and name in annotated)
             files = image_files(datastore, image)
