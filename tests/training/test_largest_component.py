@@ -1,6 +1,7 @@
 """The largest connected piece of a segmentation: the same on every path, and clicks bring islands back."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import nibabel as nib
@@ -206,8 +207,41 @@ def test_predict_keeps_the_largest_if_the_card_says_so(organ: Case, tmp_path: Pa
     np.testing.assert_array_equal(found[True], largest_by_scipy(found[False]))
 
 
+def place_in(part: tuple[slice, ...], prep: Preprocessing, organ: Case, folder: Path) -> tuple[float, ...]:
+    """Where a part of the scan lies on the network's grid, as shares of its sides, by resampling a mask of it."""
+    mask = np.zeros(SIZE, np.uint8)
+    mask[part] = 1
+    nib.save(nib.Nifti1Image(mask, nib.load(organ.image).affine), folder / "place.nii.gz")
+    given = {"image": organ.images, "label": folder / "place.nii.gz"}
+    label = run_transforms(labelled_transforms(prep, n_labels=1), given)["label"][0].numpy()
+    return tuple(((np.argwhere(label) + 0.5).mean(0) / label.shape).tolist())
+
+
+@pytest.mark.parametrize("name", PREPS)
+def test_a_component_where_labels_usually_lie_counts_for_more(name: str, organ: Case, tmp_path: Path) -> None:
+    """The organ is ten times as large as the island that is kept; a small island is never kept."""
+    plain, network = PREPS[name], ByIntensity().eval()
+    everything = segment_labels(network, organ.image, plain)[0].numpy()
+    for part, kept in ((FAR, FAR), (ORGAN, None), (NEAR, None)):
+        prep = dataclasses.replace(plain, keep_largest=True, labels_center=place_in(part, plain, organ, tmp_path))
+        expected = largest_by_scipy(everything)
+        if kept is not None:
+            numbered, _ = ndimage.label(everything > 0, np.ones((3, 3, 3)))
+            expected = np.where(numbered == numbered[61, 42, 30], everything, 0)
+            assert expected[FAR].any()
+            assert not expected[ORGAN].any()
+        np.testing.assert_array_equal(segment_labels(network, organ.image, prep)[0].numpy(), expected)
+        np.testing.assert_array_equal(segment(network, organ.image, prep)[0][0].numpy(), expected)
+        np.testing.assert_array_equal(open_scan(network, organ.image, prep).labels, expected)
+
+
 def test_older_settings_stay_as_they_are() -> None:
-    assert "keep_largest" not in Preprocessing().to_dict()
+    assert not {"keep_largest", "labels_center"} & Preprocessing().to_dict().keys()
     assert Preprocessing.from_dict(Preprocessing().to_dict()) == Preprocessing()
     keeping = Preprocessing(keep_largest=True)
     assert Preprocessing.from_dict(keeping.to_dict()) == keeping
+    near = Preprocessing(keep_largest=True, labels_center=(0.5, 0.25, 0.75))
+    assert Preprocessing.from_dict(json.loads(json.dumps(near.to_dict()))) == near
+    assert near.without_output() == Preprocessing()
+    with pytest.raises(ValueError, match="labels_center must be three shares from 0 to 1"):
+        Preprocessing(labels_center=(0.5, 0.5, 1.5))

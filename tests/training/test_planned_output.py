@@ -81,6 +81,31 @@ def test_the_labels_decide(labels: list[np.ndarray], keep: bool, reason: str, tm
     assert Plan.from_dict(plan.to_dict()) == plan
 
 
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1)])
+def test_the_place_of_the_labels_is_planned_where_scans_agree(signs: tuple[int, ...], tmp_path: Path) -> None:
+    """Of the patient, whichever way the file's axes point."""
+    cases = write_cases(tmp_path, *[whole(1, 2)] * 3)
+    for case in cases:
+        for path in (case.image, case.label):
+            image = nib.load(path)
+            nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([*signs, 1.0])), path)
+    plan = planned(cases)
+    share = np.array([8, 6, 7]) / SIZE
+    expected = np.where(np.array(signs) > 0, share, 1 - share)
+    np.testing.assert_allclose(plan.preprocessing.labels_center, expected, atol=1e-3)
+    assert "pieces far from where they lie" in plan.reasons["keep_largest"]
+    apart_ = Choices(keep_largest=False).applied_to(plan.preprocessing)
+    turned = Choices(frame="acquisition").applied_to(plan.preprocessing)
+    assert apart_.labels_center is turned.labels_center is None
+
+
+def test_scans_that_do_not_agree_have_no_usual_place(tmp_path: Path) -> None:
+    moved = np.roll(whole(1, 2), (14, 10, 0), (0, 1, 2))
+    plan = planned(write_cases(tmp_path, whole(1, 2), moved, whole(1, 2)))
+    assert plan.preprocessing.keep_largest
+    assert plan.preprocessing.labels_center is None
+
+
 @pytest.mark.parametrize("far", [False, True])
 def test_organs_that_a_vessel_joins_are_kept(far: bool, tmp_path: Path) -> None:
     """A network that misses a part of the vessel must not lose an organ."""

@@ -93,6 +93,8 @@ class Choices:
         changes: dict[str, Any] = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.spacing_mm is not None:
             changes["spacing_mm"] = None if self.spacing_mm == "native" else self.spacing_mm
+        if self.keep_largest is False or self.frame not in (None, prep.frame):
+            changes["labels_center"] = None
         return dataclasses.replace(prep, **changes)
 
     @property

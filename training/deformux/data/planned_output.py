@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from deformux.data.fingerprint import Fingerprint
+import numpy as np
 
-__all__ = ["planned_keep_largest"]
+from deformux.data.fingerprint import Fingerprint
+from deformux.data.frame import frame_axes
+
+__all__ = ["CENTER_REASON", "planned_center", "planned_keep_largest"]
 
 # Annotators leave a stray voxel now and then.
 _ONE_PIECE = 0.99
 _LEAST_SCANS = 3
+# Labels lie in the same place if their centre is nowhere farther than this from the mean, in sides of the scan.
+_SAME_PLACE = 0.15
+
+# Added to the reason for keeping the largest piece, where there is a centre.
+CENTER_REASON = "; pieces far from where they lie in these count as smaller"
 
 
 def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool, str]:
@@ -32,3 +40,25 @@ def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool,
     if complete < _LEAST_SCANS:
         return False, f"only {complete} labelled scans have all labels, too few to tell whether these are one piece"
     return True, f"the labels are one piece in all {len(facts)} labelled scans"
+
+
+def planned_center(fingerprint: Fingerprint, frame: str, n_labels: int) -> tuple[float, float, float] | None:
+    """Return where the centre of all labels lies, as shares of the scan's sides along the frame's axes.
+
+    None where fewer than three scans are labelled, or do not agree.
+    """
+    centers = []
+    for scan, labels in fingerprint.labelled:
+        box = labels.union(range(1, n_labels + 1))
+        if box is None:
+            continue
+        axes, signs = frame_axes(frame, scan.shape, scan.affine)
+        share = (np.array(box[0]) + box[1]) / 2 / np.array(scan.shape)
+        centers.append(np.where(np.array(signs) > 0, share[list(axes)], 1 - share[list(axes)]))
+    if len(centers) < _LEAST_SCANS:
+        return None
+    mean = np.mean(centers, axis=0)
+    if np.abs(centers - mean).max() > _SAME_PLACE:
+        return None
+    x, y, z = (float(f"{share:.3f}") for share in mean)
+    return x, y, z

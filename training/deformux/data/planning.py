@@ -21,7 +21,7 @@ from deformux.data.planned_grid import (
     planned_strides,
 )
 from deformux.data.planned_intensities import planned_modality, planned_window
-from deformux.data.planned_output import planned_keep_largest
+from deformux.data.planned_output import CENTER_REASON, planned_center, planned_keep_largest
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.scan_sizes import ScanSizes
 
@@ -222,6 +222,10 @@ def make_plan(
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
     keep = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
     values["keep_largest"], reasons["keep_largest"] = keep
+    if values["keep_largest"] and (center := planned_center(fingerprint, frame, len(labels))):
+        values["labels_center"] = center
+        if given.keep_largest is None:
+            reasons["keep_largest"] += CENTER_REASON
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second

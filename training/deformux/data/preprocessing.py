@@ -30,6 +30,8 @@ class Preprocessing:
             ``ct:arterial`` and ``mr:flair``, give the modality of a sequence; others have ``modality``.
         missing_sequences: whether a scan may lack some sequences, since the network was trained with dropout of them.
         keep_largest: whether only the largest connected component of all labels together is kept of a segmentation.
+        labels_center: where the centre of all labels usually lies, as shares (0..1) of the scan's sides along the
+            frame's axes: components far from there count as smaller. None weighs none.
 
     Raises:
         ValueError: a value is out of range; the message lists the valid ones.
@@ -44,6 +46,7 @@ class Preprocessing:
     sequences: tuple[str, ...] = ()
     missing_sequences: bool = False
     keep_largest: bool = False
+    labels_center: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.modality not in MODALITIES:
@@ -59,6 +62,9 @@ class Preprocessing:
             raise ValueError(f"percentiles must be (low, high) with 0 <= low < high <= 100; got {self.percentiles}")
         if len(self.sequences) == 1 or not all(isinstance(name, str) and name for name in self.sequences):
             raise ValueError(f"sequences must be the names of at least two, or none; got {self.sequences!r}")
+        center = self.labels_center
+        if center is not None and (len(center) != 3 or not all(0 <= share <= 1 for share in center)):
+            raise ValueError(f"labels_center must be three shares from 0 to 1; got {center}")
         if self.frame not in FRAMES:
             raise ValueError(f"frame must be one of {', '.join(FRAMES)}; got {self.frame!r}")
 
@@ -76,6 +82,10 @@ class Preprocessing:
     def with_dropout(self, probability: float) -> Preprocessing:
         """Return these settings after a training that drops sequences with a probability; scans may then lack some."""
         return replace(self, missing_sequences=probability > 0 and self.channels > 1)
+
+    def without_output(self) -> Preprocessing:
+        """Return these settings without what is kept of a result, which the network's input does not depend on."""
+        return replace(self, keep_largest=False, labels_center=None)
 
     @classmethod
     def from_options(
@@ -125,6 +135,8 @@ class Preprocessing:
                 del values[name]
         if not self.keep_largest:
             del values["keep_largest"]
+        if self.labels_center is None:
+            del values["labels_center"]
         return values
 
     @classmethod

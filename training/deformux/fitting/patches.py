@@ -6,7 +6,6 @@ drawn, and several processes that draw ahead give the same as one, up to roundin
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import logging
 import os
@@ -113,7 +112,7 @@ class DrawnPatches:
         on_disk = None
         if store is not None and keep < len(files):
             # Volumes do not depend on what is kept of a result.
-            plan = {"preprocessing": dataclasses.replace(prep, keep_largest=False).to_dict(), "n_labels": n_labels}
+            plan = {"preprocessing": prep.without_output().to_dict(), "n_labels": n_labels}
             on_disk = PreprocessedStore(store, plan, most_bytes=int(recipe.disk_gb * 1e9))
         self._dataset = Volumes(files, fixed, transforms[len(fixed) :], keep=keep, store=on_disk)
         if self.workers:

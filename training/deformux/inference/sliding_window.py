@@ -147,7 +147,7 @@ def segment_labels(
     slabs = scan_slabs(network, image, prep, device=device, locator=locator, on_windows=on_windows)
     hand_on(slabs, [labels])
     if prep.keep_largest:
-        keep_largest_component(labels.labels.numpy())
+        keep_largest_component(labels.labels.numpy(), labels.grid, prep.labels_center)
     return labels_of_scan(labels.labels, image)
 
 
@@ -200,5 +200,5 @@ def segment(
     image, logits = volume_logits(network, image_path, prep, device=device)
     restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})["pred"]
     if prep.keep_largest:
-        keep_largest_component(restored[0].numpy())
+        keep_largest_component(restored[0].numpy(), ScanGrid.of(image), prep.labels_center)
     return restored, logits.softmax(0)

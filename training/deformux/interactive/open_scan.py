@@ -70,7 +70,11 @@ class OpenScan:
 
 @torch.inference_mode()
 def scan_from_slabs(
-    image: MetaTensor, slabs: Iterable[LogitSlab], *, takers: Sequence[SlabTaker] = (), keep_largest: bool = False
+    image: MetaTensor,
+    slabs: Iterable[LogitSlab],
+    *,
+    takers: Sequence[SlabTaker] = (),
+    prep: Preprocessing | None = None,
 ) -> OpenScan:
     """Return a preprocessed scan, opened for edits, from the slabs of its logits.
 
@@ -78,23 +82,23 @@ def scan_from_slabs(
         image: result of ``inference_transforms``, ``(1, x, y, z)``.
         slabs: of the automatic segmentation, in order; each is dropped once it was reduced.
         takers: that take the slabs too.
-        keep_largest: as in ``Preprocessing``.
+        prep: of the model, which says what is kept of the labels; None keeps all.
     """
     grid = ScanGrid.of(image)
     labels, keeper = SlabLabels(grid), LogitKeeper(grid.network_size)
     hand_on(slabs, (labels, keeper, *takers))
     restored = np.ascontiguousarray(labels.labels.numpy(), dtype=np.uint8)
     classes = keeper.classes
-    if keep_largest:
+    if prep is not None and prep.keep_largest:
         found = restored.copy()
-        if keep_largest_component(restored):
+        if keep_largest_component(restored, grid, prep.labels_center):
             classes = classes_of_largest(classes, grid, found=found, kept=restored)
     return OpenScan(image.cpu(), keeper.kept(), network_classes=keeper.classes, classes=classes, labels=restored)
 
 
-def scan_from_logits(image: MetaTensor, logits: Tensor, *, keep_largest: bool = False) -> OpenScan:
+def scan_from_logits(image: MetaTensor, logits: Tensor) -> OpenScan:
     """Return a preprocessed scan ``(1, x, y, z)`` whose logits ``(C, x, y, z)`` are known, opened for edits."""
-    return scan_from_slabs(image, [LogitSlab(0, 0, logits.float())], keep_largest=keep_largest)
+    return scan_from_slabs(image, [LogitSlab(0, 0, logits.float())])
 
 
 def open_scan(
@@ -107,4 +111,4 @@ def open_scan(
     """
     image = load_scan(path, prep, device=device)
     slabs = scan_slabs(network, image, prep, device=device)
-    return scan_from_slabs(image, slabs, keep_largest=prep.keep_largest)
+    return scan_from_slabs(image, slabs, prep=prep)

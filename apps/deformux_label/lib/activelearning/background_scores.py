@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -160,8 +159,8 @@ class SelectionScores:
             except (InvalidModel, ValueError):
                 continue  # pruned or damaged: compare one prediction fewer
             # Scores are of probabilities: what is kept of a mask does not matter.
-            same = dataclasses.replace(earlier.preprocessing, keep_largest=card.preprocessing.keep_largest)
-            if earlier.labels == card.labels and same == card.preprocessing:
+            same = earlier.preprocessing.without_output() == card.preprocessing.without_output()
+            if earlier.labels == card.labels and same:
                 yield network
 
     def _earlier(self) -> list[str]:

@@ -121,16 +121,16 @@ class Segmentation(BasicInferTask):
         image, request = data[self.input_key], data["request"]
         unsure = UncertaintySlabs(image) if request.options.uncertainty else None
         takers = [unsure] if unsure is not None else []
-        keep_largest = self._preprocessing(data).keep_largest
+        prep = self._preprocessing(data)
         slabs = served_slabs(ServedNetwork(self.models, data["model_version"], placement), image)
         if request.scan.keep and self.cache.fits(image.nbytes):
             # So the first click after Next Sample need not wait for a second segmentation.
-            scan = scan_from_slabs(image, slabs, takers=takers, keep_largest=keep_largest)
+            scan = scan_from_slabs(image, slabs, takers=takers, prep=prep)
             return _Segmented(torch.from_numpy(scan.labels), scan, unsure)
         labels = SlabLabels(ScanGrid.of(image))
         hand_on(slabs, [labels, *takers])
-        if keep_largest:
-            keep_largest_component(labels.labels.numpy())
+        if prep.keep_largest:
+            keep_largest_component(labels.labels.numpy(), labels.grid, prep.labels_center)
         return _Segmented(labels.labels, None, unsure)
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002

@@ -59,8 +59,7 @@ def _segmented(models: ServedModels, files: ScanFiles, version: str, device: str
 
     def opened(placement: Placement) -> OpenScan:
         networks.append(ServedNetwork(models, version, placement))
-        keep = card.preprocessing.keep_largest
-        return scan_from_slabs(image, served_slabs(networks[-1], image), keep_largest=keep)
+        return scan_from_slabs(image, served_slabs(networks[-1], image), prep=card.preprocessing)
 
     found, warning = within_memory(opened, card.preprocessing.patch_size, device)
     return SegmentedScan(found, warning, sum(network.seconds for network in networks))
