@@ -98,6 +98,14 @@ def test_without_the_other_voxels_what_they_touch_alone_is_not_interpolated() ->
     assert torch.equal(fast[1][differs], grid.labels(after)[differs])
 
 
+def test_logits_that_are_not_a_number_give_some_class() -> None:
+    grid = scan_grid("finer")
+    for broken in (slice(None), slice(1, 2)):
+        logits = torch.from_numpy(np.random.default_rng(5).normal(size=(3, *grid.network_size)).astype(np.float32))
+        logits[broken, 2:6, 3:7, 4:9] = torch.nan
+        assert int(grid.labels(logits).max()) < 3
+
+
 def test_labels_are_the_same_without_numba() -> None:
     code = """
 import sys

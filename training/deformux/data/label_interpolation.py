@@ -132,6 +132,8 @@ def interpolate_labels(logits, classes, wanted, below, share, found):
                         if most[c] >= bound:
                             left[count] = c
                             count += 1
+                    if count == 0:  # logits that are not a number
+                        left[0], count = first, 1
                     for j in range(start_y, stop_y):
                         t_y = share[1][j]
                         for k in range(start_z, stop_z):
