@@ -27,7 +27,7 @@ APP_PARTS: dict[str, set[str]] = {
     "lib.background": {"lib.requests"},  # processes, whatever they run, on the GPUs that a request chooses
     "lib.store": {"lib.configs", "lib.requests"},  # keeps what was checked, for the caller that requests know
     "lib.infers": {"lib.configs", "lib.requests", "lib.background", "lib.store"},  # answers requests, stores results
-    "lib.scoring": {"lib.configs"},  # compares files through MONAI Label's datastore
+    "lib.scoring": {"lib.configs", "lib.store"},  # compares labels as the store hands them to training
     "lib.activelearning": {"lib.configs", "lib.requests", "lib.store", "lib.infers"},  # the served model scores volumes
     "lib.trainers": {"lib.configs", "lib.requests", "lib.background", "lib.store", "lib.infers"},  # replaces the model
     "web": {  # translates HTTP for all of lib
