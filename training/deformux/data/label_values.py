@@ -27,7 +27,8 @@ def in_file_order(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return values
     ordered = np.empty(values.shape[::-1], values.dtype)
     for y in range(values.shape[1]):
-        ordered[:, y] = values[:, y].T
+        # Via a plane of its own: rows of a volume may lie so far apart that they displace each other in the cache.
+        ordered[:, y] = np.ascontiguousarray(values[:, y]).T
     return ordered.T
 
 

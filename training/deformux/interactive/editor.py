@@ -6,8 +6,10 @@ earlier results matter, so taking a click back gives the earlier mask exactly. C
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,6 +41,8 @@ GuidedNetwork = Callable[[Tensor, Tensor], Tensor]
 _MARGIN = 1.0
 # Voxels of the scan in a part that is restored at a time.
 _PART_VOXELS = 2**21
+# Parts that are restored at the same time, each in memory of its own.
+_MOST_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,16 @@ class Editor:
         changed, taken = voxels[settled.changed], settled.taken
         box = self.scan.grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         places, values = voxels[taken], settled.logits[:, taken]
-        return [self._restored(part, places, values, tuple(here)) for part in self._parts(box, places)]
+
+        @torch.inference_mode()
+        def restored(part: Box) -> _Patch:
+            return self._restored(part, places, values, tuple(here))
+
+        parts = self._parts(box, places)
+        if len(parts) == 1:
+            return [restored(parts[0])]
+        with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:
+            return list(threads.map(restored, parts))
 
     def _starting_logits(self, voxels: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Return the network's logits ``(C, n)`` at voxels ``(n, 3)``, made to agree with the mask to start from."""
