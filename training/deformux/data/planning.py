@@ -220,12 +220,9 @@ def make_plan(
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(batch, batch * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
-    keep = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
-    values["keep_largest"], reasons["keep_largest"] = keep
-    if values["keep_largest"] and (center := planned_center(fingerprint, frame, len(labels))):
-        values["labels_center"] = center
-        if given.keep_largest is None:
-            reasons["keep_largest"] += CENTER_REASON
+    values["keep_largest"], reason = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
+    values["labels_center"] = planned_center(fingerprint, frame, len(labels)) if values["keep_largest"] else None
+    reasons["keep_largest"] = reason + (CENTER_REASON if values["labels_center"] and reason != "given" else "")
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second
