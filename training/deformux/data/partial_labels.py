@@ -50,7 +50,7 @@ def drawn_slices(
             With ``all``, every slice.
     """
     labelled = (labels > 0) & (labels != UNLABELLED)
-    drawn = [np.flatnonzero(labelled.any(tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    drawn = [_slices_with(labelled, axis) for axis in range(3)]
     if rule == "all" or not len(drawn[0]):
         return None
     apart = [axis for axis in range(3) if len(drawn[axis]) >= _LEAST_SLICES and np.diff(drawn[axis]).min() > 1]
@@ -68,7 +68,7 @@ def filled_between_slices(labels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8
     last annotated slice.
     """
     for axis in range(3):
-        known = np.flatnonzero((labels != UNLABELLED).any(tuple(a for a in range(3) if a != axis)))
+        known = _slices_with(labels != UNLABELLED, axis)
         if not len(known) or len(known) == known[-1] - known[0] + 1:
             continue
         places = np.arange(labels.shape[axis])
@@ -97,6 +97,11 @@ def spread_labels(labels: npt.NDArray[np.uint8], reach: Sequence[int]) -> npt.ND
             for own, other in ((open_[distance:], start[:-distance]), (open_[:-distance], start[distance:])):
                 np.copyto(own, other, where=own == UNLABELLED)
     return result
+
+
+def _slices_with(mask: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.int64]:
+    """Return the slices along an axis in which some voxel is true."""
+    return np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
 
 
 def _filled_share(drawn: npt.NDArray[np.int64]) -> float:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from deformux.data.fingerprint import Fingerprint
 from deformux.data.frame import frame_axes
 
-__all__ = ["CENTER_REASON", "planned_center", "planned_keep_largest"]
+__all__ = ["planned_keep_largest", "planned_output"]
 
 # Annotators leave a stray voxel now and then.
 _ONE_PIECE = 0.99
@@ -15,8 +17,23 @@ _LEAST_SCANS = 3
 # Labels lie in the same place if their centre is nowhere farther than this from the mean, in sides of the scan.
 _SAME_PLACE = 0.15
 
-# Added to the reason for keeping the largest piece, where there is a centre.
-CENTER_REASON = "; pieces far from where they lie in these count as smaller"
+
+def planned_output(
+    fingerprint: Fingerprint, frame: str, n_labels: int, *, keep_largest: bool | None = None
+) -> tuple[dict[str, Any], str]:
+    """Return the fields of ``Preprocessing`` that say what is kept of a result, and the reason.
+
+    Args:
+        fingerprint: facts of all scans and labels.
+        frame: of the network's grid.
+        n_labels: labels 1..N.
+        keep_largest: the user's choice; None leaves it to the labels.
+    """
+    keep, reason = (keep_largest, "given") if keep_largest is not None else planned_keep_largest(fingerprint, n_labels)
+    center = _planned_center(fingerprint, frame, n_labels) if keep else None
+    if center is not None and keep_largest is None:
+        reason += "; pieces far from where they lie in these count as smaller"
+    return {"keep_largest": keep, "labels_center": center}, reason
 
 
 def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool, str]:
@@ -42,7 +59,7 @@ def planned_keep_largest(fingerprint: Fingerprint, n_labels: int) -> tuple[bool,
     return True, f"the labels are one piece in all {len(facts)} labelled scans"
 
 
-def planned_center(fingerprint: Fingerprint, frame: str, n_labels: int) -> tuple[float, float, float] | None:
+def _planned_center(fingerprint: Fingerprint, frame: str, n_labels: int) -> tuple[float, float, float] | None:
     """Return where the centre of all labels lies, as shares of the scan's sides along the frame's axes.
 
     None where fewer than three scans are labelled, or do not agree.

@@ -21,7 +21,7 @@ from deformux.data.planned_grid import (
     planned_strides,
 )
 from deformux.data.planned_intensities import planned_modality, planned_window
-from deformux.data.planned_output import CENTER_REASON, planned_center, planned_keep_largest
+from deformux.data.planned_output import planned_output
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.scan_sizes import ScanSizes
 
@@ -220,13 +220,11 @@ def make_plan(
     if given.batch_size is None and kind == "gpu":
         batch = int(min(_MAX_BATCH, max(batch, batch * budget.voxels // math.prod(patch))))
     reasons["batch_size"] = "given" if given.batch_size else "one patch from each of several scans"
-    values["keep_largest"], reason = _given(given.keep_largest) or planned_keep_largest(fingerprint, len(labels))
-    values["labels_center"] = planned_center(fingerprint, frame, len(labels)) if values["keep_largest"] else None
-    reasons["keep_largest"] = reason + (CENTER_REASON if values["labels_center"] and reason != "given" else "")
+    kept, reasons["keep_largest"] = planned_output(fingerprint, frame, len(labels), keep_largest=given.keep_largest)
     augmentation = frame_augmentation(frame, spacing)
     reasons |= {name: AUGMENTATION_REASONS[name] for name in augmentation}
     per_step = batch * math.prod(patch) / speed.voxels_per_second
-    settings = {**values, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
+    settings = {**values, **kept, "frame": frame, "spacing_mm": None if native else spacing, "patch_size": patch}
     return Plan(
         preprocessing=Preprocessing.from_dict(settings),
         preset=preset,

@@ -13,14 +13,24 @@ import numpy.typing as npt
 
 from deformux.data.components import Components
 from deformux.data.grid import ScanGrid
+from deformux.data.preprocessing import Preprocessing
 
-__all__ = ["classes_of_largest", "keep_largest_component"]
+__all__ = ["classes_of_largest", "keep_as_planned", "keep_largest_component"]
 
 # A component this far from the usual place, in sides of the scan, counts for exp(-1/2) = 0.61 of its voxels.
 _FAR = 0.2
-# Smaller ones, relative to the largest, are never kept; every how many voxels of a part the centres are taken from.
+# Components smaller than this, relative to the largest, are never kept.
 _LEAST_SHARE = 0.05
+# Of a larger part, only about as many voxels give the centres.
 _CENTER_VOXELS = 2**20
+
+
+def keep_as_planned(labels: npt.NDArray[np.uint8], grid: ScanGrid, prep: Preprocessing) -> bool:
+    """Remove from labels ``(X, Y, Z)`` on the scan's grid, in place, what ``prep`` does not keep; return whether any.
+
+    Every path from logits to a mask ends here.
+    """
+    return prep.keep_largest and keep_largest_component(labels, grid, prep.labels_center)
 
 
 def keep_largest_component(

@@ -15,7 +15,7 @@ from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
 from deformux.data.transforms import inference_transforms, labels_of_scan, restore_transforms, run_transforms
 from deformux.inference.captured_network import BatchedNetwork, CapturedNetwork, prepared
-from deformux.inference.largest_component import keep_largest_component
+from deformux.inference.largest_component import keep_as_planned
 from deformux.inference.locate import Locator
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import LogitSlab, Windows, WindowsDone, hand_on, logit_slabs
@@ -146,8 +146,7 @@ def segment_labels(
     labels = SlabLabels(ScanGrid.of(image))
     slabs = scan_slabs(network, image, prep, device=device, locator=locator, on_windows=on_windows)
     hand_on(slabs, [labels])
-    if prep.keep_largest:
-        keep_largest_component(labels.labels.numpy(), labels.grid, prep.labels_center)
+    keep_as_planned(labels.labels.numpy(), labels.grid, prep)
     return labels_of_scan(labels.labels, image)
 
 
@@ -199,6 +198,5 @@ def segment(
     """
     image, logits = volume_logits(network, image_path, prep, device=device)
     restored = run_transforms(restore_transforms(), {"image": image, "pred": logits})["pred"]
-    if prep.keep_largest:
-        keep_largest_component(restored[0].numpy(), ScanGrid.of(image), prep.labels_center)
+    keep_as_planned(restored[0].numpy(), ScanGrid.of(image), prep)
     return restored, logits.softmax(0)

@@ -234,6 +234,7 @@ class Editor:
         box = self.scan.grid.reached((triple(changed.min(0)), triple(changed.max(0) + 1)))
         places, values = voxels[taken], settled.logits[:, taken]
 
+        # The mode of this thread is not that of others.
         @torch.inference_mode()
         def restored(part: Box) -> _Patch:
             return self._restored(part, places, values, tuple(here))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.sequences import ScanFiles
-from deformux.inference.largest_component import classes_of_largest, keep_largest_component
+from deformux.inference.largest_component import classes_of_largest, keep_as_planned
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import LogitSlab, SlabTaker, hand_on
 from deformux.inference.sliding_window import load_scan, scan_slabs
@@ -91,7 +91,7 @@ def scan_from_slabs(
     classes = keeper.classes
     if prep is not None and prep.keep_largest:
         found = restored.copy()
-        if keep_largest_component(restored, grid, prep.labels_center):
+        if keep_as_planned(restored, grid, prep):
             classes = classes_of_largest(classes, grid, found=found, kept=restored)
     return OpenScan(image.cpu(), keeper.kept(), network_classes=keeper.classes, classes=classes, labels=restored)
 

@@ -15,7 +15,7 @@ from deformux.data.cases import Case
 from deformux.data.checked_json import read_checked, write_checked
 from deformux.data.choices import Choices
 from deformux.data.fingerprint import Fingerprint, read_fingerprint
-from deformux.data.planned_output import CENTER_REASON, planned_center, planned_keep_largest
+from deformux.data.planned_output import planned_output
 from deformux.data.planning import Plan
 from deformux.fitting.speed import plan_on
 from deformux.networks.deformux_net import PUBLISHED_STRIDES
@@ -204,12 +204,11 @@ def continued_plan(
     )
     if facts is None or choices.keep_largest is not None:
         return plan
-    keep, reason = planned_keep_largest(facts, n_labels)
-    center = planned_center(facts, plan.preprocessing.frame, n_labels) if keep else None
+    kept, reason = planned_output(facts, plan.preprocessing.frame, n_labels)
     return dataclasses.replace(
         plan,
-        preprocessing=dataclasses.replace(plan.preprocessing, keep_largest=keep, labels_center=center),
-        reasons={**plan.reasons, "keep_largest": reason + (CENTER_REASON if center else "")},
+        preprocessing=dataclasses.replace(plan.preprocessing, **kept),
+        reasons={**plan.reasons, "keep_largest": reason},
     )
 
 

@@ -17,7 +17,7 @@ from deformux.active_learning.uncertainty_map import UncertaintySlabs
 from deformux.data.grid import ScanGrid
 from deformux.data.preprocessing import Preprocessing
 from deformux.data.transforms import inference_transforms, labels_of_scan
-from deformux.inference.largest_component import keep_largest_component
+from deformux.inference.largest_component import keep_as_planned
 from deformux.inference.slab_labels import SlabLabels
 from deformux.inference.slabs import hand_on
 from deformux.interactive.open_scan import OpenScan, scan_from_slabs
@@ -129,8 +129,7 @@ class Segmentation(BasicInferTask):
             return _Segmented(torch.from_numpy(scan.labels), scan, unsure)
         labels = SlabLabels(ScanGrid.of(image))
         hand_on(slabs, [labels, *takers])
-        if prep.keep_largest:
-            keep_largest_component(labels.labels.numpy(), labels.grid, prep.labels_center)
+        keep_as_planned(labels.labels.numpy(), labels.grid, prep)
         return _Segmented(labels.labels, None, unsure)
 
     def post_transforms(self, data: dict[str, Any] | None = None) -> Sequence[Callable]:  # noqa: ARG002
