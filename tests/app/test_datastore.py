@@ -218,9 +218,10 @@ def test_slices_that_an_annotator_names_come_first(store: CheckedDatastore, volu
 def test_slices_that_a_label_lacks_are_refused(
     store: CheckedDatastore, volume: Volume, given: object, message: str
 ) -> None:
-    with pytest.raises(HTTPException, match=message) as refused:
-        store.save_label("scan", str(volume.label), "final", {"annotated_slices": given})
-    assert refused.value.status_code == 422
+    for tag in ("final", "original"):
+        with pytest.raises(HTTPException, match=message) as refused:
+            store.save_label("scan", str(volume.label), tag, {"annotated_slices": given})
+        assert refused.value.status_code == 422
     assert store.get_labels_by_image_id("scan") == {}
 
 

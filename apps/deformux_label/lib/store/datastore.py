@@ -70,8 +70,8 @@ class CheckedDatastore(ListedStudies):
         checked_suffix(label_filename)
         image = Path(self.get_image_uri(image_id))
         with checked_labels(Path(label_filename), image, image_id, self.labels, info) as checked:
-            if tag not in PLAIN_TAGS:
-                info = with_annotated_slices(info, checked, self.slice_rule)
+            # Nobody drew a model's own output: it is whole, unless the client says otherwise.
+            info = with_annotated_slices(info, checked, "all" if tag in PLAIN_TAGS else self.slice_rule)
             self._store_label(image_id, tag, checked, info)
         return image_id
 
